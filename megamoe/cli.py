@@ -1,0 +1,63 @@
+"""Command lines that speak to people: one sentence per problem and exit code 2, no stack trace, no option twice."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megamoe.config import UserError, unknown_key
+
+
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second, different one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        given = parser.given
+        if self.dest in given and given[self.dest] != values:
+            raise UserError(f"{option} is given twice, as {_shown(given[self.dest])} and as {_shown(values)}; keep one.")
+        given[self.dest] = values
+        setattr(namespace, self.dest, values)
+
+
+def _shown(values: Any) -> str:
+    return " ".join(map(str, values)) if isinstance(values, list) else str(values)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose problems are UserErrors, with the nearest option for an unknown one."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
+        self.given: dict[str, Any] = {}
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; see --help.")
+
+    def parse(self, words: list[str] | None = None) -> argparse.Namespace:
+        """Parse `words` (default: the command line). Raises UserError."""
+        self.given.clear()
+        values, rest = self.parse_known_args(words)
+        unknown = [word.split("=")[0] for word in rest if word.startswith("-")]
+        if unknown:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            raise UserError(*(unknown_key("command line", option, known) for option in unknown))
+        if rest:
+            raise UserError(f"command line: {rest[0]!r} belongs to no option; see --help.")
+        return values
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and exit: 0, or 2 after printing the problems of a UserError."""
+    try:
+        main()
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, head or less, has gone
+        sys.exit(0)
+    sys.exit(0)

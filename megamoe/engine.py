@@ -1,0 +1,87 @@
+"""Parameter groups and the only `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import socket
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from torch import nn
+
+from megamoe.config import ScheduleConfig
+from megamoe.schedule import learning_rate
+
+
+def init_distributed() -> tuple[int, int, torch.device]:
+    """Join the other ranks, or stand alone without a launcher; returns (rank, world size, device)."""
+    if "DS_LOG_LEVEL" not in os.environ:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every layer and option at INFO
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Each rank would start as many threads as there are cores.
+            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_ranks, 1))
+    else:
+        accelerator.set_device(local_rank)
+        device = torch.device(accelerator.device_name(local_rank))
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    return deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Optimizer groups: norms and latents without weight decay, the rest with, each split for DeepSpeed into shared
+    and expert parameters."""
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        (undecayed if "norm" in name or name.endswith("latents") else decayed).append(parameter)
+    return split_params_into_different_moe_groups_for_optimizer(
+        [
+            {"name": "decayed", "params": decayed},
+            {"name": "undecayed", "params": undecayed, "weight_decay": 0.0},
+        ]
+    )
+
+
+def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` in DeepSpeed's engine. After N optimizer steps its learning rate is `learning_rate(N)`.
+
+    Args:
+        ds: the DeepSpeed JSON; its "scheduler" section is replaced by the exact schedule.
+    """
+    ds = copy.deepcopy(ds)
+    ds.pop("scheduler", None)
+    ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
+    # The group's learning rate is the peak; LambdaLR multiplies it by the schedule's share.
+    ds["optimizer"].setdefault("params", {})["lr"] = schedule.warmup_max_lr
+
+    def share_of_peak(step: int) -> float:
+        rate = learning_rate(
+            step,
+            peak=schedule.warmup_max_lr,
+            warmup_steps=schedule.warmup_num_steps,
+            total_steps=schedule.total_num_steps,
+            initial=schedule.warmup_min_lr,
+        )
+        return rate / schedule.warmup_max_lr
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model),
+        config=ds,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
+    )
+    return engine

@@ -1,0 +1,127 @@
+"""What a run says: throughput, share of the peak, memory, and the three sinks (console line, JSON lines, TensorBoard)."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+# Dense peak of one accelerator in FLOP/s at (16-bit, fp32 as torch runs it by default), from the makers' data sheets.
+KNOWN_PEAKS = {
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A10G": (70e12, 35e12),
+    "V100": (125e12, 15.7e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s of `device` for `dtype`: from the data sheet where the name is known, else measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, (half, single) in KNOWN_PEAKS.items():
+            if known in name:
+                return single if dtype == torch.float32 else half
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 8) -> float:
+    """FLOP/s of the fastest of some square matrix products on `device`, with the threads this process has."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        b = a @ a
+        b.sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank in GiB: allocated on the accelerator, or resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"
+
+
+class Sinks:
+    """Writes what the loop reports to the console, RUN/log.jsonl and RUN/tensorboard. Exists on rank 0 only."""
+
+    def __init__(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._jsonl: IO[str] = open(run_dir / "log.jsonl", "a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def step(self, record: dict[str, Any], seconds_left: float) -> None:
+        """One logged training step. `record` has step, loss, lr, tokens_per_second, mfu, max_vio, running_max_vio,
+        grad_norm, memory_gib and skipped_steps."""
+        skipped = f" skipped={record['skipped_steps']}" if record["skipped_steps"] else ""
+        print(
+            f"step={record['step']} avg_loss={record['loss']:.4f} lr={record['lr']:.6g} "
+            f"tok/s={record['tokens_per_second']:.0f} mfu={record['mfu']:.1%} "
+            f"max_vio={record['max_vio']:.2f} running_max_vio={record['running_max_vio']:.2f} "
+            f"grad_norm={record['grad_norm']:.2f} mem={record['memory_gib']:.2f}GiB "
+            f"left={duration(seconds_left)}{skipped}",
+            flush=True,
+        )
+        self._write("train", record)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """One evaluation. `record` has step, loss, tokens and, where the corpus' bytes are known, bits_per_byte."""
+        bits = f" bits_per_byte={record['bits_per_byte']:.4f}" if "bits_per_byte" in record else ""
+        print(f"step={record['step']} valid_loss={record['loss']:.4f}{bits} tokens={record['tokens']}", flush=True)
+        self._write("valid", record)
+
+    def expert_loads(self, step: int, counts: Tensor) -> None:
+        """Histograms over expert ids, one per layer, of `counts` (L, E) slots."""
+        limits = [expert + 0.5 for expert in range(counts.shape[1])]
+        for layer, row in enumerate(counts.cpu().double()):
+            ids = torch.arange(len(row), dtype=torch.float64)
+            self._board.add_histogram_raw(
+                f"expert_load/layer_{layer:02d}",
+                min=0.0,
+                max=float(len(row) - 1),
+                num=float(row.sum()),
+                sum=float((row * ids).sum()),
+                sum_squares=float((row * ids**2).sum()),
+                bucket_limits=limits,
+                bucket_counts=row.tolist(),
+                global_step=step,
+            )
+
+    def _write(self, kind: str, record: dict[str, Any]) -> None:
+        self._jsonl.write(json.dumps({"kind": kind, **record}) + "\n")
+        self._jsonl.flush()
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{key}", value, record["step"])
+
+    def close(self) -> None:
+        self._jsonl.close()
+        self._board.close()
+
+
+def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of RUN/log.jsonl by kind ("train", "valid"); of a step logged twice, after a resume, the last."""
+    records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}}
+    for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        records[record.pop("kind")][record["step"]] = record
+    return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}

@@ -1,0 +1,175 @@
+"""The decoder: embedding, blocks of latent attention and mixture of experts, tied head, and the loss.
+
+Shape legend: B batch, T positions of this call, S positions so far (cached and new), D hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megamoe.config import ModelConfig
+from megamoe.layers import LatentAttention, LayerCache, Rotary, attention_mask, rope_frequencies, rotary_table
+from megamoe.moe import Expert, MoE
+from megamoe.router import Router
+
+# The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.
+LOSS_CHUNK = 512  # tokens
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, config: ModelConfig, ep_size: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LatentAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.num_latent_tokens,
+            config.rope_interleaved,
+        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.moe = MoE(
+            Router(
+                config.hidden_size,
+                config.num_local_experts,
+                config.num_experts_per_tok,
+                config.router_score,
+                config.router_jitter_noise,
+            ),
+            Expert(config.hidden_size, config.intermediate_size, config.expert_dropout),
+            config.num_local_experts,
+            config.hidden_size,
+            ep_size,
+        )
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.moe(self.post_attention_layernorm(x), used_token)[0]
+
+
+class Decoder(nn.Module):
+    """The language model. With `ep_size` > 1 it holds 1/ep_size of every layer's experts, those of `ep_rank`."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0, ep_size: int = 1, ep_rank: int = 0):
+        """
+        Args:
+            seed: of the initial weights, which do not depend on `ep_size`.
+            ep_rank: rank in the expert-parallel group; it holds the global experts from
+                ep_rank * num_local_experts / ep_size on.
+        """
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, ep_size) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._init_weights(seed, ep_rank)
+
+    @torch.no_grad()
+    def _init_weights(self, seed: int, ep_rank: int) -> None:
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+
+        def fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
+            weight.normal_(0, residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std,
+                           generator=generator)  # fmt: skip
+
+        shared = _generator(seed)
+        for name, weight in self.named_parameters():
+            if "norm" not in name and ".deepspeed_experts." not in name:
+                fill(name, weight, shared)
+        for layer, block in enumerate(self.layers):
+            first = ep_rank * block.moe.num_local_experts
+            for expert_id, expert in enumerate(block.moe.local_experts, start=first):
+                generator = _generator(seed, layer, expert_id)
+                for name, weight in expert.named_parameters():
+                    fill(name, weight, generator)
+
+    def routers(self) -> list[Router]:
+        """The router of each layer, first layer first."""
+        return [block.moe.router for block in self.layers]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with `labels` the mean loss.
+
+        Args:
+            input_ids: (B, T) token ids.
+            labels: (B, T), the id that follows each position; -100 where none counts. The loss is the mean
+                cross-entropy in nats over the others (0 if there are none), in fp32.
+            attention_mask: (B, S) bool, False at padding, left or right; None means no padding.
+            cache: from `new_cache`; the call's tokens are appended to it.
+        """
+        hidden = self._hidden_states(input_ids, attention_mask, cache)
+        if labels is None:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self._loss(hidden.flatten(0, 1), labels.flatten())
+
+    def new_cache(self, capacity: int) -> list[LayerCache]:
+        """An empty key/value cache for sequences of up to `capacity` tokens."""
+        return [LayerCache(capacity) for _ in self.layers]
+
+    def _hidden_states(self, input_ids: Tensor, token_mask: Tensor | None, cache: list[LayerCache] | None) -> Tensor:
+        batch, length = input_ids.shape
+        num_latents = self.config.num_latent_tokens
+        past = max(cache[0].length - num_latents, 0) if cache else 0
+        if token_mask is None and past:
+            token_mask = input_ids.new_ones(batch, past + length, dtype=torch.bool)
+        hidden = self.embed_tokens(input_ids)
+        if token_mask is None:
+            positions = torch.arange(length, device=input_ids.device).unsqueeze(0)
+            rotary = self._rotary(positions, positions[:, -1] + 1, cache, hidden.dtype)
+            mask = used = None
+        else:
+            # A row's positions count its real tokens only, so padding does not move them.
+            positions = (token_mask.cumsum(1) - 1).clamp_min(0)
+            rotary = self._rotary(positions[:, past:], positions[:, -1] + 1, cache, hidden.dtype)
+            mask = attention_mask(token_mask, length, num_latents)
+            used = token_mask[:, past:]
+            used = None if bool(used.all()) else used
+        for layer, block in enumerate(self.layers):
+            hidden = block(hidden, rotary, mask, used, cache[layer] if cache else None)
+        return self.norm(hidden)
+
+    def _rotary(self, positions: Tensor, lengths: Tensor, cache: list[LayerCache] | None, dtype: torch.dtype) -> Rotary:
+        if cache:  # "dynamic" frequencies must not change under keys that are already rotated: take those of the end
+            lengths = torch.full_like(lengths[:1], cache[0].capacity)
+        config = self.config
+        frequencies, factor = rope_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
+        )
+        return rotary_table(positions, frequencies, factor, dtype)
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of (tokens, D) against (tokens,), a chunk of logits at a time, recomputed in backward."""
+
+        def chunk_loss(chunk: Tensor, chunk_labels: Tensor) -> Tensor:
+            logits = F.linear(chunk, self.embed_tokens.weight)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return F.cross_entropy(logits, chunk_labels, reduction="sum", ignore_index=-100)
+
+        total = sum(
+            checkpoint(chunk_loss, chunk, chunk_labels, use_reentrant=False, preserve_rng_state=False)
+            for chunk, chunk_labels in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+        )
+        return total / (labels != -100).sum().clamp_min(1)
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A generator seeded by all the numbers of `key`, so that no two keys share a stream."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))

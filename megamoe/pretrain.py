@@ -1,0 +1,259 @@
+"""Pretrain a model: `deepspeed --num_gpus 8 megamoe/pretrain.py --ds_config ds_configs/zero2.json`.
+
+Parse, check everything at once, build, train, close. `--help` lists the options; each is a field of RunConfig.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megamoe
+from megamoe import cli
+from megamoe.checkpoint import load_checkpoint, newest_checkpoint
+from megamoe.config import (
+    ModelConfig,
+    RunConfig,
+    UserError,
+    batch_sizes,
+    deepspeed_problems,
+    dtype_of,
+    load_preset,
+    read_json,
+    read_schedule,
+    run_problems,
+    validate,
+)
+from megamoe.data import TokenCorpus, TrainData, corpus_counts, corpus_prefix
+from megamoe.engine import build_engine, init_distributed
+from megamoe.metrics import Sinks
+from megamoe.model import Decoder
+from megamoe.plan import parameter_count
+from megamoe.router import LoadBalancer
+from megamoe.train import BatchShape, Evaluator, Trainer
+
+# A run may go on only with what decides its losses unchanged.
+SAME_ON_RESUME = ("model", "seed", "seq_len", "samples_per_step", "data")
+
+
+def parse_run(words: list[str] | None = None) -> RunConfig:
+    """The command line as a RunConfig. Raises UserError."""
+    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
+    for name, field in RunConfig.model_fields.items():
+        options: dict[str, Any] = {"help": field.description, "default": None if field.is_required() else field.default}
+        if field.annotation is bool:
+            options["action"] = "store_true"
+        elif name == "data":
+            options.update(nargs="+", metavar="PATH[=WEIGHT]", default=[corpus.path for corpus in field.default])
+        else:
+            options.update(metavar=name.upper(), required=field.is_required())
+        parser.add_argument(f"--{name}", **options)
+    parser.add_argument("--local_rank", help="given by the launcher; not used")
+    values = vars(parser.parse(words))
+    values.pop("local_rank")
+    given = {name: value for name, value in values.items() if value is not None}
+    return validate(RunConfig, given, "command line")
+
+
+class Job:
+    """Everything about a run that can be checked before anything is built or written."""
+
+    def __init__(self, run: RunConfig, world_size: int, device: torch.device):
+        """Raises one UserError with all problems."""
+        problems: list[str] = []
+
+        def attempt(function: Any, *args: Any) -> Any:
+            try:
+                return function(*args)
+            except UserError as error:
+                problems.extend(error.problems)
+
+        self.run = run
+        self.model: ModelConfig = attempt(load_preset, run.preset)
+        self.ds: dict[str, Any] = attempt(read_json, Path(run.ds_config))
+        if self.ds is not None:
+            problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
+        if problems:
+            raise UserError(*problems)
+
+        problems += run_problems(run, self.model, self.ds, world_size)
+        self.schedule = read_schedule(self.ds, run.ds_config)
+        micro_batch, accumulation = batch_sizes(self.ds, world_size)
+        seq_len = run.seq_len or self.model.max_position_embeddings
+        self.shape = BatchShape(micro_batch, accumulation, world_size, seq_len)
+        self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
+        self.corpora = [self._corpus(attempt, corpus.path, "train") for corpus in run.data]
+        self.valid_path = run.valid_data or (run.data[0].path if Path(run.data[0].path).is_dir() else None)
+        self.valid = self._corpus(attempt, self.valid_path, "valid") if self.valid_path else None
+        if not problems:
+            weights = [corpus.weight for corpus in run.data]
+            self.data = attempt(TrainData, self.corpora, weights, run.seed)
+        self.checkpoint = attempt(self._find_checkpoint)
+        if problems:
+            raise UserError(*problems)
+
+    def _corpus(self, attempt: Any, path: str, split: str) -> TokenCorpus:
+        return attempt(TokenCorpus, corpus_prefix(path, split), self.shape.seq_len, self.model.vocab_size)
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, None for a new run. Raises UserError if the folder does not fit."""
+        record = self.run_dir / "run.json"
+        if not record.is_file():
+            if self.run.resume:
+                raise UserError(f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out.")
+            if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
+                raise UserError(f"{self.run_dir} is not empty and holds no run; choose another --run_dir.")
+            return None
+        if not self.run.resume:
+            raise UserError(f"{self.run_dir} holds another run; choose another --run_dir, or go on with --resume.")
+        before, now = read_json(record), self.record()
+        changed = [key for key in SAME_ON_RESUME if before.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                *(
+                    f"{self.run_dir} holds a run with {key} {json.dumps(before.get(key))}, not {json.dumps(now[key])}; "
+                    "resume with the same, or choose another --run_dir."
+                    for key in changed
+                )
+            )
+        return newest_checkpoint(self.run_dir / "checkpoints")
+
+    def record(self) -> dict[str, Any]:
+        """The resolved configuration and the versions: enough to repeat the run."""
+        packages = ("torch", "deepspeed", "tokenizers", "numpy")
+        return {
+            "command": sys.argv,
+            "preset": self.run.preset,
+            "parameters": parameter_count(self.model),
+            "model": self.model.model_dump(),
+            "run": self.run.model_dump(),
+            "seed": self.run.seed,
+            "seq_len": self.shape.seq_len,
+            "samples_per_step": self.shape.samples,
+            "world_size": self.shape.world_size,
+            "data": [
+                {"path": str(corpus.prefix), "tokens": corpus.num_tokens, "weight": source.weight}
+                for corpus, source in zip(self.corpora, self.run.data, strict=True)
+            ],
+            "tokenizer_sha256": self._tokenizer_digest(),
+            "deepspeed": self.ds,
+            "versions": {
+                "megamoe": megamoe.__version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in packages},
+            },
+        }
+
+    @property
+    def tokenizer(self) -> Path | None:
+        path = Path(self.run.data[0].path) / "tokenizer.json"
+        return path if path.is_file() else None
+
+    def _tokenizer_digest(self) -> str | None:
+        return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest() if self.tokenizer else None
+
+    def open_folder(self) -> Sinks:
+        """Create the run folder, with run.json and the tokenizer, and open the sinks. On rank 0."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer:
+            shutil.copyfile(self.tokenizer, self.run_dir / "tokenizer.json")
+        partial = self.run_dir / "run.json.partial"
+        partial.write_text(json.dumps(self.record(), indent=2) + "\n")
+        os.replace(partial, self.run_dir / "run.json")
+        return Sinks(self.run_dir)
+
+    def evaluator(self) -> Evaluator | None:
+        if self.valid is None:
+            return None
+        counts = corpus_counts(self.valid_path or "")
+        ratio = counts["valid"]["tokens"] / counts["valid"]["bytes"] if counts else None
+        return Evaluator(self.valid, self.run.eval_samples, ratio)
+
+
+def agree(problems: list[str], rank: int) -> None:
+    """Share the problems of all ranks; if there are any, rank 0 raises them all and the others leave with its code."""
+    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, problems)
+    distinct = list(dict.fromkeys(problem for one in everywhere for problem in one))
+    if not distinct:
+        return
+    if rank == 0:
+        for problem in distinct:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+    dist.barrier()  # or the launcher could end rank 0 before it has spoken
+    sys.exit(2)
+
+
+def prepare(rank: int, world_size: int, device: torch.device) -> Job:
+    """Parse and check; problems of any rank end all of them together."""
+    job, problems = None, []
+    try:
+        job = Job(parse_run(), world_size, device)
+    except UserError as error:
+        problems = error.problems
+    agree(problems, rank)
+    assert job
+    return job
+
+
+def train(job: Job, rank: int, device: torch.device) -> None:
+    """Build the engine, restore a checkpoint where there is one, and train."""
+    run, model_config = job.run, job.model
+    # DeepSpeed's expert-parallel groups are consecutive ranks.
+    model = Decoder(model_config, run.seed, run.ep_size, ep_rank=rank % run.ep_size)
+    engine = build_engine(model, job.ds, job.schedule)
+    first = load_checkpoint(engine, job.checkpoint, run.ep_size) if job.checkpoint else 0
+    last = run.steps or job.schedule.total_num_steps
+    sinks = job.open_folder() if rank == 0 else None
+    if rank == 0:
+        shape = job.shape
+        print(
+            f"{run.preset}: {parameter_count(model_config):,} parameters, {dtype_of(job.ds)}, {shape.world_size} ranks, "
+            f"ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens a step; "
+            f"{job.data.corpora[0].num_tokens:,} tokens in {run.data[0].path}; steps {first} to {last}; "
+            f"run folder {job.run_dir}",
+            flush=True,
+        )
+    balancer = LoadBalancer(
+        model.routers(), model_config.router_bias_rate, model_config.router_bias_rule, model_config.router_load_decay
+    )
+    trainer = Trainer(
+        engine,
+        balancer,
+        job.data,
+        job.evaluator(),
+        sinks,
+        job.shape,
+        seed=run.seed,
+        ep_size=run.ep_size,
+        checkpoints=job.run_dir / "checkpoints",
+    )
+    try:
+        trainer.run(first, last, run.log_interval, run.eval_interval, run.save_interval)
+    finally:
+        if sinks:
+            sinks.close()
+
+
+def main() -> None:
+    if "--help" in sys.argv or "-h" in sys.argv:
+        parse_run()
+    rank, world_size, device = init_distributed()
+    with contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
+        train(prepare(rank, world_size, device), rank, device)
+
+
+if __name__ == "__main__":
+    cli.run(main)

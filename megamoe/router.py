@@ -1,0 +1,128 @@
+"""The router and loss-free balancing.
+
+Selection uses score + bias, the combine weights use the scores alone, and the bias moves after each applied optimizer
+step toward the experts that got too little. No auxiliary loss pulls on the weights.
+Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv:2408.15664).
+
+Shape legend: T tokens, D hidden_size, E experts, K choices per token, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Router(nn.Module):
+    """Chooses K experts for every token and counts, in training, how many tokens each expert was given.
+
+    Buffers (DeepSpeed keeps them in fp32 under bf16, and leaves them in the file of the non-expert weights because no
+    name on their path but DeepSpeed's own contains "expert"):
+        selection_bias: (E,), added to the scores for the selection only.
+        running_load: (E,), running mean of the share of slots each expert got; sums to 1.
+        step_counts: (E,) int64, slots routed since the last optimizer step on this rank; not saved.
+    """
+
+    selection_bias: Tensor
+    running_load: Tensor
+    step_counts: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        jitter_noise: float = 0.0,
+    ):
+        super().__init__()
+        self.top_k = top_k
+        self.score = score
+        self.jitter_noise = jitter_noise
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("selection_bias", torch.zeros(num_experts))
+        self.register_buffer("running_load", torch.full((num_experts,), 1.0 / num_experts))
+        self.register_buffer("step_counts", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Route tokens `x` (T, D); returns (combine weights (T, K), expert ids (T, K)).
+
+        Logits are at least fp32 whatever the dtype of `x`; the weights have the logits' dtype and sum to 1 over K.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(dtype)
+        if self.training and self.jitter_noise:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
+        logits = F.linear(x, self.weight.to(dtype))
+        scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
+        expert_ids = (scores.detach() + self.selection_bias).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, expert_ids)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        # Inside a backward pass this forward is a recomputation: its slots were counted the first time.
+        if self.training and torch._C._current_graph_task_id() == -1:
+            self.step_counts += torch.bincount(expert_ids.flatten(), minlength=self.step_counts.numel())
+        return weights, expert_ids
+
+
+def max_violation(loads: Tensor) -> Tensor:
+    """MaxVio, (max load - mean load) / mean load, over the last dimension. 0 is perfect balance, E - 1 the worst."""
+    loads = loads.float()
+    mean = loads.mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return loads.amax(-1) / mean - 1
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What one optimizer step saw. `counts` (L, E): slots per layer and expert over all ranks and micro-batches."""
+
+    counts: Tensor
+    batch_max_vio: Tensor  # (L,), of the counts
+    running_max_vio: Tensor  # (L,), of the running loads
+
+
+class LoadBalancer:
+    """Moves the selection bias of every router after a step, identically on every rank."""
+
+    def __init__(self, routers: list[Router], rate: float, rule: Literal["sign", "proportional"], decay: float):
+        """
+        Args:
+            rate: largest change of a bias in one step ("sign"), or the change at a load that is off by the mean
+                ("proportional"); in units of the score.
+            decay: of the running mean of the loads, per step.
+        """
+        self.routers = routers
+        self.rate = rate
+        self.rule = rule
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self, applied: bool) -> Balance | None:
+        """Close an optimizer step. Collective: every rank calls it, with the same `applied`.
+
+        A skipped step moves nothing and forgets its counts; None comes back.
+        """
+        counts = torch.stack([router.step_counts for router in self.routers])
+        for router in self.routers:
+            router.step_counts.zero_()
+        if not applied:
+            return None
+        if dist.is_initialized():
+            dist.all_reduce(counts)  # one for all layers, over the whole data-parallel world
+        loads = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+        running = torch.stack([router.running_load for router in self.routers])
+        running = self.decay * running + (1 - self.decay) * loads
+        delta = self.rate * self._direction(running)
+        delta -= delta.mean(-1, keepdim=True)
+        for router, new_load, change in zip(self.routers, running, delta, strict=True):
+            router.running_load.copy_(new_load)
+            router.selection_bias += change
+        return Balance(counts, max_violation(counts), max_violation(running))
+
+    def _direction(self, running: Tensor) -> Tensor:
+        shortage = 1 - running * running.shape[-1]  # (mean - load) / mean
+        return shortage.sign() if self.rule == "sign" else shortage

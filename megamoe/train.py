@@ -1,0 +1,219 @@
+"""The training loop, evaluation and stopping, around an engine that is already built."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamoe.checkpoint import save_checkpoint
+from megamoe.data import TokenCorpus, TrainData, eval_batch
+from megamoe.metrics import Sinks, memory_gib, peak_flops
+from megamoe.plan import train_flops_per_token
+from megamoe.router import Balance, LoadBalancer
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How one optimizer step's samples are dealt out."""
+
+    micro_batch: int  # samples per rank and forward pass
+    accumulation: int  # forward passes per step
+    world_size: int
+    seq_len: int
+
+    @property
+    def samples(self) -> int:
+        """Samples in one optimizer step over all ranks."""
+        return self.micro_batch * self.accumulation * self.world_size
+
+
+class Evaluator:
+    """Mean loss on the held-out samples."""
+
+    def __init__(self, corpus: TokenCorpus, limit: int, tokens_per_byte: float | None):
+        """
+        Args:
+            limit: most samples to use.
+            tokens_per_byte: of the held-out text; None where the bytes are not known.
+        """
+        self.corpus = corpus
+        self.limit = min(limit, corpus.num_samples)
+        self.tokens_per_byte = tokens_per_byte
+
+    @torch.no_grad()
+    def run(self, model: torch.nn.Module, micro_batch: int, rank: int, world_size: int, device: torch.device) -> dict:
+        """Collective; every rank runs equally many forward passes. Returns loss in nats, tokens, bits_per_byte."""
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+        for start in range(0, self.limit, micro_batch * world_size):
+            batch = eval_batch(self.corpus, start + rank * micro_batch, micro_batch, self.limit)
+            input_ids, labels = (tensor.to(device) for tensor in batch)
+            counted = (labels != -100).sum()
+            total += torch.stack((model(input_ids, labels).double() * counted, counted.double()))
+        model.train()
+        dist.all_reduce(total)
+        nats, tokens = total.tolist()
+        result = {"loss": nats / tokens, "tokens": int(tokens)}
+        if self.tokens_per_byte is not None:
+            result["bits_per_byte"] = nats / tokens / math.log(2) * self.tokens_per_byte
+        return result
+
+
+class StopSignal:
+    """SIGTERM, SIGINT or SIGUSR1 asks for a stop; the ranks agree on it at the end of a step, save and leave."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop. Collective."""
+        asked = torch.tensor(int(self._asked), device=device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+
+class Trainer:
+    """Owns a run from its first step to its last."""
+
+    def __init__(
+        self,
+        engine: Any,
+        balancer: LoadBalancer,
+        data: TrainData,
+        evaluator: Evaluator | None,
+        sinks: Sinks | None,
+        shape: BatchShape,
+        *,
+        seed: int,
+        ep_size: int,
+        checkpoints: Path,
+    ):
+        """
+        Args:
+            engine: of `build_engine`.
+            evaluator: None trains without evaluation.
+            sinks: on rank 0 only.
+        """
+        self.engine = engine
+        self.model = engine.module
+        self.balancer = balancer
+        self.data = data
+        self.evaluator = evaluator
+        self.sinks = sinks
+        self.shape = shape
+        self.seed = seed
+        self.ep_size = ep_size
+        self.checkpoints = checkpoints
+        self.rank = dist.get_rank()
+        self.device = engine.device
+        self.stop = StopSignal()
+        weight = next(self.model.parameters())
+        self.step_flops = train_flops_per_token(self.model.config, shape.seq_len) * shape.samples * shape.seq_len
+        self.peak_flops = peak_flops(self.device, weight.dtype) * shape.world_size
+
+    def run(self, first: int, last: int, log_every: int, eval_every: int, save_every: int) -> None:
+        """Train steps first + 1 to last. Intervals are in steps; 0 means only after the last step."""
+        self.model.train()
+        self._start_window(first)
+        for step in range(first + 1, last + 1):
+            started = time.perf_counter()
+            self._seed_step(step)
+            self._losses += self._forward_backward(step)
+            balance = self._optimizer_step()
+            self._seconds += time.perf_counter() - started
+
+            stopping = self.stop.agreed(self.device)
+            final = step == last or stopping
+            if step % log_every == 0 or final:
+                self._log(step, last, balance)
+            if self.evaluator and (_due(step, eval_every) or step == last):
+                self._evaluate(step)
+            if _due(step, save_every) or final:
+                path = save_checkpoint(self.engine, self.checkpoints, step, self.ep_size)
+                self._say(f"saved {path}")
+            if stopping:
+                self._say(f"stopped by a signal after step {step}; go on with --resume")
+                return
+
+    def _seed_step(self, step: int) -> None:
+        """Dropout and jitter follow from (seed, rank, step): a resumed run draws what it would have drawn."""
+        state = np.random.SeedSequence((self.seed, self.rank, step)).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+
+    def _forward_backward(self, step: int) -> Tensor:
+        """Run this rank's micro-batches; returns the mean of their losses."""
+        shape = self.shape
+        total = torch.zeros((), device=self.device)
+        for micro in range(shape.accumulation):
+            group = ((step - 1) * shape.accumulation + micro) * shape.world_size + self.rank
+            batch = self.data.batch(group * shape.micro_batch, shape.micro_batch)
+            input_ids, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            loss = self.engine(input_ids, labels)
+            self.engine.backward(loss)
+            if micro < shape.accumulation - 1:
+                self.engine.step()  # DeepSpeed counts micro-batches by this call; nothing is applied yet
+            total += loss.detach()
+        return total / shape.accumulation
+
+    def _optimizer_step(self) -> Balance | None:
+        self.engine.step()
+        return self.balancer.step(self.engine.was_step_applied())
+
+    def _start_window(self, step: int) -> None:
+        """Begin to average for the next console line."""
+        self._window_start = step
+        self._seconds = 0.0
+        self._losses = torch.zeros((), device=self.device)
+
+    def _log(self, step: int, last: int, balance: Balance | None) -> None:
+        steps = step - self._window_start
+        dist.all_reduce(self._losses)
+        rate = steps / self._seconds  # steps per second
+        if self.sinks:
+            record = {
+                "step": step,
+                "loss": self._losses.item() / self.shape.world_size / steps,
+                "lr": self.engine.get_lr()[0],
+                "tokens_per_second": rate * self.shape.samples * self.shape.seq_len,
+                "mfu": rate * self.step_flops / self.peak_flops,
+                "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
+                "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
+                "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
+                "grad_norm": float(self.engine.get_global_grad_norm()),
+                "memory_gib": memory_gib(self.device),
+                "skipped_steps": self.engine.skipped_steps,
+            }
+            self.sinks.step(record, seconds_left=(last - step) / rate)
+            if balance:
+                self.sinks.expert_loads(step, balance.counts)
+        self._start_window(step)
+
+    def _evaluate(self, step: int) -> None:
+        assert self.evaluator
+        result = self.evaluator.run(
+            self.model, self.shape.micro_batch, self.rank, self.shape.world_size, self.device
+        )
+        if self.sinks:
+            self.sinks.evaluation({"step": step, **result})
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,69 @@
+"""Sample from a trained run: `python tools/generate.py runs/tiny --prompt "In a quiet library,"`.
+
+Several prompts are continued in one batch; the newest checkpoint of the run is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megamoe import cli
+from megamoe.checkpoint import load_weights, newest_checkpoint
+from megamoe.config import ModelConfig, UserError, read_json, validate
+from megamoe.generate import generate
+from megamoe.model import Decoder
+from megamoe.tokenizer import end_of_text_id, load_tokenizer
+
+
+def load_model(run_dir: Path, device: torch.device) -> Decoder:
+    """The model of a run with the weights of its newest checkpoint, in the training precision. Raises UserError."""
+    config = validate(ModelConfig, read_json(run_dir / "run.json").get("model", {}), f"{run_dir}/run.json: model")
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet; wait for the run to save one.")
+    weights = load_weights(checkpoint)
+    model = Decoder(config).to(weights["embed_tokens.weight"].dtype)
+    model.load_state_dict(weights)
+    return model.to(device)
+
+
+def main() -> None:
+    parser = cli.Parser(description="Continue prompts with a trained model.")
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--prompt", nargs="+", default=["In a quiet library,"], help="one or more texts to continue")
+    parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt")
+    parser.add_argument("--max_new_tokens", type=int, default=120, help="tokens to add")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
+    parser.add_argument("--top_k", type=int, help="sample from the K most likely tokens only")
+    parser.add_argument("--top_p", type=float, help="sample from the smallest set of this probability only")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    args = parser.parse()
+    for name, fits, limit in (
+        ("num_samples", args.num_samples > 0, "at least 1"),
+        ("temperature", args.temperature >= 0, "0 or more"),
+        ("top_k", args.top_k is None or args.top_k > 0, "at least 1"),
+        ("top_p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fits:
+            raise UserError(f"{name} is {getattr(args, name)}; it must be {limit}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(args.run_dir / "tokenizer.json")
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
+    continuations = generate(
+        load_model(args.run_dir, device),
+        [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts],
+        args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        end_of_text=end_of_text_id(tokenizer),
+    )
+    for number, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True), start=1):
+        print(f"[sample {number}] prompt: {prompt}\n{prompt}{tokenizer.decode(ids)}\n{'-' * 40}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

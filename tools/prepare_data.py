@@ -1,0 +1,58 @@
+"""Turn text into tokens: `python tools/prepare_data.py TEXT --out data/mine --vocab_size 16384`.
+
+TEXT is a text file, a folder of them, or JSON lines (plain, .gz or .zst). With --tokenizer an existing tokenizer.json is
+used, with --vocab_size one is trained on the training split first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megamoe import cli
+from megamoe.config import UserError
+from megamoe.corpus import check_absent, input_files, read_documents, split_documents, write_corpus
+from megamoe.tokenizer import load_tokenizer, train_tokenizer
+
+
+def main() -> None:
+    parser = cli.Parser(description="Turn text into tokens that pretrain.py reads.")
+    parser.add_argument("text", type=Path, help="text file, folder, or JSON lines (.jsonl, .jsonl.gz, .jsonl.zst)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use")
+    parser.add_argument("--vocab_size", type=int, help="train a tokenizer of this many entries instead")
+    parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of the text that is held out")
+    parser.add_argument("--text_key", default="text", help="key of the text in JSON lines")
+    args = parser.parse()
+    if (args.tokenizer is None) == (args.vocab_size is None):
+        raise UserError("give either --tokenizer FILE or --vocab_size N.")
+    if not 0 <= args.valid_fraction <= 0.5:
+        raise UserError(f"valid_fraction is {args.valid_fraction}; give a number from 0 to 0.5.")
+    check_absent(args.out)
+    files = input_files(args.text)
+    size = sum(file.stat().st_size for file in files)
+
+    def documents(progress: Callable[[int], Any]) -> Iterator[tuple[str, str]]:
+        return split_documents(read_documents(files, args.text_key, progress), args.valid_fraction)
+
+    def bar(what: str) -> Any:
+        return tqdm(total=size, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+
+    if args.tokenizer:
+        tokenizer = load_tokenizer(args.tokenizer)
+    else:
+        with bar("training the tokenizer") as progress:
+            texts = (text for split, text in documents(progress.update) if split == "train")
+            tokenizer = train_tokenizer(texts, args.vocab_size)
+    with bar("tokenising") as progress:
+        counts = write_corpus(documents(progress.update), tokenizer, args.out)
+    for split, count in counts.items():
+        print(f"{split}: {count['documents']} documents, {count['tokens']} tokens, {count['bytes']} bytes")
+    print(f"corpus in {args.out}, vocabulary of {tokenizer.get_vocab_size()}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
