@@ -38,7 +38,7 @@ def play_text(markdown: str) -> str:
         line = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", line)
         line = re.sub(r"\*\*(.+?)\*\*", r"\1", line)
         lines.append(line)
-    text = "\n".join(lines).replace("\\[", "[")
+    text = re.sub(r"\\([\[\]*_#-])", r"\1", "\n".join(lines))
     # Some directions run over two lines, some carry brackets of their own.
     text = re.sub(r"(?<!\w)_\[?([^_]+?)\]?_(?!\w)", r"[\1]", text)
     return text.strip() + "\n"
