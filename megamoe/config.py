@@ -364,12 +364,10 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
         inner = DS_SECTIONS.get(key)
         if key not in DS_SECTIONS:
             problems.append(unknown_key(where, key, DS_SECTIONS))
-        elif inner and not isinstance(value, dict):
-            problems.append(f'{where}: "{key}" is {json.dumps(value)}; give an object with {", ".join(sorted(inner))}.')
+        elif inner and not isinstance(value, dict):  # it cannot be looked into any further
+            return [f'{where}: "{key}" is {json.dumps(value)}; give an object with {", ".join(sorted(inner))}.']
         elif inner:
             problems += [unknown_key(f"{where}: {key}", name, inner) for name in value if name not in inner]
-    if problems:  # sections of the wrong kind cannot be looked into
-        return problems
     problems += _zero_problems(ds, where) + _precision_problems(ds, where, on_cpu)
     try:
         batch_sizes(ds, world_size)

@@ -210,4 +210,4 @@ def eval_batch(corpus: TokenCorpus, first: int, count: int, limit: int) -> Batch
 
 def _to_batch(samples: list[np.ndarray]) -> Batch:
     tokens = torch.from_numpy(np.stack(samples))
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return tokens[:, :-1].clone(), tokens[:, 1:].clone()  # of their own: labels may be overwritten

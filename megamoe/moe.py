@@ -99,11 +99,10 @@ class DroplessDispatch(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) -> (the experts' weighted sum (T, D), tokens routed to each expert (E,) int64)."""
         weights, expert_ids = self.router(x)  # (T, K) each
-        num_choices = expert_ids.shape[1]
         slots = expert_ids.flatten()  # (T * K,)
-        rows = x.repeat_interleave(num_choices, dim=0)
+        rows = x.repeat_interleave(expert_ids.shape[1], dim=0)
         rows = self._local(rows, slots) if self.ep_size == 1 else self._exchange(rows, slots)
-        out = (rows.unflatten(0, (-1, num_choices)) * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
+        out = (rows.view(*expert_ids.shape, x.shape[1]) * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
         return out, torch.bincount(slots, minlength=self.num_experts)
 
     def _local(self, rows: Tensor, expert_ids: Tensor) -> Tensor:

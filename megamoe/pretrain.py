@@ -80,44 +80,43 @@ class Job:
                 problems.extend(error.problems)
 
         self.run = run
-        self.model: ModelConfig = attempt(load_preset, run.preset)
+        self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
+        problems += self._folder_problems()
         self.ds: dict[str, Any] = attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
+        self.model: ModelConfig = attempt(load_preset, run.preset)
+        if self.model:
+            problems += run_problems(run, self.model, self.ds or {}, world_size)
+            seq_len = run.seq_len or self.model.max_position_embeddings
+
+            def corpus(path: str, split: str) -> TokenCorpus:
+                return attempt(TokenCorpus, corpus_prefix(path, split), seq_len, self.model.vocab_size)
+
+            self.corpora = [corpus(source.path, "train") for source in run.data]
+            self.valid_path = run.valid_data or (run.data[0].path if Path(run.data[0].path).is_dir() else None)
+            self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
         if problems:
             raise UserError(*problems)
 
-        problems += run_problems(run, self.model, self.ds, world_size)
         self.schedule = read_schedule(self.ds, run.ds_config)
-        micro_batch, accumulation = batch_sizes(self.ds, world_size)
-        seq_len = run.seq_len or self.model.max_position_embeddings
-        self.shape = BatchShape(micro_batch, accumulation, world_size, seq_len)
-        self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
-        self.corpora = [self._corpus(attempt, corpus.path, "train") for corpus in run.data]
-        self.valid_path = run.valid_data or (run.data[0].path if Path(run.data[0].path).is_dir() else None)
-        self.valid = self._corpus(attempt, self.valid_path, "valid") if self.valid_path else None
-        if not problems:
-            weights = [corpus.weight for corpus in run.data]
-            self.data = attempt(TrainData, self.corpora, weights, run.seed)
-        self.checkpoint = attempt(self._find_checkpoint)
-        if problems:
-            raise UserError(*problems)
+        self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
+        self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
+        self.checkpoint = self._checkpoint() if run.resume else None
 
-    def _corpus(self, attempt: Any, path: str, split: str) -> TokenCorpus:
-        return attempt(TokenCorpus, corpus_prefix(path, split), self.shape.seq_len, self.model.vocab_size)
+    def _folder_problems(self) -> list[str]:
+        holds_run = (self.run_dir / "run.json").is_file()
+        if self.run.resume and not holds_run:
+            return [f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out."]
+        if holds_run and not self.run.resume:
+            return [f"{self.run_dir} holds another run; choose another --run_dir, or go on with --resume."]
+        if not holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
+            return [f"{self.run_dir} is there already and holds no run; choose another --run_dir."]
+        return []
 
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, None for a new run. Raises UserError if the folder does not fit."""
-        record = self.run_dir / "run.json"
-        if not record.is_file():
-            if self.run.resume:
-                raise UserError(f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out.")
-            if self.run_dir.is_dir() and any(self.run_dir.iterdir()):
-                raise UserError(f"{self.run_dir} is not empty and holds no run; choose another --run_dir.")
-            return None
-        if not self.run.resume:
-            raise UserError(f"{self.run_dir} holds another run; choose another --run_dir, or go on with --resume.")
-        before, now = read_json(record), self.record()
+    def _checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run to resume, None before its first. Raises UserError if it is another run."""
+        before, now = read_json(self.run_dir / "run.json"), self.record()
         changed = [key for key in SAME_ON_RESUME if before.get(key) != now[key]]
         if changed:
             raise UserError(

@@ -28,8 +28,7 @@ PLAYS = 38
 def play_text(markdown: str) -> str:
     """Markdown of one play as plain text.
 
-    `**HAMLET**` alone on a line is the speaker of the lines below, `_Exit_` a direction, `#` a heading, two spaces at a
-    line's end a line break.
+    `**HAMLET**` alone on a line is the speaker of the lines below, `_Exit_` a direction, `#` a heading.
     """
     lines = []
     for line in markdown.splitlines():
@@ -38,9 +37,10 @@ def play_text(markdown: str) -> str:
         line = re.sub(r"^\*\*(.+?)\*\*$", r"\1:", line)
         line = re.sub(r"\*\*(.+?)\*\*", r"\1", line)
         lines.append(line)
-    text = re.sub(r"\\([\[\]*_#-])", r"\1", "\n".join(lines))
-    # Some directions run over two lines, some carry brackets of their own.
-    text = re.sub(r"(?<!\w)_\[?([^_]+?)\]?_(?!\w)", r"[\1]", text)
+    text = re.sub(r"\\([^\w\s])", r"\1", "\n".join(lines))
+    # Directions stand between _ or *. Some run over two lines, some have brackets of their own, a few lack a mark.
+    text = re.sub(r"(?<!\w)([_*])\[?(\S[^_*]*?)\]?\1(?!\w)", r"[\2]", text)
+    text = text.replace("_", "").replace("[[", "[").replace("]]", "]")
     return text.strip() + "\n"
 
 

@@ -1,0 +1,78 @@
+"""Whole runs over several ranks: the same model for any split, exact resume, what a run leaves behind."""
+
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+from toy import SHIPPED, ds_config, train_here, write_inputs
+
+from megamoe.config import UserError, read_json
+
+
+def losses(log):
+    return [record["loss"] for record in log["train"]]
+
+
+@pytest.fixture(scope="module")
+def one_rank_losses(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_rank")
+    run = write_inputs(folder, ds_config(micro_batch=8))
+    return losses(run_ranks(1, train_here, {**run, "run_dir": str(folder / "run"), "steps": 20})[0])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "micro_batch"),
+    [(1, 1, 2), (2, 1, 4), (2, 2, 4), (2, 2, 1), (4, 1, 2), (4, 2, 2), (4, 4, 1)],
+)
+def test_the_same_batches_give_the_same_losses_on_any_split(
+    tmp_path, one_rank_losses, world_size, ep_size, micro_batch
+):
+    ds = ds_config(micro_batch, accumulation=8 // (world_size * micro_batch))
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "steps": 20, "ep_size": ep_size}
+    log = run_ranks(world_size, train_here, run)[0]
+    assert len(one_rank_losses) == 20
+    assert one_rank_losses[-1] < one_rank_losses[0] - 0.5  # it learns, so the losses can tell
+    torch.testing.assert_close(losses(log), one_rank_losses, atol=1e-5, rtol=0)
+
+
+def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(tmp_path):
+    ds = read_json(SHIPPED / "zero2.json")  # bf16
+    ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40)
+    noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
+    run = {**write_inputs(tmp_path, ds, noisy), "ep_size": 2, "eval_interval": 3}
+    whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole"), "steps": 12})[0]
+    run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "cut"), "steps": 5})
+    resumed = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "cut"), "steps": 12, "resume": True})[0]
+    assert losses(resumed) == losses(whole)
+    for key in ("running_max_vio", "lr", "grad_norm"):
+        assert [record[key] for record in resumed["train"]] == [record[key] for record in whole["train"]]
+    evaluations = [[(record["step"], record["loss"]) for record in log["valid"]] for log in (whole, resumed)]
+    assert set(evaluations[0]) <= set(evaluations[1])
+
+
+def resume_problem(run):
+    try:
+        train_here(run)
+    except UserError as error:
+        return error.problems
+    return None
+
+
+def test_resuming_on_another_topology_is_refused_with_both_sizes(tmp_path):
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 2, "ep_size": 2}
+    run_ranks(2, train_here, run)
+    (problem,) = run_ranks(2, resume_problem, {**run, "steps": 3, "resume": True, "ep_size": 1})[0]
+    assert "ep_size 2, not 1" in problem
+    assert "--ep_size 2" in problem
+
+
+def test_run_json_is_enough_to_repeat_the_run(tmp_path):
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 3}
+    first = run_ranks(1, train_here, run)[0]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "ds.json").write_text(json.dumps(record["deepspeed"]))
+    (tmp_path / "preset.json").write_text(json.dumps(record["model"]))
+    again = run_ranks(record["world_size"], train_here, {**record["run"], "run_dir": str(tmp_path / "again")})[0]
+    assert losses(again) == losses(first)
+    assert record["versions"]["torch"] == torch.__version__

@@ -1,0 +1,131 @@
+"""Command lines: one sentence for each problem, exit code 2, no stack trace."""
+
+import pytest
+
+from megamoe import cli
+from megamoe.config import UserError
+
+
+def parser():
+    made = cli.Parser(prog="program")
+    made.add_argument("--steps", type=int, default=7)
+    made.add_argument("--seed")
+    made.add_argument("--data", nargs="+")
+    made.add_argument("--resume", action="store_true")
+    return made
+
+
+def refusals(*words):
+    with pytest.raises(UserError) as caught:
+        parser().parse(list(words))
+    return caught.value.problems
+
+
+def refusal(*words):
+    (problem,) = refusals(*words)
+    return problem
+
+
+def outcome(main, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    return caught.value.code, capsys.readouterr()
+
+
+def test_options_are_read_and_have_defaults():
+    values = parser().parse(["--seed", "-1", "--data", "a", "b=2", "--resume"])
+    assert vars(values) == {"steps": 7, "seed": "-1", "data": ["a", "b=2"], "resume": True}
+
+
+def test_an_option_given_twice_with_different_values_is_refused_with_both():
+    assert refusal("--steps", "3", "--steps=4") == "--steps is given twice, as 3 and as 4; keep one."
+    assert refusal("--data", "a", "b", "--data", "c") == "--data is given twice, as a b and as c; keep one."
+
+
+def test_an_option_given_twice_is_refused_even_where_the_second_is_the_default():
+    assert refusal("--steps", "3", "--steps", "7") == "--steps is given twice, as 3 and as 7; keep one."
+
+
+def test_an_option_given_twice_with_the_same_value_is_fine():
+    words = ["--steps", "3", "--data", "a", "b", "--steps=3", "--data", "a", "b", "--resume", "--resume"]
+    values = parser().parse(words)
+    assert (values.steps, values.data, values.resume) == (3, ["a", "b"], True)
+
+
+def test_a_parser_forgets_the_command_line_before():
+    one = parser()
+    assert [one.parse(["--seed", seed]).seed for seed in ("1", "2")] == ["1", "2"]
+
+
+def test_an_unknown_option_names_the_nearest():
+    for words in (["--sede", "3"], ["--sede=3"]):
+        assert refusal(*words) == 'command line: unknown key "--sede"; did you mean "--seed"?'
+
+
+def test_an_option_near_to_none_names_them_all():
+    problem = refusal("--zzz")
+    assert all(option in problem for option in ('"--zzz"', "--steps", "--seed", "--data", "--resume"))
+
+
+def test_every_unknown_option_is_named_at_once():
+    first, second = refusals("--sede", "3", "--stepps=4")
+    assert "--seed" in first
+    assert "--steps" in second
+
+
+def test_an_option_is_not_taken_by_its_beginning():
+    assert "did you mean" in refusal("--step", "3")
+
+
+def test_a_word_that_belongs_to_no_option_is_refused():
+    problem = refusal("--seed", "3", "stray")
+    assert "'stray'" in problem
+    assert "--help" in problem
+
+
+def test_a_value_of_the_wrong_kind_and_a_missing_value_are_refused():
+    assert all(part in refusal("--steps", "many") for part in ("--steps", "int", "'many'", "--help"))
+    assert all(part in refusal("--seed") for part in ("--seed", "expected one argument", "--help"))
+
+
+def test_run_exits_with_0_after_work_well_done(capsys):
+    code, said = outcome(lambda: print("done"), capsys)
+    assert (code, said.out, said.err) == (0, "done\n", "")
+
+
+def test_run_exits_with_2_and_one_line_for_each_problem(capsys):
+    def main():
+        raise UserError("the size is 3, above 2; lower it.", "the name is empty; give one.")
+
+    code, said = outcome(main, capsys)
+    assert code == 2
+    assert said.out == ""
+    assert said.err == "error: the size is 3, above 2; lower it.\nerror: the name is empty; give one.\n"
+
+
+def test_a_wrong_command_line_ends_with_2_and_no_stack_trace(capsys):
+    code, said = outcome(lambda: parser().parse(["--steps", "3", "--steps", "4"]), capsys)
+    assert code == 2
+    assert said.err == "error: --steps is given twice, as 3 and as 4; keep one.\n"
+
+
+def test_help_exits_with_0_and_names_the_options(capsys):
+    code, said = outcome(lambda: parser().parse(["--help"]), capsys)
+    assert code == 0
+    assert "--steps" in said.out
+
+
+def test_a_reader_that_has_gone_is_no_error(capsys):
+    def main():
+        raise BrokenPipeError
+
+    code, said = outcome(main, capsys)
+    assert (code, said.err) == (0, "")
+
+
+def test_a_bug_keeps_its_stack_trace():
+    def main():
+        raise KeyError("oops")
+
+    with pytest.raises(KeyError, match="oops"):
+        cli.run(main)

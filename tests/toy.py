@@ -1,0 +1,68 @@
+"""A model, a corpus and a DeepSpeed configuration small enough for tests of whole runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megamoe.config import RunConfig, read_json
+from megamoe.corpus import SplitWriter
+from megamoe.metrics import read_log
+from megamoe.pretrain import Job, train
+
+PRESET = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_latent_tokens": 3,
+    "max_position_embeddings": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+SHIPPED = Path(__file__).parent.parent / "ds_configs"
+
+
+def ds_config(micro_batch: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
+    """The shipped fp32 recipe with a short schedule."""
+    ds = read_json(SHIPPED / "zero2_fp32.json")
+    ds.update(train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation)
+    ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40, warmup_max_lr=1e-2)
+    return {**ds, **changes}
+
+
+def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write corpus, preset and DeepSpeed JSON below `folder`; returns the fields of a RunConfig that uses them."""
+    draw = np.random.default_rng(0)
+    corpus = folder / "corpus"
+    if not corpus.exists():
+        corpus.mkdir(parents=True)
+        for split, tokens in (("train", 6000), ("valid", 600)):
+            writer = SplitWriter(corpus / split, np.int16)
+            ids = np.cumsum(draw.integers(0, 4, tokens)) % PRESET["vocab_size"]
+            writer.add_piece(ids.tolist(), 3 * tokens, True)
+            writer.close()
+    (folder / "preset.json").write_text(json.dumps({**PRESET, **(preset or {})}))
+    (folder / "ds.json").write_text(json.dumps(ds))
+    return {
+        "ds_config": str(folder / "ds.json"),
+        "preset": str(folder / "preset.json"),
+        "data": [str(corpus)],
+        "log_interval": 1,
+    }
+
+
+def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Train as pretrain.py does, on this rank of a group that exists already; returns the log."""
+    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"))
+    train(job, dist.get_rank(), torch.device("cpu"))
+    dist.barrier()
+    return read_log(job.run_dir)
