@@ -16,7 +16,9 @@ class _Once(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         given = parser.given
         if self.dest in given and given[self.dest] != values:
-            raise UserError(f"{option} is given twice, as {_shown(given[self.dest])} and as {_shown(values)}; keep one.")
+            raise UserError(
+                f"{option} is given twice, as {_shown(given[self.dest])} and as {_shown(values)}; keep one."
+            )
         given[self.dest] = values
         setattr(namespace, self.dest, values)
 

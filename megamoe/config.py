@@ -22,9 +22,13 @@ ROPE_SCALINGS = {
     "yarn": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-ROPE_SCALING_KEYS = {"rope_type", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}.union(
-    *ROPE_SCALINGS.values()
-)
+ROPE_SCALING_KEYS = {
+    "rope_type",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+}.union(*ROPE_SCALINGS.values())
 
 
 class UserError(Exception):
@@ -144,7 +148,7 @@ def _rope_scaling_problems(scaling: dict[str, Any] | None) -> list[str]:
         return []
     kind = scaling.get("rope_type")
     if kind not in ROPE_SCALINGS:
-        return [f'rope_scaling: rope_type is {kind!r}; use one of {", ".join(ROPE_SCALINGS)}.']
+        return [f"rope_scaling: rope_type is {kind!r}; use one of {', '.join(ROPE_SCALINGS)}."]
     problems = [unknown_key("rope_scaling", key, ROPE_SCALING_KEYS) for key in scaling.keys() - ROPE_SCALING_KEYS]
     missing = ROPE_SCALINGS[kind] - scaling.keys()
     if missing:
@@ -223,7 +227,7 @@ class RunConfig(BaseModel):
     data: list[Annotated[Corpus, BeforeValidator(parse_corpus)]] = Field(
         default=[Corpus(path="data/shakespeare")],
         min_length=1,
-        description="one or more PATH or PATH=WEIGHT: a folder made by tools/prepare_data.py, or the prefix of .bin/.idx",
+        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
     )
     valid_data: str | None = Field(
         default=None, description="held-out corpus; by default the held-out split of the first --data folder"
@@ -305,7 +309,8 @@ class ScheduleConfig(BaseModel):
     def _check(self) -> ScheduleConfig:
         if self.warmup_num_steps >= self.total_num_steps:
             raise UserError(
-                f"warmup_num_steps is {self.warmup_num_steps}, not below total_num_steps {self.total_num_steps}; lower it."
+                f"warmup_num_steps is {self.warmup_num_steps}, not below total_num_steps {self.total_num_steps}; "
+                "lower it."
             )
         return self
 

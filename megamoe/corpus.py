@@ -158,7 +158,7 @@ class SplitWriter:
     _document_starts: array[int] = field(default_factory=lambda: array("q", [0]))
 
     def __post_init__(self) -> None:
-        self._bin = open(f"{self.prefix}.bin", "wb")
+        self._bin = open(f"{self.prefix}.bin", "wb")  # noqa: SIM115 (open until close)
 
     def add_piece(self, ids: list[int], num_bytes: int, ends_document: bool) -> None:
         """Add the token ids of one piece of a document (an item of the .idx)."""
@@ -231,7 +231,7 @@ def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out
             # The library encodes a batch on all cores.
             encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
             for (split, text, ends), encoding in zip(batch, encodings, strict=True):
-                ids = encoding.ids + [end_of_text] if ends else encoding.ids
+                ids = [*encoding.ids, end_of_text] if ends else encoding.ids
                 writers[split].add_piece(ids, len(text.encode()), ends)
         counts = {split: writer.close() for split, writer in writers.items()}
         if not counts["train"]["tokens"]:

@@ -32,10 +32,10 @@ MASK64 = (1 << 64) - 1
 
 
 class TokenCorpus:
-    """The tokens of PREFIX.bin/.idx as one long sequence, cut into samples of seq_len + 1 that share their end token."""
+    """The tokens of PREFIX.bin/.idx as one sequence, cut into samples of seq_len + 1 tokens that share their ends."""
 
     def __init__(self, prefix: Path, seq_len: int, vocab_size: int):
-        """Raises UserError for missing, empty or mismatched files, less than one sample, or ids beyond the vocabulary."""
+        """Raises UserError for missing, empty or mismatched files, under one sample, or ids beyond the vocabulary."""
         self.prefix = prefix
         self.seq_len = seq_len
         self.vocab_size = vocab_size

@@ -45,7 +45,8 @@ def init_distributed() -> tuple[int, int, torch.device]:
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Optimizer groups: norms and latents without weight decay, the rest with, each split for DeepSpeed into shared
     and expert parameters."""
-    decayed, undecayed = [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (undecayed if "norm" in name or name.endswith("latents") else decayed).append(parameter)
     return split_params_into_different_moe_groups_for_optimizer(

@@ -23,7 +23,7 @@ def rope_frequencies(
     max_position_embeddings: int,
     lengths: Tensor,
 ) -> tuple[Tensor, float]:
-    """Rotary frequencies (radians per position) and the factor on cos and sin, with Hugging Face's `rope_scaling` forms.
+    """Rotary frequencies (radians per position) and the factor on cos and sin, by Hugging Face's `rope_scaling`.
 
     Args:
         lengths: (B or 1,), sequence lengths; only "dynamic" looks at them.
@@ -85,7 +85,7 @@ def attention_mask(token_mask: Tensor, num_queries: int, num_latents: int) -> Te
 
     Returns (B, 1, T, M + S) bool. A padded query also sees itself, so that no softmax is over nothing.
     """
-    batch, length = token_mask.shape
+    length = token_mask.shape[1]
     keys = torch.arange(length, device=token_mask.device)
     queries = keys[length - num_queries :].unsqueeze(1)
     visible = ((keys <= queries) & token_mask.unsqueeze(1)) | (keys == queries)
@@ -155,8 +155,8 @@ class LatentAttention(nn.Module):
         if mask is not None:
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         else:
-            # Plain causal attention over M + T positions gives every token all latents; the fast kernels have it, and
-            # no explicit mask. It wants as many queries as keys, so the latents' share is filled with zeros and cut off.
+            # Plain causal attention over M + T positions gives every token all latents, and the fast kernels have it.
+            # It wants as many queries as keys: the latents' share is filled with zeros and cut off again.
             num_latents = self.latents.shape[0]
             query = F.pad(query, (0, 0, num_latents, 0))
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[:, :, num_latents:]

@@ -1,4 +1,4 @@
-"""What a run says: throughput, share of the peak, memory, and the three sinks (console line, JSON lines, TensorBoard)."""
+"""What a run says: speed, share of the peak, memory, and the three sinks (console line, JSON lines, TensorBoard)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Sinks:
     def __init__(self, run_dir: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._jsonl: IO[str] = open(run_dir / "log.jsonl", "a", encoding="utf-8")
+        self._jsonl: IO[str] = open(run_dir / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open until close)
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:

@@ -6,6 +6,7 @@ Shape legend: B batch, T positions of this call, S positions so far (cached and 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
@@ -88,16 +89,20 @@ class Decoder(nn.Module):
         for name, weight in self.named_parameters():
             if "norm" not in name and ".deepspeed_experts." not in name:
                 fill(name, weight, shared)
-        for layer, block in enumerate(self.layers):
-            first = ep_rank * block.moe.num_local_experts
-            for expert_id, expert in enumerate(block.moe.local_experts, start=first):
+        for layer, moe in enumerate(self.moe_layers()):
+            first = ep_rank * moe.num_local_experts
+            for expert_id, expert in enumerate(moe.local_experts, start=first):
                 generator = _generator(seed, layer, expert_id)
                 for name, weight in expert.named_parameters():
                     fill(name, weight, generator)
 
+    def moe_layers(self) -> list[MoE]:
+        """The expert layer of each block, first block first."""
+        return [cast(Block, block).moe for block in self.layers]
+
     def routers(self) -> list[Router]:
-        """The router of each layer, first layer first."""
-        return [block.moe.router for block in self.layers]
+        """The router of each block, first block first."""
+        return [moe.router for moe in self.moe_layers()]
 
     def forward(
         self,

