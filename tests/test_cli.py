@@ -9,7 +9,7 @@ from megamoe.config import UserError
 def parser():
     made = cli.Parser(prog="program")
     made.add_argument("--steps", type=int, default=7)
-    made.add_argument("--seed")
+    made.add_argument("--seed", action="store")
     made.add_argument("--data", nargs="+")
     made.add_argument("--resume", action="store_true")
     return made
@@ -39,6 +39,7 @@ def test_options_are_read_and_have_defaults():
 
 def test_an_option_given_twice_with_different_values_is_refused_with_both():
     assert refusal("--steps", "3", "--steps=4") == "--steps is given twice, as 3 and as 4; keep one."
+    assert refusal("--seed=3", "--seed", "4") == "--seed is given twice, as 3 and as 4; keep one."
     assert refusal("--data", "a", "b", "--data", "c") == "--data is given twice, as a b and as c; keep one."
 
 

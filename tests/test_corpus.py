@@ -220,13 +220,13 @@ def test_every_kth_document_is_held_out(fraction, every, more):
 
 
 def test_of_few_documents_the_tails_are_held_out_cut_at_a_line_end():
-    documents = ["".join(f"line {number} of {name}\n" for number in range(100)) for name in ("one", "two", "three")]
-    found = splits(documents, 0.1)
+    documents = ["".join(f"line {number} of {name}\n" for number in range(100)) for name in "abcdefghi"]
+    found = splits(documents, 0.1)  # nine, where every tenth would be held out
     assert [kept + held for kept, held in zip(found["train"], found["valid"], strict=True)] == documents
     for kept, held, document in zip(found["train"], found["valid"], documents, strict=True):
         assert kept.endswith("\n")
         assert 0 < len(held) <= 0.1 * len(document)
-        assert len(held) > 0.1 * len(document) - len("line 99 of three\n")
+        assert len(held) > 0.1 * len(document) - len("line 99 of a\n")
 
 
 def test_a_single_line_is_cut_within():

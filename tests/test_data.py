@@ -321,6 +321,13 @@ def test_the_order_is_a_pure_function_of_seed_and_position():
     assert sum(other.at(position) == asked_at_random[position] for position in positions) < 10
 
 
+def test_corpora_of_one_size_are_walked_in_different_orders():
+    visits = {0: [], 1: []}
+    for corpus, sample in walk(SampleOrder.of([97, 97], [1.0, 1.0], seed=13), 0, MIX_BLOCK):
+        visits[corpus].append(sample)
+    assert visits[0] != visits[1]
+
+
 def test_another_seed_gives_another_order_of_a_single_corpus_and_of_a_mix():
     for sizes in ([97], [97, 97]):
         orders = [SampleOrder.of(sizes, [1.0] * len(sizes), seed) for seed in range(10)]
