@@ -60,6 +60,10 @@ def run(main: Callable[[], None]) -> NoReturn:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output, head or less, has gone
-        sys.exit(0)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output, head or less, has gone
+            sys.exit(0)
+        print(f"error: {error.filename or 'output'}: {error.strerror}; mend it and try again.", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
     sys.exit(0)

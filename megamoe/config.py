@@ -124,35 +124,46 @@ class ModelConfig(BaseModel):
     initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights."""
 
+    @staticmethod
+    def problems(values: dict[str, Any]) -> list[str]:
+        """What does not fit between fields, one sentence each; fields that are wrong themselves are passed over."""
+        problems = []
+        heads, key_value_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+        if _positive(heads) and _positive(key_value_heads) and heads % key_value_heads:
+            problems.append(
+                f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {key_value_heads}; "
+                "choose a divisor of it."
+            )
+        top_k, experts = values.get("num_experts_per_tok"), values.get("num_local_experts")
+        if _positive(top_k) and _positive(experts) and top_k > experts:
+            problems.append(f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it.")
+        return problems + _rope_scaling_problems(values.get("rope_scaling"))
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        problems = []
-        if self.num_attention_heads % self.num_key_value_heads:
-            problems.append(
-                f"num_attention_heads is {self.num_attention_heads}, not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}; choose a divisor of it."
-            )
-        if self.num_experts_per_tok > self.num_local_experts:
-            problems.append(
-                f"num_experts_per_tok is {self.num_experts_per_tok}, above num_local_experts "
-                f"{self.num_local_experts}; lower it."
-            )
-        problems += _rope_scaling_problems(self.rope_scaling)
+        problems = self.problems(self.__dict__)
         if problems:
             raise UserError(*problems)
         return self
 
 
-def _rope_scaling_problems(scaling: dict[str, Any] | None) -> list[str]:
-    if scaling is None:
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _rope_scaling_problems(scaling: Any) -> list[str]:
+    if not isinstance(scaling, dict):
         return []
     kind = scaling.get("rope_type")
-    if kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         return [f"rope_scaling: rope_type is {kind!r}; use one of {', '.join(ROPE_SCALINGS)}."]
     problems = [unknown_key("rope_scaling", key, ROPE_SCALING_KEYS) for key in scaling.keys() - ROPE_SCALING_KEYS]
     missing = ROPE_SCALINGS[kind] - scaling.keys()
     if missing:
         problems.append(f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.')
+    for key, value in scaling.items():
+        if key != "rope_type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            problems.append(f"rope_scaling: {key} is {json.dumps(value)}; give a number above 0.")
     return problems
 
 
@@ -179,7 +190,10 @@ def validate(model: type[Any], values: dict[str, Any], where: str) -> Any:
     except UserError as error:
         raise UserError(*(f"{where}: {problem}" for problem in error.problems)) from None
     except ValidationError as error:
-        raise UserError(*(_sentence(detail, where, known) for detail in error.errors())) from None
+        problems = [_sentence(detail, where, known) for detail in error.errors()]
+        if hasattr(model, "problems"):
+            problems += [f"{where}: {problem}" for problem in model.problems(values)]
+        raise UserError(*problems) from None
 
 
 def _sentence(detail: Any, where: str, known: list[str]) -> str:
@@ -187,7 +201,10 @@ def _sentence(detail: Any, where: str, known: list[str]) -> str:
     if detail["type"] == "extra_forbidden":
         return unknown_key(where, key, known)
     if detail["type"] == "missing":
-        return f'{where}: "{key}" is missing; add it.'
+        choice = ' as "linear", for DeepSpeed\'s own default is "log"' if key == "warmup_type" else ""
+        return f'{where}: "{key}" is missing; add it{choice}.'
+    if detail["type"] == "value_error":
+        return f"{where}: {key}: {detail['msg'].removeprefix('Value error, ')}"
     rule = detail["msg"].removeprefix("Input ")
     return f'{where}: "{key}" is {json.dumps(detail["input"], default=str)}, but it {rule}; change it.'
 
@@ -201,7 +218,7 @@ class Corpus(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: str
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 def parse_corpus(value: Any) -> Any:
@@ -214,7 +231,7 @@ def parse_corpus(value: Any) -> Any:
     try:
         return {"path": path, "weight": float(weight)}
     except ValueError:
-        raise UserError(f"data: {value!r} has no number after the last '='; write PATH=WEIGHT.") from None
+        raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
 
 
 class RunConfig(BaseModel):
@@ -250,43 +267,35 @@ class RunConfig(BaseModel):
 
 # --- the DeepSpeed JSON ---------------------------------------------------------------------------------------------
 
-# Sections that megamoe understands, with the keys inside that it checks (None: DeepSpeed checks them itself).
-DS_SECTIONS: dict[str, set[str] | None] = {
-    "train_batch_size": None,
-    "train_micro_batch_size_per_gpu": None,
-    "gradient_accumulation_steps": None,
-    "gradient_clipping": None,
-    "steps_per_print": None,
+# Known keys by section, "" being the top level. What is not listed here, DeepSpeed checks itself.
+DS_KEYS: dict[str, set[str]] = {
+    "": {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+        "steps_per_print", "optimizer", "scheduler", "bf16", "fp16", "zero_optimization", "data_types",
+        "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "checkpoint", "aio",
+        "comms_logger", "flops_profiler", "tensorboard", "wandb", "comet", "csv_monitor", "keep_in_fp32_modules"},
     "optimizer": {"type", "params"},
+    "optimizer.params": {
+        "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused", "foreach", "bias_correction",
+        "amsgrad"},
     "scheduler": {"type", "params"},
-    "bf16": {"enabled", "check_grad_overflow", "immediate_grad_update", "bf16_optimizer_states",
-             "bf16_master_weights_and_grads"},
-    "fp16": {"enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
-             "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"},
+    "scheduler.params": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"},
+    "bf16": {
+        "enabled", "check_grad_overflow", "immediate_grad_update", "bf16_optimizer_states",
+        "bf16_master_weights_and_grads"},
+    "fp16": {
+        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+        "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"},
     "zero_optimization": {
         "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
         "allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "cpu_offload",
         "elastic_checkpoint", "ignore_unused_parameters", "use_multi_rank_bucket_allreduce"},
+    "zero_optimization.offload_optimizer": {
+        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio"},
     "data_types": {"grad_accum_dtype"},
-    "communication_data_type": None,
-    "prescale_gradients": None,
-    "gradient_predivide_factor": None,
-    "zero_allow_untested_optimizer": None,
-    "zero_force_ds_cpu_optimizer": None,
-    "wall_clock_breakdown": None,
-    "memory_breakdown": None,
-    "dump_state": None,
-    "checkpoint": None,
-    "aio": None,
-    "comms_logger": None,
-    "flops_profiler": None,
-    "tensorboard": None,
-    "wandb": None,
-    "comet": None,
-    "csv_monitor": None,
-    "keep_in_fp32_modules": None,
+    "tensorboard": {"enabled", "output_path", "job_name"},
 }  # fmt: skip
-SCHEDULE_KEYS = {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"}
 
 
 class ScheduleConfig(BaseModel):
@@ -307,27 +316,28 @@ class ScheduleConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
-        if self.warmup_num_steps >= self.total_num_steps:
-            raise UserError(
-                f"warmup_num_steps is {self.warmup_num_steps}, not below total_num_steps {self.total_num_steps}; "
-                "lower it."
-            )
+        warmup, total = self.warmup_num_steps, self.total_num_steps
+        if warmup >= total:
+            raise UserError(f"warmup_num_steps is {warmup}, not below total_num_steps {total}; lower it.")
         return self
 
 
 def read_schedule(ds: dict[str, Any], where: str) -> ScheduleConfig:
     """The schedule in a DeepSpeed JSON. Raises UserError."""
-    section = ds.get("scheduler")
-    if not isinstance(section, dict) or section.get("type") != "WarmupDecayLR":
-        found = section.get("type") if isinstance(section, dict) else section
-        raise UserError(f'{where}: "scheduler" is {found!r}; give {{"type": "WarmupDecayLR", "params": {{...}}}}.')
-    return validate(ScheduleConfig, section.get("params", {}), f"{where}: scheduler.params")
+    section = ds.get("scheduler", {})
+    problems = _key_problems(section, "scheduler", where)
+    if problems:
+        raise UserError(*problems)
+    kind, params = section.get("type"), section.get("params", {})
+    if kind != "WarmupDecayLR":
+        raise UserError(f'{where}: "scheduler" is {kind!r}; give {{"type": "WarmupDecayLR", "params": {{...}}}}.')
+    return validate(ScheduleConfig, params, f"{where}: scheduler.params")
 
 
 def dtype_of(ds: dict[str, Any]) -> Literal["bf16", "fp16", "fp32"]:
     """Precision of weights and activations that a DeepSpeed JSON asks for."""
     for name in ("bf16", "fp16"):
-        if ds.get(name, {}).get("enabled"):
+        if _section(ds, name).get("enabled"):
             return name  # type: ignore[return-value]
     return "fp32"
 
@@ -364,38 +374,55 @@ def batch_sizes(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
 
 def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: bool) -> list[str]:
     """Everything in a DeepSpeed JSON that megamoe cannot run, one sentence each."""
-    problems = []
-    for key, value in ds.items():
-        inner = DS_SECTIONS.get(key)
-        if key not in DS_SECTIONS:
-            problems.append(unknown_key(where, key, DS_SECTIONS))
-        elif inner and not isinstance(value, dict):  # it cannot be looked into any further
-            return [f'{where}: "{key}" is {json.dumps(value)}; give an object with {", ".join(sorted(inner))}.']
-        elif inner:
-            problems += [unknown_key(f"{where}: {key}", name, inner) for name in value if name not in inner]
-    problems += _zero_problems(ds, where) + _precision_problems(ds, where, on_cpu)
+    problems = _key_problems(ds, "", where) + _zero_problems(ds, where) + _precision_problems(ds, where, on_cpu)
     try:
         batch_sizes(ds, world_size)
     except UserError as error:
         problems += [f"{where}: {problem}" for problem in error.problems]
+    optimizer = _section(ds, "optimizer")
+    if "optimizer" not in ds or (ds["optimizer"] == optimizer and not isinstance(optimizer.get("type"), str)):
+        key = '"optimizer.type"' if "optimizer" in ds else '"optimizer"'
+        problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
     try:
         schedule = read_schedule(ds, where)
     except UserError as error:
-        problems += error.problems
+        problems += [problem for problem in error.problems if problem not in problems]
     else:
-        lr = ds.get("optimizer", {}).get("params", {}).get("lr")
+        lr = _section(optimizer, "params").get("lr")
         if lr is not None and lr != schedule.warmup_max_lr:
             problems.append(
                 f"{where}: the peak learning rate is given twice, as optimizer.params.lr {lr} and as "
                 f"scheduler.params.warmup_max_lr {schedule.warmup_max_lr}; leave optimizer.params.lr out."
             )
-    if "optimizer" not in ds:
-        problems.append(f'{where}: "optimizer" is missing; add {{"type": "AdamW", "params": {{...}}}}.')
+    return problems
+
+
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`; empty where there is none or it is no object, which is reported elsewhere."""
+    section = values.get(key)
+    return section if isinstance(section, dict) else {}
+
+
+def _key_problems(section: Any, name: str, where: str) -> list[str]:
+    known = DS_KEYS.get(name)
+    if known is None:
+        return []
+    if not isinstance(section, dict):
+        return [f'{where}: "{name}" is {json.dumps(section)}; give an object with {", ".join(sorted(known))}.']
+    problems = []
+    for key, value in section.items():
+        inner = f"{name}.{key}" if name else key
+        if key not in known:
+            problems.append(unknown_key(f"{where}: {name}" if name else where, key, known))
+        elif inner != "optimizer.params" or section.get("type") in ("Adam", "AdamW"):  # each has parameters of its own
+            problems += _key_problems(value, inner, where)
     return problems
 
 
 def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
-    zero = ds.get("zero_optimization", {})
+    zero = _section(ds, "zero_optimization")
+    if ds.get("zero_optimization", {}) != zero:
+        return []  # reported as no object
     stage = zero.get("stage", 0)
     if stage not in (1, 2):
         why = "DeepSpeed refuses ZeRO-3 with its MoE layer" if stage == 3 else "megamoe trains with ZeRO-1 or ZeRO-2"
@@ -408,15 +435,21 @@ def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
 
 
 def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
-    fp16 = ds.get("fp16", {})
-    if fp16.get("enabled") and ds.get("bf16", {}).get("enabled"):
-        return [f"{where}: the precision is given twice, bf16 and fp16 are both enabled; disable one."]
-    if fp16.get("enabled") and on_cpu and not fp16.get("loss_scale"):
-        return [
-            f"{where}: fp16 on CPU has no loss scale (fp16.loss_scale is {json.dumps(fp16.get('loss_scale'))}); "
+    fp16, bf16 = _section(ds, "fp16"), _section(ds, "bf16")
+    problems = [
+        f"{where}: {name}.enabled is {json.dumps(section['enabled'])}; set it to true or false."
+        for name, section in (("bf16", bf16), ("fp16", fp16))
+        if not isinstance(section.get("enabled", False), bool)
+    ]
+    if fp16.get("enabled") and bf16.get("enabled"):
+        return [*problems, f"{where}: the precision is given twice, bf16 and fp16 are both enabled; disable one."]
+    scale = fp16.get("loss_scale")
+    if fp16.get("enabled") and on_cpu and not (isinstance(scale, (int, float)) and scale > 0):
+        problems.append(
+            f"{where}: fp16 on CPU has no loss scale (fp16.loss_scale is {json.dumps(scale)}); "
             "give a number above 0 there, or use bf16."
-        ]
-    return []
+        )
+    return problems
 
 
 # --- all together ---------------------------------------------------------------------------------------------------

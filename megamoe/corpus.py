@@ -1,7 +1,7 @@
 """Text to tokens: read documents, hold some out, encode on all cores, write Megatron's .bin/.idx.
 
-A prepared folder holds train.bin/.idx, valid.bin/.idx, tokenizer.json and corpus.json (counts of documents, tokens and
-bytes of each split). Every document ends in the tokenizer's end-of-text token.
+A prepared folder holds train.bin/.idx, valid.bin/.idx where any text is held out, tokenizer.json and corpus.json
+(counts of documents, tokens and bytes of each split). Every document ends in the tokenizer's end-of-text token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,11 +23,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import zstandard
 from tokenizers import Tokenizer
 
 from megamoe.config import UserError
 from megamoe.tokenizer import end_of_text_id
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -62,7 +68,7 @@ def read_documents(files: Iterable[Path], text_key: str, progress: Progress) -> 
                     text = _decode(stream.read(), file, "")
                     if text.strip():
                         yield text
-            except (OSError, EOFError, zstandard.ZstdError) as error:
+            except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
                 raise UserError(f"{file}: cannot be read ({error}); replace the file.") from None
 
 
@@ -78,6 +84,8 @@ def _json_lines(file: Path, stream: IO[bytes], text_key: str) -> Iterator[str]:
         text = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f'{file}: line {number} has no text under "{text_key}"; name the key with --text_key.')
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{file}: line {number} holds half of a surrogate pair, which is no character; remove it.")
         if text.strip():
             yield text
 
@@ -116,8 +124,7 @@ def _open_counted(file: Path, progress: Progress) -> Iterator[IO[bytes]]:
         if file.suffix == ".gz":
             yield gzip.GzipFile(fileobj=buffered)  # type: ignore[misc]
         elif file.suffix == ".zst":
-            reader = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True)
-            yield io.BufferedReader(reader)  # type: ignore[type-var]
+            yield zstd.ZstdFile(buffered)  # type: ignore[misc]
         else:
             yield buffered
 
@@ -140,9 +147,11 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
     for document in first:
         cut = int(len(document) * (1 - valid_fraction))
         cut = document.find("\n", cut, -1) + 1 or cut
-        yield "train", document[:cut]
-        if document[cut:].strip():
+        if document[:cut].strip() and document[cut:].strip():
+            yield "train", document[:cut]
             yield "valid", document[cut:]
+        else:
+            yield "train", document
 
 
 @dataclass
@@ -222,6 +231,7 @@ def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out
     check_absent(out)
     end_of_text = end_of_text_id(tokenizer)
     # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
+    tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
     dtype = np.int16 if tokenizer.get_vocab_size() <= 1 << 15 else np.int32
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -234,6 +244,9 @@ def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out
                 ids = [*encoding.ids, end_of_text] if ends else encoding.ids
                 writers[split].add_piece(ids, len(text.encode()), ends)
         counts = {split: writer.close() for split, writer in writers.items()}
+        if not counts["valid"]["tokens"]:
+            for suffix in (".bin", ".idx"):
+                (partial / f"valid{suffix}").unlink()
         if not counts["train"]["tokens"]:
             raise UserError("the corpus is empty: no document holds any text; give one that does.")
         tokenizer.save(str(partial / "tokenizer.json"))

@@ -7,9 +7,12 @@ goes on exactly where it was.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -171,13 +174,22 @@ class SampleOrder:
     def at(self, position: int) -> tuple[int, int]:
         """(corpus, sample) at `position`, counted from 0."""
         block, slot = divmod(position, MIX_BLOCK)
-        slot = permute(slot, MIX_BLOCK, self.seed, block)
-        corpus = 0
-        while slot >= self.shares[corpus]:
-            slot -= self.shares[corpus]
-            corpus += 1
-        epoch, index = divmod(block * self.shares[corpus] + slot, self.sizes[corpus])
+        corpus, before = _mixed_block(self.shares, self.seed, block)[slot]
+        epoch, index = divmod(block * self.shares[corpus] + before, self.sizes[corpus])
         return corpus, permute(index, self.sizes[corpus], self.seed, corpus, epoch)
+
+
+@lru_cache(maxsize=4)  # a step reads neighbouring positions
+def _mixed_block(shares: tuple[int, ...], seed: int, block: int) -> list[tuple[int, int]]:
+    """For each position of a block: its corpus, and how many positions of the same corpus the block has before it."""
+    ends = list(itertools.accumulate(shares))
+    counts = [0] * len(shares)
+    places = []
+    for position in range(MIX_BLOCK):
+        corpus = bisect.bisect_right(ends, permute(position, MIX_BLOCK, seed, block))
+        places.append((corpus, counts[corpus]))
+        counts[corpus] += 1
+    return places
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

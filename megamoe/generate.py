@@ -22,7 +22,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # probability of everything larger
-        ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+        ordered = ordered.masked_fill((before >= top_p) & (before > 0), -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, order, ordered)
     return logits
 

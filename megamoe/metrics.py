@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, (half, single) in KNOWN_PEAKS.items():
-            if known in name:
+            if re.search(rf"\b{known}(?!\d)", name):
                 return single if dtype == torch.float32 else half
     return measured_flops(device, dtype)
 
@@ -66,7 +67,8 @@ class Sinks:
     def __init__(self, run_dir: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._jsonl: IO[str] = open(run_dir / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open until close)
+        self._jsonl: IO[str] = open(run_dir / "log.jsonl", "a+", encoding="utf-8")  # noqa: SIM115 (open until close)
+        self._end_torn_line()
         self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:
@@ -113,6 +115,13 @@ class Sinks:
             if key != "step" and isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{key}", value, record["step"])
 
+    def _end_torn_line(self) -> None:
+        """A run that was killed while writing leaves half a line; the next record must not be glued to it."""
+        self._jsonl.seek(0)
+        text = self._jsonl.read()
+        if text and not text.endswith("\n"):
+            self._jsonl.write("\n")
+
     def close(self) -> None:
         self._jsonl.close()
         self._board.close()
@@ -122,6 +131,9 @@ def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of RUN/log.jsonl by kind ("train", "valid"); of a step logged twice, after a resume, the last."""
     records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}}
     for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn when the run was killed
         records[record.pop("kind")][record["step"]] = record
     return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}

@@ -135,15 +135,18 @@ class Decoder(nn.Module):
         past = max(cache[0].length - num_latents, 0) if cache else 0
         if token_mask is None and past:
             token_mask = input_ids.new_ones(batch, past + length, dtype=torch.bool)
+        # "dynamic" frequencies must not change under keys that are already rotated: a cache takes those of its end.
+        total = cache[0].capacity if cache else past + length
         hidden = self.embed_tokens(input_ids)
         if token_mask is None:
             positions = torch.arange(length, device=input_ids.device).unsqueeze(0)
-            rotary = self._rotary(positions, positions[:, -1] + 1, cache, hidden.dtype)
+            rotary = self._rotary(positions, positions.new_tensor([total]), hidden.dtype)
             mask = used = None
         else:
             # A row's positions count its real tokens only, so padding does not move them.
             positions = (token_mask.cumsum(1) - 1).clamp_min(0)
-            rotary = self._rotary(positions[:, past:], positions[:, -1] + 1, cache, hidden.dtype)
+            padding = (~token_mask).sum(1)
+            rotary = self._rotary(positions[:, past:], total - padding, hidden.dtype)
             mask = attention_mask(token_mask, length, num_latents)
             used = token_mask[:, past:]
             used = None if bool(used.all()) else used
@@ -151,9 +154,7 @@ class Decoder(nn.Module):
             hidden = block(hidden, rotary, mask, used, cache[layer] if cache else None)
         return self.norm(hidden)
 
-    def _rotary(self, positions: Tensor, lengths: Tensor, cache: list[LayerCache] | None, dtype: torch.dtype) -> Rotary:
-        if cache:  # "dynamic" frequencies must not change under keys that are already rotated: take those of the end
-            lengths = torch.full_like(lengths[:1], cache[0].capacity)
+    def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotary:
         config = self.config
         frequencies, factor = rope_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
@@ -175,6 +176,7 @@ class Decoder(nn.Module):
         return total / (labels != -100).sum().clamp_min(1)
 
 
-def _generator(*key: int) -> torch.Generator:
-    """A generator seeded by all the numbers of `key`, so that no two keys share a stream."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+def _generator(seed: int, *key: int) -> torch.Generator:
+    """A generator for each (seed, *key), no two of which share a stream."""
+    sequence = np.random.SeedSequence(seed, spawn_key=key)  # not (seed, *key): (0,) and (0, 0, 0) are one seed there
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -57,7 +57,7 @@ def parse_run(words: list[str] | None = None) -> RunConfig:
         elif name == "data":
             options.update(nargs="+", metavar="PATH[=WEIGHT]", default=[corpus.path for corpus in field.default])
         else:
-            options.update(metavar=name.upper(), required=field.is_required())
+            options.update(metavar=name.upper())
         parser.add_argument(f"--{name}", **options)
     parser.add_argument("--local_rank", help="given by the launcher; not used")
     values = vars(parser.parse(words))
@@ -94,7 +94,8 @@ class Job:
                 return attempt(TokenCorpus, corpus_prefix(path, split), seq_len, self.model.vocab_size)
 
             self.corpora = [corpus(source.path, "train") for source in run.data]
-            self.valid_path = run.valid_data or (run.data[0].path if Path(run.data[0].path).is_dir() else None)
+            held_out = (Path(run.data[0].path) / "valid.idx").is_file()
+            self.valid_path = run.valid_data or (run.data[0].path if held_out else None)
             self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
         if problems:
             raise UserError(*problems)

@@ -59,10 +59,11 @@ class Router(nn.Module):
         if self.training and self.jitter_noise:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         logits = F.linear(x, self.weight.to(dtype))
-        scores = logits.sigmoid() if self.score == "sigmoid" else logits.softmax(-1)
-        expert_ids = (scores.detach() + self.selection_bias).topk(self.top_k, dim=-1).indices
-        weights = scores.gather(-1, expert_ids)
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        scores = logits.detach().sigmoid() if self.score == "sigmoid" else logits.detach().softmax(-1)
+        expert_ids = (scores + self.selection_bias).topk(self.top_k, dim=-1).indices
+        # The chosen scores divided by their sum, as a softmax of their logarithms: no score is too small for it.
+        log_scores = F.logsigmoid(logits) if self.score == "sigmoid" else logits
+        weights = log_scores.gather(-1, expert_ids).softmax(-1)
         # Inside a backward pass this forward is a recomputation: its slots were counted the first time.
         if self.training and torch._C._current_graph_task_id() == -1:
             self.step_counts += torch.bincount(expert_ids.flatten(), minlength=self.step_counts.numel())

@@ -151,7 +151,7 @@ class Trainer:
 
     def _seed_step(self, step: int) -> None:
         """Dropout and jitter follow from (seed, rank, step): a resumed run draws what it would have drawn."""
-        state = np.random.SeedSequence((self.seed, self.rank, step)).generate_state(1, np.uint64)
+        state = np.random.SeedSequence(self.seed, spawn_key=(self.rank, step)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
 
     def _forward_backward(self, step: int) -> Tensor:

@@ -7,13 +7,12 @@ import random
 
 import numpy as np
 import pytest
-import zstandard
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megamoe import corpus
 from megamoe.config import UserError
-from megamoe.corpus import input_files, read_documents, split_documents, write_corpus
+from megamoe.corpus import input_files, read_documents, split_documents, write_corpus, zstd
 from megamoe.tokenizer import END_OF_TEXT, train_tokenizer
 
 DOCUMENTS = [
@@ -54,7 +53,7 @@ def json_lines(documents, key="text"):
 def packed(data, kind):
     if kind.endswith(".gz"):
         return gzip.compress(data)
-    return zstandard.compress(data) if kind.endswith(".zst") else data
+    return zstd.compress(data) if kind.endswith(".zst") else data
 
 
 def write(folder, kind, documents):
@@ -177,8 +176,8 @@ def test_a_truncated_packed_file_is_refused(tmp_path, kind, kept):
 
 
 def test_a_packed_file_truncated_between_two_lines_is_refused(tmp_path):
-    squeeze = zstandard.ZstdCompressor().compressobj()
-    lines = [squeeze.compress(json_lines([text])) + squeeze.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for text in "abc"]
+    squeeze = zstd.ZstdCompressor()
+    lines = [squeeze.compress(json_lines([text]), mode=squeeze.FLUSH_BLOCK) for text in "abc"]
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(b"".join(lines) + squeeze.flush())
     assert read(path) == ["a", "b", "c"]
@@ -354,12 +353,17 @@ def test_counts_are_those_of_the_files_and_of_the_text(tmp_path, tokenizer):
 
 def test_the_folder_holds_six_readable_files_and_the_tokenizer_used(tmp_path, tokenizer):
     out = tmp_path / "deep" / "out"
-    made(DOCUMENTS, tokenizer, out)
+    write_corpus([("train", DOCUMENTS[0]), ("valid", DOCUMENTS[1])], tokenizer, out)
     names = ["corpus.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx"]
     assert sorted(file.name for file in out.iterdir()) == names
     assert Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab() == tokenizer.get_vocab()
     assert out.stat().st_mode & 0o777 == 0o755
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_folder_without_held_out_text_has_no_files_of_that_split(tmp_path, tokenizer):
+    made(DOCUMENTS, tokenizer, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("valid*"))
 
 
 def words_tokenizer(size):
