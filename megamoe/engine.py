@@ -6,12 +6,15 @@ import copy
 import logging
 import os
 import socket
+import warnings
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
 from torch import nn
 
 from megamoe.config import ScheduleConfig
@@ -20,6 +23,8 @@ from megamoe.schedule import learning_rate
 
 def init_distributed() -> tuple[int, int, torch.device]:
     """Join the other ranks, or stand alone without a launcher; returns (rank, world size, device)."""
+    # DeepSpeed 0.19 calls it; torch 2.13 renames it.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every layer and option at INFO
     if "RANK" not in os.environ:
@@ -86,3 +91,17 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
     )
     return engine
+
+
+def deepspeed_own_problems(ds: dict[str, Any], where: str) -> list[str]:
+    """What DeepSpeed's own configuration classes, or this device, refuse in a DeepSpeed JSON, one sentence each."""
+    problems = []
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds))
+    except ValidationError as error:
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"])
+            problems.append(f'{where}: DeepSpeed refuses "{key}" as {detail["input"]!r}: {detail["msg"]}; change it.')
+    if ds.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        problems.append(f"{where}: fp16 is enabled, but this device does not support it; use bf16 or fp32.")
+    return problems

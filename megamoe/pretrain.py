@@ -36,7 +36,7 @@ from megamoe.config import (
     validate,
 )
 from megamoe.data import TokenCorpus, TrainData, corpus_counts, corpus_prefix
-from megamoe.engine import build_engine, init_distributed
+from megamoe.engine import build_engine, deepspeed_own_problems, init_distributed
 from megamoe.metrics import Sinks
 from megamoe.model import Decoder
 from megamoe.plan import parameter_count
@@ -97,6 +97,8 @@ class Job:
             held_out = (Path(run.data[0].path) / "valid.idx").is_file()
             self.valid_path = run.valid_data or (run.data[0].path if held_out else None)
             self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
+        if not problems:
+            problems += deepspeed_own_problems(self.ds, run.ds_config)
         if problems:
             raise UserError(*problems)
 
