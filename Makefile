@@ -33,7 +33,7 @@ check: .venv/.test
 	mypy
 
 $(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
-	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size 2048
+	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size 1024
 
 data/plays: | .venv/.train
 	python tools/fetch_corpus.py --out data/plays

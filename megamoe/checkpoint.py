@@ -22,7 +22,7 @@ def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, 
     """Write `folder`/step_N. Collective. The position in the data follows from the step, so the step is all the state
     that the engine does not hold itself."""
     tag = f"step_{step}"
-    state = {"step": step, "ep_size": ep_size, "world_size": engine.world_size}
+    state = {"ep_size": ep_size, "world_size": engine.world_size}
     engine.save_checkpoint(str(folder), tag=tag, client_state={"megamoe": state})
     return folder / tag
 
@@ -31,6 +31,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that `folder`/latest names, None if there is none."""
     latest = folder / "latest"
     return folder / latest.read_text().strip() if latest.is_file() else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was saved, from its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, ep_size: int) -> int:
@@ -47,7 +52,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, ep_size
                 f"{saved['world_size']} ranks and --ep_size {saved['ep_size']}."
             )
     engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    return saved["step"]
+    return step_of(checkpoint)
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

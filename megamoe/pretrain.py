@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import megamoe
 from megamoe import cli
-from megamoe.checkpoint import load_checkpoint, newest_checkpoint
+from megamoe.checkpoint import load_checkpoint, newest_checkpoint, step_of
 from megamoe.config import (
     ModelConfig,
     RunConfig,
@@ -129,7 +129,17 @@ class Job:
                     for key in changed
                 )
             )
-        return newest_checkpoint(self.run_dir / "checkpoints")
+        checkpoint = newest_checkpoint(self.run_dir / "checkpoints")
+        if checkpoint and step_of(checkpoint) >= self.last_step:
+            raise UserError(
+                f"{self.run_dir} is at step {step_of(checkpoint)} already and the run ends at {self.last_step}; "
+                "give a larger --steps."
+            )
+        return checkpoint
+
+    @property
+    def last_step(self) -> int:
+        return self.run.steps or self.schedule.total_num_steps
 
     def record(self) -> dict[str, Any]:
         """The resolved configuration and the versions: enough to repeat the run."""
@@ -216,14 +226,13 @@ def train(job: Job, rank: int, device: torch.device) -> None:
     model = Decoder(model_config, run.seed, run.ep_size, ep_rank=rank % run.ep_size)
     engine = build_engine(model, job.ds, job.schedule)
     first = load_checkpoint(engine, job.checkpoint, run.ep_size) if job.checkpoint else 0
-    last = run.steps or job.schedule.total_num_steps
     sinks = job.open_folder() if rank == 0 else None
     if rank == 0:
         shape = job.shape
         print(
             f"{run.preset}: {parameter_count(model_config):,} parameters, {dtype_of(job.ds)}, "
             f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens a step; "
-            f"{job.data.corpora[0].num_tokens:,} tokens in {run.data[0].path}; steps {first} to {last}; "
+            f"{job.data.corpora[0].num_tokens:,} tokens in {run.data[0].path}; steps {first} to {job.last_step}; "
             f"run folder {job.run_dir}",
             flush=True,
         )
@@ -242,7 +251,7 @@ def train(job: Job, rank: int, device: torch.device) -> None:
         checkpoints=job.run_dir / "checkpoints",
     )
     try:
-        trainer.run(first, last, run.log_interval, run.eval_interval, run.save_interval)
+        trainer.run(first, job.last_step, run.log_interval, run.eval_interval, run.save_interval)
     finally:
         if sinks:
             sinks.close()

@@ -295,15 +295,29 @@ def test_the_seed_decides_the_initial_weights():
         assert "norm" in name or not torch.equal(one[name], other[name])
 
 
+def initial_draws(model):
+    """The first numbers of each drawn weight, on the common scale."""
+    draws = {}
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            scale = (
+                math.sqrt(2 * SMALL.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            )
+            draws[name] = tuple(round(value * scale, 6) for value in weight.flatten()[:8].tolist())
+    return draws
+
+
+def test_experts_start_different_from_each_other_and_in_each_layer():
+    draws = {name: draw for name, draw in initial_draws(Decoder(SMALL)).items() if EXPERTS in name}
+    assert len(draws) == 2 * SMALL.num_hidden_layers * SMALL.num_local_experts
+    assert len(set(draws.values())) == len(draws)
+
+
 def test_no_two_initial_weights_come_from_the_same_stream():
     first = {}
-    for name, weight in Decoder(SMALL, seed=1).named_parameters():
-        if "norm" in name:
-            continue
-        scale = math.sqrt(2 * SMALL.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-        start = tuple(round(value * scale, 6) for value in weight.flatten()[:8].tolist())
-        assert start not in first, f"{name} starts like {first[start]}"
-        first[start] = name
+    for name, draw in initial_draws(Decoder(SMALL)).items():
+        assert draw not in first, f"{name} starts like {first[draw]}"
+        first[draw] = name
 
 
 def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers_and_norms_at_1():
