@@ -17,7 +17,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 from torch import nn
 
-from megamoe.config import ScheduleConfig
+from megamoe.ds_config import ScheduleConfig
 from megamoe.schedule import learning_rate
 
 

@@ -48,7 +48,7 @@ def generate(
     seed: int = 0,
     end_of_text: int | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; returns the new token ids of each, without `end_of_text`.
+    """Continue each prompt; returns the new token ids of each, without `end_of_text`. Leaves the model in eval mode.
 
     Args:
         prompts: token ids, at least one each; lengths may differ.

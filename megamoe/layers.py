@@ -93,18 +93,18 @@ def attention_mask(token_mask: Tensor, num_queries: int, num_latents: int) -> Te
 
 
 class LayerCache:
-    """Keys and values of one layer, latents first, in memory for `capacity` tokens allocated at the first append."""
+    """Keys and values of one layer, latents first, in memory for `capacity` positions allocated at the first append."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.length = 0  # positions held, latents included
+        self.length = 0  # positions held
         self._store: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add (B, G, new, d) keys and values; return all of them, (B, G, length, d) each."""
         batch, heads, new, dim = key.shape
-        if self._store is None:  # the first append brings the latents and the prompt
-            self._store = key.new_empty(2, batch, heads, new + self.capacity, dim)
+        if self._store is None:
+            self._store = key.new_empty(2, batch, heads, self.capacity, dim)
         end = self.length + new
         self._store[0, :, :, self.length : end] = key
         self._store[1, :, :, self.length : end] = value

@@ -127,7 +127,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for sequences of up to `capacity` tokens."""
-        return [LayerCache(capacity) for _ in self.layers]
+        return [LayerCache(self.config.num_latent_tokens + capacity) for _ in self.layers]
 
     def _hidden_states(self, input_ids: Tensor, token_mask: Tensor | None, cache: list[LayerCache] | None) -> Tensor:
         batch, length = input_ids.shape
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         if token_mask is None and past:
             token_mask = input_ids.new_ones(batch, past + length, dtype=torch.bool)
         # "dynamic" frequencies must not change under keys that are already rotated: a cache takes those of its end.
-        total = cache[0].capacity if cache else past + length
+        total = cache[0].capacity - num_latents if cache else past + length
         hidden = self.embed_tokens(input_ids)
         if token_mask is None:
             positions = torch.arange(length, device=input_ids.device).unsqueeze(0)

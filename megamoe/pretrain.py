@@ -22,20 +22,9 @@ import torch.distributed as dist
 import megamoe
 from megamoe import cli
 from megamoe.checkpoint import load_checkpoint, newest_checkpoint, step_of
-from megamoe.config import (
-    ModelConfig,
-    RunConfig,
-    UserError,
-    batch_sizes,
-    deepspeed_problems,
-    dtype_of,
-    load_preset,
-    read_json,
-    read_schedule,
-    run_problems,
-    validate,
-)
+from megamoe.config import ModelConfig, RunConfig, UserError, load_preset, read_json, validate
 from megamoe.data import TokenCorpus, TrainData, corpus_counts, corpus_prefix
+from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.engine import build_engine, deepspeed_own_problems, init_distributed
 from megamoe.metrics import Sinks
 from megamoe.model import Decoder

@@ -12,7 +12,7 @@ SOURCES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 ORDER = [
     {"__init__"},
     {"config"},
-    {"cli", "tokenizer"},
+    {"cli", "tokenizer", "ds_config"},
     {"schedule", "layers", "router", "data", "corpus", "plan"},
     {"moe", "metrics"},
     {"model"},

@@ -3,7 +3,7 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from megamoe.config import ScheduleConfig
+from megamoe.ds_config import ScheduleConfig
 from megamoe.engine import build_engine
 from megamoe.schedule import learning_rate
 

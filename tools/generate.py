@@ -23,9 +23,8 @@ def load_model(run_dir: Path, device: torch.device) -> Decoder:
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{run_dir} holds no checkpoint yet; wait for the run to save one.")
-    weights = load_weights(checkpoint)
-    model = Decoder(config).to(weights["embed_tokens.weight"].dtype)
-    model.load_state_dict(weights)
+    model = Decoder(config)
+    model.load_state_dict(load_weights(checkpoint), assign=True)  # with the dtypes of the checkpoint
     return model.to(device)
 
 

@@ -4,7 +4,8 @@ import torch
 from ranks import run_ranks
 from toy import PRESET, SHIPPED, ds_config
 
-from megamoe.config import ModelConfig, read_json, read_schedule
+from megamoe.config import ModelConfig, read_json
+from megamoe.ds_config import read_schedule
 from megamoe.engine import build_engine
 from megamoe.model import Decoder
 from megamoe.router import LoadBalancer

@@ -1,0 +1,222 @@
+"""The DeepSpeed JSON: what megamoe reads from it, and every check of it, against itself and against the other owners.
+
+DeepSpeed ignores a top-level key that it does not know; here it is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megamoe.config import ModelConfig, RunConfig, UserError, unknown_key, validate
+
+# Known keys by section, "" being the top level. What is not listed here, DeepSpeed checks itself.
+DS_KEYS: dict[str, set[str]] = {
+    "": {
+        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+        "steps_per_print", "optimizer", "scheduler", "bf16", "fp16", "zero_optimization", "data_types",
+        "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "checkpoint", "aio",
+        "comms_logger", "flops_profiler", "tensorboard", "wandb", "comet", "csv_monitor", "keep_in_fp32_modules"},
+    "optimizer": {"type", "params"},
+    "optimizer.params": {
+        "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused", "foreach", "bias_correction",
+        "amsgrad"},
+    "scheduler": {"type", "params"},
+    "scheduler.params": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"},
+    "bf16": {
+        "enabled", "check_grad_overflow", "immediate_grad_update", "bf16_optimizer_states",
+        "bf16_master_weights_and_grads"},
+    "fp16": {
+        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
+        "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"},
+    "zero_optimization": {
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
+        "allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "cpu_offload",
+        "elastic_checkpoint", "ignore_unused_parameters", "use_multi_rank_bucket_allreduce"},
+    "zero_optimization.offload_optimizer": {
+        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio"},
+    "data_types": {"grad_accum_dtype"},
+    "tensorboard": {"enabled", "output_path", "job_name"},
+}  # fmt: skip
+
+
+class ScheduleConfig(BaseModel):
+    """Numbers of the learning-rate schedule, under the names of DeepSpeed's WarmupDecayLR."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    warmup_max_lr: float = Field(gt=0)
+    """Learning rate at the end of the warm-up."""
+    warmup_num_steps: int = Field(ge=0)
+    """Steps of linear warm-up."""
+    total_num_steps: int = Field(gt=0)
+    """Step at which the learning rate has come down to 0."""
+    warmup_min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at step 0."""
+    warmup_type: Literal["linear"]
+    """Must be said: DeepSpeed's own default is "log"."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        warmup, total = self.warmup_num_steps, self.total_num_steps
+        if warmup >= total:
+            raise UserError(f"warmup_num_steps is {warmup}, not below total_num_steps {total}; lower it.")
+        return self
+
+
+def read_schedule(ds: dict[str, Any], where: str) -> ScheduleConfig:
+    """The schedule in a DeepSpeed JSON. Raises UserError."""
+    section = ds.get("scheduler", {})
+    problems = _key_problems(section, "scheduler", where)
+    if problems:
+        raise UserError(*problems)
+    kind, params = section.get("type"), section.get("params", {})
+    if kind != "WarmupDecayLR":
+        raise UserError(f'{where}: "scheduler" is {kind!r}; give {{"type": "WarmupDecayLR", "params": {{...}}}}.')
+    return validate(ScheduleConfig, params, f"{where}: scheduler.params")
+
+
+def dtype_of(ds: dict[str, Any]) -> Literal["bf16", "fp16", "fp32"]:
+    """Precision of weights and activations that a DeepSpeed JSON asks for."""
+    for name in ("bf16", "fp16"):
+        if _section(ds, name).get("enabled"):
+            return name  # type: ignore[return-value]
+    return "fp32"
+
+
+def batch_sizes(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
+    """(micro-batch per rank, accumulation steps), completed from whichever of DeepSpeed's three keys are given.
+
+    Raises UserError if they are missing or disagree.
+    """
+    total, micro, accumulation = (
+        ds.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    )
+    for key, value in (
+        ("train_batch_size", total),
+        ("train_micro_batch_size_per_gpu", micro),
+        ("gradient_accumulation_steps", accumulation),
+    ):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f'"{key}" is {json.dumps(value)}; give a whole number of at least 1.')
+    if micro is None:
+        if total is None:
+            raise UserError('no batch size is given; add "train_micro_batch_size_per_gpu".')
+        accumulation = accumulation or 1
+        micro = max(total // (world_size * accumulation), 1)
+    elif accumulation is None:
+        accumulation = max(total // (world_size * micro), 1) if total else 1
+    if total is not None and total != micro * accumulation * world_size:
+        raise UserError(
+            f'"train_batch_size" is {total}, but {micro} per rank x {accumulation} accumulation x {world_size} ranks '
+            f"is {micro * accumulation * world_size}; change one of them or leave one out."
+        )
+    return micro, accumulation
+
+
+def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: bool) -> list[str]:
+    """Everything in a DeepSpeed JSON that megamoe cannot run, one sentence each."""
+    problems = _key_problems(ds, "", where) + _zero_problems(ds, where) + _precision_problems(ds, where, on_cpu)
+    try:
+        batch_sizes(ds, world_size)
+    except UserError as error:
+        problems += [f"{where}: {problem}" for problem in error.problems]
+    optimizer = _section(ds, "optimizer")
+    if "optimizer" not in ds or (ds["optimizer"] == optimizer and not isinstance(optimizer.get("type"), str)):
+        key = '"optimizer.type"' if "optimizer" in ds else '"optimizer"'
+        problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
+    try:
+        schedule = read_schedule(ds, where)
+    except UserError as error:
+        problems += [problem for problem in error.problems if problem not in problems]
+    else:
+        lr = _section(optimizer, "params").get("lr")
+        if lr is not None and lr != schedule.warmup_max_lr:
+            problems.append(
+                f"{where}: the peak learning rate is given twice, as optimizer.params.lr {lr} and as "
+                f"scheduler.params.warmup_max_lr {schedule.warmup_max_lr}; leave optimizer.params.lr out."
+            )
+    return problems
+
+
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`; empty where there is none or it is no object, which is reported elsewhere."""
+    section = values.get(key)
+    return section if isinstance(section, dict) else {}
+
+
+def _key_problems(section: Any, name: str, where: str) -> list[str]:
+    known = DS_KEYS.get(name)
+    if known is None:
+        return []
+    if not isinstance(section, dict):
+        return [f'{where}: "{name}" is {json.dumps(section)}; give an object with {", ".join(sorted(known))}.']
+    problems = []
+    for key, value in section.items():
+        inner = f"{name}.{key}" if name else key
+        if key not in known:
+            problems.append(unknown_key(f"{where}: {name}" if name else where, key, known))
+        elif inner != "optimizer.params" or section.get("type") in ("Adam", "AdamW"):  # each has parameters of its own
+            problems += _key_problems(value, inner, where)
+    return problems
+
+
+def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
+    zero = _section(ds, "zero_optimization")
+    if ds.get("zero_optimization", {}) != zero:
+        return []  # reported as no object
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2):
+        why = "DeepSpeed refuses ZeRO-3 with its MoE layer" if stage == 3 else "megamoe trains with ZeRO-1 or ZeRO-2"
+        return [f"{where}: zero_optimization.stage is {json.dumps(stage)}; {why}: set it to 1 or 2."]
+    return [
+        f"{where}: zero_optimization.{key} is false, but ZeRO-2 with experts needs it; set it to true."
+        for key in ("contiguous_gradients", "reduce_scatter")
+        if stage == 2 and zero.get(key) is False
+    ]
+
+
+def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
+    fp16, bf16 = _section(ds, "fp16"), _section(ds, "bf16")
+    problems = [
+        f"{where}: {name}.enabled is {json.dumps(section['enabled'])}; set it to true or false."
+        for name, section in (("bf16", bf16), ("fp16", fp16))
+        if not isinstance(section.get("enabled", False), bool)
+    ]
+    if fp16.get("enabled") and bf16.get("enabled"):
+        return [*problems, f"{where}: the precision is given twice, bf16 and fp16 are both enabled; disable one."]
+    scale = fp16.get("loss_scale")
+    if fp16.get("enabled") and on_cpu and not (isinstance(scale, (int, float)) and scale > 0):
+        problems.append(
+            f"{where}: fp16 on CPU has no loss scale (fp16.loss_scale is {json.dumps(scale)}); "
+            "give a number above 0 there, or use bf16."
+        )
+    return problems
+
+
+# --- all together ---------------------------------------------------------------------------------------------------
+
+
+def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_size: int) -> list[str]:
+    """What does not fit between the three owners, one sentence each."""
+    problems = []
+    if world_size % run.ep_size:
+        problems.append(f"ep_size is {run.ep_size}, which does not divide the {world_size} ranks; choose a divisor.")
+    if model.num_local_experts % run.ep_size:
+        problems.append(
+            f"ep_size is {run.ep_size}, which does not divide the {model.num_local_experts} experts of "
+            f"{run.preset}; choose a divisor."
+        )
+    try:
+        total = read_schedule(ds, run.ds_config).total_num_steps
+    except UserError:
+        return problems  # already reported with the JSON
+    if run.steps and run.steps > total:
+        problems.append(
+            f"steps is {run.steps}, but the schedule in {run.ds_config} reaches a learning rate of 0 at step {total}; "
+            "lower --steps or raise total_num_steps."
+        )
+    return problems

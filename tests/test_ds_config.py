@@ -1,0 +1,310 @@
+"""The DeepSpeed JSON and what fits between it and the other owners."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from refusals import has, only, sentences
+
+from megamoe.config import ModelConfig, RunConfig, UserError, read_json
+from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
+
+DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
+SCHEDULE = {"warmup_type": "linear", "warmup_max_lr": 0.002, "warmup_num_steps": 10, "total_num_steps": 100}
+
+
+def ds_json(**changes):
+    values = {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "AdamW", "params": {}},
+        "scheduler": {"type": "WarmupDecayLR", "params": SCHEDULE},
+    }
+    return {key: value for key, value in {**values, **changes}.items() if value is not ...}
+
+
+def with_schedule(**changes):
+    params = {key: value for key, value in {**SCHEDULE, **changes}.items() if value is not ...}
+    return ds_json(scheduler={"type": "WarmupDecayLR", "params": params})
+
+
+def ds_refusals(ds, world_size=1, on_cpu=True):
+    return sentences(deepspeed_problems(ds, "ds.json", world_size, on_cpu))
+
+
+# --- what is shipped ---
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_deepspeed_json_has_no_problem(path, world_size, on_cpu):
+    assert deepspeed_problems(read_json(path), str(path), world_size, on_cpu) == []
+
+
+def test_the_recipes_of_the_issue_are_shipped():
+    assert {path.name for path in DS_CONFIGS} >= {"zero2.json", "zero1.json", "zero2_fp32.json", "zero2_offload.json"}
+    by_name = {path.stem: read_json(path) for path in DS_CONFIGS}
+    assert by_name["zero1"]["zero_optimization"]["stage"] == 1
+    assert dtype_of(by_name["zero2_fp32"]) == "fp32"
+    assert by_name["zero2_offload"]["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+
+
+def test_zero2_is_the_original_recipe():
+    ds = read_json(next(path for path in DS_CONFIGS if path.stem == "zero2"))
+    assert ds["zero_optimization"]["stage"] == 2
+    assert dtype_of(ds) == "bf16"
+    assert ds["gradient_clipping"] == 1.0
+    assert ds["optimizer"]["type"] == "AdamW"
+    assert ds["optimizer"]["params"].items() >= {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01}.items()
+    assert ds["data_types"]["grad_accum_dtype"] == "fp32"
+    assert batch_sizes(ds, 8) == (2, 1)
+    schedule = read_schedule(ds, "zero2.json")
+    assert schedule.warmup_min_lr == 0
+    assert (schedule.warmup_max_lr, schedule.warmup_num_steps, schedule.total_num_steps) == (1.5e-3, 1000, 10000)
+
+
+# --- one section after the other ---
+
+
+def test_a_plain_deepspeed_json_has_no_problem():
+    assert deepspeed_problems(ds_json(), "ds.json", 4, True) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "right"),
+    [
+        (None, "zero_optimisation", "zero_optimization"),
+        (None, "train_micro_batch_size", "train_micro_batch_size_per_gpu"),
+        ("zero_optimization", "overlap_com", "overlap_comm"),
+        ("optimizer", "parms", "params"),
+        ("scheduler", "tipe", "type"),
+        ("bf16", "enabeld", "enabled"),
+        ("fp16", "loss_scaling", "loss_scale"),
+        ("data_types", "grad_acum_dtype", "grad_accum_dtype"),
+    ],
+)
+def test_an_unknown_key_in_a_deepspeed_json_names_the_nearest(section, wrong, right):
+    ds = ds_json(**{wrong: 1}) if section is None else ds_json()
+    if section:
+        ds[section] = {**ds.get(section, {}), wrong: 1}
+    problem = only(ds_refusals(ds))
+    has(problem, "ds.json", section or "", f'"{wrong}"', f'did you mean "{right}"?')
+
+
+def test_an_unknown_key_of_the_schedule_names_the_nearest():
+    has(only(ds_refusals(with_schedule(warmup_maxlr=1))), "scheduler.params", 'did you mean "warmup_max_lr"?')
+
+
+@pytest.mark.parametrize(
+    ("ds", "wrong", "right"),
+    [
+        (ds_json(optimizer={"type": "AdamW", "params": {"weight_deacy": 0.1}}), "weight_deacy", "weight_decay"),
+        (ds_json(zero_optimization={"stage": 2, "offload_optimizer": {"devise": "cpu"}}), "devise", "device"),
+        (ds_json(tensorboard={"enabeld": True}), "enabeld", "enabled"),
+    ],
+    ids=["optimizer.params", "offload_optimizer", "tensorboard"],
+)
+def test_an_unknown_key_deeper_in_a_deepspeed_json_names_the_nearest(ds, wrong, right):
+    has(only(ds_refusals(ds)), f'"{wrong}"', f'did you mean "{right}"?')
+
+
+@pytest.mark.parametrize("section", ["bf16", "fp16", "zero_optimization", "optimizer", "scheduler", "data_types"])
+def test_a_section_that_is_no_object_is_refused(section):
+    has(only(ds_refusals(ds_json(**{section: True}))), "ds.json", f'"{section}"', "true", "object")
+
+
+@pytest.mark.parametrize("params", [None, [1], 5])
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_params_that_are_no_object_are_refused(section, params):
+    ds = ds_json()
+    ds[section] = {**ds[section], "params": params}
+    has(only(ds_refusals(ds)), section, "params", json.dumps(params), "object")
+
+
+def test_zero_3_is_refused_with_its_reason_and_stage_0_with_the_choices():
+    has(only(ds_refusals(ds_json(zero_optimization={"stage": 3}))), "stage is 3", "MoE", "1 or 2")
+    has(only(ds_refusals(ds_json(zero_optimization={"stage": 0}))), "stage is 0", "1 or 2")
+    has(only(ds_refusals(ds_json(zero_optimization=...))), "stage is 0", "1 or 2")
+    has(only(ds_refusals(ds_json(zero_optimization={"stage": "2"}))), 'stage is "2"', "1 or 2")
+
+
+@pytest.mark.parametrize("key", ["contiguous_gradients", "reduce_scatter"])
+def test_zero_2_needs_what_its_experts_need_and_zero_1_does_not(key):
+    has(only(ds_refusals(ds_json(zero_optimization={"stage": 2, key: False}))), key, "false", "set it to true")
+    assert ds_refusals(ds_json(zero_optimization={"stage": 1, key: False})) == []
+
+
+@pytest.mark.parametrize("scale", [..., 0, 0.0, -1])
+def test_fp16_on_cpu_without_a_loss_scale_is_refused(scale):
+    fp16 = {"enabled": True} if scale is ... else {"enabled": True, "loss_scale": scale}
+    problem = only(ds_refusals(ds_json(bf16=..., fp16=fp16)))
+    has(problem, "fp16", "CPU", "null" if scale is ... else str(scale), "above 0", "bf16")
+
+
+def test_fp16_is_fine_with_a_loss_scale_and_without_one_on_a_gpu():
+    assert ds_refusals(ds_json(bf16=..., fp16={"enabled": True, "loss_scale": 128})) == []
+    assert ds_refusals(ds_json(bf16=..., fp16={"enabled": True}), on_cpu=False) == []
+    assert ds_refusals(ds_json(fp16={"enabled": False})) == []
+
+
+def test_bf16_and_fp16_together_are_refused():
+    for on_cpu in (True, False):
+        problem = only(ds_refusals(ds_json(fp16={"enabled": True, "loss_scale": 128}), on_cpu=on_cpu))
+        has(problem, "given twice", "bf16", "fp16", "disable one")
+
+
+def test_the_precision_is_that_of_the_enabled_section():
+    assert dtype_of({"bf16": {"enabled": True}}) == "bf16"
+    assert dtype_of({"fp16": {"enabled": True}, "bf16": {"enabled": False}}) == "fp16"
+    assert dtype_of({"fp16": {}}) == dtype_of({}) == "fp32"
+
+
+def test_a_learning_rate_given_twice_is_refused_with_both():
+    ds = ds_json(optimizer={"type": "AdamW", "params": {"lr": 0.003}})
+    has(only(ds_refusals(ds)), "given twice", "optimizer.params.lr 0.003", "warmup_max_lr 0.002", "leave")
+    assert ds_refusals(ds_json(optimizer={"type": "AdamW", "params": {"lr": 0.002}})) == []
+
+
+def test_a_missing_optimizer_or_scheduler_is_refused_with_what_to_add():
+    has(only(ds_refusals(ds_json(optimizer=...))), '"optimizer"', "missing", "AdamW")
+    has(only(ds_refusals(ds_json(scheduler=...))), '"scheduler"', "WarmupDecayLR")
+    other = ds_json(scheduler={"type": "WarmupLR", "params": {}})
+    has(only(ds_refusals(other)), '"scheduler"', "'WarmupLR'", "WarmupDecayLR")
+
+
+def test_an_optimizer_without_a_type_is_refused():
+    has(only(ds_refusals(ds_json(optimizer={"params": {}}))), "optimizer", "type")
+
+
+def test_a_schedule_without_its_type_is_told_to_say_linear():
+    has(only(ds_refusals(with_schedule(warmup_type=...))), "scheduler.params", '"warmup_type"', "missing", "linear")
+    has(only(ds_refusals(with_schedule(warmup_type="log"))), '"warmup_type"', '"log"', "linear")
+
+
+@pytest.mark.parametrize("warmup", [100, 101])
+def test_a_warm_up_not_below_the_total_is_refused_with_both(warmup):
+    problem = only(ds_refusals(with_schedule(warmup_num_steps=warmup)))
+    has(problem, f"warmup_num_steps is {warmup}", "total_num_steps 100", "lower it")
+    assert ds_refusals(with_schedule(warmup_num_steps=99)) == []
+    assert ds_refusals(with_schedule(warmup_num_steps=0)) == []
+
+
+def test_all_problems_of_a_deepspeed_json_come_at_once():
+    ds = ds_json(
+        zero_optimization={"stage": 3},
+        fp16={"enabled": True},
+        train_batch_size=7,
+        scheduler={"type": "WarmupDecayLR", "params": {**SCHEDULE, "warmup_num_steps": 200}},
+        optimizer=...,
+    )
+    problems = ds_refusals(ds)
+    assert len(problems) == 5
+    has(" ".join(problems), "stage is 3", "precision", "is 7", "warmup_num_steps is 200", '"optimizer"')
+
+
+def test_an_unknown_key_does_not_hide_the_other_problems():
+    problems = ds_refusals(ds_json(zero_optimization={"stage": 3, "overlap_com": 1}, gradient_cliping=1))
+    assert len(problems) == 3, problems
+
+
+def test_a_section_of_the_wrong_kind_does_not_hide_the_unknown_keys():
+    problems = ds_refusals({"gradient_cliping": 1, **ds_json(bf16=True)})
+    assert len(problems) == 2, problems
+
+
+# --- batch sizes: total = micro-batch x accumulation x ranks ---
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "accumulation", "world_size", "expected"),
+    [
+        (None, 2, None, 4, (2, 1)),
+        (None, 2, 3, 4, (2, 3)),
+        (24, None, None, 4, (6, 1)),
+        (24, None, 3, 4, (2, 3)),
+        (24, 2, None, 4, (2, 3)),
+        (24, 2, 3, 4, (2, 3)),
+        (1, 1, 1, 1, (1, 1)),
+    ],
+)
+def test_batch_sizes_are_completed_by_deepspeeds_rules(total, micro, accumulation, world_size, expected):
+    assert batch_sizes(batch_keys(total, micro, accumulation), world_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "accumulation", "world_size", "numbers"),
+    [
+        (25, 2, 3, 4, ("25", "2 per rank", "3 accumulation", "4 ranks", "24")),
+        (25, 2, None, 4, ("25", "2 per rank", "3 accumulation", "4 ranks", "24")),
+        (25, None, 3, 4, ("25", "2 per rank", "3 accumulation", "4 ranks", "24")),
+        (3, None, None, 4, ("3", "1 per rank", "4 ranks", "is 4")),
+        (3, 2, None, 4, ("3", "2 per rank", "4 ranks", "is 8")),
+    ],
+)
+def test_batch_sizes_that_disagree_are_refused_with_the_numbers(total, micro, accumulation, world_size, numbers):
+    ds = ds_json(**batch_keys(total, micro or ..., accumulation or ...))
+    has(only(ds_refusals(ds, world_size)), "ds.json", '"train_batch_size"', *numbers, "change one")
+
+
+def batch_keys(total, micro, accumulation):
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {key: value for key, value in zip(keys, (total, micro, accumulation), strict=True) if value is not None}
+
+
+def deepspeeds_answer(sizes, world_size):
+    config = object.__new__(DeepSpeedConfig)
+    config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps = sizes
+    config.world_size = world_size
+    try:
+        config._configure_train_batch_size()
+    except AssertionError:
+        return None
+    return config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+
+
+def test_batch_sizes_agree_with_deepspeed_for_every_small_choice():
+    choices = (None, 1, 2, 3, 4, 6, 12)
+    for *sizes, world_size in itertools.product(choices, choices, choices, (1, 2, 3)):
+        try:
+            ours = batch_sizes(batch_keys(*sizes), world_size)
+        except UserError:
+            ours = None
+        assert ours == deepspeeds_answer(sizes, world_size), (sizes, world_size)
+
+
+def test_a_missing_or_impossible_batch_size_is_refused():
+    has(only(ds_refusals(ds_json(train_micro_batch_size_per_gpu=...))), "train_micro_batch_size_per_gpu", "add")
+    for value in (0, -1, 1.5, "2", True):
+        problem = only(ds_refusals(ds_json(train_micro_batch_size_per_gpu=value)))
+        has(problem, "train_micro_batch_size_per_gpu", json.dumps(value), "at least 1")
+
+
+# --- between the three ---
+
+
+def between(world_size=1, experts=4, ds=None, **options):
+    run = RunConfig(ds_config="ds.json", preset="mine", **options)
+    return sentences(
+        run_problems(run, ModelConfig(**{**PRESET, "num_local_experts": experts}), ds or ds_json(), world_size)
+    )
+
+
+def test_ep_size_must_divide_ranks_and_experts():
+    for world_size, experts, ep_size in itertools.product(range(1, 9), (4, 6), range(1, 9)):
+        problems = between(world_size, experts, ep_size=ep_size)
+        assert len(problems) == (world_size % ep_size > 0) + (experts % ep_size > 0)
+    has(only(between(3, ep_size=2)), "ep_size is 2", "3 ranks", "divisor")
+    has(only(between(3, ep_size=3)), "ep_size is 3", "4 experts", "mine", "divisor")
+
+
+def test_steps_beyond_the_schedule_are_refused():
+    has(only(between(steps=101)), "steps is 101", "ds.json", "100", "lower --steps", "total_num_steps")
+    assert between(steps=100) == between() == []
+
+
+def test_all_problems_between_the_three_come_at_once():
+    assert len(between(world_size=4, experts=4, ep_size=3, steps=101)) == 3
