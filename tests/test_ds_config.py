@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
+from toy import PRESET
 
 from megamoe.config import ModelConfig, RunConfig, UserError, read_json
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
