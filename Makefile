@@ -4,7 +4,9 @@
 
 PYTHON ?= python3
 TEXT ?=
-RUN ?= runs/tiny-$(shell date +%Y%m%d-%H%M%S)
+ifndef RUN
+RUN := runs/tiny-$(shell date +%Y%m%d-%H%M%S)
+endif
 
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
@@ -14,7 +16,7 @@ SOURCE := data/plays
 TOKENS := data/shakespeare
 else
 SOURCE := $(TEXT)
-TOKENS := data/$(basename $(notdir $(TEXT:%/=%)))-tokens
+TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)
 endif
 
 .PHONY: train test check
@@ -33,6 +35,7 @@ check: .venv/.test
 	mypy
 
 $(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
+	rm -rf $(TOKENS)
 	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size 1024
 
 data/plays: | .venv/.train

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
@@ -18,12 +17,11 @@ from megamoe.config import UserError
 EXPERT_FILE = re.compile(r"layer_\d+_expert_\d+_mp_rank_00_model_states\.pt")
 
 
-def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, ep_size: int) -> Path:
-    """Write `folder`/step_N. Collective. The position in the data follows from the step, so the step is all the state
-    that the engine does not hold itself."""
+def save_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int) -> Path:
+    """Write `folder`/step_N. Collective. The position in the data and all random numbers follow from the step, so its
+    number is all the state that the engine does not hold itself."""
     tag = f"step_{step}"
-    state = {"ep_size": ep_size, "world_size": engine.world_size}
-    engine.save_checkpoint(str(folder), tag=tag, client_state={"megamoe": state})
+    engine.save_checkpoint(str(folder), tag=tag)
     return folder / tag
 
 
@@ -38,37 +36,23 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, ep_size: int) -> int:
-    """Restore weights, optimizer, schedule and router statistics; returns the step. Collective.
-
-    Raises UserError if the checkpoint was saved by another number of ranks or another ep_size.
-    """
-    saved = _shared_states(checkpoint, mmap=True)["megamoe"]
-    here = {"world_size": engine.world_size, "ep_size": ep_size}
-    for key, value in here.items():
-        if saved[key] != value:
-            raise UserError(
-                f"checkpoint {checkpoint} was saved with {key} {saved[key]}, not {value}; resume it with "
-                f"{saved['world_size']} ranks and --ep_size {saved['ep_size']}."
-            )
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> int:
+    """Restore weights, optimizer, schedule and router statistics, saved by as many ranks with the same ep_size; returns
+    the step. Collective."""
     engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     return step_of(checkpoint)
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's whole state_dict, all experts with their global ids, in the training precision."""
-    weights = dict(_shared_states(checkpoint)["module"])
+    """The model's whole state_dict, all experts with their global ids, in the training precision.
+
+    Raises UserError if rank 0's file, which holds all but the experts, is not there.
+    """
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    if not path.is_file():
+        raise UserError(f"checkpoint {checkpoint} has no {path.name}; give a folder that holds a checkpoint.")
+    weights = dict(torch.load(path, map_location="cpu", weights_only=False)["module"])
     for file in sorted(checkpoint.iterdir()):
         if EXPERT_FILE.fullmatch(file.name):
             weights.update(torch.load(file, map_location="cpu", weights_only=True))
     return weights
-
-
-def _shared_states(checkpoint: Path, mmap: bool = False) -> dict[str, Any]:
-    """Rank 0's file: the weights outside the experts, the buffers and the state around them."""
-    path = checkpoint / "mp_rank_00_model_states.pt"
-    try:
-        # mmap: only what is used is read.
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=mmap)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {checkpoint} has no {path.name}; give a folder that holds a checkpoint.") from None

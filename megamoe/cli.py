@@ -53,17 +53,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0, or 2 after printing the problems of a UserError."""
+    """Run `main` and exit: 0, or 2 after printing the problems of a UserError or of the file system."""
     try:
         main()
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output, head or less, has gone
+        sys.exit(1)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output, head or less, has gone
-            sys.exit(0)
         print(f"error: {error.filename or 'output'}: {error.strerror}; mend it and try again.", file=sys.stderr)
         sys.exit(2)
-    sys.exit(0)
     sys.exit(0)

@@ -230,8 +230,8 @@ def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out
     """
     check_absent(out)
     end_of_text = end_of_text_id(tokenizer)
-    # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
+    # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
     dtype = np.int16 if tokenizer.get_vocab_size() <= 1 << 15 else np.int32
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

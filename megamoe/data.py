@@ -30,7 +30,7 @@ IDX_DTYPES: dict[int, tuple[type, ...]] = {
     1: (np.uint8,), 2: (np.int8,), 3: (np.int16,), 4: (np.int32,), 5: (np.int64,),
     6: (np.uint16,), 7: (np.uint32,), 8: (np.uint64, np.uint16),
 }  # fmt: skip
-SCAN = 1 << 24  # tokens whose ids are checked before a run starts; each batch is checked too
+SCAN = 1 << 27  # tokens whose ids are checked before a run starts; each batch is checked too
 MASK64 = (1 << 64) - 1
 
 
@@ -48,7 +48,7 @@ class TokenCorpus:
         if self.num_samples < 1:
             raise UserError(
                 f"corpus {prefix} has {self.num_tokens} tokens, less than one sample of {seq_len} + 1; "
-                "add text or lower --seq_len."
+                "add text, lower --seq_len, or, for held-out text, prepare the corpus with --valid_fraction 0."
             )
         self._read(0, min(self.num_tokens, SCAN))
 

@@ -1,6 +1,6 @@
 """The DeepSpeed JSON: what megamoe reads from it, and every check of it, against itself and against the other owners.
 
-DeepSpeed ignores a top-level key that it does not know; here it is an error that names the nearest known one.
+A key that megamoe does not know is an error that names the nearest known one; DeepSpeed ignores what it does not know.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ DS_KEYS: dict[str, set[str]] = {
     "zero_optimization": {
         "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
         "allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "cpu_offload",
-        "elastic_checkpoint", "ignore_unused_parameters", "use_multi_rank_bucket_allreduce"},
+        "elastic_checkpoint", "ignore_unused_parameters", "use_multi_rank_bucket_allreduce", "sub_group_size",
+        "load_from_fp32_weights"},
     "zero_optimization.offload_optimizer": {
         "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio"},
     "data_types": {"grad_accum_dtype"},
@@ -124,21 +125,39 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
         batch_sizes(ds, world_size)
     except UserError as error:
         problems += [f"{where}: {problem}" for problem in error.problems]
-    optimizer = _section(ds, "optimizer")
-    if "optimizer" not in ds or (ds["optimizer"] == optimizer and not isinstance(optimizer.get("type"), str)):
-        key = '"optimizer.type"' if "optimizer" in ds else '"optimizer"'
-        problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
+    problems += _optimizer_problems(ds, where)
     try:
         schedule = read_schedule(ds, where)
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
     else:
-        lr = _section(optimizer, "params").get("lr")
+        lr = _section(_section(ds, "optimizer"), "params").get("lr")
         if lr is not None and lr != schedule.warmup_max_lr:
             problems.append(
                 f"{where}: the peak learning rate is given twice, as optimizer.params.lr {lr} and as "
                 f"scheduler.params.warmup_max_lr {schedule.warmup_max_lr}; leave optimizer.params.lr out."
             )
+    return problems
+
+
+def _optimizer_problems(ds: dict[str, Any], where: str) -> list[str]:
+    problems = []
+    optimizer = _section(ds, "optimizer")
+    kind = optimizer.get("type")
+    if "optimizer" not in ds or (ds["optimizer"] == optimizer and kind is None):
+        key = '"optimizer.type"' if "optimizer" in ds else '"optimizer"'
+        problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
+    elif kind is not None and kind not in ("Adam", "AdamW"):
+        problems.append(f'{where}: optimizer.type is {json.dumps(kind)}; use "AdamW" or "Adam".')
+    betas = _section(optimizer, "params").get("betas", [0.9, 0.999])
+    if not (isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in betas)):
+        problems.append(f"{where}: optimizer.params.betas is {json.dumps(betas)}; give two numbers from 0 to below 1.")
+    clipping = ds.get("gradient_clipping", 1.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
+        problems.append(f"{where}: gradient_clipping is {json.dumps(clipping)}; give a norm above 0, or 0 for none.")
+    dtype = _section(ds, "data_types").get("grad_accum_dtype")
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        problems.append(f'{where}: data_types.grad_accum_dtype is {json.dumps(dtype)}; use "fp32", "bf16" or "fp16".')
     return problems
 
 
@@ -159,7 +178,7 @@ def _key_problems(section: Any, name: str, where: str) -> list[str]:
         inner = f"{name}.{key}" if name else key
         if key not in known:
             problems.append(unknown_key(f"{where}: {name}" if name else where, key, known))
-        elif inner != "optimizer.params" or section.get("type") in ("Adam", "AdamW"):  # each has parameters of its own
+        else:
             problems += _key_problems(value, inner, where)
     return problems
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import time
@@ -64,16 +65,20 @@ def duration(seconds: float) -> str:
 class Sinks:
     """Writes what the loop reports to the console, RUN/log.jsonl and RUN/tensorboard. Exists on rank 0 only."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, first_step: int = 0):
+        """
+        Args:
+            first_step: the step that a resumed run goes on from; TensorBoard drops what was logged after it.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self._jsonl: IO[str] = open(run_dir / "log.jsonl", "a+", encoding="utf-8")  # noqa: SIM115 (open until close)
         self._end_torn_line()
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def step(self, record: dict[str, Any], seconds_left: float) -> None:
         """One logged training step. `record` has step, loss, lr, tokens_per_second, mfu, max_vio, running_max_vio,
-        grad_norm, memory_gib and skipped_steps."""
+        worst_running_max_vio, grad_norm, memory_gib and skipped_steps."""
         skipped = f" skipped={record['skipped_steps']}" if record["skipped_steps"] else ""
         print(
             f"step={record['step']} avg_loss={record['loss']:.4f} lr={record['lr']:.6g} "
@@ -109,7 +114,10 @@ class Sinks:
             )
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
-        self._jsonl.write(json.dumps({"kind": kind, **record}) + "\n")
+        # JSON has no NaN and no infinity, which a skipped step brings.
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in record.items()}  # fmt: skip
+        self._jsonl.write(json.dumps({"kind": kind, **finite}) + "\n")
         self._jsonl.flush()
         for key, value in record.items():
             if key != "step" and isinstance(value, (int, float)):
@@ -128,12 +136,17 @@ class Sinks:
 
 
 def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of RUN/log.jsonl by kind ("train", "valid"); of a step logged twice, after a resume, the last."""
+    """The records of RUN/log.jsonl by kind ("train", "valid"), without those that a resumed run left behind."""
     records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}}
     for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # torn when the run was killed
-        records[record.pop("kind")][record["step"]] = record
+        kind, step = record.pop("kind"), record["step"]
+        if kind == "train":  # steps only rise, until a resume goes back
+            for by_step in records.values():
+                for later in [logged for logged in by_step if logged > step]:
+                    del by_step[later]
+        records[kind][step] = {key: math.nan if value is None else value for key, value in record.items()}
     return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
-from megamoe.router import Router
+from megamoe.router import Router, count_ids
 
 # On CPU, oneDNN builds a kernel for every new matrix shape, and routing makes new shapes every step. Blocks rounded up
 # to a multiple of this many rows recur. The fill is never more than this per expert.
@@ -44,7 +44,7 @@ class Grouping(NamedTuple):
     """How rows are laid out so that each group's rows are one contiguous block."""
 
     source: Tensor  # (R,): the source row at each place; fill places repeat a source row and are read by nobody
-    sizes: list[int]  # rows of each group's block, fill included
+    sizes: Tensor  # (groups,): rows of each group's block, fill included
     place: Tensor  # (rows,): where each source row went
 
 
@@ -54,18 +54,17 @@ def group_rows(group_ids: Tensor, num_groups: int, multiple: int = 1) -> Groupin
     Args:
         group_ids: (rows,), the group of each row.
     """
-    counts = torch.bincount(group_ids, minlength=num_groups)
+    counts = count_ids(group_ids, num_groups)
     order = group_ids.argsort(stable=True)
     padded = (counts + multiple - 1) // multiple * multiple
     # A row's place is its rank in the sorted order, moved by the fill of the blocks before its own.
     fill_before = (padded - counts).cumsum(0) - (padded - counts)
     places = torch.arange(len(order), device=order.device) + fill_before[group_ids[order]]
-    sizes = padded.tolist()  # the one wait for the device in a layer without expert parallelism
-    source = order.new_zeros(sum(sizes))
+    source = order.new_zeros(len(order) if multiple == 1 else int(padded.sum()))
     source[places] = order
     place = torch.empty_like(order)
     place[order] = places
-    return Grouping(source, sizes, place)
+    return Grouping(source, padded, place)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -104,14 +103,15 @@ class DroplessDispatch(nn.Module):
         rows = x.repeat_interleave(expert_ids.shape[1], dim=0)
         rows = self._local(rows, slots) if self.ep_size == 1 else self._exchange(rows, slots)
         out = (rows.view(*expert_ids.shape, x.shape[1]) * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
-        return out, torch.bincount(slots, minlength=self.num_experts)
+        return out, count_ids(slots, self.num_experts)
 
     def _local(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
         """Run rows through this rank's experts (ids from 0); results in the order of the rows."""
         experts = self.experts.deepspeed_experts
         multiple = CPU_ROW_MULTIPLE if rows.device.type == "cpu" else 1
         grouping = group_rows(expert_ids, len(experts), multiple)
-        blocks = rows.index_select(0, grouping.source).split(grouping.sizes)
+        sizes = grouping.sizes.tolist()  # on a GPU, the one wait of a layer without expert parallelism
+        blocks = rows.index_select(0, grouping.source).split(sizes)
         # An expert without rows runs too: its parameters need their (zero) gradients, or ranks would reduce different
         # sets of gradients and hang.
         results = torch.cat([expert(block) for expert, block in zip(experts, blocks, strict=True)])
@@ -121,15 +121,15 @@ class DroplessDispatch(nn.Module):
         """Send each row to the rank of its expert, run it there, and bring the result back."""
         outgoing = group_rows(expert_ids, self.num_experts)
         num_local = self.num_experts // self.ep_size
-        send_counts = torch.tensor(outgoing.sizes, device=rows.device).view(self.ep_size, num_local)
+        send_counts = outgoing.sizes.view(self.ep_size, num_local)
         receive_counts = torch.empty_like(send_counts)  # (source rank, local expert)
         dist.all_to_all_single(receive_counts, send_counts, group=self.ep_group)
-        send_splits = send_counts.sum(1).tolist()
-        receive_splits = receive_counts.sum(1).tolist()
+        send_splits, receive_splits = torch.stack((send_counts.sum(1), receive_counts.sum(1))).tolist()
 
         received = _AllToAll.apply(rows.index_select(0, outgoing.source), send_splits, receive_splits, self.ep_group)
         local_ids = torch.arange(num_local, device=rows.device).repeat(self.ep_size)
-        results = self._local(received, local_ids.repeat_interleave(receive_counts.flatten()))
+        local_ids = local_ids.repeat_interleave(receive_counts.flatten(), output_size=len(received))
+        results = self._local(received, local_ids)
         returned = _AllToAll.apply(results, receive_splits, send_splits, self.ep_group)
         return returned.index_select(0, outgoing.place)
 

@@ -32,8 +32,8 @@ from megamoe.plan import parameter_count
 from megamoe.router import LoadBalancer
 from megamoe.train import BatchShape, Evaluator, Trainer
 
-# A run may go on only with what decides its losses unchanged.
-SAME_ON_RESUME = ("model", "seed", "seq_len", "samples_per_step", "data")
+# A run may go on only with what decides its losses, or how its checkpoints are laid out, unchanged.
+SAME_ON_RESUME = ("model", "deepspeed", "seed", "seq_len", "data", "tokenizer_sha256", "world_size", "ep_size")
 
 
 def parse_run(words: list[str] | None = None) -> RunConfig:
@@ -86,6 +86,7 @@ class Job:
             held_out = (Path(run.data[0].path) / "valid.idx").is_file()
             self.valid_path = run.valid_data or (run.data[0].path if held_out else None)
             self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
+            problems += self._tokenizer_problems()
         if not problems:
             problems += deepspeed_own_problems(self.ds, run.ds_config)
         if problems:
@@ -95,6 +96,16 @@ class Job:
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
         self.checkpoint = self._checkpoint() if run.resume else None
+
+    def _tokenizer_problems(self) -> list[str]:
+        """Corpora of a mix, and the held-out one, must have been made with one tokenizer, where it is known."""
+        paths = [source.path for source in self.run.data] + [self.valid_path or ""]
+        files = [path for path in (Path(path) / "tokenizer.json" for path in paths) if path.is_file()]
+        return [
+            f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one --tokenizer."
+            for path in dict.fromkeys(files)
+            if path.read_bytes() != files[0].read_bytes()
+        ]
 
     def _folder_problems(self) -> list[str]:
         holds_run = (self.run_dir / "run.json").is_file()
@@ -113,7 +124,8 @@ class Job:
         if changed:
             raise UserError(
                 *(
-                    f"{self.run_dir} holds a run with {key} {json.dumps(before.get(key))}, not {json.dumps(now[key])}; "
+                    f"{self.run_dir} holds a run with {key} {json.dumps(_part(before.get(key), now[key]))}, "
+                    f"not {json.dumps(_part(now[key], before.get(key)))}; "
                     "resume with the same, or choose another --run_dir."
                     for key in changed
                 )
@@ -143,6 +155,7 @@ class Job:
             "seq_len": self.shape.seq_len,
             "samples_per_step": self.shape.samples,
             "world_size": self.shape.world_size,
+            "ep_size": self.run.ep_size,
             "data": [
                 {"path": str(corpus.prefix), "tokens": corpus.num_tokens, "weight": source.weight}
                 for corpus, source in zip(self.corpora, self.run.data, strict=True)
@@ -164,7 +177,7 @@ class Job:
     def _tokenizer_digest(self) -> str | None:
         return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest() if self.tokenizer else None
 
-    def open_folder(self) -> Sinks:
+    def open_folder(self, first_step: int) -> Sinks:
         """Create the run folder, with run.json and the tokenizer, and open the sinks. On rank 0."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.tokenizer:
@@ -172,7 +185,7 @@ class Job:
         partial = self.run_dir / "run.json.partial"
         partial.write_text(json.dumps(self.record(), indent=2) + "\n")
         os.replace(partial, self.run_dir / "run.json")
-        return Sinks(self.run_dir)
+        return Sinks(self.run_dir, first_step)
 
     def evaluator(self) -> Evaluator | None:
         if self.valid is None:
@@ -180,6 +193,13 @@ class Job:
         counts = corpus_counts(self.valid_path or "")
         ratio = counts["valid"]["tokens"] / counts["valid"]["bytes"] if counts else None
         return Evaluator(self.valid, self.run.eval_samples, ratio)
+
+
+def _part(value: Any, other: Any) -> Any:
+    """Of an object, what differs from `other`; of anything else, all."""
+    if not isinstance(value, dict) or not isinstance(other, dict):
+        return value
+    return {key: _part(inner, other.get(key)) for key, inner in value.items() if inner != other.get(key)}
 
 
 def agree(problems: list[str], rank: int) -> None:
@@ -214,8 +234,8 @@ def train(job: Job, rank: int, device: torch.device) -> None:
     # DeepSpeed's expert-parallel groups are consecutive ranks.
     model = Decoder(model_config, run.seed, run.ep_size, ep_rank=rank % run.ep_size)
     engine = build_engine(model, job.ds, job.schedule)
-    first = load_checkpoint(engine, job.checkpoint, run.ep_size) if job.checkpoint else 0
-    sinks = job.open_folder() if rank == 0 else None
+    first = load_checkpoint(engine, job.checkpoint) if job.checkpoint else 0
+    sinks = job.open_folder(first) if rank == 0 else None
     if rank == 0:
         shape = job.shape
         print(
@@ -236,7 +256,6 @@ def train(job: Job, rank: int, device: torch.device) -> None:
         sinks,
         job.shape,
         seed=run.seed,
-        ep_size=run.ep_size,
         checkpoints=job.run_dir / "checkpoints",
     )
     try:

@@ -66,8 +66,13 @@ class Router(nn.Module):
         weights = log_scores.gather(-1, expert_ids).softmax(-1)
         # Inside a backward pass this forward is a recomputation: its slots were counted the first time.
         if self.training and torch._C._current_graph_task_id() == -1:
-            self.step_counts += torch.bincount(expert_ids.flatten(), minlength=self.step_counts.numel())
+            self.step_counts += count_ids(expert_ids.flatten(), self.step_counts.numel())
         return weights, expert_ids
+
+
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """How often each of 0 .. size - 1 stands in `ids`, (size,) int64. torch.bincount would wait for a GPU."""
+    return ids.new_zeros(size).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def max_violation(loads: Tensor) -> Tensor:

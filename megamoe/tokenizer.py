@@ -44,9 +44,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist; give the path of a tokenizer.json.")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"tokenizer {path} cannot be read ({error}); give a tokenizer.json of `tokenizers`.") from None
+    tokenizer.no_truncation()  # published files may cut or fill up every text to a model's length
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

@@ -99,7 +99,6 @@ class Trainer:
         shape: BatchShape,
         *,
         seed: int,
-        ep_size: int,
         checkpoints: Path,
     ):
         """
@@ -116,7 +115,6 @@ class Trainer:
         self.sinks = sinks
         self.shape = shape
         self.seed = seed
-        self.ep_size = ep_size
         self.checkpoints = checkpoints
         self.rank = dist.get_rank()
         self.device = engine.device
@@ -134,18 +132,18 @@ class Trainer:
             self._seed_step(step)
             self._losses += self._forward_backward(step)
             balance = self._optimizer_step()
+            stopping = self.stop.agreed(self.device)  # waits for the device, so the clock has the whole step
             self._seconds += time.perf_counter() - started
 
-            stopping = self.stop.agreed(self.device)
             final = step == last or stopping
             if step % log_every == 0 or final:
                 self._log(step, last, balance)
             if self.evaluator and (_due(step, eval_every) or step == last):
                 self._evaluate(step)
             if _due(step, save_every) or final:
-                path = save_checkpoint(self.engine, self.checkpoints, step, self.ep_size)
+                path = save_checkpoint(self.engine, self.checkpoints, step)
                 self._say(f"saved {path}")
-            if stopping:
+            if stopping and step < last:
                 self._say(f"stopped by a signal after step {step}; go on with --resume")
                 return
 

@@ -1,5 +1,7 @@
 """Command lines: one sentence for each problem, exit code 2, no stack trace."""
 
+import errno
+
 import pytest
 
 from megamoe import cli
@@ -116,12 +118,21 @@ def test_help_exits_with_0_and_names_the_options(capsys):
     assert "--steps" in said.out
 
 
-def test_a_reader_that_has_gone_is_no_error(capsys):
+def test_a_reader_that_has_gone_ends_the_program_without_a_word(capsys):
     def main():
         raise BrokenPipeError
 
     code, said = outcome(main, capsys)
-    assert (code, said.err) == (0, "")
+    assert (code, said.err) == (1, "")  # not 0: a launcher must not take a rank that left for one that is done
+
+
+def test_a_full_disk_is_one_sentence_with_the_file(capsys):
+    def main():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/log.jsonl")
+
+    code, said = outcome(main, capsys)
+    assert code == 2
+    assert said.err == "error: runs/log.jsonl: No space left on device; mend it and try again.\n"
 
 
 def test_a_bug_keeps_its_stack_trace():

@@ -16,7 +16,7 @@ ORDER = [
     {"schedule", "layers", "router", "data", "corpus", "plan"},
     {"moe", "metrics"},
     {"model"},
-    {"engine", "checkpoint", "export", "generate"},
+    {"engine", "checkpoint", "generate"},
     {"train"},
     {"pretrain"},
 ]

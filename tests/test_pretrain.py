@@ -1,13 +1,14 @@
 """What pretrain.py checks before it builds or writes anything."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from toy import PRESET, ds_config, write_inputs
 
 from megamoe.config import RunConfig, UserError
-from megamoe.pretrain import Job, parse_run
+from megamoe.pretrain import SAME_ON_RESUME, Job, parse_run
 
 
 def problems(run, world_size=1):
@@ -28,7 +29,7 @@ def inputs(tmp_path):
 def started(run, **changes):
     """A run folder as an earlier run left it, with a checkpoint at step 3."""
     folder = job(run).run_dir
-    job(run).open_folder().close()
+    job(run).open_folder(0).close()
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, **changes}))
     (folder / "checkpoints" / "step_3").mkdir(parents=True)
@@ -90,11 +91,41 @@ def test_another_run_is_not_written_over(inputs):
     assert "holds another run" in problem
 
 
-@pytest.mark.parametrize("key", ["seed", "seq_len", "samples_per_step", "model", "data"])
+@pytest.mark.parametrize("key", SAME_ON_RESUME)
 def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_both(inputs, key):
     started(inputs, **{key: "another"})
     (problem,) = problems({**inputs, "resume": True})
     assert f'{key} "another", not ' in problem
+
+
+def test_a_refused_resume_says_only_what_differs(inputs):
+    started(inputs, model={**job(inputs).record()["model"], "hidden_size": 64})
+    (problem,) = problems({**inputs, "resume": True})
+    assert 'holds a run with model {"hidden_size": 64}, not {"hidden_size": 32}' in problem
+
+
+def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
+    shutil.copytree(tmp_path / "corpus", tmp_path / "other")
+    mix = {**inputs, "data": [str(tmp_path / "corpus"), str(tmp_path / "other")]}
+    for name in ("corpus", "other"):
+        (tmp_path / name / "tokenizer.json").write_text('"the same"')
+    assert len(job(mix).corpora) == 2
+    (tmp_path / "other" / "tokenizer.json").write_text('"another"')
+    (problem,) = problems(mix)
+    assert all(str(tmp_path / name / "tokenizer.json") in problem for name in ("corpus", "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"tensorboard": {"enabled": "maybe"}}, ["tensorboard.enabled", "'maybe'", "boolean"]),
+        ({"communication_data_type": "foo"}, ["DeepSpeed refuses"]),
+    ],
+)
+def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path, change, parts):
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, **change)))
+    (problem,) = problems(inputs)
+    assert all(part in problem for part in parts), problem
 
 
 def test_resuming_goes_on_from_the_newest_checkpoint(inputs):

@@ -13,9 +13,9 @@ import fetch_corpus
 import numpy as np
 import pytest
 import report
+from refusals import has, only, refusals
 
 from megamoe import cli
-from megamoe.config import UserError
 from megamoe.tokenizer import load_tokenizer
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -23,15 +23,7 @@ TEXT = "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 
 
 
 def refusal(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    (problem,) = caught.value.problems
-    assert problem.endswith(".")
-    return problem
-
-
-def has(problem, *parts):
-    assert all(part in problem for part in parts), problem
+    return only(refusals(function, *args))
 
 
 def run_tool(name, *words):
@@ -271,9 +263,9 @@ def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, text
         ((texts, "--out", out, "--tokenizer", tokenizer, "--vocab_size", 300), ("--tokenizer", "--vocab_size")),
         ((texts, "--out", out, "--tokenizer", tokenizer), (str(tokenizer), "does not exist")),
         ((texts, "--out", out, "--vocab_size", 256), ("256", "257")),
-        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", -0.1), ("-0.1", "0 to 0.5")),
-        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.6), ("0.6", "0 to 0.5")),
-        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", "nan"), ("nan", "0 to 0.5")),
+        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", -0.1), ("-0.1", "0.001 to 0.5")),
+        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.6), ("0.6", "0.001 to 0.5")),
+        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", "nan"), ("nan", "0.001 to 0.5")),
         ((tmp_path / "none", "--out", out, "--vocab_size", 300), (str(tmp_path / "none"), "does not exist")),
         ((tmp_path / "bad", "--out", out, "--vocab_size", 300), (str(tmp_path / "bad"), "0xe9", "offset 3")),
         ((tmp_path / "empty.txt", "--out", out, "--vocab_size", 300), ("empty", "give")),

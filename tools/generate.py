@@ -31,6 +31,7 @@ def load_model(run_dir: Path, device: torch.device) -> Decoder:
 def main() -> None:
     parser = cli.Parser(description="Continue prompts with a trained model.")
     parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the one in the run folder")
     parser.add_argument("--prompt", nargs="+", default=["In a quiet library,"], help="one or more texts to continue")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--max_new_tokens", type=int, default=120, help="tokens to add")
@@ -48,7 +49,7 @@ def main() -> None:
         if not fits:
             raise UserError(f"{name} is {getattr(args, name)}; it must be {limit}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(args.run_dir / "tokenizer.json")
+    tokenizer = load_tokenizer(args.tokenizer or args.run_dir / "tokenizer.json")
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
     continuations = generate(
         load_model(args.run_dir, device),

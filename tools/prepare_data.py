@@ -24,13 +24,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use")
     parser.add_argument("--vocab_size", type=int, help="train a tokenizer of this many entries instead")
-    parser.add_argument("--valid_fraction", type=float, default=0.05, help="share of the text that is held out")
+    parser.add_argument(
+        "--valid_fraction",
+        type=float,
+        default=0.05,
+        help="share F of the text that is held out: every round(1/F)-th document",
+    )
     parser.add_argument("--text_key", default="text", help="key of the text in JSON lines")
     args = parser.parse()
     if (args.tokenizer is None) == (args.vocab_size is None):
         raise UserError("give either --tokenizer FILE or --vocab_size N.")
-    if not 0 <= args.valid_fraction <= 0.5:
-        raise UserError(f"valid_fraction is {args.valid_fraction}; give a number from 0 to 0.5.")
+    if args.valid_fraction and not 0.001 <= args.valid_fraction <= 0.5:
+        raise UserError(f"valid_fraction is {args.valid_fraction}; give 0, or a number from 0.001 to 0.5.")
     check_absent(args.out)
     files = input_files(args.text)
     size = sum(file.stat().st_size for file in files)

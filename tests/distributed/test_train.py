@@ -1,13 +1,18 @@
 """Whole runs over several ranks: the same model for any split, exact resume, what a run leaves behind."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from toy import SHIPPED, ds_config, train_here, write_inputs
+from toy import PRESET, SHIPPED, ds_config, train_here, write_inputs
 
-from megamoe.config import UserError, read_json
+from megamoe.config import ModelConfig, UserError, read_json
+from megamoe.data import TokenCorpus
+from megamoe.model import Decoder
+from megamoe.train import Evaluator
 
 
 def losses(log):
@@ -62,9 +67,34 @@ def resume_problem(run):
 def test_resuming_on_another_topology_is_refused_with_both_sizes(tmp_path):
     run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 2, "ep_size": 2}
     run_ranks(2, train_here, run)
-    (problem,) = run_ranks(2, resume_problem, {**run, "steps": 3, "resume": True, "ep_size": 1})[0]
+    ((problem,), _) = run_ranks(2, resume_problem, {**run, "steps": 3, "resume": True, "ep_size": 1})
     assert "ep_size 2, not 1" in problem
-    assert "--ep_size 2" in problem
+    ((problem, _),) = run_ranks(1, resume_problem, {**run, "steps": 3, "resume": True, "ep_size": 1})
+    assert "world_size 2, not 1" in problem
+
+
+def evaluate_here(prefix, limit, micro_batch):
+    model = Decoder(ModelConfig(**{**PRESET, "expert_dropout": 0.3}), seed=3).train()
+    corpus = TokenCorpus(prefix, 16, PRESET["vocab_size"])
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    result = Evaluator(corpus, limit, tokens_per_byte=0.25).run(
+        model, micro_batch, rank, world_size, torch.device("cpu")
+    )
+    return result, model.training
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (2, 4), (4, 3)])
+def test_evaluation_is_the_mean_over_just_the_held_out_tokens_on_any_number_of_ranks(tmp_path, world_size, micro_batch):
+    write_inputs(tmp_path, ds_config(1))
+    tokens = torch.from_numpy(np.fromfile(tmp_path / "corpus" / "valid.bin", dtype=np.int16)).long()
+    model = Decoder(ModelConfig(**PRESET), seed=3).eval()
+    logits = torch.cat([model(tokens[16 * i : 16 * i + 16].unsqueeze(0)) for i in range(11)]).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, tokens[1 : 11 * 16 + 1]).item()
+    for result, training in run_ranks(world_size, evaluate_here, tmp_path / "corpus" / "valid", 11, micro_batch):
+        assert result["tokens"] == 11 * 16
+        assert result["loss"] == pytest.approx(expected, abs=1e-6)
+        assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / 4, abs=1e-6)
+        assert training  # as before
 
 
 def test_run_json_is_enough_to_repeat_the_run(tmp_path):
