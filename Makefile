@@ -15,6 +15,9 @@ ifeq ($(TEXT),)
 SOURCE := data/plays
 TOKENS := data/shakespeare
 else
+ifeq ($(wildcard $(TEXT)),)
+$(error TEXT is $(TEXT), which does not exist; give a text file, a folder, or JSON lines, without spaces in its path)
+endif
 SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)
 endif

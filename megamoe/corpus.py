@@ -259,6 +259,9 @@ def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out
 
 
 def check_absent(out: Path) -> None:
-    """Raise UserError if there is something at `out`."""
+    """Raise UserError if there is something at `out`, or a file where its folder should be."""
     if out.exists():
         raise UserError(f"{out} exists already; remove it or choose another --out.")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{out} cannot be made, for {parent} is a file; choose another --out.")

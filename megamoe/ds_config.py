@@ -150,7 +150,9 @@ def _optimizer_problems(ds: dict[str, Any], where: str) -> list[str]:
     elif kind is not None and kind not in ("Adam", "AdamW"):
         problems.append(f'{where}: optimizer.type is {json.dumps(kind)}; use "AdamW" or "Adam".')
     betas = _section(optimizer, "params").get("betas", [0.9, 0.999])
-    if not (isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in betas)):
+    if not (
+        isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas)
+    ):
         problems.append(f"{where}: optimizer.params.betas is {json.dumps(betas)}; give two numbers from 0 to below 1.")
     clipping = ds.get("gradient_clipping", 1.0)
     if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
@@ -228,6 +230,11 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
         problems.append(
             f"ep_size is {run.ep_size}, which does not divide the {model.num_local_experts} experts of "
             f"{run.preset}; choose a divisor."
+        )
+    if run.seq_len and run.seq_len > model.max_position_embeddings and model.rope_scaling is None:
+        problems.append(
+            f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
+            "lower it, or raise that or set rope_scaling in the preset."
         )
     try:
         total = read_schedule(ds, run.ds_config).total_num_steps

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import socket
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 from torch import nn
+from torch.utils.cpp_extension import get_default_build_root
 
+from megamoe.config import UserError
 from megamoe.ds_config import ScheduleConfig
 from megamoe.schedule import learning_rate
+
+STALE_LOCK_MINUTES = 10
 
 
 def init_distributed() -> tuple[int, int, torch.device]:
@@ -44,11 +49,26 @@ def init_distributed() -> tuple[int, int, torch.device]:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
+    if device.type == "cpu":
+        _refuse_stale_lock()
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     rank = deepspeed.comm.get_rank()
     if device.type == "cpu":
         _unname_shared_memory(rank)
     return rank, deepspeed.comm.get_world_size(), device
+
+
+def _refuse_stale_lock() -> None:
+    """Raise UserError where a killed start has left torch's lock on the operator that DeepSpeed compiles on CPU: torch
+    would wait for it without end and without a word."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/deepspeed_shm_comm/lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > STALE_LOCK_MINUTES:
+            raise UserError(
+                f"{lock} is {minutes:.0f} minutes old, above the {STALE_LOCK_MINUTES} that a compilation takes at most, "
+                "so a start was killed while it compiled; remove that file and start again."
+            )
 
 
 def _unname_shared_memory(rank: int) -> None:

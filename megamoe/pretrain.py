@@ -115,7 +115,8 @@ class Job:
             return [f"{self.run_dir} holds another run; choose another --run_dir, or go on with --resume."]
         if not holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
             return [f"{self.run_dir} is there already and holds no run; choose another --run_dir."]
-        return []
+        files = [parent for parent in self.run_dir.parents if parent.exists() and not parent.is_dir()]
+        return [f"{self.run_dir} cannot be made, for {file} is a file; choose another --run_dir." for file in files]
 
     def _checkpoint(self) -> Path | None:
         """The newest checkpoint of the run to resume, None before its first. Raises UserError if it is another run."""
@@ -168,6 +169,14 @@ class Job:
                 **{package: version(package) for package in packages},
             },
         }
+
+    def corpus_words(self) -> str:
+        """The corpora in words: tokens, place and, in a mix, weight."""
+        mixed = len(self.corpora) > 1
+        return ", ".join(
+            f"{corpus.num_tokens:,} tokens in {source.path}" + (f" at weight {source.weight:g}" if mixed else "")
+            for corpus, source in zip(self.corpora, self.run.data, strict=True)
+        )
 
     @property
     def tokenizer(self) -> Path | None:
@@ -241,7 +250,7 @@ def train(job: Job, rank: int, device: torch.device) -> None:
         print(
             f"{run.preset}: {parameter_count(model_config):,} parameters, {dtype_of(job.ds)}, "
             f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens a step; "
-            f"{job.data.corpora[0].num_tokens:,} tokens in {run.data[0].path}; steps {first} to {job.last_step}; "
+            f"{job.corpus_words()}; steps {first} to {job.last_step}; "
             f"run folder {job.run_dir}",
             flush=True,
         )

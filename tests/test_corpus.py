@@ -366,6 +366,11 @@ def test_a_folder_without_held_out_text_has_no_files_of_that_split(tmp_path, tok
     assert not list((tmp_path / "out").glob("valid*"))
 
 
+def test_an_out_below_a_file_is_refused(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("mine")
+    has(refusal(made, DOCUMENTS, tokenizer, tmp_path / "file" / "out"), str(tmp_path / "file"), "is a file", "--out")
+
+
 def words_tokenizer(size):
     made_tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0, **{f"w{i}": i for i in range(1, size)}}))
     made_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

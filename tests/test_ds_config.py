@@ -302,6 +302,11 @@ def test_ep_size_must_divide_ranks_and_experts():
     has(only(between(3, ep_size=3)), "ep_size is 3", "4 experts", "mine", "divisor")
 
 
+def test_sequences_longer_than_the_model_is_made_for_are_refused():
+    has(only(between(seq_len=17)), "seq_len is 17", "max_position_embeddings 16", "lower it")
+    assert between(seq_len=16) == []
+
+
 def test_steps_beyond_the_schedule_are_refused():
     has(only(between(steps=101)), "steps is 101", "ds.json", "100", "lower --steps", "total_num_steps")
     assert between(steps=100) == between() == []

@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from ranks import run_ranks
 from toy import PRESET
 
-from megamoe.config import ModelConfig
-from megamoe.engine import parameter_groups
+from megamoe.config import ModelConfig, UserError
+from megamoe.engine import _refuse_stale_lock, parameter_groups
 from megamoe.model import Decoder
 
 
@@ -22,6 +23,17 @@ def shared_memory_of_this_job():
 def test_a_job_leaves_nothing_in_shared_memory_even_if_it_is_killed():
     # The names are gone while it runs, so no end of the processes can leave them behind.
     assert run_ranks(2, shared_memory_of_this_job) == [[], []]
+
+
+def test_a_lock_left_by_a_killed_compilation_is_named_instead_of_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py3" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    _refuse_stale_lock()  # somebody is compiling now
+    os.utime(lock, (0, 0))
+    with pytest.raises(UserError, match=f"{lock} is .* remove that file"):
+        _refuse_stale_lock()
 
 
 def test_norms_and_latents_have_no_weight_decay_and_every_parameter_is_in_one_group():
