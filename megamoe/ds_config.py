@@ -150,9 +150,8 @@ def _optimizer_problems(ds: dict[str, Any], where: str) -> list[str]:
     elif kind is not None and kind not in ("Adam", "AdamW"):
         problems.append(f'{where}: optimizer.type is {json.dumps(kind)}; use "AdamW" or "Adam".')
     betas = _section(optimizer, "params").get("betas", [0.9, 0.999])
-    if not (
-        isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas)
-    ):
+    fits = isinstance(betas, list) and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
+    if not fits or len(betas) != 2:
         problems.append(f"{where}: optimizer.params.betas is {json.dumps(betas)}; give two numbers from 0 to below 1.")
     clipping = ds.get("gradient_clipping", 1.0)
     if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:

@@ -66,8 +66,8 @@ def _refuse_stale_lock() -> None:
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > STALE_LOCK_MINUTES:
             raise UserError(
-                f"{lock} is {minutes:.0f} minutes old, above the {STALE_LOCK_MINUTES} that a compilation takes at most, "
-                "so a start was killed while it compiled; remove that file and start again."
+                f"{lock} is {minutes:.0f} minutes old, above the {STALE_LOCK_MINUTES} that a compilation takes at "
+                "most: a start was killed while it compiled; remove that file and start again."
             )
 
 
