@@ -23,5 +23,9 @@ def only(problems):
     return problems[0]
 
 
+def refusal(function, *args):
+    return only(refusals(function, *args))
+
+
 def has(problem, *parts):
     assert all(part in problem for part in parts), problem

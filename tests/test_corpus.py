@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
+from refusals import has, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megamoe import corpus
@@ -27,19 +28,6 @@ KINDS = ["txt", "folder", "jsonl", "jsonl.gz", "jsonl.zst"]
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer([*DOCUMENTS] * 10, 300)
-
-
-def refusal(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    (problem,) = caught.value.problems
-    assert problem.endswith(".")
-    assert "\n" not in problem
-    return problem
-
-
-def has(problem, *parts):
-    assert all(part in problem for part in parts), problem
 
 
 def read(path, key="text"):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
+from refusals import has, refusal
 
 from megamoe import data
-from megamoe.config import UserError
 from megamoe.data import (
     MIX_BLOCK,
     SampleOrder,
@@ -36,19 +36,6 @@ def build(prefix, tokens, dtype=np.int32, item=7):
         builder.end_document()
     builder.finalize(f"{prefix}.idx")
     return prefix
-
-
-def refusal(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    (problem,) = caught.value.problems
-    assert problem.endswith(".")
-    assert "\n" not in problem
-    return problem
-
-
-def has(problem, *parts):
-    assert all(part in problem for part in parts), problem
 
 
 def random_tokens(count, vocab_size, seed=0):

@@ -13,17 +13,13 @@ import fetch_corpus
 import numpy as np
 import pytest
 import report
-from refusals import has, only, refusals
+from refusals import has, refusal
 
 from megamoe import cli
 from megamoe.tokenizer import load_tokenizer
 
 TOOLS = Path(__file__).parents[1] / "tools"
 TEXT = "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 5
-
-
-def refusal(function, *args):
-    return only(refusals(function, *args))
 
 
 def run_tool(name, *words):
