@@ -42,6 +42,7 @@ def init_distributed() -> tuple[int, int, torch.device]:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
+        _refuse_stale_lock()
         if "OMP_NUM_THREADS" not in os.environ:
             # Each rank would start as many threads as there are cores.
             local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -49,8 +50,6 @@ def init_distributed() -> tuple[int, int, torch.device]:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    if device.type == "cpu":
-        _refuse_stale_lock()
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     rank = deepspeed.comm.get_rank()
     if device.type == "cpu":

@@ -212,7 +212,7 @@ def _part(value: Any, other: Any) -> Any:
 
 
 def agree(problems: list[str], rank: int) -> None:
-    """Share the problems of all ranks; if there are any, rank 0 raises them all and the others leave with its code."""
+    """Share the problems of all ranks; if there are any, rank 0 prints them all and every rank exits with code 2."""
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, problems)
     distinct = list(dict.fromkeys(problem for one in everywhere for problem in one))
