@@ -263,3 +263,12 @@ class RunConfig(BaseModel):
     eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
     eval_samples: int = Field(default=256, gt=0, description="held-out samples used by an evaluation, at most")
     save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
+    keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
+    keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of so many steps as well")
+    foreground_save: bool = Field(
+        default=False, description="hold training while a checkpoint is written, instead of copying the state first"
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
+    )

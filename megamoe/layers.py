@@ -1,4 +1,4 @@
-"""Attention with latent tokens, rotary embeddings and the key/value cache.
+"""Attention with latent tokens, rotary embeddings, the key/value cache, and one expert.
 
 Shape legend: B batch, T query positions, S cached and new token positions, M latent tokens, D hidden_size,
 H query heads, G key/value heads, d head_dim.
@@ -149,7 +149,7 @@ class LatentAttention(nn.Module):
         key = apply_rotary(self._heads(self.k_proj(x)), rotary, self.rope_interleaved).transpose(1, 2)
         value = self._heads(self.v_proj(x)).transpose(1, 2)
         if cache is None or cache.length == 0:
-            key, value = self._with_latents(key, self.k_proj), self._with_latents(value, self.v_proj)
+            key, value = self.with_latents(key, self.k_proj), self.with_latents(value, self.v_proj)
         if cache is not None:
             key, value = cache.append(key, value)
         if mask is not None:
@@ -165,6 +165,21 @@ class LatentAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (..., T, heads, d)
 
-    def _with_latents(self, x: Tensor, projection: nn.Linear) -> Tensor:
+    def with_latents(self, x: Tensor, projection: nn.Linear) -> Tensor:
+        """Put this layer's latents, as `projection` (of keys or values) maps them, ahead of `x` (B, G, S, d)."""
         latents = self._heads(projection(self.latents)).transpose(0, 1)  # (G, M, d)
         return torch.cat((latents.expand(x.shape[0], -1, -1, -1), x), dim=2)
+
+
+class Expert(nn.Module):
+    """Two projections with SiLU between, no gate, no biases, dropout on the output."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float = 0.0):
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, D) -> (rows, D)."""
+        return self.dropout(self.down_proj(F.silu(self.up_proj(x))))

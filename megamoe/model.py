@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.config import ModelConfig
-from megamoe.layers import LatentAttention, LayerCache, Rotary, attention_mask, rope_frequencies, rotary_table
-from megamoe.moe import Expert, MoE
+from megamoe.layers import (
+    Expert,
+    LatentAttention,
+    LayerCache,
+    Rotary,
+    attention_mask,
+    rope_frequencies,
+    rotary_table,
+)
+from megamoe.moe import MoE
 from megamoe.router import Router
 
 # The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
@@ -24,20 +23,6 @@ from megamoe.router import Router, count_ids
 # On CPU, oneDNN builds a kernel for every new matrix shape, and routing makes new shapes every step. Blocks rounded up
 # to a multiple of this many rows recur. The fill is never more than this per expert.
 CPU_ROW_MULTIPLE = 64
-
-
-class Expert(nn.Module):
-    """Two projections with SiLU between, no gate, no biases, dropout on the output."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float = 0.0):
-        super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, D) -> (rows, D)."""
-        return self.dropout(self.down_proj(F.silu(self.up_proj(x))))
 
 
 class Grouping(NamedTuple):

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import math
+
 from megamoe.config import ModelConfig
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Every parameter of the model under its plain name, as a shape: the fields that make each dimension, in order,
+    and its size."""
+    hidden = {"hidden_size": config.hidden_size}
+    query = {"num_attention_heads x head_dim": config.num_attention_heads * config.head_dim}
+    key_value = {"num_key_value_heads x head_dim": config.num_key_value_heads * config.head_dim}
+    inside = {"intermediate_size": config.intermediate_size}
+    layer = {
+        "input_layernorm.weight": hidden,
+        "self_attn.latents": {"num_latent_tokens": config.num_latent_tokens} | hidden,
+        "self_attn.q_proj.weight": query | hidden,
+        "self_attn.k_proj.weight": key_value | hidden,
+        "self_attn.v_proj.weight": key_value | hidden,
+        "self_attn.o_proj.weight": hidden | query,
+        "post_attention_layernorm.weight": hidden,
+        "moe.router.weight": {"num_local_experts": config.num_local_experts} | hidden,
+    }
+    for expert in range(config.num_local_experts):
+        layer[f"moe.experts.{expert}.up_proj.weight"] = inside | hidden
+        layer[f"moe.experts.{expert}.down_proj.weight"] = hidden | inside
+    layers = {
+        f"model.layers.{number}.{name}": shape
+        for number in range(config.num_hidden_layers)
+        for name, shape in layer.items()
+    }
+    embedding = {"model.embed_tokens.weight": {"vocab_size": config.vocab_size} | hidden}
+    return embedding | layers | {"model.norm.weight": hidden}
 
 
 def parameter_count(config: ModelConfig) -> int:
     """All parameters of the model, over all ranks."""
-    attention = _attention_weights(config) + config.num_latent_tokens * config.hidden_size
-    experts = config.num_local_experts * _expert_weights(config)
-    router = config.num_local_experts * config.hidden_size
-    norms = 2 * config.hidden_size
-    layer = attention + experts + router + norms
-    return config.vocab_size * config.hidden_size + config.num_hidden_layers * layer + config.hidden_size
+    return sum(math.prod(shape.values()) for shape in parameter_shapes(config).values())
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 import megamoe
-from megamoe import cli
-from megamoe.checkpoint import load_checkpoint, newest_checkpoint, step_of
+from megamoe import cli, manifest
+from megamoe.checkpoint import CheckpointWriter, first_that_holds, restore
 from megamoe.config import ModelConfig, RunConfig, UserError, load_preset, read_json, validate
 from megamoe.data import TokenCorpus, TrainData, corpus_counts, corpus_prefix
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
@@ -29,11 +29,14 @@ from megamoe.engine import build_engine, deepspeed_own_problems, init_distribute
 from megamoe.metrics import Sinks
 from megamoe.model import Decoder
 from megamoe.plan import parameter_count
+from megamoe.reader import Source, model_problems, open_source
 from megamoe.router import LoadBalancer
 from megamoe.train import BatchShape, Evaluator, Trainer
 
-# A run may go on only with what decides its losses, or how its checkpoints are laid out, unchanged.
-SAME_ON_RESUME = ("model", "deepspeed", "seed", "seq_len", "data", "tokenizer_sha256", "world_size", "ep_size")
+# A run may go on only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
+# samples over ranks and micro-batches do not.
+SAME_ON_RESUME = ("model", "optimization", "seed", "seq_len", "samples_per_step", "data", "tokenizer_sha256")
+OPTIMIZATION = ("optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types")
 
 
 def parse_run(words: list[str] | None = None) -> RunConfig:
@@ -71,6 +74,8 @@ class Job:
         self.run = run
         self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
         problems += self._folder_problems()
+        if run.init_from and not Path(run.init_from).exists():
+            problems.append(f"init_from is {run.init_from}, which is not there; give a checkpoint or plain weights.")
         self.ds: dict[str, Any] = attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
@@ -95,7 +100,8 @@ class Job:
         self.schedule = read_schedule(self.ds, run.ds_config)
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
-        self.checkpoint = self._checkpoint() if run.resume else None
+        if run.resume:
+            self._check_same_run()
 
     def _tokenizer_problems(self) -> list[str]:
         """Corpora of a mix, and the held-out one, must have been made with one tokenizer, where it is known."""
@@ -118,26 +124,22 @@ class Job:
         files = [parent for parent in self.run_dir.parents if parent.exists() and not parent.is_dir()]
         return [f"{self.run_dir} cannot be made, for {file} is a file; choose another --run_dir." for file in files]
 
-    def _checkpoint(self) -> Path | None:
-        """The newest checkpoint of the run to resume, None before its first. Raises UserError if it is another run."""
-        before, now = read_json(self.run_dir / "run.json"), self.record()
-        changed = [key for key in SAME_ON_RESUME if before.get(key) != now[key]]
+    def _check_same_run(self) -> None:
+        """Raises UserError if the run folder holds a run whose losses would be others."""
+        before, now = _decisive(read_json(self.run_dir / "run.json")), _decisive(self.record())
+        changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
                 *(
                     f"{self.run_dir} holds a run with {key} {json.dumps(_part(before.get(key), now[key]))}, "
-                    f"not {json.dumps(_part(now[key], before.get(key)))}; "
-                    "resume with the same, or choose another --run_dir."
+                    f"not {json.dumps(_part(now[key], before.get(key)))}; {_remedy(key, before)}."
                     for key in changed
                 )
             )
-        checkpoint = newest_checkpoint(self.run_dir / "checkpoints")
-        if checkpoint and step_of(checkpoint) >= self.last_step:
-            raise UserError(
-                f"{self.run_dir} is at step {step_of(checkpoint)} already and the run ends at {self.last_step}; "
-                "give a larger --steps."
-            )
-        return checkpoint
+
+    def candidates(self) -> list[Path]:
+        """The checkpoints to go on from, in the order in which to try them."""
+        return manifest.candidates(self.run_dir / "checkpoints") if self.run.resume else []
 
     @property
     def last_step(self) -> int:
@@ -204,6 +206,22 @@ class Job:
         return Evaluator(self.valid, self.run.eval_samples, ratio)
 
 
+def _decisive(record: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's record, what decides its losses. Where a corpus lies does not."""
+    optimization = {key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION}
+    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in record.get("data", [])]
+    return {key: {**record, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
+
+
+def _remedy(key: str, before: dict[str, Any]) -> str:
+    if key == "samples_per_step":
+        return (
+            f'set "train_batch_size" to {before.get(key)} in the DeepSpeed JSON and leave '
+            '"gradient_accumulation_steps" out, so that any number of ranks shares them'
+        )
+    return "resume with the same, or choose another --run_dir"
+
+
 def _part(value: Any, other: Any) -> Any:
     """Of an object, what differs from `other`; of anything else, all."""
     if not isinstance(value, dict) or not isinstance(other, dict):
@@ -237,13 +255,43 @@ def prepare(rank: int, world_size: int, device: torch.device) -> Job:
     return job
 
 
+def starting_point(job: Job, rank: int) -> tuple[Source | None, int]:
+    """Where the weights come from, None where they are drawn, and the step that is done. Collective.
+
+    Problems end all ranks together.
+    """
+    source, step, problems = None, 0, []
+    init_from = Path(job.run.init_from) if job.run.init_from else None
+    try:
+        if checkpoint := first_that_holds(job.candidates()):
+            step = manifest.step_of(checkpoint)
+        elif init_from:
+            checkpoint = first_that_holds(manifest.found_at(init_from))
+        if checkpoint:
+            source = open_source(checkpoint)
+            problems = model_problems(source, job.model, str(checkpoint))
+        if step >= job.last_step:
+            problems.append(
+                f"{job.run_dir} is at step {step} already and the run ends at {job.last_step}; give a larger --steps."
+            )
+    except UserError as error:
+        problems = error.problems
+    agree(problems, rank)
+    return source, step
+
+
 def train(job: Job, rank: int, device: torch.device) -> None:
     """Build the engine, restore a checkpoint where there is one, and train."""
     run, model_config = job.run, job.model
+    source, first = starting_point(job, rank)
     # DeepSpeed's expert-parallel groups are consecutive ranks.
-    model = Decoder(model_config, run.seed, run.ep_size, ep_rank=rank % run.ep_size)
+    ep_rank = rank % run.ep_size
+    model = Decoder(model_config, run.seed, run.ep_size, ep_rank)
     engine = build_engine(model, job.ds, job.schedule)
-    first = load_checkpoint(engine, job.checkpoint) if job.checkpoint else 0
+    if source:
+        first_expert = ep_rank * (model_config.num_local_experts // run.ep_size)
+        restore(engine, source, first_expert, weights_only=first == 0)
+        del source  # and its mapped files
     sinks = job.open_folder(first) if rank == 0 else None
     if rank == 0:
         shape = job.shape
@@ -257,16 +305,15 @@ def train(job: Job, rank: int, device: torch.device) -> None:
     balancer = LoadBalancer(
         model.routers(), model_config.router_bias_rate, model_config.router_bias_rule, model_config.router_load_decay
     )
-    trainer = Trainer(
+    writer = CheckpointWriter(
         engine,
-        balancer,
-        job.data,
-        job.evaluator(),
-        sinks,
-        job.shape,
-        seed=run.seed,
-        checkpoints=job.run_dir / "checkpoints",
+        job.run_dir / "checkpoints",
+        job.record(),
+        keep_last=run.keep_last,
+        keep_every=run.keep_every,
+        background=not run.foreground_save,
     )
+    trainer = Trainer(engine, balancer, job.data, job.evaluator(), sinks, job.shape, writer, seed=run.seed)
     try:
         trainer.run(first, job.last_step, run.log_interval, run.eval_interval, run.save_interval)
     finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.checkpoint import save_checkpoint
+from megamoe.checkpoint import CheckpointWriter
 from megamoe.data import TokenCorpus, TrainData, eval_batch
 from megamoe.metrics import Sinks, memory_gib, peak_flops
 from megamoe.plan import train_flops_per_token
@@ -72,18 +72,19 @@ class StopSignal:
     """SIGTERM, SIGINT or SIGUSR1 asks for a stop; the ranks agree on it at the end of a step, save and leave."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self.asked = True
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop. Collective."""
-        asked = torch.tensor(int(self._asked), device=device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+
+def on_any_rank(*flags: bool, device: torch.device) -> list[bool]:
+    """For each of the flags, whether it is set on any rank. Collective."""
+    total = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return total.bool().tolist()
 
 
 class Trainer:
@@ -97,15 +98,16 @@ class Trainer:
         evaluator: Evaluator | None,
         sinks: Sinks | None,
         shape: BatchShape,
+        writer: CheckpointWriter,
         *,
         seed: int,
-        checkpoints: Path,
     ):
         """
         Args:
             engine: of `build_engine`.
             evaluator: None trains without evaluation.
             sinks: on rank 0 only.
+            writer: saves the engine.
         """
         self.engine = engine
         self.model = engine.module
@@ -114,8 +116,8 @@ class Trainer:
         self.evaluator = evaluator
         self.sinks = sinks
         self.shape = shape
+        self.writer = writer
         self.seed = seed
-        self.checkpoints = checkpoints
         self.rank = dist.get_rank()
         self.device = engine.device
         self.stop = StopSignal()
@@ -124,7 +126,10 @@ class Trainer:
         self.peak_flops = peak_flops(self.device, weight.dtype) * shape.world_size
 
     def run(self, first: int, last: int, log_every: int, eval_every: int, save_every: int) -> None:
-        """Train steps first + 1 to last. Intervals are in steps; 0 means only after the last step."""
+        """Train steps first + 1 to last. Intervals are in steps; 0 means only after the last step.
+
+        Exits with code 2 if the last step cannot be saved.
+        """
         self.model.train()
         self._start_window(first)
         for step in range(first + 1, last + 1):
@@ -132,7 +137,8 @@ class Trainer:
             self._seed_step(step)
             self._losses += self._forward_backward(step)
             balance = self._optimizer_step()
-            stopping = self.stop.agreed(self.device)  # waits for the device, so the clock has the whole step
+            # This waits for the device, so the clock has the whole step.
+            stopping, writing = on_any_rank(self.stop.asked, self.writer.writing, device=self.device)
             self._seconds += time.perf_counter() - started
 
             final = step == last or stopping
@@ -140,9 +146,12 @@ class Trainer:
                 self._log(step, last, balance)
             if self.evaluator and (_due(step, eval_every) or step == last):
                 self._evaluate(step)
+            if self.writer.pending and not writing:
+                self.writer.complete()
             if _due(step, save_every) or final:
-                path = save_checkpoint(self.engine, self.checkpoints, step)
-                self._say(f"saved {path}")
+                self.writer.save(step, hold=final)
+            if final and not self.writer.complete():
+                sys.exit(2)  # rank 0 has said why
             if stopping and step < last:
                 self._say(f"stopped by a signal after step {step}; go on with --resume")
                 return

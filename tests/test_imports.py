@@ -12,16 +12,17 @@ SOURCES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 ORDER = [
     {"__init__"},
     {"config"},
-    {"cli", "tokenizer", "ds_config"},
+    {"cli", "tokenizer", "ds_config", "names", "manifest"},
     {"schedule", "layers", "router", "data", "corpus", "plan"},
-    {"moe", "metrics"},
+    {"moe", "metrics", "reader"},
     {"model"},
-    {"engine", "checkpoint", "generate"},
-    {"train"},
+    {"engine", "checkpoint", "export", "generate"},
+    {"train", "zero_to_fp32"},
     {"pretrain"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-DEEPSPEED_ROOMS = {"moe", "engine", "checkpoint", "corpus"}  # corpus: for the index writer
+# corpus: for the index writer; reader: for the classes that DeepSpeed's files may hold
+DEEPSPEED_ROOMS = {"moe", "engine", "checkpoint", "corpus", "reader"}
 
 
 def imports(source):
@@ -49,7 +50,7 @@ def upward(room, source):
 def test_every_room_has_a_level():
     assert SOURCES.keys() <= LEVEL.keys(), "give the new room a level here and in the design"
     assert {"config", "model", "train", "pretrain"} <= SOURCES.keys()
-    assert [path for path in FOLDER.rglob("*.py") if path.parent != FOLDER] == []
+    assert {path.parent.name for path in FOLDER.rglob("*.py") if path.parent != FOLDER} == {"huggingface"}
 
 
 def test_rooms_import_downward_only():

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 import megamoe.moe
-from megamoe.moe import Expert, MoE, group_rows
+from megamoe.layers import Expert
+from megamoe.moe import MoE, group_rows
 from megamoe.router import Router
 
 D, F, E, T = 6, 10, 4, 9

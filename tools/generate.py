@@ -9,22 +9,28 @@ from pathlib import Path
 
 import torch
 
-from megamoe import cli
-from megamoe.checkpoint import load_weights, newest_checkpoint
+from megamoe import cli, manifest
 from megamoe.config import ModelConfig, UserError, read_json, validate
+from megamoe.ds_config import dtype_of
+from megamoe.export import DTYPES
 from megamoe.generate import generate
 from megamoe.model import Decoder
+from megamoe.reader import find_checkpoint, load_weights, model_problems, open_source
 from megamoe.tokenizer import end_of_text_id, load_tokenizer
 
 
 def load_model(run_dir: Path, device: torch.device) -> Decoder:
     """The model of a run with the weights of its newest checkpoint, in the training precision. Raises UserError."""
-    config = validate(ModelConfig, read_json(run_dir / "run.json").get("model", {}), f"{run_dir}/run.json: model")
-    checkpoint = newest_checkpoint(run_dir / "checkpoints")
-    if checkpoint is None:
+    record = read_json(run_dir / "run.json")
+    config = validate(ModelConfig, record.get("model", {}), f"{run_dir}/run.json: model")
+    if not manifest.candidates(run_dir / "checkpoints"):
         raise UserError(f"{run_dir} holds no checkpoint yet; wait for the run to save one.")
+    source = open_source(find_checkpoint(run_dir))
+    problems = model_problems(source, config, str(run_dir))
+    if problems:
+        raise UserError(*problems)
     model = Decoder(config)
-    model.load_state_dict(load_weights(checkpoint), assign=True)  # with the dtypes of the checkpoint
+    load_weights(model, source, DTYPES[dtype_of(record.get("deepspeed", {}))])
     return model.to(device)
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megamoe.moe import Expert, MoE
+from megamoe.layers import Expert
+from megamoe.moe import MoE
 from megamoe.router import Router
 
 D, F, E, K = 8, 12, 4, 2

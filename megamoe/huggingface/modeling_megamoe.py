@@ -1,0 +1,205 @@
+"""A megamoe decoder for transformers: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
+
+Attention, rotary embeddings, experts and router are megamoe's own files, exported beside this one; the experts run one
+after another on one device, without DeepSpeed.
+
+Shape legend: B batch, T positions of this call, S positions so far, D hidden_size, K experts per token, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_megamoe import MegaMoeConfig
+from .layers import Expert, LatentAttention, Rotary, attention_mask, rope_frequencies, rotary_table
+from .router import Router
+
+# The name under which this release of transformers hands a cache around.
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class _TokenCache:
+    """A layer's share of a transformers cache, which holds tokens only; the latents are put ahead of them each time."""
+
+    length = -1  # never empty: the attention is not to add its latents itself
+
+    def __init__(self, cache: Cache, layer: int, attention: LatentAttention):
+        self.cache = cache
+        self.layer = layer
+        self.attention = attention
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = self.cache.update(key, value, self.layer)
+        attention = self.attention
+        return attention.with_latents(key, attention.k_proj), attention.with_latents(value, attention.v_proj)
+
+
+class MegaMoeExperts(nn.Module):
+    """The router's K experts for every token, weighted."""
+
+    def __init__(self, config: MegaMoeConfig):
+        super().__init__()
+        self.router = Router(
+            config.hidden_size,
+            config.num_local_experts,
+            config.num_experts_per_tok,
+            config.router_score,
+            config.router_jitter_noise,
+        )
+        self.experts = nn.ModuleList(
+            Expert(config.hidden_size, config.intermediate_size, config.expert_dropout)
+            for _ in range(config.num_local_experts)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        rows = hidden_states.flatten(0, 1)
+        weights, expert_ids = self.router(rows)  # (B * T, K) each
+        results = rows.new_zeros(*expert_ids.shape, rows.shape[1])
+        for expert_id, expert in enumerate(self.experts):
+            token, choice = (expert_ids == expert_id).nonzero(as_tuple=True)
+            if len(token):
+                results = results.index_put((token, choice), expert(rows[token]))
+        return (results * weights.unsqueeze(-1).to(rows.dtype)).sum(1).view_as(hidden_states)
+
+
+class MegaMoeBlock(nn.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, config: MegaMoeConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LatentAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.num_latent_tokens,
+            config.rope_interleaved,
+        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.moe = MegaMoeExperts(config)
+
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: _TokenCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.moe(self.post_attention_layernorm(x))
+
+
+class MegaMoePreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of every megamoe model."""
+
+    config_class = MegaMoeConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MegaMoeBlock"]  # noqa: RUF012 - transformers' own form
+    _keep_in_fp32_modules_strict = {"router"}  # noqa: RUF012 - in bf16 its bias would send tokens to other experts
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, LatentAttention):
+            nn.init.normal_(module.latents, std=self.config.initializer_range)
+        elif isinstance(module, Router):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.zeros_(module.selection_bias)
+            nn.init.constant_(module.running_load, 1.0 / self.config.num_local_experts)
+            nn.init.zeros_(module.step_counts)
+
+
+class MegaMoeModel(MegaMoePreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: MegaMoeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MegaMoeBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states (B, T, D) behind the last norm.
+
+        Args:
+            attention_mask: (B, S), 0 at padding, left or right. Positions are counted over the tokens that are not
+                padding, whatever `position_ids` say.
+            cache: what newer releases of transformers call past_key_values.
+        """
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        mask, rotary = self._mask_and_rotary(hidden, attention_mask, cache)
+        for number, layer in enumerate(self.layers):
+            layer_cache = None if cache is None else _TokenCache(cache, number, layer.self_attn)
+            hidden = layer(hidden, rotary, mask, layer_cache)
+        kept: dict[str, Any] = {CACHE_FIELD: cache}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
+
+    def _mask_and_rotary(
+        self, hidden: Tensor, token_mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor | None, Rotary]:
+        batch, length, _ = hidden.shape
+        past = cache.get_seq_length() if cache is not None else 0
+        if token_mask is None:
+            token_mask = hidden.new_ones(batch, past + length)
+        tokens = token_mask.bool()
+        positions = (tokens.cumsum(1) - 1).clamp_min(0)
+        config, rope = self.config, self.config.rope_parameters
+        scaling = None if rope["rope_type"] == "default" else rope
+        frequencies, factor = rope_frequencies(
+            config.head_dim, rope["rope_theta"], scaling, config.max_position_embeddings, tokens.sum(1)
+        )
+        rotary = rotary_table(positions[:, past:], frequencies, factor, hidden.dtype)
+        # Without a mask the attention is plainly causal over as many queries as keys.
+        mask = attention_mask(tokens, length, config.num_latent_tokens) if past or not bool(tokens.all()) else None
+        return mask, rotary
+
+
+class MegaMoeForCausalLM(MegaMoePreTrainedModel, GenerationMixin):
+    """The decoder with its tied head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' own form
+
+    def __init__(self, config: MegaMoeConfig):
+        super().__init__(config)
+        self.model = MegaMoeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T or logits_to_keep, V); with `labels` (B, T) also their loss, shifted by one."""
+        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, cache)
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, rows])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)})

@@ -1,0 +1,96 @@
+"""Convert a checkpoint: `python tools/convert_checkpoint.py runs/tiny tiny.pt` (or .safetensors, or a folder).
+
+    OUT.pt            a plain state_dict
+    OUT.safetensors   the same tensors in one file
+    OUT               a Hugging Face directory; with --to safetensors, shards and their index alone
+
+The newest checkpoint of a run that verifies is used. `pretrain.py --init_from OUT` goes the way back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamoe import cli
+from megamoe.config import ModelConfig, UserError, read_json, validate
+from megamoe.export import DTYPES, Entry, entries, shards, write_huggingface, write_safetensors, write_state_dict
+from megamoe.reader import find_checkpoint, model_problems, open_source
+
+FORMATS = ("state_dict", "safetensors", "huggingface")
+
+
+def choose_format(out: Path, to: str | None) -> str:
+    """What to write, from the ending of `out` and --to. Raises UserError if they disagree."""
+    of_ending = {".pt": "state_dict", ".pth": "state_dict", ".bin": "state_dict", ".safetensors": "safetensors"}
+    ending = of_ending.get(out.suffix)
+    if to is not None and to not in FORMATS:
+        raise UserError(f"--to is {to}; use one of {', '.join(FORMATS)}.")
+    if to is not None and (ending or to) != to:
+        raise UserError(f"--to is {to}, but {out} ends in {out.suffix}; drop one of the two.")
+    if to == "state_dict" and ending is None:
+        raise UserError(f"--to is state_dict, but {out} has no ending of one; call it {out}.pt.")
+    return to or ending or "huggingface"
+
+
+def model_config(checkpoint: Path) -> ModelConfig:
+    """The model's configuration, from the record beside a checkpoint. Raises UserError."""
+    path = next((p for p in (checkpoint / "run.json", checkpoint.parent.parent / "run.json") if p.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"{checkpoint} has no run.json, which holds the model's configuration; convert it to a .pt instead, "
+            "or put the run's run.json there."
+        )
+    return validate(ModelConfig, read_json(path).get("model", {}), f"{path}: model")
+
+
+def print_plan(groups: list[list[Entry]]) -> None:
+    for number, group in enumerate(groups, start=1):
+        for entry in group:
+            shape = " x ".join(map(str, entry.shape)) or "scalar"
+            print(f"{entry.name}  {shape}  {str(entry.dtype).removeprefix('torch.')}  {entry.nbytes:,} bytes")
+        print(f"file {number} of {len(groups)}: {len(group)} tensors, {sum(entry.nbytes for entry in group):,} bytes")
+
+
+def main() -> None:
+    parser = cli.Parser(description="Convert a checkpoint to plain weights.")
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
+    parser.add_argument("out", type=Path, help="file or folder to write")
+    parser.add_argument("--to", help=f"one of {', '.join(FORMATS)}; by default from the ending of OUT")
+    parser.add_argument("--dtype", default="fp32", help="fp32 (the masters as they are), bf16 or fp16")
+    parser.add_argument("--max_shard_gb", type=float, default=2.0, help="largest safetensors file in a folder, in GB")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to add; by default the one in the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="list names, shapes and bytes, write nothing")
+    args = parser.parse()
+    form = choose_format(args.out, args.to)
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
+    if not args.max_shard_gb > 0:
+        raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a size above 0.")
+    if args.out.exists() and not args.dry_run:
+        raise UserError(f"{args.out} is there already; choose another output, or remove it.")
+
+    dtype, shard_bytes = DTYPES[args.dtype], int(args.max_shard_gb * 1e9)
+    checkpoint = find_checkpoint(args.checkpoint)
+    source = open_source(checkpoint, open_files=1)
+    if args.dry_run:
+        in_one_file = form == "state_dict" or args.out.suffix == ".safetensors"
+        everything = entries(source, dtype)
+        print_plan([everything] if in_one_file else shards(everything, shard_bytes))
+        return
+    if form == "state_dict":
+        write_state_dict(source, args.out, dtype)
+    elif form == "safetensors":
+        write_safetensors(source, args.out, dtype, shard_bytes)
+    else:
+        config = model_config(checkpoint)
+        problems = model_problems(source, config, str(checkpoint))
+        if problems:
+            raise UserError(*problems)
+        beside_run = checkpoint.parent.parent / "tokenizer.json"
+        tokenizer = args.tokenizer or (beside_run if beside_run.is_file() else None)
+        write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer)
+    print(f"wrote {args.out} from {checkpoint}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

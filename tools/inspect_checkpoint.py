@@ -1,0 +1,79 @@
+"""Look into a checkpoint: `python tools/inspect_checkpoint.py runs/tiny`.
+
+Prints where it comes from, its size, whether every byte is what was saved, and the norm of each expert's weights. Of a
+run, the newest checkpoint is looked at. Exits with code 2 if it is damaged.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from megamoe import cli, manifest
+from megamoe.config import UserError, read_json
+from megamoe.names import PLAIN_EXPERT
+from megamoe.reader import RankFiles, Source, open_source
+
+
+def print_files(checkpoint: Path) -> None:
+    """Bytes by kind of file, and whether they are what was saved. Raises UserError if they are not."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        kinds[re.sub(r"(?<=_)\d+", "N", path.relative_to(checkpoint).parts[0])].append(path.stat().st_size)
+    print(f"size: {sum(map(sum, kinds.values())):,} bytes")
+    for kind, sizes in kinds.items():
+        print(f"  {len(sizes):5d} x {kind}: {sum(sizes):,} bytes")
+    damaged = manifest.problems(checkpoint)
+    if damaged:
+        print("manifest: DAMAGED")
+        raise UserError(*damaged)
+    saved = manifest.read_manifest(checkpoint)
+    print(f"manifest: verified, {len(saved['files'])} files" if saved else "manifest: none; nothing can be verified")
+
+
+def print_origin(checkpoint: Path, source: Source) -> None:
+    if isinstance(source, RankFiles):
+        print(f"topology: {source.world_size} ranks, ep_size {source.ep_size}, ZeRO-{source.zero_stage}")
+    else:
+        print("topology: any (Universal layout)" if source.has_optimizer else "topology: any (weights alone)")
+    if source.has_optimizer:
+        state = source.training_state()
+        print(f"step: {state['global_steps']} ({state['skipped_steps']} skipped)")
+    if (checkpoint / "run.json").is_file():
+        record = read_json(checkpoint / "run.json")
+        versions = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
+        print(f"run: preset {record.get('preset')}, seed {record.get('seed')}; {versions}")
+    print(f"parameters: {sum(math.prod(shape) for shape in source.shapes.values()):,}")
+
+
+def print_norms(source: Source) -> None:
+    """L2 norm of each expert's weights: a row for each layer, a column for each expert."""
+    squares: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for name, shape in source.shapes.items():
+        expert = PLAIN_EXPERT.fullmatch(name)
+        if expert:
+            values = source.read(name, "fp32", 0, math.prod(shape))
+            squares[expert[1]][int(expert[2])] += values.square().sum().item()
+    print("norms of the experts' weights, by layer:")
+    for layer in sorted(squares, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
+        print(f"  {layer:24s}" + "".join(f"{squares[layer][expert] ** 0.5:9.3f}" for expert in sorted(squares[layer])))
+
+
+def main() -> None:
+    parser = cli.Parser(description="Look into a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
+    args = parser.parse()
+    checkpoint = manifest.found_at(args.checkpoint)[0]
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint} is not there; give a run folder or a checkpoint.")
+    print(checkpoint)
+    print_files(checkpoint)
+    source = open_source(checkpoint, open_files=1)
+    print_origin(checkpoint, source)
+    print_norms(source)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,43 @@
+"""Lay a checkpoint out for any number of ranks ahead of time: `python tools/reshard_checkpoint.py runs/a runs/b`.
+
+runs/b is a run folder with the newest checkpoint of runs/a in DeepSpeed's Universal layout. `pretrain.py --run_dir
+runs/b --resume` goes on from it, and DeepSpeed's own loader reads it at an ep_size of 1. A plain --resume reshards by
+itself; this pays where a great many ranks would each have to look into every rank's file.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from megamoe import cli, manifest
+from megamoe.config import UserError
+from megamoe.export import write_universal
+from megamoe.reader import RankFiles, find_checkpoint, open_source
+
+
+def main() -> None:
+    parser = cli.Parser(description="Lay a checkpoint out for any number of ranks.")
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
+    parser.add_argument("out", type=Path, help="run folder to make")
+    args = parser.parse()
+    if args.out.exists():
+        raise UserError(f"{args.out} is there already; choose another output, or remove it.")
+    checkpoint = find_checkpoint(args.checkpoint)
+    source = open_source(checkpoint, open_files=1)
+    if not isinstance(source, RankFiles):
+        raise UserError(f"{checkpoint} is no checkpoint of several ranks' files; there is nothing to reshard.")
+    name = f"step_{source.training_state()['global_steps']}"
+    folder = args.out / "checkpoints"
+    write_universal(source, checkpoint, folder / name)
+    manifest.replace_file(folder / "latest_universal", name)  # DeepSpeed's name for it
+    manifest.replace_file(folder / "latest", name)
+    run_dir = checkpoint.parent.parent
+    for beside in (checkpoint / "run.json", run_dir / "run.json", run_dir / "tokenizer.json"):
+        if beside.is_file():
+            shutil.copyfile(beside, args.out / beside.name)
+    print(f"wrote {folder / name} from {checkpoint}, saved by {source.world_size} ranks at ep_size {source.ep_size}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
