@@ -297,7 +297,8 @@ def restore(engine: deepspeed.DeepSpeedEngine, source: Source, first_expert: int
                     values = source.read(names[parameter], kind, there.start, there.numel)
                     flat[kind][here.start : here.start + here.numel].copy_(values)
             if training:
-                state[group]["step"] = training["adam_step"]
+                step = training["adam_step"]
+                state[group]["step"] = step.clone() if isinstance(step, Tensor) else step  # each group counts its own
     load_buffers(engine.module, source)
     if training:
         zero.optimizer.load_state_dict({**zero.optimizer.state_dict(), "state": state})

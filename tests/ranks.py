@@ -8,6 +8,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,37 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def start_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
+    """Start `function(*args)` on every rank of a new gloo group; what it returns or raises lands in `folder`."""
+    port = free_port()
+    ranks = [
+        _context.Process(target=_rank_main, args=(rank, world_size, port, folder, function, args))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(*args)` on every rank of a new gloo group; returns the results by rank.
 
     `function` and `args` are pickled: the function must stand at a module's top level. Raises AssertionError with the
     rank's traceback if one fails or hangs.
     """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            _context.Process(target=_rank_main, args=(rank, world_size, port, Path(folder), function, args))
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ranks = start_ranks(world_size, folder, function, *args)
         try:
             for process in ranks:
                 process.join(TIMEOUT)
-            errors = [file.read_text() for file in sorted(Path(folder).glob("error_*"))]
+            errors = [file.read_text() for file in sorted(folder.glob("error_*"))]
             codes = [process.exitcode for process in ranks]
             assert not any(codes), f"exit codes {codes} (None: hung)\n" + "\n".join(errors)
         finally:
             for process in ranks:
                 process.kill()
-        return [torch.load(Path(folder) / f"result_{rank}", weights_only=False) for rank in range(world_size)]
+        return [torch.load(folder / f"result_{rank}", weights_only=False) for rank in range(world_size)]
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:

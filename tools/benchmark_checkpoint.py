@@ -13,14 +13,15 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megamoe import cli
-from megamoe.checkpoint import CheckpointWriter, first_that_holds, restore
+from megamoe import cli, manifest
+from megamoe.checkpoint import CheckpointWriter, engine_files, first_that_holds, restore
 from megamoe.config import UserError, load_preset, read_json
 from megamoe.ds_config import read_schedule
 from megamoe.engine import build_engine, init_distributed
@@ -31,11 +32,12 @@ from megamoe.reader import open_source
 TOKENS = 64  # of the one training step that makes Adam's moments
 
 
-def bare_state(engine: Any) -> list[torch.Tensor]:
-    """The engine's own large tensors: as many bytes as a checkpoint holds, and nothing to collect."""
-    zero = engine.optimizer
-    moments = [t for state in zero.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    return [*zero.single_partition_of_fp32_groups, *moments, *zero.parallel_partitioned_bit16_groups_flat]
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for one in inner for tensor in tensors_in(one)]
 
 
 def bare_save(tensors: list[torch.Tensor], path: Path) -> None:
@@ -58,7 +60,7 @@ def drop_from_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(function: Any, *args: Any) -> float:
+def timed(function: Callable[..., Any], *args: Any) -> float:
     """Seconds until the slowest rank is through."""
     dist.barrier()
     start = time.perf_counter()
@@ -67,11 +69,74 @@ def timed(function: Any, *args: Any) -> float:
     return time.perf_counter() - start
 
 
+class Bench:
+    """An engine with Adam's moments, and what is done to it."""
+
+    def __init__(self, preset: str, ds_config: str, ep_size: int, folder: Path):
+        rank, world_size, device = init_distributed()
+        config, ds = load_preset(preset), read_json(Path(ds_config))
+        self.folder = folder
+        self.bare_file = folder / f"bare_{rank}.pt"
+        self.ep_rank = rank % ep_size
+        self.model = Decoder(config, 0, ep_size, self.ep_rank)
+        self.engine = build_engine(self.model, {**ds, "gradient_accumulation_steps": 1}, read_schedule(ds, ds_config))
+        ids = torch.randint(config.vocab_size, (1, TOKENS), device=device)
+        self.engine.backward(self.engine(ids, ids))
+        self.engine.step()
+        if rank == 0:
+            folder.mkdir(parents=True)
+        dist.barrier()
+        record = {"world_size": world_size, "ep_size": ep_size}
+        self.writer = CheckpointWriter(self.engine, folder / "checkpoints", record, keep_last=1)
+
+    def bare_save(self) -> None:
+        with open(self.bare_file, "wb") as file:
+            torch.save(tensors_in(engine_files(self.engine)), file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def bare_load(self) -> None:
+        with torch.no_grad():
+            saved = torch.load(self.bare_file, mmap=True, weights_only=True)
+            for tensor, other in zip(tensors_in(engine_files(self.engine)), saved, strict=True):
+                tensor.copy_(other)
+
+    def save(self, step: int) -> None:
+        self.writer.save(step, hold=True)
+        assert self.writer.complete()
+
+    def background_save(self, step: int) -> float:
+        """Returns the seconds for which training would have waited."""
+        waited = timed(self.writer.save, step)
+        while self.writer.writing:
+            time.sleep(0.01)
+        return waited + timed(self.writer.complete)
+
+    def load(self) -> None:
+        checkpoint = first_that_holds(manifest.candidates(self.folder / "checkpoints"))
+        assert checkpoint
+        first_expert = self.ep_rank * self.model.moe_layers()[0].num_local_experts
+        restore(self.engine, open_source(checkpoint), first_expert)
+
+    def round(self, step: int, background: bool) -> dict[str, float]:
+        """Seconds of everything, once."""
+        seconds = {"bare save": timed(self.bare_save), "save": timed(self.save, 2 * step)}
+        if background:
+            start = time.perf_counter()
+            seconds["stall of a background save"] = self.background_save(2 * step + 1)
+            seconds["background save"] = time.perf_counter() - start
+        drop_from_cache(self.folder)
+        seconds["bare load"] = timed(self.bare_load)
+        drop_from_cache(self.folder)
+        seconds["load"] = timed(self.load)
+        return seconds
+
+
 def main() -> None:
     parser = cli.Parser(description="Time checkpoints against a bare torch.save of the same bytes.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; is made and removed again")
     parser.add_argument("--preset", default="moe-680m", help="model to save")
-    parser.add_argument("--ds_config", type=Path, default=Path("ds_configs/zero2.json"), help="DeepSpeed JSON")
+    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
     parser.add_argument("--ep_size", type=int, default=1, help="ranks that share one set of experts")
     parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured")
     parser.add_argument("--background", action="store_true", help="measure saves beside training as well")
@@ -79,11 +144,27 @@ def main() -> None:
     args = parser.parse()
     if args.out.exists():
         raise UserError(f"{args.out} is there already; give a folder that can be made and removed.")
-    rank, world_size, device = init_distributed()
-    config, ds = load_preset(args.preset), read_json(args.ds_config)
-    model = Decoder(config, 0, args.ep_size, rank % args.ep_size)
-    engine = build_engine(model, {**ds, "gradient_accumulation_steps": 1}, read_schedule(ds, str(args.ds_config)))
-    ids = torch.randint(config.vocab_size, (1, TOKENS), device=device)
-    engine.backward(engine(ids, ids))
-    engine.step()
-    engine.optimizer.zero_grad()
+    bench = Bench(args.preset, args.ds_config, args.ep_size, args.out)
+    rounds = []
+    for step in range(1, args.rounds + 1):
+        rounds.append(bench.round(step, args.background))
+        if dist.get_rank() == 0:
+            print(" ".join(f"{name}={seconds:.2f}s" for name, seconds in rounds[-1].items()), flush=True)
+    if dist.get_rank() == 0:
+        print_medians(rounds)
+        print(f"peak memory of rank 0: {memory_gib(bench.engine.device):.2f} GiB")
+        shutil.rmtree(args.out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def print_medians(rounds: list[dict[str, float]]) -> None:
+    bare = {name: f"bare {name.split()[-1]}" for name in rounds[0]}
+    for name in rounds[0]:
+        seconds = statistics.median(one[name] for one in rounds)
+        ratio = statistics.median(one[name] / one[bare[name]] for one in rounds)
+        print(f"{name:28s} {seconds:8.2f} s   {ratio:5.2f} x {bare[name]}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
