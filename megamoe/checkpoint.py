@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +22,41 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.utils import groups
 from torch import Tensor
 
 from megamoe import manifest
 from megamoe.config import UserError
 from megamoe.manifest import FileRecord
 from megamoe.names import plain_name
-from megamoe.reader import KINDS, Source, load_buffers
+from megamoe.reader import KINDS, Source, load_buffers, open_source
 
 SCRIPT = "zero_to_fp32.py"
 SLACK_BYTES = 4096  # a tensor whose storage is larger by more than this is copied before it is written
 
 
-class _Collector(CheckpointEngine):
-    """Where DeepSpeed hands its files when they are not to be written yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[str, Any] = {}
-
-    def create(self, info: Any) -> None: ...
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.files[Path(path).name] = state_dict
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        raise NotImplementedError
-
-    def commit(self, info: Any) -> None: ...
-
-    def preserves_storage_sharing(self) -> bool:
-        return False  # or DeepSpeed would copy every tensor first
-
-
 def engine_files(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """What DeepSpeed would write on this rank, by file name; the tensors are the engine's own."""
-    collector = _Collector()
-    writer, engine.checkpoint_engine = engine.checkpoint_engine, collector
-    try:
-        engine._save_moe_checkpoint("", "")
-    finally:
-        engine.checkpoint_engine = writer
-    optimizer = {
+    """What DeepSpeed would write on this rank, by file name; the tensors are the engine's own, where DeepSpeed copies
+    every expert first (`DeepSpeedEngine._save_moe_checkpoint`)."""
+    files: dict[str, Any] = {}
+    for layer, moe in enumerate(engine.module.moe_layers()):
+        if groups._get_expert_data_parallel_rank(moe.expert_group_name) == 0:
+            first_expert = groups._get_expert_parallel_rank(moe.expert_group_name) * moe.num_local_experts
+            for expert_id, expert in enumerate(moe.local_experts, start=first_expert):
+                path = engine._get_expert_ckpt_name("", layer, expert_id, "", checkpoint_mp_rank=0)
+                prefix = f"layers.{layer}.moe.deepspeed_moe.experts.deepspeed_experts.{expert_id}."
+                files[Path(path).name] = {prefix + name: weight for name, weight in expert.state_dict().items()}
+    if dist.get_rank() == 0:
+        weights = engine._get_non_moe_state_dict(engine.module.state_dict())
+        partitioned = engine.zero_optimization_partition_gradients()
+        common = engine._common_checkpoint_state(weights, zero_optimizer_state=True, save_frozen_param=partitioned)
+        files[Path(engine._get_ckpt_name("", "")).name] = {**common, "num_experts": engine.num_experts}
+    files[Path(engine._get_zero_ckpt_name("", "")).name] = {
         "optimizer_state_dict": engine.optimizer.state_dict(),
         "ds_config": engine.config,
         "ds_version": deepspeed.__version__,
     }
-    return {**collector.files, Path(engine._get_zero_ckpt_name("", "")).name: optimizer}
+    return files
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -100,8 +88,8 @@ class HostCopy:
             self._buffers = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
         buffers = iter(self._buffers)
         copied = _map_tensors(state, lambda tensor: next(buffers).copy_(tensor, non_blocking=True))
-        if any(tensor.is_cuda for tensor in tensors):
-            torch.cuda.synchronize()
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         return copied
 
 
@@ -112,7 +100,11 @@ def _own_storage(tensor: Tensor) -> Tensor:
 
 
 class CheckpointWriter:
-    """Saves an engine into RUN/checkpoints, one checkpoint at a time. Every rank calls the same methods in order."""
+    """Saves an engine into RUN/checkpoints, one checkpoint at a time. Every rank calls the same methods in order.
+
+    What is saved changes in the optimizer's step alone. So a thread copies it while the next forward and backward
+    passes run, and `before_update` waits for the copy; then the thread writes the copy while training goes on.
+    """
 
     def __init__(
         self,
@@ -140,8 +132,11 @@ class CheckpointWriter:
         self._host_copy = HostCopy() if background else None
         self._checkpoint: Path | None = None  # that is being written
         self._thread: threading.Thread | None = None
+        self._read = threading.Event()  # set once the thread needs the engine's own tensors no more
+        self._read.set()
         self._records: dict[str, FileRecord] = {}
         self._error: Exception | None = None
+        self._started = self._waited = 0.0
         if self.rank == 0:
             manifest.clean(folder)
         dist.barrier()
@@ -167,15 +162,18 @@ class CheckpointWriter:
             self.complete()
         self._checkpoint = self.folder / f"step_{step}"
         self._records, self._error = {}, None
-        files = engine_files(self.engine)
-        copied = self._host_copy.take(files) if self._host_copy and not hold else None
-        self._thread = threading.Thread(
-            target=self._write, args=(copied or files, manifest.partial_of(self._checkpoint))
-        )
+        self._read.clear()
+        host_copy = None if hold else self._host_copy
+        work = (engine_files(self.engine), manifest.partial_of(self._checkpoint), host_copy)
+        self._thread = threading.Thread(target=self._work, args=work)
         self._thread.start()
-        if copied is None:  # the thread reads what the next step changes
-            self._thread.join()
         self._waited = time.perf_counter() - self._started
+
+    def before_update(self) -> None:
+        """Call ahead of every optimizer step: waits until the state that is being saved may change."""
+        start = time.perf_counter()
+        self._read.wait()
+        self._waited += time.perf_counter() - start
 
     def complete(self) -> bool:
         """Wait for every rank's files, then make them a checkpoint. Returns whether it was saved; if not, the older
@@ -197,20 +195,29 @@ class CheckpointWriter:
         self._checkpoint = self._thread = None
         return not outcome[0]
 
-    def _write(self, files: dict[str, Any], partial: Path) -> None:
-        """On this rank's thread: every file, and on rank 0 what lies beside them."""
+    def _work(self, files: dict[str, Any], partial: Path, host_copy: HostCopy | None) -> None:
+        """The thread."""
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            for name, state in files.items():
-                compact = _map_tensors(state, _own_storage)
-                self._records[name] = manifest.write_hashed(partial / name, functools.partial(torch.save, compact))
-            if self.rank == 0:
-                script = Path(__file__).with_name(SCRIPT).read_bytes()
-                run = json.dumps(self.record, indent=2).encode()
-                for name, data in ((SCRIPT, script), ("run.json", run)):
-                    self._records[name] = manifest.write_file(partial / name, data)
+            copied = host_copy.take(files) if host_copy else None
+            if copied is not None:
+                self._read.set()
+            self._write(files if copied is None else copied, partial)
         except Exception as error:  # of whatever kind: a thread's own would be seen by nobody
             self._error = error
+        finally:
+            self._read.set()
+
+    def _write(self, files: dict[str, Any], partial: Path) -> None:
+        """Every file of this rank, and on rank 0 what lies beside them."""
+        partial.mkdir(parents=True, exist_ok=True)
+        for name, state in files.items():
+            compact = _map_tensors(state, _own_storage)
+            self._records[name] = manifest.write_hashed(partial / name, functools.partial(torch.save, compact))
+        if self.rank == 0:
+            script = Path(__file__).with_name(SCRIPT).read_bytes()
+            run = json.dumps(self.record, indent=2).encode()
+            for name, data in ((SCRIPT, script), ("run.json", run)):
+                self._records[name] = manifest.write_file(partial / name, data)
 
     def _commit(self, files: dict[str, FileRecord]) -> str:
         """Returns why it failed, or nothing."""
@@ -247,21 +254,34 @@ class CheckpointWriter:
 # --- restoring ------------------------------------------------------------------------------------------------------
 
 
-def first_that_holds(checkpoints: list[Path]) -> Path | None:
-    """The first of `checkpoints`, as rank 0 has them, of which every byte is what was saved; None if there are none.
+def restore_first_that_holds(
+    engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], first_expert: int, weights_only: bool = False
+) -> Path | None:
+    """Restore the first of `checkpoints`, as rank 0 has them, of which every byte is what was saved; returns it, or
+    None if there are none.
 
-    Collective; the ranks share the reading, and rank 0 says which were passed over. Raises UserError, on every rank,
-    if none holds.
+    Collective. The ranks share the verification, which goes on beside the reading; rank 0 says what was passed over.
+    Raises UserError, on every rank, if none holds.
+
+    Args:
+        first_expert: id of this rank's first expert.
+        weights_only: leave all but weights and router statistics as they are.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shared = [checkpoints]
     dist.broadcast_object_list(shared)
     found: list[str] = []
     for checkpoint in shared[0]:
+        with ThreadPoolExecutor(1) as beside:
+            verification = beside.submit(manifest.problems, checkpoint, rank, world_size)
+            unreadable = _read_checkpoint(engine, checkpoint, first_expert, weights_only)
         parts: list[Any] = [None] * world_size
-        dist.all_gather_object(parts, manifest.problems(checkpoint, rank, world_size))
-        found = list(dict.fromkeys(problem for part in parts for problem in part))
+        dist.all_gather_object(parts, (verification.result(), unreadable))
+        # Where verification finds damage, that is why reading stumbled.
+        damaged, stumbled = ([problem for part in parts for problem in part[kind]] for kind in (0, 1))
+        found = list(dict.fromkeys(damaged or stumbled))
         if not found:
+            engine.optimizer.update_lp_params()
             return checkpoint
         if rank == 0 and len(shared[0]) > 1:
             print(manifest.passed_over(checkpoint, found), flush=True)
@@ -270,41 +290,44 @@ def first_that_holds(checkpoints: list[Path]) -> Path | None:
     return None
 
 
-def restore(engine: deepspeed.DeepSpeedEngine, source: Source, first_expert: int, weights_only: bool = False) -> None:
-    """Give an engine the weights in `source`, the optimizer's state, counters and schedule.
+def _read_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, first_expert: int, weights_only: bool
+) -> list[str]:
+    """Returns why it cannot be read, if so; then the engine's state is of no use."""
+    try:
+        _read_state(engine, open_source(checkpoint), first_expert, weights_only)
+    except UserError as error:
+        return error.problems
+    except Exception as error:  # damaged files fail in any way, and the other ranks must hear of it
+        return [f"{checkpoint} cannot be read ({error!r}); use an older checkpoint."]
+    return []
 
-    Collective. Every rank reads its own slices, whatever the ranks and ep_size of the run that saved them.
 
-    Args:
-        first_expert: id of this rank's first expert.
-        weights_only: leave all but weights and router statistics as they are.
-    """
+def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, first_expert: int, weights_only: bool) -> None:
+    """Read this rank's slices of masters and moments, whatever the ranks and ep_size of the run that saved them."""
     zero = engine.optimizer
     kinds = KINDS[:1] if weights_only else KINDS
     training = {} if weights_only else source.training_state()
     names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for group, master in enumerate(zero.single_partition_of_fp32_groups):
-            state[group] = {kind: torch.zeros_like(master) for kind in kinds[1:]}
-            flat = {"fp32": master.data, **state[group]}
+    for group, master in enumerate(zero.single_partition_of_fp32_groups):
+        flat = {kind: master.data if kind == "fp32" else torch.zeros_like(master.data) for kind in kinds}
+        for kind in kinds:  # one after the other, as they lie in the files
             for parameter in zero.bit16_groups[group]:
                 mapping = parameter._hp_mapping
-                if mapping is None:  # its values are on other ranks
-                    continue
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                for kind in kinds:
+                if mapping is not None:  # else its values are on other ranks
+                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                     values = source.read(names[parameter], kind, there.start, there.numel)
                     flat[kind][here.start : here.start + here.numel].copy_(values)
-            if training:
-                step = training["adam_step"]
-                state[group]["step"] = step.clone() if isinstance(step, Tensor) else step  # each group counts its own
+        if training:
+            step = training["adam_step"]  # each group counts its own
+            moments = {kind: flat[kind] for kind in kinds if kind != "fp32"}
+            state[group] = {**moments, "step": step.clone() if isinstance(step, Tensor) else step}
     load_buffers(engine.module, source)
     if training:
         zero.optimizer.load_state_dict({**zero.optimizer.state_dict(), "state": state})
         zero._link_all_hp_params()
         _restore_training_state(engine, training)
-    zero.update_lp_params()
 
 
 def _restore_training_state(engine: deepspeed.DeepSpeedEngine, training: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import megamoe
 from megamoe import cli, manifest
-from megamoe.checkpoint import CheckpointWriter, first_that_holds, restore
+from megamoe.checkpoint import CheckpointWriter, restore_first_that_holds
 from megamoe.config import ModelConfig, RunConfig, UserError, load_preset, read_json, validate
 from megamoe.data import TokenCorpus, TrainData, corpus_counts, corpus_prefix
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
@@ -29,7 +29,7 @@ from megamoe.engine import build_engine, deepspeed_own_problems, init_distribute
 from megamoe.metrics import Sinks
 from megamoe.model import Decoder
 from megamoe.plan import parameter_count
-from megamoe.reader import Source, model_problems, open_source
+from megamoe.reader import model_problems, open_source
 from megamoe.router import LoadBalancer
 from megamoe.train import BatchShape, Evaluator, Trainer
 
@@ -74,13 +74,16 @@ class Job:
         self.run = run
         self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
         problems += self._folder_problems()
-        if run.init_from and not Path(run.init_from).exists():
-            problems.append(f"init_from is {run.init_from}, which is not there; give a checkpoint or plain weights.")
         self.ds: dict[str, Any] = attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
         self.model: ModelConfig = attempt(load_preset, run.preset)
+        # Checkpoints or plain weights to start from, in the order in which to try them.
+        self.initial_weights = manifest.found_at(Path(run.init_from)) if run.init_from else []
         if self.model:
+            for path in self.initial_weights[:1]:
+                source = attempt(open_source, path)
+                problems += model_problems(source, self.model, str(path)) if source else []
             problems += run_problems(run, self.model, self.ds or {}, world_size)
             seq_len = run.seq_len or self.model.max_position_embeddings
 
@@ -100,8 +103,16 @@ class Job:
         self.schedule = read_schedule(self.ds, run.ds_config)
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
+        self.candidates: list[Path] = []  # checkpoints to go on from, in the order in which to try them
         if run.resume:
             self._check_same_run()
+            self.candidates = manifest.candidates(self.run_dir / "checkpoints")
+        newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
+        if newest >= self.last_step:
+            raise UserError(
+                f"{self.run_dir} is at step {newest} already and the run ends at {self.last_step}; "
+                "give a larger --steps."
+            )
 
     def _tokenizer_problems(self) -> list[str]:
         """Corpora of a mix, and the held-out one, must have been made with one tokenizer, where it is known."""
@@ -136,10 +147,6 @@ class Job:
                     for key in changed
                 )
             )
-
-    def candidates(self) -> list[Path]:
-        """The checkpoints to go on from, in the order in which to try them."""
-        return manifest.candidates(self.run_dir / "checkpoints") if self.run.resume else []
 
     @property
     def last_step(self) -> int:
@@ -255,43 +262,28 @@ def prepare(rank: int, world_size: int, device: torch.device) -> Job:
     return job
 
 
-def starting_point(job: Job, rank: int) -> tuple[Source | None, int]:
-    """Where the weights come from, None where they are drawn, and the step that is done. Collective.
-
-    Problems end all ranks together.
-    """
-    source, step, problems = None, 0, []
-    init_from = Path(job.run.init_from) if job.run.init_from else None
-    try:
-        if checkpoint := first_that_holds(job.candidates()):
-            step = manifest.step_of(checkpoint)
-        elif init_from:
-            checkpoint = first_that_holds(manifest.found_at(init_from))
-        if checkpoint:
-            source = open_source(checkpoint)
-            problems = model_problems(source, job.model, str(checkpoint))
-        if step >= job.last_step:
-            problems.append(
-                f"{job.run_dir} is at step {step} already and the run ends at {job.last_step}; give a larger --steps."
-            )
-    except UserError as error:
-        problems = error.problems
-    agree(problems, rank)
-    return source, step
+def restore(job: Job, engine: Any, first_expert: int) -> int:
+    """Give the engine what the run starts from, if that is not drawn; returns the steps that are done. Collective."""
+    checkpoint = restore_first_that_holds(engine, job.candidates, first_expert)
+    if checkpoint:
+        return manifest.step_of(checkpoint)
+    restore_first_that_holds(engine, job.initial_weights, first_expert, weights_only=True)
+    return 0
 
 
 def train(job: Job, rank: int, device: torch.device) -> None:
     """Build the engine, restore a checkpoint where there is one, and train."""
     run, model_config = job.run, job.model
-    source, first = starting_point(job, rank)
     # DeepSpeed's expert-parallel groups are consecutive ranks.
     ep_rank = rank % run.ep_size
     model = Decoder(model_config, run.seed, run.ep_size, ep_rank)
     engine = build_engine(model, job.ds, job.schedule)
-    if source:
-        first_expert = ep_rank * (model_config.num_local_experts // run.ep_size)
-        restore(engine, source, first_expert, weights_only=first == 0)
-        del source  # and its mapped files
+    first, problems = 0, []
+    try:
+        first = restore(job, engine, ep_rank * (model_config.num_local_experts // run.ep_size))
+    except UserError as error:
+        problems = error.problems
+    agree(problems, rank)
     sinks = job.open_folder(first) if rank == 0 else None
     if rank == 0:
         shape = job.shape

@@ -177,6 +177,7 @@ class Trainer:
         return total / shape.accumulation
 
     def _optimizer_step(self) -> Balance | None:
+        self.writer.before_update()
         self.engine.step()
         return self.balancer.step(self.engine.was_step_applied())
 

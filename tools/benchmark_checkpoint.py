@@ -21,15 +21,12 @@ import torch
 import torch.distributed as dist
 
 from megamoe import cli, manifest
-from megamoe.checkpoint import CheckpointWriter, engine_files, first_that_holds, restore
+from megamoe.checkpoint import CheckpointWriter, restore_first_that_holds
 from megamoe.config import UserError, load_preset, read_json
 from megamoe.ds_config import read_schedule
 from megamoe.engine import build_engine, init_distributed
 from megamoe.metrics import memory_gib
 from megamoe.model import Decoder
-from megamoe.reader import open_source
-
-TOKENS = 64  # of the one training step that makes Adam's moments
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -72,7 +69,7 @@ def timed(function: Callable[..., Any], *args: Any) -> float:
 class Bench:
     """An engine with Adam's moments, and what is done to it."""
 
-    def __init__(self, preset: str, ds_config: str, ep_size: int, folder: Path):
+    def __init__(self, preset: str, ds_config: str, ep_size: int, folder: Path, tokens: int):
         rank, world_size, device = init_distributed()
         config, ds = load_preset(preset), read_json(Path(ds_config))
         self.folder = folder
@@ -80,51 +77,65 @@ class Bench:
         self.ep_rank = rank % ep_size
         self.model = Decoder(config, 0, ep_size, self.ep_rank)
         self.engine = build_engine(self.model, {**ds, "gradient_accumulation_steps": 1}, read_schedule(ds, ds_config))
-        ids = torch.randint(config.vocab_size, (1, TOKENS), device=device)
-        self.engine.backward(self.engine(ids, ids))
+        self.ids = torch.randint(config.vocab_size, (1, tokens), device=device)
+        self.forward_backward()
         self.engine.step()
         if rank == 0:
             folder.mkdir(parents=True)
         dist.barrier()
-        record = {"world_size": world_size, "ep_size": ep_size}
-        self.writer = CheckpointWriter(self.engine, folder / "checkpoints", record, keep_last=1)
+        self.record = {"world_size": world_size, "ep_size": ep_size}
+
+    def forward_backward(self) -> None:
+        self.engine.backward(self.engine(self.ids, self.ids))
+
+    def bare_state(self) -> list[torch.Tensor]:
+        """The engine's own tensors; at one rank as many bytes as a checkpoint holds."""
+        return tensors_in([self.engine.optimizer.state_dict(), self.engine.module.state_dict()])
 
     def bare_save(self) -> None:
         with open(self.bare_file, "wb") as file:
-            torch.save(tensors_in(engine_files(self.engine)), file)
+            torch.save(self.bare_state(), file)
             file.flush()
             os.fsync(file.fileno())
 
     def bare_load(self) -> None:
         with torch.no_grad():
             saved = torch.load(self.bare_file, mmap=True, weights_only=True)
-            for tensor, other in zip(tensors_in(engine_files(self.engine)), saved, strict=True):
+            for tensor, other in zip(self.bare_state(), saved, strict=True):
                 tensor.copy_(other)
 
-    def save(self, step: int) -> None:
-        self.writer.save(step, hold=True)
-        assert self.writer.complete()
+    def writer(self) -> CheckpointWriter:
+        return CheckpointWriter(self.engine, self.folder / "checkpoints", self.record, keep_last=1)
 
-    def background_save(self, step: int) -> float:
-        """Returns the seconds for which training would have waited."""
-        waited = timed(self.writer.save, step)
-        while self.writer.writing:
+    def save(self, writer: CheckpointWriter, step: int) -> None:
+        writer.save(step, hold=True)
+        assert writer.complete()
+
+    def background_save(self, writer: CheckpointWriter, step: int) -> float:
+        """Save beside training steps; returns the seconds that training lost by it, the slower step included."""
+        alone = timed(self.forward_backward) + timed(self.engine.step)
+        lost = timed(writer.save, step) + timed(self.forward_backward) + timed(writer.before_update)
+        lost += timed(self.engine.step) - alone
+        while writer.writing:
             time.sleep(0.01)
-        return waited + timed(self.writer.complete)
+        return lost + timed(writer.complete)
 
     def load(self) -> None:
-        checkpoint = first_that_holds(manifest.candidates(self.folder / "checkpoints"))
-        assert checkpoint
-        first_expert = self.ep_rank * self.model.moe_layers()[0].num_local_experts
-        restore(self.engine, open_source(checkpoint), first_expert)
+        candidates = manifest.candidates(self.folder / "checkpoints")
+        assert restore_first_that_holds(
+            self.engine, candidates, self.ep_rank * self.model.moe_layers()[0].num_local_experts
+        )
 
     def round(self, step: int, background: bool) -> dict[str, float]:
         """Seconds of everything, once."""
-        seconds = {"bare save": timed(self.bare_save), "save": timed(self.save, 2 * step)}
+        seconds = {"bare save": timed(self.bare_save), "save": timed(self.save, self.writer(), 3 * step)}
         if background:
-            start = time.perf_counter()
-            seconds["stall of a background save"] = self.background_save(2 * step + 1)
-            seconds["background save"] = time.perf_counter() - start
+            writer = self.writer()
+            for which in ("first", "later"):  # the first takes new memory for the copy
+                start = time.perf_counter()
+                seconds[f"lost to the {which} background save"] = self.background_save(writer, 3 * step + len(seconds))
+                seconds[f"the {which} background save"] = time.perf_counter() - start
+            del writer  # and its copy of the state
         drop_from_cache(self.folder)
         seconds["bare load"] = timed(self.bare_load)
         drop_from_cache(self.folder)
@@ -139,12 +150,13 @@ def main() -> None:
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
     parser.add_argument("--ep_size", type=int, default=1, help="ranks that share one set of experts")
     parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured")
-    parser.add_argument("--background", action="store_true", help="measure saves beside training as well")
+    parser.add_argument("--background", action="store_true", help="measure saves beside training steps as well")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of a training step")
     parser.add_argument("--local_rank", help="given by the launcher; not used")
     args = parser.parse()
     if args.out.exists():
         raise UserError(f"{args.out} is there already; give a folder that can be made and removed.")
-    bench = Bench(args.preset, args.ds_config, args.ep_size, args.out)
+    bench = Bench(args.preset, args.ds_config, args.ep_size, args.out, args.tokens)
     rounds = []
     for step in range(1, args.rounds + 1):
         rounds.append(bench.round(step, args.background))
@@ -163,7 +175,7 @@ def print_medians(rounds: list[dict[str, float]]) -> None:
     for name in rounds[0]:
         seconds = statistics.median(one[name] for one in rounds)
         ratio = statistics.median(one[name] / one[bare[name]] for one in rounds)
-        print(f"{name:28s} {seconds:8.2f} s   {ratio:5.2f} x {bare[name]}")
+        print(f"{name:36s} {seconds:8.2f} s   {ratio:5.2f} x {bare[name]}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from toy import PRESET, ds_config
 
 from megamoe import manifest
-from megamoe.checkpoint import CheckpointWriter, engine_files, first_that_holds, restore
+from megamoe.checkpoint import CheckpointWriter, engine_files, restore_first_that_holds
 from megamoe.config import ModelConfig, UserError
 from megamoe.ds_config import read_schedule
 from megamoe.engine import build_engine
@@ -37,7 +37,7 @@ def make(ep_size, stage=2, seed=0, **ds_changes):
     return engine, ep_rank * (EXPERTS // ep_size)
 
 
-def train(engine, steps, first=0):
+def train(engine, steps, first=0, writer=None):
     """Train on this rank's share of batches that depend on the step alone; returns the mean losses over all ranks."""
     routers = engine.module.routers()
     balancer = LoadBalancer(routers, CONFIG.router_bias_rate, CONFIG.router_bias_rule, CONFIG.router_load_decay)
@@ -48,6 +48,8 @@ def train(engine, steps, first=0):
         ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
         loss = engine(ids[:, :-1], ids[:, 1:])
         engine.backward(loss)
+        if writer:
+            writer.before_update()
         engine.step()
         balancer.step(engine.was_step_applied())
         total = loss.detach().clone()
@@ -77,7 +79,7 @@ def train_and_save(folder, ep_size, stage=2, steps=3, further=0, **ds_changes):
 def load_and_train(checkpoint, ep_size, stage=2, steps=0, resave=None, **ds_changes):
     """Returns (step, learning rate) as restored, and the losses of `steps` more."""
     engine, first_expert = make(ep_size, stage, seed=99, **ds_changes)  # other weights, so that a restore shows
-    restore(engine, open_source(checkpoint), first_expert)
+    assert restore_first_that_holds(engine, [checkpoint], first_expert) == checkpoint
     state = engine.global_steps, engine.get_lr()
     if resave:
         save(engine, resave, ep_size, engine.global_steps)
@@ -121,7 +123,7 @@ def resave_all(saved, out, ep_size, stage):
     engine, first_expert = make(ep_size, stage, seed=99)
     for ranks, saved_ep_size, _ in SAVED:
         name = f"{ranks}x{saved_ep_size}"
-        restore(engine, open_source(saved / name / "step_3"), first_expert)
+        assert restore_first_that_holds(engine, [saved / name / "step_3"], first_expert)
         save(engine, out / name, ep_size, 3)
         source = open_source(out / name / "step_3")
         masters = {
@@ -243,9 +245,9 @@ def train_while_saving(folder, ep_size, background):
     engine, _ = make(ep_size)
     writer = writer_for(engine, folder, ep_size, background=background)
     for step in (2, 4):
-        train(engine, 2, step - 2)
+        train(engine, 2, step - 2, writer)
         writer.save(step)
-    train(engine, 3, 4)  # everything changes while the thread writes
+    train(engine, 3, 4, writer)  # everything changes while the thread writes
     assert writer.complete()
     assert not writer.pending
 
@@ -267,9 +269,11 @@ def save_without_room(folder):
     psutil.virtual_memory = lambda: real()._replace(available=1000)
     writer = writer_for(engine, folder, 1)
     writer.save(1)
+    writer.before_update()
     thread_is_done = not writer.writing  # it may not read what the next step changes
     train(engine, 1, 1)
     assert writer.complete()
+    psutil.virtual_memory = real
     return thread_is_done
 
 
@@ -312,10 +316,11 @@ def test_a_save_that_fails_on_one_rank_leaves_the_older_checkpoint_and_training_
 
 
 def find_here(folder):
-    """What is found, or the problems, and the lines that are printed."""
+    """What is restored, or the problems, and the lines that are printed."""
+    engine, first_expert = make(1, stage=1)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            found = first_that_holds(manifest.candidates(folder))
+            found = restore_first_that_holds(engine, manifest.candidates(folder), first_expert)
             found = found and found.name
         except UserError as error:
             found = error.problems
