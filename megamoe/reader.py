@@ -5,7 +5,7 @@
     PlainFiles       a state_dict, safetensors, a Hugging Face directory: weights alone
 
 Nothing read here can run code: files are opened with `weights_only`, and what else DeepSpeed puts into them must be on
-a list of three harmless classes. Tensors are mapped, so only what is asked for is read.
+a short list of harmless classes. Tensors are mapped, so only what is asked for is read.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ import torch
 from ranks import free_port
 from toy import ds_config, write_inputs
 
-from megamoe.checkpoint import load_weights
 from megamoe.config import ModelConfig
 from megamoe.metrics import read_log
 from megamoe.model import Decoder
+from megamoe.reader import find_checkpoint, load_weights, open_source
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -56,7 +56,7 @@ def test_a_run_prints_the_logged_form_saves_and_its_weights_load_into_a_plain_mo
     assert re.match(r"step=4 avg_loss=\d\.\d{4} lr=0\.01 tok/s=\d+ mfu=\d+\.\d% max_vio=", lines[-1])
     preset = json.loads((tmp_path / "run" / "run.json").read_text())["model"]
     model = Decoder(ModelConfig(**preset))
-    model.load_state_dict(load_weights(tmp_path / "run" / "checkpoints" / "step_4"))
+    load_weights(model, open_source(find_checkpoint(tmp_path / "run")), torch.float32)
     ids = torch.arange(16).unsqueeze(0)
     assert torch.isfinite(model.eval()(ids)).all()
 
