@@ -79,10 +79,11 @@ def run_on_a_small_disk(run, folder, kilobytes):
     words = [sys.executable, str(ROOT / "megamoe" / "pretrain.py")]
     for name, value in {**run, "run_dir": str(folder / "small" / "run")}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    script = (
-        f'mount -t tmpfs -o size={kilobytes}k none "$1" && shift && {{ "$@"; code=$?; }}; cp -r {folder}/small/run '
-    )
-    script += f"{folder}/copy; exit $code"
+    script = f"""
+        mount -t tmpfs -o size={kilobytes}k none {folder}/small && "$@"
+        code=$?
+        cp -r {folder}/small/run {folder}/copy
+        exit $code"""
     (folder / "small").mkdir()
     return subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *words],
