@@ -136,6 +136,7 @@ def _save_shards(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: 
 
 def _save_shard(source: Source, group: list[Entry], path: Path) -> None:
     save_file({entry.name: read_entry(source, entry) for entry in group}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it private
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -178,8 +179,8 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
 
 def _write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[str, int]:
     """Returns the ids of the special tokens."""
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
     loaded = load_tokenizer(tokenizer)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
     name = next((name for name in END_OF_TEXT_NAMES if loaded.token_to_id(name) is not None), None)
     special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), name) if name else {}
     _write_json(
