@@ -1,4 +1,4 @@
-"""Save a training engine without holding it up, and restore it on any number of ranks with any ep_size.
+"""Save a training engine without holding it up.
 
 What is written is DeepSpeed's own format, so its loader reads it at the same topology. The way it is written is not:
 a copy in host memory, files by a thread of each rank, then one rename for all (see manifest.py).
@@ -6,6 +6,7 @@ a copy in host memory, files by a thread of each rank, then one rename for all (
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -14,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,10 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from megamoe import manifest
-from megamoe.config import UserError
 from megamoe.manifest import FileRecord
-from megamoe.names import plain_name
-from megamoe.reader import KINDS, Source, load_buffers, open_source
 
 SCRIPT = "zero_to_fp32.py"
+ROOM_FACTOR = 1.25  # available memory must be so many times what the copies of a host's ranks take
 SLACK_BYTES = 4096  # a tensor whose storage is larger by more than this is copied before it is written
 
 
@@ -82,20 +80,41 @@ class HostCopy:
         _map_tensors(state, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
         if [(t.shape, t.dtype) for t in tensors] != [(b.shape, b.dtype) for b in self._buffers]:
             self._buffers = []
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-            if sum(tensor.nbytes for tensor in tensors) * ranks_here > psutil.virtual_memory().available:
+            ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
+            needed = sum(tensor.nbytes for tensor in tensors) * int(ranks_here)
+            if needed * ROOM_FACTOR > available_memory():
                 return None
-            self._buffers = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+            try:
+                self._buffers = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
+            except RuntimeError:  # memory that is free need not be free to be pinned
+                return None
         buffers = iter(self._buffers)
-        copied = _map_tensors(state, lambda tensor: next(buffers).copy_(tensor, non_blocking=True))
-        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-            torch.cuda.synchronize(device)
+        on_gpu = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        side = torch.cuda.Stream(on_gpu) if on_gpu else None  # beside the forward pass, not in a queue with it
+        if side:
+            side.wait_stream(torch.cuda.current_stream(on_gpu))
+        with torch.cuda.stream(side):
+            copied = _map_tensors(state, lambda tensor: next(buffers).copy_(tensor, non_blocking=tensor.is_cuda))
+        if side:
+            side.synchronize()
         return copied
 
 
+def available_memory() -> int:
+    """Bytes that this process could still take: of the host, and of the control groups that it is in."""
+    available = psutil.virtual_memory().available
+    root = Path("/sys/fs/cgroup")
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        folder = root / line.split(":", 2)[2].lstrip("/")
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit there
+                used = int((group / "memory.current").read_text())
+                available = min(available, int((group / "memory.max").read_text()) - used)
+    return available
+
+
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The tensor on the host, without the rest of the buffer that it is a part of: torch.save writes whole storages."""
-    tensor = tensor.cpu()
+    """The tensor without the rest of the buffer that it is a part of: torch.save writes whole storages."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes + SLACK_BYTES else tensor
 
 
@@ -115,6 +134,7 @@ class CheckpointWriter:
         keep_last: int = 0,
         keep_every: int = 0,
         background: bool = True,
+        first: int = 0,
     ):
         """
         Args:
@@ -122,6 +142,7 @@ class CheckpointWriter:
             keep_last: newest checkpoints that stay; 0 keeps all.
             keep_every: multiples of so many steps stay too.
             background: copy the state and write while training goes on, if the host has room for the copy.
+            first: step that the run goes on from.
         """
         self.engine = engine
         self.folder = folder
@@ -132,13 +153,17 @@ class CheckpointWriter:
         self._host_copy = HostCopy() if background else None
         self._checkpoint: Path | None = None  # that is being written
         self._thread: threading.Thread | None = None
-        self._read = threading.Event()  # set once the thread needs the engine's own tensors no more
-        self._read.set()
+        self._engine_is_free = threading.Event()  # set while the thread does not read the engine's own tensors
+        self._engine_is_free.set()
+        self._removal: threading.Thread | None = None  # of checkpoints that need not stay
         self._records: dict[str, FileRecord] = {}
         self._error: Exception | None = None
         self._started = self._waited = 0.0
+        # Checkpoints above the first step were passed over, or left behind: none of the last ones to keep.
+        self._stale = {step for step in map(manifest.step_of, manifest.checkpoints(folder)) if step > first}
         if self.rank == 0:
-            manifest.clean(folder)
+            with contextlib.suppress(OSError):  # then saving fails, and says so
+                manifest.clean(folder)
         dist.barrier()
 
     @property
@@ -162,7 +187,7 @@ class CheckpointWriter:
             self.complete()
         self._checkpoint = self.folder / f"step_{step}"
         self._records, self._error = {}, None
-        self._read.clear()
+        self._engine_is_free.clear()
         host_copy = None if hold else self._host_copy
         work = (engine_files(self.engine), manifest.partial_of(self._checkpoint), host_copy)
         self._thread = threading.Thread(target=self._work, args=work)
@@ -172,7 +197,7 @@ class CheckpointWriter:
     def before_update(self) -> None:
         """Call ahead of every optimizer step: waits until the state that is being saved may change."""
         start = time.perf_counter()
-        self._read.wait()
+        self._engine_is_free.wait()
         self._waited += time.perf_counter() - start
 
     def complete(self) -> bool:
@@ -183,15 +208,19 @@ class CheckpointWriter:
         waiting = time.perf_counter()
         self._thread.join()
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (self._records, str(self._error or "")))
-        failure = next((error for _, error in parts if error), "")
+        error = None if self._error is None else str(self._error) or repr(self._error)
+        dist.all_gather_object(parts, (self._records, error))
+        files = {name: record for records, _ in parts for name, record in records.items()}
+        outcome = [next((error for _, error in parts if error), None)]
         if self.rank == 0:
-            files = {name: record for records, _ in parts for name, record in records.items()}
-            failure = failure or self._commit(files)
-            self._waited += time.perf_counter() - waiting
-            self._report(failure, manifest.total_bytes(files.values()))
-        outcome = [failure]
+            outcome[0] = outcome[0] or self._commit(self._checkpoint, files)
         dist.broadcast_object_list(outcome)
+        self._waited += time.perf_counter() - waiting
+        if self.rank == 0:
+            if outcome[0]:
+                self._report_failure(self._checkpoint, outcome[0])
+            else:
+                self._report(self._checkpoint, manifest.total_bytes(files.values()))
         self._checkpoint = self._thread = None
         return not outcome[0]
 
@@ -200,12 +229,12 @@ class CheckpointWriter:
         try:
             copied = host_copy.take(files) if host_copy else None
             if copied is not None:
-                self._read.set()
+                self._engine_is_free.set()
             self._write(files if copied is None else copied, partial)
         except Exception as error:  # of whatever kind: a thread's own would be seen by nobody
             self._error = error
         finally:
-            self._read.set()
+            self._engine_is_free.set()
 
     def _write(self, files: dict[str, Any], partial: Path) -> None:
         """Every file of this rank, and on rank 0 what lies beside them."""
@@ -218,129 +247,55 @@ class CheckpointWriter:
             run = json.dumps(self.record, indent=2).encode()
             for name, data in ((SCRIPT, script), ("run.json", run)):
                 self._records[name] = manifest.write_file(partial / name, data)
+        for name in self._records:
+            manifest.flush(partial / name)
 
-    def _commit(self, files: dict[str, FileRecord]) -> str:
-        """Returns why it failed, or nothing."""
-        assert self._checkpoint
+    def _commit(self, checkpoint: Path, files: dict[str, FileRecord]) -> str | None:
+        """On rank 0. Returns why it failed, if so: the other ranks wait to hear of it, so nothing is raised."""
         try:
+            if self._removal:
+                self._removal.join()
+            for name, record in files.items():
+                path = manifest.partial_of(checkpoint) / name
+                if not path.is_file() or path.stat().st_size != record["bytes"]:
+                    return f"rank 0 does not see {path} as its rank wrote it; put the run on a file system all share"
             about = {key: self.record[key] for key in ("world_size", "ep_size")}
-            manifest.commit(self._checkpoint, {"step": manifest.step_of(self._checkpoint), **about}, files)
-            manifest.prune(self._checkpoint, self.keep_last, self.keep_every)
-        except OSError as error:
-            return str(error)
-        return ""
+            manifest.commit(checkpoint, {"step": manifest.step_of(checkpoint), **about}, files)
+        except Exception as error:
+            return str(error) or repr(error)
+        self._stale.discard(manifest.step_of(checkpoint))
+        self._removal = threading.Thread(target=self._prune, args=(checkpoint,))
+        self._removal.start()
+        return None
 
-    def _report(self, failure: str, size: int) -> None:
-        assert self._checkpoint
-        if not failure:
-            seconds = time.perf_counter() - self._started
-            print(
-                f"saved {self._checkpoint}: {size / 1e9:.3f} GB in {seconds:.1f} s, of which training waited "
-                f"{self._waited:.2f} s",
-                flush=True,
-            )
-            return
-        manifest.clean(self.folder)
-        older = next(iter(manifest.candidates(self.folder)), None)
+    def _prune(self, newest: Path) -> None:
+        """On a thread: removing large files takes a while."""
+        try:
+            manifest.prune(newest, self.keep_last, self.keep_every, self._stale)
+        except OSError as error:
+            print(f"error: old checkpoints in {self.folder} cannot be removed ({error}).", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Wait until what need not stay is removed."""
+        if self._removal:
+            self._removal.join()
+
+    def _report(self, checkpoint: Path, size: int) -> None:
         print(
-            f"error: {self._checkpoint} was NOT saved ({failure}); "
-            + (f"{older} is still the newest checkpoint" if older else "there is no older checkpoint")
-            + "; make room there, or give --keep_last.",
-            file=sys.stderr,
+            f"saved {checkpoint}: {size / 1e9:.3f} GB in {time.perf_counter() - self._started:.1f} s, of which "
+            f"training waited {self._waited:.2f} s",
             flush=True,
         )
 
-
-# --- restoring ------------------------------------------------------------------------------------------------------
-
-
-def restore_first_that_holds(
-    engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], first_expert: int, weights_only: bool = False
-) -> Path | None:
-    """Restore the first of `checkpoints`, as rank 0 has them, of which every byte is what was saved; returns it, or
-    None if there are none.
-
-    Collective. The ranks share the verification, which goes on beside the reading; rank 0 says what was passed over.
-    Raises UserError, on every rank, if none holds.
-
-    Args:
-        first_expert: id of this rank's first expert.
-        weights_only: leave all but weights and router statistics as they are.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    shared = [checkpoints]
-    dist.broadcast_object_list(shared)
-    found: list[str] = []
-    for checkpoint in shared[0]:
-        with ThreadPoolExecutor(1) as beside:
-            verification = beside.submit(manifest.problems, checkpoint, rank, world_size)
-            unreadable = _read_checkpoint(engine, checkpoint, first_expert, weights_only)
-        parts: list[Any] = [None] * world_size
-        dist.all_gather_object(parts, (verification.result(), unreadable))
-        # Where verification finds damage, that is why reading stumbled.
-        damaged, stumbled = ([problem for part in parts for problem in part[kind]] for kind in (0, 1))
-        found = list(dict.fromkeys(damaged or stumbled))
-        if not found:
-            engine.optimizer.update_lp_params()
-            return checkpoint
-        if rank == 0 and len(shared[0]) > 1:
-            print(manifest.passed_over(checkpoint, found), flush=True)
-    if found:
-        raise UserError(*found)
-    return None
-
-
-def _read_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, first_expert: int, weights_only: bool
-) -> list[str]:
-    """Returns why it cannot be read, if so; then the engine's state is of no use."""
-    try:
-        _read_state(engine, open_source(checkpoint), first_expert, weights_only)
-    except UserError as error:
-        return error.problems
-    except Exception as error:  # damaged files fail in any way, and the other ranks must hear of it
-        return [f"{checkpoint} cannot be read ({error!r}); use an older checkpoint."]
-    return []
-
-
-def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, first_expert: int, weights_only: bool) -> None:
-    """Read this rank's slices of masters and moments, whatever the ranks and ep_size of the run that saved them."""
-    zero = engine.optimizer
-    kinds = KINDS[:1] if weights_only else KINDS
-    training = {} if weights_only else source.training_state()
-    names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
-    state: dict[int, dict[str, Tensor]] = {}
-    for group, master in enumerate(zero.single_partition_of_fp32_groups):
-        flat = {kind: master.data if kind == "fp32" else torch.zeros_like(master.data) for kind in kinds}
-        for kind in kinds:  # one after the other, as they lie in the files
-            for parameter in zero.bit16_groups[group]:
-                mapping = parameter._hp_mapping
-                if mapping is not None:  # else its values are on other ranks
-                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    values = source.read(names[parameter], kind, there.start, there.numel)
-                    flat[kind][here.start : here.start + here.numel].copy_(values)
-        if training:
-            step = training["adam_step"]  # each group counts its own
-            moments = {kind: flat[kind] for kind in kinds if kind != "fp32"}
-            state[group] = {**moments, "step": step.clone() if isinstance(step, Tensor) else step}
-    load_buffers(engine.module, source)
-    if training:
-        zero.optimizer.load_state_dict({**zero.optimizer.state_dict(), "state": state})
-        zero._link_all_hp_params()
-        _restore_training_state(engine, training)
-
-
-def _restore_training_state(engine: deepspeed.DeepSpeedEngine, training: dict[str, Any]) -> None:
-    engine.global_steps = training["global_steps"]
-    engine.global_samples = training["global_samples"]
-    engine.skipped_steps = training["skipped_steps"]
-    engine.optimizer.loss_scaler = training["loss_scaler"]
-    # The rates of the optimizer's groups follow from the step; DeepSpeed's groups are others at another ep_size.
-    scheduler = engine.lr_scheduler
-    counts = {key: training["lr_scheduler"][key] for key in ("last_epoch", "_step_count")}
-    scheduler.load_state_dict({**scheduler.state_dict(), **counts})
-    for group, base, share in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * share(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+    def _report_failure(self, checkpoint: Path, failure: str) -> None:
+        older = None
+        with contextlib.suppress(OSError):  # of a file system in trouble
+            manifest.clean(self.folder)
+            older = next(iter(manifest.candidates(self.folder)), None)
+        print(
+            f"error: {checkpoint} was NOT saved ({failure}); training goes on, "
+            + (f"and {older} is still the newest checkpoint" if older else "without an older checkpoint")
+            + "; see that there is room, and that every rank can write there.",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -18,7 +18,7 @@ DS_KEYS: dict[str, set[str]] = {
         "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
         "steps_per_print", "optimizer", "scheduler", "bf16", "fp16", "zero_optimization", "data_types",
         "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "checkpoint", "aio",
+        "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio",
         "comms_logger", "flops_profiler", "tensorboard", "wandb", "comet", "csv_monitor", "keep_in_fp32_modules"},
     "optimizer": {"type", "params"},
     "optimizer.params": {
@@ -153,6 +153,8 @@ def _optimizer_problems(ds: dict[str, Any], where: str) -> list[str]:
     fits = isinstance(betas, list) and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
     if not fits or len(betas) != 2:
         problems.append(f"{where}: optimizer.params.betas is {json.dumps(betas)}; give two numbers from 0 to below 1.")
+    if _section(optimizer, "params").get("amsgrad"):
+        problems.append(f"{where}: optimizer.params.amsgrad is true, whose third moment is not saved; leave it out.")
     clipping = ds.get("gradient_clipping", 1.0)
     if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
         problems.append(f"{where}: gradient_clipping is {json.dumps(clipping)}; give a norm above 0, or 0 for none.")
@@ -192,11 +194,26 @@ def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
     if stage not in (1, 2):
         why = "DeepSpeed refuses ZeRO-3 with its MoE layer" if stage == 3 else "megamoe trains with ZeRO-1 or ZeRO-2"
         return [f"{where}: zero_optimization.stage is {json.dumps(stage)}; {why}: set it to 1 or 2."]
-    return [
+    problems = [
         f"{where}: zero_optimization.{key} is false, but ZeRO-2 with experts needs it; set it to true."
         for key in ("contiguous_gradients", "reduce_scatter")
         if stage == 2 and zero.get(key) is False
     ]
+    problems += [
+        f"{where}: zero_optimization.{key} is {json.dumps(zero[key])}, but then a checkpoint does not say which values "
+        "are whose, and could not be resumed on other ranks; leave it out."
+        for key in ("round_robin_gradients", "elastic_checkpoint")
+        if zero.get(key)
+    ]
+    offloads = zero.get("offload_optimizer") or zero.get("cpu_offload")
+    mixed = dtype_of(ds) == "bf16" and _section(ds, "data_types").get("grad_accum_dtype") == "fp32"
+    if stage == 1 and mixed and not offloads:
+        problems.append(
+            f'{where}: zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed '
+            "takes an optimizer whose checkpoints cannot be laid out anew for other ranks; use stage 2, or leave "
+            "grad_accum_dtype out."
+        )
+    return problems
 
 
 def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:

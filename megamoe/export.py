@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def read_entry(source: Source, entry: Entry) -> Tensor:
 
 
 @contextlib.contextmanager
-def _output(out: Path) -> Iterator[Path]:
+def output(out: Path) -> Iterator[Path]:
     """Where to write what becomes `out` once it is whole. Raises UserError if `out` is there already."""
     if out.exists():
         raise UserError(f"{out} is there already; choose another output, or remove it.")
@@ -92,7 +93,11 @@ def _output(out: Path) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
+        for path in [partial, *partial.rglob("*")]:
+            manifest.flush(path)
         os.replace(partial, out)
+    except SafetensorError as error:  # its form of an OSError
+        raise UserError(f"{out} cannot be written ({error}); see that there is room.") from None
     finally:
         _remove(partial)
 
@@ -106,13 +111,14 @@ def _remove(path: Path) -> None:
 
 def write_state_dict(source: Source, out: Path, dtype: torch.dtype) -> None:
     """One file that torch.load opens with weights_only; it is in memory as a whole before it is written."""
-    with _output(out) as partial:
-        torch.save({entry.name: read_entry(source, entry) for entry in entries(source, dtype)}, partial)
+    with output(out) as partial:
+        state = {entry.name: read_entry(source, entry) for entry in entries(source, dtype)}
+        manifest.write_hashed(partial, functools.partial(torch.save, state))
 
 
 def write_safetensors(source: Source, out: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     """One file if `out` ends in .safetensors, else a folder of files of at most `shard_bytes` each."""
-    with _output(out) as partial:
+    with output(out) as partial:
         if out.suffix == ".safetensors":
             _save_shard(source, entries(source, dtype), partial)
         else:
@@ -147,7 +153,7 @@ def write_huggingface(
     source: Source, out: Path, dtype: torch.dtype, shard_bytes: int, config: ModelConfig, tokenizer: Path | None
 ) -> None:
     """Weights, configuration, code and, where it is known, the tokenizer."""
-    with _output(out) as partial:
+    with output(out) as partial:
         partial.mkdir()
         end_of_text = _write_tokenizer(partial, tokenizer, config) if tokenizer else {}
         _write_json(partial / "config.json", {**huggingface_config(config, dtype), **end_of_text})
@@ -159,8 +165,8 @@ def write_huggingface(
 
 def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of an exported model; what only training needs is left out."""
-    fields = config.model_dump(exclude={"rope_theta", "rope_scaling", "router_bias_rule", "router_bias_rate"})
-    fields.pop("router_load_decay")
+    training_only = {"router_bias_rule", "router_bias_rate", "router_load_decay"}
+    fields = config.model_dump(exclude={"rope_theta", "rope_scaling"} | training_only)
     rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return {
         "architectures": ["MegaMoeForCausalLM"],
@@ -202,7 +208,10 @@ def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
     one it would look on every rank for experts 0 to E / ep_size - 1 by those names, since a native MoE layer names them
     from 0 on each rank; megamoe's loader finds the right ones.
     """
-    with _output(out) as partial:
+    step = source.training_state()["adam_step"]
+    if step is None:
+        raise UserError(f"{checkpoint} was saved before a step was applied, so there is nothing to reshard; resume it.")
+    with output(out) as partial:
         files: dict[str, manifest.FileRecord] = {}
 
         def save(name: str, value: Any) -> None:
@@ -210,7 +219,6 @@ def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             files[name] = manifest.write_hashed(path, functools.partial(torch.save, value))
 
-        step = source.training_state()["adam_step"]
         for name, shape in source.shapes.items():
             folder = f"zero/{engine_name(name)}"
             for kind in KINDS:
@@ -219,6 +227,12 @@ def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
         save("zero/optimizer_state.pt", source.common_optimizer_state())
         for name in (MAIN_FILE, "run.json"):
             if (checkpoint / name).is_file():
-                files[name] = manifest.write_file(partial / name, (checkpoint / name).read_bytes())
+                copied = functools.partial(_copy_file, checkpoint / name)
+                files[name] = manifest.write_hashed(partial / name, copied)
         about = {"step": source.training_state()["global_steps"], "layout": "universal"}
         manifest.seal(partial, about, files)
+
+
+def _copy_file(source: Path, target: Any) -> None:
+    with open(source, "rb") as file:
+        shutil.copyfileobj(file, target, manifest.READ_BYTES)

@@ -11,15 +11,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
 from megamoe.config import UserError, read_json
 
-NAME = "manifest.json"
+MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+STEP_NAME = r"step_(0|[1-9]\d*)"
 READ_BYTES = 1 << 22
 
 
@@ -59,31 +60,38 @@ class HashedFile:
         """Nothing is buffered here."""
 
     def close(self) -> FileRecord:
-        """Wait until the disk has it."""
-        os.fsync(self._file.fileno())
-        self.abandon()
-        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-    def abandon(self) -> None:
         self._file.close()
         self._hasher.shutdown()
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 def write_hashed(path: Path, write: Callable[[HashedFile], Any]) -> FileRecord:
-    """Have `write` fill a new file, and bring it to the disk."""
+    """Have `write` fill a new file. It is not yet on the disk: see `flush`."""
     file = HashedFile(path)
     try:
         write(file)
-        return file.close()
     except RuntimeError as error:
         raise file.error or error from None
     finally:
-        file.abandon()
+        record = file.close()
+    return record
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a file, or the entries of a folder. Many files are written first and flushed then, so
+    that the disk works on all of them at once."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
     """Write a small new file to the disk."""
-    return write_hashed(path, lambda file: file.write(data))
+    record = write_hashed(path, lambda file: file.write(data))
+    flush(path)
+    return record
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -92,15 +100,7 @@ def replace_file(path: Path, text: str) -> None:
     partial.unlink(missing_ok=True)
     write_file(partial, text.encode())
     os.replace(partial, path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ def seal(folder: Path, about: dict[str, Any], files: dict[str, FileRecord]) -> N
     Args:
         about: what it says beside the files.
     """
-    write_file(folder / NAME, json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1).encode())
-    _flush_folder(folder)
+    write_file(folder / MANIFEST, json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1).encode())
+    flush(folder)
 
 
 def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, FileRecord]) -> None:
@@ -128,7 +128,7 @@ def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, FileRecord]
     if checkpoint.exists():  # of a step that the run, gone back to an older one, has reached again
         discard(checkpoint)
     os.replace(partial, checkpoint)
-    _flush_folder(checkpoint.parent)
+    flush(checkpoint.parent)
     replace_file(checkpoint.parent / "latest", checkpoint.name)
 
 
@@ -148,10 +148,11 @@ def clean(folder: Path) -> None:
             path.unlink()
 
 
-def prune(newest: Path, keep_last: int, keep_every: int) -> None:
+def prune(newest: Path, keep_last: int, keep_every: int, ignored: Collection[int] = ()) -> None:
     """Of the checkpoints up to `newest`, remove all but the last `keep_last` (0: all stay) and those at multiples of
-    `keep_every` steps."""
-    steps = sorted(step for step in map(step_of, checkpoints(newest.parent)) if step <= step_of(newest))
+    `keep_every` steps. Steps that are `ignored` stay and are not counted."""
+    steps = sorted(set(map(step_of, checkpoints(newest.parent))) - set(ignored))
+    steps = [step for step in steps if step <= step_of(newest)]
     for step in steps[:-keep_last] if keep_last else []:
         if not keep_every or step % keep_every:
             discard(newest.with_name(f"step_{step}"))
@@ -167,7 +168,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Every checkpoint in `folder`, in no order, whole or damaged."""
-    return [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+    return [path for path in folder.glob("step_*") if re.fullmatch(STEP_NAME, path.name) and path.is_dir()]
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -177,7 +178,7 @@ def candidates(folder: Path) -> list[Path]:
     """
     latest = folder / "latest"
     name = latest.read_text().strip() if latest.is_file() else ""
-    newest = int(name.removeprefix("step_")) if re.fullmatch(r"step_\d+", name) else None
+    newest = int(name.removeprefix("step_")) if re.fullmatch(STEP_NAME, name) else None
 
     def order(checkpoint: Path) -> tuple[bool, int]:
         step = step_of(checkpoint)
@@ -201,13 +202,14 @@ def passed_over(checkpoint: Path, found: list[str]) -> str:
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """A checkpoint's manifest; None where it has none, as when DeepSpeed alone has written it. Raises UserError."""
-    path = checkpoint / NAME
+    path = checkpoint / MANIFEST
     if not path.is_file():
         return None
     manifest = read_json(path)
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
-        isinstance(record, dict) and record.keys() >= {"bytes", "sha256"} for record in files.values()
+        isinstance(record, dict) and isinstance(record.get("bytes"), int) and isinstance(record.get("sha256"), str)
+        for record in files.values()
     ):
         raise UserError(f"{path} does not list its files with bytes and sha256; use an older checkpoint.")
     return manifest
@@ -226,6 +228,8 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     except UserError as error:
         return error.problems
     if manifest is None:
+        if (checkpoint / "run.json").is_file():  # then megamoe wrote it, and a manifest with it
+            return [f"{checkpoint / MANIFEST} is missing; bring it back, or use an older checkpoint."]
         return []
     largest_first = sorted(manifest["files"].items(), key=lambda item: -item[1]["bytes"])
     return [
@@ -236,6 +240,13 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def _file_problem(path: Path, record: FileRecord) -> str | None:
+    try:
+        return _difference(path, record)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}); mend that, or use an older checkpoint."
+
+
+def _difference(path: Path, record: FileRecord) -> str | None:
     if not path.is_file():
         return f"{path} is missing; bring it back, or use an older checkpoint."
     size = path.stat().st_size

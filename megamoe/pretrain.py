@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import megamoe
 from megamoe import cli, manifest
-from megamoe.checkpoint import CheckpointWriter, restore_first_that_holds
+from megamoe.checkpoint import CheckpointWriter
 from megamoe.config import ModelConfig, RunConfig, UserError, load_preset, read_json, validate
 from megamoe.data import TokenCorpus, TrainData, corpus_counts, corpus_prefix
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
@@ -30,13 +30,17 @@ from megamoe.metrics import Sinks
 from megamoe.model import Decoder
 from megamoe.plan import parameter_count
 from megamoe.reader import model_problems, open_source
+from megamoe.restore import restore_first_that_holds
 from megamoe.router import LoadBalancer
 from megamoe.train import BatchShape, Evaluator, Trainer
 
 # A run may go on only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
 SAME_ON_RESUME = ("model", "optimization", "seed", "seq_len", "samples_per_step", "data", "tokenizer_sha256")
-OPTIMIZATION = ("optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types")
+OPTIMIZATION = (
+    "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor",
+)  # fmt: skip
 
 
 def parse_run(words: list[str] | None = None) -> RunConfig:
@@ -81,9 +85,7 @@ class Job:
         # Checkpoints or plain weights to start from, in the order in which to try them.
         self.initial_weights = manifest.found_at(Path(run.init_from)) if run.init_from else []
         if self.model:
-            for path in self.initial_weights[:1]:
-                source = attempt(open_source, path)
-                problems += model_problems(source, self.model, str(path)) if source else []
+            problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
             seq_len = run.seq_len or self.model.max_position_embeddings
 
@@ -107,12 +109,28 @@ class Job:
         if run.resume:
             self._check_same_run()
             self.candidates = manifest.candidates(self.run_dir / "checkpoints")
+            started_from = read_json(self.run_dir / "run.json").get("run", {}).get("init_from")
+            if not self.candidates and started_from != run.init_from:
+                raise UserError(
+                    f"{self.run_dir} has no checkpoint yet and was started with init_from {json.dumps(started_from)}, "
+                    f"not {json.dumps(run.init_from)}; give the same again."
+                )
         newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
         if newest >= self.last_step:
             raise UserError(
                 f"{self.run_dir} is at step {newest} already and the run ends at {self.last_step}; "
                 "give a larger --steps."
             )
+
+    def _initial_problems(self) -> list[str]:
+        """What keeps the weights to start from, or the newest of them that can be opened, from being this model's."""
+        problems: list[str] = []
+        for path in self.initial_weights:
+            try:
+                return model_problems(open_source(path), self.model, str(path))
+            except UserError as error:
+                problems = error.problems
+        return problems
 
     def _tokenizer_problems(self) -> list[str]:
         """Corpora of a mix, and the held-out one, must have been made with one tokenizer, where it is known."""
@@ -304,11 +322,13 @@ def train(job: Job, rank: int, device: torch.device) -> None:
         keep_last=run.keep_last,
         keep_every=run.keep_every,
         background=not run.foreground_save,
+        first=first,
     )
     trainer = Trainer(engine, balancer, job.data, job.evaluator(), sinks, job.shape, writer, seed=run.seed)
     try:
         trainer.run(first, job.last_step, run.log_interval, run.eval_interval, run.save_interval)
     finally:
+        writer.close()
         if sinks:
             sinks.close()
 

@@ -11,7 +11,6 @@ a short list of harmless classes. Tensors are mapped, so only what is asked for 
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -49,26 +48,36 @@ class Source(Protocol):
         """`count` values of a flattened parameter from `start` on, (count,); `kind` is one of KINDS."""
 
     def training_state(self) -> dict[str, Any]:
-        """Of a source with optimizer: step counts, schedule, loss scale."""
+        """Of a source with optimizer: step counts, schedule, loss scale; adam_step is None where none was applied."""
 
 
 def safe_load(path: Path) -> Any:
     """torch.load that can run no code; tensors stay on the disk until they are read. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; bring it back, or use an older checkpoint.")
     with safe_globals(ALLOWED):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            asked = get_unsafe_globals_in_checkpoint(path)
-            what = f"would call {', '.join(asked)} when opened" if asked else f"is refused ({error.args[0]})"
+        except Exception as error:  # damaged files fail in any way
+            foreign = _foreign_code(path)
+            if foreign:
+                raise UserError(
+                    f"{path} would call {', '.join(foreign)} when opened, which is not on the list of what a "
+                    "checkpoint may hold; it could run foreign code: do not open it, get it from its source again."
+                ) from None
+            reason = (str(error).splitlines() or [repr(error)])[0]
             raise UserError(
-                f"{path} {what}, which is not on the list of what a checkpoint may hold; it could run foreign code: "
-                "do not open it, get the checkpoint from its source again."
+                f"{path} is damaged, or not in the zipped form of torch.save, and cannot be read ({reason}); "
+                "use an older checkpoint."
             ) from None
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; bring it back, or use an older checkpoint.") from None
-        except (RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is damaged and cannot be read ({reason}); use an older checkpoint.") from None
+
+
+def _foreign_code(path: Path) -> list[str]:
+    """What a file that torch refuses asks for beyond what is allowed; nothing where it is too damaged to tell."""
+    try:
+        return get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        return []
 
 
 class _Slice(NamedTuple):
@@ -97,6 +106,7 @@ class RankFiles:
         self._files = {int(match[1]): path for path in folder.iterdir() if (match := RANK_FILE.fullmatch(path.name))}
         self._open: Callable[[int], dict[str, Any]] = lru_cache(open_files)(self._open_rank)
         first = self._open(0)
+        self._refuse_other_layouts(first)
         self.world_size = max(first["partition_count"])
         self.ep_size = self.world_size // min(first["partition_count"])
         self.zero_stage = int(first["zero_stage"])
@@ -118,6 +128,20 @@ class RankFiles:
                     "not all of one checkpoint: use an older one."
                 )
 
+    def _refuse_other_layouts(self, first: dict[str, Any]) -> None:
+        zero = self._main["ds_config"].get("zero_optimization", {})
+        for key in ("round_robin_gradients", "elastic_checkpoint"):
+            if zero.get(key):
+                raise UserError(
+                    f"{self._folder} was saved with zero_optimization.{key}, where DeepSpeed does not say which values "
+                    "are whose; save it again without."
+                )
+        if "single_partition_of_fp32_groups" not in first:
+            raise UserError(
+                f"{self._folder} was saved by another optimizer than that of ZeRO-1 and ZeRO-2, as with ZeRO-1, bf16 "
+                'and data_types.grad_accum_dtype "fp32" together; save it again with ZeRO-2.'
+            )
+
     def _open_rank(self, rank: int) -> dict[str, Any]:
         if rank not in self._files:
             raise UserError(
@@ -129,6 +153,8 @@ class RankFiles:
     def _index(self, rank: int, first_expert: int) -> None:
         for group, addresses in enumerate(self._open(rank)["param_slice_mappings"]):
             for name, address in addresses.items():
+                if not re.fullmatch(r"[\w.]+", name):  # it may become the name of a folder
+                    raise UserError(f"{self._files[rank]} has a parameter called {name!r}, which is no name of one.")
                 # Ranks that share a parameter hold its stretches in their own order.
                 slices = self._slices.setdefault(plain_name(name, first_expert), [])
                 slices.append(_Slice(rank, group, address.start, address.numel))
@@ -152,7 +178,7 @@ class RankFiles:
         first = self._open(0)
         return {
             **_counters(self._main),
-            "adam_step": first["base_optimizer_state"]["state"][0]["step"],
+            "adam_step": first["base_optimizer_state"]["state"].get(0, {}).get("step"),
             "loss_scaler": first["loss_scaler"],
         }
 
@@ -205,7 +231,10 @@ class PlainFiles:
         for file in files:
             for name, (shape, get) in (_safetensors if file.suffix == ".safetensors" else _state_dict)(file).items():
                 shapes[name], self._tensors[name] = shape, get
-        shapes.pop("lm_head.weight", None)  # tied: it is the embedding
+        if shapes.pop("lm_head.weight", None):
+            head, embedding = (self._tensors[name]() for name in ("lm_head.weight", "model.embed_tokens.weight"))
+            if not torch.equal(head, embedding):
+                raise UserError(f"{files[0]}: lm_head.weight is not the embedding; this model ties the two.")
         self.shapes = {name: shape for name, shape in shapes.items() if not is_buffer(name)}
         self.buffers = {name: self._tensors[name]().float() for name in shapes if is_buffer(name)}
 
@@ -232,10 +261,10 @@ def _state_dict(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Ten
     state = safe_load(file)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} is no state_dict: not a dict of tensors; give one of tools/convert_checkpoint.py.")
-    return {name: (tuple(tensor.shape), partial(_itself, tensor)) for name, tensor in state.items()}
+    return {name: (tuple(tensor.shape), partial(_unchanged, tensor)) for name, tensor in state.items()}
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -278,7 +307,10 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
 def _indexed(folder: Path, files: list[Path]) -> list[Path]:
     """The files that the index names, where there is one. Raises UserError if one is missing."""
     for index in folder.glob("*.index.json"):
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index} has no weight_map of tensor names to file names; make or fetch it again.")
+        names = sorted(set(weight_map.values()))
         for name in names:
             if not (folder / name).is_file():
                 raise UserError(f"{folder / name}, which {index.name} names, is missing; bring it back.")

@@ -126,6 +126,23 @@ def test_params_that_are_no_object_are_refused(section, params):
     has(only(ds_refusals(ds)), section, "params", json.dumps(params), "object")
 
 
+@pytest.mark.parametrize("key", ["round_robin_gradients", "elastic_checkpoint"])
+def test_what_would_make_checkpoints_unreadable_on_other_ranks_is_refused(key):
+    has(only(ds_refusals(ds_json(zero_optimization={"stage": 2, key: True}))), f"{key} is true", "leave it out")
+
+
+def test_the_optimizer_that_deepspeed_takes_for_zero_1_with_fp32_sums_of_bf16_gradients_is_refused():
+    mixed = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    has(only(ds_refusals(ds_json(**mixed))), "stage is 1 with bf16", "use stage 2")
+    assert ds_refusals(ds_json(**{**mixed, "data_types": {}})) == []
+    assert ds_refusals(ds_json(**{**mixed, "zero_optimization": {"stage": 2}})) == []
+
+
+def test_a_third_moment_of_adam_is_refused():
+    optimizer = {"type": "AdamW", "params": {"amsgrad": True}}
+    has(only(ds_refusals(ds_json(optimizer=optimizer))), "amsgrad is true", "leave it out")
+
+
 def test_zero_3_is_refused_with_its_reason_and_stage_0_with_the_choices():
     has(only(ds_refusals(ds_json(zero_optimization={"stage": 3}))), "stage is 3", "MoE", "1 or 2")
     has(only(ds_refusals(ds_json(zero_optimization={"stage": 0}))), "stage is 0", "1 or 2")

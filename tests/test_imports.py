@@ -16,13 +16,13 @@ ORDER = [
     {"schedule", "layers", "router", "data", "corpus", "plan"},
     {"moe", "metrics", "reader"},
     {"model"},
-    {"engine", "checkpoint", "export", "generate"},
+    {"engine", "checkpoint", "restore", "export", "generate"},
     {"train", "zero_to_fp32"},
     {"pretrain"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # corpus: for the index writer; reader: for the classes that DeepSpeed's files may hold
-DEEPSPEED_ROOMS = {"moe", "engine", "checkpoint", "corpus", "reader"}
+DEEPSPEED_ROOMS = {"moe", "engine", "checkpoint", "restore", "corpus", "reader"}
 
 
 def imports(source):

@@ -60,6 +60,13 @@ def test_a_file_is_hashed_as_it_is_written_in_pieces_of_any_size_and_the_source_
     assert record == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
 
 
+def test_only_a_plain_number_makes_a_checkpoints_name(tmp_path):
+    write(tmp_path, 0)
+    for name in ("step_007", "step_3.old.partial", "step_", "step_x", "xstep_1"):
+        (tmp_path / name).mkdir()
+    assert names(manifest.checkpoints(tmp_path)) == ["step_0"]
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -116,6 +123,13 @@ def test_retention_keeps_the_last_ones_and_every_nth(tmp_path, last, every, kept
         manifest.prune(write(tmp_path, step), last, every)
     assert sorted(map(manifest.step_of, manifest.checkpoints(tmp_path))) == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["latest", *(f"step_{step}" for step in kept)])
+
+
+def test_retention_does_not_count_what_was_passed_over(tmp_path):
+    for step in (4, 5):
+        write(tmp_path, step)
+    manifest.prune(write(tmp_path, 6), 2, 0, ignored={5})
+    assert sorted(map(manifest.step_of, manifest.checkpoints(tmp_path))) == [4, 5, 6]
 
 
 def test_retention_never_removes_what_was_just_saved_nor_what_lies_ahead(tmp_path):
@@ -190,6 +204,22 @@ def test_what_is_found_at_a_path_is_a_runs_checkpoints_a_folder_of_them_or_the_p
     for path in (tmp_path, tmp_path / "checkpoints"):
         assert names(manifest.found_at(path)) == ["step_2", "step_1"]
     assert manifest.found_at(tmp_path / "checkpoints" / "step_1") == [tmp_path / "checkpoints" / "step_1"]
+
+
+def test_a_file_that_the_disk_cannot_give_is_a_problem_and_no_trace(tmp_path, monkeypatch):
+    checkpoint = write(tmp_path, 1)
+    monkeypatch.setattr(manifest, "sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    found = sentences(manifest.problems(checkpoint))
+    assert len(found) == 2
+    assert all("cannot be read (Input/output error)" in problem for problem in found)
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_damaged(tmp_path):
+    checkpoint = write(tmp_path, 1)
+    (checkpoint / "run.json").write_text("{}")
+    assert manifest.problems(checkpoint) == []
+    (checkpoint / "manifest.json").unlink()
+    assert "manifest.json is missing" in only(sentences(manifest.problems(checkpoint)))
 
 
 def test_a_manifest_without_digests_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,17 @@ def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path, chang
 def test_resuming_goes_on_from_the_newest_checkpoint(inputs):
     started(inputs)
     assert [path.name for path in job({**inputs, "resume": True}).candidates] == ["step_3"]
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with_only(inputs):
+    started(inputs)
+    shutil.rmtree(job({**inputs, "resume": True}).run_dir / "checkpoints")
+    assert job({**inputs, "resume": True}).candidates == []
+    record = json.loads((Path(inputs["run_dir"]) / "run.json").read_text())
+    record["run"]["init_from"] = "old.pt"
+    (Path(inputs["run_dir"]) / "run.json").write_text(json.dumps(record))
+    (problem,) = problems({**inputs, "resume": True})
+    assert 'init_from "old.pt", not null; give the same again' in problem
 
 
 def test_resuming_a_run_that_is_done_is_refused_with_both_steps(inputs):

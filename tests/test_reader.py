@@ -3,6 +3,7 @@ in distributed/test_checkpoint.py."""
 
 import os
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from test_names import CONFIG
 from toy import PRESET, ds_config, train_here, write_inputs
 
-from megamoe.config import ModelConfig
+from megamoe.config import ModelConfig, UserError
 from megamoe.model import Decoder
 from megamoe.names import plain_name
 from megamoe.reader import PlainFiles, find_checkpoint, load_weights, model_problems, open_source, safe_load
@@ -104,6 +105,43 @@ def test_a_truncated_file_is_named(checkpoint):
     has(refusal(find_checkpoint, checkpoint), str(path), "bytes, not the")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(checkpoint):
+    path = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    whole = path.read_bytes()
+    start = whole.index(b"optimizer_state_dict") - 20
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[start + draw.randrange(4000)] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        try:
+            safe_load(path)
+        except UserError as error:
+            refused += 1
+            has(only(error.problems), str(path))
+    assert refused > 100
+
+
+def test_a_layout_that_does_not_say_which_values_are_whose_is_refused(checkpoint):
+    path = checkpoint / "mp_rank_00_model_states.pt"
+    state = torch.load(path, weights_only=True)
+    state["ds_config"]["zero_optimization"]["round_robin_gradients"] = True
+    torch.save(state, path)
+    has(refusal(open_source, checkpoint), "round_robin_gradients", "save it again without")
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "layers/0", ""])
+def test_a_parameter_whose_name_leads_out_of_the_folder_is_refused(checkpoint, name):
+    path = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    state = torch.load(path, weights_only=False)
+    mapping = state["optimizer_state_dict"]["param_slice_mappings"][0]
+    mapping[name] = next(iter(mapping.values()))
+    torch.save(state, path)
+    has(refusal(open_source, checkpoint), str(path), repr(name), "is no name of one")
+
+
 def test_files_of_two_checkpoints_do_not_pass_for_one(checkpoint, run_dir, tmp_path):
     run = write_inputs(tmp_path / "other", ds_config(2), {"hidden_size": 64})
     run_ranks(2, train_here, {**run, "ep_size": 2, "steps": 1, "run_dir": str(tmp_path / "other" / "run")})
@@ -116,7 +154,7 @@ def test_a_folder_of_something_else_says_what_can_be_given(tmp_path):
     has(refusal(open_source, tmp_path), "holds no checkpoint and no weights", "Hugging Face")
     torch.save({"module": {}}, tmp_path / "mp_rank_00_model_states.pt")
     torch.save({"optimizer_state_dict": {}}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    has(refusal(open_source, tmp_path), "not laid out", "partition_count")
+    has(refusal(open_source, tmp_path), "not laid out", "ds_config")
 
 
 def test_the_newest_checkpoint_of_a_run_that_holds_is_found_with_a_line_for_each_passed_over(run_dir, tmp_path, capsys):
@@ -167,6 +205,18 @@ def test_a_shard_that_the_index_names_and_is_missing_is_named(tmp_path):
     write_index(tmp_path, plain_state())
     (tmp_path / "b.safetensors").unlink()
     has(refusal(open_source, tmp_path), "b.safetensors", "missing")
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
+    write_index(tmp_path, plain_state())
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    has(refusal(open_source, tmp_path), "has no weight_map")
+
+
+def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
+    torch.save({**plain_state(), "lm_head.weight": torch.zeros(96, 32)}, tmp_path / "w.pt")
+    has(refusal(open_source, tmp_path / "w.pt"), "lm_head.weight is not the embedding")
 
 
 def test_a_torn_safetensors_file_is_one_sentence(tmp_path):

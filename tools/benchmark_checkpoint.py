@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 
 from megamoe import cli, manifest
-from megamoe.checkpoint import CheckpointWriter, restore_first_that_holds
+from megamoe.checkpoint import CheckpointWriter
 from megamoe.config import UserError, load_preset, read_json
 from megamoe.ds_config import read_schedule
 from megamoe.engine import build_engine, init_distributed
 from megamoe.metrics import memory_gib
 from megamoe.model import Decoder
+from megamoe.restore import restore_first_that_holds
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -35,19 +36,6 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [tensor for one in inner for tensor in tensors_in(one)]
-
-
-def bare_save(tensors: list[torch.Tensor], path: Path) -> None:
-    with open(path, "wb") as file:
-        torch.save(tensors, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def bare_load(tensors: list[torch.Tensor], path: Path) -> None:
-    with torch.no_grad():
-        for tensor, saved in zip(tensors, torch.load(path, mmap=True, weights_only=True), strict=True):
-            tensor.copy_(saved)
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -131,9 +119,9 @@ class Bench:
         seconds = {"bare save": timed(self.bare_save), "save": timed(self.save, self.writer(), 3 * step)}
         if background:
             writer = self.writer()
-            for which in ("first", "later"):  # the first takes new memory for the copy
+            for number, which in enumerate(("first", "later"), start=1):  # the first takes new memory for the copy
                 start = time.perf_counter()
-                seconds[f"lost to the {which} background save"] = self.background_save(writer, 3 * step + len(seconds))
+                seconds[f"lost to the {which} background save"] = self.background_save(writer, 3 * step + number)
                 seconds[f"the {which} background save"] = time.perf_counter() - start
             del writer  # and its copy of the state
         drop_from_cache(self.folder)

@@ -9,6 +9,7 @@ The newest checkpoint of a run that verifies is used. `pretrain.py --init_from O
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from megamoe import cli
@@ -64,8 +65,8 @@ def main() -> None:
     form = choose_format(args.out, args.to)
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
-    if not args.max_shard_gb > 0:
-        raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a size above 0.")
+    if not 0 < args.max_shard_gb < math.inf:
+        raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a finite size above 0.")
     if args.out.exists() and not args.dry_run:
         raise UserError(f"{args.out} is there already; choose another output, or remove it.")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megamoe import cli, manifest
 from megamoe.config import UserError
-from megamoe.export import write_universal
+from megamoe.export import output, write_universal
 from megamoe.reader import RankFiles, find_checkpoint, open_source
 
 
@@ -21,21 +21,21 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
     parser.add_argument("out", type=Path, help="run folder to make")
     args = parser.parse()
-    if args.out.exists():
-        raise UserError(f"{args.out} is there already; choose another output, or remove it.")
     checkpoint = find_checkpoint(args.checkpoint)
     source = open_source(checkpoint, open_files=1)
     if not isinstance(source, RankFiles):
         raise UserError(f"{checkpoint} is no checkpoint of several ranks' files; there is nothing to reshard.")
     name = f"step_{source.training_state()['global_steps']}"
-    folder = args.out / "checkpoints"
-    write_universal(source, checkpoint, folder / name)
-    manifest.replace_file(folder / "latest_universal", name)  # DeepSpeed's name for it
-    manifest.replace_file(folder / "latest", name)
     run_dir = checkpoint.parent.parent
-    for beside in (checkpoint / "run.json", run_dir / "run.json", run_dir / "tokenizer.json"):
-        if beside.is_file():
-            shutil.copyfile(beside, args.out / beside.name)
+    with output(args.out) as partial:
+        folder = partial / "checkpoints"
+        write_universal(source, checkpoint, folder / name)
+        for pointer in ("latest", "latest_universal"):  # the second is DeepSpeed's name for it
+            manifest.replace_file(folder / pointer, name)
+        for beside in (checkpoint / "run.json", run_dir / "run.json", run_dir / "tokenizer.json"):
+            if beside.is_file():
+                shutil.copyfile(beside, partial / beside.name)
+    folder = args.out / "checkpoints"
     print(f"wrote {folder / name} from {checkpoint}, saved by {source.world_size} ranks at ep_size {source.ep_size}")
 
 

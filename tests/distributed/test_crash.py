@@ -85,8 +85,11 @@ def run_on_a_small_disk(run, folder, kilobytes):
         cp -r {folder}/small/run {folder}/copy
         exit $code"""
     (folder / "small").mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not let its users make a mount namespace, so there is no small disk to fill")
     return subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *words],
+        [*unshare, "sh", "-c", script, "sh", *words],
         capture_output=True,
         text=True,
         timeout=200,

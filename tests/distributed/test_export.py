@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from test_checkpoint import CONFIG, make, save, train
 from toy import ds_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megamoe.checkpoint import CheckpointWriter, restore_first_that_holds
+from megamoe.checkpoint import CheckpointWriter
 from megamoe.config import ModelConfig
 from megamoe.ds_config import read_schedule
 from megamoe.engine import build_engine
@@ -23,6 +24,7 @@ from megamoe.generate import generate
 from megamoe.model import Decoder
 from megamoe.names import is_buffer, plain_name
 from megamoe.reader import load_weights, open_source
+from megamoe.restore import restore_first_that_holds
 from megamoe.tokenizer import train_tokenizer
 
 IDS = torch.randint(CONFIG.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -223,15 +225,20 @@ def test_the_tokenizer_goes_along(tmp_path, trained):
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == loaded.eos_token_id
 
 
-def test_an_output_that_exists_is_left_alone_and_a_failed_one_leaves_nothing(trained, tmp_path, monkeypatch):
+def test_an_output_that_exists_is_left_alone_and_a_failed_one_leaves_nothing(trained, tmp_path):
     checkpoint, _ = trained
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     has(refusal(huggingface, checkpoint, tmp_path / "mine"), "mine is there already", "choose another output")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
-    monkeypatch.setattr("megamoe.export.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
-    with pytest.raises(OSError, match="full"):
-        huggingface(checkpoint, tmp_path / "hf")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as on a disk that is full
+    try:
+        has(refusal(huggingface, checkpoint, tmp_path / "hf"), "hf cannot be written", "room")
+        with pytest.raises(OSError, match="too large"):
+            write_state_dict(open_source(checkpoint), tmp_path / "w.pt", FP32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 

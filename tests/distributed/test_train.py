@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -129,6 +130,10 @@ def test_a_run_starts_from_the_weights_of_another_and_refuses_those_of_another_m
     assert any("hidden_size 32, not 64" in problem for problem in problems)
     assert any("num_attention_heads x head_dim 32, not 16" in problem for problem in problems)
     assert not (tmp_path / "third").exists()
+    os.truncate(tmp_path / "first" / "checkpoints" / "step_12" / "mp_rank_00_model_states.pt", 50)
+    shutil.copytree(tmp_path / "second" / "checkpoints" / "step_2", tmp_path / "first" / "checkpoints" / "step_2")
+    again = run_ranks(2, train_here, {**start, "run_dir": str(tmp_path / "fourth")})[0]  # from the one that holds
+    assert losses(again)[0] < losses(first)[0] - 0.5
     missing = run_ranks(1, problems_of, {**start, "init_from": "nowhere", "ep_size": 1})[0]
     assert any("nowhere" in problem for problem in missing)
 
