@@ -16,11 +16,11 @@ from megamoe.config import UserError
 
 
 def write(folder, step, content=b"weights", **about):
-    """Save a checkpoint of two files."""
+    """Save a checkpoint of two files and a run.json."""
     checkpoint = folder / f"step_{step}"
     partial = manifest.partial_of(checkpoint)
     partial.mkdir(parents=True)
-    files = {name: manifest.write_file(partial / name, content + name.encode()) for name in ("a.pt", "b.pt")}
+    files = {name: manifest.write_file(partial / name, content + name.encode()) for name in ("a.pt", "b.pt", "run.json")}
     manifest.commit(checkpoint, {"step": step, **about}, files)
     return checkpoint
 
@@ -91,8 +91,8 @@ def test_the_shares_of_a_verification_cover_every_file_once(tmp_path):
     checkpoint = write(tmp_path, 1)
     for name in ("a.pt", "b.pt"):
         (checkpoint / name).write_bytes(b"damaged")
-    found = [manifest.problems(checkpoint, part, 3) for part in range(3)]
-    assert sorted(len(one) for one in found) == [0, 1, 1]
+    found = [manifest.problems(checkpoint, part, 4) for part in range(4)]
+    assert sorted(len(one) for one in found) == [0, 0, 1, 1]
     assert sorted(problem for one in found for problem in one) == sorted(manifest.problems(checkpoint))
 
 
@@ -210,14 +210,12 @@ def test_a_file_that_the_disk_cannot_give_is_a_problem_and_no_trace(tmp_path, mo
     checkpoint = write(tmp_path, 1)
     monkeypatch.setattr(manifest, "sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     found = sentences(manifest.problems(checkpoint))
-    assert len(found) == 2
+    assert len(found) == 3
     assert all("cannot be read (Input/output error)" in problem for problem in found)
 
 
 def test_a_checkpoint_that_lost_its_manifest_is_damaged(tmp_path):
     checkpoint = write(tmp_path, 1)
-    (checkpoint / "run.json").write_text("{}")
-    assert manifest.problems(checkpoint) == []
     (checkpoint / "manifest.json").unlink()
     assert "manifest.json is missing" in only(sentences(manifest.problems(checkpoint)))
 
