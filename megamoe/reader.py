@@ -4,8 +4,7 @@
     UniversalFiles   DeepSpeed's Universal Checkpoint: a folder for each parameter
     PlainFiles       a state_dict, safetensors, a Hugging Face directory: weights alone
 
-Nothing read here can run code: files are opened with `weights_only`, and what else DeepSpeed puts into them must be on
-a short list of harmless classes. Tensors are mapped, so only what is asked for is read.
+Tensors are mapped, so only what is asked for is read.
 """
 
 from __future__ import annotations
@@ -18,20 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megamoe import manifest
 from megamoe.config import ModelConfig, UserError, read_json
 from megamoe.names import engine_name, is_buffer, plain_name, same_expert_of_first_rank
 from megamoe.plan import parameter_shapes
+from megamoe.unpickle import safe_load
 
-# Classes without behaviour that DeepSpeed pickles beside tensors and plain values.
-ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
 MAIN_FILE = "mp_rank_00_model_states.pt"
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the weights, and Adam's moments
@@ -49,35 +43,6 @@ class Source(Protocol):
 
     def training_state(self) -> dict[str, Any]:
         """Of a source with optimizer: step counts, schedule, loss scale; adam_step is None where none was applied."""
-
-
-def safe_load(path: Path) -> Any:
-    """torch.load that can run no code; tensors stay on the disk until they are read. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; bring it back, or use an older checkpoint.")
-    with safe_globals(ALLOWED):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # damaged files fail in any way
-            foreign = _foreign_code(path)
-            if foreign:
-                raise UserError(
-                    f"{path} would call {', '.join(foreign)} when opened, which is not on the list of what a "
-                    "checkpoint may hold; it could run foreign code: do not open it, get it from its source again."
-                ) from None
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise UserError(
-                f"{path} is damaged, or not in the zipped form of torch.save, and cannot be read ({reason}); "
-                "use an older checkpoint."
-            ) from None
-
-
-def _foreign_code(path: Path) -> list[str]:
-    """What a file that torch refuses asks for beyond what is allowed; nothing where it is too damaged to tell."""
-    try:
-        return get_unsafe_globals_in_checkpoint(path)
-    except Exception:
-        return []
 
 
 class _Slice(NamedTuple):

@@ -12,7 +12,7 @@ SOURCES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 ORDER = [
     {"__init__"},
     {"config"},
-    {"cli", "tokenizer", "ds_config", "names", "manifest"},
+    {"cli", "tokenizer", "ds_config", "names", "manifest", "unpickle"},
     {"schedule", "layers", "router", "data", "corpus", "plan"},
     {"moe", "metrics", "reader"},
     {"model"},
@@ -21,8 +21,8 @@ ORDER = [
     {"pretrain"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-# corpus: for the index writer; reader: for the classes that DeepSpeed's files may hold
-DEEPSPEED_ROOMS = {"moe", "engine", "checkpoint", "restore", "corpus", "reader"}
+# corpus: for the index writer; unpickle: for the classes that DeepSpeed's files may hold
+DEEPSPEED_ROOMS = {"moe", "engine", "checkpoint", "restore", "corpus", "unpickle"}
 
 
 def imports(source):

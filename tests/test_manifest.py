@@ -20,7 +20,9 @@ def write(folder, step, content=b"weights", **about):
     checkpoint = folder / f"step_{step}"
     partial = manifest.partial_of(checkpoint)
     partial.mkdir(parents=True)
-    files = {name: manifest.write_file(partial / name, content + name.encode()) for name in ("a.pt", "b.pt", "run.json")}
+    files = {
+        name: manifest.write_file(partial / name, content + name.encode()) for name in ("a.pt", "b.pt", "run.json")
+    }
     manifest.commit(checkpoint, {"step": step, **about}, files)
     return checkpoint
 

@@ -18,7 +18,8 @@ from toy import PRESET, ds_config, train_here, write_inputs
 from megamoe.config import ModelConfig, UserError
 from megamoe.model import Decoder
 from megamoe.names import plain_name
-from megamoe.reader import PlainFiles, find_checkpoint, load_weights, model_problems, open_source, safe_load
+from megamoe.reader import PlainFiles, find_checkpoint, load_weights, model_problems, open_source
+from megamoe.unpickle import safe_load
 
 
 @pytest.fixture(scope="module")
