@@ -222,7 +222,9 @@ def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
         for name, shape in source.shapes.items():
             folder = f"zero/{engine_name(name)}"
             for kind in KINDS:
-                save(f"{folder}/{kind}.pt", {"param": source.read(name, kind, 0, math.prod(shape)).view(shape)})
+                # A copy: of a view, torch.save would write all that it looks into.
+                values = source.read(name, kind, 0, math.prod(shape)).view(shape).clone()
+                save(f"{folder}/{kind}.pt", {"param": values})
             save(f"{folder}/step.pt", step)
         save("zero/optimizer_state.pt", source.common_optimizer_state())
         for name in (MAIN_FILE, "run.json"):

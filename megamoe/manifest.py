@@ -222,7 +222,7 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         part: look at this share only, of `parts`; the shares together cover every file.
     """
     if not checkpoint.exists():
-        return [f"{checkpoint} is not there; give another, or use an older checkpoint."]
+        return [f"{checkpoint} is not there; check the path, or use an older checkpoint."]
     try:
         manifest = read_manifest(checkpoint)
     except UserError as error:

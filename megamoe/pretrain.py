@@ -82,8 +82,10 @@ class Job:
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
         self.model: ModelConfig = attempt(load_preset, run.preset)
-        # Checkpoints or plain weights to start from, in the order in which to try them.
-        self.initial_weights = manifest.found_at(Path(run.init_from)) if run.init_from else []
+        # Checkpoints to go on from, and where there are none, weights to start from, in the order in which to try them.
+        self.candidates = manifest.candidates(self.run_dir / "checkpoints") if run.resume else []
+        starts = run.init_from and not self.candidates
+        self.initial_weights = manifest.found_at(Path(run.init_from or "")) if starts else []
         if self.model:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
@@ -105,15 +107,14 @@ class Job:
         self.schedule = read_schedule(self.ds, run.ds_config)
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
-        self.candidates: list[Path] = []  # checkpoints to go on from, in the order in which to try them
         if run.resume:
             self._check_same_run()
-            self.candidates = manifest.candidates(self.run_dir / "checkpoints")
             started_from = read_json(self.run_dir / "run.json").get("run", {}).get("init_from")
-            if not self.candidates and started_from != run.init_from:
+            # Once there is a checkpoint it may be left out.
+            if started_from != run.init_from and (run.init_from or not self.candidates):
                 raise UserError(
-                    f"{self.run_dir} has no checkpoint yet and was started with init_from {json.dumps(started_from)}, "
-                    f"not {json.dumps(run.init_from)}; give the same again."
+                    f"{self.run_dir} was started with init_from {json.dumps(started_from)}, not "
+                    f"{json.dumps(run.init_from)}; give the same again, or choose another --run_dir."
                 )
         newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
         if newest >= self.last_step:
@@ -340,6 +341,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
         train(prepare(rank, world_size, device), rank, device)
+    # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
+    # process while it is taken down ("terminate called without an active exception"), and the launcher sees a failure.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

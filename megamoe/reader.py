@@ -39,7 +39,8 @@ class Source(Protocol):
     buffers: dict[str, Tensor]
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        """`count` values of a flattened parameter from `start` on, (count,); `kind` is one of KINDS."""
+        """`count` values of a flattened parameter from `start` on, (count,), often a view of a mapped file; `kind` is
+        one of KINDS."""
 
     def training_state(self) -> dict[str, Any]:
         """Of a source with optimizer: step counts, schedule, loss scale; adam_step is None where none was applied."""
@@ -261,7 +262,7 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
             f"{path} is not laid out as DeepSpeed lays out a checkpoint with experts ({error!r}); give another."
         ) from None
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(path.glob(pattern)):
+        if files := sorted(file for file in path.glob(pattern) if file.is_file()):
             return PlainFiles(_indexed(path, files))
     raise UserError(
         f"{path} holds no checkpoint and no weights; give a run folder, a checkpoint in it, a .pt or .safetensors "

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Make a plain fp32 state_dict of the checkpoint beside which this script lies, experts included.
 
     python zero_to_fp32.py OUT.pt                     the checkpoint in this folder
@@ -15,6 +14,7 @@ from pathlib import Path
 
 try:
     from megamoe import cli
+    from megamoe.config import UserError
     from megamoe.export import DTYPES, write_state_dict
     from megamoe.reader import find_checkpoint, open_source
 except ModuleNotFoundError as error:
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(__file__).parent, help="checkpoint to convert")
     parser.add_argument("out", type=Path, help="file to write")
     args = parser.parse()
+    if args.out.suffix not in (".pt", ".pth", ".bin"):
+        raise UserError(f"{args.out} has no ending of a state_dict, which is one file; call it {args.out}.pt.")
     checkpoint = find_checkpoint(args.checkpoint)
     write_state_dict(open_source(checkpoint, open_files=1), args.out, DTYPES["fp32"])
     print(f"wrote {args.out}")

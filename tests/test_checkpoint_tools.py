@@ -149,6 +149,9 @@ def test_the_script_beside_every_checkpoint_makes_the_state_dict_that_the_tool_m
     for words in (["a.pt"], [str(script.parent), "b.pt"]):
         done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, script, "folder"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "call it folder.pt" in done.stderr
     states = [torch.load(tmp_path / name, weights_only=True) for name in ("tool.pt", "a.pt", "b.pt")]
     for state in states[1:]:
         assert state.keys() == states[0].keys()
@@ -169,6 +172,9 @@ def test_the_script_says_what_it_needs_where_megamoe_is_not_installed(run_dir):
 def test_a_resharded_run_goes_on_where_the_old_one_would(call, finished_run, run_dir, tmp_path):
     (line,) = call(reshard_checkpoint, run_dir, tmp_path / "new")
     has(line, "saved by 2 ranks at ep_size 2")
+    values = 3 * 4 * parameter_count(ModelConfig(**{**PRESET, "vocab_size": 300}))
+    files = [path for path in (tmp_path / "new" / "checkpoints" / "step_4" / "zero").rglob("*.pt")]
+    assert sum(path.stat().st_size for path in files) < values + 4096 * len(files)  # each value once
     _, run = finished_run
     more = {**run, "steps": 8, "resume": True}
     old = run_ranks(2, train_here, {**more, "run_dir": str(run_dir)})[0]
@@ -213,6 +219,7 @@ def test_inspecting_works_on_plain_weights_and_on_the_universal_layout(call, run
     for path, says in ((tmp_path / "w.pt", "weights alone"), (tmp_path / "new", "Universal layout")):
         lines = call(inspect_checkpoint, path)
         has("\n".join(lines), says)
+        assert "size: 0 bytes" not in lines
         assert [line for line in lines if "experts  " in line] == [line for line in whole if "experts  " in line]
 
 

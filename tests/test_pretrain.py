@@ -179,6 +179,9 @@ def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with
     (Path(inputs["run_dir"]) / "run.json").write_text(json.dumps(record))
     (problem,) = problems({**inputs, "resume": True})
     assert 'init_from "old.pt", not null; give the same again' in problem
+    (Path(inputs["run_dir"]) / "checkpoints" / "step_3").mkdir(parents=True)
+    (problem,) = problems({**inputs, "resume": True, "init_from": "new.pt"})
+    assert 'init_from "old.pt", not "new.pt"' in problem
 
 
 def test_resuming_a_run_that_is_done_is_refused_with_both_steps(inputs):

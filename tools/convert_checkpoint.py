@@ -23,7 +23,7 @@ FORMATS = ("state_dict", "safetensors", "huggingface")
 def choose_format(out: Path, to: str | None) -> str:
     """What to write, from the ending of `out` and --to. Raises UserError if they disagree."""
     of_ending = {".pt": "state_dict", ".pth": "state_dict", ".bin": "state_dict", ".safetensors": "safetensors"}
-    ending = of_ending.get(out.suffix)
+    ending = of_ending.get(out.suffix.lower())
     if to is not None and to not in FORMATS:
         raise UserError(f"--to is {to}; use one of {', '.join(FORMATS)}.")
     if to is not None and (ending or to) != to:
@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", help="fp32 (the masters as they are), bf16 or fp16")
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="largest safetensors file in a folder, in GB")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to add; by default the one in the run folder")
-    parser.add_argument("--dry-run", action="store_true", help="list names, shapes and bytes, write nothing")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="list names, shapes and bytes, write nothing"
+    )
     args = parser.parse()
     form = choose_format(args.out, args.to)
     if args.dtype not in DTYPES:

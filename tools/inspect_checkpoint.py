@@ -20,8 +20,9 @@ from megamoe.reader import RankFiles, Source, open_source
 def print_files(checkpoint: Path) -> None:
     """Bytes by kind of file, and whether they are what was saved. Raises UserError if they are not."""
     kinds: dict[str, list[int]] = defaultdict(list)
-    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
-        kinds[re.sub(r"(?<=_)\d+", "N", path.relative_to(checkpoint).parts[0])].append(path.stat().st_size)
+    for path in sorted(path for path in [checkpoint, *checkpoint.rglob("*")] if path.is_file()):
+        parts = path.relative_to(checkpoint).parts or [path.name]
+        kinds[re.sub(r"(?<=_)\d+", "N", parts[0])].append(path.stat().st_size)
     print(f"size: {sum(map(sum, kinds.values())):,} bytes")
     for kind, sizes in kinds.items():
         print(f"  {len(sizes):5d} x {kind}: {sum(sizes):,} bytes")

@@ -24,7 +24,7 @@ def main() -> None:
     checkpoint = find_checkpoint(args.checkpoint)
     source = open_source(checkpoint, open_files=1)
     if not isinstance(source, RankFiles):
-        raise UserError(f"{checkpoint} is no checkpoint of several ranks' files; there is nothing to reshard.")
+        raise UserError(f"{checkpoint} fits any number of ranks as it is; there is nothing to reshard.")
     name = f"step_{source.training_state()['global_steps']}"
     run_dir = checkpoint.parent.parent
     with output(args.out) as partial:
