@@ -84,8 +84,9 @@ class Job:
         self.model: ModelConfig = attempt(load_preset, run.preset)
         # Checkpoints to go on from, and where there are none, weights to start from, in the order in which to try them.
         self.candidates = manifest.candidates(self.run_dir / "checkpoints") if run.resume else []
-        starts = run.init_from and not self.candidates
-        self.initial_weights = manifest.found_at(Path(run.init_from or "")) if starts else []
+        self.initial_weights: list[Path] = []
+        if run.init_from and not self.candidates:
+            self.initial_weights = manifest.found_at(Path(run.init_from))
         if self.model:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
