@@ -116,14 +116,16 @@ class Bench:
 
     def round(self, step: int, background: bool) -> dict[str, float]:
         """Seconds of everything, once."""
-        seconds = {"bare save": timed(self.bare_save), "save": timed(self.save, self.writer(), 3 * step)}
+        writer = self.writer()
+        seconds = {"bare save": timed(self.bare_save), "save": timed(self.save, writer, 3 * step)}
+        writer.close()
         if background:
-            writer = self.writer()
             for number, which in enumerate(("first", "later"), start=1):  # the first takes new memory for the copy
                 start = time.perf_counter()
                 seconds[f"lost to the {which} background save"] = self.background_save(writer, 3 * step + number)
                 seconds[f"the {which} background save"] = time.perf_counter() - start
-            del writer  # and its copy of the state
+                writer.close()
+        del writer  # and its copy of the state
         drop_from_cache(self.folder)
         seconds["bare load"] = timed(self.bare_load)
         drop_from_cache(self.folder)
