@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -52,7 +53,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
                 process.join(TIMEOUT)
             errors = [file.read_text() for file in sorted(folder.glob("error_*"))]
             codes = [process.exitcode for process in ranks]
-            assert not any(codes), f"exit codes {codes} (None: hung)\n" + "\n".join(errors)
+            assert codes == [0] * world_size, f"exit codes {codes} (None: hung)\n" + "\n".join(errors)
         finally:
             for process in ranks:
                 process.kill()
@@ -67,6 +68,8 @@ def _rank_main(rank: int, world_size: int, port: int, folder: Path, function: Ca
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
+    trace = open(folder / f"error_{rank}_hung", "w")  # noqa: SIM115 - open for as long as the rank runs
+    faulthandler.dump_traceback_later(TIMEOUT - 20, file=trace)  # where each thread stands, if it comes to that
     try:
         init_distributed()
         torch.save(function(*args), folder / f"result_{rank}")
