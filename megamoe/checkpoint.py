@@ -207,6 +207,7 @@ class CheckpointWriter:
         assert self._thread
         waiting = time.perf_counter()
         self._thread.join()
+        self.close()  # what is removed is not to be cleaned away at the same time
         parts: list[Any] = [None] * dist.get_world_size()
         error = None if self._error is None else str(self._error) or repr(self._error)
         dist.all_gather_object(parts, (self._records, error))
@@ -220,7 +221,7 @@ class CheckpointWriter:
             if outcome[0]:
                 self._report_failure(self._checkpoint, outcome[0])
             else:
-                self._report(self._checkpoint, manifest.total_bytes(files.values()))
+                self._report(self._checkpoint, sum(record["bytes"] for record in files.values()))
         self._checkpoint = self._thread = None
         return not outcome[0]
 
@@ -253,8 +254,6 @@ class CheckpointWriter:
     def _commit(self, checkpoint: Path, files: dict[str, FileRecord]) -> str | None:
         """On rank 0. Returns why it failed, if so: the other ranks wait to hear of it, so nothing is raised."""
         try:
-            if self._removal:
-                self._removal.join()
             for name, record in files.items():
                 path = manifest.partial_of(checkpoint) / name
                 if not path.is_file() or path.stat().st_size != record["bytes"]:
@@ -293,8 +292,8 @@ class CheckpointWriter:
             manifest.clean(self.folder)
             older = next(iter(manifest.candidates(self.folder)), None)
         print(
-            f"error: {checkpoint} was NOT saved ({failure}); training goes on, "
-            + (f"and {older} is still the newest checkpoint" if older else "without an older checkpoint")
+            f"error: {checkpoint} was NOT saved ({failure}); "
+            + (f"{older} is still the newest checkpoint" if older else "there is no older checkpoint")
             + "; see that there is room, and that every rank can write there.",
             file=sys.stderr,
             flush=True,

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
@@ -265,7 +265,3 @@ def sha256(path: Path) -> str:
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()
-
-
-def total_bytes(files: Iterable[FileRecord]) -> int:
-    return sum(record["bytes"] for record in files)

@@ -109,14 +109,7 @@ class Job:
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
         if run.resume:
-            self._check_same_run()
-            started_from = read_json(self.run_dir / "run.json").get("run", {}).get("init_from")
-            # Once there is a checkpoint it may be left out.
-            if started_from != run.init_from and (run.init_from or not self.candidates):
-                raise UserError(
-                    f"{self.run_dir} was started with init_from {json.dumps(started_from)}, not "
-                    f"{json.dumps(run.init_from)}; give the same again, or choose another --run_dir."
-                )
+            self._check_same_run(read_json(self.run_dir / "run.json"))
         newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
         if newest >= self.last_step:
             raise UserError(
@@ -155,9 +148,16 @@ class Job:
         files = [parent for parent in self.run_dir.parents if parent.exists() and not parent.is_dir()]
         return [f"{self.run_dir} cannot be made, for {file} is a file; choose another --run_dir." for file in files]
 
-    def _check_same_run(self) -> None:
-        """Raises UserError if the run folder holds a run whose losses would be others."""
-        before, now = _decisive(read_json(self.run_dir / "run.json")), _decisive(self.record())
+    def _check_same_run(self, record: dict[str, Any]) -> None:
+        """Raises UserError if the run that left `record` would have other losses."""
+        started_from, init_from = record.get("run", {}).get("init_from"), self.run.init_from
+        # Once there is a checkpoint it may be left out.
+        if started_from != init_from and (init_from or not self.candidates):
+            raise UserError(
+                f"{self.run_dir} was started with init_from {json.dumps(started_from)}, not {json.dumps(init_from)}; "
+                "give the same again, or choose another --run_dir."
+            )
+        before, now = _decisive(record), _decisive(self.record())
         changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
