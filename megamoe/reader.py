@@ -28,6 +28,7 @@ from megamoe.unpickle import safe_load
 
 MAIN_FILE = "mp_rank_00_model_states.pt"
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the weights, and Adam's moments
 
 
@@ -250,7 +251,7 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
 
     Raises UserError if it is none of these or cannot be read.
     """
-    if path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+    if path.is_file() and path.suffix in (".safetensors", *STATE_DICT_ENDINGS):
         return PlainFiles([path])
     try:
         if (path / "zero").is_dir():

@@ -16,7 +16,7 @@ try:
     from megamoe import cli
     from megamoe.config import UserError
     from megamoe.export import DTYPES, write_state_dict
-    from megamoe.reader import find_checkpoint, open_source
+    from megamoe.reader import STATE_DICT_ENDINGS, find_checkpoint, open_source
 except ModuleNotFoundError as error:
     print(f"error: {error}; install megamoe (pip install --editable . in its clone) and try again.", file=sys.stderr)
     sys.exit(2)
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", type=Path, default=Path(__file__).parent, help="checkpoint to convert")
     parser.add_argument("out", type=Path, help="file to write")
     args = parser.parse()
-    if args.out.suffix not in (".pt", ".pth", ".bin"):
+    if args.out.suffix not in STATE_DICT_ENDINGS:
         raise UserError(f"{args.out} has no ending of a state_dict, which is one file; call it {args.out}.pt.")
     checkpoint = find_checkpoint(args.checkpoint)
     write_state_dict(open_source(checkpoint, open_files=1), args.out, DTYPES["fp32"])

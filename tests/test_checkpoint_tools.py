@@ -67,7 +67,7 @@ def refuse(call, *words):
 def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict(call, run_dir, tmp_path, place):
     (line,) = call(convert_checkpoint, run_dir / place, tmp_path / "w.pt")
     step = "step_2" if place.endswith("2") else "step_4"
-    assert line == f"wrote {tmp_path / 'w.pt'} from {run_dir / 'checkpoints' / step}"
+    assert line.startswith(f"wrote {tmp_path / 'w.pt'} from {run_dir / 'checkpoints' / step} in ")
     state = torch.load(tmp_path / "w.pt", weights_only=True)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert state.keys() > parameter_shapes(ModelConfig(**{**PRESET, "vocab_size": 300})).keys()
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_not_converted(call, run_dir, tmp_path):
     has(refuse(call, convert_checkpoint, path.parent, tmp_path / "w.pt"), str(path), "bytes, not the")
     lines = call(convert_checkpoint, run_dir, tmp_path / "w.pt")  # the run has an older one
     assert lines[0].startswith(f"passed over {path.parent}")
-    assert lines[1].endswith("step_2")
+    assert "step_2 in " in lines[1]
 
 
 # --- the script beside every checkpoint -----------------------------------------------------------------------------

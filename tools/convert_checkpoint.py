@@ -10,20 +10,23 @@ The newest checkpoint of a run that verifies is used. `pretrain.py --init_from O
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
+
+import torch
 
 from megamoe import cli
 from megamoe.config import ModelConfig, UserError, read_json, validate
 from megamoe.export import DTYPES, Entry, entries, shards, write_huggingface, write_safetensors, write_state_dict
-from megamoe.reader import find_checkpoint, model_problems, open_source
+from megamoe.metrics import memory_gib
+from megamoe.reader import STATE_DICT_ENDINGS, find_checkpoint, model_problems, open_source
 
 FORMATS = ("state_dict", "safetensors", "huggingface")
 
 
 def choose_format(out: Path, to: str | None) -> str:
     """What to write, from the ending of `out` and --to. Raises UserError if they disagree."""
-    of_ending = {".pt": "state_dict", ".pth": "state_dict", ".bin": "state_dict", ".safetensors": "safetensors"}
-    ending = of_ending.get(out.suffix.lower())
+    ending = {**dict.fromkeys(STATE_DICT_ENDINGS, "state_dict"), ".safetensors": "safetensors"}.get(out.suffix)
     if to is not None and to not in FORMATS:
         raise UserError(f"--to is {to}; use one of {', '.join(FORMATS)}.")
     if to is not None and (ending or to) != to:
@@ -64,6 +67,7 @@ def main() -> None:
         "--dry-run", "--dry_run", action="store_true", help="list names, shapes and bytes, write nothing"
     )
     args = parser.parse()
+    started = time.perf_counter()
     form = choose_format(args.out, args.to)
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
@@ -92,7 +96,8 @@ def main() -> None:
         beside_run = checkpoint.parent.parent / "tokenizer.json"
         tokenizer = args.tokenizer or (beside_run if beside_run.is_file() else None)
         write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer)
-    print(f"wrote {args.out} from {checkpoint}")
+    seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
+    print(f"wrote {args.out} from {checkpoint} in {seconds:.1f} s, {memory:.2f} GiB of memory at most")
 
 
 if __name__ == "__main__":

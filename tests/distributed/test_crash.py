@@ -1,5 +1,6 @@
 """Nothing is lost, whenever a run is killed and when its disk is full."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -86,7 +87,7 @@ def run_on_a_small_disk(run, folder, kilobytes):
         exit $code"""
     (folder / "small").mkdir()
     unshare = ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*unshare, "true"], capture_output=True).returncode:
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode and "CI" not in os.environ:
         pytest.skip("this machine does not let its users make a mount namespace, so there is no small disk to fill")
     return subprocess.run(
         [*unshare, "sh", "-c", script, "sh", *words],
