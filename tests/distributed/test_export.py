@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
+from engines import CONFIG, make, save, train
 from ranks import run_ranks
 from refusals import has, refusal
 from safetensors.torch import load_file
-from test_checkpoint import CONFIG, make, save, train
 from toy import ds_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

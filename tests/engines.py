@@ -1,0 +1,103 @@
+"""A small engine on every rank: train it, save it, load it elsewhere, compare what was saved."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from toy import PRESET, ds_config
+
+from megamoe.checkpoint import CheckpointWriter
+from megamoe.config import ModelConfig
+from megamoe.ds_config import read_schedule
+from megamoe.engine import build_engine
+from megamoe.model import Decoder
+from megamoe.reader import KINDS, open_source
+from megamoe.restore import restore_first_that_holds
+from megamoe.router import LoadBalancer
+
+CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
+EXPERTS = CONFIG.num_local_experts
+BATCH = 8  # samples a step, whatever the ranks
+
+
+def make(ep_size, stage=2, seed=0, **ds_changes):
+    """(engine, first expert) of this rank."""
+    ds = ds_config(BATCH // dist.get_world_size(), **ds_changes)
+    ds["zero_optimization"]["stage"] = stage
+    ds["scheduler"]["params"]["total_num_steps"] = 60
+    ep_rank = dist.get_rank() % ep_size
+    engine = build_engine(Decoder(CONFIG, seed, ep_size, ep_rank), ds, read_schedule(ds, "ds"))
+    return engine, ep_rank * (EXPERTS // ep_size)
+
+
+def train(engine, steps, first=0, writer=None):
+    """Train on this rank's share of batches that depend on the step alone; returns the mean losses over all ranks."""
+    routers = engine.module.routers()
+    balancer = LoadBalancer(routers, CONFIG.router_bias_rate, CONFIG.router_bias_rule, CONFIG.router_load_decay)
+    losses = []
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(4, (BATCH, 17), generator=generator).cumsum(1) % CONFIG.vocab_size
+        ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
+        loss = engine(ids[:, :-1], ids[:, 1:])
+        engine.backward(loss)
+        if writer:
+            writer.before_update()
+        engine.step()
+        balancer.step(engine.was_step_applied())
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item() / dist.get_world_size())
+    return losses
+
+
+def writer_for(engine, folder, ep_size, **options):
+    return CheckpointWriter(engine, folder, {"world_size": dist.get_world_size(), "ep_size": ep_size}, **options)
+
+
+def save(engine, folder, ep_size, step):
+    writer = writer_for(engine, folder, ep_size)
+    writer.save(step, hold=True)
+    assert writer.complete()
+
+
+def train_and_save(folder, ep_size, stage=2, steps=3, further=0, **ds_changes):
+    """Returns the losses of the steps before the save, and of those behind it."""
+    engine, _ = make(ep_size, stage, **ds_changes)
+    before = train(engine, steps)
+    save(engine, folder, ep_size, steps)
+    return before, train(engine, further, steps)
+
+
+def load_and_train(checkpoint, ep_size, stage=2, steps=0, resave=None, **ds_changes):
+    """Returns (step, learning rate) as restored, and the losses of `steps` more."""
+    engine, first_expert = make(ep_size, stage, seed=99, **ds_changes)  # other weights, so that a restore shows
+    assert restore_first_that_holds(engine, [checkpoint], first_expert) == checkpoint
+    state = engine.global_steps, engine.get_lr()
+    if resave:
+        save(engine, resave, ep_size, engine.global_steps)
+    return state, train(engine, steps, engine.global_steps)
+
+
+def same_state(checkpoint, other):
+    """Whether two checkpoints hold the same training state, to the bit."""
+    one, two = open_source(checkpoint), open_source(other)
+    assert one.shapes == two.shapes
+    for name, shape in one.shapes.items():
+        for kind in KINDS:
+            values = one.read(name, kind, 0, math.prod(shape))
+            assert values.numel() == math.prod(shape)
+            assert torch.equal(values, two.read(name, kind, 0, math.prod(shape))), (name, kind)
+    assert one.buffers.keys() == two.buffers.keys()
+    assert all(torch.equal(value, two.buffers[name]) for name, value in one.buffers.items())
+    states = one.training_state(), two.training_state()
+    for key in ("global_steps", "global_samples", "skipped_steps", "adam_step"):
+        assert states[0][key] == states[1][key]
+    assert states[0]["lr_scheduler"]["last_epoch"] == states[1]["lr_scheduler"]["last_epoch"]
+
+
+def save_by_deepspeed(folder, ep_size):
+    engine, _ = make(ep_size)
+    train(engine, 3)
+    engine.save_checkpoint(str(folder), tag="step_3")
+    return train(engine, 5, 3)
