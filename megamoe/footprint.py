@@ -1,0 +1,353 @@
+"""Bytes that a training step takes on one rank, by arithmetic: one step walked through as torch and DeepSpeed do it.
+
+Everything that is large is taken and given back by name, in the order of the real step, and the fullest moment is kept.
+The order and the sizes of DeepSpeed's buffers are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), those of
+the activations are what torch's autograd keeps for the operations of `layers.py`, `router.py`, `moe.py` and `model.py`.
+
+Shape legend: B micro-batch, T positions, N = B * T tokens, D hidden_size, F intermediate_size, V vocab_size, E experts,
+K choices, R = N * K rows after dispatch, H query heads, G key/value heads, d head_dim, M latent tokens, s bytes of a
+weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from megamoe.model import LOSS_CHUNK
+from megamoe.moe import CPU_ROW_MULTIPLE
+from megamoe.sharding import Group, Setup, parameter_groups
+
+
+# --- what autograd keeps of a layer ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes that one layer keeps from forward to backward, and the largest that comes and goes meanwhile."""
+
+    norm: int  # of one RMSNorm
+    norm_backward: int  # temporaries of one RMSNorm's backward
+    attention: int
+    attention_backward: int
+    router: int
+    router_backward: int
+    dispatch: int  # indices of the rows' way there and back, and the rows as the experts see them
+    hidden: int  # inside the experts
+    returned: int  # the experts' results, for the gradient of the combine weights
+    result: int  # one tensor of the rows as the experts see them
+    moving: int  # temporaries of forward while rows are exchanged and the experts run
+    stream: int  # one tensor of the residual stream
+
+
+def layer_bytes(setup: Setup) -> LayerBytes:
+    """A layer's bytes, experts under balance."""
+    m, s, n = setup.model, setup.weight_bytes, setup.tokens
+    wide = 4 * n * m.hidden_size  # a tensor of the residual stream in fp32
+    stream = s * n * m.hidden_size
+    positions = setup.micro_batch * (setup.seq_len + m.num_latent_tokens)
+    query = s * positions * m.num_attention_heads * m.head_dim
+    key = s * positions * m.num_key_value_heads * m.head_dim
+    log_sum_exp = 4 * positions * m.num_attention_heads
+    # Cutting the latents' queries off leaves a view, of which the output projection takes a copy.
+    cut = s * n * m.num_attention_heads * m.head_dim if m.num_latent_tokens else 0
+
+    fill = CPU_ROW_MULTIPLE if setup.on_cpu else 1
+    per_expert = math.ceil(setup.rows / setup.local_experts / fill) * fill
+    filled = per_expert * setup.local_experts
+    rows, result = s * setup.rows * m.hidden_size, s * filled * m.hidden_size
+    index = 8 * (filled + setup.rows) + (16 * setup.rows if setup.ep_size > 1 else 0)
+    dropped = (s if setup.on_cpu else 1) * filled * m.hidden_size if m.expert_dropout else 0
+
+    scores = 4 * n * m.num_local_experts * (3 if m.router_score == "sigmoid" else 1)
+    choices = n * m.num_experts_per_tok * (8 + 4 + (s if s < 4 else 0))  # ids, weights, weights as rows have them
+    router_weight = 4 * m.num_local_experts * m.hidden_size if s < 4 else 0
+    # Under bf16, what enters the layer and what enters the experts are kept by nobody but the running call.
+    callers = 2 * stream if setup.on_cpu else stream
+    return LayerBytes(
+        # On CPU, RMSNorm is made of operations in fp32; on a GPU it is one kernel that keeps its input.
+        norm=2 * wide + 4 * n if setup.on_cpu else stream + 4 * n,
+        norm_backward=5 * wide if setup.on_cpu else 2 * stream,
+        attention=stream + 2 * query + 2 * key + log_sum_exp + cut,
+        attention_backward=2 * query + 2 * key + cut,
+        router=(2 if m.router_jitter_noise else 1) * wide + scores + choices + router_weight,
+        router_backward=(2 if m.router_jitter_noise else 1) * wide,
+        dispatch=index + result,
+        hidden=2 * s * filled * m.intermediate_size + dropped,
+        returned=rows,
+        result=result,
+        moving=(2 * result if setup.ep_size == 1 else 4 * rows) + (callers if s < 4 else 0),
+        stream=stream,
+    )
+
+
+# --- the walk -------------------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """What is held, by kind, and what was held at the fullest moment since the last `restart`."""
+
+    def __init__(self) -> None:
+        self.held: Counter[str] = Counter()
+        self.fullest: Counter[str] = Counter()
+
+    def restart(self) -> None:
+        self.fullest = Counter(self.held)
+
+    def take(self, kind: str, size: int) -> None:
+        self.held[kind] += size
+        if self.held.total() > self.fullest.total():
+            self.fullest = Counter(self.held)
+
+    def give(self, kind: str, size: int) -> None:
+        self.held[kind] -= size
+        assert self.held[kind] >= 0, kind
+
+    def touch(self, kind: str, size: int) -> None:
+        """Take and give back."""
+        self.take(kind, size)
+        self.give(kind, size)
+
+
+class Reduction:
+    """DeepSpeed's buckets: gradients are copied into one as they come, which is reduced when the next would not fit."""
+
+    def __init__(self, setup: Setup, groups: list[Group], rank: int, ledger: Ledger):
+        self.setup, self.groups, self.ledger = setup, groups, ledger
+        # Where grad_accum_dtype is fp32 and the weights are not, a rank adds what it owns to an fp32 partition;
+        # elsewhere it keeps the whole gradient of every parameter that it owns a part of.
+        self.sums_apart = setup.sum_bytes > setup.weight_bytes
+        self.index = [rank // setup.ep_size if group.expert else rank for group in groups]
+        self.group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
+        self.owned = {
+            name: group.owners(name).get(index, 0)
+            for group, index in zip(groups, self.index, strict=True)
+            for name in group.sizes
+        }
+        self.started = False
+        self.partitions: set[int] = set()
+        self.kept = 0  # bytes of whole gradients
+        self.waiting: list[str] = []
+
+    def size(self, name: str) -> int:
+        return self.groups[self.group_of[name]].sizes[name]
+
+    def ready(self, name: str) -> None:
+        """The gradient of a parameter has come."""
+        setup, size = self.setup, self.size(name)
+        if not self.started:
+            self.started = True
+            buckets = (2 if setup.overlap else 1) * setup.bucket * setup.weight_bytes
+            self.ledger.take("reduction buckets", buckets)
+        self.ledger.take("gradients", size * setup.weight_bytes)
+        if setup.zero_stage == 2 or setup.overlap:
+            self.reduce_later(name)
+
+    def reduce_later(self, name: str) -> None:
+        size = self.size(name)
+        if sum(map(self.size, self.waiting)) + size > self.setup.bucket:
+            self.flush()
+        self.waiting.append(name)
+        if size <= self.setup.bucket:  # now in the bucket; a larger one is reduced where it is
+            self.ledger.give("gradients", size * self.setup.weight_bytes)
+
+    def flush(self) -> None:
+        """Reduce what waits, and keep what this rank owns of it."""
+        setup, ledger = self.setup, self.ledger
+        for expert in (False, True):
+            slices = self.slices([name for name in self.waiting if self.groups[self.group_of[name]].expert == expert])
+            ledger.touch("reduction temporaries", self.copies(slices))
+        for name in self.waiting:
+            if self.size(name) > setup.bucket:
+                ledger.give("gradients", self.size(name) * setup.weight_bytes)
+            if not self.sums_apart and not self.kept and self.owned[name]:
+                # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
+                self.kept = setup.weight_bytes * sum(self.size(other) for other, owned in self.owned.items() if owned)
+                ledger.take("gradients owned", self.kept)
+        self.waiting = []
+
+    def slices(self, names: list[str]) -> list[tuple[int, int, bool]]:
+        """(owner, elements, added to this rank's fp32 partition) of what one all-reduce takes, neighbours of one owner
+        joined where they can be (average_tensor)."""
+        slices: list[tuple[int, int, bool]] = []
+        for name in names:
+            number = self.group_of[name]
+            for owner, size in self.groups[number].owners(name).items():
+                mine = self.sums_apart and owner == self.index[number]
+                if mine and number not in self.partitions:
+                    self.partitions.add(number)
+                    self.ledger.take("gradient partition", self.groups[number].partition * self.setup.sum_bytes)
+                if slices and not mine and slices[-1][0] == owner and not slices[-1][2]:
+                    slices[-1] = owner, slices[-1][1] + size, False
+                else:
+                    slices.append((owner, size, mine))
+        return slices
+
+    def copies(self, slices: list[tuple[int, int, bool]]) -> int:
+        """Most bytes at once of the flat copy that is reduced, of its form on the wire, and of a slice in fp32."""
+        setup, most, chunk = self.setup, 0, list[tuple[int, int, bool]]()
+        for number, piece in enumerate(slices):
+            chunk.append(piece)
+            size = sum(one[1] for one in chunk)
+            if size > setup.bucket or number == len(slices) - 1:
+                flat = size * setup.weight_bytes if len(chunk) > 1 else 0  # one piece alone needs no copy
+                wire = size * setup.wire_bytes if setup.wire_bytes != setup.weight_bytes else 0
+                added = max((one[1] * setup.sum_bytes for one in chunk if one[2]), default=0)
+                most, chunk = max(most, flat + wire + added), []
+        return most
+
+    def finish(self, boundary: bool) -> None:
+        """Backward is over; at the boundary of a step nothing but the sums stays."""
+        setup, ledger = self.setup, self.ledger
+        if setup.zero_stage == 1 and not setup.overlap and boundary:
+            for group in self.groups:
+                for name in group.sizes:
+                    self.reduce_later(name)
+        self.flush()
+        ledger.give("reduction buckets", ledger.held["reduction buckets"])
+        self.started = False
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank, by kind."""
+
+    between: Counter[str]  # between two steps
+    forward: Counter[str]  # at the fullest moment of a forward pass
+    backward: Counter[str]
+    step: Counter[str]  # of the optimizer's step
+
+    @property
+    def peak(self) -> Counter[str]:
+        """At the fullest moment of all."""
+        return max((self.forward, self.backward, self.step), key=Counter.total)
+
+
+def footprint(setup: Setup, rank: int = 0) -> Footprint:
+    """Bytes of tensors on `rank` in a step after the first one, which makes Adam's moments."""
+    groups, layer, ledger = parameter_groups(setup), layer_bytes(setup), Ledger()
+    _hold_states(setup, groups, ledger)
+    between = Counter(ledger.held)
+    reduction = Reduction(setup, groups, rank, ledger)
+    forward = backward = Counter[str]()
+    for micro in range(setup.accumulation):
+        ledger.restart()
+        _forward(setup, layer, ledger)
+        forward = max(forward, ledger.fullest, key=Counter.total)
+        ledger.restart()
+        _backward(setup, layer, ledger, reduction)
+        reduction.finish(boundary=micro == setup.accumulation - 1)
+        backward = max(backward, ledger.fullest, key=Counter.total)
+    ledger.restart()
+    _step(setup, reduction)
+    return Footprint(between, forward, backward, ledger.fullest)
+
+
+def _hold_states(setup: Setup, groups: list[Group], ledger: Ledger) -> None:
+    """What stays from step to step."""
+    m = setup.model
+    share = sum(group.partition for group in groups)
+    ledger.take("weights", setup.weight_bytes * sum(group.partition * group.ranks for group in groups))
+    ledger.take("fp32 masters", 4 * share)  # a copy under fp32 too
+    ledger.take("Adam moments", 8 * share)
+    ledger.take("batch and router state", 16 * (setup.tokens + m.num_hidden_layers * m.num_local_experts))
+
+
+def _forward(setup: Setup, layer: LayerBytes, ledger: Ledger) -> None:
+    m, s = setup.model, setup.weight_bytes
+    ledger.take("activations", s * setup.seq_len * m.head_dim)  # cos and sin
+    for _ in range(m.num_hidden_layers):
+        kept = 2 * layer.norm + layer.attention + layer.router + layer.dispatch + layer.hidden + layer.returned
+        ledger.take("activations", kept)
+        ledger.touch("temporaries", layer.moving)
+    ledger.take("activations", layer.norm + layer.stream)
+    chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
+    ledger.touch("loss chunk", 8 * chunk)  # fp32 logits and their log-softmax
+
+
+def _backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction) -> None:
+    m, s = setup.model, setup.weight_bytes
+    embedding = s * m.vocab_size * m.hidden_size
+    chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
+    for number in range(math.ceil(setup.tokens / LOSS_CHUNK)):
+        # Log-softmax (logits are computed again), the gradient of the loss, and that of the logits, all in fp32.
+        ledger.touch("loss chunk", 12 * chunk)
+        ledger.touch("loss chunk", s * chunk + embedding)
+        if number == 0:
+            ledger.take("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
+        else:
+            ledger.touch("gradients", 2 * embedding)  # the sum of two is a third
+    ledger.give("activations", layer.stream)
+    ledger.take("gradients of activations", layer.stream)
+    reduction.ready("model.norm.weight")
+    _norm_backward(layer, ledger)
+    for number in reversed(range(m.num_hidden_layers)):
+        _experts_backward(setup, layer, ledger, reduction, f"model.layers.{number}.moe.experts")
+        name = f"model.layers.{number}"
+        ledger.touch("temporaries", layer.router_backward)
+        ledger.give("activations", layer.router)
+        reduction.ready(f"{name}.moe.router.weight")
+        reduction.ready(f"{name}.post_attention_layernorm.weight")
+        _norm_backward(layer, ledger)
+        reduction.ready(f"{name}.self_attn.o_proj.weight")
+        ledger.touch("temporaries", layer.attention_backward)
+        ledger.give("activations", layer.attention)
+        if m.num_latent_tokens:
+            reduction.ready(f"{name}.self_attn.latents")
+        for projection in ("v_proj", "k_proj", "q_proj"):
+            reduction.ready(f"{name}.self_attn.{projection}.weight")
+        reduction.ready(f"{name}.input_layernorm.weight")
+        _norm_backward(layer, ledger)
+    ledger.touch("gradients", 2 * embedding)
+    ledger.give("gradients of activations", layer.stream)
+    ledger.give("activations", ledger.held["activations"])
+    ledger.give("gradients", embedding)
+    reduction.ready("model.embed_tokens.weight")
+
+
+def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
+    # The product that the weight's gradient needs is freed first.
+    ledger.give("activations", layer.norm // 2)
+    ledger.touch("temporaries", layer.norm_backward)
+    ledger.give("activations", layer.norm - layer.norm // 2)
+
+
+def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, name: str) -> None:
+    """From the gradient of a layer's output to that of the experts' input."""
+    m, s, count = setup.model, setup.weight_bytes, setup.local_experts
+    ledger.touch("temporaries", 2 * layer.returned)  # gradients of the weighted rows, and products for the weights'
+    ledger.give("activations", layer.returned)
+    ledger.touch("temporaries", layer.result + layer.returned)  # rows going back to their experts
+    ledger.take("gradients of activations", layer.result)
+    hidden = setup.weight_bytes * m.intermediate_size * (layer.result // (s * m.hidden_size) // count)
+    for expert in reversed(range(count)):
+        weight = s * m.intermediate_size * m.hidden_size
+        ledger.touch("temporaries", hidden + weight)
+        reduction.ready(f"{name}.{expert}.down_proj.weight")
+        ledger.touch("temporaries", 2 * hidden)
+        ledger.give("activations", layer.hidden // count)
+        ledger.touch("temporaries", hidden + weight)
+        reduction.ready(f"{name}.{expert}.up_proj.weight")
+        ledger.take("gradients of activations", layer.result // count)
+    ledger.give("gradients of activations", layer.result)
+    ledger.give("activations", layer.dispatch + layer.hidden % count)
+    ledger.touch("temporaries", layer.result)
+    ledger.give("gradients of activations", layer.result // count * count)
+
+
+def _step(setup: Setup, reduction: Reduction) -> None:
+    ledger, groups = reduction.ledger, reduction.groups
+    # The norm is taken in fp64, of one parameter after the other (get_grad_norm_direct).
+    ledger.touch("fp64 copy for the norm", 8 * max(reduction.owned.values()))
+    for number, group in enumerate(groups):
+        if reduction.sums_apart:
+            ledger.give("gradient partition", group.partition * setup.sum_bytes if number in reduction.partitions else 0)
+            continue
+        # A flat copy of the rank's share, then one in fp32.
+        parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)
+        flat = setup.weight_bytes * group.partition if parts > 1 else 0
+        ledger.touch("flat gradients", flat + (4 * group.partition if setup.weight_bytes < 4 else 0))
+    reduction.partitions.clear()
+    ledger.give("gradients owned", reduction.kept)
+    reduction.kept = 0

@@ -1,0 +1,89 @@
+"""What a step really uses: bytes of live tensors and payload of collectives, seen operation by operation."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+# What c10d calls its operations, and where among the arguments the buffers stand whose bytes are the payload: what is
+# reduced, what is sent to all, what is gathered from all.
+_PAYLOADS = {
+    "allreduce_": ("all_reduce", 0),
+    "alltoall_base_": ("all_to_all", 1),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "reduce_": ("reduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensor memory that operations under this mode have made and that is still referred to.
+
+    A storage counts once however many tensors share it, from the operation that returned its first tensor until it is
+    freed. Memory that a kernel takes and gives back within one operation is not seen, nor is what an allocator holds
+    in reserve. Enter it before the model is built: tensors made earlier count only once an operation returns them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0  # since the last `restart`
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def restart(self) -> None:
+        """Begin a new peak at what is live now."""
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
+                self._see(value.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        # Torch gives one Python object per storage and keeps it while the storage lives, so its end is the storage's.
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen:
+            return
+
+        def freed(_: Any) -> None:
+            del self._seen[key]
+            self.now -= size
+
+        self._seen[key] = weakref.ref(storage, freed)
+        self.now += size
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives called under this mode: calls and payload in bytes on this rank, by kind and group size.
+
+    The payload is the buffer that is reduced, the rows handed to an all-to-all (those that stay here included), the
+    result of an all-gather.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, int]] = Counter()
+        self.bytes: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and name in _PAYLOADS:
+            kind, position = _PAYLOADS[name]
+            group = next(value for value in args if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()))
+            key = kind, torch.distributed.ProcessGroup.unbox(group).size()
+            self.calls[key] += 1
+            self.bytes[key] += sum(
+                value.numel() * value.element_size() for value in tree_iter(args[position]) if isinstance(value, Tensor)
+            )
+        return func(*args, **(kwargs or {}))

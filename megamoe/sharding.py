@@ -1,0 +1,154 @@
+"""What a step's cost follows from: ranks, batch, precision and ZeRO, and how the weights lie on a rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megamoe.config import ModelConfig
+from megamoe.ds_config import batch_sizes, dtype_of
+from megamoe.plan import parameter_shapes
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
+FLAT_ALIGNMENT = 2
+# Most elements of an expert group (max_group_size of split_params_into_different_moe_groups_for_optimizer).
+EXPERT_GROUP = 178_956_971
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides the bytes and the communication of a step."""
+
+    model: ModelConfig
+    world_size: int
+    ep_size: int
+    micro_batch: int  # samples per rank and forward pass
+    accumulation: int  # forward passes per step
+    seq_len: int
+    weight_bytes: int  # of a weight, an activation and a gradient
+    sum_bytes: int  # of a gradient summed over micro-batches
+    wire_bytes: int  # of a gradient while it is reduced
+    zero_stage: int
+    bucket: int  # elements of a reduction bucket
+    overlap: bool  # two buckets instead of one
+    all_reduce: bool  # gradients of several owners in one all-reduce, not a reduce to each
+    checks_overflow: bool
+    on_cpu: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass on one rank."""
+        return self.micro_batch * self.seq_len
+
+    @property
+    def rows(self) -> int:
+        """Rows that a rank sends to experts in one forward pass and layer; under balance, as many arrive."""
+        return self.tokens * self.model.num_experts_per_tok
+
+    @property
+    def local_experts(self) -> int:
+        return self.model.num_local_experts // self.ep_size
+
+
+def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
+    """What of a DeepSpeed JSON is not modelled, one sentence each; the JSON itself must have passed its checks."""
+    zero, bf16, fp16 = ds.get("zero_optimization", {}), ds.get("bf16", {}), ds.get("fp16", {})
+    offload = zero.get("offload_optimizer") or {}
+    unmodelled = {
+        "zero_optimization.offload_optimizer": offload.get("device", "none") != "none",
+        "zero_optimization.cpu_offload": zero.get("cpu_offload"),
+        "bf16.bf16_master_weights_and_grads": bf16.get("bf16_master_weights_and_grads"),
+        "bf16.bf16_optimizer_states": bf16.get("bf16_optimizer_states"),
+        "fp16.fp16_master_weights_and_grads": fp16.get("fp16_master_weights_and_grads"),
+        "zero_optimization.contiguous_gradients": zero.get("contiguous_gradients") is False,
+        "zero_optimization.reduce_scatter": zero.get("reduce_scatter") is False,
+    }
+    return [
+        f"{where}: {key} is set to what the plan does not model; leave it out to plan without it."
+        for key, is_set in unmodelled.items()
+        if is_set
+    ]
+
+
+def read_setup(
+    model: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int, on_cpu: bool
+) -> Setup:
+    """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
+    micro_batch, accumulation = batch_sizes(ds, world_size)
+    zero, dtype = ds.get("zero_optimization", {}), dtype_of(ds)
+    return Setup(
+        model=model,
+        world_size=world_size,
+        ep_size=ep_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        seq_len=seq_len,
+        weight_bytes=BYTES[dtype],
+        sum_bytes=BYTES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype],
+        wire_bytes=BYTES[ds.get("communication_data_type") or dtype],
+        zero_stage=zero["stage"],
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        overlap=bool(zero.get("overlap_comm")),
+        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True),
+        checks_overflow=dtype == "fp16" or (dtype == "bf16" and ds["bf16"].get("check_grad_overflow", True)),
+        on_cpu=on_cpu,
+    )
+
+
+# --- weights and their groups ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that DeepSpeed flattens together and splits evenly over `ranks` data-parallel ranks."""
+
+    sizes: dict[str, int]  # elements on this rank, by name, in the order of the flat tensor
+    ranks: int
+    expert: bool
+
+    @property
+    def partition(self) -> int:
+        """Elements of one rank's share, the fill of the last included."""
+        alignment = FLAT_ALIGNMENT * self.ranks
+        return math.ceil(sum(self.sizes.values()) / alignment) * alignment // self.ranks
+
+    def owners(self, name: str) -> dict[int, int]:
+        """Elements of a parameter that fall into each rank's share, by index in the data-parallel group."""
+        start = 0
+        for other, size in self.sizes.items():
+            if other == name:
+                break
+            start += size
+        end, share = start + self.sizes[name], self.partition
+        first, last = start // share, (end - 1) // share
+        return {
+            rank: min(end, (rank + 1) * share) - max(start, rank * share) for rank in range(first, last + 1)
+        }
+
+
+def parameter_groups(setup: Setup) -> list[Group]:
+    """The groups that `engine.parameter_groups` makes, as one rank holds them."""
+    shared: dict[str, int] = {}
+    undecayed: dict[str, int] = {}
+    experts: dict[str, int] = {}
+    for name, shape in parameter_shapes(setup.model).items():
+        size = math.prod(shape.values())
+        if ".experts." in name:
+            if int(name.split(".experts.")[1].split(".")[0]) < setup.local_experts:
+                experts[name] = size
+        elif "norm" in name or name.endswith("latents"):
+            undecayed[name] = size
+        else:
+            shared[name] = size
+    pieces: list[dict[str, int]] = [{}]
+    for name, size in experts.items():
+        if pieces[-1] and sum(pieces[-1].values()) + size > EXPERT_GROUP:
+            pieces.append({})
+        pieces[-1][name] = size
+    return [
+        Group(shared, setup.world_size, False),
+        Group(undecayed, setup.world_size, False),
+        *(Group(piece, setup.world_size // setup.ep_size, True) for piece in pieces),
+    ]
