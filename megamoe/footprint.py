@@ -125,23 +125,30 @@ class Reduction:
             for group, index in zip(groups, self.index, strict=True)
             for name in group.sizes
         }
-        self.started = False
+        self.boundary = False  # whether this is the last backward pass of a step
         self.partitions: set[int] = set()
-        self.kept = 0  # bytes of whole gradients
+        self.kept = 0  # bytes of whole gradients, of this backward pass
+        self.kept_before = 0  # and of those before it
         self.waiting: list[str] = []
 
     def size(self, name: str) -> int:
         return self.groups[self.group_of[name]].sizes[name]
 
+    def start(self, first: bool, boundary: bool) -> None:
+        """The first gradient of a backward pass is about to come."""
+        self.boundary = boundary
+        if first or self.setup.zero_stage == 2:  # ZeRO-1 keeps its buckets, empty, until it reduces
+            buckets = (2 if self.setup.overlap else 1) * self.setup.bucket * self.setup.weight_bytes
+            self.ledger.take("reduction buckets", buckets)
+        self.sums = not first and self.setup.zero_stage == 1  # ZeRO-1 sums whole gradients, and reduces once a step
+
     def ready(self, name: str) -> None:
         """The gradient of a parameter has come."""
-        setup, size = self.setup, self.size(name)
-        if not self.started:
-            self.started = True
-            buckets = (2 if setup.overlap else 1) * setup.bucket * setup.weight_bytes
-            self.ledger.take("reduction buckets", buckets)
-        self.ledger.take("gradients", size * setup.weight_bytes)
-        if setup.zero_stage == 2 or setup.overlap:
+        size = self.size(name) * self.setup.weight_bytes
+        self.ledger.take("gradients", size)
+        if self.sums:
+            self.ledger.give("gradients", size)
+        if self.setup.zero_stage == 2 or (self.setup.overlap and self.boundary):
             self.reduce_later(name)
 
     def reduce_later(self, name: str) -> None:
@@ -197,16 +204,20 @@ class Reduction:
                 most, chunk = max(most, flat + wire + added), []
         return most
 
-    def finish(self, boundary: bool) -> None:
-        """Backward is over; at the boundary of a step nothing but the sums stays."""
+    def finish(self) -> None:
+        """Backward is over."""
         setup, ledger = self.setup, self.ledger
-        if setup.zero_stage == 1 and not setup.overlap and boundary:
+        if setup.zero_stage == 1 and not self.boundary:
+            return
+        if setup.zero_stage == 1 and not setup.overlap:
             for group in self.groups:
                 for name in group.sizes:
                     self.reduce_later(name)
         self.flush()
         ledger.give("reduction buckets", ledger.held["reduction buckets"])
-        self.started = False
+        if self.kept_before:
+            ledger.give("gradients owned", self.kept)  # added to those of the passes before
+        self.kept_before, self.kept = self.kept_before or self.kept, 0
 
 
 @dataclass(frozen=True)
@@ -236,8 +247,8 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
         _forward(setup, layer, ledger)
         forward = max(forward, ledger.fullest, key=Counter.total)
         ledger.restart()
-        _backward(setup, layer, ledger, reduction)
-        reduction.finish(boundary=micro == setup.accumulation - 1)
+        _backward(setup, layer, ledger, reduction, first=micro == 0, boundary=micro == setup.accumulation - 1)
+        reduction.finish()
         backward = max(backward, ledger.fullest, key=Counter.total)
     ledger.restart()
     _step(setup, reduction)
@@ -266,7 +277,9 @@ def _forward(setup: Setup, layer: LayerBytes, ledger: Ledger) -> None:
     ledger.touch("loss chunk", 8 * chunk)  # fp32 logits and their log-softmax
 
 
-def _backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction) -> None:
+def _backward(
+    setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, first: bool, boundary: bool
+) -> None:
     m, s = setup.model, setup.weight_bytes
     embedding = s * m.vocab_size * m.hidden_size
     chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
@@ -280,6 +293,7 @@ def _backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduct
             ledger.touch("gradients", 2 * embedding)  # the sum of two is a third
     ledger.give("activations", layer.stream)
     ledger.take("gradients of activations", layer.stream)
+    reduction.start(first, boundary)
     reduction.ready("model.norm.weight")
     _norm_backward(layer, ledger)
     for number in reversed(range(m.num_hidden_layers)):
@@ -342,12 +356,9 @@ def _step(setup: Setup, reduction: Reduction) -> None:
     ledger.touch("fp64 copy for the norm", 8 * max(reduction.owned.values()))
     for number, group in enumerate(groups):
         if reduction.sums_apart:
-            ledger.give("gradient partition", group.partition * setup.sum_bytes if number in reduction.partitions else 0)
             continue
         # A flat copy of the rank's share, then one in fp32.
         parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)
         flat = setup.weight_bytes * group.partition if parts > 1 else 0
         ledger.touch("flat gradients", flat + (4 * group.partition if setup.weight_bytes < 4 else 0))
-    reduction.partitions.clear()
-    ledger.give("gradients owned", reduction.kept)
-    reduction.kept = 0
+    ledger.give("gradients owned", reduction.kept_before)
