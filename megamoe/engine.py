@@ -27,12 +27,17 @@ from megamoe.schedule import learning_rate
 STALE_LOCK_MINUTES = 10
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Join the other ranks, or stand alone without a launcher; returns (rank, world size, device)."""
+def quiet() -> None:
+    """Silence what DeepSpeed says at INFO, and one warning about it."""
     # DeepSpeed 0.19 calls it; torch 2.13 renames it.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every layer and option at INFO
+
+
+def init_distributed() -> tuple[int, int, torch.device]:
+    """Join the other ranks, or stand alone without a launcher; returns (rank, world size, device)."""
+    quiet()
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

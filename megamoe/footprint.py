@@ -15,10 +15,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from megamoe.buckets import Ledger, Reduction
 from megamoe.model import LOSS_CHUNK
 from megamoe.moe import CPU_ROW_MULTIPLE
 from megamoe.sharding import Group, Setup, parameter_groups
-
 
 # --- what autograd keeps of a layer ---------------------------------------------------------------------------------
 
@@ -53,8 +53,11 @@ def layer_bytes(setup: Setup) -> LayerBytes:
     # Cutting the latents' queries off leaves a view, of which the output projection takes a copy.
     cut = s * n * m.num_attention_heads * m.head_dim if m.num_latent_tokens else 0
 
-    fill = CPU_ROW_MULTIPLE if setup.on_cpu else 1
-    per_expert = math.ceil(setup.rows / setup.local_experts / fill) * fill
+    per_expert = setup.rows // setup.local_experts
+    if setup.on_cpu and m.num_experts_per_tok == m.num_local_experts:
+        per_expert = math.ceil(per_expert / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE
+    elif setup.on_cpu:
+        per_expert += (CPU_ROW_MULTIPLE - 1) // 2  # counts differ from expert to expert: the mean of the fill
     filled = per_expert * setup.local_experts
     rows, result = s * setup.rows * m.hidden_size, s * filled * m.hidden_size
     index = 8 * (filled + setup.rows) + (16 * setup.rows if setup.ep_size > 1 else 0)
@@ -83,141 +86,6 @@ def layer_bytes(setup: Setup) -> LayerBytes:
 
 
 # --- the walk -------------------------------------------------------------------------------------------------------
-
-
-class Ledger:
-    """What is held, by kind, and what was held at the fullest moment since the last `restart`."""
-
-    def __init__(self) -> None:
-        self.held: Counter[str] = Counter()
-        self.fullest: Counter[str] = Counter()
-
-    def restart(self) -> None:
-        self.fullest = Counter(self.held)
-
-    def take(self, kind: str, size: int) -> None:
-        self.held[kind] += size
-        if self.held.total() > self.fullest.total():
-            self.fullest = Counter(self.held)
-
-    def give(self, kind: str, size: int) -> None:
-        self.held[kind] -= size
-        assert self.held[kind] >= 0, kind
-
-    def touch(self, kind: str, size: int) -> None:
-        """Take and give back."""
-        self.take(kind, size)
-        self.give(kind, size)
-
-
-class Reduction:
-    """DeepSpeed's buckets: gradients are copied into one as they come, which is reduced when the next would not fit."""
-
-    def __init__(self, setup: Setup, groups: list[Group], rank: int, ledger: Ledger):
-        self.setup, self.groups, self.ledger = setup, groups, ledger
-        # Where grad_accum_dtype is fp32 and the weights are not, a rank adds what it owns to an fp32 partition;
-        # elsewhere it keeps the whole gradient of every parameter that it owns a part of.
-        self.sums_apart = setup.sum_bytes > setup.weight_bytes
-        self.index = [rank // setup.ep_size if group.expert else rank for group in groups]
-        self.group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
-        self.owned = {
-            name: group.owners(name).get(index, 0)
-            for group, index in zip(groups, self.index, strict=True)
-            for name in group.sizes
-        }
-        self.boundary = False  # whether this is the last backward pass of a step
-        self.partitions: set[int] = set()
-        self.kept = 0  # bytes of whole gradients, of this backward pass
-        self.kept_before = 0  # and of those before it
-        self.waiting: list[str] = []
-
-    def size(self, name: str) -> int:
-        return self.groups[self.group_of[name]].sizes[name]
-
-    def start(self, first: bool, boundary: bool) -> None:
-        """The first gradient of a backward pass is about to come."""
-        self.boundary = boundary
-        if first or self.setup.zero_stage == 2:  # ZeRO-1 keeps its buckets, empty, until it reduces
-            buckets = (2 if self.setup.overlap else 1) * self.setup.bucket * self.setup.weight_bytes
-            self.ledger.take("reduction buckets", buckets)
-        self.sums = not first and self.setup.zero_stage == 1  # ZeRO-1 sums whole gradients, and reduces once a step
-
-    def ready(self, name: str) -> None:
-        """The gradient of a parameter has come."""
-        size = self.size(name) * self.setup.weight_bytes
-        self.ledger.take("gradients", size)
-        if self.sums:
-            self.ledger.give("gradients", size)
-        if self.setup.zero_stage == 2 or (self.setup.overlap and self.boundary):
-            self.reduce_later(name)
-
-    def reduce_later(self, name: str) -> None:
-        size = self.size(name)
-        if sum(map(self.size, self.waiting)) + size > self.setup.bucket:
-            self.flush()
-        self.waiting.append(name)
-        if size <= self.setup.bucket:  # now in the bucket; a larger one is reduced where it is
-            self.ledger.give("gradients", size * self.setup.weight_bytes)
-
-    def flush(self) -> None:
-        """Reduce what waits, and keep what this rank owns of it."""
-        setup, ledger = self.setup, self.ledger
-        for expert in (False, True):
-            slices = self.slices([name for name in self.waiting if self.groups[self.group_of[name]].expert == expert])
-            ledger.touch("reduction temporaries", self.copies(slices))
-        for name in self.waiting:
-            if self.size(name) > setup.bucket:
-                ledger.give("gradients", self.size(name) * setup.weight_bytes)
-            if not self.sums_apart and not self.kept and self.owned[name]:
-                # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
-                self.kept = setup.weight_bytes * sum(self.size(other) for other, owned in self.owned.items() if owned)
-                ledger.take("gradients owned", self.kept)
-        self.waiting = []
-
-    def slices(self, names: list[str]) -> list[tuple[int, int, bool]]:
-        """(owner, elements, added to this rank's fp32 partition) of what one all-reduce takes, neighbours of one owner
-        joined where they can be (average_tensor)."""
-        slices: list[tuple[int, int, bool]] = []
-        for name in names:
-            number = self.group_of[name]
-            for owner, size in self.groups[number].owners(name).items():
-                mine = self.sums_apart and owner == self.index[number]
-                if mine and number not in self.partitions:
-                    self.partitions.add(number)
-                    self.ledger.take("gradient partition", self.groups[number].partition * self.setup.sum_bytes)
-                if slices and not mine and slices[-1][0] == owner and not slices[-1][2]:
-                    slices[-1] = owner, slices[-1][1] + size, False
-                else:
-                    slices.append((owner, size, mine))
-        return slices
-
-    def copies(self, slices: list[tuple[int, int, bool]]) -> int:
-        """Most bytes at once of the flat copy that is reduced, of its form on the wire, and of a slice in fp32."""
-        setup, most, chunk = self.setup, 0, list[tuple[int, int, bool]]()
-        for number, piece in enumerate(slices):
-            chunk.append(piece)
-            size = sum(one[1] for one in chunk)
-            if size > setup.bucket or number == len(slices) - 1:
-                flat = size * setup.weight_bytes if len(chunk) > 1 else 0  # one piece alone needs no copy
-                wire = size * setup.wire_bytes if setup.wire_bytes != setup.weight_bytes else 0
-                added = max((one[1] * setup.sum_bytes for one in chunk if one[2]), default=0)
-                most, chunk = max(most, flat + wire + added), []
-        return most
-
-    def finish(self) -> None:
-        """Backward is over."""
-        setup, ledger = self.setup, self.ledger
-        if setup.zero_stage == 1 and not self.boundary:
-            return
-        if setup.zero_stage == 1 and not setup.overlap:
-            for group in self.groups:
-                for name in group.sizes:
-                    self.reduce_later(name)
-        self.flush()
-        ledger.give("reduction buckets", ledger.held["reduction buckets"])
-        if self.kept_before:
-            ledger.give("gradients owned", self.kept)  # added to those of the passes before
-        self.kept_before, self.kept = self.kept_before or self.kept, 0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -65,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives called under this mode: calls and payload in bytes on this rank, by kind and group size.
+    """Adds up the payload of the collectives called under this mode: bytes on this rank, by kind and group size.
 
     The payload is the buffer that is reduced, the rows handed to an all-to-all (those that stay here included), the
     result of an all-gather.
@@ -73,17 +74,18 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[tuple[str, int]] = Counter()
-        self.bytes: Counter[tuple[str, int]] = Counter()
+        self.payload: Counter[tuple[str, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "c10d" and name in _PAYLOADS:
             kind, position = _PAYLOADS[name]
-            group = next(value for value in args if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()))
-            key = kind, torch.distributed.ProcessGroup.unbox(group).size()
-            self.calls[key] += 1
-            self.bytes[key] += sum(
+            group = next(value for value in args if isinstance(value, torch.ScriptObject) and _is_group(value))
+            self.payload[kind, dist.ProcessGroup.unbox(group).size()] += sum(
                 value.numel() * value.element_size() for value in tree_iter(args[position]) if isinstance(value, Tensor)
             )
         return func(*args, **(kwargs or {}))
+
+
+def _is_group(value: torch.ScriptObject) -> bool:
+    return str(value._type()).endswith("ProcessGroup")

@@ -13,17 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-# Dense peak of one accelerator in FLOP/s at (16-bit, fp32 as torch runs it by default), from the makers' data sheets.
-KNOWN_PEAKS = {
-    "B200": (2250e12, 75e12),
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "A10G": (70e12, 35e12),
-    "V100": (125e12, 15.7e12),
-}
+from megamoe.devices import KNOWN_PEAKS
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

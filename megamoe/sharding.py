@@ -123,9 +123,7 @@ class Group:
             start += size
         end, share = start + self.sizes[name], self.partition
         first, last = start // share, (end - 1) // share
-        return {
-            rank: min(end, (rank + 1) * share) - max(start, rank * share) for rank in range(first, last + 1)
-        }
+        return {rank: min(end, (rank + 1) * share) - max(start, rank * share) for rank in range(first, last + 1)}
 
 
 def parameter_groups(setup: Setup) -> list[Group]:

@@ -1,0 +1,117 @@
+"""Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
+
+Prints the bytes that a rank needs, what it sends to whom, and the time of a step, by arithmetic. With --simulate, one
+rank of that job also runs two steps on this machine's CPU, and what it takes is printed next to what was predicted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megamoe import cli
+from megamoe.config import validate
+from megamoe.metrics import duration
+from megamoe.plan import parameter_count
+from megamoe.scale import GIB, MIB, Plan, PlanConfig, as_json, assumptions, comparison, make_plan, payloads, totals
+from megamoe.simulate import Measured, simulate
+
+
+def parse(words: list[str] | None = None) -> tuple[PlanConfig, Path | None]:
+    """The command line: the plan's options, and where to write it as JSON. Raises UserError."""
+    parser = cli.Parser(prog="plan.py", description="Plan a run on many GPUs: memory, communication, time.")
+    for name, field in PlanConfig.model_fields.items():
+        options: dict[str, Any] = {"help": field.description, "default": None if field.is_required() else field.default}
+        options.update({"action": "store_true"} if field.annotation is bool else {"metavar": name.upper()})
+        parser.add_argument(f"--{name}", **options)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    values = vars(parser.parse(words))
+    file = values.pop("json")
+    given = {name: value for name, value in values.items() if value is not None}
+    return validate(PlanConfig, given, "command line"), file
+
+
+UNITS = {"GiB": GIB, "MiB": MIB, "KiB": 2**10}
+
+
+def size(count: float) -> str:
+    unit = next((unit for unit in UNITS if count >= UNITS[unit]), "B")
+    return f"{count / UNITS[unit]:9.2f} {unit:3s}" if unit != "B" else f"{count:9.0f} B  "
+
+
+def print_memory(plan: Plan) -> None:
+    phases = totals(plan.footprint)
+    fullest = max(("forward", "backward", "step"), key=lambda phase: phases[phase])
+    print(f"\nmemory per rank, at the fullest moment ({fullest})")
+    for kind, count in plan.footprint.peak.items():
+        if count:
+            print(f"  {kind:32s}{size(count)}")
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    print(f"  {'total':32s}{size(phases['peak'])}  {verdict} in {plan.device.memory / GIB:.1f} GiB")
+    print(f"  {'between two steps':32s}{size(phases['between'])}")
+
+
+def print_communication(plan: Plan) -> None:
+    print("\ncommunication per rank and step")
+    print(f"  {'':48s}{'ranks':>6s}{'calls':>7s}{'payload':>14s}{'sent in node':>14s}{'to others':>14s}{'ms':>9s}")
+    for one in plan.collectives:
+        inside, between = one.sent(plan.gpus_per_node)
+        milliseconds = 1e3 * one.seconds(plan.device, plan.gpus_per_node, plan.config.link_efficiency)
+        print(
+            f"  {one.purpose + ' (' + one.kind + ')':48s}{one.ranks:6d}{one.calls:7d} {size(one.payload)} "
+            f"{size(inside)} {size(between)}{milliseconds:9.2f}"
+        )
+
+
+def print_time(plan: Plan) -> None:
+    times = plan.time
+    print("\ntime per step")
+    for name, seconds in (
+        ("forward and backward", times.compute),
+        ("optimizer", times.optimizer),
+        ("communication that nothing hides", times.communication),
+        ("step", times.seconds),
+    ):
+        print(f"  {name:38s}{1e3 * seconds:12.2f} ms")
+    rate = times.tokens_per_second
+    print(f"  {times.tokens:,} tokens a step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens a day, "
+          f"MFU {times.mfu:.1%}; a billion tokens in {duration(1e9 / rate)}")  # fmt: skip
+
+
+def print_simulated(plan: Plan, measured: Measured) -> None:
+    print(f"\nrank 0 of {plan.setup.world_size}, run alone on this CPU")
+    print(f"  {'':38s}{'predicted':>16s}{'measured':>16s}")
+    for name, row in {**comparison(plan, measured), **payloads(plan, measured)}.items():
+        off = row["predicted"] / row["measured"] - 1 if row["measured"] else float(row["predicted"] > 0)
+        print(f"  {name:38s}{row['predicted']:16,d}{row['measured']:16,d}  {off:+.2%}")
+
+
+def main() -> None:
+    config, file = parse()
+    plan = make_plan(config)
+    setup = plan.setup
+    print(
+        f"{config.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} ranks on "
+        f"{plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; {setup.micro_batch} x {setup.accumulation} samples of "
+        f"{setup.seq_len} tokens a rank and step"
+    )
+    print_memory(plan)
+    print_communication(plan)
+    print_time(plan)
+    print("\nassumed")
+    for sentence in assumptions(plan):
+        print(f"  {sentence}")
+    measured = None
+    if config.simulate:
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
+            measured = simulate(setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len)
+        print_simulated(plan, measured)
+    if file:
+        file.write_text(json.dumps(as_json(plan, measured), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)
