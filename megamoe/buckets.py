@@ -51,10 +51,12 @@ class Reduction:
             for name in group.sizes
         }
         self.boundary = False  # whether this is the last backward pass of a step
+        self.sums = False  # whether gradients are added to those of the pass before
         self.partitions: set[int] = set()
         self.kept = 0  # bytes of whole gradients, of this backward pass
         self.kept_before = 0  # and of those before it
-        self.waiting: list[str] = []
+        self.waiting: list[str] = []  # parameters whose gradients are in the bucket
+        self.filled = 0  # elements of the bucket
 
     def size(self, name: str) -> int:
         return self.groups[self.group_of[name]].sizes[name]
@@ -65,7 +67,7 @@ class Reduction:
         if first or self.setup.zero_stage == 2:  # ZeRO-1 keeps its buckets, empty, until it reduces
             buckets = (2 if self.setup.overlap else 1) * self.setup.bucket * self.setup.weight_bytes
             self.ledger.take("reduction buckets", buckets)
-        self.sums = not first and self.setup.zero_stage == 1  # ZeRO-1 sums whole gradients, and reduces once a step
+        self.sums = not first and self.setup.zero_stage == 1  # and sums whole gradients
 
     def ready(self, name: str) -> None:
         """The gradient of a parameter has come."""
@@ -78,9 +80,10 @@ class Reduction:
 
     def reduce_later(self, name: str) -> None:
         size = self.size(name)
-        if sum(map(self.size, self.waiting)) + size > self.setup.bucket:
+        if self.filled + size > self.setup.bucket:
             self.flush()
         self.waiting.append(name)
+        self.filled += size
         if size <= self.setup.bucket:  # now in the bucket; a larger one is reduced where it is
             self.ledger.give("gradients", size * self.setup.weight_bytes)
 
@@ -97,7 +100,7 @@ class Reduction:
                 # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
                 self.kept = setup.weight_bytes * sum(self.size(other) for other, owned in self.owned.items() if owned)
                 ledger.take("gradients owned", self.kept)
-        self.waiting = []
+        self.waiting, self.filled = [], 0
 
     def slices(self, names: list[str]) -> list[tuple[int, int, bool]]:
         """(owner, elements, added to this rank's fp32 partition) of what one all-reduce takes, neighbours of one owner

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from megamoe.config import ModelConfig
@@ -108,22 +110,25 @@ class Group:
     ranks: int
     expert: bool
 
-    @property
+    @cached_property
     def partition(self) -> int:
         """Elements of one rank's share, the fill of the last included."""
         alignment = FLAT_ALIGNMENT * self.ranks
         return math.ceil(sum(self.sizes.values()) / alignment) * alignment // self.ranks
 
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """Where each parameter begins in the flat tensor."""
+        return dict(zip(self.sizes, itertools.accumulate(self.sizes.values(), initial=0), strict=False))
+
     def owners(self, name: str) -> dict[int, int]:
         """Elements of a parameter that fall into each rank's share, by index in the data-parallel group."""
-        start = 0
-        for other, size in self.sizes.items():
-            if other == name:
-                break
-            start += size
-        end, share = start + self.sizes[name], self.partition
-        first, last = start // share, (end - 1) // share
-        return {rank: min(end, (rank + 1) * share) - max(start, rank * share) for rank in range(first, last + 1)}
+        start, share = self.starts[name], self.partition
+        end = start + self.sizes[name]
+        return {
+            rank: min(end, (rank + 1) * share) - max(start, rank * share)
+            for rank in range(start // share, (end - 1) // share + 1)
+        }
 
 
 def parameter_groups(setup: Setup) -> list[Group]:

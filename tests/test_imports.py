@@ -13,12 +13,12 @@ ORDER = [
     {"__init__"},
     {"config"},
     {"cli", "tokenizer", "ds_config", "names", "manifest", "unpickle"},
-    {"schedule", "layers", "router", "data", "corpus", "plan"},
-    {"moe", "metrics", "reader"},
-    {"model"},
-    {"engine", "checkpoint", "restore", "export", "generate"},
-    {"train", "zero_to_fp32"},
-    {"pretrain"},
+    {"schedule", "layers", "router", "data", "corpus", "plan", "devices", "meter"},
+    {"moe", "metrics", "reader", "sharding"},
+    {"model", "buckets", "traffic"},
+    {"engine", "checkpoint", "restore", "export", "generate", "footprint"},
+    {"train", "zero_to_fp32", "simulate"},
+    {"pretrain", "scale"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # corpus: for the index writer; unpickle: for the classes that DeepSpeed's files may hold

@@ -95,8 +95,8 @@ def main() -> None:
     setup = plan.setup
     print(
         f"{config.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} ranks on "
-        f"{plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; {setup.micro_batch} x {setup.accumulation} samples of "
-        f"{setup.seq_len} tokens a rank and step"
+        f"{plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; "
+        f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens a rank and step"
     )
     print_memory(plan)
     print_communication(plan)

@@ -1,0 +1,85 @@
+import inspect
+import math
+
+import pytest
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from refusals import has, only, sentences
+from toy import PRESET, SHIPPED, ds_config
+
+from megamoe import sharding
+from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.plan import parameter_count
+from megamoe.sharding import Group, parameter_groups, read_setup, setup_problems
+
+CONFIG = ModelConfig(**PRESET)
+
+
+def setup_of(ds, ranks=1, ep_size=1, model=CONFIG):
+    return read_setup(model, ds, ranks, ep_size, 16, True)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("removed", ["reduce_bucket_size", "overlap_comm", "check_grad_overflow", None])
+def test_what_a_json_leaves_out_is_read_as_deepspeed_reads_it(path, removed):
+    ds = read_json(path)
+    ds["zero_optimization"].pop(removed, None)
+    ds.get("bf16", {}).pop(removed, None)
+    own, setup = DeepSpeedConfig(dict(ds)), setup_of(ds)
+    assert setup.bucket == own.zero_config.reduce_bucket_size
+    assert setup.overlap == own.zero_config.overlap_comm
+    assert setup.zero_stage == own.zero_optimization_stage
+    assert setup.all_reduce == own.zero_config.use_multi_rank_bucket_allreduce
+    assert setup.checks_overflow == (own.bfloat16_config.enabled and own.bfloat16_config.check_grad_overflow)
+
+
+def test_the_largest_expert_group_is_deepspeeds():
+    own = inspect.signature(split_params_into_different_moe_groups_for_optimizer)
+    assert own.parameters["max_group_size"].default == sharding.EXPERT_GROUP
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
+def test_groups_hold_every_weight_of_a_rank_once(ep_size):
+    model = load_preset("moe-680m")
+    groups = parameter_groups(setup_of(ds_config(2), 8, ep_size, model))
+    experts = sum(sum(group.sizes.values()) for group in groups if group.expert)
+    shared = sum(sum(group.sizes.values()) for group in groups if not group.expert)
+    assert shared + experts * ep_size == parameter_count(model)
+    assert {group.ranks for group in groups if group.expert} == {8 // ep_size}
+    assert all(sum(group.sizes.values()) <= sharding.EXPERT_GROUP for group in groups if group.expert)
+    assert sum(group.expert for group in groups) == {1: 4, 2: 2, 4: 1, 8: 1}[ep_size]  # 604 million over 179 million
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
+def test_owners_share_out_a_flat_group(ranks):
+    group = Group({"a": 5, "b": 101, "c": 1, "d": 64}, ranks, False)
+    owned = [0] * ranks
+    place = 0
+    for name, size in group.sizes.items():
+        expected = [0] * ranks
+        for element in range(place, place + size):
+            expected[element // group.partition] += 1
+        place += size
+        assert group.owners(name) == {rank: count for rank, count in enumerate(expected) if count}
+        owned = [one + other for one, other in zip(owned, expected, strict=True)]
+    assert sum(owned) == 171
+    assert group.partition * ranks == math.ceil(171 / (2 * ranks)) * 2 * ranks
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("zero_optimization", "offload_optimizer", {"device": "cpu"}),
+        ("zero_optimization", "cpu_offload", True),
+        ("zero_optimization", "contiguous_gradients", False),
+        ("zero_optimization", "reduce_scatter", False),
+        ("bf16", "bf16_master_weights_and_grads", True),
+        ("bf16", "bf16_optimizer_states", True),
+        ("fp16", "fp16_master_weights_and_grads", True),
+    ],
+)
+def test_what_is_not_modelled_is_named(section, key, value):
+    ds = ds_config(2)
+    assert setup_problems(ds, "ds.json") == []
+    ds[section] = {**ds.get(section, {}), key: value}
+    has(only(sentences(setup_problems(ds, "ds.json"))), "ds.json", f"{section}.{key}", "leave it out")
