@@ -90,8 +90,12 @@ class Reduction:
     def flush(self) -> None:
         """Reduce what waits, and keep what this rank owns of it."""
         setup, ledger = self.setup, self.ledger
-        for expert in (False, True):
-            slices = self.slices([name for name in self.waiting if self.groups[self.group_of[name]].expert == expert])
+        # All slices are laid out first, which makes the partitions, and then reduced group by group (average_tensor).
+        experts = {name for name in self.waiting if self.groups[self.group_of[name]].expert}
+        for slices in (
+            self.slices([name for name in self.waiting if name not in experts]),
+            self.slices([name for name in self.waiting if name in experts]),
+        ):
             ledger.touch("reduction temporaries", self.copies(slices))
         for name in self.waiting:
             if self.size(name) > setup.bucket:

@@ -120,6 +120,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
         backward = max(backward, ledger.fullest, key=Counter.total)
     ledger.restart()
     _step(setup, reduction)
+    assert ledger.held == between, ledger.held - between
     return Footprint(between, forward, backward, ledger.fullest)
 
 
@@ -229,4 +230,5 @@ def _step(setup: Setup, reduction: Reduction) -> None:
         parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)
         flat = setup.weight_bytes * group.partition if parts > 1 else 0
         ledger.touch("flat gradients", flat + (4 * group.partition if setup.weight_bytes < 4 else 0))
-    ledger.give("gradients owned", reduction.kept_before)
+    ledger.give("gradients owned", ledger.held["gradients owned"])
+    ledger.give("gradient partition", ledger.held["gradient partition"])

@@ -9,6 +9,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
             for process in ranks:
                 process.kill()
         return [torch.load(folder / f"result_{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def run_alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call `function(*args)` in a process that belongs to no group, and return its result."""
+    with ProcessPoolExecutor(1, mp_context=_context) as pool:
+        return pool.submit(function, *args).result(TIMEOUT)
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
