@@ -12,13 +12,15 @@ from megamoe.traffic import collectives
 
 # Every token goes to every expert: how many rows travel does not depend on the routing.
 ALL = {**PRESET, "num_experts_per_tok": PRESET["num_local_experts"]}
-# Weights are nearly all of it, or activations are.
-WEIGHTS = {**ALL, "vocab_size": 3000, "hidden_size": 96, "intermediate_size": 256}, 1, 8
+# (shape, micro-batch, tokens per sample), by what most of the bytes belong to.
+WEIGHTS = {**ALL, "vocab_size": 1000, "hidden_size": 96, "intermediate_size": 512}, 1, 8
 ACTIVATIONS = {**ALL, "max_position_embeddings": 256}, 2, 256
+EMBEDDING = {**ALL, "vocab_size": 20_000, "num_hidden_layers": 1}, 1, 8
+LOGITS = {**EMBEDDING[0], "max_position_embeddings": 600}, 1, 600  # a chunk and a part of one
 SPARSE = {**PRESET, "num_local_experts": 8, "num_hidden_layers": 4, "max_position_embeddings": 512}, 2, 512
 
 
-def config(name, bucket=60_000, accumulation=1, **zero):
+def config(name, bucket=200_000, accumulation=1, **zero):
     """A shipped DeepSpeed JSON with buckets that a small model fills, some more than once."""
     ds = read_json(SHIPPED / f"{name}.json")
     ds["zero_optimization"].update(reduce_bucket_size=bucket, **zero)
@@ -35,8 +37,11 @@ def measured(cases, ep_size):
     return found
 
 
-def check(cases, world_size, ep_size):
-    """Compare on every rank; returns the predicted footprints of rank 0 by name."""
+def check(cases, world_size, ep_size, off=0.005):
+    """Compare on every rank; returns the predicted footprints of rank 0 by name.
+
+    `off` is the largest relative error of the forward pass.
+    """
     footprints = {}
     for rank, found in enumerate(run_ranks(world_size, measured, cases, ep_size)):
         for name, seen in found.items():
@@ -46,8 +51,8 @@ def check(cases, world_size, ep_size):
             predicted = footprint(setup, rank)
             where = f"{name}, rank {rank} of {world_size}, ep_size {ep_size}"
             assert predicted.between.total() == pytest.approx(seen.between, rel=0.005), where
-            assert predicted.peak.total() == pytest.approx(seen.peak, rel=0.05), where
-            assert predicted.forward.total() == pytest.approx(seen.forward, rel=0.05), where
+            assert predicted.peak.total() == pytest.approx(seen.peak, rel=0.02), where
+            assert predicted.forward.total() == pytest.approx(seen.forward, rel=off), where
             payload = {}
             for one in collectives(setup):
                 payload[one.kind, one.ranks] = payload.get((one.kind, one.ranks), 0) + one.payload
@@ -93,7 +98,7 @@ def test_several_ranks(world_size, ep_size, names):
     cases = {name: (WEIGHTS, RECIPES[name]) for name in names}
     if world_size == 2:
         cases["activations"] = ACTIVATIONS, config("zero2")
-    check(cases, world_size, ep_size)
+    check(cases, world_size, ep_size, off=0.03)  # what garbage is left differs
 
 
 def test_dropout_jitter_sigmoid_and_no_latents():
@@ -108,4 +113,11 @@ def test_dropout_jitter_sigmoid_and_no_latents():
 
 
 def test_routing_that_differs_from_expert_to_expert():
-    check({"sparse": (SPARSE, config("zero2"))}, 1, 1)
+    check({"sparse": (SPARSE, config("zero2"))}, 1, 1, off=0.01)
+
+
+def test_large_vocabulary():
+    cases = {"embedding": (EMBEDDING, config("zero2")), "logits": (LOGITS, config("zero2", 1_000_000))}
+    found = check(cases, 1, 1)
+    assert found["embedding"].peak == found["embedding"].step
+    assert found["logits"].peak["loss chunk"] > found["logits"].peak.total() / 2
