@@ -107,8 +107,8 @@ class DroplessDispatch(nn.Module):
         outgoing = group_rows(expert_ids, self.num_experts)
         num_local = self.num_experts // self.ep_size
         send_counts = outgoing.sizes.view(self.ep_size, num_local)
-        # (source rank, local expert). Torch's fake process group leaves it as it is: there, every peer seems to send
-        # what this rank sends.
+        # (source rank, local expert). A fake process group may leave it as it is (torch's did before it came to copy):
+        # there, every peer seems to send what this rank sends.
         receive_counts = send_counts.clone()
         dist.all_to_all_single(receive_counts, send_counts, group=self.ep_group)
         send_splits, receive_splits = torch.stack((send_counts.sum(1), receive_counts.sum(1))).tolist()

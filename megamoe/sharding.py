@@ -147,7 +147,7 @@ def parameter_groups(setup: Setup) -> list[Group]:
             shared[name] = size
     pieces: list[dict[str, int]] = [{}]
     for name, size in experts.items():
-        if pieces[-1] and sum(pieces[-1].values()) + size > EXPERT_GROUP:
+        if sum(pieces[-1].values()) + size > EXPERT_GROUP:
             pieces.append({})
         pieces[-1][name] = size
     return [

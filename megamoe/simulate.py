@@ -78,20 +78,18 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int)
     return Measured(between, fullest["forward"], fullest["backward"], fullest["step"], collectives.payload)
 
 
-def simulate(
-    config: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int, rank: int = 0
-) -> Measured:
-    """Measure `rank` of `world_size` alone, on this machine's CPU. The process can join no other group afterwards.
+def simulate(config: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int) -> Measured:
+    """Measure rank 0 of `world_size` alone, on this machine's CPU. The process can join no other group afterwards.
 
     Every peer seems to send what this rank sends, so the experts of this rank get as many rows as the rank sends away.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     # LOCAL_SIZE as of several machines, or DeepSpeed would wait for the others' shared memory.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", LOCAL_SIZE="0",
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0", LOCAL_SIZE="0",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # fmt: skip
     quiet()
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         return measure(config, ds, ep_size, seq_len)
     finally:

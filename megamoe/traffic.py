@@ -14,8 +14,8 @@ from megamoe.devices import Device
 from megamoe.plan import train_flops_per_token
 from megamoe.sharding import Setup, parameter_groups
 
-# Seconds that a collective takes whatever its size: what NCCL's own tests show for a few bytes on 8 and on some hundred
-# GPUs.
+# Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
+# usual for the smallest messages.
 LATENCY_INSIDE, LATENCY_BETWEEN = 15e-6, 40e-6
 OPTIMIZER_BYTES = 30  # read and written per weight: masters and moments (24), gradient (4), 16-bit weight (2)
 

@@ -242,3 +242,20 @@ def test_dropout_is_on_the_experts_output_in_training_only():
     assert 0.4 < kept.float().mean() < 0.6
     torch.testing.assert_close(dropped[kept], 2 * whole[kept])
     torch.testing.assert_close(whole, silu(x @ expert.up_proj.weight.T) @ expert.down_proj.weight.T)
+
+
+def test_an_exchange_that_moves_nothing_has_the_shapes_of_a_real_one(monkeypatch):
+    layer = MoE(Router(D, E, 2), Expert(D, F), E, D, ep_size=2).double()
+    nn.init.normal_(layer.router.weight)
+    seen = []
+    monkeypatch.setattr(megamoe.moe.dist, "all_to_all_single", lambda out, rows, *splits, group: seen.append(splits))
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written
+    try:
+        out = layer(torch.randn(T, D, dtype=torch.float64))[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.shape == (T, D)
+    counts, there, back = seen
+    assert counts == ()
+    assert there == back == (there[0], there[0])  # what is sent to a peer is what it seems to send
+    assert sum(there[0]) == 2 * T
