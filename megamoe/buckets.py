@@ -125,15 +125,16 @@ class Reduction:
 
     def copies(self, slices: list[tuple[int, int, bool]]) -> int:
         """Most bytes at once of the flat copy that is reduced, of its form on the wire, and of a slice in fp32."""
-        setup, most, chunk = self.setup, 0, list[tuple[int, int, bool]]()
-        for number, piece in enumerate(slices):
-            chunk.append(piece)
-            size = sum(one[1] for one in chunk)
-            if size > setup.bucket or number == len(slices) - 1:
-                flat = size * setup.weight_bytes if len(chunk) > 1 else 0  # one piece alone needs no copy
+        setup, most = self.setup, 0
+        pieces = size = added = 0
+        for number, (_, elements, mine) in enumerate(slices, start=1):
+            pieces, size = pieces + 1, size + elements
+            added = max(added, elements * setup.sum_bytes * mine)
+            if size > setup.bucket or number == len(slices):
+                flat = size * setup.weight_bytes if pieces > 1 else 0  # one piece alone needs no copy
                 wire = size * setup.wire_bytes if setup.wire_bytes != setup.weight_bytes else 0
-                added = max((one[1] * setup.sum_bytes for one in chunk if one[2]), default=0)
-                most, chunk = max(most, flat + wire + added), []
+                most = max(most, flat + wire + added)
+                pieces = size = added = 0
         return most
 
     def finish(self) -> None:

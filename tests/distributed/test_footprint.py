@@ -69,6 +69,8 @@ RECIPES = {
     "fp32": config("zero2_fp32"),
     "ZeRO-1": config("zero1"),
     "ZeRO-1, no overlap": config("zero1", overlap_comm=False),
+    "fp32 on the wire": {**config("zero2"), "communication_data_type": "fp32"},
+    "reduced to each": config("zero2", use_multi_rank_bucket_allreduce=False),
 }
 
 
@@ -89,7 +91,7 @@ def test_one_rank():
     ("world_size", "ep_size", "names"),
     [
         (2, 1, ["bf16, fp32 sums", "bf16, bf16 sums", "fp32", "ZeRO-1"]),
-        (2, 2, ["bf16, fp32 sums", "bf16, bf16 sums", "fp32", "ZeRO-1"]),
+        (2, 2, ["bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "fp32 on the wire"]),
         (4, 2, ["bf16, fp32 sums"]),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
