@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megamoe.config import ModelConfig
 from megamoe.layers import (
@@ -24,11 +23,9 @@ from megamoe.layers import (
     rope_frequencies,
     rotary_table,
 )
+from megamoe.loss import chunked_cross_entropy
 from megamoe.moe import MoE
 from megamoe.router import Router
-
-# The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.
-LOSS_CHUNK = 512  # tokens
 
 
 class Block(nn.Module):
@@ -131,7 +128,7 @@ class Decoder(nn.Module):
         hidden = self._hidden_states(input_ids, attention_mask, cache)
         if labels is None:
             return F.linear(hidden, self.embed_tokens.weight)
-        return self._loss(hidden.flatten(0, 1), labels.flatten())
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, labels.flatten())
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for sequences of up to `capacity` tokens."""
@@ -168,20 +165,6 @@ class Decoder(nn.Module):
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
         )
         return rotary_table(positions, frequencies, factor, dtype)
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of (tokens, D) against (tokens,), a chunk of logits at a time, recomputed in backward."""
-
-        def chunk_loss(chunk: Tensor, chunk_labels: Tensor) -> Tensor:
-            logits = F.linear(chunk, self.embed_tokens.weight)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(logits, chunk_labels, reduction="sum", ignore_index=-100)
-
-        total = sum(
-            checkpoint(chunk_loss, chunk, chunk_labels, use_reentrant=False, preserve_rng_state=False)
-            for chunk, chunk_labels in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-        )
-        return total / (labels != -100).sum().clamp_min(1)
 
 
 def _generator(seed: int, *key: int) -> torch.Generator:

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import megamoe.model
 from megamoe.config import ModelConfig, load_preset
 from megamoe.model import Decoder
 from megamoe.plan import parameter_count
@@ -340,21 +339,6 @@ def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers_and_
 
 
 # --- loss -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 14, 512])
-def test_the_chunked_loss_is_the_cross_entropy_and_so_are_its_gradients(chunk, monkeypatch):
-    monkeypatch.setattr(megamoe.model, "LOSS_CHUNK", chunk)
-    model, plain = small_model(), small_model()
-    ids, labels = some_ids(2, 7), some_ids(7, 2).T.clone()
-    labels[0, :3] = labels[1, 6] = -100
-    loss = model(ids, labels)
-    loss.backward()
-    expected = F.cross_entropy(plain(ids).flatten(0, 1), labels.flatten(), ignore_index=-100)
-    expected.backward()
-    close(loss, expected)
-    for weight, other in zip(model.parameters(), plain.parameters(), strict=True):
-        close(weight.grad, other.grad)
 
 
 def test_ignored_labels_have_no_part_in_the_loss():
