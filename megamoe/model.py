@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megamoe.config import ModelConfig
 from megamoe.layers import (
@@ -67,15 +68,20 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The language model. With `ep_size` > 1 it holds 1/ep_size of every layer's experts, those of `ep_rank`."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0, ep_size: int = 1, ep_rank: int = 0):
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, ep_size: int = 1, ep_rank: int = 0, recompute_blocks: int = 0
+    ):
         """
         Args:
             seed: of the initial weights, which do not depend on `ep_size`.
             ep_rank: rank in the expert-parallel group; it holds the global experts from
                 ep_rank * num_local_experts / ep_size on.
+            recompute_blocks: of so many blocks, from the first on, only the input is kept for the backward pass, which
+                computes the rest anew.
         """
         super().__init__()
         self.config = config
+        self.recompute_blocks = recompute_blocks
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, ep_size) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -156,7 +162,9 @@ class Decoder(nn.Module):
             used = token_mask[:, past:]
             used = None if bool(used.all()) else used
         for layer, block in enumerate(self.layers):
-            hidden = block(hidden, rotary, mask, used, cache[layer] if cache else None)
+            inputs = (hidden, rotary, mask, used, cache[layer] if cache else None)
+            recompute = layer < self.recompute_blocks and torch.is_grad_enabled()
+            hidden = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.norm(hidden)
 
     def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotary:
