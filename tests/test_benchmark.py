@@ -117,6 +117,11 @@ def test_a_contender_that_cannot_run_is_refused(word, says):
     has(problem, word, says)
 
 
+def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    has(refusal(lambda: benchmark.entry_of("mixtral:1", "tiny", 2, 16)), "mixtral:1", "transformers", "pip install")
+
+
 def test_the_program_measures_all_contenders_and_writes_what_it_saw(tmp_path):
     (tmp_path / "preset.json").write_text(json.dumps(PRESET))
     entries = ["megamoe:2", "stock:1", "mixtral:1"]

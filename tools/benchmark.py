@@ -11,6 +11,7 @@ shapes, and a copy in memory. `--json` writes everything that was seen.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -52,6 +53,8 @@ def entry_of(word: str, preset: str, samples: int, seq_len: int) -> Entry:
         raise UserError(f"--contenders has {word!r}; give NAME:RANKS, NAME one of {', '.join(NAMES)}.")
     if name == "mixtral" and ranks != "1":
         raise UserError(f"--contenders has {word!r}; Mixtral is run without DeepSpeed, on 1 rank: give mixtral:1.")
+    if name == "mixtral" and importlib.util.find_spec("transformers") is None:
+        raise UserError(f"--contenders has {word!r}, which needs transformers; pip install -e '.[bench]'.")
     if samples % int(ranks):
         raise UserError(f"--samples is {samples}, which {word!r} cannot split over {ranks} ranks; give a multiple.")
     return Entry(name, int(ranks), preset, samples, seq_len)
