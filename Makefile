@@ -1,5 +1,6 @@
 # make train: from a fresh clone to a trained tiny model and its samples.   make test: every test.
 # make train TEXT=my.txt (or a folder, or .jsonl/.jsonl.gz/.jsonl.zst) trains on your own text.
+# make bench: megamoe's step beside DeepSpeed's MoE layer and transformers' Mixtral, about ten minutes; make bench-short: one.
 # make check: formatting, lint and types.
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)
 endif
 
-.PHONY: train test check
+.PHONY: train test check bench bench-short
 train: .venv/.train $(TOKENS)/corpus.json
 	launch_scripts/local.sh 2 --ds_config ds_configs/tiny.json --preset tiny --ep_size 2 \
 		--data $(TOKENS) --run_dir $(RUN) --eval_interval 100
@@ -31,6 +32,12 @@ train: .venv/.train $(TOKENS)/corpus.json
 
 test: .venv/.test
 	python -m pytest
+
+bench: .venv/.bench
+	python tools/benchmark.py --json benchmark.json
+
+bench-short: .venv/.train
+	python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20
 
 check: .venv/.test
 	ruff format --check .
@@ -47,6 +54,10 @@ data/plays: | .venv/.train
 .venv/.train: pyproject.toml
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.bench: .venv/.train
+	python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
 	touch $@
 
 .venv/.test: .venv/.train

@@ -5,9 +5,6 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 ranks=${1:?usage: launch_scripts/local.sh RANKS --ds_config FILE [options of pretrain.py]}
 shift
 
-# glibc gives large tensors back to the system and maps them anew on every step; keep them instead.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4294967296}
-export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-4294967296}
 # Two jobs on one host must not meet on DeepSpeed's default port.
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 

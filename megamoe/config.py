@@ -255,6 +255,9 @@ class RunConfig(BaseModel):
     seq_len: int | None = Field(
         default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
     )
+    recompute_blocks: int = Field(
+        default=0, ge=0, description="blocks, from the first on, whose activations backward computes anew, not stores"
+    )
     steps: int | None = Field(
         default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
     )

@@ -252,6 +252,11 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
             "lower it, or raise that or set rope_scaling in the preset."
         )
+    if run.recompute_blocks > model.num_hidden_layers:
+        problems.append(
+            f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
+            "give at most so many."
+        )
     try:
         total = read_schedule(ds, run.ds_config).total_num_steps
     except UserError:

@@ -6,25 +6,24 @@ import copy
 import logging
 import os
 import socket
-import time
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
-from torch import nn
-from torch.utils.cpp_extension import get_default_build_root
+from torch import Tensor, nn
 
-from megamoe.config import UserError
+from megamoe import cpu
 from megamoe.ds_config import ScheduleConfig
 from megamoe.schedule import learning_rate
-
-STALE_LOCK_MINUTES = 10
 
 
 def quiet() -> None:
@@ -47,44 +46,18 @@ def init_distributed() -> tuple[int, int, torch.device]:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         device = torch.device("cpu")
-        _refuse_stale_lock()
-        if "OMP_NUM_THREADS" not in os.environ:
-            # Each rank would start as many threads as there are cores.
-            local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_ranks, 1))
+        cpu.refuse_stale_lock()
+        words = cpu.share_cores()
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     rank = deepspeed.comm.get_rank()
     if device.type == "cpu":
-        _unname_shared_memory(rank)
+        cpu.unname_shared_memory(rank)
+        if rank == 0:
+            print(words, flush=True)
     return rank, deepspeed.comm.get_world_size(), device
-
-
-def _refuse_stale_lock() -> None:
-    """Raise UserError where a killed start has left torch's lock on the operator that DeepSpeed compiles on CPU: torch
-    would wait for it without end and without a word."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/deepspeed_shm_comm/lock"):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
-        if minutes > STALE_LOCK_MINUTES:
-            raise UserError(
-                f"{lock} is {minutes:.0f} minutes old, above the {STALE_LOCK_MINUTES} that a compilation takes at "
-                "most: a start was killed while it compiled; remove that file and start again."
-            )
-
-
-def _unname_shared_memory(rank: int) -> None:
-    """Let DeepSpeed's buffers for all-reduces within a host go with the processes that use them.
-
-    It leaves 66 MiB per rank and port in /dev/shm for good. Every rank has opened them once initialization is over,
-    so their names can be removed: the memory is freed when the last process ends, however it ends.
-    """
-    deepspeed.comm.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -130,7 +103,34 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
         config=ds,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
     )
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        _read_gradients_once(engine.optimizer)
+    if engine.device.type == "cpu":
+        cpu.give_back_freed_memory()
     return engine
+
+
+def _read_gradients_once(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Let the norm be all that looks at the gradients between backward and update.
+
+    DeepSpeed reads them twice for infinities and copies each to fp64 for its norm, which together takes longer than
+    AdamW itself. But a norm shows what is not finite, and `step()` skips the update for such a norm as it does for an
+    overflow; and a norm in fp32 is what torch clips by.
+    """
+    if optimizer.cpu_offload or not optimizer.compute_grad_norm:
+        return
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.get_grad_norm_direct = partial(_gradient_norm, optimizer)
+
+
+def _gradient_norm(optimizer: DeepSpeedZeroOptimizer, gradients: Sequence[Tensor], _: Any) -> Tensor:
+    """Norm of a group's gradients over all ranks, of which each holds a part; -1, DeepSpeed's sign for a norm that is
+    not finite, where one of them is not. Collective."""
+    norms = [torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in gradients]
+    total = torch.stack(norms).square().sum().float() if norms else torch.zeros(())  # padding is zeros and adds none
+    total = total.to(optimizer.device)
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)
 
 
 def deepspeed_own_problems(ds: dict[str, Any], where: str) -> list[str]:

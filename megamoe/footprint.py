@@ -2,7 +2,7 @@
 
 Everything that is large is taken and given back by name, in the order of the real step, and the fullest moment is kept.
 The order and the sizes of DeepSpeed's buffers are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), those of
-the activations are what torch's autograd keeps for the operations of `layers.py`, `router.py`, `moe.py` and `model.py`.
+the activations are what torch's autograd keeps for the operations of `layers.py`, `router.py`, `moe.py` and `loss.py`.
 
 Shape legend: B micro-batch, T positions, N = B * T tokens, D hidden_size, F intermediate_size, V vocab_size, E experts,
 K choices, R = N * K rows after dispatch, H query heads, G key/value heads, d head_dim, M latent tokens, s bytes of a
@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megamoe.buckets import Ledger, Reduction
-from megamoe.model import LOSS_CHUNK
+from megamoe.loss import LOSS_CHUNK
 from megamoe.moe import CPU_ROW_MULTIPLE
 from megamoe.sharding import Group, Setup, parameter_groups
 
@@ -39,6 +39,11 @@ class LayerBytes:
     result: int  # one tensor of the rows as the experts see them
     moving: int  # temporaries of forward while rows are exchanged and the experts run
     stream: int  # one tensor of the residual stream
+
+    @property
+    def kept(self) -> int:
+        """From forward to backward."""
+        return 2 * self.norm + self.attention + self.router + self.dispatch + self.hidden + self.returned
 
 
 def layer_bytes(setup: Setup) -> LayerBytes:
@@ -137,13 +142,19 @@ def _hold_states(setup: Setup, groups: list[Group], ledger: Ledger) -> None:
 def _forward(setup: Setup, layer: LayerBytes, ledger: Ledger) -> None:
     m, s = setup.model, setup.weight_bytes
     ledger.take("activations", s * setup.seq_len * m.head_dim)  # cos and sin
-    for _ in range(m.num_hidden_layers):
-        kept = 2 * layer.norm + layer.attention + layer.router + layer.dispatch + layer.hidden + layer.returned
-        ledger.take("activations", kept)
+    for number in range(m.num_hidden_layers):
+        ledger.take("activations", layer.kept)
         ledger.touch("temporaries", layer.moving)
+        if number < setup.recompute_blocks:
+            ledger.give("activations", layer.kept - layer.stream)  # of which the input stays
     ledger.take("activations", layer.norm + layer.stream)
+    # The loss: gradients of the head's weight in fp32 and of the hidden states, made chunk by chunk.
+    weight = m.vocab_size * m.hidden_size
     chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
-    ledger.touch("loss chunk", 8 * chunk)  # fp32 logits and their log-softmax
+    ledger.take("gradients of the head", 4 * weight + layer.stream)
+    # In fp32, with what they were made of or what is made of them; then the product that is added to the gradient.
+    ledger.touch("loss chunk", 4 * chunk + (s * chunk if s < 4 else 0))
+    ledger.touch("loss chunk", s * chunk + s * weight)
 
 
 def _backward(
@@ -151,21 +162,19 @@ def _backward(
 ) -> None:
     m, s = setup.model, setup.weight_bytes
     embedding = s * m.vocab_size * m.hidden_size
-    chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
-    for number in range(math.ceil(setup.tokens / LOSS_CHUNK)):
-        # Log-softmax (logits are computed again), the gradient of the loss, and that of the logits, all in fp32.
-        ledger.touch("loss chunk", 12 * chunk)
-        ledger.touch("loss chunk", s * chunk + embedding)
-        if number == 0:
-            ledger.take("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
-        else:
-            ledger.touch("gradients", 2 * embedding)  # the sum of two is a third
-    ledger.give("activations", layer.stream)
+    # What forward made, scaled by the gradient of the loss.
+    ledger.touch("temporaries", 4 * m.vocab_size * m.hidden_size + embedding)
+    ledger.take("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
     ledger.take("gradients of activations", layer.stream)
+    ledger.give("gradients of the head", ledger.held["gradients of the head"])
+    ledger.give("activations", layer.stream)
     reduction.start(first, boundary)
     reduction.ready("model.norm.weight")
     _norm_backward(layer, ledger)
     for number in reversed(range(m.num_hidden_layers)):
+        if number < setup.recompute_blocks:
+            ledger.take("activations", layer.kept - layer.stream)
+            ledger.touch("temporaries", layer.moving)
         _experts_backward(setup, layer, ledger, reduction, f"model.layers.{number}.moe.experts")
         name = f"model.layers.{number}"
         ledger.touch("temporaries", layer.router_backward)
@@ -221,8 +230,6 @@ def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction
 
 def _step(setup: Setup, reduction: Reduction) -> None:
     ledger, groups = reduction.ledger, reduction.groups
-    # The norm is taken in fp64, of one parameter after the other (get_grad_norm_direct).
-    ledger.touch("fp64 copy for the norm", 8 * max(reduction.owned.values()))
     for number, group in enumerate(groups):
         if reduction.sums_apart:
             continue

@@ -24,11 +24,9 @@ from megamoe.layers import (
     rope_frequencies,
     rotary_table,
 )
+from megamoe.loss import chunked_cross_entropy
 from megamoe.moe import MoE
 from megamoe.router import Router
-
-# The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.
-LOSS_CHUNK = 512  # tokens
 
 
 class Block(nn.Module):
@@ -70,15 +68,20 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The language model. With `ep_size` > 1 it holds 1/ep_size of every layer's experts, those of `ep_rank`."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0, ep_size: int = 1, ep_rank: int = 0):
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, ep_size: int = 1, ep_rank: int = 0, recompute_blocks: int = 0
+    ):
         """
         Args:
             seed: of the initial weights, which do not depend on `ep_size`.
             ep_rank: rank in the expert-parallel group; it holds the global experts from
                 ep_rank * num_local_experts / ep_size on.
+            recompute_blocks: of so many blocks, from the first on, only the input is kept for the backward pass, which
+                computes the rest anew.
         """
         super().__init__()
         self.config = config
+        self.recompute_blocks = recompute_blocks
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, ep_size) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -131,7 +134,7 @@ class Decoder(nn.Module):
         hidden = self._hidden_states(input_ids, attention_mask, cache)
         if labels is None:
             return F.linear(hidden, self.embed_tokens.weight)
-        return self._loss(hidden.flatten(0, 1), labels.flatten())
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, labels.flatten())
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for sequences of up to `capacity` tokens."""
@@ -159,7 +162,9 @@ class Decoder(nn.Module):
             used = token_mask[:, past:]
             used = None if bool(used.all()) else used
         for layer, block in enumerate(self.layers):
-            hidden = block(hidden, rotary, mask, used, cache[layer] if cache else None)
+            inputs = (hidden, rotary, mask, used, cache[layer] if cache else None)
+            recompute = layer < self.recompute_blocks and torch.is_grad_enabled()
+            hidden = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.norm(hidden)
 
     def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotary:
@@ -168,20 +173,6 @@ class Decoder(nn.Module):
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
         )
         return rotary_table(positions, frequencies, factor, dtype)
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of (tokens, D) against (tokens,), a chunk of logits at a time, recomputed in backward."""
-
-        def chunk_loss(chunk: Tensor, chunk_labels: Tensor) -> Tensor:
-            logits = F.linear(chunk, self.embed_tokens.weight)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return F.cross_entropy(logits, chunk_labels, reduction="sum", ignore_index=-100)
-
-        total = sum(
-            checkpoint(chunk_loss, chunk, chunk_labels, use_reentrant=False, preserve_rng_state=False)
-            for chunk, chunk_labels in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
-        )
-        return total / (labels != -100).sum().clamp_min(1)
 
 
 def _generator(seed: int, *key: int) -> torch.Generator:

@@ -296,7 +296,7 @@ def train(job: Job, rank: int, device: torch.device) -> None:
     run, model_config = job.run, job.model
     # DeepSpeed's expert-parallel groups are consecutive ranks.
     ep_rank = rank % run.ep_size
-    model = Decoder(model_config, run.seed, run.ep_size, ep_rank)
+    model = Decoder(model_config, run.seed, run.ep_size, ep_rank, run.recompute_blocks)
     engine = build_engine(model, job.ds, job.schedule)
     first, problems = 0, []
     try:

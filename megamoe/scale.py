@@ -42,6 +42,9 @@ class PlanConfig(BaseModel):
     seq_len: int | None = Field(
         default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
     )
+    recompute_blocks: int = Field(
+        default=0, ge=0, description="blocks, from the first on, whose activations backward computes anew"
+    )
     gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
     efficiency: float = Field(
         default=0.4, gt=0, le=1, description="share of the peak FLOP/s that forward and backward reach (assumed)"
@@ -95,7 +98,11 @@ def make_plan(config: PlanConfig) -> Plan:
     model: ModelConfig = attempt(load_preset, config.preset)
     if model:
         run = RunConfig(
-            ds_config=config.ds_config, preset=config.preset, ep_size=config.ep_size, seq_len=config.seq_len
+            ds_config=config.ds_config,
+            preset=config.preset,
+            ep_size=config.ep_size,
+            seq_len=config.seq_len,
+            recompute_blocks=config.recompute_blocks,
         )
         problems += run_problems(run, model, ds or {}, config.gpus)
     if not on_cpu and config.device not in DEVICES:
@@ -104,7 +111,7 @@ def make_plan(config: PlanConfig) -> Plan:
         raise UserError(*problems)
 
     seq_len = config.seq_len or model.max_position_embeddings
-    setup = read_setup(model, ds, config.gpus, config.ep_size, seq_len, on_cpu)
+    setup = read_setup(model, ds, config.gpus, config.ep_size, seq_len, on_cpu, config.recompute_blocks)
     device = this_machine(config.gpus) if on_cpu else DEVICES[config.device]
     per_node = config.gpus if on_cpu else config.gpus_per_node
     times = step_time(setup, device, per_node, config.efficiency, config.link_efficiency)

@@ -36,8 +36,8 @@ class Setup:
     bucket: int  # elements of a reduction bucket
     overlap: bool  # two buckets instead of one
     all_reduce: bool  # gradients of several owners in one all-reduce, not a reduce to each
-    checks_overflow: bool
     on_cpu: bool
+    recompute_blocks: int = 0  # blocks of which backward computes the activations anew
 
     @property
     def tokens(self) -> int:
@@ -64,6 +64,7 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
         "bf16.bf16_master_weights_and_grads": bf16.get("bf16_master_weights_and_grads"),
         "bf16.bf16_optimizer_states": bf16.get("bf16_optimizer_states"),
         "fp16.fp16_master_weights_and_grads": fp16.get("fp16_master_weights_and_grads"),
+        "zero_optimization.compute_grad_norm": zero.get("compute_grad_norm") is False,
         "zero_optimization.contiguous_gradients": zero.get("contiguous_gradients") is False,
         "zero_optimization.reduce_scatter": zero.get("reduce_scatter") is False,
     }
@@ -75,7 +76,13 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
 
 
 def read_setup(
-    model: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int, on_cpu: bool
+    model: ModelConfig,
+    ds: dict[str, Any],
+    world_size: int,
+    ep_size: int,
+    seq_len: int,
+    on_cpu: bool,
+    recompute_blocks: int = 0,
 ) -> Setup:
     """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
     micro_batch, accumulation = batch_sizes(ds, world_size)
@@ -94,8 +101,8 @@ def read_setup(
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
         overlap=bool(zero.get("overlap_comm")),
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True),
-        checks_overflow=dtype == "fp16" or (dtype == "bf16" and ds["bf16"].get("check_grad_overflow", True)),
         on_cpu=on_cpu,
+        recompute_blocks=recompute_blocks,
     )
 
 

@@ -38,7 +38,7 @@ class Measured:
         return max(self.forward, self.backward, self.step)
 
 
-def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int) -> Measured:
+def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int, recompute_blocks: int = 0) -> Measured:
     """Train two steps on random tokens, the first of which makes Adam's moments, and measure the second.
 
     Args:
@@ -48,7 +48,7 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int)
     micro_batch, accumulation = batch_sizes(ds, world_size)
     generator = torch.Generator().manual_seed(rank)
     with LiveBytes() as live:
-        model = Decoder(config, ep_size=ep_size, ep_rank=rank % ep_size)
+        model = Decoder(config, 0, ep_size, rank % ep_size, recompute_blocks)
         engine = build_engine(model, ds, read_schedule(ds, "the DeepSpeed JSON"))
         balancer = LoadBalancer(
             model.routers(), config.router_bias_rate, config.router_bias_rule, config.router_load_decay
@@ -78,7 +78,9 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int)
     return Measured(between, fullest["forward"], fullest["backward"], fullest["step"], collectives.payload)
 
 
-def simulate(config: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int) -> Measured:
+def simulate(
+    config: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int, recompute_blocks: int = 0
+) -> Measured:
     """Measure rank 0 of `world_size` alone, on this machine's CPU. The process can join no other group afterwards.
 
     Every peer seems to send what this rank sends, so the experts of this rank get as many rows as the rank sends away.
@@ -91,6 +93,6 @@ def simulate(config: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: 
     quiet()
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        return measure(config, ds, ep_size, seq_len)
+        return measure(config, ds, ep_size, seq_len, recompute_blocks)
     finally:
         dist.destroy_process_group()

@@ -63,14 +63,16 @@ def collectives(setup: Setup) -> list[Collective]:
     if setup.ep_size > 1:
         rows = setup.weight_bytes * setup.rows * m.hidden_size
 
-        def exchange(purpose: str, calls: int, size: int) -> Collective:
-            calls *= m.num_hidden_layers * passes
+        def exchange(purpose: str, blocks: int, calls: int, size: int) -> Collective:
+            calls *= blocks * passes
             return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size)
 
+        blocks = m.num_hidden_layers
+        forward_blocks = blocks + setup.recompute_blocks
         found += [
-            exchange("rows per expert", 1, 8 * m.num_local_experts),
-            exchange("rows to experts and back, forward", 2, rows),
-            exchange("rows to experts and back, backward", 2, rows),
+            exchange("rows per expert", forward_blocks, 1, 8 * m.num_local_experts),
+            exchange("rows to experts and back, forward", forward_blocks, 2, rows),
+            exchange("rows to experts and back, backward", blocks, 2, rows),
         ]
     groups = parameter_groups(setup)
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once a step.
@@ -86,8 +88,6 @@ def collectives(setup: Setup) -> list[Collective]:
         payload = reductions * elements * setup.wire_bytes
         found.append(Collective(purpose, kind, ranks, stride, calls, payload, hidden=setup.overlap))
     world = setup.world_size
-    if setup.checks_overflow:
-        found.append(Collective("check for overflow", "all_reduce", world, 1, 1, 1))
     found.append(Collective("norm of the gradient", "all_reduce", world, 1, len(groups), 4 * len(groups)))
     expert_groups = sum(group.expert for group in groups)
     scalars = 4 * expert_groups
@@ -138,7 +138,8 @@ def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: floa
     tokens = setup.tokens * setup.accumulation
     flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
     peak = device.flops(setup.weight_bytes)
-    compute = flops / (peak * efficiency)
+    again = setup.recompute_blocks / setup.model.num_hidden_layers / 3  # forward is a third of a step
+    compute = flops * (1 + again) / (peak * efficiency)
     share = sum(group.partition for group in parameter_groups(setup))
     optimizer = OPTIMIZER_BYTES * share / device.memory_rate
     waiting = hidden = 0.0

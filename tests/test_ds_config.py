@@ -329,5 +329,10 @@ def test_steps_beyond_the_schedule_are_refused():
     assert between(steps=100) == between() == []
 
 
+def test_more_blocks_to_recompute_than_there_are_are_refused():
+    has(only(between(recompute_blocks=3)), "recompute_blocks is 3", "mine has 2 blocks", "at most")
+    assert between(recompute_blocks=2) == []
+
+
 def test_all_problems_between_the_three_come_at_once():
     assert len(between(world_size=4, experts=4, ep_size=3, steps=101)) == 3

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -342,21 +343,6 @@ def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers_and_
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 14, 512])
-def test_the_chunked_loss_is_the_cross_entropy_and_so_are_its_gradients(chunk, monkeypatch):
-    monkeypatch.setattr(megamoe.model, "LOSS_CHUNK", chunk)
-    model, plain = small_model(), small_model()
-    ids, labels = some_ids(2, 7), some_ids(7, 2).T.clone()
-    labels[0, :3] = labels[1, 6] = -100
-    loss = model(ids, labels)
-    loss.backward()
-    expected = F.cross_entropy(plain(ids).flatten(0, 1), labels.flatten(), ignore_index=-100)
-    expected.backward()
-    close(loss, expected)
-    for weight, other in zip(model.parameters(), plain.parameters(), strict=True):
-        close(weight.grad, other.grad)
-
-
 def test_ignored_labels_have_no_part_in_the_loss():
     model = small_model()
     ids, labels = some_ids(1, 7), some_ids(7, 1).T.clone()
@@ -388,6 +374,50 @@ def test_the_backward_pass_does_not_count_routed_tokens_again():
     model(ids, ids).backward()
     for router in model.routers():
         assert router.step_counts.sum() == 2 * 5 * SMALL.num_experts_per_tok
+
+
+# --- recomputed blocks ----------------------------------------------------------------------------------------------
+
+
+def stored_by_a_step(recompute_blocks):
+    """(gradients, slots counted, bytes that the blocks kept for backward) of a model with dropout and jitter."""
+    model = small_model(expert_dropout=0.3, router_jitter_noise=0.2)
+    model.recompute_blocks = recompute_blocks
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    ids = some_ids(2, 7)
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, ids)
+    size = sum(nbytes for _, nbytes in kept.values())
+    loss.backward()
+    counts = torch.stack([router.step_counts for router in model.routers()])
+    return [weight.grad for weight in model.parameters()], counts, size
+
+
+def test_recomputed_blocks_give_the_same_gradients_and_counts_to_the_bit_from_less_memory():
+    blocks = range(SMALL.num_hidden_layers + 1)
+    stored, *recomputed = [stored_by_a_step(number) for number in blocks]
+    for gradients, counts, _ in recomputed:
+        assert torch.equal(counts, stored[1])
+        assert all(torch.equal(one, other) for one, other in zip(gradients, stored[0], strict=True))
+    sizes = [size for _, _, size in (stored, *recomputed)]
+    assert all(fewer < 0.75 * more for more, fewer in itertools.pairwise(sizes))
+
+
+def test_nothing_is_recomputed_without_gradients(monkeypatch):
+    monkeypatch.setattr(megamoe.model, "checkpoint", None)
+    model = small_model()
+    model.recompute_blocks = SMALL.num_hidden_layers
+    with torch.no_grad():
+        close(model(some_ids(2, 7)), small_model()(some_ids(2, 7)))
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

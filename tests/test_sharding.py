@@ -20,17 +20,16 @@ def setup_of(ds, ranks=1, ep_size=1, model=CONFIG):
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("removed", ["reduce_bucket_size", "overlap_comm", "check_grad_overflow", None])
+@pytest.mark.parametrize("removed", ["reduce_bucket_size", "overlap_comm", None])
 def test_what_a_json_leaves_out_is_read_as_deepspeed_reads_it(path, removed):
     ds = read_json(path)
     ds["zero_optimization"].pop(removed, None)
-    ds.get("bf16", {}).pop(removed, None)
+
     own, setup = DeepSpeedConfig(dict(ds)), setup_of(ds)
     assert setup.bucket == own.zero_config.reduce_bucket_size
     assert setup.overlap == own.zero_config.overlap_comm
     assert setup.zero_stage == own.zero_optimization_stage
     assert setup.all_reduce == own.zero_config.use_multi_rank_bucket_allreduce
-    assert setup.checks_overflow == (own.bfloat16_config.enabled and own.bfloat16_config.check_grad_overflow)
 
 
 def test_the_largest_expert_group_is_deepspeeds():

@@ -107,7 +107,9 @@ def main() -> None:
     measured = None
     if config.simulate:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
-            measured = simulate(setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len)
+            measured = simulate(
+                setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len, setup.recompute_blocks
+            )
         print_simulated(plan, measured)
     if file:
         file.write_text(json.dumps(as_json(plan, measured), indent=2) + "\n")

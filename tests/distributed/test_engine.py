@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from engines import BATCH, CONFIG, make
 from ranks import run_ranks
 from toy import PRESET
 
-from megamoe.config import ModelConfig, UserError
-from megamoe.engine import _refuse_stale_lock, parameter_groups
+from megamoe.config import ModelConfig
+from megamoe.engine import parameter_groups
 from megamoe.model import Decoder
 
 
@@ -25,17 +27,6 @@ def test_a_job_leaves_nothing_in_shared_memory_even_if_it_is_killed():
     assert run_ranks(2, shared_memory_of_this_job) == [[], []]
 
 
-def test_a_lock_left_by_a_killed_compilation_is_named_instead_of_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "py3" / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    _refuse_stale_lock()  # somebody is compiling now
-    os.utime(lock, (0, 0))
-    with pytest.raises(UserError, match=f"{lock} is .* remove that file"):
-        _refuse_stale_lock()
-
-
 def test_norms_and_latents_have_no_weight_decay_and_every_parameter_is_in_one_group():
     model = Decoder(ModelConfig(**PRESET))
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -46,3 +37,51 @@ def test_norms_and_latents_have_no_weight_decay_and_every_parameter_is_in_one_gr
     }
     assert undecayed == {name for name in names.values() if "norm" in name or "latents" in name}
     assert all("experts" in names[p] for group in groups if group.get("moe") for p in group["params"])
+
+
+def norms_of_ours_and_deepspeeds(stage, changes, factor):
+    """(norms of the groups, DeepSpeed's own of the same gradients, steps skipped and global norm after the step)."""
+    engine, _ = make(2, stage, **changes)
+    optimizer = engine.optimizer
+    torch.manual_seed(torch.distributed.get_rank())
+    ids = torch.randint(CONFIG.vocab_size, (BATCH // 2, 16))
+    engine.backward(engine(ids, ids) * (factor if torch.distributed.get_rank() == 0 else 1.0))
+    seen = []
+    ours = optimizer.get_grad_norm_direct
+
+    def compared(gradients, params):
+        gradients = list(gradients)
+        theirs = DeepSpeedZeroOptimizer.get_grad_norm_direct(optimizer, gradients, params)
+        seen.append((ours(gradients, params).item(), theirs.item()))
+        return theirs
+
+    optimizer.get_grad_norm_direct = compared
+    engine.step()
+    return seen, engine.skipped_steps, float(engine.get_global_grad_norm())
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (1, {"bf16": {"enabled": True}}),
+        (2, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+        (2, {}),
+    ],
+)
+def test_the_norm_of_gradients_is_deepspeeds_in_fp64(stage, changes):
+    first, second = run_ranks(2, norms_of_ours_and_deepspeeds, stage, changes, 1.0)
+    assert first == second
+    seen, skipped, norm = first
+    assert skipped == 0
+    assert norm > 0
+    assert len(seen) == 3  # shared with decay, shared without, experts
+    for ours, theirs in seen:
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_update(factor):
+    for seen, skipped, _ in run_ranks(2, norms_of_ours_and_deepspeeds, 2, {"bf16": {"enabled": True}}, factor):
+        assert -1 in {ours for ours, _ in seen}
+        assert [ours for ours, _ in seen] == [theirs for _, theirs in seen]
+        assert skipped == 1

@@ -1,0 +1,84 @@
+"""Cross-entropy of a linear head, without ever holding all logits.
+
+Shape legend: N tokens, D hidden_size, V vocab_size, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.
+LOSS_CHUNK = 512  # tokens
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy in nats of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), of the head.
+        labels: (N,); `ignore_index` where none counts.
+
+    The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
+    quarter of the head's products is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.)
+    """
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, ignore_index, needs_grad)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs_grad: bool
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        # The gradients of the sum, which scale neither with N nor with fp16's loss scale: neither is lost to fp16.
+        grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else weight.new_empty(0)
+        total = hidden.new_zeros((), dtype=wide)
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            rows = slice(start, start + LOSS_CHUNK)
+            grads = (grad_hidden[rows], grad_weight) if needs_grad else None
+            total += _sum_of_losses(hidden[rows], weight, labels[rows], ignore_index, grads)
+        count = (labels != ignore_index).sum().clamp_min(1)
+        ctx.save_for_backward(grad_hidden, grad_weight, count)
+        ctx.weight_dtype = weight.dtype
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        grad_hidden, grad_weight, count = ctx.saved_tensors
+        scale = grad / count
+        return grad_hidden * scale, (grad_weight * scale).to(ctx.weight_dtype), None, None, None
+
+
+def _sum_of_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, grads: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Of one chunk; its gradient by `hidden` is written to the first of `grads`, that by `weight` added to the second.
+
+    A function of its own, so that a chunk's logits are gone before the next one's come.
+    """
+    counts = (labels != ignore_index).unsqueeze(1)
+    target = torch.where(counts, labels.unsqueeze(1), 0)
+    logits = hidden @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normalizer = logits.logsumexp(1, keepdim=True)
+    loss = torch.where(counts, normalizer - logits.gather(1, target), 0).sum()
+    if grads:
+        logits = _grad_of_logits(logits, normalizer, target, counts).to(hidden.dtype)
+        torch.mm(logits, weight, out=grads[0])
+        grads[1].add_(logits.T @ hidden)
+    return loss
+
+
+def _grad_of_logits(logits: Tensor, normalizer: Tensor, target: Tensor, counts: Tensor) -> Tensor:
+    """The gradient of the sum of the losses by the logits (C, V), in their memory; the rest is (C, 1)."""
+    softmax = logits.sub_(normalizer).exp_()
+    softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1.0))
+    return softmax.mul_(counts)

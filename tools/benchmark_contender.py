@@ -1,0 +1,335 @@
+"""Steps of one contender, timed; started by benchmark.py, once per turn, as as many processes as it has ranks.
+
+Contenders: "megamoe", "stock" (the same model with DeepSpeed's own MoE layer, drop_tokens=False) and "mixtral"
+(transformers' MixtralForCausalLM of the same size and FLOPs, torch's fused AdamW, no DeepSpeed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed.moe.layer
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.ds_config import dtype_of, read_schedule
+from megamoe.engine import build_engine, init_distributed
+from megamoe.export import DTYPES
+from megamoe.layers import Expert
+from megamoe.loss import LOSS_CHUNK
+from megamoe.metrics import memory_gib, peak_flops
+from megamoe.model import Decoder
+from megamoe.moe import MoE
+from megamoe.plan import train_flops_per_token
+
+COLLECTIVES = ("all_to_all_single", "all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+TRIALS = 3  # of a matrix product; the fastest counts
+WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
+
+
+@dataclass
+class Contender:
+    """A model with its optimizer, ready to train."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    forward_backward: Callable[[torch.Tensor], None]  # of ids (B, T)
+    update: Callable[[], None]
+    optimizer: torch.optim.Optimizer  # torch's own, inside whatever wraps it
+
+
+class Clock:
+    """Seconds by name; waits for the device at both ends, so that a piece has all of its work and nothing else."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._started: dict[Any, float] = {}
+
+    def start(self, key: Any) -> None:
+        self._started[key] = self._now()
+
+    def stop(self, key: Any, name: str) -> None:
+        if key in self._started:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - self._started.pop(key)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        self.start(name)
+        yield
+        self.stop(name, name)
+
+    def timing(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, measured at each call."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.measure(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def build_engine_contender(config: ModelConfig, ds_config: str, ep_size: int, rank: int, stock: bool) -> Contender:
+    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it."""
+    ds = {**read_json(Path(ds_config)), "gradient_accumulation_steps": 1}
+    model = Decoder(config, 0, ep_size, rank % ep_size)
+    if stock:
+        for block in model.layers:
+            block.moe = deepspeed.moe.layer.MoE(
+                config.hidden_size,
+                Expert(config.hidden_size, config.intermediate_size, config.expert_dropout),
+                num_experts=config.num_local_experts,
+                ep_size=ep_size,
+                k=config.num_experts_per_tok,
+                drop_tokens=False,
+            )
+    engine = build_engine(model, ds, read_schedule(ds, ds_config))
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    dtype = next(model.parameters()).dtype
+    return Contender(model, dtype, lambda ids: engine.backward(engine(ids, ids)), engine.step, optimizer)
+
+
+def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> Contender:
+    """Its experts have three matrices where the decoder's have two, so they are two thirds as wide inside."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    dtype = DTYPES[dtype_of(read_json(Path(ds_config)))]
+    shape = MixtralConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size * 2 // 3 // 16 * 16,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        num_local_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",  # type: ignore[call-arg]
+    )
+    model: Any = MixtralForCausalLM(shape)
+    model.to(device, dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def forward_backward(ids: torch.Tensor) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    return Contender(model, dtype, forward_backward, update, optimizer)
+
+
+def gemm_flops(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s over the matrix products of one layer and its share of the head, forward and both backward ones, at the
+    shapes of a step with `tokens` tokens and balanced experts."""
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    key_value = config.num_key_value_heads * config.head_dim
+    experts, inside = config.num_local_experts, config.intermediate_size
+    rows = tokens * config.num_experts_per_tok // experts
+    chunk = min(LOSS_CHUNK, tokens)
+    products = [  # rows, in, out, times a layer
+        (tokens, hidden, heads, 2.0),
+        (tokens, hidden, key_value, 2.0),
+        (rows, hidden, inside, experts),
+        (rows, inside, hidden, experts),
+        (chunk, hidden, config.vocab_size, tokens / chunk / config.num_hidden_layers),
+    ]
+    flops = seconds = 0.0
+    for m, k, n, times in products:
+        x, w, g = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
+        for a, b in ((x, w.T), (g, w), (g.T, x)):
+            seconds += times * min(timed(torch.mm, a, b, device=device) for _ in range(TRIALS))
+            flops += times * 2 * m * k * n
+    return flops / seconds
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
+    """Bytes read and written per second by a copy of `size` bytes."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / min(timed(target.copy_, source, device=device) for _ in range(TRIALS + 1))
+
+
+def timed(function: Callable[..., Any], *args: Any, device: torch.device) -> float:
+    """Seconds of one call."""
+    clock = Clock(device)
+    clock.timing("call", function)(*args)
+    return clock.seconds["call"]
+
+
+@contextmanager
+def timed_update(contender: Contender, clock: Clock) -> Iterator[None]:
+    """Time the step of torch's optimizer inside the engine's: the bare update over the same bytes."""
+    plain = contender.optimizer.step
+    contender.optimizer.step = clock.timing("bare optimizer", plain)  # type: ignore[method-assign]
+    yield
+    contender.optimizer.step = plain  # type: ignore[method-assign]
+
+
+def pieces_of(block: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a block that are timed; the stock layer is one piece."""
+    yield "attention", block.self_attn
+    yield "moe", block.moe
+    if isinstance(block.moe, MoE):
+        yield "router", block.moe.router
+        yield from (("expert", expert) for expert in block.moe.local_experts)
+
+
+@contextmanager
+def timed_pieces(model: nn.Module, clock: Clock) -> Iterator[None]:
+    """Time the forward and backward of each kind of piece, by hooks, and the collectives within them."""
+    handles = []
+    for block in model.layers:  # type: ignore[union-attr]
+        for name, module in pieces_of(block):
+            for way, before, after in (
+                ("forward", module.register_forward_pre_hook, module.register_forward_hook),
+                ("backward", module.register_full_backward_pre_hook, module.register_full_backward_hook),
+            ):
+                key = (id(module), way)
+                handles.append(before(lambda *_, key=key: clock.start(key)))  # type: ignore[misc]
+                handles.append(after(lambda *_, key=key, name=f"{name} {way}": clock.stop(key, name)))  # type: ignore[misc]
+    plain = {name: getattr(dist, name) for name in COLLECTIVES}
+    for name in COLLECTIVES:
+        setattr(dist, name, clock.timing("collectives", plain[name]))
+    yield
+    for name, function in plain.items():
+        setattr(dist, name, function)
+    for handle in handles:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the devices of all ranks reach together, all of them at work."""
+
+    gemm_flops: float  # on the model's own shapes
+    peak_flops: float  # the data sheet's where the device is known, else of a square product
+    bandwidth: float  # bytes/s
+    device: str
+    dtype: str
+
+
+@dataclass
+class Turn:
+    """What one turn saw on rank 0; lists have a value for each step."""
+
+    tokens: int  # a step, over all ranks
+    flops: float  # a step, forward and backward
+    machine: Machine
+    forward_backward: list[float] = field(default_factory=list)  # seconds
+    update: list[float] = field(default_factory=list)
+    bare_update: list[float] = field(default_factory=list)  # within update: torch's optimizer
+    pieces: dict[str, float] = field(default_factory=dict)  # seconds in one step that was timed piece by piece
+    memory_gib: float = 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(a + b for a, b in zip(self.forward_backward, self.update, strict=True))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    @property
+    def gemm_share(self) -> float:
+        """FLOP/s of forward and backward over that of the bare products."""
+        return self.flops / statistics.median(self.forward_backward) / self.machine.gemm_flops
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / self.step_seconds / self.machine.peak_flops
+
+    @property
+    def update_ratio(self) -> float:
+        return statistics.median(self.update) / statistics.median(self.bare_update)
+
+
+def measure_machine(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Machine:
+    """With `tokens` on each rank. Collective."""
+    dist.barrier()
+    gemm = gemm_flops(config, tokens, device, dtype)
+    peak, bandwidth = peak_flops(device, dtype), copy_bandwidth(device)
+    ranks = dist.get_world_size()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Machine(ranks * gemm, ranks * peak, ranks * bandwidth, name, str(dtype).removeprefix("torch."))
+
+
+def run(args: argparse.Namespace) -> Turn:
+    rank, world_size, device = init_distributed()
+    config = load_preset(args.preset)
+    if args.contender == "mixtral":
+        contender = build_mixtral(config, args.ds_config, device)
+    else:
+        contender = build_engine_contender(config, args.ds_config, args.ep_size, rank, args.contender == "stock")
+    torch.manual_seed(rank)
+    ids = torch.randint(config.vocab_size, (args.samples // world_size, args.seq_len), device=device)
+
+    def step(clock: Clock) -> None:
+        dist.barrier()
+        with clock.measure("forward and backward"):
+            contender.forward_backward(ids)
+        with clock.measure("update"), timed_update(contender, clock):
+            contender.update()
+
+    for _ in range(WARM_UP):
+        step(Clock(device))
+    tokens = args.samples * args.seq_len
+    flops = train_flops_per_token(config, args.seq_len) * tokens
+    turn = Turn(tokens, flops, measure_machine(config, ids.numel(), device, contender.dtype))
+    for _ in range(args.steps):
+        clock = Clock(device)
+        step(clock)
+        turn.forward_backward.append(clock.seconds["forward and backward"])
+        turn.update.append(clock.seconds["update"])
+        turn.bare_update.append(clock.seconds["bare optimizer"])
+    turn.memory_gib = memory_gib(device)
+    if args.pieces:
+        clock = Clock(device)
+        with timed_pieces(contender.model, clock):
+            step(clock)
+        turn.pieces = clock.seconds
+    return turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One turn of one contender; benchmark.py starts it.")
+    parser.add_argument("contender", choices=("megamoe", "stock", "mixtral"))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--ds_config", required=True)
+    parser.add_argument("--ep_size", type=int, required=True)
+    parser.add_argument("--samples", type=int, required=True)
+    parser.add_argument("--seq_len", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--pieces", action="store_true")
+    args = parser.parse_args()
+    turn = run(args)
+    if dist.get_rank() == 0:
+        args.out.write_text(json.dumps(asdict(turn)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

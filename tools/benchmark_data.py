@@ -1,0 +1,94 @@
+"""What surrounds the training step: tokenising, reading samples, and starting.
+
+    python tools/benchmark_data.py data/plays data/shakespeare       text and the corpus made of it
+
+Prints bytes per second of tokenising with the corpus' tokenizer, on one core and on all; the time to read one sample;
+and the seconds from the launch of a run to its first step, with everything compiled already.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from megamoe import cli
+from megamoe.config import UserError, load_preset
+from megamoe.corpus import input_files, read_documents, write_corpus
+from megamoe.data import TokenCorpus, TrainData, corpus_prefix
+from megamoe.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+ENOUGH = 20_000_000  # bytes of text; the files are taken again until there are so many
+
+
+def tokenising(text: Path, tokenizer: Path) -> tuple[int, float]:
+    """(bytes, seconds) of turning text into tokens on disk with the threads that TOKENIZERS_PARALLELISM allows."""
+    documents = list(read_documents(input_files(text), "text", lambda _: None))
+    size = sum(len(document.encode()) for document in documents)
+    times = -(-ENOUGH // size)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        write_corpus((("train", document) for document in documents * times), load_tokenizer(tokenizer),
+                     Path(folder) / "out")  # fmt: skip
+        return size * times, time.perf_counter() - start
+
+
+def seconds_per_sample(corpus: str, seq_len: int, samples: int = 2000) -> float:
+    """Seconds to read one sample of `seq_len` tokens, at its place in the order."""
+    config = load_preset("moe-680m")
+    data = TrainData([TokenCorpus(corpus_prefix(corpus, "train"), seq_len, config.vocab_size)], [1.0], seed=1)
+    start = time.perf_counter()
+    for first in range(0, samples, 2):
+        data.batch(first, 2)
+    return (time.perf_counter() - start) / samples
+
+
+def seconds_to_first_step(corpus: str, ranks: int) -> float:
+    """Seconds from launching a run of the tiny preset until it logs its first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        script, ds_config = ROOT / "launch_scripts/local.sh", ROOT / "ds_configs/tiny.json"
+        words = [script, ranks, "--ds_config", ds_config, "--preset", "tiny", "--ep_size", ranks, "--data", corpus,
+                 "--steps", 1, "--log_interval", 1, "--run_dir", Path(folder) / "run"]  # fmt: skip
+        start = time.perf_counter()
+        run = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert run.stdout
+        seen = []
+        for line in run.stdout:
+            seen.append(line)
+            if line.startswith("step=1 "):
+                seconds = time.perf_counter() - start
+                run.communicate()
+                return seconds
+        raise UserError(f"the run ended with code {run.wait()} before its first step; it said: {''.join(seen[-20:])}")
+
+
+def main() -> None:
+    parser = cli.Parser(description="Time tokenising, reading samples, and starting a run.")
+    parser.add_argument("text", type=Path, help="text, as prepare_data.py takes it")
+    parser.add_argument("corpus", help="folder that prepare_data.py has made of it")
+    parser.add_argument("--rounds", type=int, default=3, help="starts that are timed, on 1 and on 2 ranks in turns")
+    args = parser.parse()
+    tokenizer = Path(args.corpus) / "tokenizer.json"
+    for words, parallel in (("one core", "false"), (f"{len(os.sched_getaffinity(0))} cores", "true")):
+        os.environ["TOKENIZERS_PARALLELISM"] = parallel
+        size, seconds = tokenising(args.text, tokenizer)
+        print(
+            f"tokenising on {words}: {size / seconds / 1e6:.1f} MB/s ({size / 1e6:.0f} MB in {seconds:.1f} s)",
+            flush=True,
+        )
+    for seq_len in (256, 1024):
+        print(
+            f"reading a sample of {seq_len} tokens: {seconds_per_sample(args.corpus, seq_len) * 1e3:.3f} ms", flush=True
+        )
+    starts = [[seconds_to_first_step(args.corpus, ranks) for ranks in (1, 2)] for _ in range(args.rounds)]
+    for ranks, times in zip((1, 2), zip(*starts, strict=True), strict=True):
+        print(f"from launch to the first step, {ranks} rank(s): {statistics.median(times):.1f} s, seen "
+              f"{', '.join(f'{seconds:.1f}' for seconds in times)}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
