@@ -34,7 +34,8 @@ def keep_freed_memory() -> bool:
     It would give every large tensor back to the system, which has to clear the pages of the next one, on every step.
     Left alone where the allocator is another one, or settings for it are in the environment.
     """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("LD_PRELOAD", "")
+    words = os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
+    chosen = "malloc" in words or any(name.startswith("MALLOC_") for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if chosen or mallopt is None:
         return False

@@ -19,12 +19,12 @@ KNOWN_PEAKS = {
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator and its links, each way. Bytes count by thousands, as data sheets do."""
+    """One accelerator and its links, each way. Rates count by thousands, as data sheets do."""
 
     name: str
     half_flops: float  # FLOP/s
     single_flops: float
-    memory: float  # bytes
+    memory: float  # bytes, as the driver reports them
     memory_rate: float  # bytes/s
     inside: float  # bytes/s to the others of its node
     between: float  # bytes/s to other nodes, its own share of the node's network
@@ -39,9 +39,9 @@ class Device:
 DEVICES = {
     name.lower(): Device(name, *KNOWN_PEAKS[name], memory, memory_rate, inside, between)
     for name, memory, memory_rate, inside, between in (
-        ("A100", 80e9, 2.039e12, 300e9, 25e9),
-        ("H100", 80e9, 3.35e12, 450e9, 50e9),
-        ("H200", 141e9, 4.8e12, 450e9, 50e9),
-        ("B200", 180e9, 8e12, 900e9, 50e9),
+        ("A100", 80 * 2**30, 2.039e12, 300e9, 25e9),
+        ("H100", 79.6 * 2**30, 3.35e12, 450e9, 50e9),
+        ("H200", 140.4 * 2**30, 4.8e12, 450e9, 50e9),
+        ("B200", 179 * 2**30, 8e12, 900e9, 50e9),
     )
 }

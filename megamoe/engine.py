@@ -25,6 +25,8 @@ from megamoe import cpu
 from megamoe.ds_config import ScheduleConfig
 from megamoe.schedule import learning_rate
 
+NORM_PIECE = 2**18  # elements
+
 
 def quiet() -> None:
     """Silence what DeepSpeed says at INFO, and one warning about it."""
@@ -126,7 +128,9 @@ def _read_gradients_once(optimizer: DeepSpeedZeroOptimizer) -> None:
 def _gradient_norm(optimizer: DeepSpeedZeroOptimizer, gradients: Sequence[Tensor], _: Any) -> Tensor:
     """Norm of a group's gradients over all ranks, of which each holds a part; -1, DeepSpeed's sign for a norm that is
     not finite, where one of them is not. Collective."""
-    norms = [torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in gradients]
+    # On CPU torch adds up squares one after the other, and loses the small ones among millions.
+    pieces = [piece for one in gradients for piece in one.flatten().split(NORM_PIECE if one.is_cpu else one.numel())]
+    norms = [torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in pieces]
     total = torch.stack(norms).square().sum().float() if norms else torch.zeros(())  # padding is zeros and adds none
     total = total.to(optimizer.device)
     dist.all_reduce(total, group=optimizer.dp_process_group)

@@ -163,7 +163,7 @@ def _backward(
     m, s = setup.model, setup.weight_bytes
     embedding = s * m.vocab_size * m.hidden_size
     # What forward made, scaled by the gradient of the loss.
-    ledger.touch("temporaries", 4 * m.vocab_size * m.hidden_size + embedding)
+    ledger.touch("temporaries", 4 * m.vocab_size * m.hidden_size + (embedding if s < 4 else 0))
     ledger.take("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
     ledger.take("gradients of activations", layer.stream)
     ledger.give("gradients of the head", ledger.held["gradients of the head"])

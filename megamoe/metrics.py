@@ -38,6 +38,19 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, r
     return 2 * size**3 / best
 
 
+def measured_bandwidth(device: torch.device, size: int = 2**28, rounds: int = 5) -> float:
+    """Bytes read and written per second by the fastest of some copies of `size` bytes on `device`."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best
+
+
 def memory_gib(device: torch.device) -> float:
     """Peak memory of this rank in GiB: allocated on the accelerator, or resident on CPU."""
     if device.type == "cuda":

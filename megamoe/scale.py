@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from megamoe.config import ModelConfig, RunConfig, UserError, load_preset, read_
 from megamoe.devices import DEVICES, Device
 from megamoe.ds_config import deepspeed_problems, run_problems
 from megamoe.footprint import Footprint, footprint
-from megamoe.metrics import measured_flops
+from megamoe.metrics import measured_bandwidth, measured_flops
 from megamoe.plan import parameter_count
 from megamoe.sharding import Setup, read_setup, setup_problems
 from megamoe.simulate import Measured
@@ -93,8 +92,8 @@ def make_plan(config: PlanConfig) -> Plan:
     if ds is not None:
         if config.micro_batch:
             ds["train_micro_batch_size_per_gpu"] = config.micro_batch
-        problems += deepspeed_problems(ds, config.ds_config, config.gpus, on_cpu or config.simulate)
-        problems += setup_problems(ds, config.ds_config)
+        wrong = deepspeed_problems(ds, config.ds_config, config.gpus, on_cpu or config.simulate)
+        problems += wrong or setup_problems(ds, config.ds_config)
     model: ModelConfig = attempt(load_preset, config.preset)
     if model:
         run = RunConfig(
@@ -122,13 +121,7 @@ def this_machine(ranks: int) -> Device:
     """One of `ranks` equal shares of this machine, at the rates of a matrix product and of a copy that are measured
     now."""
     cpu = torch.device("cpu")
-    source, best = torch.zeros(64 * MIB), float("inf")
-    target = torch.empty_like(source)
-    for _ in range(5):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    rate = 2 * source.nbytes / best / ranks  # read and written
+    rate = measured_bandwidth(cpu) / ranks
     half, single = (measured_flops(cpu, dtype) / ranks for dtype in (torch.bfloat16, torch.float32))
     return Device("CPU", half, single, psutil.virtual_memory().total / ranks, rate, rate / 2, rate / 2)
 
@@ -189,14 +182,15 @@ def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
     return record
 
 
-def totals(print_: Footprint) -> dict[str, int]:
-    phases = {name: getattr(print_, name).total() for name in ("between", "forward", "backward", "step")}
-    return {**phases, "peak": print_.peak.total()}
+def totals(bytes_held: Footprint) -> dict[str, int]:
+    """Bytes of each phase of a step, and at the fullest moment of all."""
+    phases = {name: getattr(bytes_held, name).total() for name in ("between", "forward", "backward", "step")}
+    return {**phases, "peak": bytes_held.peak.total()}
 
 
 def comparison(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
     """Bytes that the simulated rank took, next to those of the arithmetic for a CPU."""
-    setup = Setup(**{**plan.setup.__dict__, "on_cpu": True})
+    setup = replace(plan.setup, on_cpu=True)
     return {
         name: {"predicted": size, "measured": getattr(measured, name)}
         for name, size in totals(footprint(setup)).items()

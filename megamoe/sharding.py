@@ -55,7 +55,7 @@ class Setup:
 
 
 def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
-    """What of a DeepSpeed JSON is not modelled, one sentence each; the JSON itself must have passed its checks."""
+    """What of a DeepSpeed JSON is not modelled, one sentence each. The JSON must have passed its checks."""
     zero, bf16, fp16 = ds.get("zero_optimization", {}), ds.get("bf16", {}), ds.get("fp16", {})
     offload = zero.get("offload_optimizer") or {}
     unmodelled = {
@@ -64,8 +64,8 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
         "bf16.bf16_master_weights_and_grads": bf16.get("bf16_master_weights_and_grads"),
         "bf16.bf16_optimizer_states": bf16.get("bf16_optimizer_states"),
         "fp16.fp16_master_weights_and_grads": fp16.get("fp16_master_weights_and_grads"),
-        "zero_optimization.compute_grad_norm": zero.get("compute_grad_norm") is False,
-        "zero_optimization.contiguous_gradients": zero.get("contiguous_gradients") is False,
+        "data_types.grad_accum_dtype": zero.get("stage") == 1 and _sums_apart(ds),
+        "zero_optimization.contiguous_gradients": zero.get("stage") == 1 and zero.get("contiguous_gradients") is False,
         "zero_optimization.reduce_scatter": zero.get("reduce_scatter") is False,
     }
     return [
@@ -73,6 +73,12 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
         for key, is_set in unmodelled.items()
         if is_set
     ]
+
+
+def _sums_apart(ds: dict[str, Any]) -> bool:
+    """Whether gradients are summed in another precision than they come in."""
+    dtype = dtype_of(ds)
+    return (ds.get("data_types", {}).get("grad_accum_dtype") or dtype) != dtype
 
 
 def read_setup(

@@ -84,7 +84,8 @@ def collectives(setup: Setup) -> list[Collective]:
     ):
         elements = sum(sum(group.sizes.values()) for group in groups if group.expert == expert)
         kind = "all_reduce" if setup.all_reduce else "reduce"
-        calls = reductions * math.ceil(elements / setup.bucket) * (1 if setup.all_reduce else ranks)
+        buckets = math.ceil(elements / setup.bucket)
+        calls = reductions * (buckets if setup.all_reduce else buckets + ranks - 1)
         payload = reductions * elements * setup.wire_bytes
         found.append(Collective(purpose, kind, ranks, stride, calls, payload, hidden=setup.overlap))
     world = setup.world_size
@@ -132,20 +133,24 @@ def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: floa
         efficiency: share of the device's peak that forward and backward reach.
         link_efficiency: share of the links' rates that collectives reach.
 
-    Gradients are reduced beside the backward pass (two thirds of the compute) where `overlap_comm` is set; all else
-    waits.
+    Gradients are reduced beside the backward pass where `overlap_comm` is set; all else waits.
     """
     tokens = setup.tokens * setup.accumulation
     flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
     peak = device.flops(setup.weight_bytes)
-    again = setup.recompute_blocks / setup.model.num_hidden_layers / 3  # forward is a third of a step
-    compute = flops * (1 + again) / (peak * efficiency)
+    head = 6.0 * setup.model.vocab_size * setup.model.hidden_size * tokens
+    forward = flops / 3  # of which the recomputed blocks' part comes again
+    again = (flops - head) / 3 * setup.recompute_blocks / setup.model.num_hidden_layers
+    compute = (flops + again) / (peak * efficiency)
+    backward = compute * (flops + again - forward) / (flops + again)
+    if setup.zero_stage == 1:  # reduces beside the last backward pass of a step
+        backward /= setup.accumulation
     share = sum(group.partition for group in parameter_groups(setup))
     optimizer = OPTIMIZER_BYTES * share / device.memory_rate
     waiting = hidden = 0.0
     for collective in collectives(setup):
         seconds = collective.seconds(device, gpus_per_node, link_efficiency)
         hidden, waiting = hidden + seconds * collective.hidden, waiting + seconds * (not collective.hidden)
-    communication = waiting + max(0.0, hidden - compute * 2 / 3)
+    communication = waiting + max(0.0, hidden - backward)
     total = compute + optimizer + communication
     return StepTime(compute, optimizer, communication, tokens * setup.world_size, flops / (total * peak))

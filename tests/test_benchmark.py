@@ -12,7 +12,7 @@ import pytest
 import torch
 from benchmark_contender import Clock, Machine, Turn, build_engine_contender, build_mixtral, gemm_flops, timed_pieces
 from ranks import run_ranks
-from refusals import has, refusal
+from refusals import has, refusal, refusals
 from toy import PRESET, SHIPPED
 
 from megamoe.config import ModelConfig, load_preset
@@ -78,7 +78,7 @@ def test_the_rate_of_products_counts_three_for_every_weight(monkeypatch):
     config = ModelConfig(**{**PRESET, "num_latent_tokens": 1})
     tokens, layers = 512, config.num_hidden_layers
     calls = 3 * (2 + 2 + 2 * config.num_local_experts + 1 / layers)
-    rate = gemm_flops(config, tokens, torch.device("cpu"), torch.float32)
+    rate = gemm_flops(config, tokens, 1, torch.device("cpu"), torch.float32)
     attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     experts = 2 * config.num_experts_per_tok * config.intermediate_size
     at_work = config.hidden_size * (attention + experts + config.vocab_size / layers)
@@ -87,7 +87,12 @@ def test_the_rate_of_products_counts_three_for_every_weight(monkeypatch):
 
 def turn(**changes):
     machine = Machine(gemm_flops=2e9, peak_flops=4e9, bandwidth=1e9, device="CPU", dtype="bfloat16")
-    defaults = {"forward_backward": [1.0, 3.0, 2.0], "update": [0.5, 0.5, 0.5], "bare_update": [0.25, 0.25, 0.25]}
+    defaults = {
+        "memory_gib": 1.0,
+        "forward_backward": [1.0, 3.0, 2.0],
+        "update": [0.5, 0.5, 0.5],
+        "bare_update": [0.25, 0.25, 0.25],
+    }
     return Turn(tokens=100, flops=2e9, machine=machine, **{**defaults, **changes})
 
 
@@ -110,16 +115,33 @@ def test_a_ratio_compares_turns_of_the_same_round():
 
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("megamoe", "NAME:RANKS"), ("other:1", "'other:1'"), ("mixtral:2", "mixtral:1"), ("megamoe:3", "multiple")],
+    [
+        ("megamoe", "NAME:RANKS"),
+        ("other:1", "'other:1'"),
+        ("mixtral:2", "mixtral:1"),
+        ("megamoe:3", "2 samples and the 4 experts of mine"),
+        ("megamoe:1@/", "/ has no folder megamoe"),
+    ],
 )
 def test_a_contender_that_cannot_run_is_refused(word, says):
-    problem = refusal(lambda: benchmark.entry_of(word, "tiny", 2, 16))
+    problem = refusal(lambda: benchmark.entry_of(word, "mine", 2, ModelConfig(**PRESET)))
     has(problem, word, says)
+
+
+def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
+    words = ["--preset", "tiny", "--growth", "--samples", "0", "--rounds", "0", "--contenders", "stock", "stock"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    assert len(refusals(benchmark.main)) == 7  # 0 samples, 0 rounds, two for --growth, one twice, two that are not
 
 
 def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
-    has(refusal(lambda: benchmark.entry_of("mixtral:1", "tiny", 2, 16)), "mixtral:1", "transformers", "pip install")
+    has(
+        refusal(lambda: benchmark.entry_of("mixtral:1", "mine", 2, ModelConfig(**PRESET))),
+        "mixtral:1",
+        "transformers",
+        "pip install",
+    )
 
 
 def test_the_program_measures_all_contenders_and_writes_what_it_saw(tmp_path):

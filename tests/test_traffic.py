@@ -79,6 +79,25 @@ def test_time_of_a_step_by_hand():
     )
 
 
+def test_recomputed_blocks_cost_their_forward_pass_again():
+    half = SETUP.model.num_hidden_layers // 2
+    tokens = SETUP.tokens
+    flops = train_flops_per_token(SETUP.model, SETUP.seq_len)
+    head = 6 * SETUP.model.vocab_size * SETUP.model.hidden_size
+    plain, again = [
+        step_time(replace(SETUP, recompute_blocks=blocks), DEVICES["h100"], 8, 0.5, 1.0).compute for blocks in (0, half)
+    ]
+    assert again - plain == pytest.approx((flops - head) * tokens / 3 / 2 / (67e12 * 0.5))
+    assert payload(replace(SETUP, recompute_blocks=half), "forward") == 1.5 * payload(SETUP, "forward")
+
+
+def test_zero_1_hides_what_it_reduces_behind_one_micro_batch_only():
+    slow = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5)
+    setup = replace(SETUP, seq_len=4096, accumulation=4, overlap=True, zero_stage=1)
+    seen, plain = [step_time(replace(setup, overlap=overlap), slow, 8, 1.0, 1.0) for overlap in (True, False)]
+    assert plain.communication - seen.communication == pytest.approx(seen.compute * 2 / 3 / 4)
+
+
 def test_reducing_gradients_hides_behind_two_thirds_of_the_compute():
     wide = replace(SETUP, seq_len=4096)
     slow = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5)

@@ -1,7 +1,8 @@
 """How fast megamoe trains, beside DeepSpeed's own MoE layer and transformers' Mixtral, on this machine.
 
-    python tools/benchmark.py                                 full model, about ten minutes on two cores
+    python tools/benchmark.py                                 full model, a quarter of an hour on two cores
     python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 10       a minute
+    python tools/benchmark.py --contenders megamoe:1 megamoe:1@../before          what a change has brought
     python tools/benchmark.py --growth                        how a step grows with tokens, length, experts, ranks
 
 The contenders take turns, `--rounds` times and in alternating order, so that what else the machine does meets all of
@@ -11,6 +12,7 @@ shapes, and a copy in memory. `--json` writes everything that was seen.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,24 +43,58 @@ class Entry:
     preset: str
     samples: int  # a step, over all ranks
     seq_len: int
+    checkout: Path = ROOT  # whose megamoe is imported
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks, ep_size {self.ranks}"
-        return f"{NAMES[self.contender]}, {ranks}"
+        return f"{NAMES[self.contender]}, {ranks}" + (f", of {self.checkout}" if self.checkout != ROOT else "")
 
 
-def entry_of(word: str, preset: str, samples: int, seq_len: int) -> Entry:
-    """The entry that NAME:RANKS asks for. Raises UserError."""
-    name, _, ranks = word.partition(":")
-    if name not in NAMES or not ranks.isdigit() or int(ranks) < 1:
+def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConfig, folder: Path) -> dict[str, Entry]:
+    """What takes turns, by name. Raises one UserError with all problems."""
+    problems = [
+        f"--{name} is {getattr(args, name)}; give at least 1."
+        for name in ("samples", "rounds", "steps")
+        if getattr(args, name) < 1
+    ]
+    problems += [
+        f"--growth chooses its own {name}; leave --{name} out."
+        for name in ("contenders", "samples")
+        if args.growth and name in given
+    ]
+    if len(set(args.contenders)) < len(args.contenders):
+        problems.append(f"--contenders has one twice in {' '.join(args.contenders)}; name each once.")
+    entries = []
+    for word in args.contenders:
+        try:
+            entries.append(entry_of(word, args.preset, args.samples, config))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return growth_entries(args.preset, folder) if args.growth else {str(entry): entry for entry in entries}
+
+
+def entry_of(word: str, preset: str, samples: int, config: ModelConfig) -> Entry:
+    """The entry that NAME:RANKS or NAME:RANKS@CHECKOUT asks for. Raises UserError."""
+    name_and_ranks, _, checkout = word.partition("@")
+    name, _, digits = name_and_ranks.partition(":")
+    if name not in NAMES or not digits.isdigit() or int(digits) < 1:
         raise UserError(f"--contenders has {word!r}; give NAME:RANKS, NAME one of {', '.join(NAMES)}.")
-    if name == "mixtral" and ranks != "1":
+    ranks = int(digits)
+    if name == "mixtral" and ranks > 1:
         raise UserError(f"--contenders has {word!r}; Mixtral is run without DeepSpeed, on 1 rank: give mixtral:1.")
     if name == "mixtral" and importlib.util.find_spec("transformers") is None:
         raise UserError(f"--contenders has {word!r}, which needs transformers; pip install -e '.[bench]'.")
-    if samples % int(ranks):
-        raise UserError(f"--samples is {samples}, which {word!r} cannot split over {ranks} ranks; give a multiple.")
-    return Entry(name, int(ranks), preset, samples, seq_len)
+    if samples % ranks or config.num_local_experts % ranks:
+        raise UserError(
+            f"--contenders has {word!r}, but {ranks} ranks cannot share {samples} samples and the "
+            f"{config.num_local_experts} experts of {preset} evenly; give a divisor of both, or other --samples."
+        )
+    if checkout and not (Path(checkout) / "megamoe").is_dir():
+        raise UserError(f"--contenders has {word!r}, but {checkout} has no folder megamoe; give a checkout's root.")
+    length = config.max_position_embeddings
+    return Entry(name, ranks, preset, samples, length, Path(checkout).resolve() if checkout else ROOT)
 
 
 def take_turn(entry: Entry, ds_config: str, steps: int, pieces: bool) -> Turn:
@@ -69,10 +106,12 @@ def take_turn(entry: Entry, ds_config: str, steps: int, pieces: bool) -> Turn:
                  "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", str(entry.samples),
                  "--seq_len", str(entry.seq_len), "--steps", str(steps)]  # fmt: skip
         threads = max(len(os.sched_getaffinity(0)) // entry.ranks, 1)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        paths = os.pathsep.join(filter(None, (str(entry.checkout), os.environ.get("PYTHONPATH"))))
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": paths}
         done = subprocess.run(launch + words + ["--pieces"] * pieces, env=environment, capture_output=True, text=True)
         if not out.exists():
-            raise UserError(f"{entry} ended with code {done.returncode}; its last words: {done.stderr[-2000:]}")
+            print(done.stderr, file=sys.stderr)
+            raise UserError(f"{entry} ended with code {done.returncode}; what it said stands above.")
         seen = json.loads(out.read_text())
         return Turn(**{**seen, "machine": Machine(**seen["machine"])})
 
@@ -83,7 +122,8 @@ def take_turns(entries: list[Entry], ds_config: str, rounds: int, steps: int, pi
     for number in range(rounds):
         order = list(range(len(entries)))
         for place in order if number % 2 == 0 else reversed(order):
-            turn = take_turn(entries[place], ds_config, steps, pieces and entries[place].contender != "mixtral")
+            look_inside = pieces and number == 0 and entries[place].contender != "mixtral"
+            turn = take_turn(entries[place], ds_config, steps, look_inside)
             turns[place].append(turn)
             print(f"round {number + 1}, {entries[place]}: {turn.tokens_per_second:.1f} tokens/s", file=sys.stderr)
     return turns
@@ -105,23 +145,27 @@ def print_summary(entries: list[Entry], turns: list[list[Turn]]) -> None:
         statistics.median(getattr(machine, name) for machine in machines)
         for name in ("gemm_flops", "peak_flops", "bandwidth")
     ]
+    machine, tokens = machines[0], turns[0][0].tokens
     print(
-        f"\n{machines[0].device}, {machines[0].dtype}: matrix products at the model's shapes {rates[0] / 1e12:.3g} "
-        f"TFLOP/s, peak {rates[1] / 1e12:.3g} TFLOP/s, memory {rates[2] / 1e9:.3g} GB/s\n\n"
-        f"| {turns[0][0].tokens:,} tokens a step | tokens/s | {entries[0]} is faster by | forward and backward, share "
-        "of the rate of products | step, MFU | optimizer step against bare AdamW | memory a rank |\n"
+        f"\n{machine.device}, {machine.dtype}: matrix products at the model's shapes {rates[0] / 1e12:.3g} TFLOP/s, "
+        f"{'square ones' if machine.device == 'CPU' else 'peak'} {rates[1] / 1e12:.3g} TFLOP/s, "
+        f"memory {rates[2] / 1e9:.3g} GB/s\n\n"
+        f"| {tokens:,} tokens a step | tokens/s, median and seen | {entries[0]}, so many times as fast | forward and "
+        "backward, share of the rate of products | step, MFU | optimizer step against bare AdamW | memory a rank |\n"
         "|---|---|---|---|---|---|---|"
     )
     for entry, own in zip(entries, turns, strict=True):
+        seen = ", ".join(f"{turn.tokens_per_second:.0f}" for turn in own)
         print(
-            f"| {entry} | {median(own, 'tokens_per_second'):.1f} | {times_as_fast(turns[0], own):.2f} "
+            f"| {entry} | {median(own, 'tokens_per_second'):.1f} ({seen}) | {times_as_fast(turns[0], own):.2f} "
             f"| {median(own, 'gemm_share'):.0%} | {median(own, 'mfu'):.0%} | {median(own, 'update_ratio'):.2f} "
             f"| {median(own, 'memory_gib'):.1f} GiB |"
         )
 
 
 def seconds_by_piece(turn: Turn) -> dict[str, float]:
-    """Seconds of each piece of one step; all but the last make up the step."""
+    """Seconds of each piece of one step; all but the last make up the step. DeepSpeed copies and reduces the gradients
+    of a piece as they come, within that piece's backward."""
     seconds = turn.pieces
 
     def both(name: str) -> float:
@@ -132,23 +176,21 @@ def seconds_by_piece(turn: Turn) -> dict[str, float]:
         "router": both("router"),
         "experts": both("expert"),
         "dispatch and back": both("moe") - both("router") - both("expert"),
-        "head, loss, norms, embedding, gradients' reduction": (
-            seconds["forward and backward"] - both("attention") - both("moe")
-        ),
+        "head, loss, norms, embedding": (seconds["forward and backward"] - both("attention") - both("moe")),
         "optimizer": seconds["update"],
         "collectives, within the above": seconds.get("collectives", 0.0),
     }
 
 
-def print_pieces(entries: list[Entry], turns: list[list[Turn]]) -> None:
-    """Where a step's seconds go; the stock layer's router and experts are within its dispatch."""
-    shown = [(entry, own) for entry, own in zip(entries, turns, strict=True) if own[0].pieces]
+def print_pieces(names: list[str], turns: list[list[Turn]]) -> None:
+    """Where the seconds of a step go, in the first round; the stock layer counts as dispatch."""
+    shown = [(name, own) for name, own in zip(names, turns, strict=True) if own[0].pieces]
     if not shown:
         return
-    columns = [[seconds_by_piece(turn) for turn in own] for _, own in shown]
-    print(f"\n| seconds of a step | {' | '.join(str(entry) for entry, _ in shown)} |\n|---|{'---|' * len(shown)}")
-    for name in columns[0][0]:
-        cells = [f"{statistics.median(pieces[name] for pieces in column):.2f}" for column in columns]
+    columns = [seconds_by_piece(own[0]) for _, own in shown]
+    print(f"\n| seconds of a step | {' | '.join(name for name, _ in shown)} |\n|---|{'---|' * len(shown)}")
+    for name in columns[0]:
+        cells = [f"{pieces[name]:.2f}" for pieces in columns]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -162,10 +204,11 @@ def growth_entries(preset: str, folder: Path) -> dict[str, Entry]:
         path.write_text(json.dumps({**config.model_dump(), **changed}))
         return Entry("megamoe", ranks, str(path), samples, seq_len)
 
-    cases = {"2 x 1,024 tokens, 8 experts, 1 rank": entry()}
+    cases = {f"2 x 1,024 tokens, {config.num_local_experts} experts, 1 rank": entry()}
     cases |= {f"{samples:,} x 1,024 tokens": entry(samples=samples) for samples in (1, 4, 8)}
     cases |= {f"{2048 // length} x {length:,} tokens": entry(2048 // length, length) for length in (256, 512, 2048)}
-    cases |= {f"{experts} experts": entry(experts=experts) for experts in (4, 16, 32)}
+    counts = [config.num_local_experts * factor // 2 for factor in (1, 4, 8)]
+    cases |= {f"{experts} experts": entry(experts=experts) for experts in counts}
     return cases | {"2 ranks, ep_size 2": entry(ranks=2)}
 
 
@@ -179,7 +222,7 @@ def print_growth(names: list[str], turns: list[list[Turn]]) -> None:
 def faster_config(config: ModelConfig) -> str:
     """The recipe of the dtype whose matrix products are faster here: not every processor has units for bf16."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = {dtype: gemm_flops(config, 2048, device, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    rates = {dtype: gemm_flops(config, 2048, 1, device, dtype) for dtype in (torch.bfloat16, torch.float32)}
     print(", ".join(f"{dtype}: {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items()), file=sys.stderr)
     half = rates[torch.bfloat16] >= rates[torch.float32]
     return str(ROOT / "ds_configs" / ("zero2.json" if half else "zero2_fp32.json"))
@@ -193,8 +236,8 @@ def main() -> None:
         "--contenders",
         nargs="+",
         default=["megamoe:1", "megamoe:2", "stock:1", "mixtral:1"],
-        metavar="NAME:RANKS",
-        help=f"of {', '.join(NAMES)}; the first is compared with the others",
+        metavar="NAME:RANKS[@CHECKOUT]",
+        help=f"NAME of {', '.join(NAMES)}, with the megamoe of another checkout; the first is compared with the others",
     )
     parser.add_argument("--samples", type=int, default=2, help="sequences a step, over all ranks")
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")
@@ -203,20 +246,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write all that was seen to")
     args = parser.parse()
     config = load_preset(args.preset)
-    ds_config = args.ds_config or faster_config(config)
     with tempfile.TemporaryDirectory() as folder:
-        if args.growth:
-            cases = growth_entries(args.preset, Path(folder))
-        else:
-            length = config.max_position_embeddings
-            entries = [entry_of(word, args.preset, args.samples, length) for word in args.contenders]
-            cases = {str(entry): entry for entry in entries}
+        cases = cases_of(args, parser.given, config, Path(folder))
+        ds_config = args.ds_config or faster_config(config)
         turns = take_turns(list(cases.values()), ds_config, args.rounds, args.steps, pieces=not args.growth)
     if args.growth:
         print_growth(list(cases), turns)
     else:
-        print_summary(entries, turns)
-        print_pieces(entries, turns)
+        print_summary(list(cases.values()), turns)
+        print_pieces(list(cases), turns)
     if args.json:
         seen = {name: [asdict(turn) for turn in own] for name, own in zip(cases, turns, strict=True)}
         args.json.write_text(json.dumps(seen, indent=2))

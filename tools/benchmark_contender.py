@@ -26,13 +26,14 @@ from megamoe.ds_config import dtype_of, read_schedule
 from megamoe.engine import build_engine, init_distributed
 from megamoe.export import DTYPES
 from megamoe.layers import Expert
-from megamoe.loss import LOSS_CHUNK
-from megamoe.metrics import memory_gib, peak_flops
+from megamoe.metrics import measured_bandwidth, peak_flops
 from megamoe.model import Decoder
 from megamoe.moe import MoE
 from megamoe.plan import train_flops_per_token
+from megamoe.router import LoadBalancer
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+HEAD_ROWS = 512  # tokens whose logits are computed at a time
 TRIALS = 3  # of a matrix product; the fastest counts
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
 
@@ -103,11 +104,21 @@ def build_engine_contender(config: ModelConfig, ds_config: str, ep_size: int, ra
     while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     dtype = next(model.parameters()).dtype
-    return Contender(model, dtype, lambda ids: engine.backward(engine(ids, ids)), engine.step, optimizer)
+    balancer = None if stock else LoadBalancer(
+        model.routers(), config.router_bias_rate, config.router_bias_rule, config.router_load_decay
+    )  # fmt: skip
+
+    def update() -> None:
+        engine.step()
+        if balancer:
+            balancer.step(engine.was_step_applied())
+
+    return Contender(model, dtype, lambda ids: engine.backward(engine(ids, ids)), update, optimizer)
 
 
 def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> Contender:
-    """Its experts have three matrices where the decoder's have two, so they are two thirds as wide inside."""
+    """Its experts have three matrices where the decoder's have two, so they are two thirds as wide inside. They run as
+    transformers chooses (`grouped_mm` where torch has it)."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     dtype = DTYPES[dtype_of(read_json(Path(ds_config)))]
@@ -123,6 +134,7 @@ def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> 
         num_local_experts=config.num_local_experts,
         num_experts_per_tok=config.num_experts_per_tok,
         tie_word_embeddings=True,
+        use_cache=False,
         attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     model: Any = MixtralForCausalLM(shape)
@@ -140,14 +152,14 @@ def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> 
     return Contender(model, dtype, forward_backward, update, optimizer)
 
 
-def gemm_flops(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
+def gemm_flops(config: ModelConfig, tokens: int, ep_size: int, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s over the matrix products of one layer and its share of the head, forward and both backward ones, at the
-    shapes of a step with `tokens` tokens and balanced experts."""
+    shapes of a step with `tokens` tokens on a rank and balanced experts."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
-    experts, inside = config.num_local_experts, config.intermediate_size
+    experts, inside = config.num_local_experts // ep_size, config.intermediate_size
     rows = tokens * config.num_experts_per_tok // experts
-    chunk = min(LOSS_CHUNK, tokens)
+    chunk = min(HEAD_ROWS, tokens)
     products = [  # rows, in, out, times a layer
         (tokens, hidden, heads, 2.0),
         (tokens, hidden, key_value, 2.0),
@@ -162,13 +174,6 @@ def gemm_flops(config: ModelConfig, tokens: int, device: torch.device, dtype: to
             seconds += times * min(timed(torch.mm, a, b, device=device) for _ in range(TRIALS))
             flops += times * 2 * m * k * n
     return flops / seconds
-
-
-def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Bytes read and written per second by a copy of `size` bytes."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / min(timed(target.copy_, source, device=device) for _ in range(TRIALS + 1))
 
 
 def timed(function: Callable[..., Any], *args: Any, device: torch.device) -> float:
@@ -237,11 +242,11 @@ class Turn:
     tokens: int  # a step, over all ranks
     flops: float  # a step, forward and backward
     machine: Machine
-    forward_backward: list[float] = field(default_factory=list)  # seconds
-    update: list[float] = field(default_factory=list)
-    bare_update: list[float] = field(default_factory=list)  # within update: torch's optimizer
+    forward_backward: list[float]  # seconds
+    update: list[float]
+    bare_update: list[float]  # within update: torch's optimizer
+    memory_gib: float  # at most, in the steps
     pieces: dict[str, float] = field(default_factory=dict)  # seconds in one step that was timed piece by piece
-    memory_gib: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -265,14 +270,32 @@ class Turn:
         return statistics.median(self.update) / statistics.median(self.bare_update)
 
 
-def measure_machine(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Machine:
+def measure_machine(
+    config: ModelConfig, tokens: int, ep_size: int, device: torch.device, dtype: torch.dtype
+) -> Machine:
     """With `tokens` on each rank. Collective."""
     dist.barrier()
-    gemm = gemm_flops(config, tokens, device, dtype)
-    peak, bandwidth = peak_flops(device, dtype), copy_bandwidth(device)
+    gemm = gemm_flops(config, tokens, ep_size, device, dtype)
+    peak, bandwidth = peak_flops(device, dtype), measured_bandwidth(device)
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Machine(ranks * gemm, ranks * peak, ranks * bandwidth, name, str(dtype).removeprefix("torch."))
+
+
+def restart_peak(device: torch.device) -> None:
+    """Forget what building and the first steps took at most."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of the resident set
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this rank since `restart_peak`: allocated on the accelerator, or resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def run(args: argparse.Namespace) -> Turn:
@@ -294,16 +317,21 @@ def run(args: argparse.Namespace) -> Turn:
 
     for _ in range(WARM_UP):
         step(Clock(device))
-    tokens = args.samples * args.seq_len
-    flops = train_flops_per_token(config, args.seq_len) * tokens
-    turn = Turn(tokens, flops, measure_machine(config, ids.numel(), device, contender.dtype))
-    for _ in range(args.steps):
-        clock = Clock(device)
+    restart_peak(device)
+    clocks = [Clock(device) for _ in range(args.steps)]
+    for clock in clocks:
         step(clock)
-        turn.forward_backward.append(clock.seconds["forward and backward"])
-        turn.update.append(clock.seconds["update"])
-        turn.bare_update.append(clock.seconds["bare optimizer"])
-    turn.memory_gib = memory_gib(device)
+    memory = peak_gib(device)
+    tokens = args.samples * args.seq_len
+    turn = Turn(
+        tokens=tokens,
+        flops=train_flops_per_token(config, args.seq_len) * tokens,
+        machine=measure_machine(config, ids.numel(), args.ep_size, device, contender.dtype),
+        forward_backward=[clock.seconds["forward and backward"] for clock in clocks],
+        update=[clock.seconds["update"] for clock in clocks],
+        bare_update=[clock.seconds["bare optimizer"] for clock in clocks],
+        memory_gib=memory,
+    )
     if args.pieces:
         clock = Clock(device)
         with timed_pieces(contender.model, clock):

@@ -53,7 +53,7 @@ def norms_of_ours_and_deepspeeds(stage, changes, factor):
         gradients = list(gradients)
         theirs = DeepSpeedZeroOptimizer.get_grad_norm_direct(optimizer, gradients, params)
         seen.append((ours(gradients, params).item(), theirs.item()))
-        return theirs
+        return ours(gradients, params)
 
     optimizer.get_grad_norm_direct = compared
     engine.step()
@@ -79,9 +79,21 @@ def test_the_norm_of_gradients_is_deepspeeds_in_fp64(stage, changes):
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+def norm_of(value, size):
+    engine, _ = make(1)
+    optimizer = engine.optimizer
+    return optimizer.get_grad_norm_direct([torch.full((size,), value)], []).item()
+
+
+def test_the_norm_of_many_small_values_loses_none():
+    (norm,) = run_ranks(1, norm_of, 0.001, 2**25)
+    assert norm == pytest.approx(0.001 * 2**12.5, rel=2e-4)
+
+
 @pytest.mark.parametrize("factor", [torch.inf, torch.nan])
-def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_update(factor):
-    for seen, skipped, _ in run_ranks(2, norms_of_ours_and_deepspeeds, 2, {"bf16": {"enabled": True}}, factor):
+@pytest.mark.parametrize("dtype", [{"bf16": {"enabled": True}}, {}])
+def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_update(factor, dtype):
+    for seen, skipped, _ in run_ranks(2, norms_of_ours_and_deepspeeds, 2, dtype, factor):
         assert -1 in {ours for ours, _ in seen}
         assert [ours for ours, _ in seen] == [theirs for _, theirs in seen]
         assert skipped == 1

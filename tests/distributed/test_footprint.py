@@ -128,6 +128,7 @@ def test_recomputed_blocks(world_size):
 
 def test_large_vocabulary():
     cases = {"embedding": (EMBEDDING, config("zero2")), "logits": (LOGITS, config("zero2", 1_000_000))}
+    cases["embedding, fp32"] = EMBEDDING, config("zero2_fp32")
     found = check(cases, 1, 1)
     assert found["embedding"].peak == found["embedding"].backward
     assert found["logits"].peak == found["logits"].forward
