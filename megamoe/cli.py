@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from pydantic import BaseModel
+
 from megamoe.config import UserError, unknown_key
 
 
@@ -50,6 +52,18 @@ class Parser(argparse.ArgumentParser):
         if rest:
             raise UserError(f"command line: {rest[0]!r} belongs to no option; see --help.")
         return values
+
+
+def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], **special: dict[str, Any]) -> None:
+    """Give `parser` an option for each field of `model`, with its description as the help.
+
+    Args:
+        special: further settings of an option, by field.
+    """
+    for name, field in model.model_fields.items():
+        options: dict[str, Any] = {"help": field.description, "default": None if field.is_required() else field.default}
+        options |= {"action": "store_true"} if field.annotation is bool else {"metavar": name.upper()}
+        parser.add_argument(f"--{name}", **{**options, **special.get(name, {})})
 
 
 def run(main: Callable[[], None]) -> NoReturn:

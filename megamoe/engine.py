@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from megamoe import cpu
 from megamoe.ds_config import ScheduleConfig
+from megamoe.names import is_undecayed
 from megamoe.schedule import learning_rate
 
 NORM_PIECE = 2**18  # elements
@@ -68,7 +69,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (undecayed if "norm" in name or name.endswith("latents") else decayed).append(parameter)
+        (undecayed if is_undecayed(name) else decayed).append(parameter)
     return split_params_into_different_moe_groups_for_optimizer(
         [
             {"name": "decayed", "params": decayed},

@@ -44,3 +44,8 @@ def same_expert_of_first_rank(name: str, experts_per_rank: int) -> str:
 def is_buffer(name: str) -> bool:
     """Whether a plain or an engine's name is that of a router's statistics."""
     return name.endswith(BUFFERS)
+
+
+def is_undecayed(name: str) -> bool:
+    """Whether a parameter, by its plain or the engine's name, has no weight decay: norms and latents."""
+    return "norm" in name or name.endswith("latents")

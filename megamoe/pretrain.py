@@ -46,15 +46,8 @@ OPTIMIZATION = (
 def parse_run(words: list[str] | None = None) -> RunConfig:
     """The command line as a RunConfig. Raises UserError."""
     parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
-    for name, field in RunConfig.model_fields.items():
-        options: dict[str, Any] = {"help": field.description, "default": None if field.is_required() else field.default}
-        if field.annotation is bool:
-            options["action"] = "store_true"
-        elif name == "data":
-            options.update(nargs="+", metavar="PATH[=WEIGHT]", default=[corpus.path for corpus in field.default])
-        else:
-            options.update(metavar=name.upper())
-        parser.add_argument(f"--{name}", **options)
+    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
+    cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
     parser.add_argument("--local_rank", help="given by the launcher; not used")
     values = vars(parser.parse(words))
     values.pop("local_rank")

@@ -135,7 +135,7 @@ def assumptions(plan: Plan) -> list[str]:
     rates = "rates measured now" if config.device == "cpu" else "rates of the data sheet"
     return [
         f"{device.name}: {rates}, {device.flops(plan.setup.weight_bytes) / 1e12:.4g} TFLOP/s dense, "
-        f"{device.memory / 1e9:.4g} GB, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
+        f"{device.memory / GIB:.4g} GiB, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
         f"{plan.gpus_per_node} and {device.between / 1e9:.4g} GB/s per GPU between nodes.",
         f"Forward and backward reach {config.efficiency:.0%} of the peak (--efficiency), collectives "
         f"{config.link_efficiency:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "

@@ -10,6 +10,7 @@ from typing import Any
 
 from megamoe.config import ModelConfig
 from megamoe.ds_config import batch_sizes, dtype_of
+from megamoe.names import is_undecayed
 from megamoe.plan import parameter_shapes
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -154,7 +155,7 @@ def parameter_groups(setup: Setup) -> list[Group]:
         if ".experts." in name:
             if int(name.split(".experts.")[1].split(".")[0]) < setup.local_experts:
                 experts[name] = size
-        elif "norm" in name or name.endswith("latents"):
+        elif is_undecayed(name):
             undecayed[name] = size
         else:
             shared[name] = size

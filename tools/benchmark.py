@@ -1,7 +1,7 @@
 """How fast megamoe trains, beside DeepSpeed's own MoE layer and transformers' Mixtral, on this machine.
 
     python tools/benchmark.py                                 full model, a quarter of an hour on two cores
-    python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 10       a minute
+    python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20       a minute
     python tools/benchmark.py --contenders megamoe:1 megamoe:1@../before          what a change has brought
     python tools/benchmark.py --growth                        how a step grows with tokens, length, experts, ranks
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ class Entry:
     samples: int  # a step, over all ranks
     seq_len: int
     checkout: Path = ROOT  # whose megamoe is imported
+    recompute_blocks: int = 0
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks, ep_size {self.ranks}"
@@ -104,7 +105,8 @@ def take_turn(entry: Entry, ds_config: str, steps: int, pieces: bool) -> Turn:
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={entry.ranks}"]
         words = [str(ROOT / "tools/benchmark_contender.py"), entry.contender, str(out), "--preset", entry.preset,
                  "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", str(entry.samples),
-                 "--seq_len", str(entry.seq_len), "--steps", str(steps)]  # fmt: skip
+                 "--seq_len", str(entry.seq_len), "--steps", str(steps),
+                 "--recompute_blocks", str(entry.recompute_blocks)]  # fmt: skip
         threads = max(len(os.sched_getaffinity(0)) // entry.ranks, 1)
         paths = os.pathsep.join(filter(None, (str(entry.checkout), os.environ.get("PYTHONPATH"))))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": paths}
@@ -116,17 +118,16 @@ def take_turn(entry: Entry, ds_config: str, steps: int, pieces: bool) -> Turn:
         return Turn(**{**seen, "machine": Machine(**seen["machine"])})
 
 
-def take_turns(entries: list[Entry], ds_config: str, rounds: int, steps: int, pieces: bool) -> list[list[Turn]]:
-    """The turns of each entry, `rounds` each."""
-    turns: list[list[Turn]] = [[] for _ in entries]
+def take_turns(cases: dict[str, Entry], ds_config: str, rounds: int, steps: int, pieces: bool) -> list[list[Turn]]:
+    """The turns of each case, `rounds` each. With `pieces`, a step of the first round is timed piece by piece too."""
+    turns: dict[str, list[Turn]] = {name: [] for name in cases}
     for number in range(rounds):
-        order = list(range(len(entries)))
-        for place in order if number % 2 == 0 else reversed(order):
-            look_inside = pieces and number == 0 and entries[place].contender != "mixtral"
-            turn = take_turn(entries[place], ds_config, steps, look_inside)
-            turns[place].append(turn)
-            print(f"round {number + 1}, {entries[place]}: {turn.tokens_per_second:.1f} tokens/s", file=sys.stderr)
-    return turns
+        for name in list(cases) if number % 2 == 0 else reversed(list(cases)):
+            look_inside = pieces and number == 0 and cases[name].contender != "mixtral"
+            turns[name].append(take_turn(cases[name], ds_config, steps, look_inside))
+            rate = turns[name][-1].tokens_per_second
+            print(f"round {number + 1}, {name}: {rate:.1f} tokens/s", file=sys.stderr, flush=True)
+    return list(turns.values())
 
 
 def median(turns: list[Turn], figure: str) -> float:
@@ -209,14 +210,16 @@ def growth_entries(preset: str, folder: Path) -> dict[str, Entry]:
     cases |= {f"{2048 // length} x {length:,} tokens": entry(2048 // length, length) for length in (256, 512, 2048)}
     counts = [config.num_local_experts * factor // 2 for factor in (1, 4, 8)]
     cases |= {f"{experts} experts": entry(experts=experts) for experts in counts}
-    return cases | {"2 ranks, ep_size 2": entry(ranks=2)}
+    recomputed = replace(entry(), recompute_blocks=2)
+    return cases | {"2 ranks, ep_size 2": entry(ranks=2), "both blocks recomputed": recomputed}
 
 
 def print_growth(names: list[str], turns: list[list[Turn]]) -> None:
-    print("\n| two layers | seconds a step | against the first | tokens/s |\n|---|---|---|---|")
+    print("\n| two layers | seconds a step | against the first | tokens/s | memory a rank |\n|---|---|---|---|---|")
     for name, own in zip(names, turns, strict=True):
         ratio = statistics.median(a.step_seconds / b.step_seconds for a, b in zip(own, turns[0], strict=True))
-        print(f"| {name} | {median(own, 'step_seconds'):.2f} | {ratio:.2f} | {median(own, 'tokens_per_second'):.0f} |")
+        seconds, rate, memory = (median(own, name) for name in ("step_seconds", "tokens_per_second", "memory_gib"))
+        print(f"| {name} | {seconds:.2f} | {ratio:.2f} | {rate:.0f} | {memory:.2f} GiB |")
 
 
 def faster_config(config: ModelConfig) -> str:
@@ -237,7 +240,7 @@ def main() -> None:
         nargs="+",
         default=["megamoe:1", "megamoe:2", "stock:1", "mixtral:1"],
         metavar="NAME:RANKS[@CHECKOUT]",
-        help=f"NAME of {', '.join(NAMES)}, with the megamoe of another checkout; the first is compared with the others",
+        help=f"NAME of {', '.join(NAMES)}, its megamoe that of another checkout; the first is compared with the others",
     )
     parser.add_argument("--samples", type=int, default=2, help="sequences a step, over all ranks")
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")
@@ -249,7 +252,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = cases_of(args, parser.given, config, Path(folder))
         ds_config = args.ds_config or faster_config(config)
-        turns = take_turns(list(cases.values()), ds_config, args.rounds, args.steps, pieces=not args.growth)
+        turns = take_turns(cases, ds_config, args.rounds, args.steps, pieces=not args.growth)
     if args.growth:
         print_growth(list(cases), turns)
     else:

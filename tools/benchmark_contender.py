@@ -305,6 +305,7 @@ def run(args: argparse.Namespace) -> Turn:
         contender = build_mixtral(config, args.ds_config, device)
     else:
         contender = build_engine_contender(config, args.ds_config, args.ep_size, rank, args.contender == "stock")
+    contender.model.recompute_blocks = args.recompute_blocks  # type: ignore[assignment]
     torch.manual_seed(rank)
     ids = torch.randint(config.vocab_size, (args.samples // world_size, args.seq_len), device=device)
 
@@ -350,6 +351,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--seq_len", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--recompute_blocks", type=int, default=0)
     parser.add_argument("--pieces", action="store_true")
     args = parser.parse_args()
     turn = run(args)

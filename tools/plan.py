@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
 
@@ -26,10 +25,7 @@ from megamoe.simulate import Measured, simulate
 def parse(words: list[str] | None = None) -> tuple[PlanConfig, Path | None]:
     """The command line: the plan's options, and where to write it as JSON. Raises UserError."""
     parser = cli.Parser(prog="plan.py", description="Plan a run on many GPUs: memory, communication, time.")
-    for name, field in PlanConfig.model_fields.items():
-        options: dict[str, Any] = {"help": field.description, "default": None if field.is_required() else field.default}
-        options.update({"action": "store_true"} if field.annotation is bool else {"metavar": name.upper()})
-        parser.add_argument(f"--{name}", **options)
+    cli.add_fields(parser, PlanConfig)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     values = vars(parser.parse(words))
     file = values.pop("json")
