@@ -92,8 +92,8 @@ def make_plan(config: PlanConfig) -> Plan:
     if ds is not None:
         if config.micro_batch:
             ds["train_micro_batch_size_per_gpu"] = config.micro_batch
-        wrong = deepspeed_problems(ds, config.ds_config, config.gpus, on_cpu or config.simulate)
-        problems += wrong or setup_problems(ds, config.ds_config)
+        problems += deepspeed_problems(ds, config.ds_config, config.gpus, on_cpu or config.simulate)
+        problems += setup_problems(ds, config.ds_config)
     model: ModelConfig = attempt(load_preset, config.preset)
     if model:
         run = RunConfig(

@@ -56,9 +56,9 @@ class Setup:
 
 
 def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
-    """What of a DeepSpeed JSON is not modelled, one sentence each. The JSON must have passed its checks."""
-    zero, bf16, fp16 = ds.get("zero_optimization", {}), ds.get("bf16", {}), ds.get("fp16", {})
-    offload = zero.get("offload_optimizer") or {}
+    """What of a DeepSpeed JSON is not modelled, one sentence each, beside what its own checks find."""
+    zero, bf16, fp16 = (_object(ds.get(name)) for name in ("zero_optimization", "bf16", "fp16"))
+    offload = _object(zero.get("offload_optimizer"))
     unmodelled = {
         "zero_optimization.offload_optimizer": offload.get("device", "none") != "none",
         "zero_optimization.cpu_offload": zero.get("cpu_offload"),
@@ -69,6 +69,9 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
         "zero_optimization.contiguous_gradients": zero.get("stage") == 1 and zero.get("contiguous_gradients") is False,
         "zero_optimization.reduce_scatter": zero.get("reduce_scatter") is False,
     }
+    bucket = zero.get("reduce_bucket_size", 1)
+    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket < 1:
+        return [f"{where}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number of elements, at least 1."]
     return [
         f"{where}: {key} is set to what the plan does not model; leave it out to plan without it."
         for key, is_set in unmodelled.items()
@@ -76,10 +79,14 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
     ]
 
 
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _sums_apart(ds: dict[str, Any]) -> bool:
     """Whether gradients are summed in another precision than they come in."""
     dtype = dtype_of(ds)
-    return (ds.get("data_types", {}).get("grad_accum_dtype") or dtype) != dtype
+    return (_object(ds.get("data_types")).get("grad_accum_dtype") or dtype) != dtype
 
 
 def read_setup(

@@ -30,7 +30,7 @@ def parameters(contender):
 def sizes_of_contenders():
     _, _, device = init_distributed()
     config = ModelConfig(**PRESET)
-    ours, stock = (build_engine_contender(config, RECIPE, 1, 0, stock) for stock in (False, True))
+    ours, stock = (build_engine_contender(config, RECIPE, 1, 0, 2, stock) for stock in (False, True))
     return [parameters(ours), parameters(stock), parameters(build_mixtral(config, RECIPE, device))]
 
 
@@ -49,7 +49,7 @@ def test_mixtral_has_the_full_models_parameters_to_half_a_percent():
 
 def timed_step():
     _, _, device = init_distributed()
-    contender = build_engine_contender(ModelConfig(**PRESET), RECIPE, 1, 0, stock=False)
+    contender = build_engine_contender(ModelConfig(**PRESET), RECIPE, 1, 0, 2, stock=False)
 
     def hooks():
         return sum(len(module._forward_hooks) + len(module._backward_hooks) for module in contender.model.modules())
@@ -130,8 +130,10 @@ def test_a_contender_that_cannot_run_is_refused(word, says):
 
 def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
     words = ["--preset", "tiny", "--growth", "--samples", "0", "--rounds", "0", "--contenders", "stock", "stock"]
+    words += ["--ds_config", "none.json", "--json", "nowhere/seen.json"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
-    assert len(refusals(benchmark.main)) == 7  # 0 samples, 0 rounds, two for --growth, one twice, two that are not
+    # 0 samples, 0 rounds, two for --growth, one twice, two that are none, no JSON, no folder for the other
+    assert len(refusals(benchmark.main)) == 9
 
 
 def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypatch):

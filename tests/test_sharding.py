@@ -72,6 +72,7 @@ def test_owners_share_out_a_flat_group(ranks):
         ("zero_optimization", "cpu_offload", True),
         ("zero_optimization", "contiguous_gradients", False),
         ("zero_optimization", "reduce_scatter", False),
+        ("data_types", "grad_accum_dtype", "bf16"),
         ("bf16", "bf16_master_weights_and_grads", True),
         ("bf16", "bf16_optimizer_states", True),
         ("fp16", "fp16_master_weights_and_grads", True),
@@ -79,6 +80,20 @@ def test_owners_share_out_a_flat_group(ranks):
 )
 def test_what_is_not_modelled_is_named(section, key, value):
     ds = ds_config(2)
+    ds["zero_optimization"]["stage"] = 1
     assert setup_problems(ds, "ds.json") == []
     ds[section] = {**ds.get(section, {}), key: value}
     has(only(sentences(setup_problems(ds, "ds.json"))), "ds.json", f"{section}.{key}", "leave it out")
+
+
+@pytest.mark.parametrize("value", ["x", 0, -5, None, True])
+def test_a_bucket_that_is_no_number_of_elements_is_refused(value):
+    ds = ds_config(2)
+    ds["zero_optimization"]["reduce_bucket_size"] = value
+    has(only(sentences(setup_problems(ds, "ds.json"))), "reduce_bucket_size", repr(value), "at least 1")
+
+
+@pytest.mark.parametrize("value", [[], True, "cpu", None])
+@pytest.mark.parametrize("section", ["zero_optimization", "bf16", "data_types"])
+def test_a_section_that_is_no_object_is_left_to_the_checks_of_the_json(section, value):
+    assert setup_problems({**ds_config(2), section: value}, "ds.json") == []

@@ -63,14 +63,18 @@ def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConf
         for name in ("contenders", "samples")
         if args.growth and name in given
     ]
-    if len(set(args.contenders)) < len(args.contenders):
-        problems.append(f"--contenders has one twice in {' '.join(args.contenders)}; name each once.")
+    if args.ds_config and not Path(args.ds_config).is_file():
+        problems.append(f"--ds_config is {args.ds_config}, which is no file; give a DeepSpeed JSON.")
+    if args.json and not args.json.parent.is_dir():
+        problems.append(f"--json is {args.json}, whose folder is not there; make it first.")
     entries = []
     for word in args.contenders:
         try:
             entries.append(entry_of(word, args.preset, args.samples, config))
         except UserError as error:
             problems += error.problems
+    if len(set(entries)) < len(entries) or len(set(args.contenders)) < len(args.contenders):
+        problems.append(f"--contenders has one twice in {' '.join(args.contenders)}; name each once.")
     if problems:
         raise UserError(*problems)
     return growth_entries(args.preset, folder) if args.growth else {str(entry): entry for entry in entries}
@@ -151,8 +155,9 @@ def print_summary(entries: list[Entry], turns: list[list[Turn]]) -> None:
         f"\n{machine.device}, {machine.dtype}: matrix products at the model's shapes {rates[0] / 1e12:.3g} TFLOP/s, "
         f"{'square ones' if machine.device == 'CPU' else 'peak'} {rates[1] / 1e12:.3g} TFLOP/s, "
         f"memory {rates[2] / 1e9:.3g} GB/s\n\n"
-        f"| {tokens:,} tokens a step | tokens/s, median and seen | {entries[0]}, so many times as fast | forward and "
-        "backward, share of the rate of products | step, MFU | optimizer step against bare AdamW | memory a rank |\n"
+        f"| {tokens:,} tokens a step | tokens/s, median and seen | {entries[0]}: so many times as fast as this row "
+        "| forward and backward, share of the rate of products | step, MFU | optimizer step against bare AdamW "
+        "| memory a rank |\n"
         "|---|---|---|---|---|---|---|"
     )
     for entry, own in zip(entries, turns, strict=True):
@@ -240,9 +245,10 @@ def main() -> None:
         nargs="+",
         default=["megamoe:1", "megamoe:2", "stock:1", "mixtral:1"],
         metavar="NAME:RANKS[@CHECKOUT]",
-        help=f"NAME of {', '.join(NAMES)}, its megamoe that of another checkout; the first is compared with the others",
+        help="NAME is megamoe, stock (DeepSpeed's layer) or mixtral; @CHECKOUT runs the megamoe in another folder; "
+        "the first is compared with the others",
     )
-    parser.add_argument("--samples", type=int, default=2, help="sequences a step, over all ranks")
+    parser.add_argument("--samples", type=int, default=2, help="sequences a step, over all ranks (not the JSON's)")
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")
     parser.add_argument("--steps", type=int, default=2, help="steps timed in a turn, after two that are not")
     parser.add_argument("--growth", action="store_true", help="measure how a step grows instead")

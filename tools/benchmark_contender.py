@@ -85,9 +85,13 @@ class Clock:
         return time.perf_counter()
 
 
-def build_engine_contender(config: ModelConfig, ds_config: str, ep_size: int, rank: int, stock: bool) -> Contender:
-    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it."""
-    ds = {**read_json(Path(ds_config)), "gradient_accumulation_steps": 1}
+def build_engine_contender(
+    config: ModelConfig, ds_config: str, ep_size: int, rank: int, samples: int, stock: bool
+) -> Contender:
+    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it. A
+    step has `samples` sequences on a rank, whatever the JSON says."""
+    ds = {**read_json(Path(ds_config)), "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1}
+    ds.pop("train_batch_size", None)
     model = Decoder(config, 0, ep_size, rank % ep_size)
     if stock:
         for block in model.layers:
@@ -301,13 +305,15 @@ def peak_gib(device: torch.device) -> float:
 def run(args: argparse.Namespace) -> Turn:
     rank, world_size, device = init_distributed()
     config = load_preset(args.preset)
+    samples = args.samples // world_size
     if args.contender == "mixtral":
         contender = build_mixtral(config, args.ds_config, device)
     else:
-        contender = build_engine_contender(config, args.ds_config, args.ep_size, rank, args.contender == "stock")
+        stock = args.contender == "stock"
+        contender = build_engine_contender(config, args.ds_config, args.ep_size, rank, samples, stock)
     contender.model.recompute_blocks = args.recompute_blocks  # type: ignore[assignment]
     torch.manual_seed(rank)
-    ids = torch.randint(config.vocab_size, (args.samples // world_size, args.seq_len), device=device)
+    ids = torch.randint(config.vocab_size, (samples, args.seq_len), device=device)
 
     def step(clock: Clock) -> None:
         dist.barrier()

@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("corpus", help="folder that prepare_data.py has made of it")
     parser.add_argument("--rounds", type=int, default=3, help="starts that are timed, on 1 and on 2 ranks in turns")
     args = parser.parse()
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds}; give at least 1.")
     tokenizer = Path(args.corpus) / "tokenizer.json"
     for words, parallel in (("one core", "false"), (f"{len(os.sched_getaffinity(0))} cores", "true")):
         os.environ["TOKENIZERS_PARALLELISM"] = parallel

@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
 
 from megamoe import cli
-from megamoe.config import validate
+from megamoe.config import UserError, validate
 from megamoe.metrics import duration
 from megamoe.plan import parameter_count
 from megamoe.scale import GIB, MIB, Plan, PlanConfig, as_json, assumptions, comparison, make_plan, payloads, totals
@@ -29,6 +29,8 @@ def parse(words: list[str] | None = None) -> tuple[PlanConfig, Path | None]:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     values = vars(parser.parse(words))
     file = values.pop("json")
+    if file and not file.parent.is_dir():
+        raise UserError(f"--json is {file}, whose folder is not there; make it first.")
     given = {name: value for name, value in values.items() if value is not None}
     return validate(PlanConfig, given, "command line"), file
 
@@ -82,7 +84,7 @@ def print_time(plan: Plan) -> None:
 
 def print_simulated(plan: Plan, measured: Measured) -> None:
     print(f"\nrank 0 of {plan.setup.world_size}, run alone on this CPU")
-    print(f"  {'':38s}{'predicted':>16s}{'measured':>16s}")
+    print(f"  {'bytes; on CPU, activations differ':38s}{'predicted':>16s}{'measured':>16s}")
     for name, row in {**comparison(plan, measured), **payloads(plan, measured)}.items():
         off = row["predicted"] / row["measured"] - 1 if row["measured"] else float(row["predicted"] > 0)
         print(f"  {name:38s}{row['predicted']:16,d}{row['measured']:16,d}  {off:+.2%}")
