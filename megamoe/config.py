@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
@@ -37,6 +37,22 @@ class UserError(Exception):
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+
+
+class Problems(list[str]):
+    """Problems of one configuration, collected so that all of them come at once."""
+
+    def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`; where it raises UserError, its problems are kept and None comes back."""
+        try:
+            return function(*args)
+        except UserError as error:
+            self.extend(error.problems)
+
+    def refuse(self) -> None:
+        """Raise one UserError with all of them, if there are any."""
+        if self:
+            raise UserError(*self)
 
 
 def unknown_key(where: str, key: str, known: Iterable[str]) -> str:

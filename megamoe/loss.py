@@ -13,28 +13,27 @@ from torch.autograd.function import once_differentiable
 
 # The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.
 LOSS_CHUNK = 512  # tokens
+NO_LABEL = -100  # torch's own default for `ignore_index`
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
 
     Args:
         hidden: (N, D).
         weight: (V, D), of the head.
-        labels: (N,); `ignore_index` where none counts.
+        labels: (N,); NO_LABEL where none counts.
 
     The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
     quarter of the head's products is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.)
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, ignore_index, needs_grad)
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, needs_grad)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs_grad: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:  # type: ignore[override]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # The gradients of the sum: those of the mean could be lost to fp16 before its loss scale comes in backward.
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
@@ -43,8 +42,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), LOSS_CHUNK):
             rows = slice(start, start + LOSS_CHUNK)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
-            total += _sum_of_losses(hidden[rows], weight, labels[rows], ignore_index, grads)
-        count = (labels != ignore_index).sum().clamp_min(1)
+            total += _sum_of_losses(hidden[rows], weight, labels[rows], grads)
+        count = (labels != NO_LABEL).sum().clamp_min(1)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         return total / count
@@ -55,10 +54,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / (count * _lift(grad_hidden.dtype))
         # In fp32, for a GPU would round the scale to the gradient's 16 bits.
-        grads = (grad_hidden.to(scale.dtype) * scale, grad_weight * scale)
-        return *(one.to(dtype) for one, dtype in zip(grads, (grad_hidden.dtype, ctx.weight_dtype), strict=True)), *[
-            None
-        ] * 3
+        by_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
+        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None
 
 
 def _lift(dtype: torch.dtype) -> float:
@@ -70,15 +67,13 @@ def _lift(dtype: torch.dtype) -> float:
     return 8.0 if dtype == torch.float16 else 1.0
 
 
-def _sum_of_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, grads: tuple[Tensor, Tensor] | None
-) -> Tensor:
+def _sum_of_losses(hidden: Tensor, weight: Tensor, labels: Tensor, grads: tuple[Tensor, Tensor] | None) -> Tensor:
     """Of one chunk; its gradient by `hidden` is written to the first of `grads`, that by `weight` added to the second,
     both times `_lift`.
 
     A function of its own, so that a chunk's logits are gone before the next one's come; all is done in their memory.
     """
-    counts = (labels != ignore_index).unsqueeze(1)
+    counts = (labels != NO_LABEL).unsqueeze(1)
     target = torch.where(counts, labels.unsqueeze(1), 0)
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import megamoe
 from megamoe import cli, manifest
 from megamoe.checkpoint import CheckpointWriter
-from megamoe.config import ModelConfig, RunConfig, UserError, load_preset, read_json, validate
+from megamoe.config import ModelConfig, Problems, RunConfig, UserError, load_preset, read_json, validate
 from megamoe.data import TokenCorpus, TrainData, corpus_counts, corpus_prefix
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.engine import build_engine, deepspeed_own_problems, init_distributed
@@ -60,21 +60,14 @@ class Job:
 
     def __init__(self, run: RunConfig, world_size: int, device: torch.device):
         """Raises one UserError with all problems."""
-        problems: list[str] = []
-
-        def attempt(function: Any, *args: Any) -> Any:
-            try:
-                return function(*args)
-            except UserError as error:
-                problems.extend(error.problems)
-
+        problems = Problems()
         self.run = run
         self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
         problems += self._folder_problems()
-        self.ds: dict[str, Any] = attempt(read_json, Path(run.ds_config))
+        self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
-        self.model: ModelConfig = attempt(load_preset, run.preset)
+        self.model: ModelConfig = problems.attempt(load_preset, run.preset)
         # Checkpoints to go on from, and where there are none, weights to start from, in the order in which to try them.
         self.candidates = manifest.candidates(self.run_dir / "checkpoints") if run.resume else []
         self.initial_weights: list[Path] = []
@@ -86,7 +79,7 @@ class Job:
             seq_len = run.seq_len or self.model.max_position_embeddings
 
             def corpus(path: str, split: str) -> TokenCorpus:
-                return attempt(TokenCorpus, corpus_prefix(path, split), seq_len, self.model.vocab_size)
+                return problems.attempt(TokenCorpus, corpus_prefix(path, split), seq_len, self.model.vocab_size)
 
             self.corpora = [corpus(source.path, "train") for source in run.data]
             held_out = (Path(run.data[0].path) / "valid.idx").is_file()
@@ -95,8 +88,7 @@ class Job:
             problems += self._tokenizer_problems()
         if not problems:
             problems += deepspeed_own_problems(self.ds, run.ds_config)
-        if problems:
-            raise UserError(*problems)
+        problems.refuse()
 
         self.schedule = read_schedule(self.ds, run.ds_config)
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)

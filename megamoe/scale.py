@@ -11,7 +11,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from megamoe.config import ModelConfig, RunConfig, UserError, load_preset, read_json
+from megamoe.config import ModelConfig, Problems, RunConfig, load_preset, read_json
 from megamoe.devices import DEVICES, Device
 from megamoe.ds_config import deepspeed_problems, run_problems
 from megamoe.footprint import Footprint, footprint
@@ -64,13 +64,10 @@ class Plan:
     ds: dict[str, Any]
     setup: Setup
     device: Device
+    gpus_per_node: int  # all of them, where they share this machine
     footprint: Footprint
     collectives: list[Collective]
     time: StepTime
-
-    @property
-    def gpus_per_node(self) -> int:
-        return self.setup.world_size if self.config.device == "cpu" else self.config.gpus_per_node
 
     @property
     def fits(self) -> bool:
@@ -79,22 +76,15 @@ class Plan:
 
 def make_plan(config: PlanConfig) -> Plan:
     """Check everything and plan. Raises one UserError with all problems."""
-    problems: list[str] = []
-
-    def attempt(function: Any, *args: Any) -> Any:
-        try:
-            return function(*args)
-        except UserError as error:
-            problems.extend(error.problems)
-
+    problems = Problems()
     on_cpu = config.device == "cpu"
-    ds: dict[str, Any] = attempt(read_json, Path(config.ds_config))
+    ds: dict[str, Any] = problems.attempt(read_json, Path(config.ds_config))
     if ds is not None:
         if config.micro_batch:
             ds["train_micro_batch_size_per_gpu"] = config.micro_batch
         problems += deepspeed_problems(ds, config.ds_config, config.gpus, on_cpu or config.simulate)
         problems += setup_problems(ds, config.ds_config)
-    model: ModelConfig = attempt(load_preset, config.preset)
+    model: ModelConfig = problems.attempt(load_preset, config.preset)
     if model:
         run = RunConfig(
             ds_config=config.ds_config,
@@ -106,15 +96,14 @@ def make_plan(config: PlanConfig) -> Plan:
         problems += run_problems(run, model, ds or {}, config.gpus)
     if not on_cpu and config.device not in DEVICES:
         problems.append(f"device is {config.device!r}; use one of {', '.join(DEVICES)}, cpu.")
-    if problems:
-        raise UserError(*problems)
+    problems.refuse()
 
     seq_len = config.seq_len or model.max_position_embeddings
     setup = read_setup(model, ds, config.gpus, config.ep_size, seq_len, on_cpu, config.recompute_blocks)
     device = this_machine(config.gpus) if on_cpu else DEVICES[config.device]
     per_node = config.gpus if on_cpu else config.gpus_per_node
     times = step_time(setup, device, per_node, config.efficiency, config.link_efficiency)
-    return Plan(config, ds, setup, device, footprint(setup), collectives(setup), times)
+    return Plan(config, ds, setup, device, per_node, footprint(setup), collectives(setup), times)
 
 
 def this_machine(ranks: int) -> Device:

@@ -129,11 +129,11 @@ def test_a_contender_that_cannot_run_is_refused(word, says):
 
 
 def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
-    words = ["--preset", "tiny", "--growth", "--samples", "0", "--rounds", "0", "--contenders", "stock", "stock"]
-    words += ["--ds_config", "none.json", "--json", "nowhere/seen.json"]
+    words = ["--preset", "tiny", "--growth", "--samples", "0", "--rounds", "0", "--ds_config", "none.json"]
+    words += ["--json", "nowhere/seen.json", "--contenders", "stock", "megamoe:1", "megamoe:01"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
-    # 0 samples, 0 rounds, two for --growth, one twice, two that are none, no JSON, no folder for the other
-    assert len(refusals(benchmark.main)) == 9
+    # 0 samples, 0 rounds, two for --growth, no DeepSpeed JSON, no folder for --json, no ranks, one contender twice
+    assert len(refusals(benchmark.main)) == 8
 
 
 def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypatch):

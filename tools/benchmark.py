@@ -28,7 +28,7 @@ import torch
 from benchmark_contender import Machine, Turn, gemm_flops
 
 from megamoe import cli
-from megamoe.config import ModelConfig, UserError, load_preset
+from megamoe.config import ModelConfig, Problems, UserError, load_preset, read_json
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"megamoe": "megamoe", "stock": "DeepSpeed's MoE layer", "mixtral": "Mixtral of transformers"}
@@ -53,30 +53,25 @@ class Entry:
 
 def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConfig, folder: Path) -> dict[str, Entry]:
     """What takes turns, by name. Raises one UserError with all problems."""
-    problems = [
+    problems = Problems(
         f"--{name} is {getattr(args, name)}; give at least 1."
         for name in ("samples", "rounds", "steps")
         if getattr(args, name) < 1
-    ]
+    )
     problems += [
         f"--growth chooses its own {name}; leave --{name} out."
         for name in ("contenders", "samples")
         if args.growth and name in given
     ]
-    if args.ds_config and not Path(args.ds_config).is_file():
-        problems.append(f"--ds_config is {args.ds_config}, which is no file; give a DeepSpeed JSON.")
+    if args.ds_config:
+        problems.attempt(read_json, Path(args.ds_config))
     if args.json and not args.json.parent.is_dir():
         problems.append(f"--json is {args.json}, whose folder is not there; make it first.")
-    entries = []
-    for word in args.contenders:
-        try:
-            entries.append(entry_of(word, args.preset, args.samples, config))
-        except UserError as error:
-            problems += error.problems
-    if len(set(entries)) < len(entries) or len(set(args.contenders)) < len(args.contenders):
+    entries = [problems.attempt(entry_of, word, args.preset, args.samples, config) for word in args.contenders]
+    found = [str(entry) for entry in entries if entry]
+    if len(set(found)) < len(found):
         problems.append(f"--contenders has one twice in {' '.join(args.contenders)}; name each once.")
-    if problems:
-        raise UserError(*problems)
+    problems.refuse()
     return growth_entries(args.preset, folder) if args.growth else {str(entry): entry for entry in entries}
 
 

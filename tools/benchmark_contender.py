@@ -26,7 +26,7 @@ from megamoe.ds_config import dtype_of, read_schedule
 from megamoe.engine import build_engine, init_distributed
 from megamoe.export import DTYPES
 from megamoe.layers import Expert
-from megamoe.metrics import measured_bandwidth, peak_flops
+from megamoe.metrics import measured_bandwidth, memory_gib, peak_flops
 from megamoe.model import Decoder
 from megamoe.moe import MoE
 from megamoe.plan import train_flops_per_token
@@ -297,7 +297,7 @@ def restart_peak(device: torch.device) -> None:
 def peak_gib(device: torch.device) -> float:
     """Peak memory of this rank since `restart_peak`: allocated on the accelerator, or resident on CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return memory_gib(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
