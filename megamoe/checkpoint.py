@@ -33,6 +33,10 @@ ROOM_FACTOR = 1.25  # available memory must be so many times what the copies of 
 SLACK_BYTES = 4096  # a tensor whose storage is larger by more than this is copied before it is written
 
 
+STATE_BYTES = 16  # of a parameter, at most: fp32 or bf16 weights, fp32 masters and two moments
+SLOW_DISK_BYTES_PER_SECOND = 100e6
+
+
 def engine_files(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     """What DeepSpeed would write on this rank, by file name; the tensors are the engine's own, where DeepSpeed copies
     every expert first (`DeepSpeedEngine._save_moe_checkpoint`)."""
@@ -159,6 +163,7 @@ class CheckpointWriter:
         self._records: dict[str, FileRecord] = {}
         self._error: Exception | None = None
         self._started = self._waited = 0.0
+        self._last_seconds = 0.0  # that the last save took
         # Checkpoints above the first step were passed over, or left behind: none of the last ones to keep.
         self._stale = {step for step in map(manifest.step_of, manifest.checkpoints(folder)) if step > first}
         if self.rank == 0:
@@ -222,8 +227,14 @@ class CheckpointWriter:
                 self._report_failure(self._checkpoint, outcome[0])
             else:
                 self._report(self._checkpoint, sum(record["bytes"] for record in files.values()))
+        self._last_seconds = time.perf_counter() - self._started
         self._checkpoint = self._thread = None
         return not outcome[0]
+
+    def expected_seconds(self) -> float:
+        """What a save should take: as long as the last, or, before the first, this rank's state on a slow disk."""
+        state = STATE_BYTES * sum(parameter.numel() for parameter in self.engine.module.parameters())
+        return self._last_seconds or state / SLOW_DISK_BYTES_PER_SECOND
 
     def _work(self, files: dict[str, Any], partial: Path, host_copy: HostCopy | None) -> None:
         """The thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -66,14 +67,35 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], **specia
         parser.add_argument(f"--{name}", **{**options, **special.get(name, {})})
 
 
+class Console:
+    """A standard stream whose reader may go away: then what is written is dropped, and the program goes on."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0, or 2 after printing the problems of a UserError or of the file system."""
+    """Run `main` and exit: 0, 130 after Ctrl-C, or 2 after printing the problems of a UserError or the file system."""
     try:
         main()
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, head or less, has gone
         sys.exit(1)
     except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
@@ -250,6 +251,19 @@ def parse_corpus(value: Any) -> Any:
         raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
 
 
+def parse_duration(value: Any) -> Any:
+    """Seconds of "90" (minutes), "1:30:00" or "2-12:00:00" (days), as Slurm writes them. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d\d):(\d\d))|(\d+(?:\.\d+)?)", value)
+    if not found:
+        raise ValueError(f"{value!r} is no time; write minutes, H:MM:SS or D-HH:MM:SS.")
+    days, hours, minutes, seconds, plain = found.groups()
+    if plain:
+        return 60 * float(plain)
+    return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
+
+
 class RunConfig(BaseModel):
     """What the command line of pretrain.py owns. Each field is one option; its description is the option's help."""
 
@@ -267,6 +281,20 @@ class RunConfig(BaseModel):
     )
     run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
     resume: bool = Field(default=False, description="go on from the newest checkpoint in the run folder")
+    auto_resume: bool = Field(
+        default=False, description="go on where the run folder holds a run, else begin: the same command starts both"
+    )
+    time_limit: Annotated[float | None, BeforeValidator(parse_duration)] = Field(
+        default=None,
+        gt=0,
+        description="save and leave ahead of this time since the start: minutes, H:MM:SS or D-HH:MM:SS; the end of a "
+        "Slurm job counts in any case",
+    )
+    collective_timeout: float = Field(
+        default=600,
+        gt=0,
+        description="seconds without any progress after which the ranks end and say where each stands",
+    )
     ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
     seq_len: int | None = Field(
         default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"

@@ -1,4 +1,4 @@
-"""What a rank sets up where it trains on CPU: threads, allocator, and DeepSpeed's shared memory."""
+"""What a rank sets up where it trains on CPU: threads and allocator."""
 
 from __future__ import annotations
 
@@ -50,25 +50,13 @@ def give_back_freed_memory() -> None:
 
 
 def refuse_stale_lock() -> None:
-    """Raise UserError where a killed start has left torch's lock on the operator that DeepSpeed compiles on CPU: torch
-    would wait for it without end and without a word."""
+    """Raise UserError where a killed start has left torch's lock on an operator that DeepSpeed compiles: torch would
+    wait for it without end and without a word."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/deepspeed_shm_comm/lock"):
+    for lock in root.glob("**/lock"):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > STALE_LOCK_MINUTES:
             raise UserError(
                 f"{lock} is {minutes:.0f} minutes old, above the {STALE_LOCK_MINUTES} that a compilation takes at "
                 "most: a start was killed while it compiled; remove that file and start again."
             )
-
-
-def unname_shared_memory(rank: int) -> None:
-    """Let DeepSpeed's buffers for all-reduces within a host go with the processes that use them.
-
-    It leaves 66 MiB per rank and port in /dev/shm for good. Every rank has opened them once initialization is over,
-    so their names can be removed: the memory is freed when the last process ends, however it ends.
-    """
-    torch.distributed.barrier()
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)

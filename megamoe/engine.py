@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megamoe import cpu
 from megamoe.ds_config import ScheduleConfig
 from megamoe.names import is_undecayed
+from megamoe.rendezvous import Meeting, find_seat, interface_towards, meet
 from megamoe.schedule import learning_rate
 
 NORM_PIECE = 2**18  # elements
@@ -37,30 +38,45 @@ def quiet() -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every layer and option at INFO
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Join the other ranks, or stand alone without a launcher; returns (rank, world size, device)."""
+def init_distributed() -> tuple[Meeting, torch.device]:
+    """Join the other ranks, or stand alone without a launcher; returns who has met, and this rank's device.
+
+    Raises UserError where a rank is missing or another megamoe, torch or DeepSpeed runs on it.
+    """
     quiet()
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    seat = find_seat(os.environ)
+    os.environ.update(seat.environment())
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
         device = torch.device("cpu")
         cpu.refuse_stale_lock()
         words = cpu.share_cores()
     else:
-        accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
-    rank = deepspeed.comm.get_rank()
-    if device.type == "cpu":
-        cpu.unname_shared_memory(rank)
-        if rank == 0:
-            print(words, flush=True)
-    return rank, deepspeed.comm.get_world_size(), device
+        accelerator.set_device(seat.local_rank)
+        device = torch.device(accelerator.device_name(seat.local_rank))
+    meeting = meet(seat)
+    if on_cpu and len({member.host for member in meeting.members}) > 1:
+        # Gloo would take the address of the host's name, which in many systems is 127.0.1.1.
+        interface = interface_towards(seat.address)
+        if interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    with _without_shared_buffers():
+        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    if on_cpu and seat.rank == 0:
+        print(words, flush=True)
+    return meeting, device
+
+
+@contextlib.contextmanager
+def _without_shared_buffers() -> Iterator[None]:
+    """Keep DeepSpeed from setting up buffers in /dev/shm for an all-reduce on CPU that only inference uses: 66 MiB a
+    rank that stay there for good, and a start that hangs where two jobs meet. It does so where all ranks are local."""
+    local_size = os.environ.pop("LOCAL_SIZE")
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_SIZE"] = local_size
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -32,7 +32,9 @@ from megamoe.plan import parameter_count
 from megamoe.reader import model_problems, open_source
 from megamoe.restore import restore_first_that_holds
 from megamoe.router import LoadBalancer
+from megamoe.stopping import STOPPED, Deadline
 from megamoe.train import BatchShape, Evaluator, Trainer
+from megamoe.watch import Position, Watch
 
 # A run may go on only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
@@ -63,13 +65,14 @@ class Job:
         problems = Problems()
         self.run = run
         self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
+        self.resuming = run.resume or (run.auto_resume and (self.run_dir / "run.json").is_file())
         problems += self._folder_problems()
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
         self.model: ModelConfig = problems.attempt(load_preset, run.preset)
         # Checkpoints to go on from, and where there are none, weights to start from, in the order in which to try them.
-        self.candidates = manifest.candidates(self.run_dir / "checkpoints") if run.resume else []
+        self.candidates = manifest.candidates(self.run_dir / "checkpoints") if self.resuming else []
         self.initial_weights: list[Path] = []
         if run.init_from and not self.candidates:
             self.initial_weights = manifest.found_at(Path(run.init_from))
@@ -93,7 +96,7 @@ class Job:
         self.schedule = read_schedule(self.ds, run.ds_config)
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
-        if run.resume:
+        if self.resuming:
             self._check_same_run(read_json(self.run_dir / "run.json"))
         newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
         if newest >= self.last_step:
@@ -126,7 +129,7 @@ class Job:
         holds_run = (self.run_dir / "run.json").is_file()
         if self.run.resume and not holds_run:
             return [f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out."]
-        if holds_run and not self.run.resume:
+        if holds_run and not self.resuming:
             return [f"{self.run_dir} holds another run; choose another --run_dir, or go on with --resume."]
         if not holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
             return [f"{self.run_dir} is there already and holds no run; choose another --run_dir."]
@@ -276,13 +279,19 @@ def restore(job: Job, engine: Any, first_expert: int) -> int:
     return 0
 
 
-def train(job: Job, rank: int, device: torch.device) -> None:
-    """Build the engine, restore a checkpoint where there is one, and train."""
+def train(job: Job, rank: int, position: Position) -> bool:
+    """Build the engine, restore a checkpoint where there is one, and train. Returns whether the last step was reached.
+
+    Args:
+        position: learns where this rank is.
+    """
     run, model_config = job.run, job.model
+    position.at("building the engine")
     # DeepSpeed's expert-parallel groups are consecutive ranks.
     ep_rank = rank % run.ep_size
     model = Decoder(model_config, run.seed, run.ep_size, ep_rank, run.recompute_blocks)
     engine = build_engine(model, job.ds, job.schedule)
+    position.at("restoring")
     first, problems = 0, []
     try:
         first = restore(job, engine, ep_rank * (model_config.num_local_experts // run.ep_size))
@@ -311,9 +320,12 @@ def train(job: Job, rank: int, device: torch.device) -> None:
         background=not run.foreground_save,
         first=first,
     )
-    trainer = Trainer(engine, balancer, job.data, job.evaluator(), sinks, job.shape, writer, seed=run.seed)
+    deadline = Deadline(run.time_limit, os.environ)
+    trainer = Trainer(
+        engine, balancer, job.data, job.evaluator(), sinks, job.shape, writer, position, deadline, seed=run.seed
+    )
     try:
-        trainer.run(first, job.last_step, run.log_interval, run.eval_interval, run.save_interval)
+        return trainer.run(first, job.last_step, run.log_interval, run.eval_interval, run.save_interval)
     finally:
         writer.close()
         if sinks:
@@ -323,15 +335,26 @@ def train(job: Job, rank: int, device: torch.device) -> None:
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         parse_run()
-    rank, world_size, device = init_distributed()
+    # The reader of our lines, a launcher or an ssh connection, may go while the ranks still have to save.
+    sys.stdout, sys.stderr = cli.Console(sys.stdout), cli.Console(sys.stderr)
+    meeting, device = init_distributed()
+    position = Position()
+    watch = Watch(meeting, position)
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
-        train(prepare(rank, world_size, device), rank, device)
+        stack.callback(watch.close)
+        try:
+            job = prepare(meeting.seat.rank, meeting.seat.world_size, device)
+            watch.collective_seconds = job.run.collective_timeout
+            finished = train(job, meeting.seat.rank, position)
+        except Exception as error:
+            watch.explain(error)
+            raise
     # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
     # process while it is taken down ("terminate called without an active exception"), and the launcher sees a failure.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(0 if finished else STOPPED)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from megamoe.data import TokenCorpus, TrainData, eval_batch
 from megamoe.metrics import Sinks, memory_gib, peak_flops
 from megamoe.plan import train_flops_per_token
 from megamoe.router import Balance, LoadBalancer
+from megamoe.stopping import Deadline, StopRequest
+from megamoe.watch import Position
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,6 @@ class Evaluator:
         return result
 
 
-class StopSignal:
-    """SIGTERM, SIGINT or SIGUSR1 asks for a stop; the ranks agree on it at the end of a step, save and leave."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-
-
 def on_any_rank(*flags: bool, device: torch.device) -> list[bool]:
     """For each of the flags, whether it is set on any rank. Collective."""
     total = torch.tensor(flags, dtype=torch.int32, device=device)
@@ -99,6 +88,8 @@ class Trainer:
         sinks: Sinks | None,
         shape: BatchShape,
         writer: CheckpointWriter,
+        position: Position,
+        deadline: Deadline,
         *,
         seed: int,
     ):
@@ -108,6 +99,8 @@ class Trainer:
             evaluator: None trains without evaluation.
             sinks: on rank 0 only.
             writer: saves the engine.
+            position: learns where this rank is.
+            deadline: the run saves and leaves ahead of it.
         """
         self.engine = engine
         self.model = engine.module
@@ -117,31 +110,40 @@ class Trainer:
         self.sinks = sinks
         self.shape = shape
         self.writer = writer
+        self.position = position
+        self.deadline = deadline
         self.seed = seed
         self.rank = dist.get_rank()
         self.device = engine.device
-        self.stop = StopSignal()
+        self.stop = StopRequest()
+        position.follow(self.model.layers)
         weight = next(self.model.parameters())
         self.step_flops = train_flops_per_token(self.model.config, shape.seq_len) * shape.samples * shape.seq_len
         self.peak_flops = peak_flops(self.device, weight.dtype) * shape.world_size
 
-    def run(self, first: int, last: int, log_every: int, eval_every: int, save_every: int) -> None:
-        """Train steps first + 1 to last. Intervals are in steps; 0 means only after the last step.
+    def run(self, first: int, last: int, log_every: int, eval_every: int, save_every: int) -> bool:
+        """Train steps first + 1 to last; returns whether the last one was reached, or the run was asked to stop before.
 
-        Exits with code 2 if the last step cannot be saved.
+        Intervals are in steps; 0 means only after the last step. Exits with code 2 if the last step cannot be saved.
         """
         self.model.train()
         self._start_window(first)
+        longest = 0.0  # seconds from one step's end to the next
         for step in range(first + 1, last + 1):
             started = time.perf_counter()
+            self.position.at("reading data", step)
             self._seed_step(step)
             self._losses += self._forward_backward(step)
+            self.position.at("optimizer step")
             balance = self._optimizer_step()
+            # What stopping now would take, and as much again.
+            needed = 2 * (longest + self.writer.expected_seconds())
             # This waits for the device, so the clock has the whole step.
-            stopping, writing = on_any_rank(self.stop.asked, self.writer.writing, device=self.device)
+            flags = (self.stop.asked, self.deadline.within(needed), self.writer.writing)
+            asked, out_of_time, writing = on_any_rank(*flags, device=self.device)
             self._seconds += time.perf_counter() - started
 
-            final = step == last or stopping
+            final = step == last or asked or out_of_time
             if step % log_every == 0 or final:
                 self._log(step, last, balance)
             if self.evaluator and (_due(step, eval_every) or step == last):
@@ -149,12 +151,26 @@ class Trainer:
             if self.writer.pending and not writing:
                 self.writer.complete()
             if _due(step, save_every) or final:
+                self._await_files()
                 self.writer.save(step, hold=final)
-            if final and not self.writer.complete():
+            if final and not self._saved():
                 sys.exit(2)  # rank 0 has said why
-            if stopping and step < last:
-                self._say(f"stopped by a signal after step {step}; go on with --resume")
-                return
+            if final and step < last:
+                why = "by a signal" if asked else "ahead of the time limit"
+                self._say(f"stopped {why} after step {step}; go on with --resume")
+                return False
+            longest = max(longest, time.perf_counter() - started)
+        return True
+
+    def _await_files(self) -> None:
+        """Wait until this rank's files of a checkpoint are written. However long that takes, it is no standstill."""
+        while self.writer.writing:
+            self.position.at("saving")
+            time.sleep(0.01)
+
+    def _saved(self) -> bool:
+        self._await_files()
+        return self.writer.complete()
 
     def _seed_step(self, step: int) -> None:
         """Dropout and jitter follow from (seed, rank, step): a resumed run draws what it would have drawn."""
@@ -212,6 +228,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         assert self.evaluator
+        self.position.at("evaluation")
         result = self.evaluator.run(self.model, self.shape.micro_batch, self.rank, self.shape.world_size, self.device)
         if self.sinks:
             self.sinks.evaluation({"step": step, **result})

@@ -28,7 +28,7 @@ def parameters(contender):
 
 
 def sizes_of_contenders():
-    _, _, device = init_distributed()
+    _, device = init_distributed()
     config = ModelConfig(**PRESET)
     ours, stock = (build_engine_contender(config, RECIPE, 1, 0, 2, stock) for stock in (False, True))
     return [parameters(ours), parameters(stock), parameters(build_mixtral(config, RECIPE, device))]
@@ -48,7 +48,7 @@ def test_mixtral_has_the_full_models_parameters_to_half_a_percent():
 
 
 def timed_step():
-    _, _, device = init_distributed()
+    _, device = init_distributed()
     contender = build_engine_contender(ModelConfig(**PRESET), RECIPE, 1, 0, 2, stock=False)
 
     def hooks():

@@ -12,8 +12,8 @@ SOURCES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 ORDER = [
     {"__init__"},
     {"config"},
-    {"cli", "cpu", "tokenizer", "ds_config", "names", "manifest", "unpickle"},
-    {"schedule", "layers", "loss", "router", "data", "corpus", "plan", "devices", "meter"},
+    {"cli", "cpu", "tokenizer", "ds_config", "names", "manifest", "unpickle", "rendezvous", "stopping"},
+    {"schedule", "layers", "loss", "router", "data", "corpus", "plan", "devices", "meter", "watch"},
     {"moe", "metrics", "reader", "sharding"},
     {"model", "buckets", "traffic"},
     {"engine", "checkpoint", "restore", "export", "generate", "footprint"},

@@ -303,7 +303,8 @@ def peak_gib(device: torch.device) -> float:
 
 
 def run(args: argparse.Namespace) -> Turn:
-    rank, world_size, device = init_distributed()
+    meeting, device = init_distributed()
+    rank, world_size = meeting.seat.rank, meeting.seat.world_size
     config = load_preset(args.preset)
     samples = args.samples // world_size
     if args.contender == "mixtral":

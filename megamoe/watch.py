@@ -1,0 +1,273 @@
+"""Notices when a job cannot go on, says who went or where it stands, and ends this rank, where it would hang.
+
+Two threads of each rank. One tells the shared store every second that the rank lives and where it is, and looks whether
+others do; one looks whether this rank still moves and whether the launcher that should end it is still there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import psutil
+import torch
+from torch import Tensor
+from torch.distributed import DistError, Store
+
+from megamoe.rendezvous import Meeting, Member
+
+LOST = 76  # exit code of a rank that ends because another one went, or because nothing moves
+PULSE_SECONDS = 1.0
+SILENT_SECONDS = 30  # without a pulse: a host that lost its power or its network says nothing
+DEAD_SECONDS = 3  # without a pulse, after a collective has failed
+COLLECTIVE_SECONDS = 600.0
+LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed")  # as their command lines show them
+
+
+class Position:
+    """Where this rank is, as the training loop and the layers note it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.doing = "start"
+        self.since = time.monotonic()
+
+    def at(self, doing: str, step: int | None = None) -> None:
+        """Note that the rank has come to `doing`."""
+        self.step = self.step if step is None else step
+        self.doing = doing
+        self.since = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.doing}"
+
+    def follow(self, layers: Iterable[torch.nn.Module]) -> None:
+        """Note each of the layers as forward and backward come to it."""
+        for index, layer in enumerate(layers):
+            self._follow(layer, f"layer {index}")
+
+    def _follow(self, layer: torch.nn.Module, name: str) -> None:
+        def backward(gradient: Tensor) -> None:
+            self.at(f"backward of {name}")
+
+        def after(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        layer.register_forward_pre_hook(lambda module, inputs: self.at(f"forward of {name}"))
+        layer.register_forward_hook(after)
+
+
+class Watch:
+    """Ends this process with exit code `LOST` and one line for all ranks when the job cannot go on."""
+
+    def __init__(self, meeting: Meeting, position: Position):
+        self.meeting = meeting
+        self.position = position
+        self.collective_seconds = COLLECTIVE_SECONDS  # most that a rank may stay at one position
+        self._rank = meeting.seat.rank
+        self._store = meeting.connect()
+        self._beats = 0
+        self._answered = time.monotonic()  # when the store last did
+        self._neighbours = _neighbours(meeting)
+        self._launchers = launchers(psutil.Process()) if meeting.seat.launcher == "torch" else []
+        self._closing = threading.Event()
+        self._threads = [threading.Thread(target=self._guard, daemon=True)]
+        if self._store:
+            self._pulse()
+            self._threads.append(threading.Thread(target=self._follow_others, args=(self._store,), daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Stop watching: this rank leaves in good order. Rank 0 waits until the others have, for it holds the store."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        if not self._store:
+            return
+        try:
+            self._store.set(f"left/{self._rank}", "")
+            others = [f"left/{rank}" for rank in range(1, self.meeting.seat.world_size)]
+            until = time.monotonic() + 5
+            while self._rank == 0 and not self._store.check(others) and time.monotonic() < until:
+                time.sleep(0.05)
+        except DistError:
+            pass  # rank 0 has gone, which is no matter now
+
+    def explain(self, error: BaseException) -> None:
+        """End this process if `error` came of another rank's end; else tell the others that this rank fails.
+
+        A rank that dies breaks its connections, which the others see as an error of a collective.
+        """
+        if not self._store or self._closing.is_set():
+            return
+        before = self._pulses()
+        time.sleep(DEAD_SECONDS)
+        after = self._pulses()
+        dead = [rank for rank, pulse in after.items() if pulse == before[rank] and rank != self._rank]
+        dead = [rank for rank in dead if not self._store.check([f"left/{rank}"])]
+        if dead:
+            self._end(f"{self._named(dead)} went in {_place(after[dead[0]])}")
+        first_line = str(error).strip().split("\n")[0] or type(error).__name__
+        self._conclude(f"{self.meeting.named(self._rank)} failed in {self.position}: {first_line}")
+
+    # --- the two threads --------------------------------------------------------------------------------------------
+
+    def _follow_others(self, store: Store) -> None:
+        heard = {rank: ("", time.monotonic()) for rank in range(self.meeting.seat.world_size)}
+        try:
+            while not self._closing.wait(PULSE_SECONDS):
+                self._pulse()
+                if store.check(["verdict"]):
+                    self._leave(None)
+                self._answered = time.monotonic()
+                self._look_at_neighbours(store)
+                if self._rank == 0:
+                    self._look_at_pulses(store, heard)
+        except DistError:
+            if not self._closing.wait(DEAD_SECONDS):  # this job may be on its way out in good order
+                self._leave_without_store()
+
+    def _look_at_neighbours(self, store: Store) -> None:
+        """A rank of this host whose process has ended is gone, without any doubt."""
+        gone = [rank for rank, process in self._neighbours.items() if not _lives(process)]
+        for rank in gone:
+            del self._neighbours[rank]
+        gone = [rank for rank in gone if not store.check([f"left/{rank}"])]
+        if gone:
+            where = _place(store.get(f"pulse/{gone[0]}").decode())
+            self._end(f"{self._named(gone)} went in {where}")
+
+    def _look_at_pulses(self, store: Store, heard: dict[int, tuple[str, float]]) -> None:
+        """On rank 0."""
+        now = time.monotonic()
+        for rank, pulse in self._pulses().items():
+            if pulse != heard[rank][0]:
+                heard[rank] = (pulse, now)
+        silent = [rank for rank, (_, at) in heard.items() if now - at > SILENT_SECONDS]
+        silent = [rank for rank in silent if not store.check([f"left/{rank}"])]
+        if silent:
+            where = _place(heard[silent[0]][0])
+            self._end(f"{self._named(silent)} has been silent for {SILENT_SECONDS} s, last in {where}")
+
+    def _guard(self) -> None:
+        while not self._closing.wait(PULSE_SECONDS):
+            if self._launchers and not all(child.ppid() == parent for child, parent in self._launchers):
+                self._launchers = []
+                # Before training begins this ends the process; after that it makes the ranks save and leave.
+                os.kill(os.getpid(), signal.SIGTERM)
+            if not self._store:
+                continue
+            now = time.monotonic()
+            if now - self._answered > SILENT_SECONDS:
+                self._leave_without_store()
+            # Ahead of the first step, reading a large checkpoint takes as long as it takes.
+            if self.position.step and now - self.position.since > self.collective_seconds:
+                self._end(f"nothing has moved for {self.collective_seconds:g} s: {self._standings()}")
+
+    # --- words and ends ---------------------------------------------------------------------------------------------
+
+    def _pulse(self) -> None:
+        assert self._store
+        self._beats += 1
+        self._store.set(f"pulse/{self._rank}", f"{self._beats} {self.position}")
+
+    def _pulses(self) -> dict[int, str]:
+        """What each rank has last said of itself."""
+        assert self._store
+        ranks = range(self.meeting.seat.world_size)
+        said = [rank for rank in ranks if self._store.check([f"pulse/{rank}"])]
+        values = self._store.multi_get([f"pulse/{rank}" for rank in said])
+        return {rank: "" for rank in ranks} | {rank: value.decode() for rank, value in zip(said, values, strict=True)}
+
+    def _standings(self) -> str:
+        """Which ranks stand where."""
+        places: dict[str, list[int]] = {}
+        for rank, pulse in self._pulses().items():
+            places.setdefault(_place(pulse), []).append(rank)
+        return "; ".join(f"{self._named(ranks)} in {place}" for place, ranks in places.items())
+
+    def _named(self, ranks: list[int]) -> str:
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            by_host.setdefault(self.meeting.members[rank].host, []).append(rank)
+        return " and ".join(
+            f"rank{'s' if len(some) > 1 else ''} {', '.join(map(str, some))} on {host}"
+            for host, some in by_host.items()
+        )
+
+    def _conclude(self, line: str) -> bool:
+        """Give the job's verdict, unless another rank has; returns whether this one did."""
+        assert self._store
+        # compare_set answers with what is stored after it.
+        return self._store.compare_set("verdict", "", line).decode() == line
+
+    def _end(self, line: str) -> NoReturn:
+        try:
+            first = self._conclude(line)
+        except DistError:
+            self._leave_without_store()
+        self._leave(line if first else None)
+
+    def _leave_without_store(self) -> NoReturn:
+        host = self.meeting.members[0].host
+        here = self.meeting.members[self._rank].host
+        same_host = [rank for rank, member in enumerate(self.meeting.members) if rank and member.host == here]
+        line = f"rank 0 on {host}, or its launcher, went or cannot be reached"
+        self._leave(line if self._rank == min(same_host, default=0) else None)
+
+    def _leave(self, line: str | None) -> NoReturn:
+        if line:
+            print(f"error: {line}; go on from the last checkpoint with --resume.", file=sys.stderr, flush=True)
+        os._exit(LOST)
+
+
+def _place(pulse: str) -> str:
+    return pulse.partition(" ")[2] or "its start"
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _neighbours(meeting: Meeting) -> dict[int, psutil.Process]:
+    """The processes of the other ranks that can be seen from here."""
+
+    def place(member: Member) -> tuple[str, str]:
+        return member.host, member.pid_namespace
+
+    here = place(meeting.members[meeting.seat.rank])
+    found = {}
+    for rank, member in enumerate(meeting.members):
+        if rank != meeting.seat.rank and place(member) == here:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[rank] = psutil.Process(member.pid)
+    return found
+
+
+def launchers(process: psutil.Process) -> list[tuple[psutil.Process, int]]:
+    """The launcher's processes above a rank, as pairs of a process and the id of the parent that it must keep.
+
+    DeepSpeed has a launch.py on each host, below `deepspeed` itself, or, started over ssh, below sshd and perhaps a
+    shell; torchrun has its agent. Any other parent may go: a rank under nohup outlives its shell.
+    """
+    pairs = []
+    parent = process.parent()
+    if parent and any(name in word for word in parent.cmdline() for name in LAUNCHERS):
+        pairs.append((process, parent.pid))
+        above = parent.parent()
+        if "deepspeed.launcher.launch" in parent.cmdline() and above:
+            pairs.append((parent, above.pid))
+            if above.name() in ("sh", "bash", "dash", "zsh") and above.parent():
+                pairs.append((above, above.ppid()))
+    return pairs

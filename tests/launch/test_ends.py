@@ -1,0 +1,168 @@
+"""How a run on one machine ends before its last step: asked to, cut off, or left alone by its launcher."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import free_port
+from toy import ds_config, write_inputs
+
+from megamoe.metrics import read_log
+
+ROOT = Path(__file__).parent.parent.parent
+STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as docs/launch.md says
+
+
+class Launch:
+    """A run under DeepSpeed's launcher, its output in a file, and the processes that it consists of."""
+
+    def __init__(self, folder, ranks=2, **options):
+        ds = ds_config(1)
+        ds["scheduler"]["params"]["total_num_steps"] = 100_000
+        run = {**write_inputs(folder, ds), "run_dir": folder / "run", "ep_size": ranks, "log_interval": 5, **options}
+        words = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
+        words += ["--master_port", str(free_port()), str(ROOT / "megamoe" / "pretrain.py")]
+        for name, value in run.items():
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+        self.run_dir = folder / "run"
+        self.output = folder / "output"
+        with open(self.output, "w") as output:
+            self.process = subprocess.Popen(words, cwd=folder, stdout=output, stderr=output, start_new_session=True)
+
+    def await_text(self, text, seconds=120):
+        until = time.monotonic() + seconds
+        while text not in self.said:
+            assert time.monotonic() < until, self.said
+            assert self.process.poll() is None, self.said
+            time.sleep(0.1)
+
+    @property
+    def said(self):
+        return self.output.read_text()
+
+    @property
+    def errors(self):
+        return [line for line in self.said.splitlines() if line.startswith("error: ")]
+
+    def processes(self):
+        """launch.py, and the ranks in order."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        launcher = next(one for one in below if "deepspeed.launcher.launch" in one.cmdline())
+        ranks = {word: one for one in below for word in one.cmdline() if word.startswith("--local_rank")}
+        return launcher, [ranks[word] for word in sorted(ranks)]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    started = []
+
+    def start(**options):
+        started.append(Launch(tmp_path, **options))
+        started[0].await_text("step=5 ")
+        return started[0]
+
+    yield start
+    for one in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.wait()
+
+
+def assert_none_left(processes, seconds=45):
+    _gone, alive = psutil.wait_procs(processes, timeout=seconds)
+    assert not alive
+
+
+def last_step(run):
+    return read_log(run.run_dir)["train"][-1]["step"]
+
+
+def assert_saved_at_the_last_step(run):
+    assert (run.run_dir / "checkpoints" / "latest").read_text() == f"step_{last_step(run)}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, number):
+    run = launch()
+    _, ranks = run.processes()
+    ranks[1].send_signal(number)
+    assert run.process.wait(60) == STOPPED, run.said
+    assert f"stopped by a signal after step {last_step(run)}" in run.said
+    assert_saved_at_the_last_step(run)
+    assert_none_left(ranks)
+
+
+def test_ctrl_c_saves_and_a_second_one_does_not_wait(launch):
+    run = launch()
+    launcher, ranks = run.processes()
+    launcher.suspend()  # or it would end the ranks by itself
+    ranks[0].suspend()  # so the other waits for it, and cannot save
+    ranks[1].send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert ranks[1].is_running()
+    ranks[1].send_signal(signal.SIGINT)
+    until = time.monotonic() + 10
+    while ranks[1].status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+        time.sleep(0.1)
+    assert ranks[1].status() == psutil.STATUS_ZOMBIE
+    launcher.resume()
+    ranks[0].resume()
+    assert run.process.wait(60) == INTERRUPTED, run.said
+    assert_none_left(ranks)
+
+
+def test_a_killed_rank_is_named_and_the_other_ends(launch):
+    run = launch()
+    _, ranks = run.processes()
+    ranks[1].kill()
+    assert run.process.wait(60) == 256 - signal.SIGKILL, run.said
+    (said,) = run.errors
+    assert re.match(r"error: rank 1 on \S+ went in step \d+, .*; go on from the last checkpoint with --resume\.", said)
+    assert_none_left(ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_deepspeed_being_ended_alone_leaves_no_orphan_and_a_checkpoint(launch, number):
+    run = launch()
+    launcher, ranks = run.processes()
+    run.process.send_signal(number)
+    run.process.wait(10)
+    assert_none_left([launcher, *ranks])
+    assert_saved_at_the_last_step(run)
+
+
+def test_a_killed_launcher_leaves_no_orphan_and_a_checkpoint(launch):
+    run = launch()
+    launcher, ranks = run.processes()
+    launcher.kill()
+    assert run.process.wait(10) == 0  # DeepSpeed's own answer, whatever became of the ranks
+    assert_none_left(ranks)
+    assert_saved_at_the_last_step(run)
+
+
+def test_a_run_saves_and_leaves_ahead_of_its_time_limit(launch):
+    started = time.time()
+    run = launch(time_limit="0:00:25")
+    assert run.process.wait(60) == STOPPED, run.said
+    assert time.time() - started < 25 + 10  # the launcher's own start and end are not the run's
+    assert f"stopped ahead of the time limit after step {last_step(run)}" in run.said
+    assert_saved_at_the_last_step(run)
+
+
+def test_ranks_that_stand_still_end_and_say_where_each_of_them_is(launch):
+    run = launch(collective_timeout=5)
+    _launcher, ranks = run.processes()
+    ranks[1].suspend()
+    assert_none_left(ranks[:1], 60)
+    (said,) = run.errors
+    place = r"rank \d on \S+ in step \d+, (forward|backward|optimizer|reading|evaluation)\b.*"
+    assert re.match(rf"error: nothing has moved for 5 s: {place}; {place}; go on", said) or "ranks 0, 1 on" in said
+    ranks[1].resume()
+    assert run.process.wait(60) == LOST, run.said
