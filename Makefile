@@ -25,7 +25,7 @@ endif
 
 .PHONY: train test check bench bench-short
 train: .venv/.train $(TOKENS)/corpus.json
-	launch_scripts/local.sh 2 --ds_config ds_configs/tiny.json --preset tiny --ep_size 2 \
+	launch_scripts/single_node.sh 2 --ds_config ds_configs/tiny.json --preset tiny --ep_size 2 \
 		--data $(TOKENS) --run_dir $(RUN) --eval_interval 100
 	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5
 	python tools/report.py $(RUN)

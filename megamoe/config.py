@@ -319,3 +319,8 @@ class RunConfig(BaseModel):
         default=None,
         description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
     )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run_dir or Path("runs") / Path(self.preset).stem)

@@ -64,7 +64,7 @@ class Job:
         """Raises one UserError with all problems."""
         problems = Problems()
         self.run = run
-        self.run_dir = Path(run.run_dir or Path("runs") / Path(run.preset).stem)
+        self.run_dir = run.folder
         self.resuming = run.resume or (run.auto_resume and (self.run_dir / "run.json").is_file())
         problems += self._folder_problems()
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
@@ -354,7 +354,8 @@ def main() -> None:
     # process while it is taken down ("terminate called without an active exception"), and the launcher sees a failure.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if finished else STOPPED)
+    # torchrun takes any other code for a failure, and would start the ranks again.
+    os._exit(0 if finished or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED)
 
 
 if __name__ == "__main__":

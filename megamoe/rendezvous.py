@@ -127,7 +127,7 @@ def _slurm_seat(environment: Mapping[str, str]) -> Seat:
         int(environment["SLURM_STEP_NUM_TASKS"]),
         int(environment["SLURM_LOCALID"]),
         tasks[int(environment["SLURM_NODEID"])],
-        environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        environment.get("MASTER_ADDR") or hosts_of(environment["SLURM_STEP_NODELIST"])[0],
         # Any port would do that all ranks compute alike and no other job or step on the host does.
         int(environment.get("MASTER_PORT") or slurm_port(environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"])),
         "slurm",
@@ -142,15 +142,15 @@ def tasks_per_node(words: str) -> list[int]:
     return counts
 
 
-def first_host(nodes: str) -> str:
-    """The first host of Slurm's "h[1-2,5]", as scontrol spells it out. Raises UserError where that cannot be run."""
+def hosts_of(nodes: str) -> list[str]:
+    """The hosts of Slurm's "h[1-2,5]", as scontrol spells them out. Raises UserError where that cannot be run."""
     try:
         said = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"the hosts {nodes} of the Slurm step cannot be spelled out ({error}); set MASTER_ADDR to the first."
+            f"Slurm's hosts {nodes} cannot be spelled out ({error}); set MASTER_ADDR to the first."
         ) from None
-    return said.stdout.split()[0]
+    return said.stdout.split()
 
 
 def slurm_port(job: str, step: str) -> int:
@@ -198,7 +198,7 @@ def meet(seat: Seat, seconds: float = JOIN_SECONDS) -> Meeting:
     if seat.world_size == 1:
         return Meeting(seat, [here], None)
     until = time.monotonic() + seconds
-    store = _open_store(seat, here.host, seconds)
+    store = _join(seat, here.host, seconds)
     if store.add(f"taken/{seat.rank}", 1) > 1:
         raise UserError(
             f"rank {seat.rank} on {here.host} is not the first rank {seat.rank} to come to {seat.address}:{seat.port}; "
@@ -209,11 +209,11 @@ def meet(seat: Seat, seconds: float = JOIN_SECONDS) -> Meeting:
         came, problems = _receive(seat, store, until)
         store.set("answer", json.dumps({"members": [asdict(member) for member in came.values()], "problems": problems}))
         if problems:  # the others must hear of it before the store goes with this process
-            _await([f"heard/{rank}" for rank in came if rank], store, time.monotonic() + 5)
+            await_keys([f"heard/{rank}" for rank in came if rank], store, time.monotonic() + 5)
             raise UserError(*problems)
         members = list(came.values())
     else:
-        if _await(["answer"], store, until + 30):
+        if await_keys(["answer"], store, until + 30):
             raise UserError(f"rank 0 at {seat.address}:{seat.port} does not answer; see what it says.")
         answer = json.loads(store.get("answer"))
         store.set(f"heard/{seat.rank}", "")
@@ -223,11 +223,9 @@ def meet(seat: Seat, seconds: float = JOIN_SECONDS) -> Meeting:
     return Meeting(seat, members, store)
 
 
-def _open_store(seat: Seat, host: str, seconds: float) -> Store:
-    # torchrun's agent keeps one store on this port through all its restarts; else rank 0 does.
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+def _join(seat: Seat, host: str, seconds: float) -> Store:
     try:
-        return _connect(seat, seat.rank == 0 and not by_agent, seconds)
+        return _connect(seat, seat.rank == 0 and not _kept_by_agent(), seconds)
     except DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
@@ -239,21 +237,31 @@ def _open_store(seat: Seat, host: str, seconds: float) -> Store:
         ) from None
 
 
+def _kept_by_agent() -> bool:
+    """Whether torchrun's agent keeps the store, through all its restarts; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _connect(seat: Seat, is_master: bool, seconds: float) -> Store:
-    store = TCPStore(
-        seat.address,
-        seat.port,
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _kept_by_agent() else "0"
+    return PrefixStore(f"megamoe/{start}", open_store(seat.address, seat.port, is_master, seconds))
+
+
+def open_store(address: str, port: int, is_master: bool, seconds: float) -> TCPStore:
+    """torch's store at an address: kept by this process, or reached within so many seconds. Raises DistError."""
+    return TCPStore(
+        address,
+        port,
         is_master=is_master,
         timeout=timedelta(seconds=seconds),
         wait_for_workers=False,
         multi_tenant=True,  # torch's own group will share the port
     )
-    return PrefixStore(f"megamoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _receive(seat: Seat, store: Store, until: float) -> tuple[dict[int, Member], list[str]]:
     """On rank 0: the members that have come, by rank, and what is wrong with them."""
-    missing = _await([f"member/{rank}" for rank in range(seat.world_size)], store, until)
+    missing = await_keys([f"member/{rank}" for rank in range(seat.world_size)], store, until)
     came = {
         rank: Member(**json.loads(store.get(f"member/{rank}")))
         for rank in range(seat.world_size)
@@ -273,8 +281,8 @@ def _receive(seat: Seat, store: Store, until: float) -> tuple[dict[int, Member],
     return came, problems
 
 
-def _await(keys: list[str], store: Store, until: float) -> list[str]:
-    """Wait until all keys are set; returns those that are not by then."""
+def await_keys(keys: list[str], store: Store, until: float) -> list[str]:
+    """Wait until all keys are set, or the clock of `time.monotonic` says `until`; returns those that are not."""
     while not store.check(keys):
         if time.monotonic() > until:
             return [key for key in keys if not store.check([key])]
@@ -285,17 +293,22 @@ def _await(keys: list[str], store: Store, until: float) -> list[str]:
 # --- the network ----------------------------------------------------------------------------------------------------
 
 
-def interface_towards(address: str) -> str | None:
-    """Name of the network interface on the way to `address`; None where it is this host itself or cannot be told."""
+def address_towards(host: str) -> str | None:
+    """This host's own IPv4 address on the way to `host`; None where there is no way."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))  # sends nothing
-            own = probe.getsockname()[0]
+            probe.connect((host, 9))  # sends nothing
+            return probe.getsockname()[0]
     except OSError:
         return None
-    found = [
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(one.family == socket.AF_INET and one.address == own for one in addresses)
-    ]
-    return found[0] if found and not own.startswith("127.") else None
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the network interface on the way to `host`; None where that is a loopback, or there is no way."""
+    own = address_towards(host)
+    if own is None or own.startswith("127."):
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == own for one in addresses):
+            return name
+    return None

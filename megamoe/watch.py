@@ -108,11 +108,14 @@ class Watch:
         """
         if not self._store or self._closing.is_set():
             return
-        before = self._pulses()
-        time.sleep(DEAD_SECONDS)
-        after = self._pulses()
-        dead = [rank for rank, pulse in after.items() if pulse == before[rank] and rank != self._rank]
-        dead = [rank for rank in dead if not self._store.check([f"left/{rank}"])]
+        try:
+            before = self._pulses()
+            time.sleep(DEAD_SECONDS)
+            after = self._pulses()
+            dead = [rank for rank, pulse in after.items() if pulse == before[rank] and rank != self._rank]
+            dead = self._still_here(dead)
+        except DistError:
+            self._leave_without_store()
         if dead:
             self._end(f"{self._named(dead)} went in {_place(after[dead[0]])}")
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
@@ -128,31 +131,30 @@ class Watch:
                 if store.check(["verdict"]):
                     self._leave(None)
                 self._answered = time.monotonic()
-                self._look_at_neighbours(store)
+                self._look_at_neighbours()
                 if self._rank == 0:
-                    self._look_at_pulses(store, heard)
+                    self._look_at_pulses(heard)
         except DistError:
             if not self._closing.wait(DEAD_SECONDS):  # this job may be on its way out in good order
                 self._leave_without_store()
 
-    def _look_at_neighbours(self, store: Store) -> None:
+    def _look_at_neighbours(self) -> None:
         """A rank of this host whose process has ended is gone, without any doubt."""
         gone = [rank for rank, process in self._neighbours.items() if not _lives(process)]
         for rank in gone:
             del self._neighbours[rank]
-        gone = [rank for rank in gone if not store.check([f"left/{rank}"])]
+        gone = self._still_here(gone)
         if gone:
-            where = _place(store.get(f"pulse/{gone[0]}").decode())
-            self._end(f"{self._named(gone)} went in {where}")
+            self._end(f"{self._named(gone)} went in {_place(self._pulses()[gone[0]])}")
 
-    def _look_at_pulses(self, store: Store, heard: dict[int, tuple[str, float]]) -> None:
+    def _look_at_pulses(self, heard: dict[int, tuple[str, float]]) -> None:
         """On rank 0."""
         now = time.monotonic()
         for rank, pulse in self._pulses().items():
             if pulse != heard[rank][0]:
                 heard[rank] = (pulse, now)
         silent = [rank for rank, (_, at) in heard.items() if now - at > SILENT_SECONDS]
-        silent = [rank for rank in silent if not store.check([f"left/{rank}"])]
+        silent = self._still_here(silent)
         if silent:
             where = _place(heard[silent[0]][0])
             self._end(f"{self._named(silent)} has been silent for {SILENT_SECONDS} s, last in {where}")
@@ -186,6 +188,12 @@ class Watch:
         said = [rank for rank in ranks if self._store.check([f"pulse/{rank}"])]
         values = self._store.multi_get([f"pulse/{rank}" for rank in said])
         return {rank: "" for rank in ranks} | {rank: value.decode() for rank, value in zip(said, values, strict=True)}
+
+    def _still_here(self, ranks: list[int]) -> list[int]:
+        """Without those that have left in good order."""
+        store = self._store
+        assert store
+        return [rank for rank in ranks if not store.check([f"left/{rank}"])]
 
     def _standings(self) -> str:
         """Which ranks stand where."""
@@ -226,6 +234,8 @@ class Watch:
     def _leave(self, line: str | None) -> NoReturn:
         if line:
             print(f"error: {line}; go on from the last checkpoint with --resume.", file=sys.stderr, flush=True)
+        if self._rank == 0:
+            time.sleep(2 * PULSE_SECONDS)  # the store goes with this process, and the others must still see the verdict
         os._exit(LOST)
 
 

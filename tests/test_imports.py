@@ -14,7 +14,7 @@ ORDER = [
     {"config"},
     {"cli", "cpu", "tokenizer", "ds_config", "names", "manifest", "unpickle", "rendezvous", "stopping"},
     {"schedule", "layers", "loss", "router", "data", "corpus", "plan", "devices", "meter", "watch"},
-    {"moe", "metrics", "reader", "sharding"},
+    {"moe", "metrics", "reader", "sharding", "preflight"},
     {"model", "buckets", "traffic"},
     {"engine", "checkpoint", "restore", "export", "generate", "footprint"},
     {"train", "zero_to_fp32", "simulate"},

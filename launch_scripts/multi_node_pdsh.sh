@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Train on the hosts of a hostfile ("HOST slots=RANKS" a line), by DeepSpeed's launcher over pdsh and ssh:
+#   launch_scripts/multi_node_pdsh.sh HOSTFILE --ds_config ds_configs/zero2.json [options of pretrain.py]
+#
+# MAX_RESTARTS=N starts again, from the last checkpoint, after a rank or a host was lost, up to N times (0).
+# MIN_HOSTS=N then goes on with the hosts that answer, if they are so many (all of them).
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+hostfile=${1:?usage: launch_scripts/multi_node_pdsh.sh HOSTFILE --ds_config FILE [options of pretrain.py]}
+shift
+
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+# DeepSpeed takes what stands in .deepspeed_env, and little else, to the other hosts.
+export DS_ENV_FILE=$folder/.deepspeed_env
+forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TORCH_[A-Z_]*|NCCL_[A-Z_]*|GLOO_[A-Z_]*|MALLOC_[A-Z_]*|HF_[A-Z_]*)='
+cat ~/.deepspeed_env ./.deepspeed_env 2>/dev/null > "$DS_ENV_FILE" || true
+env | grep -E "$forwarded" >> "$DS_ENV_FILE"
+# ssh would wait for hours for a host that has lost its power.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
+
+for ((attempt = 0; ; attempt++)); do
+  # Says what is wrong and where, or prints the address and a free port of the first host.
+  checked=$(python "$root/tools/preflight.py" hostfile "$hostfile" --usable "$folder/hostfile" \
+    ${MASTER_PORT:+--port "$MASTER_PORT"} ${MIN_HOSTS:+--min_hosts "$MIN_HOSTS"} -- "$@" | tail -n 1)
+  read -r first address port _ <<< "$checked"
+  code=0
+  run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "$first" \
+    deepspeed --hostfile "$folder/hostfile" --force_multi --master_addr "$address" --master_port "$port" \
+    "$root/megamoe/pretrain.py" "$@" || code=$?
+  # Of a launcher that was killed; the ranks notice it, save and leave.
+  pkill -TERM -f "^ssh .* -m deepspeed.launcher.launch .*--master_port=$port" || true
+  case $code in 0 | 2 | 75 | 130) exit "$code" ;; esac # done, to be mended, or asked to stop
+  ((attempt < ${MAX_RESTARTS:-0})) || exit "$code"
+  echo "the ranks ended with exit code $code; start $((attempt + 1)) of $MAX_RESTARTS again" >&2
+  [[ " $* " == *" --auto_resume "* ]] || set -- "$@" --auto_resume
+done

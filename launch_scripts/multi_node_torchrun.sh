@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Train on several hosts by torchrun. Start the same line on each of them, in any order:
+#   HOSTS=2 RANKS=8 ENDPOINT=host1:29400 launch_scripts/multi_node_torchrun.sh --ds_config FILE [options of pretrain.py]
+#
+# HOSTS is how many there are, or "1:2": at least and at most. RANKS is how many each host runs. ENDPOINT is where they
+# meet: a host among them, with a free port. JOIN_TIMEOUT=N waits N seconds for them (300). MAX_RESTARTS=N starts again
+# after a rank or a host was lost, up to N times (0); with --auto_resume that is from the last checkpoint.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+: "${HOSTS:?set HOSTS to the number of hosts, or MIN:MAX}" "${RANKS:?set RANKS to the ranks of each host}"
+: "${ENDPOINT:?set ENDPOINT to HOST:PORT, where the hosts meet}"
+
+# The hosts meet there and compare, and then agree on a port for torchrun.
+endpoint=$(python "$root/tools/preflight.py" endpoint "$ENDPOINT" --hosts "$HOSTS" --ranks "$RANKS" \
+  --seconds "${JOIN_TIMEOUT:-300}" -- "$@" | tail -n 1)
+
+# Each start gets a store of its own: in the agents' common one, they would count their restarts differently.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+run_launcher "^[^ ]*python[^ ]* .*--rdzv-endpoint=$endpoint" "" \
+  torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "${MAX_RESTARTS:-0}" --rdzv-backend c10d \
+  --rdzv-id=megamoe --rdzv-endpoint="$endpoint" "$root/megamoe/pretrain.py" "$@"

@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Check the hosts of a job before ranks are started on them; the launch scripts call it.
+
+    python tools/preflight.py hostfile HOSTFILE -- --ds_config FILE [options of pretrain.py]
+    python tools/preflight.py slurm -- ...          in a Slurm job
+    python tools/preflight.py endpoint HOST:PORT --hosts 2 -- ...       on each host, ahead of torchrun
+
+Exits with code 2 and a sentence for each lack. Else the last line printed is, for the first two, the name, the address
+and a free port of the host of rank 0, and the run folder; for endpoint, where torchrun's agents are to meet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+from megamoe import cli
+from megamoe.config import RunConfig, UserError
+from megamoe.preflight import Endpoint, as_line, ask_by_srun, ask_by_ssh, marker_beside, meet, problems, report
+from megamoe.pretrain import parse_run
+from megamoe.rendezvous import hosts_of
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(prog="preflight.py", description="Check the hosts of a job before ranks are started on them.")
+    parser.add_argument("launcher", choices=("hostfile", "slurm", "endpoint", "report"))
+    parser.add_argument(
+        "where", nargs="?", help="the hostfile; HOST:PORT, where torchrun's hosts meet; or another host"
+    )
+    parser.add_argument("--port", type=int, help="to be used on the first host; by default a free one")
+    parser.add_argument("--min_hosts", type=int, help="leave out hosts that do not answer, if so many do")
+    parser.add_argument("--usable", type=Path, help="hostfile to write, with the hosts that answer")
+    parser.add_argument("--hosts", default="1", help="for endpoint: how many meet, or MIN:MAX")
+    parser.add_argument("--ranks", type=int, default=0, help="for endpoint: how many each host runs")
+    parser.add_argument("--seconds", type=float, default=300, help="for endpoint: to wait for the other hosts")
+    parser.add_argument("--marker", type=Path, help="for report: a file that this host should see")
+    return parser.parse(words)
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Ranks by host. Raises UserError."""
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    if not path.is_file():
+        raise UserError(f"hostfile {path} does not exist; give a file with a line 'HOST slots=RANKS' for each host.")
+    try:
+        return dict(fetch_hostfile(str(path)))
+    except ValueError as error:
+        raise UserError(f"hostfile {path}: {error}; write a line 'HOST slots=RANKS' for each host.") from None
+
+
+def command_of_report(args: argparse.Namespace, peer: str, marker: Path, words: list[str]) -> list[str]:
+    command = [sys.executable, str(Path(__file__).resolve()), "report", peer, "--marker", str(marker)]
+    return [*command, *(["--port", str(args.port)] if args.port else []), "--", *words]
+
+
+def check_hostfile(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
+    slots = read_hostfile(Path(args.where))
+    hosts = list(slots)
+    with marker_beside(run.folder) as marker:
+        # The last one is not asked for its way to itself: only the first one's counts.
+        reports, silent = ask_by_ssh(hosts, command_of_report(args, hosts[-1], marker, words))
+    if silent and len(reports) < (args.min_hosts or len(hosts)):
+        raise UserError(*silent)
+    for problem in silent:
+        print(f"going on without a host: {problem}", file=sys.stderr)
+    ranks = {one.host: slots[host] for host, one in reports.items()}
+    found = problems(list(reports.values()), run, ranks)
+    if found:
+        raise UserError(*found)
+    if args.usable:
+        args.usable.write_text("".join(f"{host} slots={slots[host]}\n" for host in reports))
+    first = next(iter(reports))
+    print(first, reports[first].address or first, reports[first].port, run.folder)
+
+
+def check_slurm(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
+    if "SLURM_JOB_NODELIST" not in os.environ:
+        raise UserError("this is no Slurm job; start it by sbatch launch_scripts/slurm.sbatch.")
+    hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
+    with marker_beside(run.folder) as marker:
+        reports = ask_by_srun(len(hosts), command_of_report(args, hosts[-1], marker, words))
+    reports.sort(key=lambda one: hosts.index(one.host) if one.host in hosts else 0)
+    found = problems(reports, run, {})
+    if found:
+        raise UserError(*found)
+    print(reports[0].host, reports[0].address or hosts[0], reports[0].port, run.folder)
+
+
+def check_endpoint(args: argparse.Namespace, run: RunConfig) -> None:
+    host, _, port = (args.where or "").rpartition(":")
+    least, _, most = args.hosts.partition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"ENDPOINT is {args.where!r}; write HOST:PORT of one of the hosts.")
+    if not least.isdigit() or not (most or least).isdigit() or not 0 < int(least) <= int(most or least):
+        raise UserError(f"HOSTS is {args.hosts!r}; write a number of hosts, or MIN:MAX.")
+    try:
+        socket.gethostbyname(host)
+    except OSError:
+        raise UserError(f"{socket.gethostname()} cannot resolve {host}, where the hosts meet; mend its name.") from None
+    at = Endpoint(host, int(port), int(least), int(most or least), args.ranks, args.seconds)
+    print(f"{host}:{meet(lambda marker: report(run, host, marker, None), run, at)}")
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    args = parse(words[:split])
+    run = parse_run(words[split + 1 :])
+    if args.launcher == "report":
+        print(as_line(report(run, args.where, args.marker, args.port)))
+    elif args.launcher == "hostfile":
+        check_hostfile(args, run, words[split + 1 :])
+    elif args.launcher == "slurm":
+        check_slurm(args, run, words[split + 1 :])
+    else:
+        check_endpoint(args, run)
+
+
+if __name__ == "__main__":
+    cli.run(main)
