@@ -14,7 +14,7 @@ trap 'rm -rf "$folder"' EXIT
 # DeepSpeed takes what stands in .deepspeed_env, and little else, to the other hosts.
 export DS_ENV_FILE=$folder/.deepspeed_env
 forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TORCH_[A-Z_]*|NCCL_[A-Z_]*|GLOO_[A-Z_]*|MALLOC_[A-Z_]*|HF_[A-Z_]*)='
-cat ~/.deepspeed_env ./.deepspeed_env 2>/dev/null > "$DS_ENV_FILE" || true
+grep -sh '^[A-Za-z_]*=' ~/.deepspeed_env ./.deepspeed_env > "$DS_ENV_FILE" || true
 env | grep -E "$forwarded" >> "$DS_ENV_FILE"
 # ssh would wait for hours for a host that has lost its power.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=4"

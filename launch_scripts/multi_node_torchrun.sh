@@ -11,11 +11,20 @@ source "$(dirname "$0")/common.sh"
 : "${ENDPOINT:?set ENDPOINT to HOST:PORT, where the hosts meet}"
 
 # The hosts meet there and compare, and then agree on a port for torchrun.
-endpoint=$(python "$root/tools/preflight.py" endpoint "$ENDPOINT" --hosts "$HOSTS" --ranks "$RANKS" \
+checked=$(python "$root/tools/preflight.py" endpoint "$ENDPOINT" --hosts "$HOSTS" --ranks "$RANKS" \
   --seconds "${JOIN_TIMEOUT:-300}" -- "$@" | tail -n 1)
+read -r endpoint address is_host <<< "$checked"
 
 # Each start gets a store of its own: in the agents' common one, they would count their restarts differently.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# torchrun would start ranks again that end with another code than 0; they leave a note when they were asked to stop.
+MEGAMOE_STOP_NOTE=$(mktemp -d)/stopped
+export MEGAMOE_STOP_NOTE
+trap 'rm -rf "$(dirname "$MEGAMOE_STOP_NOTE")"' EXIT
+code=0
 run_launcher "^[^ ]*python[^ ]* .*--rdzv-endpoint=$endpoint" "" \
-  torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "${MAX_RESTARTS:-0}" --rdzv-backend c10d \
-  --rdzv-id=megamoe --rdzv-endpoint="$endpoint" "$root/megamoe/pretrain.py" "$@"
+  torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "${MAX_RESTARTS:-0}" --local-addr "$address" \
+  --rdzv-backend c10d --rdzv-id=megamoe --rdzv-endpoint="$endpoint" --rdzv-conf "is_host=$is_host" \
+  "$root/megamoe/pretrain.py" "$@" || code=$?
+if [[ $code == 0 && -e $MEGAMOE_STOP_NOTE ]]; then code=75; fi
+exit "$code"

@@ -25,6 +25,7 @@ from megamoe.data import corpus_prefix
 from megamoe.rendezvous import address_towards, await_keys, free_port, open_store, version_problems, versions
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+RESOLVE_SECONDS = 60
 ANSWER_SECONDS = 120  # a cold file system takes a while to load torch
 
 
@@ -163,8 +164,18 @@ def ask_by_srun(nodes: int, command: list[str]) -> list[Report]:
     return reports
 
 
-def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> int:
-    """Meet the other hosts, each of which calls this, and compare. Returns a free port on the endpoint's host.
+@dataclass(frozen=True)
+class Agreement:
+    """What hosts that have met agree on: where torchrun's agents meet, and this host's part."""
+
+    address: str
+    port: int
+    own_address: str
+    keeps: bool  # this host is the one
+
+
+def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Agreement:
+    """Meet the other hosts, each of which calls this, and compare.
 
     Raises UserError on all of them for whatever is wrong with one.
 
@@ -172,7 +183,7 @@ def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> int:
         here: makes this host's report, of a file that the endpoint's host has made beside the run folder.
     """
     until = time.monotonic() + at.seconds
-    keeps = is_own(socket.gethostbyname(at.host))
+    keeps = is_own(_resolve(at.host, min(until, time.monotonic() + RESOLVE_SECONDS)))
     with contextlib.ExitStack() as stack:
         try:
             store = open_store(at.host, at.port, keeps, at.seconds)
@@ -196,7 +207,10 @@ def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> int:
                     f"{len(reports)} of {at.least} hosts have come to {at.host}:{at.port} within {at.seconds:g} s "
                     f"({names}); start the same line on the others."
                 )
-            store.set("answer", json.dumps({"problems": found, "port": free_port()}))
+            # The name of this host can mean its loopback to itself; the way to another one does not.
+            others = [one.address for one in reports[1:] if one.address]
+            address = (address_towards(others[0]) if others else None) or at.host
+            store.set("answer", json.dumps({"problems": found, "address": address, "port": free_port()}))
             await_keys([f"heard/{place}" for place in range(2, len(reports) + 1)], store, time.monotonic() + 5)
         elif await_keys(["answer"], store, until + ANSWER_SECONDS):
             raise UserError(f"{at.host}:{at.port} does not answer; see what the script says there.")
@@ -204,7 +218,21 @@ def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> int:
         store.set(f"heard/{place}", "")
     if answer["problems"]:
         raise UserError(*answer["problems"])
-    return answer["port"]
+    own = None if keeps else address_towards(at.host)
+    return Agreement(answer["address"], answer["port"], own or answer["address"], keeps)
+
+
+def _resolve(host: str, until: float) -> str:
+    """The address of a host, whose name may come to be known a little later: so it is in Kubernetes."""
+    while True:
+        try:
+            return socket.gethostbyname(host)
+        except OSError:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{socket.gethostname()} cannot resolve {host}, where the hosts meet; mend that name."
+                ) from None
+            time.sleep(1)
 
 
 def _gather(store: Store, at: Endpoint, until: float) -> list[Report]:

@@ -99,7 +99,8 @@ class Job:
         if self.resuming:
             self._check_same_run(read_json(self.run_dir / "run.json"))
         newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
-        if newest >= self.last_step:
+        self.is_done = newest >= self.last_step
+        if self.is_done and not run.auto_resume:
             raise UserError(
                 f"{self.run_dir} is at step {newest} already and the run ends at {self.last_step}; "
                 "give a larger --steps."
@@ -332,6 +333,16 @@ def train(job: Job, rank: int, position: Position) -> bool:
             sinks.close()
 
 
+def stopped_code() -> int:
+    """Exit code of a run that leaves early. torchrun would take any but 0 for a failure, and start the ranks again; its
+    launch script gives a file for a note, and then ends with `STOPPED` itself."""
+    note = os.environ.get("MEGAMOE_STOP_NOTE")
+    if note is None:
+        return STOPPED
+    Path(note).touch()
+    return 0
+
+
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         parse_run()
@@ -346,7 +357,9 @@ def main() -> None:
         try:
             job = prepare(meeting.seat.rank, meeting.seat.world_size, device)
             watch.collective_seconds = job.run.collective_timeout
-            finished = train(job, meeting.seat.rank, position)
+            finished = job.is_done or train(job, meeting.seat.rank, position)
+            if job.is_done and meeting.seat.rank == 0:
+                print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
         except Exception as error:
             watch.explain(error)
             raise
@@ -354,8 +367,7 @@ def main() -> None:
     # process while it is taken down ("terminate called without an active exception"), and the launcher sees a failure.
     sys.stdout.flush()
     sys.stderr.flush()
-    # torchrun takes any other code for a failure, and would start the ranks again.
-    os._exit(0 if finished or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED)
+    os._exit(0 if finished else stopped_code())
 
 
 if __name__ == "__main__":

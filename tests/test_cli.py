@@ -1,6 +1,7 @@
 """Command lines: one sentence for each problem, exit code 2, no stack trace."""
 
 import errno
+import os
 
 import pytest
 
@@ -141,3 +142,25 @@ def test_a_bug_keeps_its_stack_trace():
 
     with pytest.raises(KeyError, match="oops"):
         cli.run(main)
+
+
+def test_run_exits_with_130_after_ctrl_c_and_says_nothing(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    code, said = outcome(main, capsys)
+    assert (code, said.out, said.err) == (130, "", "")
+
+
+def test_a_console_whose_reader_has_gone_drops_what_is_written():
+    reading, writing = os.pipe()
+    with open(writing, "w") as stream:
+        console = cli.Console(stream)
+        print("heard", file=console, flush=True)
+        assert os.read(reading, 10) == b"heard\n"
+        os.close(reading)
+        print("not heard", file=console, flush=True)
+        with pytest.raises(BrokenPipeError):
+            stream.flush()
+        assert console.fileno() == writing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # so that it can be closed

@@ -204,6 +204,18 @@ def test_a_weight_that_is_no_number_is_refused_with_the_form_to_write():
     has(only(refusals(validate, RunConfig, values, "command line")), "a=much", "PATH=WEIGHT")
 
 
+@pytest.mark.parametrize(
+    ("words", "seconds"), [("90", 5400), ("0.5", 30), ("0:00:25", 25), ("1:30:00", 5400), ("2-12:00:00", 216_000)]
+)
+def test_a_time_limit_is_written_as_slurm_writes_it(words, seconds):
+    assert validate(RunConfig, {"ds_config": "x", "time_limit": words}, "command line").time_limit == seconds
+
+
+@pytest.mark.parametrize("words", ["1:30", "soon", "1:2:3", "-5", "0"])
+def test_a_time_limit_of_another_form_is_refused(words):
+    has(only(refusals(validate, RunConfig, {"ds_config": "x", "time_limit": words}, "command line")), "time_limit")
+
+
 def test_all_problems_of_a_command_line_come_at_once():
     problems = refusals(validate, RunConfig, {"data": ["a=0"], "steps": "-3", "seed": "x"}, "command line")
     assert len(problems) == 4

@@ -191,6 +191,21 @@ def test_resuming_a_run_that_is_done_is_refused_with_both_steps(inputs):
     assert "ends at 3" in problem
 
 
+def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one(inputs):
+    assert not job({**inputs, "auto_resume": True, "run_dir": inputs["run_dir"] + "-new"}).candidates
+    started(inputs)
+    again = job({**inputs, "auto_resume": True})
+    assert [path.name for path in again.candidates] == ["step_3"]
+    assert not again.is_done
+    assert job({**inputs, "auto_resume": True, "steps": 3}).is_done
+
+
+def test_auto_resume_does_not_go_on_with_another_run(inputs):
+    started(inputs)
+    (problem,) = problems({**inputs, "auto_resume": True, "seed": 7})
+    assert "holds a run with seed" in problem
+
+
 def test_a_corpus_without_held_out_text_trains_without_evaluation(inputs, tmp_path):
     for suffix in ("bin", "idx"):
         (tmp_path / "corpus" / f"valid.{suffix}").unlink()

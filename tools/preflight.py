@@ -6,14 +6,14 @@
     python tools/preflight.py endpoint HOST:PORT --hosts 2 -- ...       on each host, ahead of torchrun
 
 Exits with code 2 and a sentence for each lack. Else the last line printed is, for the first two, the name, the address
-and a free port of the host of rank 0, and the run folder; for endpoint, where torchrun's agents are to meet.
+and a free port of the host of rank 0, and the run folder; for endpoint, where torchrun's agents are to meet, this
+host's address, and whether it is the one.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -97,12 +97,9 @@ def check_endpoint(args: argparse.Namespace, run: RunConfig) -> None:
         raise UserError(f"ENDPOINT is {args.where!r}; write HOST:PORT of one of the hosts.")
     if not least.isdigit() or not (most or least).isdigit() or not 0 < int(least) <= int(most or least):
         raise UserError(f"HOSTS is {args.hosts!r}; write a number of hosts, or MIN:MAX.")
-    try:
-        socket.gethostbyname(host)
-    except OSError:
-        raise UserError(f"{socket.gethostname()} cannot resolve {host}, where the hosts meet; mend its name.") from None
     at = Endpoint(host, int(port), int(least), int(most or least), args.ranks, args.seconds)
-    print(f"{host}:{meet(lambda marker: report(run, host, marker, None), run, at)}")
+    agreed = meet(lambda marker: report(run, host, marker, None), run, at)
+    print(f"{agreed.address}:{agreed.port}", agreed.own_address, str(agreed.keeps).lower())
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def shared_memory_of_this_job():
 
 
 def test_a_job_leaves_nothing_in_shared_memory_even_if_it_is_killed():
-    # The names are gone while it runs, so no end of the processes can leave them behind.
+    # Nothing is there while it runs, so no end of the processes can leave it behind.
     assert run_ranks(2, shared_memory_of_this_job) == [[], []]
 
 

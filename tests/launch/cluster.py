@@ -69,10 +69,11 @@ class Host:
             f"mount --bind {files}/ssh_config /etc/ssh/ssh_config; exec /usr/sbin/sshd -D -e -f {files}/sshd_config"
         )
         with open(files / f"sshd-{self.name}", "a") as log:
+            # setpriv: whatever becomes of the tests, their hosts end with them.
             self._unshare = subprocess.Popen(
-                # Whatever becomes of the tests, their hosts end with them.
-                ["setpriv", "--pdeathsig", "KILL", "nsenter", f"--net=/run/netns/{self.network}", "unshare", "--uts", "--mount", "--pid", "--fork",
-                 "--kill-child", "--mount-proc", "bash", "-c", script],
+                ["setpriv", "--pdeathsig", "KILL", "nsenter", f"--net=/run/netns/{self.network}",
+                 "unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
+                 "bash", "-c", script],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         children = Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children")

@@ -17,24 +17,29 @@ from toy import ds_config, write_inputs
 from megamoe.metrics import read_log
 
 ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+SCRIPT = ROOT / "launch_scripts" / "single_node.sh"
 STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as docs/launch.md says
 
 
 class Launch:
-    """A run under DeepSpeed's launcher, its output in a file, and the processes that it consists of."""
+    """A run under DeepSpeed's launcher or our script, its output in a file, and the processes that it consists of."""
 
-    def __init__(self, folder, ranks=2, **options):
+    def __init__(self, folder, script=None, **options):
         ds = ds_config(1)
         ds["scheduler"]["params"]["total_num_steps"] = 100_000
-        run = {**write_inputs(folder, ds), "run_dir": folder / "run", "ep_size": ranks, "log_interval": 5, **options}
-        words = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks)]
-        words += ["--master_port", str(free_port()), str(ROOT / "megamoe" / "pretrain.py")]
+        run = {**write_inputs(folder, ds), "run_dir": folder / "run", "ep_size": 2, "log_interval": 5, **options}
+        launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+        words = [str(script), "2"] if script else [*launcher, str(ROOT / "megamoe" / "pretrain.py")]
         for name, value in run.items():
             words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
         self.run_dir = folder / "run"
         self.output = folder / "output"
         with open(self.output, "w") as output:
-            self.process = subprocess.Popen(words, cwd=folder, stdout=output, stderr=output, start_new_session=True)
+            self.process = subprocess.Popen(
+                words, cwd=folder, stdout=output, stderr=output, start_new_session=True,
+                env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+            )  # fmt: skip
 
     def await_text(self, text, seconds=120):
         until = time.monotonic() + seconds
@@ -76,8 +81,7 @@ def launch(tmp_path):
 
 
 def assert_none_left(processes, seconds=45):
-    _gone, alive = psutil.wait_procs(processes, timeout=seconds)
-    assert not alive
+    assert psutil.wait_procs(processes, timeout=seconds)[1] == []
 
 
 def last_step(run):
@@ -162,7 +166,51 @@ def test_ranks_that_stand_still_end_and_say_where_each_of_them_is(launch):
     ranks[1].suspend()
     assert_none_left(ranks[:1], 60)
     (said,) = run.errors
-    place = r"rank \d on \S+ in step \d+, (forward|backward|optimizer|reading|evaluation)\b.*"
-    assert re.match(rf"error: nothing has moved for 5 s: {place}; {place}; go on", said) or "ranks 0, 1 on" in said
+    place = r"in step \d+, (forward of layer \d|backward of layer \d|optimizer step|reading data)"
+    both, each = rf"ranks 0, 1 on \S+ {place}", rf"rank 0 on \S+ {place}; rank 1 on \S+ {place}"
+    assert re.match(rf"error: nothing has moved for 5 s: ({both}|{each}); go on from", said)
     ranks[1].resume()
     assert run.process.wait(60) == LOST, run.said
+
+
+# --- the script -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_script_ends_all_with_a_checkpoint_and_says_so_by_its_exit_code(launch, number):
+    run = launch(script=SCRIPT)
+    launcher, ranks = run.processes()
+    run.process.send_signal(number)
+    assert run.process.wait(60) == STOPPED, run.said
+    assert_none_left([launcher, *ranks])
+    assert_saved_at_the_last_step(run)
+
+
+def test_ctrl_c_at_the_terminal_of_the_script_saves(launch):
+    run = launch(script=SCRIPT)
+    launcher, ranks = run.processes()
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.process.wait(60) == STOPPED, run.said
+    assert_none_left([launcher, *ranks])
+    assert_saved_at_the_last_step(run)
+
+
+def test_a_second_ctrl_c_to_the_script_ends_a_run_that_cannot_save(launch):
+    run = launch(script=SCRIPT)
+    _, ranks = run.processes()
+    ranks[0].suspend()  # so the other waits for it
+    os.killpg(run.process.pid, signal.SIGINT)
+    time.sleep(1.5)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.process.wait(60) not in (0, STOPPED), run.said
+    ranks[0].resume()
+    assert_none_left(ranks)
+
+
+def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(launch):
+    run = launch(script=SCRIPT)
+    launcher, ranks = run.processes()
+    launcher.parent().kill()
+    assert run.process.wait(60) == 128 + signal.SIGKILL
+    assert_none_left([launcher, *ranks])
+    assert_saved_at_the_last_step(run)

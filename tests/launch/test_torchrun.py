@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from cluster import wait_for
-from runs import Run, inputs
+from runs import STOPPED, Run, inputs
 
 SCRIPT = "launch_scripts/multi_node_torchrun.sh"
 
@@ -54,7 +54,7 @@ def test_a_signal_to_one_script_ends_the_ranks_of_both_with_a_checkpoint(start):
     first, second = start()
     first.await_any("step=3 ", second)
     second.script.send_signal(signal.SIGTERM)
-    assert (first.wait(), second.wait()) == (0, 0), first.said + second.said
+    assert (first.wait(), second.wait()) == (STOPPED, STOPPED), first.said + second.said
     assert first.latest == f"step_{first.last_step}"
     assert first.processes() == []
 
@@ -72,4 +72,4 @@ def test_after_a_rank_was_killed_torchrun_starts_again_from_the_last_checkpoint(
     before = first.last_step
     wait_for(lambda: first.last_step > before, "no step is made")
     first.script.send_signal(signal.SIGTERM)
-    assert (first.wait(), second.wait()) == (0, 0), first.said + second.said
+    assert (first.wait(), second.wait()) == (STOPPED, STOPPED), first.said + second.said
