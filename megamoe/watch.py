@@ -25,6 +25,7 @@ from megamoe.rendezvous import Meeting, Member
 LOST = 76  # exit code of a rank that ends because another one went, or because nothing moves
 PULSE_SECONDS = 1.0
 SILENT_SECONDS = 30  # without a pulse: a host that lost its power or its network says nothing
+MOST_BETWEEN_LOOKS = 5.0  # seconds that count, of those between two looks
 DEAD_SECONDS = 3  # without a pulse, after a collective has failed
 COLLECTIVE_SECONDS = 600.0
 LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed")  # as their command lines show them
@@ -36,13 +37,13 @@ class Position:
     def __init__(self) -> None:
         self.step = 0
         self.doing = "start"
-        self.since = time.monotonic()
+        self.moves = 0
 
     def at(self, doing: str, step: int | None = None) -> None:
         """Note that the rank has come to `doing`."""
         self.step = self.step if step is None else step
         self.doing = doing
-        self.since = time.monotonic()
+        self.moves += 1
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.doing}"
@@ -64,6 +65,23 @@ class Position:
         layer.register_forward_hook(after)
 
 
+class Stillness:
+    """How long a value has been the same, in the time that this process was awake: a job that is suspended as a whole
+    must not miss its ranks when it goes on."""
+
+    def __init__(self) -> None:
+        self._value: Any = None
+        self._seconds = 0.0
+        self._looked = time.monotonic()
+
+    def seconds(self, value: Any) -> float:
+        """Seconds since `value` has been this one; to be asked about once a second."""
+        now = time.monotonic()
+        self._seconds = self._seconds + min(now - self._looked, MOST_BETWEEN_LOOKS) if value == self._value else 0.0
+        self._value, self._looked = value, now
+        return self._seconds
+
+
 class Watch:
     """Ends this process with exit code `LOST` and one line for all ranks when the job cannot go on."""
 
@@ -74,7 +92,7 @@ class Watch:
         self._rank = meeting.seat.rank
         self._store = meeting.connect()
         self._beats = 0
-        self._answered = time.monotonic()  # when the store last did
+        self._answers = 0  # of the store
         self._neighbours = _neighbours(meeting)
         self._launchers = launchers(psutil.Process()) if meeting.seat.launcher == "torch" else []
         self._closing = threading.Event()
@@ -124,16 +142,16 @@ class Watch:
     # --- the two threads --------------------------------------------------------------------------------------------
 
     def _follow_others(self, store: Store) -> None:
-        heard = {rank: ("", time.monotonic()) for rank in range(self.meeting.seat.world_size)}
+        stillness = [Stillness() for _ in self.meeting.members]
         try:
             while not self._closing.wait(PULSE_SECONDS):
                 self._pulse()
                 if store.check(["verdict"]):
                     self._leave(None)
-                self._answered = time.monotonic()
+                self._answers += 1
                 self._look_at_neighbours()
                 if self._rank == 0:
-                    self._look_at_pulses(heard)
+                    self._look_at_pulses(stillness)
         except DistError:
             if not self._closing.wait(DEAD_SECONDS):  # this job may be on its way out in good order
                 self._leave_without_store()
@@ -147,19 +165,18 @@ class Watch:
         if gone:
             self._end(f"{self._named(gone)} went in {_place(self._pulses()[gone[0]])}")
 
-    def _look_at_pulses(self, heard: dict[int, tuple[str, float]]) -> None:
+    def _look_at_pulses(self, stillness: list[Stillness]) -> None:
         """On rank 0."""
-        now = time.monotonic()
-        for rank, pulse in self._pulses().items():
-            if pulse != heard[rank][0]:
-                heard[rank] = (pulse, now)
-        silent = [rank for rank, (_, at) in heard.items() if now - at > SILENT_SECONDS]
+        pulses = self._pulses()
+        silent = [rank for rank, pulse in pulses.items() if stillness[rank].seconds(pulse) > SILENT_SECONDS]
         silent = self._still_here(silent)
         if silent:
-            where = _place(heard[silent[0]][0])
-            self._end(f"{self._named(silent)} has been silent for {SILENT_SECONDS} s, last in {where}")
+            where = _place(pulses[silent[0]])
+            verb = "have" if len(silent) > 1 else "has"
+            self._end(f"{self._named(silent)} {verb} been silent for {SILENT_SECONDS} s, last in {where}")
 
     def _guard(self) -> None:
+        store, position = Stillness(), Stillness()
         while not self._closing.wait(PULSE_SECONDS):
             if self._launchers and not all(child.ppid() == parent for child, parent in self._launchers):
                 self._launchers = []
@@ -167,11 +184,10 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGTERM)
             if not self._store:
                 continue
-            now = time.monotonic()
-            if now - self._answered > SILENT_SECONDS:
+            if store.seconds(self._answers) > SILENT_SECONDS:
                 self._leave_without_store()
             # Ahead of the first step, reading a large checkpoint takes as long as it takes.
-            if self.position.step and now - self.position.since > self.collective_seconds:
+            if position.seconds(self.position.moves) > self.collective_seconds and self.position.step:
                 self._end(f"nothing has moved for {self.collective_seconds:g} s: {self._standings()}")
 
     # --- words and ends ---------------------------------------------------------------------------------------------
@@ -184,10 +200,12 @@ class Watch:
     def _pulses(self) -> dict[int, str]:
         """What each rank has last said of itself."""
         assert self._store
-        ranks = range(self.meeting.seat.world_size)
-        said = [rank for rank in ranks if self._store.check([f"pulse/{rank}"])]
-        values = self._store.multi_get([f"pulse/{rank}" for rank in said])
-        return {rank: "" for rank in ranks} | {rank: value.decode() for rank, value in zip(said, values, strict=True)}
+        keys = [f"pulse/{rank}" for rank in range(self.meeting.seat.world_size)]
+        if not self._store.check(keys):  # one has only just begun
+            keys = [key for key in keys if self._store.check([key])]
+        said = zip(keys, self._store.multi_get(keys), strict=True)
+        pulses = {int(key.removeprefix("pulse/")): value.decode() for key, value in said}
+        return {rank: pulses.get(rank, "") for rank in range(self.meeting.seat.world_size)}
 
     def _still_here(self, ranks: list[int]) -> list[int]:
         """Without those that have left in good order."""

@@ -12,7 +12,7 @@ from toy import PRESET
 
 from megamoe.config import ModelConfig
 from megamoe.model import Decoder
-from megamoe.watch import Position
+from megamoe.watch import MOST_BETWEEN_LOOKS, Position, Stillness
 
 
 class Recorder(Position):
@@ -64,11 +64,20 @@ def test_following_a_model_changes_neither_loss_nor_gradients():
     assert all(torch.equal(one, other) for one, other in zip(run(True), run(False), strict=True))
 
 
-def test_coming_to_a_place_starts_its_time():
-    position = Position()
-    position.since -= 100
-    position.at("evaluation")
-    assert time.monotonic() - position.since < 50
+def clocked(monkeypatch, *looks):
+    """What Stillness says at (seconds, value) pairs of a clock."""
+    now = iter([0.0, *(seconds for seconds, _ in looks)])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    stillness = Stillness()
+    return [stillness.seconds(value) for _, value in looks]
+
+
+def test_stillness_is_the_time_since_a_value_changed(monkeypatch):
+    assert clocked(monkeypatch, (1, "a"), (2, "a"), (4, "a"), (5, "b"), (6, "b")) == [0, 1, 3, 0, 1]
+
+
+def test_time_in_which_the_process_was_suspended_is_no_stillness(monkeypatch):
+    assert clocked(monkeypatch, (1, "a"), (2, "a"), (9000, "a"), (9001, "a")) == [0, 1, 1 + MOST_BETWEEN_LOOKS, 7]
 
 
 # A tree of processes: each starts the next, and the last one tells what launchers() says of it.

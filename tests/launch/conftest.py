@@ -1,8 +1,11 @@
-"""The two hosts, for as long as the tests of this folder run."""
+"""The two hosts, for as long as the tests of this folder run, and a table of how long each end took."""
 
+import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cluster import Cluster, install, why_impossible
@@ -34,3 +37,29 @@ def cluster(two_hosts):
 def slurm(two_hosts):
     two_hosts.start_slurm()
     return two_hosts
+
+
+ENDINGS = pytest.StashKey()
+
+
+@pytest.fixture
+def ending(request):
+    """`with ending(CASE) as end: ...; end.code = ...` puts a row into the table that is printed after the tests."""
+    rows = request.config.stash.setdefault(ENDINGS, [])
+
+    @contextlib.contextmanager
+    def measured(case):
+        end = SimpleNamespace(code="")
+        started = time.monotonic()
+        yield end
+        rows.append((case, time.monotonic() - started, end.code))
+
+    return measured
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash.get(ENDINGS, [])
+    if rows:
+        terminalreporter.section("how long it took")
+    for case, seconds, code in rows:
+        terminalreporter.write_line(f"{case:75s} {seconds:6.1f} s  {code}")

@@ -93,11 +93,13 @@ def assert_saved_at_the_last_step(run):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, number):
+def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, ending, number):
     run = launch()
     _, ranks = run.processes()
-    ranks[1].send_signal(number)
-    assert run.process.wait(60) == STOPPED, run.said
+    with ending(f"{number.name} to a rank") as end:
+        ranks[1].send_signal(number)
+        end.code = run.process.wait(60)
+    assert end.code == STOPPED, run.said
     assert f"stopped by a signal after step {last_step(run)}" in run.said
     assert_saved_at_the_last_step(run)
     assert_none_left(ranks)
@@ -122,32 +124,37 @@ def test_ctrl_c_saves_and_a_second_one_does_not_wait(launch):
     assert_none_left(ranks)
 
 
-def test_a_killed_rank_is_named_and_the_other_ends(launch):
+def test_a_killed_rank_is_named_and_the_other_ends(launch, ending):
     run = launch()
     _, ranks = run.processes()
-    ranks[1].kill()
-    assert run.process.wait(60) == 256 - signal.SIGKILL, run.said
+    with ending("SIGKILL to a rank") as end:
+        ranks[1].kill()
+        end.code = run.process.wait(60)
+    assert end.code == 256 - signal.SIGKILL, run.said
     (said,) = run.errors
     assert re.match(r"error: rank 1 on \S+ went in step \d+, .*; go on from the last checkpoint with --resume\.", said)
     assert_none_left(ranks)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_deepspeed_being_ended_alone_leaves_no_orphan_and_a_checkpoint(launch, number):
+def test_deepspeed_being_ended_alone_leaves_no_orphan_and_a_checkpoint(launch, ending, number):
     run = launch()
     launcher, ranks = run.processes()
-    run.process.send_signal(number)
-    run.process.wait(10)
-    assert_none_left([launcher, *ranks])
+    with ending(f"{number.name} to deepspeed alone, until all are gone") as end:
+        run.process.send_signal(number)
+        end.code = run.process.wait(10)
+        assert_none_left([launcher, *ranks])
     assert_saved_at_the_last_step(run)
 
 
-def test_a_killed_launcher_leaves_no_orphan_and_a_checkpoint(launch):
+def test_a_killed_launcher_leaves_no_orphan_and_a_checkpoint(launch, ending):
     run = launch()
     launcher, ranks = run.processes()
-    launcher.kill()
-    assert run.process.wait(10) == 0  # DeepSpeed's own answer, whatever became of the ranks
-    assert_none_left(ranks)
+    with ending("SIGKILL to launch.py, until all are gone") as end:
+        launcher.kill()
+        end.code = run.process.wait(10)
+        assert_none_left(ranks)
+    assert end.code == 0  # DeepSpeed's own answer, whatever became of the ranks
     assert_saved_at_the_last_step(run)
 
 
@@ -177,40 +184,48 @@ def test_ranks_that_stand_still_end_and_say_where_each_of_them_is(launch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_script_ends_all_with_a_checkpoint_and_says_so_by_its_exit_code(launch, number):
+def test_a_signal_to_the_script_ends_all_with_a_checkpoint_and_says_so_by_its_exit_code(launch, ending, number):
     run = launch(script=SCRIPT)
     launcher, ranks = run.processes()
-    run.process.send_signal(number)
-    assert run.process.wait(60) == STOPPED, run.said
+    with ending(f"{number.name} to single_node.sh") as end:
+        run.process.send_signal(number)
+        end.code = run.process.wait(60)
+    assert end.code == STOPPED, run.said
     assert_none_left([launcher, *ranks])
     assert_saved_at_the_last_step(run)
 
 
-def test_ctrl_c_at_the_terminal_of_the_script_saves(launch):
+def test_ctrl_c_at_the_terminal_of_the_script_saves(launch, ending):
     run = launch(script=SCRIPT)
     launcher, ranks = run.processes()
-    os.killpg(run.process.pid, signal.SIGINT)
-    assert run.process.wait(60) == STOPPED, run.said
+    with ending("Ctrl-C at single_node.sh") as end:
+        os.killpg(run.process.pid, signal.SIGINT)
+        end.code = run.process.wait(60)
+    assert end.code == STOPPED, run.said
     assert_none_left([launcher, *ranks])
     assert_saved_at_the_last_step(run)
 
 
-def test_a_second_ctrl_c_to_the_script_ends_a_run_that_cannot_save(launch):
+def test_a_second_ctrl_c_to_the_script_ends_a_run_that_cannot_save(launch, ending):
     run = launch(script=SCRIPT)
     _, ranks = run.processes()
     ranks[0].suspend()  # so the other waits for it
     os.killpg(run.process.pid, signal.SIGINT)
     time.sleep(1.5)
-    os.killpg(run.process.pid, signal.SIGINT)
-    assert run.process.wait(60) not in (0, STOPPED), run.said
+    with ending("a second Ctrl-C at single_node.sh, one rank hanging") as end:
+        os.killpg(run.process.pid, signal.SIGINT)
+        end.code = run.process.wait(60)
+    assert end.code not in (0, STOPPED), run.said
     ranks[0].resume()
     assert_none_left(ranks)
 
 
-def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(launch):
+def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(launch, ending):
     run = launch(script=SCRIPT)
     launcher, ranks = run.processes()
-    launcher.parent().kill()
-    assert run.process.wait(60) == 128 + signal.SIGKILL
-    assert_none_left([launcher, *ranks])
+    with ending("SIGKILL to deepspeed below single_node.sh, until all are gone") as end:
+        launcher.parent().kill()
+        end.code = run.process.wait(60)
+        assert_none_left([launcher, *ranks])
+    assert end.code == 128 + signal.SIGKILL
     assert_saved_at_the_last_step(run)

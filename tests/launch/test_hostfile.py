@@ -134,38 +134,47 @@ def test_a_busy_port_is_named_with_its_host(start, cluster):
 # --- how it ends ----------------------------------------------------------------------------------------------------
 
 
-def test_a_signal_to_the_script_ends_all_ranks_with_a_checkpoint(start):
+def test_a_signal_to_the_script_ends_all_ranks_with_a_checkpoint(start, ending):
     run = start(until="step=3 ")
-    run.script.send_signal(signal.SIGTERM)
-    assert run.wait() == STOPPED, run.said
+    with ending("SIGTERM to multi_node_pdsh.sh, two hosts") as end:
+        run.script.send_signal(signal.SIGTERM)
+        end.code = run.wait()
+    assert end.code == STOPPED, run.said
     assert f"stopped by a signal after step {run.last_step}" in run.said
     assert run.latest == f"step_{run.last_step}"
     assert run.processes() == []
 
 
-def test_a_killed_rank_is_named_and_the_other_hosts_ranks_end(start):
+def test_a_killed_rank_is_named_and_the_other_hosts_ranks_end(start, ending):
     run = start(until="step=3 ")
-    next(rank for rank in run.ranks() if rank.environ()["RANK"] == "3").kill()
-    assert run.wait(60) != 0
+    with ending("SIGKILL to a rank on the second host, under pdsh, until all are gone") as end:
+        next(rank for rank in run.ranks() if rank.environ()["RANK"] == "3").kill()
+        end.code = run.wait(60)
+        wait_for(lambda: run.processes() == [], "processes are left")
+    assert end.code != 0
     (said,) = run.errors
     assert re.match(r"error: rank 3 on h2 went in step \d+, .*; go on from the last checkpoint with --resume\.", said)
-    wait_for(lambda: run.processes() == [], "processes are left")
 
 
-def test_a_killed_launcher_leaves_no_rank_on_any_host_and_a_checkpoint(start):
+def test_a_killed_launcher_leaves_no_rank_on_any_host_and_a_checkpoint(start, ending):
     run = start(until="step=3 ")
     (launcher,) = (one for one in run.processes("--force_multi") if one.cmdline()[1].endswith("deepspeed"))
-    launcher.kill()
-    assert run.wait() == 128 + signal.SIGKILL
-    wait_for(lambda: run.processes() == [], "processes are left", 60)
+    with ending("SIGKILL to deepspeed below multi_node_pdsh.sh, until all are gone") as end:
+        launcher.kill()
+        end.code = run.wait()
+        wait_for(lambda: run.processes() == [], "processes are left", 60)
+    assert end.code == 128 + signal.SIGKILL
     assert run.latest == f"step_{run.last_step}"
 
 
-def test_after_a_host_has_lost_its_power_the_job_goes_on_with_those_that_answer(start, cluster):
+def test_after_a_host_has_lost_its_power_the_job_goes_on_with_those_that_answer(start, cluster, ending):
     run = start(options=["--save_interval", "5"], until="saved ", MAX_RESTARTS="1", MIN_HOSTS="1")
-    cluster.hosts["h2"].cut_power()
-    run.await_text("2 ranks, ep_size 1", 120)
-    assert "ranks 2, 3 on h2 has been silent for 30 s" in run.said
+    with ending("power cut of the second host, under pdsh, until its ranks are missed"):
+        cluster.hosts["h2"].cut_power()
+        run.await_text("have been silent for")
+    with ending("  from there until the first host trains alone"):
+        run.await_text("2 ranks, ep_size 1")
+    assert "ranks 2, 3 on h2 have been silent for 30 s" in run.said
     assert "going on without a host: h2 does not answer by ssh" in run.said
     before = run.last_step
     wait_for(lambda: run.last_step > before, "no step is made")

@@ -86,13 +86,16 @@ def test_tiny_trains_over_both_nodes(unbroken):
 
 
 @pytest.mark.parametrize("how", ["USR1", "requeue"])
-def test_a_job_that_is_stopped_goes_on_by_itself_with_the_same_losses(submit, unbroken, how):
-    job = submit()
-    job.await_text("step=3 ")
-    if how == "USR1":
-        assert job.host.run("scancel", "--signal=USR1", "--batch", job.id).returncode == 0
-    else:
-        job.scontrol("requeue", job.id)
+def test_a_job_that_is_stopped_goes_on_by_itself_with_the_same_losses(submit, unbroken, ending, how):
+    with ending("sbatch until the first step is done"):
+        job = submit()
+        job.await_text("step=1 ")
+    with ending({"USR1": "USR1 to a Slurm job", "requeue": "scontrol requeue"}[how] + ", until it trains again"):
+        if how == "USR1":
+            assert job.host.run("scancel", "--signal=USR1", "--batch", job.id).returncode == 0
+        else:
+            job.scontrol("requeue", job.id)
+        wait_for(lambda: re.search(r"steps [1-9]\d* to", job.said), lambda: job.said, 120)
     job.await_state("COMPLETED")
     assert job.facts["Restarts"] == "1"
     assert re.search(r"stopped by a signal after step \d+", job.said)
@@ -126,28 +129,33 @@ def kill_rank(job, rank):
     raise AssertionError(f"no rank {rank} among {ids}")
 
 
-def test_a_job_that_loses_a_rank_goes_on_from_its_last_checkpoint(submit, unbroken):
+def test_a_job_that_loses_a_rank_goes_on_from_its_last_checkpoint(submit, unbroken, ending):
     job = submit(STEPS, "--save_interval", "2")
     job.await_text("saved ")
-    kill_rank(job, 3)
+    with ending("SIGKILL to a rank of a Slurm job, until it trains again"):
+        kill_rank(job, 3)
+        wait_for(lambda: re.search(r"steps [1-9]\d* to", job.said), lambda: job.said, 120)
     job.await_state("COMPLETED")
     assert job.facts["Restarts"] == "1"
     assert job.losses() == unbroken[0]
 
 
-def test_a_job_that_loses_a_rank_before_any_checkpoint_ends(submit):
+def test_a_job_that_loses_a_rank_before_any_checkpoint_ends(submit, ending):
     job = submit(100_000)
     job.await_text("step=3 ")
-    kill_rank(job, 3)
-    job.await_state("FAILED")
+    with ending("SIGKILL to a rank of a Slurm job without a checkpoint") as end:
+        kill_rank(job, 3)
+        job.await_state("FAILED")
+        end.code = job.facts["ExitCode"]
     assert job.facts["Restarts"] == "0"
 
 
-def test_a_job_that_loses_a_node_goes_on_with_fewer(submit, cluster):
+def test_a_job_that_loses_a_node_goes_on_with_fewer(submit, cluster, ending):
     job = submit(100_000, "--save_interval", "5", nodes="1-2")
     job.await_text("saved ")
-    cluster.hosts["h2"].cut_power()
-    job.await_text("2 ranks, ep_size 1", 150)
+    with ending("power cut of a node of a Slurm job, until it trains on the other"):
+        cluster.hosts["h2"].cut_power()
+        job.await_text("2 ranks, ep_size 1", 150)
     assert re.search(r"steps [1-9]\d* to 100000", job.said)
 
 
