@@ -14,10 +14,8 @@ run_launcher() {
   launcher=$!
   set +m
   trap 'stop_launcher "$mark" "$host"' INT TERM USR1
-  while kill -0 "$launcher" 2>/dev/null; do
-    code=0
-    wait "$launcher" || code=$?
-  done
+  while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal cuts it short
+  wait "$launcher" || code=$?
   trap - INT TERM USR1
   kill -TERM -- "-$launcher" 2>/dev/null || true
   return "$code"
