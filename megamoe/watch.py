@@ -135,7 +135,7 @@ class Watch:
         except DistError:
             self._leave_without_store()
         if dead:
-            self._end(f"{self._named(dead)} went in {_place(after[dead[0]])}")
+            self._end(f"{self._named(dead)} went, last heard of in {_place(after[dead[0]])}")
         first_line = str(error).strip().split("\n")[0] or type(error).__name__
         self._conclude(f"{self.meeting.named(self._rank)} failed in {self.position}: {first_line}")
 
@@ -163,7 +163,7 @@ class Watch:
             del self._neighbours[rank]
         gone = self._still_here(gone)
         if gone:
-            self._end(f"{self._named(gone)} went in {_place(self._pulses()[gone[0]])}")
+            self._end(f"{self._named(gone)} went, last heard of in {_place(self._pulses()[gone[0]])}")
 
     def _look_at_pulses(self, stillness: list[Stillness]) -> None:
         """On rank 0."""

@@ -39,6 +39,8 @@ class Launch:
             self.process = subprocess.Popen(
                 words, cwd=folder, stdout=output, stderr=output, start_new_session=True,
                 env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+                # Tests that run in the background have been told to ignore it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
 
     def await_text(self, text, seconds=120):
@@ -55,6 +57,15 @@ class Launch:
     @property
     def errors(self):
         return [line for line in self.said.splitlines() if line.startswith("error: ")]
+
+    def end(self):
+        """Leave nothing running."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.run_dir) in process.cmdline():
+                    process.kill()
+        self.process.kill()
+        self.process.wait()
 
     def processes(self):
         """launch.py, and the ranks in order."""
@@ -75,9 +86,7 @@ def launch(tmp_path):
 
     yield start
     for one in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.wait()
+        one.end()
 
 
 def assert_none_left(processes, seconds=45):
@@ -132,7 +141,10 @@ def test_a_killed_rank_is_named_and_the_other_ends(launch, ending):
         end.code = run.process.wait(60)
     assert end.code == 256 - signal.SIGKILL, run.said
     (said,) = run.errors
-    assert re.match(r"error: rank 1 on \S+ went in step \d+, .*; go on from the last checkpoint with --resume\.", said)
+    assert re.match(
+        r"error: rank 1 on \S+ went, last heard of in step \d+, .*; go on from the last checkpoint with --resume\.",
+        said,
+    )
     assert_none_left(ranks)
 
 
@@ -143,6 +155,27 @@ def test_deepspeed_being_ended_alone_leaves_no_orphan_and_a_checkpoint(launch, e
     with ending(f"{number.name} to deepspeed alone, until all are gone") as end:
         run.process.send_signal(number)
         end.code = run.process.wait(10)
+        assert_none_left([launcher, *ranks])
+    assert_saved_at_the_last_step(run)
+
+
+def test_launch_py_being_ended_alone_lets_the_ranks_save(launch, ending):
+    run = launch()
+    launcher, ranks = run.processes()
+    with ending("SIGTERM to launch.py") as end:
+        launcher.terminate()  # it ends the ranks one after another; the first one's signal is enough for all
+        end.code = run.process.wait(60)
+    assert_none_left(ranks)
+    assert_saved_at_the_last_step(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(launch, ending, number):
+    run = launch()
+    launcher, ranks = run.processes()
+    with ending(f"{number.name} to deepspeed and all below it, until all are gone") as end:
+        os.killpg(run.process.pid, number)
+        end.code = run.process.wait(60)
         assert_none_left([launcher, *ranks])
     assert_saved_at_the_last_step(run)
 

@@ -153,7 +153,9 @@ def test_a_killed_rank_is_named_and_the_other_hosts_ranks_end(start, ending):
         wait_for(lambda: run.processes() == [], "processes are left")
     assert end.code != 0
     (said,) = run.errors
-    assert re.match(r"error: rank 3 on h2 went in step \d+, .*; go on from the last checkpoint with --resume\.", said)
+    assert re.match(
+        r"error: rank 3 on h2 went, last heard of in step \d+, .*; go on from the last checkpoint with --resume\.", said
+    )
 
 
 def test_a_killed_launcher_leaves_no_rank_on_any_host_and_a_checkpoint(start, ending):

@@ -69,8 +69,18 @@ def test_after_a_rank_was_killed_torchrun_starts_again_from_the_last_checkpoint(
         victim.kill()
         again = re.compile(r"ep_size 1; .*steps [1-9]\d* to")
         wait_for(lambda: again.search(first.said + second.said), lambda: first.said + second.said, 120)
-    assert re.search(r"error: rank 3 on h[12] went in step", first.said + second.said)
+    assert re.search(r"error: rank 3 on h[12] went, last heard of in step", first.said + second.said)
     before = first.last_step
     wait_for(lambda: first.last_step > before, "no step is made")
     first.script.send_signal(signal.SIGTERM)
     assert (first.wait(), second.wait()) == (STOPPED, STOPPED), first.said + second.said
+
+
+def test_after_a_host_has_lost_its_power_torchrun_goes_on_with_the_other(start, cluster, ending):
+    first, second = start(options=["--save_interval", "5", "--auto_resume"], HOSTS="1:2", MAX_RESTARTS="1")
+    first.await_any("saved ", second)
+    with ending("power cut of the second host, under torchrun, until the first trains alone"):
+        cluster.hosts["h2"].cut_power()
+        first.await_text("2 ranks, ep_size 1", 150)
+    first.script.send_signal(signal.SIGTERM)
+    assert first.wait() == STOPPED, first.said
