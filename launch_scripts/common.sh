@@ -3,27 +3,29 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # run_launcher MARK HOST COMMAND...: run a launcher and give its exit code; leave nothing of it behind.
 #
-# SIGINT, SIGTERM and SIGUSR1 go to the ranks on HOST ("" is this one), whose launcher's command line holds MARK: all ranks
+# SIGINT, SIGTERM, SIGHUP and SIGUSR1 go to the ranks on HOST ("" is this one), whose launcher's command line holds MARK: all ranks
 # save and leave, and the launcher ends by itself. A second one goes to the launcher and what it has started here, which
 # ends, too, when the launcher is killed.
 run_launcher() {
   local mark=$1 host=$2 code=0
+  stopping=
   shift 2
   set -m # a process group of its own
-  "$@" &
+  "$@" < /dev/null &
   launcher=$!
   set +m
-  trap 'stop_launcher "$mark" "$host"' INT TERM USR1
+  trap 'stop_launcher "$mark" "$host"' INT TERM HUP USR1
   while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal cuts it short
   wait "$launcher" || code=$?
-  trap - INT TERM USR1
+  trap - INT TERM HUP USR1
   kill -TERM -- "-$launcher" 2>/dev/null || true
   return "$code"
 }
 
 stop_launcher() {
   local ranks="pkill -USR1 -P \$(pgrep -d, -f '$1')"
-  trap 'kill -INT -- "-$launcher"' INT TERM USR1
-  if [[ -n $2 ]]; then ssh -o BatchMode=yes "$2" "$ranks"; else bash -c "$ranks"; fi ||
+  stopping=1
+  trap 'kill -INT -- "-$launcher"' INT TERM HUP USR1
+  if [[ -n $2 ]]; then ssh -n -o BatchMode=yes "$2" "$ranks"; else bash -c "$ranks"; fi ||
     kill -INT -- "-$launcher" # there are no ranks yet
 }

@@ -13,8 +13,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 # DeepSpeed takes what stands in .deepspeed_env, and little else, to the other hosts.
 export DS_ENV_FILE=$folder/.deepspeed_env
-forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|TORCH_[A-Z_]*|NCCL_[A-Z_]*|GLOO_[A-Z_]*|MALLOC_[A-Z_]*|HF_[A-Z_]*)='
-grep -sh '^[A-Za-z_]*=' ~/.deepspeed_env ./.deepspeed_env > "$DS_ENV_FILE" || true
+forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|(TORCH|NCCL|GLOO|MALLOC|HF)_[A-Z0-9_]*)='
+grep -sh '^[A-Za-z0-9_]*=' ~/.deepspeed_env ./.deepspeed_env > "$DS_ENV_FILE" || true
 env | grep -E "$forwarded" >> "$DS_ENV_FILE"
 # ssh would wait for hours for a host that has lost its power.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
@@ -25,13 +25,19 @@ for ((attempt = 0; ; attempt++)); do
     ${MASTER_PORT:+--port "$MASTER_PORT"} ${MIN_HOSTS:+--min_hosts "$MIN_HOSTS"} -- "$@" | tail -n 1)
   read -r first address port _ <<< "$checked"
   code=0
-  run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "$first" \
+  job="deepspeed.launcher.launch .*--master_addr=$address --master_port=$port"
+  run_launcher "^[^ ]*python[^ ]* -u -m $job" "$first" \
     deepspeed --hostfile "$folder/hostfile" --force_multi --master_addr "$address" --master_port "$port" \
     "$root/megamoe/pretrain.py" "$@" || code=$?
   # Of a launcher that was killed; the ranks notice it, save and leave.
-  pkill -TERM -f "^ssh .* -m deepspeed.launcher.launch .*--master_port=$port" || true
-  case $code in 0 | 2 | 75 | 130) exit "$code" ;; esac # done, to be mended, or asked to stop
-  ((attempt < ${MAX_RESTARTS:-0})) || exit "$code"
+  pkill -TERM -f "^ssh .* -m $job" || true
+  case $code in 0 | 2 | 75) exit "$code" ;; esac # done, to be mended, or asked to stop
+  if [[ -n $stopping ]] || ((attempt >= ${MAX_RESTARTS:-0})); then exit "$code"; fi
+  while read -r host _; do # they may still be saving
+    while ssh -n -o BatchMode=yes -o ConnectTimeout=5 "$host" "pgrep -f '^[^ ]*python[^ ]* -u -m $job'" > /dev/null; do
+      sleep 1
+    done
+  done < "$folder/hostfile"
   echo "the ranks ended with exit code $code; start $((attempt + 1)) of $MAX_RESTARTS again" >&2
   [[ " $* " == *" --auto_resume "* ]] || set -- "$@" --auto_resume
 done

@@ -33,7 +33,7 @@ ROOM_FACTOR = 1.25  # available memory must be so many times what the copies of 
 SLACK_BYTES = 4096  # a tensor whose storage is larger by more than this is copied before it is written
 
 
-STATE_BYTES = 16  # of a parameter, at most: fp32 or bf16 weights, fp32 masters and two moments
+POLL_SECONDS = 0.1
 SLOW_DISK_BYTES_PER_SECOND = 100e6
 
 
@@ -139,9 +139,11 @@ class CheckpointWriter:
         keep_every: int = 0,
         background: bool = True,
         first: int = 0,
+        waiting: Callable[[], None] = lambda: None,
     ):
         """
         Args:
+            waiting: called again and again while training waits for files, which is no standstill.
             record: of the run; goes into every checkpoint as run.json.
             keep_last: newest checkpoints that stay; 0 keeps all.
             keep_every: multiples of so many steps stay too.
@@ -154,6 +156,7 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.rank = dist.get_rank()
+        self._waiting = waiting
         self._host_copy = HostCopy() if background else None
         self._checkpoint: Path | None = None  # that is being written
         self._thread: threading.Thread | None = None
@@ -202,7 +205,8 @@ class CheckpointWriter:
     def before_update(self) -> None:
         """Call ahead of every optimizer step: waits until the state that is being saved may change."""
         start = time.perf_counter()
-        self._engine_is_free.wait()
+        while not self._engine_is_free.wait(POLL_SECONDS):
+            self._waiting()
         self._waited += time.perf_counter() - start
 
     def complete(self) -> bool:
@@ -211,7 +215,7 @@ class CheckpointWriter:
         assert self._checkpoint
         assert self._thread
         waiting = time.perf_counter()
-        self._thread.join()
+        self._join(self._thread)
         self.close()  # what is removed is not to be cleaned away at the same time
         parts: list[Any] = [None] * dist.get_world_size()
         error = None if self._error is None else str(self._error) or repr(self._error)
@@ -233,8 +237,9 @@ class CheckpointWriter:
 
     def expected_seconds(self) -> float:
         """What a save should take: as long as the last, or, before the first, this rank's state on a slow disk."""
-        state = STATE_BYTES * sum(parameter.numel() for parameter in self.engine.module.parameters())
-        return self._last_seconds or state / SLOW_DISK_BYTES_PER_SECOND
+        weights = sum(parameter.numel() for parameter in self.engine.module.parameters())
+        masters = sum(part.numel() for part in self.engine.optimizer.single_partition_of_fp32_groups)
+        return self._last_seconds or (4 * weights + 12 * masters) / SLOW_DISK_BYTES_PER_SECOND
 
     def _work(self, files: dict[str, Any], partial: Path, host_copy: HostCopy | None) -> None:
         """The thread."""
@@ -288,7 +293,12 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait until what need not stay is removed."""
         if self._removal:
-            self._removal.join()
+            self._join(self._removal)
+
+    def _join(self, thread: threading.Thread) -> None:
+        while thread.is_alive():
+            self._waiting()
+            thread.join(POLL_SECONDS)
 
     def _report(self, checkpoint: Path, size: int) -> None:
         print(

@@ -68,18 +68,18 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], **specia
 
 
 class Console:
-    """A standard stream whose reader may go away: then what is written is dropped, and the program goes on."""
+    """A standard stream to a pipe, terminal or disk that may go away: then what is written is dropped, no more."""
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -291,9 +291,10 @@ class RunConfig(BaseModel):
         "Slurm job counts in any case",
     )
     collective_timeout: float = Field(
-        default=600,
+        default=300,
         gt=0,
-        description="seconds without any progress after which the ranks end and say where each stands",
+        le=540,  # torch's own limit for NCCL's groups is 600
+        description="seconds in which no rank moves on, after which all end and say where each stands; at most 540",
     )
     ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
     seq_len: int | None = Field(

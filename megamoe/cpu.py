@@ -13,6 +13,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from megamoe.config import UserError
 
 STALE_LOCK_MINUTES = 10
+COMPILED = ("deepspeed_shm_comm", "cpu_adam", "fused_adam")  # operators that a run can make DeepSpeed compile
 # Of glibc's malloc.h; -1 as the threshold is the largest there is.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -53,7 +54,7 @@ def refuse_stale_lock() -> None:
     """Raise UserError where a killed start has left torch's lock on an operator that DeepSpeed compiles: torch would
     wait for it without end and without a word."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/lock"):
+    for lock in (lock for name in COMPILED for lock in root.glob(f"**/{name}/lock")):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > STALE_LOCK_MINUTES:
             raise UserError(

@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from megamoe.rendezvous import Meeting, find_seat, interface_towards, meet
 from megamoe.schedule import learning_rate
 
 NORM_PIECE = 2**18  # elements
+NO_TIMEOUT = timedelta(days=1)  # a rank may restore for long; `watch.py` sees who is gone, and that nothing moves
 
 
 def quiet() -> None:
@@ -50,11 +52,12 @@ def init_distributed() -> tuple[Meeting, torch.device]:
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
         device = torch.device("cpu")
-        cpu.refuse_stale_lock()
         words = cpu.share_cores()
     else:
-        accelerator.set_device(seat.local_rank)
-        device = torch.device(accelerator.device_name(seat.local_rank))
+        index = seat.local_rank % accelerator.device_count()  # Slurm can show each task its own device only
+        accelerator.set_device(index)
+        device = torch.device(accelerator.device_name(index))
+    cpu.refuse_stale_lock()
     meeting = meet(seat)
     if on_cpu and len({member.host for member in meeting.members}) > 1:
         # Gloo would take the address of the host's name, which in many systems is 127.0.1.1.
@@ -62,7 +65,8 @@ def init_distributed() -> tuple[Meeting, torch.device]:
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     with _without_shared_buffers():
-        deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+        backend = accelerator.communication_backend_name()
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=NO_TIMEOUT)
     if on_cpu and seat.rank == 0:
         print(words, flush=True)
     return meeting, device

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,10 +24,17 @@ from torch.distributed import DistError, Store
 
 from megamoe.config import RunConfig, UserError
 from megamoe.data import corpus_prefix
-from megamoe.rendezvous import address_towards, await_keys, free_port, open_store, version_problems, versions
+from megamoe.rendezvous import (
+    address_towards,
+    await_keys,
+    first_line,
+    free_port,
+    open_store,
+    version_problems,
+    versions,
+)
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-RESOLVE_SECONDS = 60
 ANSWER_SECONDS = 120  # a cold file system takes a while to load torch
 
 
@@ -34,11 +43,13 @@ class Report:
     """What a host says of itself."""
 
     host: str
+    node: int  # place among the nodes of a Slurm job
     versions: dict[str, str]
     gpus: int
     absent: list[str]  # files that it does not see
     shares_run_folder: bool
-    address: str | None  # by which the others reach it; None where their name means nothing to it
+    peer: str  # another host
+    address: str | None  # of this one on the way to that; None where there is no way
     port: int  # that is free
     port_in_use: bool  # the one that was asked for
 
@@ -75,10 +86,12 @@ def report(run: RunConfig, peer: str, marker: Path | None, port: int | None) -> 
     """
     return Report(
         host=socket.gethostname(),
+        node=int(os.environ.get("SLURM_NODEID", 0)),
         versions=versions(),
         gpus=torch.cuda.device_count(),
         absent=[str(path) for path in needed_files(run) if not path.exists()],
         shares_run_folder=marker is None or marker.exists(),
+        peer=peer,
         address=address_towards(peer),
         port=free_port() if port is None else port,
         port_in_use=port is not None and not _is_free(port),
@@ -118,7 +131,7 @@ def problems(reports: list[Report], run: RunConfig, ranks: dict[str, int]) -> li
     if first.port_in_use:
         found.append(f"port {first.port} is in use on {first.host}; set MASTER_PORT to a free one, or leave it out.")
     if len(reports) > 1 and first.address is None:
-        found.append(f"{first.host} finds no way to {reports[1].host}; see that it can resolve and reach that name.")
+        found.append(f"{first.host} finds no way to {first.peer}; see that it can resolve and reach that name.")
     return found
 
 
@@ -182,8 +195,18 @@ def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Agreem
     Args:
         here: makes this host's report, of a file that the endpoint's host has made beside the run folder.
     """
+    try:
+        return _meet(here, run, at)
+    except DistError as error:
+        raise UserError(
+            f"{socket.gethostname()} has lost {at.host}:{at.port} while the hosts met ({first_line(error)}); see what "
+            "the script says there."
+        ) from None
+
+
+def _meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Agreement:
     until = time.monotonic() + at.seconds
-    keeps = is_own(_resolve(at.host, min(until, time.monotonic() + RESOLVE_SECONDS)))
+    keeps = _is_here(at.host, until)
     with contextlib.ExitStack() as stack:
         try:
             store = open_store(at.host, at.port, keeps, at.seconds)
@@ -212,8 +235,8 @@ def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Agreem
             address = (address_towards(others[0]) if others else None) or at.host
             store.set("answer", json.dumps({"problems": found, "address": address, "port": free_port()}))
             await_keys([f"heard/{place}" for place in range(2, len(reports) + 1)], store, time.monotonic() + 5)
-        elif await_keys(["answer"], store, until + ANSWER_SECONDS):
-            raise UserError(f"{at.host}:{at.port} does not answer; see what the script says there.")
+        else:
+            store.wait(["answer"], timedelta(seconds=at.seconds + ANSWER_SECONDS))
         answer = json.loads(store.get("answer"))
         store.set(f"heard/{place}", "")
     if answer["problems"]:
@@ -222,17 +245,18 @@ def meet(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Agreem
     return Agreement(answer["address"], answer["port"], own or answer["address"], keeps)
 
 
-def _resolve(host: str, until: float) -> str:
-    """The address of a host, whose name may come to be known a little later: so it is in Kubernetes."""
-    while True:
+def _is_here(host: str, until: float) -> bool:
+    """Whether a host is this one. Its name may come to be known a little later: so it is in Kubernetes."""
+    while host.split(".")[0] != socket.gethostname().split(".")[0]:
         try:
-            return socket.gethostbyname(host)
+            return is_own(socket.gethostbyname(host))
         except OSError:
             if time.monotonic() > until:
                 raise UserError(
                     f"{socket.gethostname()} cannot resolve {host}, where the hosts meet; mend that name."
                 ) from None
             time.sleep(1)
+    return True
 
 
 def _gather(store: Store, at: Endpoint, until: float) -> list[Report]:

@@ -32,7 +32,7 @@ from megamoe.plan import parameter_count
 from megamoe.reader import model_problems, open_source
 from megamoe.restore import restore_first_that_holds
 from megamoe.router import LoadBalancer
-from megamoe.stopping import STOPPED, Deadline
+from megamoe.stopping import STOPPED, Deadline, StopRequest
 from megamoe.train import BatchShape, Evaluator, Trainer
 from megamoe.watch import Position, Watch
 
@@ -280,11 +280,12 @@ def restore(job: Job, engine: Any, first_expert: int) -> int:
     return 0
 
 
-def train(job: Job, rank: int, position: Position) -> bool:
+def train(job: Job, rank: int, position: Position, stop: StopRequest) -> bool:
     """Build the engine, restore a checkpoint where there is one, and train. Returns whether the last step was reached.
 
     Args:
         position: learns where this rank is.
+        stop: asks for an end before the last step.
     """
     run, model_config = job.run, job.model
     position.at("building the engine")
@@ -320,10 +321,11 @@ def train(job: Job, rank: int, position: Position) -> bool:
         keep_every=run.keep_every,
         background=not run.foreground_save,
         first=first,
+        waiting=lambda: position.at("saving"),
     )
     deadline = Deadline(run.time_limit, os.environ)
     trainer = Trainer(
-        engine, balancer, job.data, job.evaluator(), sinks, job.shape, writer, position, deadline, seed=run.seed
+        engine, balancer, job.data, job.evaluator(), sinks, job.shape, writer, position, stop, deadline, seed=run.seed
     )
     try:
         return trainer.run(first, job.last_step, run.log_interval, run.eval_interval, run.save_interval)
@@ -349,6 +351,7 @@ def main() -> None:
     # The reader of our lines, a launcher or an ssh connection, may go while the ranks still have to save.
     sys.stdout, sys.stderr = cli.Console(sys.stdout), cli.Console(sys.stderr)
     meeting, device = init_distributed()
+    stop = StopRequest()  # until here a signal ends the process at once
     position = Position()
     watch = Watch(meeting, position)
     with contextlib.ExitStack() as stack:
@@ -357,7 +360,7 @@ def main() -> None:
         try:
             job = prepare(meeting.seat.rank, meeting.seat.world_size, device)
             watch.collective_seconds = job.run.collective_timeout
-            finished = job.is_done or train(job, meeting.seat.rank, position)
+            finished = job.is_done or train(job, meeting.seat.rank, position, stop)
             if job.is_done and meeting.seat.rank == 0:
                 print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
         except Exception as error:

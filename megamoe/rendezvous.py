@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import resource
 import socket
 import subprocess
 import time
@@ -61,7 +62,7 @@ class Member:
 
     host: str
     pid: int
-    pid_namespace: str  # a pid means something to those in the same one only
+    pid_space: str  # a pid means something to those with the same one only
     versions: dict[str, str]
 
 
@@ -72,14 +73,6 @@ class Meeting:
     seat: Seat
     members: list[Member]
     store: Store | None
-
-    def connect(self) -> Store | None:
-        """Another connection to the store: one of them waits for one thread at a time."""
-        return _connect(self.seat, False, JOIN_SECONDS) if self.store else None
-
-    def named(self, rank: int) -> str:
-        """A rank in words."""
-        return f"rank {rank} on {self.members[rank].host}"
 
 
 # --- the seat -------------------------------------------------------------------------------------------------------
@@ -194,9 +187,25 @@ def meet(seat: Seat, seconds: float = JOIN_SECONDS) -> Meeting:
 
     Raises UserError on every rank if not; where rank 0 has said it, without a sentence.
     """
-    here = Member(socket.gethostname(), os.getpid(), os.readlink("/proc/self/ns/pid"), versions())
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    here = Member(socket.gethostname(), os.getpid(), f"{boot} {os.readlink('/proc/self/ns/pid')}", versions())
     if seat.world_size == 1:
         return Meeting(seat, [here], None)
+    try:
+        return _meet(seat, here, seconds)
+    except DistError as error:
+        raise UserError(
+            f"rank {seat.rank} on {here.host} has lost rank 0 at {seat.address}:{seat.port} while the ranks met "
+            f"({first_line(error)}); see what that one says."
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _meet(seat: Seat, here: Member, seconds: float) -> Meeting:
     until = time.monotonic() + seconds
     store = _join(seat, here.host, seconds)
     if store.add(f"taken/{seat.rank}", 1) > 1:
@@ -213,8 +222,7 @@ def meet(seat: Seat, seconds: float = JOIN_SECONDS) -> Meeting:
             raise UserError(*problems)
         members = list(came.values())
     else:
-        if await_keys(["answer"], store, until + 30):
-            raise UserError(f"rank 0 at {seat.address}:{seat.port} does not answer; see what it says.")
+        store.wait(["answer"], timedelta(seconds=seconds + 30))
         answer = json.loads(store.get("answer"))
         store.set(f"heard/{seat.rank}", "")
         if answer["problems"]:
@@ -224,8 +232,15 @@ def meet(seat: Seat, seconds: float = JOIN_SECONDS) -> Meeting:
 
 
 def _join(seat: Seat, host: str, seconds: float) -> Store:
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = seat.rank == 0 and not by_agent
+    if keeps:  # two connections for each rank, ours and torch's
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # torchrun's agent keeps one store through all its restarts.
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"] if by_agent else "0"
     try:
-        return _connect(seat, seat.rank == 0 and not _kept_by_agent(), seconds)
+        return PrefixStore(f"megamoe/{start}", open_store(seat.address, seat.port, keeps, seconds))
     except DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
@@ -235,16 +250,6 @@ def _join(seat: Seat, host: str, seconds: float) -> Store:
             f"rank {seat.rank} on {host} cannot reach rank 0 at {seat.address}:{seat.port} within {seconds:.0f} s; see "
             "that rank 0 has started there, and that name and firewall let this host through."
         ) from None
-
-
-def _kept_by_agent() -> bool:
-    """Whether torchrun's agent keeps the store, through all its restarts; else rank 0 does."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _connect(seat: Seat, is_master: bool, seconds: float) -> Store:
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _kept_by_agent() else "0"
-    return PrefixStore(f"megamoe/{start}", open_store(seat.address, seat.port, is_master, seconds))
 
 
 def open_store(address: str, port: int, is_master: bool, seconds: float) -> TCPStore:

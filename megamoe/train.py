@@ -89,6 +89,7 @@ class Trainer:
         shape: BatchShape,
         writer: CheckpointWriter,
         position: Position,
+        stop: StopRequest,
         deadline: Deadline,
         *,
         seed: int,
@@ -100,7 +101,8 @@ class Trainer:
             sinks: on rank 0 only.
             writer: saves the engine.
             position: learns where this rank is.
-            deadline: the run saves and leaves ahead of it.
+            stop: the run saves and leaves when it is asked to.
+            deadline: and ahead of this.
         """
         self.engine = engine
         self.model = engine.module
@@ -115,7 +117,7 @@ class Trainer:
         self.seed = seed
         self.rank = dist.get_rank()
         self.device = engine.device
-        self.stop = StopRequest()
+        self.stop = stop
         position.follow(self.model.layers)
         weight = next(self.model.parameters())
         self.step_flops = train_flops_per_token(self.model.config, shape.seq_len) * shape.samples * shape.seq_len
@@ -126,6 +128,9 @@ class Trainer:
 
         Intervals are in steps; 0 means only after the last step. Exits with code 2 if the last step cannot be saved.
         """
+        if any(on_any_rank(self.stop.asked, device=self.device)):
+            self._say("stopped by a signal before the first step")
+            return False
         self.model.train()
         self._start_window(first)
         longest = 0.0  # seconds from one step's end to the next
@@ -151,9 +156,8 @@ class Trainer:
             if self.writer.pending and not writing:
                 self.writer.complete()
             if _due(step, save_every) or final:
-                self._await_files()
                 self.writer.save(step, hold=final)
-            if final and not self._saved():
+            if final and not self.writer.complete():
                 sys.exit(2)  # rank 0 has said why
             if final and step < last:
                 why = "by a signal" if asked else "ahead of the time limit"
@@ -161,16 +165,6 @@ class Trainer:
                 return False
             longest = max(longest, time.perf_counter() - started)
         return True
-
-    def _await_files(self) -> None:
-        """Wait until this rank's files of a checkpoint are written. However long that takes, it is no standstill."""
-        while self.writer.writing:
-            self.position.at("saving")
-            time.sleep(0.01)
-
-    def _saved(self) -> bool:
-        self._await_files()
-        return self.writer.complete()
 
     def _seed_step(self, step: int) -> None:
         """Dropout and jitter follow from (seed, rank, step): a resumed run draws what it would have drawn."""

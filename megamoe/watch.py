@@ -7,6 +7,7 @@ others do; one looks whether this rank still moves and whether the launcher that
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -20,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
-from megamoe.rendezvous import Meeting, Member
+from megamoe.rendezvous import Meeting, Member, await_keys, first_line
 
 LOST = 76  # exit code of a rank that ends because another one went, or because nothing moves
 PULSE_SECONDS = 1.0
 SILENT_SECONDS = 30  # without a pulse: a host that lost its power or its network says nothing
 MOST_BETWEEN_LOOKS = 5.0  # seconds that count, of those between two looks
-DEAD_SECONDS = 3  # without a pulse, after a collective has failed
-COLLECTIVE_SECONDS = 600.0
+DEAD_SECONDS = 5  # without a pulse, after a collective has failed
+FAREWELL_SECONDS = 60  # to wait for the others at a good end
 LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed")  # as their command lines show them
 
 
@@ -88,9 +89,9 @@ class Watch:
     def __init__(self, meeting: Meeting, position: Position):
         self.meeting = meeting
         self.position = position
-        self.collective_seconds = COLLECTIVE_SECONDS  # most that a rank may stay at one position
+        self.collective_seconds = math.inf  # most in which no rank may move; set once the options are known
         self._rank = meeting.seat.rank
-        self._store = meeting.connect()
+        self._store = meeting.store
         self._beats = 0
         self._answers = 0  # of the store
         self._neighbours = _neighbours(meeting)
@@ -104,18 +105,22 @@ class Watch:
             thread.start()
 
     def close(self) -> None:
-        """Stop watching: this rank leaves in good order. Rank 0 waits until the others have, for it holds the store."""
+        """Stop watching: this rank leaves in good order.
+
+        All leave together, or their launcher would take the first to go for a failure and end the others. Rank 0, which
+        holds the store and has the most to put away, is the last to come.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
-        if not self._store:
+        if self._store is None:
             return
         try:
+            if self._rank == 0:
+                others = [f"left/{rank}" for rank in range(1, self.meeting.seat.world_size)]
+                await_keys(others, self._store, time.monotonic() + FAREWELL_SECONDS)
             self._store.set(f"left/{self._rank}", "")
-            others = [f"left/{rank}" for rank in range(1, self.meeting.seat.world_size)]
-            until = time.monotonic() + 5
-            while self._rank == 0 and not self._store.check(others) and time.monotonic() < until:
-                time.sleep(0.05)
+            await_keys(["left/0"], self._store, time.monotonic() + FAREWELL_SECONDS)
         except DistError:
             pass  # rank 0 has gone, which is no matter now
 
@@ -124,7 +129,7 @@ class Watch:
 
         A rank that dies breaks its connections, which the others see as an error of a collective.
         """
-        if not self._store or self._closing.is_set():
+        if self._store is None or self._closing.is_set():
             return
         try:
             before = self._pulses()
@@ -136,22 +141,27 @@ class Watch:
             self._leave_without_store()
         if dead:
             self._end(f"{self._named(dead)} went, last heard of in {_place(after[dead[0]])}")
-        first_line = str(error).strip().split("\n")[0] or type(error).__name__
-        self._conclude(f"{self.meeting.named(self._rank)} failed in {self.position}: {first_line}")
+        self._closing.set()
+        self._conclude(f"{self._named([self._rank])} failed in {self.position} ({first_line(error)})")
 
     # --- the two threads --------------------------------------------------------------------------------------------
 
     def _follow_others(self, store: Store) -> None:
-        stillness = [Stillness() for _ in self.meeting.members]
+        beats = [Stillness() for _ in self.meeting.members]
+        moves = Stillness()
         try:
             while not self._closing.wait(PULSE_SECONDS):
                 self._pulse()
                 if store.check(["verdict"]):
-                    self._leave(None)
+                    if self._rank == 0:
+                        time.sleep(2 * PULSE_SECONDS)
+                    os._exit(LOST)
                 self._answers += 1
                 self._look_at_neighbours()
                 if self._rank == 0:
-                    self._look_at_pulses(stillness)
+                    pulses = self._pulses()
+                    self._look_for_the_silent(pulses, beats)
+                    self._look_for_a_standstill(pulses, moves)
         except DistError:
             if not self._closing.wait(DEAD_SECONDS):  # this job may be on its way out in good order
                 self._leave_without_store()
@@ -165,37 +175,35 @@ class Watch:
         if gone:
             self._end(f"{self._named(gone)} went, last heard of in {_place(self._pulses()[gone[0]])}")
 
-    def _look_at_pulses(self, stillness: list[Stillness]) -> None:
-        """On rank 0."""
-        pulses = self._pulses()
-        silent = [rank for rank, pulse in pulses.items() if stillness[rank].seconds(pulse) > SILENT_SECONDS]
+    def _look_for_the_silent(self, pulses: dict[int, str], beats: list[Stillness]) -> None:
+        silent = [rank for rank, pulse in pulses.items() if beats[rank].seconds(pulse) > SILENT_SECONDS]
         silent = self._still_here(silent)
         if silent:
-            where = _place(pulses[silent[0]])
             verb = "have" if len(silent) > 1 else "has"
-            self._end(f"{self._named(silent)} {verb} been silent for {SILENT_SECONDS} s, last in {where}")
+            where = _place(pulses[silent[0]])
+            self._end(f"{self._named(silent)} {verb} been silent for {SILENT_SECONDS} s, last heard of in {where}")
+
+    def _look_for_a_standstill(self, pulses: dict[int, str], moves: Stillness) -> None:
+        still = moves.seconds([pulse.partition(" ")[2] for pulse in pulses.values()])
+        # Ahead of the first step, reading a large checkpoint takes as long as it takes.
+        if still > self.collective_seconds and self.position.step:
+            self._end(f"nothing has moved for {self.collective_seconds:g} s: {self._standings(pulses)}")
 
     def _guard(self) -> None:
-        store, position = Stillness(), Stillness()
+        answers = Stillness()
         while not self._closing.wait(PULSE_SECONDS):
             if self._launchers and not all(child.ppid() == parent for child, parent in self._launchers):
                 self._launchers = []
-                # Before training begins this ends the process; after that it makes the ranks save and leave.
-                os.kill(os.getpid(), signal.SIGTERM)
-            if not self._store:
-                continue
-            if store.seconds(self._answers) > SILENT_SECONDS:
+                os.kill(os.getpid(), signal.SIGTERM)  # asks all ranks to save and leave
+            if self._store and answers.seconds(self._answers) > SILENT_SECONDS:
                 self._leave_without_store()
-            # Ahead of the first step, reading a large checkpoint takes as long as it takes.
-            if position.seconds(self.position.moves) > self.collective_seconds and self.position.step:
-                self._end(f"nothing has moved for {self.collective_seconds:g} s: {self._standings()}")
 
     # --- words and ends ---------------------------------------------------------------------------------------------
 
     def _pulse(self) -> None:
         assert self._store
         self._beats += 1
-        self._store.set(f"pulse/{self._rank}", f"{self._beats} {self.position}")
+        self._store.set(f"pulse/{self._rank}", f"{self._beats} {self.position.moves} {self.position}")
 
     def _pulses(self) -> dict[int, str]:
         """What each rank has last said of itself."""
@@ -213,10 +221,10 @@ class Watch:
         assert store
         return [rank for rank in ranks if not store.check([f"left/{rank}"])]
 
-    def _standings(self) -> str:
+    def _standings(self, pulses: dict[int, str]) -> str:
         """Which ranks stand where."""
         places: dict[str, list[int]] = {}
-        for rank, pulse in self._pulses().items():
+        for rank, pulse in pulses.items():
             places.setdefault(_place(pulse), []).append(rank)
         return "; ".join(f"{self._named(ranks)} in {place}" for place, ranks in places.items())
 
@@ -229,36 +237,36 @@ class Watch:
             for host, some in by_host.items()
         )
 
-    def _conclude(self, line: str) -> bool:
-        """Give the job's verdict, unless another rank has; returns whether this one did."""
+    def _conclude(self, line: str) -> None:
+        """Give the job's verdict, and say it, unless another rank has."""
         assert self._store
-        # compare_set answers with what is stored after it.
-        return self._store.compare_set("verdict", "", line).decode() == line
+        if self._store.add("verdict", 1) == 1:
+            _say(line)
+        if self._rank == 0:
+            time.sleep(2 * PULSE_SECONDS)  # the store goes with this process, and the others must still see the verdict
 
     def _end(self, line: str) -> NoReturn:
         try:
-            first = self._conclude(line)
+            self._conclude(line)
         except DistError:
             self._leave_without_store()
-        self._leave(line if first else None)
+        os._exit(LOST)
 
     def _leave_without_store(self) -> NoReturn:
         host = self.meeting.members[0].host
         here = self.meeting.members[self._rank].host
         same_host = [rank for rank, member in enumerate(self.meeting.members) if rank and member.host == here]
-        line = f"rank 0 on {host}, or its launcher, went or cannot be reached"
-        self._leave(line if self._rank == min(same_host, default=0) else None)
-
-    def _leave(self, line: str | None) -> NoReturn:
-        if line:
-            print(f"error: {line}; go on from the last checkpoint with --resume.", file=sys.stderr, flush=True)
-        if self._rank == 0:
-            time.sleep(2 * PULSE_SECONDS)  # the store goes with this process, and the others must still see the verdict
+        if self._rank == min(same_host, default=0):
+            _say(f"rank 0 on {host}, or its launcher, went or cannot be reached")
         os._exit(LOST)
 
 
+def _say(line: str) -> None:
+    print(f"error: {line}; go on from the last checkpoint with --resume.", file=sys.stderr, flush=True)
+
+
 def _place(pulse: str) -> str:
-    return pulse.partition(" ")[2] or "its start"
+    return pulse.split(" ", 2)[2] if pulse else "its start"
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -272,7 +280,7 @@ def _neighbours(meeting: Meeting) -> dict[int, psutil.Process]:
     """The processes of the other ranks that can be seen from here."""
 
     def place(member: Member) -> tuple[str, str]:
-        return member.host, member.pid_namespace
+        return member.host, member.pid_space
 
     here = place(meeting.members[meeting.seat.rank])
     found = {}

@@ -14,7 +14,7 @@ RUN = RunConfig(ds_config="ds.json", run_dir="runs/mine")
 
 
 def of_host(name, **changes):
-    good = Report(name, {"torch": "2.13"}, 0, [], True, "10.0.0.1", 1234, False)
+    good = Report(name, 0, {"torch": "2.13"}, 0, [], True, "h2", "10.0.0.1", 1234, False)
     return replace(good, **changes)
 
 

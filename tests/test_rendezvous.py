@@ -130,15 +130,13 @@ def test_ranks_that_have_met_know_each_other_and_share_a_store():
     meetings = meet_all(seats([0, 1, 2], 3))
     assert len({tuple(member.pid for member in meeting.members) for meeting in meetings}) == 1
     assert len(meetings[1].members) == 3
-    assert meetings[1].named(2) == f"rank 2 on {socket.gethostname()}"
     meetings[0].store.set("key", "value")
-    assert meetings[2].store.get("key") == meetings[1].connect().get("key") == b"value"
+    assert meetings[2].store.get("key") == b"value"
 
 
 def test_a_rank_alone_needs_no_store():
     (meeting,) = meet_all(seats([0], 1))
     assert meeting.store is None
-    assert meeting.connect() is None
 
 
 def test_ranks_that_do_not_come_are_named_once_and_all_end():

@@ -14,6 +14,7 @@ from megamoe.config import RunConfig, read_json
 from megamoe.corpus import SplitWriter
 from megamoe.metrics import read_log
 from megamoe.pretrain import Job, train
+from megamoe.stopping import StopRequest
 from megamoe.watch import Position
 
 PRESET = {
@@ -64,6 +65,6 @@ def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Train as pretrain.py does, on this rank of a group that exists already; returns the log."""
     job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"))
-    train(job, dist.get_rank(), Position())
+    train(job, dist.get_rank(), Position(), StopRequest())
     dist.barrier()
     return read_log(job.run_dir)

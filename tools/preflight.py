@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megamoe import cli
 from megamoe.config import RunConfig, UserError
 from megamoe.preflight import Endpoint, as_line, ask_by_srun, ask_by_ssh, marker_beside, meet, problems, report
 from megamoe.pretrain import parse_run
-from megamoe.rendezvous import hosts_of
+from megamoe.rendezvous import hosts_of, tasks_per_node
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -67,6 +68,8 @@ def check_hostfile(args: argparse.Namespace, run: RunConfig, words: list[str]) -
         raise UserError(*silent)
     for problem in silent:
         print(f"going on without a host: {problem}", file=sys.stderr)
+    if hosts[-1] not in reports:  # so none finds the way to it
+        reports = {host: replace(one, address=one.address or host) for host, one in reports.items()}
     ranks = {one.host: slots[host] for host, one in reports.items()}
     found = problems(list(reports.values()), run, ranks)
     if found:
@@ -83,8 +86,9 @@ def check_slurm(args: argparse.Namespace, run: RunConfig, words: list[str]) -> N
     hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
     with marker_beside(run.folder) as marker:
         reports = ask_by_srun(len(hosts), command_of_report(args, hosts[-1], marker, words))
-    reports.sort(key=lambda one: hosts.index(one.host) if one.host in hosts else 0)
-    found = problems(reports, run, {})
+    reports.sort(key=lambda one: one.node)
+    tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", ""))
+    found = problems(reports, run, dict(zip([one.host for one in reports], tasks, strict=False)))
     if found:
         raise UserError(*found)
     print(reports[0].host, reports[0].address or hosts[0], reports[0].port, run.folder)

@@ -81,13 +81,11 @@ class Run:
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        """By local rank."""
-        ranks = [
+        return [
             process
             for process in self.processes("megamoe/pretrain.py")
             if Path(process.cmdline()[0]).name.startswith("python") and process.cmdline()[2].endswith("pretrain.py")
         ]
-        return ranks
 
     @property
     def latest(self) -> str:

@@ -163,5 +163,8 @@ def test_the_scripts_problems_end_the_job_once(submit):
     job = submit(100_000, "--ep_size", "3")
     job.await_state("FAILED")
     assert job.facts["ExitCode"] == "2:0"
-    assert len([line for line in job.said.splitlines() if line.startswith("error: ")]) >= 1
+    said = [
+        line for line in job.said.splitlines() if line.startswith("error: ep_size is 3, which does not divide the 4")
+    ]
+    assert len(said) == 1
     assert job.facts["Restarts"] == "0"
