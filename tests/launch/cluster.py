@@ -66,7 +66,9 @@ class Host:
         files = self.folder
         script = (
             f"hostname {self.name}; mount --bind {files}/hosts /etc/hosts; "
-            f"mount --bind {files}/ssh_config /etc/ssh/ssh_config; exec /usr/sbin/sshd -D -e -f {files}/sshd_config"
+            f"mount --bind {files}/ssh_config /etc/ssh/ssh_config; "
+            "mount -t tmpfs none /run; mkdir /run/sshd; "  # Slurm's sockets are there
+            f"exec /usr/sbin/sshd -D -e -f {files}/sshd_config"
         )
         with open(files / f"sshd-{self.name}", "a") as log:
             # setpriv: whatever becomes of the tests, their hosts end with them.
@@ -126,7 +128,6 @@ class Cluster:
         self._daemons: list[subprocess.Popen] = []
 
     def start(self) -> None:
-        Path("/run/sshd").mkdir(exist_ok=True)
         self._write_ssh_files()
         first, second = (self.hosts[name].network for name in NAMES)
         for network in (first, second):
