@@ -1,6 +1,12 @@
 # Sourced by the launch scripts.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# refuse SENTENCE: what is to be mended.
+refuse() {
+  echo "error: $1" >&2
+  exit 2
+}
+
 # run_launcher MARK HOST COMMAND...: run a launcher and give its exit code; leave nothing of it behind.
 #
 # SIGINT, SIGTERM, SIGHUP and SIGUSR1 go to the ranks on HOST ("" is this one), whose launcher's command line holds MARK: all ranks
@@ -23,7 +29,7 @@ run_launcher() {
 }
 
 stop_launcher() {
-  local ranks="pkill -USR1 -P \$(pgrep -d, -f '$1')"
+  local ranks="launchers=\$(pgrep -d, -f '$1') && pkill -USR1 -P \$launchers"
   stopping=1
   trap 'kill -INT -- "-$launcher"' INT TERM HUP USR1
   if [[ -n $2 ]]; then ssh -n -o BatchMode=yes "$2" "$ranks"; else bash -c "$ranks"; fi ||

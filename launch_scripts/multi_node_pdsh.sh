@@ -6,7 +6,10 @@
 # MIN_HOSTS=N then goes on with the hosts that answer, if they are so many (all of them).
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-hostfile=${1:?usage: launch_scripts/multi_node_pdsh.sh HOSTFILE --ds_config FILE [options of pretrain.py]}
+[[ ${1:--} != -* ]] ||
+  refuse "the hostfile is '${1:-}'; start launch_scripts/multi_node_pdsh.sh HOSTFILE --ds_config FILE [options of pretrain.py]."
+[[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || refuse "MAX_RESTARTS is '$MAX_RESTARTS'; give a whole number."
+hostfile=$1
 shift
 
 folder=$(mktemp -d)

@@ -7,8 +7,9 @@
 # after a rank or a host was lost, up to N times (0); with --auto_resume that is from the last checkpoint.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-: "${HOSTS:?set HOSTS to the number of hosts, or MIN:MAX}" "${RANKS:?set RANKS to the ranks of each host}"
-: "${ENDPOINT:?set ENDPOINT to HOST:PORT, where the hosts meet}"
+[[ -n ${HOSTS:-} && -n ${RANKS:-} && -n ${ENDPOINT:-} ]] ||
+  refuse "HOSTS is '${HOSTS:-}', RANKS '${RANKS:-}', ENDPOINT '${ENDPOINT:-}'; set all three: how many hosts, ranks of each, HOST:PORT."
+[[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || refuse "MAX_RESTARTS is '$MAX_RESTARTS'; give a whole number."
 
 # The hosts meet there and compare, and then agree on a port for torchrun.
 checked=$(python "$root/tools/preflight.py" endpoint "$ENDPOINT" --hosts "$HOSTS" --ranks "$RANKS" \

@@ -2,7 +2,9 @@
 # Train on one machine: launch_scripts/single_node.sh RANKS --ds_config ds_configs/zero2.json [options of pretrain.py]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-ranks=${1:?usage: launch_scripts/single_node.sh RANKS --ds_config FILE [options of pretrain.py]}
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] ||
+  refuse "the number of ranks is '${1:-}'; start launch_scripts/single_node.sh RANKS --ds_config FILE [options of pretrain.py]."
+ranks=$1
 shift
 
 # Two jobs on one host must not meet on DeepSpeed's default port.

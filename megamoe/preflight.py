@@ -43,6 +43,7 @@ class Report:
     """What a host says of itself."""
 
     host: str
+    started: str  # the line it was started with
     node: int  # place among the nodes of a Slurm job
     versions: dict[str, str]
     gpus: int
@@ -76,16 +77,18 @@ def needed_files(run: RunConfig) -> list[Path]:
     return [Path(run.ds_config), *presets, *files, *([Path(run.init_from)] if run.init_from else [])]
 
 
-def report(run: RunConfig, peer: str, marker: Path | None, port: int | None) -> Report:
+def report(run: RunConfig, started: str, peer: str, marker: Path | None, port: int | None) -> Report:
     """Of this host.
 
     Args:
+        started: the line that it was started with.
         peer: another host of the job.
         marker: a file that the launching host has made beside the run folder.
         port: to be used here; None takes a free one.
     """
     return Report(
         host=socket.gethostname(),
+        started=started,
         node=int(os.environ.get("SLURM_NODEID", 0)),
         versions=versions(),
         gpus=torch.cuda.device_count(),
@@ -114,7 +117,13 @@ def problems(reports: list[Report], run: RunConfig, ranks: dict[str, int]) -> li
     Args:
         ranks: how many each host runs; where that is not said, it is not checked.
     """
+    first = reports[0]
     found = version_problems({one.host: one.versions for one in reports})
+    found += [
+        f"{one.host} was started with {one.started!r}, but {first.host} with {first.started!r}; start both alike."
+        for one in reports
+        if one.started != first.started
+    ]
     for one in reports:
         found += [
             f"{one.host} does not see {path}; put it on a file system that all hosts share." for path in one.absent
@@ -127,7 +136,6 @@ def problems(reports: list[Report], run: RunConfig, ranks: dict[str, int]) -> li
         wanted = ranks.get(one.host, 0)
         if wanted > one.gpus and any(other.gpus for other in reports):
             found.append(f"{one.host} has {one.gpus} GPUs for {wanted} ranks; lower the ranks on it.")
-    first = reports[0]
     if first.port_in_use:
         found.append(f"port {first.port} is in use on {first.host}; set MASTER_PORT to a free one, or leave it out.")
     if len(reports) > 1 and first.address is None:

@@ -14,7 +14,7 @@ RUN = RunConfig(ds_config="ds.json", run_dir="runs/mine")
 
 
 def of_host(name, **changes):
-    good = Report(name, 0, {"torch": "2.13"}, 0, [], True, "h2", "10.0.0.1", 1234, False)
+    good = Report(name, "--steps 5", 0, {"torch": "2.13"}, 0, [], True, "h2", "10.0.0.1", 1234, False)
     return replace(good, **changes)
 
 
@@ -32,6 +32,7 @@ def test_hosts_that_are_alike_have_no_problems():
             "h2 does not see the files that h1 writes beside the run folder runs/mine; choose",
         ),
         ({"gpus": 4}, "h2 has 4 GPUs for 8 ranks; lower"),
+        ({"started": "--steps 6"}, "h2 was started with '--steps 6', but h1 with '--steps 5'; start both alike"),
     ],
 )
 def test_what_is_wrong_with_a_host_names_it_and_the_remedy(changes, said):
@@ -72,7 +73,7 @@ def test_a_report_is_of_this_host_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds.json").write_text("{}")
     run = RunConfig(ds_config="ds.json", data=["x"])
-    made = report(run, "127.0.0.1", tmp_path / "none", None)
+    made = report(run, "--steps 5", "127.0.0.1", tmp_path / "none", None)
     assert (made.host, made.versions, made.absent) == (socket.gethostname(), versions(), ["x.bin", "x.idx"])
     assert not made.shares_run_folder
     assert not made.port_in_use
@@ -80,8 +81,8 @@ def test_a_report_is_of_this_host_as_it_is(tmp_path, monkeypatch):
         busy.bind(("", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        assert report(run, "127.0.0.1", None, port).port_in_use
-    assert not report(run, "127.0.0.1", None, port).port_in_use
+        assert report(run, "--steps 5", "127.0.0.1", None, port).port_in_use
+    assert not report(run, "--steps 5", "127.0.0.1", None, port).port_in_use
 
 
 def test_the_marker_is_beside_a_run_folder_that_need_not_be_there_and_goes_again(tmp_path):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +32,31 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "where", nargs="?", help="the hostfile; HOST:PORT, where torchrun's hosts meet; or another host"
     )
-    parser.add_argument("--port", type=int, help="to be used on the first host; by default a free one")
-    parser.add_argument("--min_hosts", type=int, help="leave out hosts that do not answer, if so many do")
+    parser.add_argument("--port", help="to be used on the first host; by default a free one")
+    parser.add_argument("--min_hosts", help="leave out hosts that do not answer, if so many do")
     parser.add_argument("--usable", type=Path, help="hostfile to write, with the hosts that answer")
     parser.add_argument("--hosts", default="1", help="for endpoint: how many meet, or MIN:MAX")
-    parser.add_argument("--ranks", type=int, default=0, help="for endpoint: how many each host runs")
-    parser.add_argument("--seconds", type=float, default=300, help="for endpoint: to wait for the other hosts")
+    parser.add_argument("--ranks", help="for endpoint: how many each host runs")
+    parser.add_argument("--seconds", default="300", help="for endpoint: to wait for the other hosts")
     parser.add_argument("--marker", type=Path, help="for report: a file that this host should see")
-    return parser.parse(words)
+    args = parser.parse(words)
+    for name, variable, most in (
+        ("port", "MASTER_PORT", 65535),
+        ("min_hosts", "MIN_HOSTS", 10**6),
+        ("ranks", "RANKS", 10**6),
+        ("seconds", "JOIN_TIMEOUT", 10**6),
+    ):
+        setattr(args, name, whole_number(getattr(args, name), variable, most))
+    return args
+
+
+def whole_number(given: str | None, name: str, most: int) -> int | None:
+    """Raises UserError with the name of the variable by which it was given to a launch script."""
+    if given is None:
+        return None
+    if not given.isdecimal() or not 1 <= int(given) <= most:
+        raise UserError(f"{name} is {given!r}; give a whole number from 1 to {most}.")
+    return int(given)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -48,9 +66,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise UserError(f"hostfile {path} does not exist; give a file with a line 'HOST slots=RANKS' for each host.")
     try:
-        return dict(fetch_hostfile(str(path)))
+        slots = dict(fetch_hostfile(str(path)))
     except ValueError as error:
-        raise UserError(f"hostfile {path}: {error}; write a line 'HOST slots=RANKS' for each host.") from None
+        said = str(error).rstrip(".")
+        raise UserError(f"hostfile {path}: {said}; write a line 'HOST slots=RANKS' for each host.") from None
+    idle = [host for host, count in slots.items() if count < 1]
+    if idle:
+        raise UserError(f"hostfile {path}: {', '.join(idle)} has no slots; give at least 1, or leave the host out.")
+    return slots
 
 
 def command_of_report(args: argparse.Namespace, peer: str, marker: Path, words: list[str]) -> list[str]:
@@ -94,15 +117,16 @@ def check_slurm(args: argparse.Namespace, run: RunConfig, words: list[str]) -> N
     print(reports[0].host, reports[0].address or hosts[0], reports[0].port, run.folder)
 
 
-def check_endpoint(args: argparse.Namespace, run: RunConfig) -> None:
+def check_endpoint(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
     host, _, port = (args.where or "").rpartition(":")
     least, _, most = args.hosts.partition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"ENDPOINT is {args.where!r}; write HOST:PORT of one of the hosts.")
     if not least.isdigit() or not (most or least).isdigit() or not 0 < int(least) <= int(most or least):
         raise UserError(f"HOSTS is {args.hosts!r}; write a number of hosts, or MIN:MAX.")
-    at = Endpoint(host, int(port), int(least), int(most or least), args.ranks, args.seconds)
-    agreed = meet(lambda marker: report(run, host, marker, None), run, at)
+    at = Endpoint(host, int(port), int(least), int(most or least), args.ranks or 0, args.seconds)
+    started = f"HOSTS={args.hosts} RANKS={args.ranks} {shlex.join(words)}"
+    agreed = meet(lambda marker: report(run, started, host, marker, None), run, at)
     print(f"{agreed.address}:{agreed.port}", agreed.own_address, str(agreed.keeps).lower())
 
 
@@ -112,13 +136,13 @@ def main() -> None:
     args = parse(words[:split])
     run = parse_run(words[split + 1 :])
     if args.launcher == "report":
-        print(as_line(report(run, args.where, args.marker, args.port)))
+        print(as_line(report(run, shlex.join(words[split + 1 :]), args.where, args.marker, args.port)))
     elif args.launcher == "hostfile":
         check_hostfile(args, run, words[split + 1 :])
     elif args.launcher == "slurm":
         check_slurm(args, run, words[split + 1 :])
     else:
-        check_endpoint(args, run)
+        check_endpoint(args, run, words[split + 1 :])
 
 
 if __name__ == "__main__":
