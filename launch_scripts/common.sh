@@ -29,9 +29,14 @@ run_launcher() {
 }
 
 stop_launcher() {
-  local ranks="launchers=\$(pgrep -d, -f '$1') && pkill -USR1 -P \$launchers"
   stopping=1
   trap 'kill -INT -- "-$launcher"' INT TERM HUP USR1
-  if [[ -n $2 ]]; then ssh -n -o BatchMode=yes "$2" "$ranks"; else bash -c "$ranks"; fi ||
-    kill -INT -- "-$launcher" # there are no ranks yet
+  ask_ranks "$1" "$2" || kill -INT -- "-$launcher" # there are none yet
+  # Ranks that were still loading have died of it, and torchrun may have started others.
+  while sleep 5 && kill -0 "$launcher" 2> /dev/null; do ask_ranks "$1" "$2" || true; done &
+}
+
+ask_ranks() {
+  local ask="launchers=\$(pgrep -d, -f '$1') && pkill -USR1 -P \$launchers"
+  if [[ -n $2 ]]; then ssh -n -o BatchMode=yes "$2" "$ask"; else bash -c "$ask"; fi
 }

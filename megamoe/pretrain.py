@@ -363,14 +363,18 @@ def main() -> None:
             finished = job.is_done or train(job, meeting.seat.rank, position, stop)
             if job.is_done and meeting.seat.rank == 0:
                 print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
+            code = 0 if finished else stopped_code()
+        except SystemExit as end:  # on all ranks
+            code = end.code
         except Exception as error:
             watch.explain(error)
             raise
     # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
-    # process while it is taken down ("terminate called without an active exception"), and the launcher sees a failure.
+    # process while it is taken down ("terminate called without an active exception"), and ranks would be slow enough to
+    # be ended by a launcher that has seen the first one go.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if finished else stopped_code())
+    os._exit(code)
 
 
 if __name__ == "__main__":

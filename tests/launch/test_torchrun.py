@@ -84,3 +84,12 @@ def test_after_a_host_has_lost_its_power_torchrun_goes_on_with_the_other(start, 
         first.await_text("2 ranks, ep_size 1", 150)
     first.script.send_signal(signal.SIGTERM)
     assert first.wait() == STOPPED, first.said
+
+
+def test_a_job_that_is_asked_to_stop_while_its_ranks_load_is_not_started_again(start):
+    first, second = start(MAX_RESTARTS="3")
+    wait_for(lambda: len(first.ranks()) == 4, "no ranks", 60)
+    first.script.send_signal(signal.SIGTERM)
+    assert 0 not in (first.wait(), second.wait()), first.said + second.said
+    assert "avg_loss" not in first.said + second.said
+    assert first.processes() == []
