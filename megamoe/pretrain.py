@@ -365,7 +365,7 @@ def main() -> None:
                 print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
             code = 0 if finished else stopped_code()
         except SystemExit as end:  # on all ranks
-            code = end.code
+            code = int(end.code or 0)
         except Exception as error:
             watch.explain(error)
             raise
