@@ -9,12 +9,12 @@ refuse() {
 
 # run_launcher MARK HOST COMMAND...: run a launcher and give its exit code; leave nothing of it behind.
 #
-# SIGINT, SIGTERM, SIGHUP and SIGUSR1 go to the ranks on HOST ("" is this one), whose launcher's command line holds MARK: all ranks
-# save and leave, and the launcher ends by itself. A second one goes to the launcher and what it has started here, which
-# ends, too, when the launcher is killed.
+# SIGINT, SIGTERM, SIGHUP and SIGUSR1 go to the ranks on HOST ("" is this one), whose launcher's command line holds MARK:
+# all ranks save and leave, and the launcher ends by itself. A second one goes to the launcher and what it has started
+# here, which ends, too, when the launcher is killed.
 run_launcher() {
   local mark=$1 host=$2 code=0
-  stopping=
+  stopping='' asking=''
   shift 2
   set -m # a process group of its own
   "$@" < /dev/null &
@@ -24,7 +24,8 @@ run_launcher() {
   while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal cuts it short
   wait "$launcher" || code=$?
   trap - INT TERM HUP USR1
-  kill -TERM -- "-$launcher" 2>/dev/null || true
+  [[ -z $asking ]] || kill "$asking" 2> /dev/null || true
+  kill -TERM -- "-$launcher" 2> /dev/null || true
   return "$code"
 }
 
@@ -34,6 +35,7 @@ stop_launcher() {
   ask_ranks "$1" "$2" || kill -INT -- "-$launcher" # there are none yet
   # Ranks that were still loading have died of it, and torchrun may have started others.
   while sleep 5 && kill -0 "$launcher" 2> /dev/null; do ask_ranks "$1" "$2" || true; done &
+  asking=$!
 }
 
 ask_ranks() {
