@@ -176,9 +176,10 @@ class Watch:
             self._end(f"{self._named(gone)} went, last heard of in {_place(self._pulses()[gone[0]])}")
 
     def _look_for_the_silent(self, pulses: dict[int, str], beats: list[Stillness]) -> None:
-        silent = [rank for rank, pulse in pulses.items() if beats[rank].seconds(pulse) > SILENT_SECONDS]
-        silent = self._still_here(silent)
-        if silent:
+        still = {rank: beats[rank].seconds(pulse) for rank, pulse in pulses.items()}
+        # The ranks of a host that is gone fell silent within a second of each other, and are named together.
+        silent = self._still_here([rank for rank, seconds in still.items() if seconds > SILENT_SECONDS / 2])
+        if any(still[rank] > SILENT_SECONDS for rank in silent):
             verb = "have" if len(silent) > 1 else "has"
             where = _place(pulses[silent[0]])
             self._end(f"{self._named(silent)} {verb} been silent for {SILENT_SECONDS} s, last heard of in {where}")
