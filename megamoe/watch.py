@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import psutil
@@ -119,8 +120,11 @@ class Watch:
             if self._rank == 0:
                 others = [f"left/{rank}" for rank in range(1, self.meeting.seat.world_size)]
                 await_keys(others, self._store, time.monotonic() + FAREWELL_SECONDS)
-            self._store.set(f"left/{self._rank}", "")
-            await_keys(["left/0"], self._store, time.monotonic() + FAREWELL_SECONDS)
+                self._store.set("left/0", "")
+                time.sleep(0.2)  # until the others have heard it
+            else:
+                self._store.set(f"left/{self._rank}", "")
+                self._store.wait(["left/0"], timedelta(seconds=FAREWELL_SECONDS))
         except DistError:
             pass  # rank 0 has gone, which is no matter now
 
