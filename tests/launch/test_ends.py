@@ -22,6 +22,12 @@ SCRIPT = ROOT / "launch_scripts" / "single_node.sh"
 STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as docs/launch.md says
 
 
+def heed_signals():
+    """Tests that run in the background have been told to ignore them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Launch:
     """A run under DeepSpeed's launcher or our script, its output in a file, and the processes that it consists of."""
 
@@ -39,8 +45,7 @@ class Launch:
             self.process = subprocess.Popen(
                 words, cwd=folder, stdout=output, stderr=output, start_new_session=True,
                 env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
-                # Tests that run in the background have been told to ignore it.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=heed_signals,
             )  # fmt: skip
 
     def await_text(self, text, seconds=120):
@@ -215,7 +220,7 @@ def test_ranks_that_stand_still_end_and_say_where_each_of_them_is(launch):
 # --- the script -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_the_script_ends_all_with_a_checkpoint_and_says_so_by_its_exit_code(launch, ending, number):
     run = launch(script=SCRIPT)
     launcher, ranks = run.processes()
