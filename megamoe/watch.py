@@ -157,8 +157,7 @@ class Watch:
             while not self._closing.wait(PULSE_SECONDS):
                 self._pulse()
                 if store.check(["verdict"]):
-                    if self._rank == 0:
-                        time.sleep(2 * PULSE_SECONDS)
+                    self._let_the_others_read()
                     os._exit(LOST)
                 self._answers += 1
                 self._look_at_neighbours()
@@ -247,8 +246,12 @@ class Watch:
         assert self._store
         if self._store.add("verdict", 1) == 1:
             _say(line)
+        self._let_the_others_read()
+
+    def _let_the_others_read(self) -> None:
+        """The store goes with rank 0's process; the others look for a verdict at every pulse."""
         if self._rank == 0:
-            time.sleep(2 * PULSE_SECONDS)  # the store goes with this process, and the others must still see the verdict
+            time.sleep(2 * PULSE_SECONDS)
 
     def _end(self, line: str) -> NoReturn:
         try:

@@ -154,12 +154,13 @@ def test_a_killed_rank_is_named_and_the_other_ends(launch, ending):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_deepspeed_being_ended_alone_leaves_no_orphan_and_a_checkpoint(launch, ending, number):
+@pytest.mark.parametrize(("send", "whom"), [(os.kill, "deepspeed alone"), (os.killpg, "deepspeed and all below it")])
+def test_ending_deepspeed_leaves_no_orphan_and_a_checkpoint(launch, ending, send, whom, number):
     run = launch()
     launcher, ranks = run.processes()
-    with ending(f"{number.name} to deepspeed alone, until all are gone") as end:
-        run.process.send_signal(number)
-        end.code = run.process.wait(10)
+    with ending(f"{number.name} to {whom}, until all are gone") as end:
+        send(run.process.pid, number)
+        end.code = run.process.wait(60)
         assert_none_left([launcher, *ranks])
     assert_saved_at_the_last_step(run)
 
@@ -171,17 +172,6 @@ def test_launch_py_being_ended_alone_lets_the_ranks_save(launch, ending):
         launcher.terminate()  # it ends the ranks one after another; the first one's signal is enough for all
         end.code = run.process.wait(60)
     assert_none_left(ranks)
-    assert_saved_at_the_last_step(run)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_process_group_leaves_a_checkpoint(launch, ending, number):
-    run = launch()
-    launcher, ranks = run.processes()
-    with ending(f"{number.name} to deepspeed and all below it, until all are gone") as end:
-        os.killpg(run.process.pid, number)
-        end.code = run.process.wait(60)
-        assert_none_left([launcher, *ranks])
     assert_saved_at_the_last_step(run)
 
 
