@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from megamoe.config import UserError, unknown_key
+from megamoe.errors import UserError, unknown_key
 
 
 class _Once(argparse.Action):

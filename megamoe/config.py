@@ -7,14 +7,14 @@ at once, as sentences that name the value, the limit and the remedy.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from megamoe.errors import UserError, unknown_key
 
 PRESET_DIR = Path(__file__).parent / "presets"
 ROPE_SCALINGS = {
@@ -30,38 +30,6 @@ ROPE_SCALING_KEYS = {
     "beta_fast",
     "beta_slow",
 }.union(*ROPE_SCALINGS.values())
-
-
-class UserError(Exception):
-    """Something the user can mend. `problems` holds one sentence each; programs print them and exit with code 2."""
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
-
-
-class Problems(list[str]):
-    """Problems of one configuration, collected so that all of them come at once."""
-
-    def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`; where it raises UserError, its problems are kept and None comes back."""
-        try:
-            return function(*args)
-        except UserError as error:
-            self.extend(error.problems)
-
-    def refuse(self) -> None:
-        """Raise one UserError with all of them, if there are any."""
-        if self:
-            raise UserError(*self)
-
-
-def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
-    """Say that `key` is unknown in `where`, with the nearest known one where there is one."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f'{where}: unknown key "{key}"' + (
-        f'; did you mean "{near[0]}"?' if near else f"; known keys are {', '.join(sorted(known))}."
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

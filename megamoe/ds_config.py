@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megamoe.config import ModelConfig, RunConfig, UserError, unknown_key, validate
+from megamoe.config import ModelConfig, RunConfig, validate
+from megamoe.errors import UserError, unknown_key
 
 # Known keys by section, "" being the top level. What is not listed here, DeepSpeed checks itself.
 DS_KEYS: dict[str, set[str]] = {

@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from toy import PRESET, ds_config
 
-from megamoe.checkpoint import CheckpointWriter
+from megamoe.checkpoint.reader import KINDS, open_source
+from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import ModelConfig
 from megamoe.ds_config import read_schedule
-from megamoe.engine import build_engine
-from megamoe.model import Decoder
-from megamoe.reader import KINDS, open_source
-from megamoe.restore import restore_first_that_holds
-from megamoe.router import LoadBalancer
+from megamoe.model.decoder import Decoder
+from megamoe.training.balancing import LoadBalancer
+from megamoe.training.engine import build_engine
 
 CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
 EXPERTS = CONFIG.num_local_experts

@@ -18,7 +18,7 @@ import torch
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megamoe.train", "megamoe.engine"])
+_context.set_forkserver_preload(["megamoe.training.loop", "megamoe.training.engine", "megamoe.training.distributed"])
 TIMEOUT = 240  # seconds: a hang is a failure
 
 
@@ -68,7 +68,7 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
-    from megamoe.engine import init_distributed
+    from megamoe.training.distributed import init_distributed
 
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamoe.config import UserError
+from megamoe.errors import UserError
 
 
 def sentences(problems):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from megamoe import cli
-from megamoe.config import UserError
+from megamoe.errors import UserError
 
 
 def parser():

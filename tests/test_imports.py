@@ -1,4 +1,4 @@
-"""Rooms import downward only, and DeepSpeed stays in the rooms that own it."""
+"""Packages import downward only, and DeepSpeed stays in the modules that own it."""
 
 import ast
 import sys
@@ -7,82 +7,116 @@ from pathlib import Path
 import megamoe
 
 FOLDER = Path(megamoe.__file__).parent
-SOURCES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
-# From low to high; a room may import from the lines above its own only.
-ORDER = [
-    {"__init__"},
-    {"config"},
-    {"cli", "cpu", "tokenizer", "ds_config", "names", "manifest", "unpickle", "rendezvous", "stopping"},
-    {"schedule", "layers", "loss", "router", "data", "corpus", "plan", "devices", "meter", "watch"},
-    {"moe", "metrics", "reader", "sharding", "preflight"},
-    {"model", "buckets", "traffic"},
-    {"engine", "checkpoint", "restore", "export", "generate", "footprint"},
-    {"train", "zero_to_fp32", "simulate"},
-    {"pretrain", "scale"},
+SOURCES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): path.read_text()
+    for path in sorted(FOLDER.rglob("*.py"))
+    if path.parent.name != "huggingface"  # goes into exports; nothing here imports it
+}
+# From low to high: a module may import from its own layer, without a cycle, and from those before it.
+LAYERS = [
+    {"errors", "config", "ds_config", "topology", "cli", "hardware"},
+    {"data"},
+    {"model"},
+    {"launch"},
+    {"checkpoint"},
+    {"training"},
+    {"planning"},
+    {"job"},
+    {"pretrain"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-# corpus: for the index writer; unpickle: for the classes that DeepSpeed's files may hold
-DEEPSPEED_ROOMS = {"moe", "engine", "checkpoint", "restore", "corpus", "unpickle"}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+UNRELATED = ("checkpoint", "planning")  # neither imports the other
+# The modules that import DeepSpeed; CONTRIBUTING.md says what each takes of it.
+DEEPSPEED_MODULES = {
+    "checkpoint.restore",
+    "checkpoint.unpickle",
+    "checkpoint.writer",
+    "data.corpus",
+    "model.moe",
+    "training.distributed",
+    "training.engine",
+}
 
 
-def imports(source):
-    """Full names of everything imported anywhere in `source`, relative imports as of the package."""
+def imports(module, source):
+    """Full names of everything imported anywhere in `source`, relative imports as of the module's package."""
+    package = ["megamoe", *module.split(".")[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, (["megamoe"] if node.level else []) + [node.module]))
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join(base + [node.module] * bool(node.module))
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def rooms_imported(source):
-    for name in imports(source):
+def modules_imported(module, source):
+    """megamoe's own modules among them; the package itself has none below."""
+    for name in imports(module, source):
         package, _, rest = name.partition(".")
-        if package == "megamoe":
-            room = rest.split(".")[0]
-            yield room if room in LEVEL else "__init__"
+        if package == "megamoe" and rest:
+            parts = rest.split(".")
+            found = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in SOURCES), parts[0])
+            if found in SOURCES or found in LEVEL:
+                yield found
 
 
-def upward(room, source):
-    return sorted(other for other in rooms_imported(source) if LEVEL[other] >= LEVEL[room])
+def upward(module, source):
+    layer = module.split(".")[0]
+    return sorted(
+        other
+        for other in modules_imported(module, source)
+        if LEVEL[other.split(".")[0]] > LEVEL[layer] or {layer, other.split(".")[0]} == set(UNRELATED)
+    )
 
 
-def test_every_room_has_a_level():
-    assert SOURCES.keys() <= LEVEL.keys(), "give the new room a level here and in the design"
-    assert {"config", "model", "train", "pretrain"} <= SOURCES.keys()
-    assert {path.parent.name for path in FOLDER.rglob("*.py") if path.parent != FOLDER} == {"huggingface"}
+def test_every_module_has_a_layer():
+    tops = {module.split(".")[0] for module in SOURCES} - {"__init__"}
+    assert tops == LEVEL.keys(), "give the new module or package a layer here and in CONTRIBUTING.md"
 
 
-def test_rooms_import_downward_only():
-    found = {room: upward(room, source) for room, source in SOURCES.items()}
-    assert {room: others for room, others in found.items() if others} == {}
+def test_packages_import_downward_only():
+    found = {module: upward(module, source) for module, source in SOURCES.items() if module != "__init__"}
+    assert {module: others for module, others in found.items() if others} == {}
+
+
+def test_no_module_imports_itself_over_others():
+    graph = {module: set(modules_imported(module, source)) - {module} for module, source in SOURCES.items()}
+    while leaves := [module for module, others in graph.items() if not others & graph.keys()]:
+        for module in leaves:
+            del graph[module]
+    assert graph == {}, "these import each other in a circle"
 
 
 def test_an_upward_import_of_any_form_would_be_seen():
     for line in (
-        "import megamoe.model",
-        "import megamoe.model as m",
-        "from megamoe import model",
-        "from megamoe.model import Decoder",
-        "from . import model",
-        "from .model import Decoder",
-        "def late():\n    from megamoe.model import Decoder",
+        "import megamoe.training.loop",
+        "import megamoe.training.loop as loop",
+        "from megamoe.training import loop",
+        "from megamoe.training.loop import Trainer",
+        "from ..training import loop",
+        "from ..training.loop import Trainer",
+        "def late():\n    from megamoe.training.loop import Trainer",
     ):
-        assert upward("moe", line) == upward("model", line) == ["model"]
-        assert upward("generate", line) == []
-    assert upward("config", "from megamoe import cli") == ["cli"]
-    assert upward("corpus", "from megamoe.tokenizer import load_tokenizer") == []
+        assert upward("model.decoder", line) == ["training.loop"]
+        assert upward("training.engine", line) == upward("planning.simulate", line) == []
+    assert upward("planning.planner", "from megamoe.checkpoint import manifest") == ["checkpoint.manifest"]
+    assert upward("config", "from megamoe.data.tokenizer import load_tokenizer") == ["data.tokenizer"]
 
 
-def test_only_its_own_rooms_import_deepspeed():
+def test_only_its_own_modules_import_deepspeed():
     importers = {
-        room for room, source in SOURCES.items() if any(name.split(".")[0] == "deepspeed" for name in imports(source))
+        module
+        for module, source in SOURCES.items()
+        if any(name.split(".")[0] == "deepspeed" for name in imports(module, source))
     }
-    assert importers <= DEEPSPEED_ROOMS
-    (index_writer,) = (name for name in imports(SOURCES["corpus"]) if name.startswith("deepspeed"))
+    assert importers == DEEPSPEED_MODULES
+    (index_writer,) = (name for name in imports("data.corpus", SOURCES["data.corpus"]) if "deepspeed" in name)
     assert index_writer.endswith("indexed_dataset.MMapIndexedDataset")
+    from_model = [name for name in imports("model.moe", SOURCES["model.moe"]) if name.startswith("deepspeed")]
+    assert from_model == ["deepspeed.moe.layer", "deepspeed.moe.experts.Experts"]
 
 
-def test_no_room_is_named_like_a_module_of_the_standard_library():
+def test_no_module_at_the_top_is_named_like_one_of_the_standard_library():
     # A script's folder comes first in sys.path: megamoe/queue.py would be everyone's queue.
-    assert SOURCES.keys() & sys.stdlib_module_names == set()
+    assert LEVEL.keys() & sys.stdlib_module_names == set()

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from megamoe.config import RunConfig, read_json
-from megamoe.corpus import SplitWriter
-from megamoe.metrics import read_log
-from megamoe.pretrain import Job, train
-from megamoe.stopping import StopRequest
-from megamoe.watch import Position
+from megamoe.data.corpus import SplitWriter
+from megamoe.job import Job
+from megamoe.launch.stopping import StopRequest
+from megamoe.launch.watch import Position
+from megamoe.pretrain import train
+from megamoe.training.sinks import read_log
 
 PRESET = {
     "vocab_size": 96,

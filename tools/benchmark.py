@@ -28,7 +28,8 @@ import torch
 from benchmark_contender import Machine, Turn, gemm_flops
 
 from megamoe import cli
-from megamoe.config import ModelConfig, Problems, UserError, load_preset, read_json
+from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.errors import Problems, UserError
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"megamoe": "megamoe", "stock": "DeepSpeed's MoE layer", "mixtral": "Mixtral of transformers"}
@@ -102,7 +103,8 @@ def take_turn(entry: Entry, ds_config: str, steps: int, pieces: bool) -> Turn:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turn.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={entry.ranks}"]
-        words = [str(ROOT / "tools/benchmark_contender.py"), entry.contender, str(out), "--preset", entry.preset,
+        words = [str(entry.checkout / "tools/benchmark_contender.py"), entry.contender, str(out),
+                 "--preset", entry.preset,
                  "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", str(entry.samples),
                  "--seq_len", str(entry.seq_len), "--steps", str(steps),
                  "--recompute_blocks", str(entry.recompute_blocks)]  # fmt: skip

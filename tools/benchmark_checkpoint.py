@@ -20,14 +20,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamoe import cli, manifest
-from megamoe.checkpoint import CheckpointWriter
-from megamoe.config import UserError, load_preset, read_json
+from megamoe import cli
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.writer import CheckpointWriter
+from megamoe.config import load_preset, read_json
 from megamoe.ds_config import read_schedule
-from megamoe.engine import build_engine, init_distributed
-from megamoe.metrics import memory_gib
-from megamoe.model import Decoder
-from megamoe.restore import restore_first_that_holds
+from megamoe.errors import UserError
+from megamoe.hardware import memory_gib
+from megamoe.model.decoder import Decoder
+from megamoe.training.distributed import init_distributed
+from megamoe.training.engine import build_engine
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

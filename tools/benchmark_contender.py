@@ -21,16 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megamoe.checkpoint.export import DTYPES
 from megamoe.config import ModelConfig, load_preset, read_json
 from megamoe.ds_config import dtype_of, read_schedule
-from megamoe.engine import build_engine, init_distributed
-from megamoe.export import DTYPES
-from megamoe.layers import Expert
-from megamoe.metrics import measured_bandwidth, memory_gib, peak_flops
-from megamoe.model import Decoder
-from megamoe.moe import MoE
-from megamoe.plan import train_flops_per_token
-from megamoe.router import LoadBalancer
+from megamoe.hardware import measured_bandwidth, memory_gib, peak_flops
+from megamoe.model.costs import train_flops_per_token
+from megamoe.model.decoder import Decoder
+from megamoe.model.experts import Expert
+from megamoe.model.moe import MoE
+from megamoe.training.balancing import LoadBalancer
+from megamoe.training.distributed import init_distributed
+from megamoe.training.engine import build_engine
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 HEAD_ROWS = 512  # tokens whose logits are computed at a time

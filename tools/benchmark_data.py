@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 from megamoe import cli
-from megamoe.config import UserError, load_preset
-from megamoe.corpus import input_files, read_documents, write_corpus
-from megamoe.data import TokenCorpus, TrainData, corpus_prefix
-from megamoe.tokenizer import load_tokenizer
+from megamoe.config import load_preset
+from megamoe.data.batches import TrainData
+from megamoe.data.corpus import input_files, read_documents, write_corpus
+from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.data.tokenizer import load_tokenizer
+from megamoe.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ENOUGH = 20_000_000  # bytes of text; the files are taken again until there are so many

@@ -16,10 +16,19 @@ from pathlib import Path
 import torch
 
 from megamoe import cli
-from megamoe.config import ModelConfig, UserError, read_json, validate
-from megamoe.export import DTYPES, Entry, entries, shards, write_huggingface, write_safetensors, write_state_dict
-from megamoe.metrics import memory_gib
-from megamoe.reader import STATE_DICT_ENDINGS, find_checkpoint, model_problems, open_source
+from megamoe.checkpoint.export import (
+    DTYPES,
+    Entry,
+    entries,
+    shards,
+    write_huggingface,
+    write_safetensors,
+    write_state_dict,
+)
+from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, model_problems, open_source
+from megamoe.config import ModelConfig, read_json, validate
+from megamoe.errors import UserError
+from megamoe.hardware import memory_gib
 
 FORMATS = ("state_dict", "safetensors", "huggingface")
 

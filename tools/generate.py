@@ -9,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-from megamoe import cli, manifest
-from megamoe.config import ModelConfig, UserError, read_json, validate
+from megamoe import cli
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.export import DTYPES
+from megamoe.checkpoint.reader import find_checkpoint, load_weights, model_problems, open_source
+from megamoe.config import ModelConfig, read_json, validate
+from megamoe.data.tokenizer import end_of_text_id, load_tokenizer
 from megamoe.ds_config import dtype_of
-from megamoe.export import DTYPES
-from megamoe.generate import generate
-from megamoe.model import Decoder
-from megamoe.reader import find_checkpoint, load_weights, model_problems, open_source
-from megamoe.tokenizer import end_of_text_id, load_tokenizer
+from megamoe.errors import UserError
+from megamoe.model.decoder import Decoder
+from megamoe.model.generation import generate
 
 
 def load_model(run_dir: Path, device: torch.device) -> Decoder:

@@ -11,10 +11,12 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from megamoe import cli, manifest
-from megamoe.config import UserError, read_json
-from megamoe.names import PLAIN_EXPERT
-from megamoe.reader import RankFiles, Source, open_source
+from megamoe import cli
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.reader import RankFiles, Source, open_source
+from megamoe.config import read_json
+from megamoe.errors import UserError
+from megamoe.model.names import PLAIN_EXPERT
 
 
 def print_files(checkpoint: Path) -> None:

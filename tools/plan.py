@@ -15,11 +15,23 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
 
 from megamoe import cli
-from megamoe.config import UserError, validate
-from megamoe.metrics import duration
-from megamoe.plan import parameter_count
-from megamoe.scale import GIB, MIB, Plan, PlanConfig, as_json, assumptions, comparison, make_plan, payloads, totals
-from megamoe.simulate import Measured, simulate
+from megamoe.config import validate
+from megamoe.errors import UserError
+from megamoe.model.costs import parameter_count
+from megamoe.planning.planner import (
+    GIB,
+    MIB,
+    Plan,
+    PlanConfig,
+    as_json,
+    assumptions,
+    comparison,
+    make_plan,
+    payloads,
+    totals,
+)
+from megamoe.planning.simulate import Measured, simulate
+from megamoe.training.sinks import duration
 
 
 def parse(words: list[str] | None = None) -> tuple[PlanConfig, Path | None]:

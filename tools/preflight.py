@@ -20,10 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from megamoe import cli
-from megamoe.config import RunConfig, UserError
-from megamoe.preflight import Endpoint, as_line, ask_by_srun, ask_by_ssh, marker_beside, meet, problems, report
-from megamoe.pretrain import parse_run
-from megamoe.rendezvous import hosts_of, tasks_per_node
+from megamoe.config import RunConfig
+from megamoe.errors import UserError
+from megamoe.job import parse_run
+from megamoe.launch.preflight import Endpoint, as_line, ask_by_srun, ask_by_ssh, marker_beside, meet, problems, report
+from megamoe.launch.rendezvous import hosts_of, tasks_per_node
 
 
 def parse(words: list[str]) -> argparse.Namespace:

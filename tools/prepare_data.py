@@ -13,9 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from megamoe import cli
-from megamoe.config import UserError
-from megamoe.corpus import check_absent, input_files, read_documents, split_documents, write_corpus
-from megamoe.tokenizer import load_tokenizer, train_tokenizer
+from megamoe.data.corpus import check_absent, input_files, read_documents, split_documents, write_corpus
+from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
+from megamoe.errors import UserError
 
 
 def main() -> None:

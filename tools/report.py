@@ -8,8 +8,8 @@ from typing import Any
 import matplotlib
 
 from megamoe import cli
-from megamoe.config import UserError
-from megamoe.metrics import read_log
+from megamoe.errors import UserError
+from megamoe.training.sinks import read_log
 
 ROWS = 16  # of the loss table, at most
 

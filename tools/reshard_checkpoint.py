@@ -10,10 +10,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megamoe import cli, manifest
-from megamoe.config import UserError
-from megamoe.export import output, write_universal
-from megamoe.reader import RankFiles, find_checkpoint, open_source
+from megamoe import cli
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.export import output, write_universal
+from megamoe.checkpoint.reader import RankFiles, find_checkpoint, open_source
+from megamoe.errors import UserError
 
 
 def main() -> None:

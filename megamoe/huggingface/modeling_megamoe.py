@@ -16,8 +16,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .attention import PrefixLatentAttention, attention_mask
 from .configuration_megamoe import MegaMoeConfig
-from .layers import Expert, LatentAttention, Rotary, attention_mask, rope_frequencies, rotary_table
+from .experts import Expert
+from .rope import Rotary, rope_frequencies, rotary_table
 from .router import Router
 
 # The name under which this release of transformers hands a cache around.
@@ -29,7 +31,7 @@ class _TokenCache:
 
     length = -1  # never empty: the attention is not to add its latents itself
 
-    def __init__(self, cache: Cache, layer: int, attention: LatentAttention):
+    def __init__(self, cache: Cache, layer: int, attention: PrefixLatentAttention):
         self.cache = cache
         self.layer = layer
         self.attention = attention
@@ -75,7 +77,7 @@ class MegaMoeBlock(nn.Module):
     def __init__(self, config: MegaMoeConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(
+        self.self_attn = PrefixLatentAttention(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -105,7 +107,7 @@ class MegaMoePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, LatentAttention):
+        elif isinstance(module, PrefixLatentAttention):
             nn.init.normal_(module.latents, std=self.config.initializer_range)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)

@@ -1,0 +1,244 @@
+"""Write a model's weights in the forms others read, shard by shard, from any source.
+
+    write_state_dict    one .pt file: torch.load(FILE, weights_only=True)
+    write_safetensors   one .safetensors file, or a folder of shards with the usual index
+    write_huggingface   a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    write_universal     DeepSpeed's Universal Checkpoint, optimizer included
+
+Each writes to OUT.partial and renames it, so an output is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+import megamoe
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.reader import KINDS, MAIN_FILE, RankFiles, Source
+from megamoe.config import ModelConfig
+from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
+from megamoe.errors import UserError
+from megamoe.model.names import engine_name
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HUGGINGFACE_FILES = (
+    "huggingface/configuration_megamoe.py",
+    "huggingface/modeling_megamoe.py",
+    "model/attention.py",
+    "model/experts.py",
+    "model/rope.py",
+    "model/router.py",
+)
+
+
+class Entry(NamedTuple):
+    """One tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entries(source: Source, dtype: torch.dtype) -> list[Entry]:
+    """All tensors of the model, in the order of its layers. Router statistics stay fp32: a bias in bf16 would send
+    tokens to other experts."""
+    found = [Entry(name, shape, dtype) for name, shape in source.shapes.items()]
+    found += [Entry(name, tuple(tensor.shape), torch.float32) for name, tensor in source.buffers.items()]
+    return sorted(found, key=lambda entry: _by_number(entry.name))
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def shards(all_entries: list[Entry], most_bytes: int) -> list[list[Entry]]:
+    """The entries in groups of at most `most_bytes`, or of a single larger one."""
+    groups: list[list[Entry]] = [[]]
+    for entry in all_entries:
+        if groups[-1] and sum(other.nbytes for other in groups[-1]) + entry.nbytes > most_bytes:
+            groups.append([])
+        groups[-1].append(entry)
+    return groups
+
+
+def read_entry(source: Source, entry: Entry) -> Tensor:
+    """The tensor itself. From a checkpoint, it is the fp32 master rounded to the entry's dtype."""
+    if entry.name in source.buffers:
+        return source.buffers[entry.name].clone()
+    tensor = source.read(entry.name, "fp32", 0, math.prod(entry.shape)).to(entry.dtype).view(entry.shape)
+    return tensor.clone() if tensor.dtype == torch.float32 else tensor  # not a view of the mapped file
+
+
+@contextlib.contextmanager
+def output(out: Path) -> Iterator[Path]:
+    """Where to write what becomes `out` once it is whole. Raises UserError if `out` is there already."""
+    if out.exists():
+        raise UserError(f"{out} is there already; choose another output, or remove it.")
+    partial = out.with_name(out.name + manifest.PARTIAL)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        for path in [partial, *partial.rglob("*")]:
+            manifest.flush(path)
+        os.replace(partial, out)
+    except SafetensorError as error:  # its form of an OSError
+        raise UserError(f"{out} cannot be written ({error}); see that there is room.") from None
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_state_dict(source: Source, out: Path, dtype: torch.dtype) -> None:
+    """One file that torch.load opens with weights_only; it is in memory as a whole before it is written."""
+    with output(out) as partial:
+        state = {entry.name: read_entry(source, entry) for entry in entries(source, dtype)}
+        manifest.write_hashed(partial, functools.partial(torch.save, state))
+
+
+def write_safetensors(source: Source, out: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    """One file if `out` ends in .safetensors, else a folder of files of at most `shard_bytes` each."""
+    with output(out) as partial:
+        if out.suffix == ".safetensors":
+            _save_shard(source, entries(source, dtype), partial)
+        else:
+            partial.mkdir()
+            _save_shards(source, partial, dtype, shard_bytes)
+
+
+def _save_shards(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    groups = shards(entries(source, dtype), shard_bytes)
+    if len(groups) == 1:
+        _save_shard(source, groups[0], folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        _save_shard(source, group, folder / name)
+        weight_map.update({entry.name: name for entry in group})
+    total = sum(entry.nbytes for group in groups for entry in group)
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _save_shard(source: Source, group: list[Entry], path: Path) -> None:
+    save_file({entry.name: read_entry(source, entry) for entry in group}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it private
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_huggingface(
+    source: Source, out: Path, dtype: torch.dtype, shard_bytes: int, config: ModelConfig, tokenizer: Path | None
+) -> None:
+    """Weights, configuration, code and, where it is known, the tokenizer."""
+    with output(out) as partial:
+        partial.mkdir()
+        end_of_text = _write_tokenizer(partial, tokenizer, config) if tokenizer else {}
+        _write_json(partial / "config.json", {**huggingface_config(config, dtype), **end_of_text})
+        _write_json(partial / "generation_config.json", {"_from_model_config": True, **end_of_text})
+        for name in HUGGINGFACE_FILES:
+            shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
+        _save_shards(source, partial, dtype, shard_bytes)
+
+
+def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of an exported model; what only training needs is left out."""
+    training_only = {"router_bias_rule", "router_bias_rate", "router_load_decay"}
+    fields = config.model_dump(exclude={"rope_theta", "rope_scaling"} | training_only)
+    rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
+    return {
+        "architectures": ["MegaMoeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_megamoe.MegaMoeConfig",
+            "AutoModel": "modeling_megamoe.MegaMoeModel",
+            "AutoModelForCausalLM": "modeling_megamoe.MegaMoeForCausalLM",
+        },
+        "model_type": "megamoe",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": True,
+        "rope_parameters": rope,
+        **fields,
+    }
+
+
+def _write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[str, int]:
+    """Returns the ids of the special tokens."""
+    loaded = load_tokenizer(tokenizer)
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    name = next((name for name in END_OF_TEXT_NAMES if loaded.token_to_id(name) is not None), None)
+    special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), name) if name else {}
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+            **special,
+        },
+    )
+    return {f"{kind}_id": end_of_text_id(loaded) for kind in special}
+
+
+def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
+    """DeepSpeed's Universal Checkpoint of the checkpoint at `checkpoint`, as `out`, with a manifest.
+
+    Expert ids in its names are those of the model, so DeepSpeed's own loader can use it at an ep_size of 1. At a larger
+    one it would look on every rank for experts 0 to E / ep_size - 1 by those names, since a native MoE layer names them
+    from 0 on each rank; megamoe's loader finds the right ones.
+    """
+    step = source.training_state()["adam_step"]
+    if step is None:
+        raise UserError(f"{checkpoint} was saved before a step was applied, so there is nothing to reshard; resume it.")
+    with output(out) as partial:
+        files: dict[str, manifest.FileRecord] = {}
+
+        def save(name: str, value: Any) -> None:
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files[name] = manifest.write_hashed(path, functools.partial(torch.save, value))
+
+        for name, shape in source.shapes.items():
+            folder = f"zero/{engine_name(name)}"
+            for kind in KINDS:
+                # A copy: of a view, torch.save would write all that it looks into.
+                values = source.read(name, kind, 0, math.prod(shape)).view(shape).clone()
+                save(f"{folder}/{kind}.pt", {"param": values})
+            save(f"{folder}/step.pt", step)
+        save("zero/optimizer_state.pt", source.common_optimizer_state())
+        for name in (MAIN_FILE, "run.json"):
+            if (checkpoint / name).is_file():
+                copied = functools.partial(_copy_file, checkpoint / name)
+                files[name] = manifest.write_hashed(partial / name, copied)
+        about = {"step": source.training_state()["global_steps"], "layout": "universal"}
+        manifest.seal(partial, about, files)
+
+
+def _copy_file(source: Path, target: Any) -> None:
+    with open(source, "rb") as file:
+        shutil.copyfileobj(file, target, manifest.READ_BYTES)

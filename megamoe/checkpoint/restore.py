@@ -1,0 +1,118 @@
+"""Restore a training engine, or start one from weights alone, on any number of ranks with any ep_size.
+
+Every rank reads its own slices of masters and moments, whatever the ranks and ep_size of the run that saved them, while
+the ranks together verify the checkpoint's bytes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.reader import KINDS, Source, load_buffers, open_source
+from megamoe.errors import UserError
+from megamoe.model.names import plain_name
+
+
+def restore_first_that_holds(
+    engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], first_expert: int, weights_only: bool = False
+) -> Path | None:
+    """Restore the first of `checkpoints`, as rank 0 has them, of which every byte is what was saved; returns it, or
+    None if there are none.
+
+    Collective. The ranks share the verification, which goes on beside the reading; rank 0 says what was passed over.
+    Raises UserError, on every rank, if none holds.
+
+    Args:
+        first_expert: id of this rank's first expert.
+        weights_only: leave all but weights and router statistics as they are.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    shared = [checkpoints]
+    dist.broadcast_object_list(shared)
+    found: list[str] = []
+    for checkpoint in shared[0]:
+        with ThreadPoolExecutor(1) as beside:
+            verification = beside.submit(manifest.problems, checkpoint, rank, world_size)
+            unreadable = _read_checkpoint(engine, checkpoint, first_expert, weights_only)
+        parts: list[Any] = [None] * world_size
+        dist.all_gather_object(parts, (verification.result(), unreadable))
+        damaged, stumbled = (list(dict.fromkeys(p for part in parts for p in part[kind])) for kind in (0, 1))
+        if stumbled and not damaged:  # every byte is what was saved, so an older one would fare no better
+            raise UserError(*stumbled)
+        found = damaged
+        if not found:
+            engine.optimizer.update_lp_params()
+            return checkpoint
+        if rank == 0 and len(shared[0]) > 1:
+            print(manifest.passed_over(checkpoint, found), flush=True)
+    if found:
+        raise UserError(*found)
+    return None
+
+
+def _read_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, first_expert: int, weights_only: bool
+) -> list[str]:
+    """Returns why it cannot be read, if so; then the engine's state is of no use. Raises nothing: the other ranks wait
+    to hear of it."""
+    try:
+        _read_state(engine, open_source(checkpoint), first_expert, weights_only)
+    except UserError as error:
+        return error.problems
+    except Exception as error:  # damaged files fail in any way
+        return [f"{checkpoint} cannot be read ({error!r}); use an older checkpoint."]
+    return []
+
+
+def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, first_expert: int, weights_only: bool) -> None:
+    """Read this rank's slices of masters and moments, whatever the ranks and ep_size of the run that saved them."""
+    zero = engine.optimizer
+    training = {} if weights_only else source.training_state()
+    # Adam has no moments before the first step that is applied.
+    has_moments = training.get("adam_step") is not None
+    kinds = KINDS if has_moments else KINDS[:1]
+    names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for group, master in enumerate(zero.single_partition_of_fp32_groups):
+        flat = {kind: master.data if kind == "fp32" else torch.zeros_like(master.data) for kind in kinds}
+        for kind in kinds:  # one after the other, as they lie in the files
+            for parameter in zero.bit16_groups[group]:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # else its values are on other ranks
+                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    values = source.read(names[parameter], kind, there.start, there.numel)
+                    flat[kind][here.start : here.start + here.numel].copy_(values)
+        if has_moments:
+            step = training["adam_step"]  # each group counts its own
+            moments = {kind: flat[kind] for kind in kinds if kind != "fp32"}
+            state[group] = {**moments, "step": step.clone() if isinstance(step, Tensor) else step}
+    load_buffers(engine.module, source)
+    if has_moments:
+        zero.optimizer.load_state_dict({**zero.optimizer.state_dict(), "state": state})
+        zero._link_all_hp_params()
+    if training:
+        _restore_training_state(engine, training)
+
+
+def _restore_training_state(engine: deepspeed.DeepSpeedEngine, training: dict[str, Any]) -> None:
+    engine.global_steps = training["global_steps"]
+    engine.global_samples = training["global_samples"]
+    engine.skipped_steps = training["skipped_steps"]
+    engine.optimizer.loss_scaler = training["loss_scaler"]
+    # The rates of the optimizer's groups follow from the step; DeepSpeed's groups are others at another ep_size.
+    scheduler = engine.lr_scheduler
+    counts = {key: training["lr_scheduler"][key] for key in ("last_epoch", "_step_count")}
+    scheduler.load_state_dict({**scheduler.state_dict(), **counts})
+    for group, base, share in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * share(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

@@ -1,0 +1,50 @@
+"""Open files of torch.save so that they can run no code.
+
+Files are opened with `weights_only`, and what DeepSpeed puts into them beside tensors and plain values must be on a
+short list of harmless classes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from megamoe.errors import UserError
+
+# Classes without behaviour that DeepSpeed pickles beside tensors and plain values.
+ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+
+
+def safe_load(path: Path) -> Any:
+    """torch.load that can run no code; tensors stay on the disk until they are read. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; bring it back, or use an older checkpoint.")
+    with safe_globals(ALLOWED):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # damaged files fail in any way
+            foreign = _foreign_code(path)
+            if foreign:
+                raise UserError(
+                    f"{path} would call {', '.join(foreign)} when opened, which is not on the list of what a "
+                    "checkpoint may hold; it could run foreign code: do not open it, get it from its source again."
+                ) from None
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise UserError(
+                f"{path} is damaged, or not in the zipped form of torch.save, and cannot be read ({reason}); "
+                "use an older checkpoint."
+            ) from None
+
+
+def _foreign_code(path: Path) -> list[str]:
+    """What a file that torch refuses asks for beyond what is allowed; nothing where it is too damaged to tell."""
+    try:
+        return get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        return []

@@ -1,0 +1,267 @@
+"""Text to tokens: read documents, hold some out, encode on all cores, write Megatron's .bin/.idx.
+
+A prepared folder holds train.bin/.idx, valid.bin/.idx where any text is held out, tokenizer.json and corpus.json
+(counts of documents, tokens and bytes of each split). Every document ends in the tokenizer's end-of-text token.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from megamoe.data.tokenizer import end_of_text_id
+from megamoe.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PIECE = 1 << 20  # characters encoded at a time; longer documents are cut at a line's end
+BATCH = 16 << 20  # characters handed to the encoder's threads together
+
+Progress = Callable[[int], Any]  # called with the number of input bytes just read
+
+
+def input_files(path: Path) -> list[Path]:
+    """The readable files at `path`: itself, or all in the folder below it, in order. Raises UserError if none."""
+    suffixes = TEXT_SUFFIXES + JSONL_SUFFIXES
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"corpus {path} does not exist; give a text file, a folder, or JSON lines.")
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes))
+    if not files:
+        raise UserError(f"corpus {path} holds no file that ends in {', '.join(suffixes)}; give a folder that does.")
+    return files
+
+
+def read_documents(files: Iterable[Path], text_key: str, progress: Progress) -> Iterator[str]:
+    """The non-empty documents in `files`: a text file is one document, a line of JSON lines is one.
+
+    Raises UserError, naming file and place, for undecodable bytes, broken JSON or a line without `text_key`.
+    """
+    for file in files:
+        with _open_counted(file, progress) as stream:
+            try:
+                if file.name.endswith(JSONL_SUFFIXES):
+                    yield from _json_lines(file, stream, text_key)
+                else:
+                    text = _decode(stream.read(), file, "")
+                    if text.strip():
+                        yield text
+            except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
+                raise UserError(f"{file}: cannot be read ({error}); replace the file.") from None
+
+
+def _json_lines(file: Path, stream: IO[bytes], text_key: str) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        place = f" in line {number}"
+        try:
+            record = json.loads(_decode(line, file, place))
+        except ValueError as error:
+            raise UserError(f"{file}: line {number} is not JSON ({error}); mend or remove it.") from None
+        text = record.get(text_key) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{file}: line {number} has no text under "{text_key}"; name the key with --text_key.')
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{file}: line {number} holds half of a surrogate pair, which is no character; remove it.")
+        if text.strip():
+            yield text
+
+
+def _decode(data: bytes, file: Path, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}: byte 0x{data[error.start]:02x} at offset {error.start}{place} is not UTF-8; "
+            "convert the file to UTF-8."
+        ) from None
+
+
+@contextmanager
+def _open_counted(file: Path, progress: Progress) -> Iterator[IO[bytes]]:
+    """Open a plain, .gz or .zst file for reading, reporting the bytes taken from disk."""
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            count = super().readinto(buffer)
+            progress(count or 0)
+            return count
+
+        def readall(self) -> bytes:
+            data = super().readall()
+            progress(len(data))
+            return data
+
+    try:
+        raw = Counted(file, "rb")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions.") from None
+    with raw:
+        buffered = io.BufferedReader(raw)
+        if file.suffix == ".gz":
+            yield gzip.GzipFile(fileobj=buffered)  # type: ignore[misc]
+        elif file.suffix == ".zst":
+            yield zstd.ZstdFile(buffered)  # type: ignore[misc]
+        else:
+            yield buffered
+
+
+def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:
+    """("train" or "valid", document) pairs. Every k-th document is held out, k = 1 / valid_fraction.
+
+    With fewer than k documents, the last part of each is held out instead, cut at a line's end where there is one.
+    """
+    if not valid_fraction:
+        yield from (("train", document) for document in documents)
+        return
+    every = max(round(1 / valid_fraction), 2)
+    documents = iter(documents)
+    first = list(itertools.islice(documents, every))
+    if len(first) == every:
+        for number, document in enumerate(itertools.chain(first, documents), start=1):
+            yield ("valid" if number % every == 0 else "train"), document
+        return
+    for document in first:
+        cut = int(len(document) * (1 - valid_fraction))
+        cut = document.find("\n", cut, -1) + 1 or cut
+        if document[:cut].strip() and document[cut:].strip():
+            yield "train", document[:cut]
+            yield "valid", document[cut:]
+        else:
+            yield "train", document
+
+
+@dataclass
+class SplitWriter:
+    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx with DeepSpeed's own index writer."""
+
+    prefix: Path
+    dtype: type
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    _sizes: array[int] = field(default_factory=lambda: array("i"))
+    _document_starts: array[int] = field(default_factory=lambda: array("q", [0]))
+
+    def __post_init__(self) -> None:
+        self._bin = open(f"{self.prefix}.bin", "wb")  # noqa: SIM115 (open until close)
+
+    def add_piece(self, ids: list[int], num_bytes: int, ends_document: bool) -> None:
+        """Add the token ids of one piece of a document (an item of the .idx)."""
+        self._bin.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self._sizes.append(len(ids))
+        self.tokens += len(ids)
+        self.bytes += num_bytes
+        if ends_document:
+            self.documents += 1
+            self._document_starts.append(len(self._sizes))
+
+    def close(self) -> dict[str, int]:
+        """Write the index and flush both files to disk; returns the counts."""
+        from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
+
+        _sync_and_close(self._bin)
+        with MMapIndexedDataset.Index.writer(f"{self.prefix}.idx", self.dtype) as index:
+            index.write(self._sizes, self._document_starts)
+        with open(f"{self.prefix}.idx", "rb+") as stream:
+            _sync_and_close(stream)
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+
+
+def _sync_and_close(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+
+
+def _pieces(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str, bool]]:
+    """(split, text, ends its document), no text much longer than PIECE."""
+    for split, document in documents:
+        start = 0
+        while len(document) - start > PIECE:
+            end = document.find("\n", start + PIECE) + 1 or len(document)
+            if end == len(document):
+                break
+            yield split, document[start:end], False
+            start = end
+        yield split, document[start:], True
+
+
+def _batches(pieces: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[str, str, bool]]]:
+    batch: list[tuple[str, str, bool]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out: Path) -> dict[str, dict[str, int]]:
+    """Encode ("train" or "valid", text) pairs into the folder `out`, which appears only when it is whole.
+
+    Returns documents, tokens and bytes of each split. Raises UserError if `out` exists or there is no training text.
+    """
+    check_absent(out)
+    end_of_text = end_of_text_id(tokenizer)
+    tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
+    # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
+    dtype = np.int16 if tokenizer.get_vocab_size() <= 1 << 15 else np.int32
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        writers = {split: SplitWriter(partial / split, dtype) for split in ("train", "valid")}
+        for batch in _batches(_pieces(documents)):
+            # The library encodes a batch on all cores.
+            encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
+            for (split, text, ends), encoding in zip(batch, encodings, strict=True):
+                ids = [*encoding.ids, end_of_text] if ends else encoding.ids
+                writers[split].add_piece(ids, len(text.encode()), ends)
+        counts = {split: writer.close() for split, writer in writers.items()}
+        if not counts["valid"]["tokens"]:
+            for suffix in (".bin", ".idx"):
+                (partial / f"valid{suffix}").unlink()
+        if not counts["train"]["tokens"]:
+            raise UserError("the corpus is empty: no document holds any text; give one that does.")
+        tokenizer.save(str(partial / "tokenizer.json"))
+        (partial / "corpus.json").write_text(json.dumps(counts, indent=2) + "\n")
+        partial.chmod(0o755)
+        os.rename(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def check_absent(out: Path) -> None:
+    """Raise UserError if there is something at `out`, or a file where its folder should be."""
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or choose another --out.")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{out} cannot be made, for {parent} is a file; choose another --out.")

@@ -1,0 +1,103 @@
+"""Megatron's .bin/.idx files: the tokens of a corpus, memory-mapped and checked.
+
+PREFIX.bin has the tokens one after another, PREFIX.idx the header, the length and the place of each document.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from megamoe.errors import UserError
+
+IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, items, document starts
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+# What each dtype code may mean. DeepSpeed's table and Megatron-LM's agree up to 5; 8 is uint64 in one and uint16 in the
+# other, so the size of the .bin decides.
+IDX_DTYPES: dict[int, tuple[type, ...]] = {
+    1: (np.uint8,), 2: (np.int8,), 3: (np.int16,), 4: (np.int32,), 5: (np.int64,),
+    6: (np.uint16,), 7: (np.uint32,), 8: (np.uint64, np.uint16),
+}  # fmt: skip
+SCAN = 1 << 27  # tokens whose ids are checked before a run starts; each batch is checked too
+
+
+class TokenCorpus:
+    """The tokens of PREFIX.bin/.idx as one sequence, cut into samples of seq_len + 1 tokens that share their ends."""
+
+    def __init__(self, prefix: Path, seq_len: int, vocab_size: int):
+        """Raises UserError for missing, empty or mismatched files, under one sample, or ids beyond the vocabulary."""
+        self.prefix = prefix
+        self.seq_len = seq_len
+        self.vocab_size = vocab_size
+        self._tokens = np.memmap(f"{prefix}.bin", dtype=_checked_dtype(prefix), mode="r")
+        self.num_tokens = len(self._tokens)
+        self.num_samples = (self.num_tokens - 1) // seq_len
+        if self.num_samples < 1:
+            raise UserError(
+                f"corpus {prefix} has {self.num_tokens} tokens, less than one sample of {seq_len} + 1; "
+                "add text, lower --seq_len, or, for held-out text, prepare the corpus with --valid_fraction 0."
+            )
+        self._read(0, min(self.num_tokens, SCAN))
+
+    def sample(self, index: int) -> np.ndarray:
+        """Token ids (seq_len + 1,) int64 of sample `index`."""
+        return self._read(index * self.seq_len, self.seq_len + 1)
+
+    def _read(self, start: int, length: int) -> np.ndarray:
+        ids = self._tokens[start : start + length]
+        if ids.max() >= self.vocab_size or ids.min() < 0:
+            bad = int(ids[(ids >= self.vocab_size) | (ids < 0)][0])
+            raise UserError(
+                f"corpus {self.prefix} holds token id {bad}, beyond the model's vocabulary of {self.vocab_size}; "
+                "use the tokenizer that the preset is sized for, or raise the preset's vocab_size."
+            )
+        return ids.astype(np.int64)
+
+
+def _checked_dtype(prefix: Path) -> type:
+    """The numpy type of the tokens, after checking that the .idx is whole and describes the .bin."""
+    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    missing = [str(path) for path in (bin_path, idx_path) if not path.is_file()]
+    if missing:
+        raise UserError(f"corpus file {' and '.join(missing)} does not exist; make it with tools/prepare_data.py.")
+    with open(idx_path, "rb") as stream:
+        header = stream.read(IDX_HEADER.size)
+        if len(header) < IDX_HEADER.size or not header.startswith(IDX_MAGIC):
+            raise UserError(f"{idx_path} is not a Megatron index; prepare the corpus again.")
+        _, _, dtype_code, items, documents = IDX_HEADER.unpack(header)
+        expected = IDX_HEADER.size + items * (4 + 8) + documents * 8
+        if idx_path.stat().st_size != expected:
+            raise UserError(
+                f"{idx_path} is {idx_path.stat().st_size} bytes, not the {expected} of its {items} items; "
+                "prepare the corpus again."
+            )
+        if not items or not bin_path.stat().st_size:
+            raise UserError(f"corpus {prefix} is empty; give one with text in it.")
+        stream.seek(IDX_HEADER.size + (items - 1) * 4)
+        (last_size,) = struct.unpack("<i", stream.read(4))
+        stream.seek(IDX_HEADER.size + items * 4 + (items - 1) * 8)
+        (last_start,) = struct.unpack("<q", stream.read(8))
+    candidates = IDX_DTYPES.get(dtype_code, ())
+    if not candidates:
+        raise UserError(f"{idx_path} has dtype code {dtype_code}, which is none of whole numbers; prepare it again.")
+    described = [last_start + last_size * np.dtype(candidate).itemsize for candidate in candidates]
+    if bin_path.stat().st_size not in described:
+        raise UserError(
+            f"{idx_path} describes {described[0]} bytes, but {bin_path} has {bin_path.stat().st_size}; "
+            "they are not of one corpus: prepare it again."
+        )
+    return candidates[described.index(bin_path.stat().st_size)]
+
+
+def corpus_prefix(path: str, split: str) -> Path:
+    """PATH/split for a prepared folder, or PATH itself where it is the prefix of a .bin/.idx pair."""
+    return Path(path) / split if Path(path).is_dir() else Path(path)
+
+
+def corpus_counts(path: str) -> dict[str, dict[str, int]] | None:
+    """Documents, tokens and bytes by split of a prepared folder; None for corpora prepared elsewhere."""
+    file = Path(path) / "corpus.json"
+    return json.loads(file.read_text()) if file.is_file() else None

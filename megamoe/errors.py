@@ -1,0 +1,39 @@
+"""Errors for people: sentences that name the value, the limit and the remedy, all of a configuration at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class UserError(Exception):
+    """Something the user can mend. `problems` holds one sentence each; programs print them and exit with code 2."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class Problems(list[str]):
+    """Problems of one configuration, collected so that all of them come at once."""
+
+    def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`; where it raises UserError, its problems are kept and None comes back."""
+        try:
+            return function(*args)
+        except UserError as error:
+            self.extend(error.problems)
+
+    def refuse(self) -> None:
+        """Raise one UserError with all of them, if there are any."""
+        if self:
+            raise UserError(*self)
+
+
+def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
+    """Say that `key` is unknown in `where`, with the nearest known one where there is one."""
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f'{where}: unknown key "{key}"' + (
+        f'; did you mean "{near[0]}"?' if near else f"; known keys are {', '.join(sorted(known))}."
+    )

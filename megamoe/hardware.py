@@ -1,0 +1,94 @@
+"""What devices can do: data sheets of accelerators, and rates measured here."""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+# Dense peak of one accelerator in FLOP/s at (16-bit, fp32 as torch runs it by default), from the makers' data sheets.
+KNOWN_PEAKS = {
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A10G": (70e12, 35e12),
+    "V100": (125e12, 15.7e12),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator and its links, each way. Rates count by thousands, as data sheets do."""
+
+    name: str
+    half_flops: float  # FLOP/s
+    single_flops: float
+    memory: float  # bytes, as the driver reports them
+    memory_rate: float  # bytes/s
+    inside: float  # bytes/s to the others of its node
+    between: float  # bytes/s to other nodes, its own share of the node's network
+
+    def flops(self, weight_bytes: int) -> float:
+        """Peak FLOP/s for weights of 2 or 4 bytes."""
+        return self.half_flops if weight_bytes == 2 else self.single_flops
+
+
+# Data sheets of the SXM boards (memory, memory bandwidth, half of NVLink's "bidirectional" figure) and of DGX A100,
+# H100, H200 and B200 (one adapter of 200 Gb/s per GPU in the first, of 400 Gb/s in the others).
+DEVICES = {
+    name.lower(): Device(name, *KNOWN_PEAKS[name], memory, memory_rate, inside, between)
+    for name, memory, memory_rate, inside, between in (
+        ("A100", 80 * 2**30, 2.039e12, 300e9, 25e9),
+        ("H100", 79.6 * 2**30, 3.35e12, 450e9, 50e9),
+        ("H200", 140.4 * 2**30, 4.8e12, 450e9, 50e9),
+        ("B200", 179 * 2**30, 8e12, 900e9, 50e9),
+    )
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s of `device` for `dtype`: from the data sheet where the name is known, else measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, (half, single) in KNOWN_PEAKS.items():
+            if re.search(rf"\b{known}(?!\d)", name):
+                return single if dtype == torch.float32 else half
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 8) -> float:
+    """FLOP/s of the fastest of some square matrix products on `device`, with the threads this process has."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        b = a @ a
+        b.sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def measured_bandwidth(device: torch.device, size: int = 2**28, rounds: int = 5) -> float:
+    """Bytes read and written per second by the fastest of some copies of `size` bytes on `device`."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size / best
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank in GiB: allocated on the accelerator, or resident on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

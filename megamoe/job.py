@@ -1,0 +1,237 @@
+"""What a run is: its checked inputs, what it resumes from, its folder and its record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megamoe
+from megamoe import cli
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.reader import model_problems, open_source
+from megamoe.config import ModelConfig, RunConfig, load_preset, read_json, validate
+from megamoe.data.batches import BatchShape, TrainData
+from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
+from megamoe.ds_config import batch_sizes, deepspeed_problems, read_schedule, run_problems
+from megamoe.errors import Problems, UserError
+from megamoe.model.costs import parameter_count
+from megamoe.training.engine import deepspeed_own_problems
+from megamoe.training.evaluation import Evaluator
+from megamoe.training.sinks import Sinks
+
+# A run may go on only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
+# samples over ranks and micro-batches do not.
+SAME_ON_RESUME = ("model", "optimization", "seed", "seq_len", "samples_per_step", "data", "tokenizer_sha256")
+OPTIMIZATION = (
+    "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor",
+)  # fmt: skip
+
+
+def parse_run(words: list[str] | None = None) -> RunConfig:
+    """The command line as a RunConfig. Raises UserError."""
+    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
+    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
+    cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
+    parser.add_argument("--local_rank", help="given by the launcher; not used")
+    values = vars(parser.parse(words))
+    values.pop("local_rank")
+    given = {name: value for name, value in values.items() if value is not None}
+    return validate(RunConfig, given, "command line")
+
+
+class Job:
+    """Everything about a run that can be checked before anything is built or written."""
+
+    def __init__(self, run: RunConfig, world_size: int, device: torch.device):
+        """Raises one UserError with all problems."""
+        problems = Problems()
+        self.run = run
+        self.run_dir = run.folder
+        self.resuming = run.resume or (run.auto_resume and (self.run_dir / "run.json").is_file())
+        problems += self._folder_problems()
+        self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
+        if self.ds is not None:
+            problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
+        self.model: ModelConfig = problems.attempt(load_preset, run.preset)
+        # Checkpoints to go on from, and where there are none, weights to start from, in the order in which to try them.
+        self.candidates = manifest.candidates(self.run_dir / "checkpoints") if self.resuming else []
+        self.initial_weights: list[Path] = []
+        if run.init_from and not self.candidates:
+            self.initial_weights = manifest.found_at(Path(run.init_from))
+        if self.model:
+            problems += self._initial_problems()
+            problems += run_problems(run, self.model, self.ds or {}, world_size)
+            seq_len = run.seq_len or self.model.max_position_embeddings
+
+            def corpus(path: str, split: str) -> TokenCorpus:
+                return problems.attempt(TokenCorpus, corpus_prefix(path, split), seq_len, self.model.vocab_size)
+
+            self.corpora = [corpus(source.path, "train") for source in run.data]
+            held_out = (Path(run.data[0].path) / "valid.idx").is_file()
+            self.valid_path = run.valid_data or (run.data[0].path if held_out else None)
+            self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
+            problems += self._tokenizer_problems()
+        if not problems:
+            problems += deepspeed_own_problems(self.ds, run.ds_config)
+        problems.refuse()
+
+        self.schedule = read_schedule(self.ds, run.ds_config)
+        self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
+        self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
+        if self.resuming:
+            self._check_same_run(read_json(self.run_dir / "run.json"))
+        newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
+        self.is_done = newest >= self.last_step
+        if self.is_done and not run.auto_resume:
+            raise UserError(
+                f"{self.run_dir} is at step {newest} already and the run ends at {self.last_step}; "
+                "give a larger --steps."
+            )
+
+    def _initial_problems(self) -> list[str]:
+        """What keeps the weights to start from, or the newest of them that can be opened, from being this model's."""
+        problems: list[str] = []
+        for path in self.initial_weights:
+            try:
+                return model_problems(open_source(path), self.model, str(path))
+            except UserError as error:
+                problems = error.problems
+        return problems
+
+    def _tokenizer_problems(self) -> list[str]:
+        """Corpora of a mix, and the held-out one, must have been made with one tokenizer, where it is known."""
+        paths = [source.path for source in self.run.data] + [self.valid_path or ""]
+        files = [path for path in (Path(path) / "tokenizer.json" for path in paths) if path.is_file()]
+        return [
+            f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one --tokenizer."
+            for path in dict.fromkeys(files)
+            if path.read_bytes() != files[0].read_bytes()
+        ]
+
+    def _folder_problems(self) -> list[str]:
+        holds_run = (self.run_dir / "run.json").is_file()
+        if self.run.resume and not holds_run:
+            return [f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out."]
+        if holds_run and not self.resuming:
+            return [f"{self.run_dir} holds another run; choose another --run_dir, or go on with --resume."]
+        if not holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
+            return [f"{self.run_dir} is there already and holds no run; choose another --run_dir."]
+        files = [parent for parent in self.run_dir.parents if parent.exists() and not parent.is_dir()]
+        return [f"{self.run_dir} cannot be made, for {file} is a file; choose another --run_dir." for file in files]
+
+    def _check_same_run(self, record: dict[str, Any]) -> None:
+        """Raises UserError if the run that left `record` would have other losses."""
+        started_from, init_from = record.get("run", {}).get("init_from"), self.run.init_from
+        # Once there is a checkpoint it may be left out.
+        if started_from != init_from and (init_from or not self.candidates):
+            raise UserError(
+                f"{self.run_dir} was started with init_from {json.dumps(started_from)}, not {json.dumps(init_from)}; "
+                "give the same again, or choose another --run_dir."
+            )
+        before, now = _decisive(record), _decisive(self.record())
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                *(
+                    f"{self.run_dir} holds a run with {key} {json.dumps(_part(before.get(key), now[key]))}, "
+                    f"not {json.dumps(_part(now[key], before.get(key)))}; {_remedy(key, before)}."
+                    for key in changed
+                )
+            )
+
+    @property
+    def last_step(self) -> int:
+        return self.run.steps or self.schedule.total_num_steps
+
+    def record(self) -> dict[str, Any]:
+        """The resolved configuration and the versions: enough to repeat the run."""
+        packages = ("torch", "deepspeed", "tokenizers", "numpy")
+        return {
+            "command": sys.argv,
+            "preset": self.run.preset,
+            "parameters": parameter_count(self.model),
+            "model": self.model.model_dump(),
+            "run": self.run.model_dump(),
+            "seed": self.run.seed,
+            "seq_len": self.shape.seq_len,
+            "samples_per_step": self.shape.samples,
+            "world_size": self.shape.world_size,
+            "ep_size": self.run.ep_size,
+            "data": [
+                {"path": str(corpus.prefix), "tokens": corpus.num_tokens, "weight": source.weight}
+                for corpus, source in zip(self.corpora, self.run.data, strict=True)
+            ],
+            "tokenizer_sha256": self._tokenizer_digest(),
+            "deepspeed": self.ds,
+            "versions": {
+                "megamoe": megamoe.__version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in packages},
+            },
+        }
+
+    def corpus_words(self) -> str:
+        """The corpora in words: tokens, place and, in a mix, weight."""
+        mixed = len(self.corpora) > 1
+        return ", ".join(
+            f"{corpus.num_tokens:,} tokens in {source.path}" + (f" at weight {source.weight:g}" if mixed else "")
+            for corpus, source in zip(self.corpora, self.run.data, strict=True)
+        )
+
+    @property
+    def tokenizer(self) -> Path | None:
+        path = Path(self.run.data[0].path) / "tokenizer.json"
+        return path if path.is_file() else None
+
+    def _tokenizer_digest(self) -> str | None:
+        return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest() if self.tokenizer else None
+
+    def open_folder(self, first_step: int) -> Sinks:
+        """Create the run folder, with run.json and the tokenizer, and open the sinks. On rank 0."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.tokenizer:
+            shutil.copyfile(self.tokenizer, self.run_dir / "tokenizer.json")
+        partial = self.run_dir / "run.json.partial"
+        partial.write_text(json.dumps(self.record(), indent=2) + "\n")
+        os.replace(partial, self.run_dir / "run.json")
+        return Sinks(self.run_dir, first_step)
+
+    def evaluator(self) -> Evaluator | None:
+        if self.valid is None:
+            return None
+        counts = corpus_counts(self.valid_path or "")
+        ratio = counts["valid"]["tokens"] / counts["valid"]["bytes"] if counts else None
+        return Evaluator(self.valid, self.run.eval_samples, ratio)
+
+
+def _decisive(record: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's record, what decides its losses. Where a corpus lies does not."""
+    optimization = {key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION}
+    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in record.get("data", [])]
+    return {key: {**record, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
+
+
+def _remedy(key: str, before: dict[str, Any]) -> str:
+    if key == "samples_per_step":
+        return (
+            f'set "train_batch_size" to {before.get(key)} in the DeepSpeed JSON and leave '
+            '"gradient_accumulation_steps" out, so that any number of ranks shares them'
+        )
+    return "resume with the same, or choose another --run_dir"
+
+
+def _part(value: Any, other: Any) -> Any:
+    """Of an object, what differs from `other`; of anything else, all."""
+    if not isinstance(value, dict) or not isinstance(other, dict):
+        return value
+    return {key: _part(inner, other.get(key)) for key, inner in value.items() if inner != other.get(key)}

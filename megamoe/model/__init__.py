@@ -1,0 +1,1 @@
+"""The decoder: its parts, loss, generation, parameter names and costs."""

@@ -1,0 +1,175 @@
+"""The decoder: embedding, blocks of latent attention and mixture of experts, tied head, and the loss.
+
+Shape legend: B batch, T positions of this call, S positions so far (cached and new), D hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megamoe.config import ModelConfig
+from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention_mask
+from megamoe.model.experts import Expert
+from megamoe.model.loss import chunked_cross_entropy
+from megamoe.model.moe import MoE
+from megamoe.model.rope import Rotary, rope_frequencies, rotary_table
+from megamoe.model.router import Router
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, config: ModelConfig, ep_size: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = PrefixLatentAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.num_latent_tokens,
+            config.rope_interleaved,
+        )
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.moe = MoE(
+            Router(
+                config.hidden_size,
+                config.num_local_experts,
+                config.num_experts_per_tok,
+                config.router_score,
+                config.router_jitter_noise,
+            ),
+            Expert(config.hidden_size, config.intermediate_size, config.expert_dropout),
+            config.num_local_experts,
+            config.hidden_size,
+            ep_size,
+        )
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.moe(self.post_attention_layernorm(x), used_token)[0]
+
+
+class Decoder(nn.Module):
+    """The language model. With `ep_size` > 1 it holds 1/ep_size of every layer's experts, those of `ep_rank`."""
+
+    def __init__(
+        self, config: ModelConfig, seed: int = 0, ep_size: int = 1, ep_rank: int = 0, recompute_blocks: int = 0
+    ):
+        """
+        Args:
+            seed: of the initial weights, which do not depend on `ep_size`.
+            ep_rank: rank in the expert-parallel group; it holds the global experts from
+                ep_rank * num_local_experts / ep_size on.
+            recompute_blocks: of so many blocks, from the first on, only the input is kept for the backward pass, which
+                computes the rest anew.
+        """
+        super().__init__()
+        self.config = config
+        self.recompute_blocks = recompute_blocks
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, ep_size) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._init_weights(seed, ep_rank)
+
+    @torch.no_grad()
+    def _init_weights(self, seed: int, ep_rank: int) -> None:
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
+
+        def fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
+            weight.normal_(0, residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std,
+                           generator=generator)  # fmt: skip
+
+        shared = _generator(seed)
+        for name, weight in self.named_parameters():
+            if "norm" not in name and ".deepspeed_experts." not in name:
+                fill(name, weight, shared)
+        for layer, moe in enumerate(self.moe_layers()):
+            first = ep_rank * moe.num_local_experts
+            for expert_id, expert in enumerate(moe.local_experts, start=first):
+                generator = _generator(seed, layer, expert_id)
+                for name, weight in expert.named_parameters():
+                    fill(name, weight, generator)
+
+    def moe_layers(self) -> list[MoE]:
+        """The expert layer of each block, first block first."""
+        return [cast(Block, block).moe for block in self.layers]
+
+    def routers(self) -> list[Router]:
+        """The router of each block, first block first."""
+        return [moe.router for moe in self.moe_layers()]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), or with `labels` the mean loss.
+
+        Args:
+            input_ids: (B, T) token ids.
+            labels: (B, T), the id that follows each position; -100 where none counts. The loss is the mean
+                cross-entropy in nats over the others (0 if there are none), in fp32.
+            attention_mask: (B, S) bool, False at padding, left or right; None means no padding.
+            cache: from `new_cache`; the call's tokens are appended to it.
+        """
+        hidden = self._hidden_states(input_ids, attention_mask, cache)
+        if labels is None:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, labels.flatten())
+
+    def new_cache(self, capacity: int) -> list[LayerCache]:
+        """An empty key/value cache for sequences of up to `capacity` tokens."""
+        return [LayerCache(self.config.num_latent_tokens + capacity) for _ in self.layers]
+
+    def _hidden_states(self, input_ids: Tensor, token_mask: Tensor | None, cache: list[LayerCache] | None) -> Tensor:
+        batch, length = input_ids.shape
+        num_latents = self.config.num_latent_tokens
+        past = max(cache[0].length - num_latents, 0) if cache else 0
+        if token_mask is None and past:
+            token_mask = input_ids.new_ones(batch, past + length, dtype=torch.bool)
+        # "dynamic" frequencies must not change under keys that are already rotated: a cache takes those of its end.
+        total = cache[0].capacity - num_latents if cache else past + length
+        hidden = self.embed_tokens(input_ids)
+        if token_mask is None:
+            positions = torch.arange(length, device=input_ids.device).unsqueeze(0)
+            rotary = self._rotary(positions, positions.new_tensor([total]), hidden.dtype)
+            mask = used = None
+        else:
+            # A row's positions count its real tokens only, so padding does not move them.
+            positions = (token_mask.cumsum(1) - 1).clamp_min(0)
+            padding = (~token_mask).sum(1)
+            rotary = self._rotary(positions[:, past:], total - padding, hidden.dtype)
+            mask = attention_mask(token_mask, length, num_latents)
+            used = token_mask[:, past:]
+            used = None if bool(used.all()) else used
+        for layer, block in enumerate(self.layers):
+            inputs = (hidden, rotary, mask, used, cache[layer] if cache else None)
+            recompute = layer < self.recompute_blocks and torch.is_grad_enabled()
+            hidden = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+        return self.norm(hidden)
+
+    def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotary:
+        config = self.config
+        frequencies, factor = rope_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
+        )
+        return rotary_table(positions, frequencies, factor, dtype)
+
+
+def _generator(seed: int, *key: int) -> torch.Generator:
+    """A generator for each (seed, *key), no two of which share a stream."""
+    sequence = np.random.SeedSequence(seed, spawn_key=key)  # not (seed, *key): (0,) and (0, 0, 0) are one seed there
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -1,0 +1,94 @@
+"""Sampling text with the key/value cache.
+
+Shape legend: B prompts, T length of the longest, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megamoe.errors import UserError
+from megamoe.model.decoder import Decoder
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Set to -inf, in (B, V), all but the `top_k` largest, then all but the smallest set whose probability reaches
+    `top_p` (nucleus sampling, arXiv:1904.09751). The largest always stays."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # probability of everything larger
+        ordered = ordered.masked_fill((before >= top_p) & (before > 0), -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, order, ordered)
+    return logits
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, seed: torch.Generator) -> Tensor:
+    """One token id per row of `logits` (B, V): (B,). Temperature 0 takes the largest."""
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=seed).squeeze(1)
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    end_of_text: int | None = None,
+) -> list[list[int]]:
+    """Continue each prompt; returns the new token ids of each, without `end_of_text`. Leaves the model in eval mode.
+
+    Args:
+        prompts: token ids, at least one each; lengths may differ.
+        end_of_text: a row stops at this id.
+
+    Raises UserError if a prompt is empty or prompt and continuation exceed max_position_embeddings, unless
+    rope_scaling extends it.
+    """
+    _check(model, prompts, max_new_tokens)
+    model.eval()
+    device = model.embed_tokens.weight.device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    real = torch.tensor([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = model.new_cache(longest + max_new_tokens)
+    new: list[Tensor] = []
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    while len(new) < max_new_tokens and not bool(done.all()):
+        logits = model(ids, attention_mask=real, cache=cache)[:, -1]
+        chosen = sample(logits, temperature, top_k, top_p, generator)
+        if end_of_text is not None:
+            done |= chosen == end_of_text
+        new.append(chosen)
+        ids = chosen.unsqueeze(1)
+        real = torch.cat((real, torch.ones_like(ids, dtype=torch.bool)), dim=1)
+    rows = torch.stack(new, dim=1).tolist()
+    return [row[: row.index(end_of_text)] if end_of_text in row else row for row in rows]
+
+
+def _check(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("a prompt has no tokens; give it some text.")
+    length = max(map(len, prompts)) + max_new_tokens
+    limit = model.config.max_position_embeddings
+    if length > limit and model.config.rope_scaling is None:
+        raise UserError(
+            f"prompt and continuation are {length} tokens, above the model's max_position_embeddings of {limit}; "
+            "shorten the prompt or lower --max_new_tokens."
+        )

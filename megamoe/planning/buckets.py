@@ -1,0 +1,153 @@
+"""Bytes on their way through DeepSpeed's reduction of gradients, kept in a ledger.
+
+Order and sizes are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), whose functions the comments name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from megamoe.planning.sharding import Group, Setup
+
+
+class Ledger:
+    """What is held, by kind, and what was held at the fullest moment since the last `restart`."""
+
+    def __init__(self) -> None:
+        self.held: Counter[str] = Counter()
+        self.fullest: Counter[str] = Counter()
+
+    def restart(self) -> None:
+        self.fullest = Counter(self.held)
+
+    def take(self, kind: str, size: int) -> None:
+        self.held[kind] += size
+        if self.held.total() > self.fullest.total():
+            self.fullest = Counter(self.held)
+
+    def give(self, kind: str, size: int) -> None:
+        self.held[kind] -= size
+        assert self.held[kind] >= 0, kind
+
+    def touch(self, kind: str, size: int) -> None:
+        """Take and give back."""
+        self.take(kind, size)
+        self.give(kind, size)
+
+
+class Reduction:
+    """DeepSpeed's buckets: gradients are copied into one as they come, which is reduced when the next would not fit."""
+
+    def __init__(self, setup: Setup, groups: list[Group], rank: int, ledger: Ledger):
+        self.setup, self.groups, self.ledger = setup, groups, ledger
+        # Where grad_accum_dtype is fp32 and the weights are not, a rank adds what it owns to an fp32 partition;
+        # elsewhere it keeps the whole gradient of every parameter that it owns a part of.
+        self.sums_apart = setup.sum_bytes > setup.weight_bytes
+        self.index = [rank // setup.ep_size if group.expert else rank for group in groups]
+        self.group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
+        self.owned = {
+            name: group.owners(name).get(index, 0)
+            for group, index in zip(groups, self.index, strict=True)
+            for name in group.sizes
+        }
+        self.boundary = False  # whether this is the last backward pass of a step
+        self.sums = False  # whether gradients are added to those of the pass before
+        self.partitions: set[int] = set()
+        self.kept = 0  # bytes of whole gradients, of this backward pass
+        self.kept_before = 0  # and of those before it
+        self.waiting: list[str] = []  # parameters whose gradients are in the bucket
+        self.filled = 0  # elements of the bucket
+
+    def size(self, name: str) -> int:
+        return self.groups[self.group_of[name]].sizes[name]
+
+    def start(self, first: bool, boundary: bool) -> None:
+        """The first gradient of a backward pass is about to come."""
+        self.boundary = boundary
+        if first or self.setup.zero_stage == 2:  # ZeRO-1 keeps its buckets, empty, until it reduces
+            buckets = (2 if self.setup.overlap else 1) * self.setup.bucket * self.setup.weight_bytes
+            self.ledger.take("reduction buckets", buckets)
+        self.sums = not first and self.setup.zero_stage == 1  # and sums whole gradients
+
+    def ready(self, name: str) -> None:
+        """The gradient of a parameter has come."""
+        size = self.size(name) * self.setup.weight_bytes
+        self.ledger.take("gradients", size)
+        if self.sums:
+            self.ledger.give("gradients", size)
+        if self.setup.zero_stage == 2 or (self.setup.overlap and self.boundary):
+            self.reduce_later(name)
+
+    def reduce_later(self, name: str) -> None:
+        size = self.size(name)
+        if self.filled + size > self.setup.bucket:
+            self.flush()
+        self.waiting.append(name)
+        self.filled += size
+        if size <= self.setup.bucket:  # now in the bucket; a larger one is reduced where it is
+            self.ledger.give("gradients", size * self.setup.weight_bytes)
+
+    def flush(self) -> None:
+        """Reduce what waits, and keep what this rank owns of it."""
+        setup, ledger = self.setup, self.ledger
+        # All slices are laid out first, which makes the partitions, and then reduced group by group (average_tensor).
+        experts = {name for name in self.waiting if self.groups[self.group_of[name]].expert}
+        for slices in (
+            self.slices([name for name in self.waiting if name not in experts]),
+            self.slices([name for name in self.waiting if name in experts]),
+        ):
+            ledger.touch("reduction temporaries", self.copies(slices))
+        for name in self.waiting:
+            if self.size(name) > setup.bucket:
+                ledger.give("gradients", self.size(name) * setup.weight_bytes)
+            if not self.sums_apart and not self.kept and self.owned[name]:
+                # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
+                self.kept = setup.weight_bytes * sum(self.size(other) for other, owned in self.owned.items() if owned)
+                ledger.take("gradients owned", self.kept)
+        self.waiting, self.filled = [], 0
+
+    def slices(self, names: list[str]) -> list[tuple[int, int, bool]]:
+        """(owner, elements, added to this rank's fp32 partition) of what one all-reduce takes, neighbours of one owner
+        joined where they can be (average_tensor)."""
+        slices: list[tuple[int, int, bool]] = []
+        for name in names:
+            number = self.group_of[name]
+            for owner, size in self.groups[number].owners(name).items():
+                mine = self.sums_apart and owner == self.index[number]
+                if mine and number not in self.partitions:
+                    self.partitions.add(number)
+                    self.ledger.take("gradient partition", self.groups[number].partition * self.setup.sum_bytes)
+                if slices and not mine and slices[-1][0] == owner and not slices[-1][2]:
+                    slices[-1] = owner, slices[-1][1] + size, False
+                else:
+                    slices.append((owner, size, mine))
+        return slices
+
+    def copies(self, slices: list[tuple[int, int, bool]]) -> int:
+        """Most bytes at once of the flat copy that is reduced, of its form on the wire, and of a slice in fp32."""
+        setup, most = self.setup, 0
+        pieces = size = added = 0
+        for number, (_, elements, mine) in enumerate(slices, start=1):
+            pieces, size = pieces + 1, size + elements
+            added = max(added, elements * setup.sum_bytes * mine)
+            if size > setup.bucket or number == len(slices):
+                flat = size * setup.weight_bytes if pieces > 1 else 0  # one piece alone needs no copy
+                wire = size * setup.wire_bytes if setup.wire_bytes != setup.weight_bytes else 0
+                most = max(most, flat + wire + added)
+                pieces = size = added = 0
+        return most
+
+    def finish(self) -> None:
+        """Backward is over."""
+        setup, ledger = self.setup, self.ledger
+        if setup.zero_stage == 1 and not self.boundary:
+            return
+        if setup.zero_stage == 1 and not setup.overlap:
+            for group in self.groups:
+                for name in group.sizes:
+                    self.reduce_later(name)
+        self.flush()
+        ledger.give("reduction buckets", ledger.held["reduction buckets"])
+        if self.kept_before:
+            ledger.give("gradients owned", self.kept)  # added to those of the passes before
+        self.kept_before, self.kept = self.kept_before or self.kept, 0

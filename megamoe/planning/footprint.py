@@ -1,0 +1,241 @@
+"""Bytes that a training step takes on one rank, by arithmetic: one step walked through as torch and DeepSpeed do it.
+
+Everything that is large is taken and given back by name, in the order of the real step, and the fullest moment is kept.
+The order and the sizes of DeepSpeed's buffers are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), those of
+the activations are what torch's autograd keeps for the operations of `layers.py`, `router.py`, `moe.py` and `loss.py`.
+
+Shape legend: B micro-batch, T positions, N = B * T tokens, D hidden_size, F intermediate_size, V vocab_size, E experts,
+K choices, R = N * K rows after dispatch, H query heads, G key/value heads, d head_dim, M latent tokens, s bytes of a
+weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from megamoe.model.loss import LOSS_CHUNK
+from megamoe.model.moe import CPU_ROW_MULTIPLE
+from megamoe.planning.buckets import Ledger, Reduction
+from megamoe.planning.sharding import Group, Setup, parameter_groups
+
+# --- what autograd keeps of a layer ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes that one layer keeps from forward to backward, and the largest that comes and goes meanwhile."""
+
+    norm: int  # of one RMSNorm
+    norm_backward: int  # temporaries of one RMSNorm's backward
+    attention: int
+    attention_backward: int
+    router: int
+    router_backward: int
+    dispatch: int  # indices of the rows' way there and back, and the rows as the experts see them
+    hidden: int  # inside the experts
+    returned: int  # the experts' results, for the gradient of the combine weights
+    result: int  # one tensor of the rows as the experts see them
+    moving: int  # temporaries of forward while rows are exchanged and the experts run
+    stream: int  # one tensor of the residual stream
+
+    @property
+    def kept(self) -> int:
+        """From forward to backward."""
+        return 2 * self.norm + self.attention + self.router + self.dispatch + self.hidden + self.returned
+
+
+def layer_bytes(setup: Setup) -> LayerBytes:
+    """A layer's bytes, experts under balance."""
+    m, s, n = setup.model, setup.weight_bytes, setup.tokens
+    wide = 4 * n * m.hidden_size  # a tensor of the residual stream in fp32
+    stream = s * n * m.hidden_size
+    positions = setup.micro_batch * (setup.seq_len + m.num_latent_tokens)
+    query = s * positions * m.num_attention_heads * m.head_dim
+    key = s * positions * m.num_key_value_heads * m.head_dim
+    log_sum_exp = 4 * positions * m.num_attention_heads
+    # Cutting the latents' queries off leaves a view, of which the output projection takes a copy.
+    cut = s * n * m.num_attention_heads * m.head_dim if m.num_latent_tokens else 0
+
+    per_expert = setup.rows // setup.local_experts
+    if setup.on_cpu and m.num_experts_per_tok == m.num_local_experts:
+        per_expert = math.ceil(per_expert / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE
+    elif setup.on_cpu:
+        per_expert += (CPU_ROW_MULTIPLE - 1) // 2  # counts differ from expert to expert: the mean of the fill
+    filled = per_expert * setup.local_experts
+    rows, result = s * setup.rows * m.hidden_size, s * filled * m.hidden_size
+    index = 8 * (filled + setup.rows) + (16 * setup.rows if setup.ep_size > 1 else 0)
+    dropped = (s if setup.on_cpu else 1) * filled * m.hidden_size if m.expert_dropout else 0
+
+    scores = 4 * n * m.num_local_experts * (3 if m.router_score == "sigmoid" else 1)
+    choices = n * m.num_experts_per_tok * (8 + 4 + (s if s < 4 else 0))  # ids, weights, weights as rows have them
+    router_weight = 4 * m.num_local_experts * m.hidden_size if s < 4 else 0
+    # Under bf16, what enters the layer and what enters the experts are kept by nobody but the running call.
+    callers = 2 * stream if setup.on_cpu else stream
+    return LayerBytes(
+        # On CPU, RMSNorm is made of operations in fp32; on a GPU it is one kernel that keeps its input.
+        norm=2 * wide + 4 * n if setup.on_cpu else stream + 4 * n,
+        norm_backward=5 * wide if setup.on_cpu else 2 * stream,
+        attention=stream + 2 * query + 2 * key + log_sum_exp + cut,
+        attention_backward=2 * query + 2 * key + cut,
+        router=(2 if m.router_jitter_noise else 1) * wide + scores + choices + router_weight,
+        router_backward=(2 if m.router_jitter_noise else 1) * wide,
+        dispatch=index + result,
+        hidden=2 * s * filled * m.intermediate_size + dropped,
+        returned=rows,
+        result=result,
+        moving=(2 * result if setup.ep_size == 1 else 4 * rows) + (callers if s < 4 else 0),
+        stream=stream,
+    )
+
+
+# --- the walk -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one rank, by kind."""
+
+    between: Counter[str]  # between two steps
+    forward: Counter[str]  # at the fullest moment of a forward pass
+    backward: Counter[str]
+    step: Counter[str]  # of the optimizer's step
+
+    @property
+    def peak(self) -> Counter[str]:
+        """At the fullest moment of all."""
+        return max((self.forward, self.backward, self.step), key=Counter.total)
+
+
+def footprint(setup: Setup, rank: int = 0) -> Footprint:
+    """Bytes of tensors on `rank` in a step after the first one, which makes Adam's moments."""
+    groups, layer, ledger = parameter_groups(setup), layer_bytes(setup), Ledger()
+    _hold_states(setup, groups, ledger)
+    between = Counter(ledger.held)
+    reduction = Reduction(setup, groups, rank, ledger)
+    forward = backward = Counter[str]()
+    for micro in range(setup.accumulation):
+        ledger.restart()
+        _forward(setup, layer, ledger)
+        forward = max(forward, ledger.fullest, key=Counter.total)
+        ledger.restart()
+        _backward(setup, layer, ledger, reduction, first=micro == 0, boundary=micro == setup.accumulation - 1)
+        reduction.finish()
+        backward = max(backward, ledger.fullest, key=Counter.total)
+    ledger.restart()
+    _step(setup, reduction)
+    assert ledger.held == between, ledger.held - between
+    return Footprint(between, forward, backward, ledger.fullest)
+
+
+def _hold_states(setup: Setup, groups: list[Group], ledger: Ledger) -> None:
+    """What stays from step to step."""
+    m = setup.model
+    share = sum(group.partition for group in groups)
+    ledger.take("weights", setup.weight_bytes * sum(group.partition * group.ranks for group in groups))
+    ledger.take("fp32 masters", 4 * share)  # a copy under fp32 too
+    ledger.take("Adam moments", 8 * share)
+    ledger.take("batch and router state", 16 * (setup.tokens + m.num_hidden_layers * m.num_local_experts))
+
+
+def _forward(setup: Setup, layer: LayerBytes, ledger: Ledger) -> None:
+    m, s = setup.model, setup.weight_bytes
+    ledger.take("activations", s * setup.seq_len * m.head_dim)  # cos and sin
+    for number in range(m.num_hidden_layers):
+        ledger.take("activations", layer.kept)
+        ledger.touch("temporaries", layer.moving)
+        if number < setup.recompute_blocks:
+            ledger.give("activations", layer.kept - layer.stream)  # of which the input stays
+    ledger.take("activations", layer.norm + layer.stream)
+    # The loss: gradients of the head's weight in fp32 and of the hidden states, made chunk by chunk.
+    weight = m.vocab_size * m.hidden_size
+    chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
+    ledger.take("gradients of the head", 4 * weight + layer.stream)
+    # In fp32, with what they were made of or what is made of them; then the product that is added to the gradient.
+    ledger.touch("loss chunk", 4 * chunk + (s * chunk if s < 4 else 0))
+    ledger.touch("loss chunk", s * chunk + s * weight)
+
+
+def _backward(
+    setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, first: bool, boundary: bool
+) -> None:
+    m, s = setup.model, setup.weight_bytes
+    embedding = s * m.vocab_size * m.hidden_size
+    # What forward made, scaled by the gradient of the loss.
+    ledger.touch("temporaries", 4 * m.vocab_size * m.hidden_size + (embedding if s < 4 else 0))
+    ledger.take("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
+    ledger.take("gradients of activations", layer.stream)
+    ledger.give("gradients of the head", ledger.held["gradients of the head"])
+    ledger.give("activations", layer.stream)
+    reduction.start(first, boundary)
+    reduction.ready("model.norm.weight")
+    _norm_backward(layer, ledger)
+    for number in reversed(range(m.num_hidden_layers)):
+        if number < setup.recompute_blocks:
+            ledger.take("activations", layer.kept - layer.stream)
+            ledger.touch("temporaries", layer.moving)
+        _experts_backward(setup, layer, ledger, reduction, f"model.layers.{number}.moe.experts")
+        name = f"model.layers.{number}"
+        ledger.touch("temporaries", layer.router_backward)
+        ledger.give("activations", layer.router)
+        reduction.ready(f"{name}.moe.router.weight")
+        reduction.ready(f"{name}.post_attention_layernorm.weight")
+        _norm_backward(layer, ledger)
+        reduction.ready(f"{name}.self_attn.o_proj.weight")
+        ledger.touch("temporaries", layer.attention_backward)
+        ledger.give("activations", layer.attention)
+        if m.num_latent_tokens:
+            reduction.ready(f"{name}.self_attn.latents")
+        for projection in ("v_proj", "k_proj", "q_proj"):
+            reduction.ready(f"{name}.self_attn.{projection}.weight")
+        reduction.ready(f"{name}.input_layernorm.weight")
+        _norm_backward(layer, ledger)
+    ledger.touch("gradients", 2 * embedding)
+    ledger.give("gradients of activations", layer.stream)
+    ledger.give("activations", ledger.held["activations"])
+    ledger.give("gradients", embedding)
+    reduction.ready("model.embed_tokens.weight")
+
+
+def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
+    # The product that the weight's gradient needs is freed first.
+    ledger.give("activations", layer.norm // 2)
+    ledger.touch("temporaries", layer.norm_backward)
+    ledger.give("activations", layer.norm - layer.norm // 2)
+
+
+def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, name: str) -> None:
+    """From the gradient of a layer's output to that of the experts' input."""
+    m, s, count = setup.model, setup.weight_bytes, setup.local_experts
+    ledger.touch("temporaries", 2 * layer.returned)  # gradients of the weighted rows, and products for the weights'
+    ledger.give("activations", layer.returned)
+    ledger.touch("temporaries", layer.result + layer.returned)  # rows going back to their experts
+    ledger.take("gradients of activations", layer.result)
+    hidden = setup.weight_bytes * m.intermediate_size * (layer.result // (s * m.hidden_size) // count)
+    for expert in reversed(range(count)):
+        weight = s * m.intermediate_size * m.hidden_size
+        ledger.touch("temporaries", hidden + weight)
+        reduction.ready(f"{name}.{expert}.down_proj.weight")
+        ledger.touch("temporaries", 2 * hidden)
+        ledger.give("activations", layer.hidden // count)
+        ledger.touch("temporaries", hidden + weight)
+        reduction.ready(f"{name}.{expert}.up_proj.weight")
+        ledger.take("gradients of activations", layer.result // count)
+    ledger.give("gradients of activations", layer.result)
+    ledger.give("activations", layer.dispatch + layer.hidden % count)
+    ledger.touch("temporaries", layer.result)
+    ledger.give("gradients of activations", layer.result // count * count)
+
+
+def _step(setup: Setup, reduction: Reduction) -> None:
+    ledger, groups = reduction.ledger, reduction.groups
+    for number, group in enumerate(groups):
+        if reduction.sums_apart:
+            continue
+        # A flat copy of the rank's share, then one in fp32.
+        parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)
+        flat = setup.weight_bytes * group.partition if parts > 1 else 0
+        ledger.touch("flat gradients", flat + (4 * group.partition if setup.weight_bytes < 4 else 0))
+    ledger.give("gradients owned", ledger.held["gradients owned"])
+    ledger.give("gradient partition", ledger.held["gradient partition"])

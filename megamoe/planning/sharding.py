@@ -1,0 +1,178 @@
+"""What a step's cost follows from: ranks, batch, precision and ZeRO, and how the weights lie on a rank."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megamoe.config import ModelConfig
+from megamoe.ds_config import batch_sizes, dtype_of
+from megamoe.model.costs import parameter_shapes
+from megamoe.model.names import is_undecayed
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
+FLAT_ALIGNMENT = 2
+# Most elements of an expert group (max_group_size of split_params_into_different_moe_groups_for_optimizer).
+EXPERT_GROUP = 178_956_971
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides the bytes and the communication of a step."""
+
+    model: ModelConfig
+    world_size: int
+    ep_size: int
+    micro_batch: int  # samples per rank and forward pass
+    accumulation: int  # forward passes per step
+    seq_len: int
+    weight_bytes: int  # of a weight, an activation and a gradient
+    sum_bytes: int  # of a gradient summed over micro-batches
+    wire_bytes: int  # of a gradient while it is reduced
+    zero_stage: int
+    bucket: int  # elements of a reduction bucket
+    overlap: bool  # two buckets instead of one
+    all_reduce: bool  # gradients of several owners in one all-reduce, not a reduce to each
+    on_cpu: bool
+    recompute_blocks: int = 0  # blocks of which backward computes the activations anew
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass on one rank."""
+        return self.micro_batch * self.seq_len
+
+    @property
+    def rows(self) -> int:
+        """Rows that a rank sends to experts in one forward pass and layer; under balance, as many arrive."""
+        return self.tokens * self.model.num_experts_per_tok
+
+    @property
+    def local_experts(self) -> int:
+        return self.model.num_local_experts // self.ep_size
+
+
+def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
+    """What of a DeepSpeed JSON is not modelled, one sentence each, beside what its own checks find."""
+    zero, bf16, fp16 = (_object(ds.get(name)) for name in ("zero_optimization", "bf16", "fp16"))
+    offload = _object(zero.get("offload_optimizer"))
+    unmodelled = {
+        "zero_optimization.offload_optimizer": offload.get("device", "none") != "none",
+        "zero_optimization.cpu_offload": zero.get("cpu_offload"),
+        "bf16.bf16_master_weights_and_grads": bf16.get("bf16_master_weights_and_grads"),
+        "bf16.bf16_optimizer_states": bf16.get("bf16_optimizer_states"),
+        "fp16.fp16_master_weights_and_grads": fp16.get("fp16_master_weights_and_grads"),
+        "data_types.grad_accum_dtype": zero.get("stage") == 1 and _sums_apart(ds),
+        "zero_optimization.contiguous_gradients": zero.get("stage") == 1 and zero.get("contiguous_gradients") is False,
+        "zero_optimization.reduce_scatter": zero.get("reduce_scatter") is False,
+    }
+    bucket = zero.get("reduce_bucket_size", 1)
+    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket < 1:
+        return [f"{where}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number of elements, at least 1."]
+    return [
+        f"{where}: {key} is set to what the plan does not model; leave it out to plan without it."
+        for key, is_set in unmodelled.items()
+        if is_set
+    ]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _sums_apart(ds: dict[str, Any]) -> bool:
+    """Whether gradients are summed in another precision than they come in."""
+    dtype = dtype_of(ds)
+    return (_object(ds.get("data_types")).get("grad_accum_dtype") or dtype) != dtype
+
+
+def read_setup(
+    model: ModelConfig,
+    ds: dict[str, Any],
+    world_size: int,
+    ep_size: int,
+    seq_len: int,
+    on_cpu: bool,
+    recompute_blocks: int = 0,
+) -> Setup:
+    """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
+    micro_batch, accumulation = batch_sizes(ds, world_size)
+    zero, dtype = ds.get("zero_optimization", {}), dtype_of(ds)
+    return Setup(
+        model=model,
+        world_size=world_size,
+        ep_size=ep_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        seq_len=seq_len,
+        weight_bytes=BYTES[dtype],
+        sum_bytes=BYTES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype],
+        wire_bytes=BYTES[ds.get("communication_data_type") or dtype],
+        zero_stage=zero["stage"],
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        overlap=bool(zero.get("overlap_comm")),
+        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True),
+        on_cpu=on_cpu,
+        recompute_blocks=recompute_blocks,
+    )
+
+
+# --- weights and their groups ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that DeepSpeed flattens together and splits evenly over `ranks` data-parallel ranks."""
+
+    sizes: dict[str, int]  # elements on this rank, by name, in the order of the flat tensor
+    ranks: int
+    expert: bool
+
+    @cached_property
+    def partition(self) -> int:
+        """Elements of one rank's share, the fill of the last included."""
+        alignment = FLAT_ALIGNMENT * self.ranks
+        return math.ceil(sum(self.sizes.values()) / alignment) * alignment // self.ranks
+
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """Where each parameter begins in the flat tensor."""
+        return dict(zip(self.sizes, itertools.accumulate(self.sizes.values(), initial=0), strict=False))
+
+    def owners(self, name: str) -> dict[int, int]:
+        """Elements of a parameter that fall into each rank's share, by index in the data-parallel group."""
+        start, share = self.starts[name], self.partition
+        end = start + self.sizes[name]
+        return {
+            rank: min(end, (rank + 1) * share) - max(start, rank * share)
+            for rank in range(start // share, (end - 1) // share + 1)
+        }
+
+
+def parameter_groups(setup: Setup) -> list[Group]:
+    """The groups that `engine.parameter_groups` makes, as one rank holds them."""
+    shared: dict[str, int] = {}
+    undecayed: dict[str, int] = {}
+    experts: dict[str, int] = {}
+    for name, shape in parameter_shapes(setup.model).items():
+        size = math.prod(shape.values())
+        if ".experts." in name:
+            if int(name.split(".experts.")[1].split(".")[0]) < setup.local_experts:
+                experts[name] = size
+        elif is_undecayed(name):
+            undecayed[name] = size
+        else:
+            shared[name] = size
+    pieces: list[dict[str, int]] = [{}]
+    for name, size in experts.items():
+        if sum(pieces[-1].values()) + size > EXPERT_GROUP:
+            pieces.append({})
+        pieces[-1][name] = size
+    return [
+        Group(shared, setup.world_size, False),
+        Group(undecayed, setup.world_size, False),
+        *(Group(piece, setup.world_size // setup.ep_size, True) for piece in pieces),
+    ]

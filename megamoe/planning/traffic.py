@@ -1,0 +1,156 @@
+"""Communication and time of a training step, by arithmetic: every collective with its payload, its way and its time.
+
+Payload is the buffer that one rank hands to the collective or, from an all-gather, gets. What of it a rank sends over
+the links inside its node and between nodes follows from algorithms that take each node as one (reduce or gather inside,
+exchange between nodes, every rank with its share of the node's network), as NCCL's do with one adapter per GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megamoe.hardware import Device
+from megamoe.model.costs import train_flops_per_token
+from megamoe.planning.sharding import Setup, parameter_groups
+
+# Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
+# usual for the smallest messages.
+LATENCY_INSIDE, LATENCY_BETWEEN = 15e-6, 40e-6
+OPTIMIZER_BYTES = 30  # read and written per weight: masters and moments (24), gradient (4), 16-bit weight (2)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All calls in one step that serve one purpose."""
+
+    purpose: str
+    kind: str  # as in `meter.Collectives`
+    ranks: int  # of the group
+    stride: int  # between neighbours of the group
+    calls: int
+    payload: int  # bytes on this rank, all calls together
+    hidden: bool = False  # runs beside the backward pass
+
+    def nodes(self, gpus_per_node: int) -> tuple[int, int]:
+        """(members of the group in one node, nodes of the group)."""
+        nodes = [rank * self.stride // gpus_per_node for rank in range(self.ranks)]
+        return nodes.count(0), len(set(nodes))
+
+    def sent(self, gpus_per_node: int) -> tuple[float, float]:
+        """Bytes that a rank sends (inside its node, between nodes)."""
+        members, nodes = self.nodes(gpus_per_node)
+        if self.kind == "all_to_all":
+            share = self.payload / self.ranks
+            return share * (members - 1), share * (self.ranks - members)
+        passes = 2 if self.kind == "all_reduce" else 1  # there, reduced; and back
+        inside = passes * self.payload * (members - 1) / members
+        return inside, passes * self.payload / members * (nodes - 1) / nodes
+
+    def seconds(self, device: Device, gpus_per_node: int, link_efficiency: float) -> float:
+        if self.ranks == 1:
+            return 0.0
+        inside, between = self.sent(gpus_per_node)
+        latency = LATENCY_BETWEEN if self.nodes(gpus_per_node)[1] > 1 else LATENCY_INSIDE
+        return (inside / device.inside + between / device.between) / link_efficiency + self.calls * latency
+
+
+def collectives(setup: Setup) -> list[Collective]:
+    """Every collective of one step: forward and backward passes, the optimizer's step and the balancer's. Exact in
+    bytes if the experts get equally many rows from and on every rank; calls of the gradients are at the least."""
+    m, passes = setup.model, setup.accumulation
+    found = []
+    if setup.ep_size > 1:
+        rows = setup.weight_bytes * setup.rows * m.hidden_size
+
+        def exchange(purpose: str, blocks: int, calls: int, size: int) -> Collective:
+            calls *= blocks * passes
+            return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size)
+
+        blocks = m.num_hidden_layers
+        forward_blocks = blocks + setup.recompute_blocks
+        found += [
+            exchange("rows per expert", forward_blocks, 1, 8 * m.num_local_experts),
+            exchange("rows to experts and back, forward", forward_blocks, 2, rows),
+            exchange("rows to experts and back, backward", blocks, 2, rows),
+        ]
+    groups = parameter_groups(setup)
+    # ZeRO-2 reduces after every backward pass, ZeRO-1 once a step.
+    reductions = passes if setup.zero_stage == 2 else 1
+    replicas = setup.world_size // setup.ep_size
+    for purpose, expert, ranks, stride in (
+        ("gradients of shared weights", False, setup.world_size, 1),
+        ("gradients of experts", True, replicas, setup.ep_size),
+    ):
+        elements = sum(sum(group.sizes.values()) for group in groups if group.expert == expert)
+        kind = "all_reduce" if setup.all_reduce else "reduce"
+        buckets = math.ceil(elements / setup.bucket)
+        calls = reductions * (buckets if setup.all_reduce else buckets + ranks - 1)
+        payload = reductions * elements * setup.wire_bytes
+        found.append(Collective(purpose, kind, ranks, stride, calls, payload, hidden=setup.overlap))
+    world = setup.world_size
+    found.append(Collective("norm of the gradient", "all_reduce", world, 1, len(groups), 4 * len(groups)))
+    expert_groups = sum(group.expert for group in groups)
+    scalars = 4 * expert_groups
+    found.append(
+        Collective("norm of the experts' gradient", "all_reduce", replicas, setup.ep_size, expert_groups, scalars)
+    )
+    for purpose, expert, ranks, stride in (
+        ("updated shared weights", False, world, 1),
+        ("updated experts", True, replicas, setup.ep_size),
+    ):
+        sizes = [group.partition * group.ranks * setup.weight_bytes for group in groups if group.expert == expert]
+        if ranks > 1:
+            found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes)))
+    loads = 8 * m.num_hidden_layers * m.num_local_experts
+    found.append(Collective("expert loads of the balancer", "all_reduce", world, 1, 1, loads))
+    return found
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of a step and their parts."""
+
+    compute: float  # forward and backward
+    optimizer: float
+    communication: float  # that nothing hides
+    tokens: int  # in a step over all ranks
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.optimizer + self.communication
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: float, link_efficiency: float) -> StepTime:
+    """Time of a step on `device`.
+
+    Args:
+        efficiency: share of the device's peak that forward and backward reach.
+        link_efficiency: share of the links' rates that collectives reach.
+
+    Gradients are reduced beside the backward pass where `overlap_comm` is set; all else waits.
+    """
+    tokens = setup.tokens * setup.accumulation
+    flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
+    peak = device.flops(setup.weight_bytes)
+    head = 6.0 * setup.model.vocab_size * setup.model.hidden_size * tokens
+    forward = flops / 3  # of which the recomputed blocks' part comes again
+    again = (flops - head) / 3 * setup.recompute_blocks / setup.model.num_hidden_layers
+    compute = (flops + again) / (peak * efficiency)
+    backward = compute * (flops + again - forward) / (flops + again)
+    if setup.zero_stage == 1:  # reduces beside the last backward pass of a step
+        backward /= setup.accumulation
+    share = sum(group.partition for group in parameter_groups(setup))
+    optimizer = OPTIMIZER_BYTES * share / device.memory_rate
+    waiting = hidden = 0.0
+    for collective in collectives(setup):
+        seconds = collective.seconds(device, gpus_per_node, link_efficiency)
+        hidden, waiting = hidden + seconds * collective.hidden, waiting + seconds * (not collective.hidden)
+    communication = waiting + max(0.0, hidden - backward)
+    total = compute + optimizer + communication
+    return StepTime(compute, optimizer, communication, tokens * setup.world_size, flops / (total * peak))

@@ -1,0 +1,74 @@
+"""Expert parallelism: which experts a rank holds, and with whom it shares them.
+
+`ep_size` consecutive ranks hold one set of a layer's experts, each an equal part of it; so DeepSpeed makes its
+expert-parallel groups (`deepspeed/utils/groups.py`). The ranks that hold the same experts, `ep_size` apart, are
+data-parallel replicas of them. Nothing else in megamoe computes with `ep_size`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExpertTopology:
+    """One rank's place among the ranks and the experts of every layer."""
+
+    num_experts: int  # of a layer, over all ranks
+    ep_size: int = 1
+    world_size: int = 1
+    rank: int = 0
+
+    @staticmethod
+    def problems(ep_size: int, num_experts: int | None, world_size: int | None, preset: str) -> list[str]:
+        """What `ep_size` does not divide, one sentence each; what is None is not checked."""
+        found = []
+        if world_size is not None and world_size % ep_size:
+            found.append(f"ep_size is {ep_size}, which does not divide the {world_size} ranks; choose a divisor.")
+        if num_experts is not None and num_experts % ep_size:
+            found.append(
+                f"ep_size is {ep_size}, which does not divide the {num_experts} experts of {preset}; choose a divisor."
+            )
+        return found
+
+    @classmethod
+    def from_partitions(cls, num_experts: int, partition_counts: list[int], rank: int) -> ExpertTopology:
+        """From the data-parallel sizes of a checkpoint's optimizer groups: all ranks share the dense weights, the
+        replicas an expert's."""
+        world_size = max(partition_counts)
+        return cls(num_experts, world_size // min(partition_counts), world_size, rank)
+
+    @property
+    def ep_rank(self) -> int:
+        """Rank in the expert-parallel group."""
+        return self.rank % self.ep_size
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Experts of each layer on this rank."""
+        return self.num_experts // self.ep_size
+
+    @property
+    def first_expert(self) -> int:
+        """Id in the model of this rank's first expert."""
+        return self.ep_rank * self.experts_per_rank
+
+    @property
+    def expert_ids(self) -> range:
+        """Ids in the model of this rank's experts."""
+        return range(self.first_expert, self.first_expert + self.experts_per_rank)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same experts: the size of the expert-data-parallel group."""
+        return self.world_size // self.ep_size
+
+    @property
+    def replica(self) -> int:
+        """Rank in the expert-data-parallel group."""
+        return self.rank // self.ep_size
+
+    @property
+    def replica_stride(self) -> int:
+        """Distance between two ranks of the expert-data-parallel group."""
+        return self.ep_size

@@ -1,0 +1,1 @@
+"""Engine, step, loop, balancing, metrics and sinks."""

@@ -1,0 +1,118 @@
+"""Parameter groups and the only `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from megamoe.ds_config import ScheduleConfig
+from megamoe.model.names import is_undecayed
+from megamoe.training import cpu
+from megamoe.training.schedule import learning_rate
+
+NORM_PIECE = 2**18  # elements
+NO_TIMEOUT = timedelta(days=1)  # a rank may restore for long; `watch.py` sees who is gone, and that nothing moves
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Optimizer groups: norms and latents without weight decay, the rest with, each split for DeepSpeed into shared
+    and expert parameters."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (undecayed if is_undecayed(name) else decayed).append(parameter)
+    return split_params_into_different_moe_groups_for_optimizer(
+        [
+            {"name": "decayed", "params": decayed},
+            {"name": "undecayed", "params": undecayed, "weight_decay": 0.0},
+        ]
+    )
+
+
+def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` in DeepSpeed's engine. After N optimizer steps its learning rate is `learning_rate(N)`.
+
+    Args:
+        ds: the DeepSpeed JSON; its "scheduler" section is replaced by the exact schedule.
+    """
+    ds = copy.deepcopy(ds)
+    ds.pop("scheduler", None)
+    ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
+    # The group's learning rate is the peak; LambdaLR multiplies it by the schedule's share.
+    ds["optimizer"].setdefault("params", {})["lr"] = schedule.warmup_max_lr
+
+    def share_of_peak(step: int) -> float:
+        rate = learning_rate(
+            step,
+            peak=schedule.warmup_max_lr,
+            warmup_steps=schedule.warmup_num_steps,
+            total_steps=schedule.total_num_steps,
+            initial=schedule.warmup_min_lr,
+        )
+        return rate / schedule.warmup_max_lr
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model),
+        config=ds,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
+    )
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        _read_gradients_once(engine.optimizer)
+    if engine.device.type == "cpu":
+        cpu.give_back_freed_memory()
+    return engine
+
+
+def _read_gradients_once(optimizer: DeepSpeedZeroOptimizer) -> None:
+    """Let the norm be all that looks at the gradients between backward and update.
+
+    DeepSpeed reads them twice for infinities and copies each to fp64 for its norm, which together takes longer than
+    AdamW itself. But a norm shows what is not finite, and `step()` skips the update for such a norm as it does for an
+    overflow; and a norm in fp32 is what torch clips by.
+    """
+    if optimizer.cpu_offload or not optimizer.compute_grad_norm:
+        return
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.get_grad_norm_direct = partial(_gradient_norm, optimizer)
+
+
+def _gradient_norm(optimizer: DeepSpeedZeroOptimizer, gradients: Sequence[Tensor], _: Any) -> Tensor:
+    """Norm of a group's gradients over all ranks, of which each holds a part; -1, DeepSpeed's sign for a norm that is
+    not finite, where one of them is not. Collective."""
+    # On CPU torch adds up squares one after the other, and loses the small ones among millions.
+    pieces = [piece for one in gradients for piece in one.flatten().split(NORM_PIECE if one.is_cpu else one.numel())]
+    norms = [torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in pieces]
+    total = torch.stack(norms).square().sum().float() if norms else torch.zeros(())  # padding is zeros and adds none
+    total = total.to(optimizer.device)
+    dist.all_reduce(total, group=optimizer.dp_process_group)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)
+
+
+def deepspeed_own_problems(ds: dict[str, Any], where: str) -> list[str]:
+    """What DeepSpeed's own configuration classes, or this device, refuse in a DeepSpeed JSON, one sentence each."""
+    problems = []
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds))
+    except ValidationError as error:
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"])
+            problems.append(f'{where}: DeepSpeed refuses "{key}" as {detail["input"]!r}: {detail["msg"]}; change it.')
+    except (ValueError, AssertionError) as error:
+        problems.append(f"{where}: DeepSpeed refuses it: {error}; change it.")
+    if ds.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        problems.append(f"{where}: fp16 is enabled, but this device does not support it; use bf16 or fp32.")
+    return problems

@@ -1,0 +1,43 @@
+"""Evaluation on held-out samples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+
+from megamoe.data.batches import eval_batch
+from megamoe.data.token_files import TokenCorpus
+
+
+class Evaluator:
+    """Mean loss on the held-out samples."""
+
+    def __init__(self, corpus: TokenCorpus, limit: int, tokens_per_byte: float | None):
+        """
+        Args:
+            limit: most samples to use.
+            tokens_per_byte: of the held-out text; None where the bytes are not known.
+        """
+        self.corpus = corpus
+        self.limit = min(limit, corpus.num_samples)
+        self.tokens_per_byte = tokens_per_byte
+
+    @torch.no_grad()
+    def run(self, model: torch.nn.Module, micro_batch: int, rank: int, world_size: int, device: torch.device) -> dict:
+        """Collective; every rank runs equally many forward passes. Returns loss in nats, tokens, bits_per_byte."""
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
+        for start in range(0, self.limit, micro_batch * world_size):
+            batch = eval_batch(self.corpus, start + rank * micro_batch, micro_batch, self.limit)
+            input_ids, labels = (tensor.to(device) for tensor in batch)
+            counted = (labels != -100).sum()
+            total += torch.stack((model(input_ids, labels).double() * counted, counted.double()))
+        model.train()
+        dist.all_reduce(total)
+        nats, tokens = total.tolist()
+        result = {"loss": nats / tokens, "tokens": int(tokens)}
+        if self.tokens_per_byte is not None:
+            result["bits_per_byte"] = nats / tokens / math.log(2) * self.tokens_per_byte
+        return result

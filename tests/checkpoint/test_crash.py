@@ -1,0 +1,125 @@
+"""Nothing is lost, whenever a run is killed and when its disk is full."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks, start_ranks
+from toy import SHIPPED, ds_config, train_here, write_inputs
+
+from megamoe.checkpoint import manifest
+from megamoe.config import read_json
+from megamoe.training.sinks import read_log
+
+KILLS = 20
+ROOT = Path(__file__).parent.parent.parent
+
+
+def losses(log):
+    return [record["loss"] for record in log["train"]]
+
+
+def last_step(run_dir):
+    return max((record["step"] for record in read_log(run_dir)["train"]), default=0)
+
+
+def wait_until(condition, ranks, seconds=120):
+    """Poll; fails if a rank ends or time is up."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert all(process.is_alive() for process in ranks), "a rank ended by itself"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.001)
+
+
+def test_twenty_kills_while_training_and_saving_cost_nothing_but_time(tmp_path):
+    ds = read_json(SHIPPED / "zero2.json")  # bf16
+    ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=10_000)
+    noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
+    run = {**write_inputs(tmp_path, ds, noisy), "ep_size": 2, "save_interval": 2, "eval_interval": 0, "keep_last": 2}
+    cut = {**run, "run_dir": str(tmp_path / "cut")}
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    draw = random.Random(0)
+    torn = 0
+    for kill in range(KILLS):
+        begin = last_step(tmp_path / "cut") if kill else 0
+        saved = max(map(manifest.step_of, manifest.checkpoints(checkpoints)), default=0)
+        ranks = start_ranks(2, tmp_path, train_here, {**cut, "steps": 10_000, "resume": kill > 0})
+        try:
+            wait_until(lambda: (tmp_path / "cut" / "log.jsonl").is_file(), ranks)
+            wait_until(lambda begin=begin: last_step(tmp_path / "cut") not in (0, begin), ranks)
+            time.sleep(draw.uniform(0, 0.3))
+            if kill % 2:  # in the middle of a save
+                wait_until(lambda: any(checkpoints.glob("*.partial")), ranks)
+                time.sleep(draw.uniform(0, 0.01))
+        finally:
+            for process in draw.sample(ranks, 2):
+                process.kill()
+                process.join()
+        torn += any(checkpoints.glob("*.partial"))
+        found = manifest.candidates(checkpoints)
+        # Every checkpoint that has its name is whole, and none went backwards.
+        assert all(manifest.problems(path) == [] for path in found)
+        assert not found or manifest.step_of(found[0]) >= saved
+    assert torn > KILLS // 4
+    steps = last_step(tmp_path / "cut") + 3
+    resumed = run_ranks(2, train_here, {**cut, "steps": steps, "resume": True})[0]
+    whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole"), "steps": steps, "save_interval": 0})[0]
+    assert len(losses(whole)) == steps
+    assert losses(resumed) == losses(whole)
+    assert not list(checkpoints.glob("*.partial"))
+
+
+def run_on_a_small_disk(run, folder, kilobytes):
+    """Train into a file system of so many kilobytes, in a mount namespace of its own; its run folder is copied out."""
+    words = [sys.executable, str(ROOT / "megamoe" / "pretrain.py")]
+    for name, value in {**run, "run_dir": str(folder / "small" / "run")}.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    script = f"""
+        mount -t tmpfs -o size={kilobytes}k none {folder}/small && "$@"
+        code=$?
+        cp -r {folder}/small/run {folder}/copy
+        exit $code"""
+    (folder / "small").mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True).returncode and "CI" not in os.environ:
+        pytest.skip("this machine does not let its users make a mount namespace, so there is no small disk to fill")
+    return subprocess.run(
+        [*unshare, "sh", "-c", script, "sh", *words],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=folder,
+    )
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_on_a_full_disk_training_goes_on_from_the_old_checkpoint_with_a_loud_line(tmp_path, foreground):
+    run = write_inputs(tmp_path, ds_config(4))
+    whole = run_ranks(1, train_here, {**run, "run_dir": str(tmp_path / "whole"), "steps": 12})[0]
+    size = sum(path.stat().st_size for path in (tmp_path / "whole" / "checkpoints" / "step_12").iterdir())
+    options = {**run, "save_interval": 3, "steps": 9}
+    if foreground:
+        options["foreground_save"] = []
+    # Room for one checkpoint and a half, and for the log.
+    done = run_on_a_small_disk(options, tmp_path, 150 + size * 3 // 2 // 1024)
+    loud = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(loud) == 2, done.stderr  # steps 6 and 9
+    for step, line in zip((6, 9), loud, strict=True):
+        assert f"step_{step} was NOT saved" in line
+        assert "No space left on device" in line
+        assert "step_3 is still the newest checkpoint" in line
+    assert "Traceback" not in done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("step=9 avg")]
+    left = sorted(path.name for path in (tmp_path / "copy" / "checkpoints").iterdir())
+    assert left == ["latest", "step_3"]
+    # With room, the run goes on from there as if nothing had been.
+    shutil.move(tmp_path / "copy", tmp_path / "run")
+    log = run_ranks(1, train_here, {**run, "run_dir": str(tmp_path / "run"), "steps": 12, "resume": True})[0]
+    assert losses(log) == losses(whole)

@@ -1,0 +1,306 @@
+"""What leaves megamoe gives the logits that the training model gave, and finds the way back."""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from engines import CONFIG, make, save, train
+from ranks import run_ranks
+from refusals import has, refusal
+from safetensors.torch import load_file
+from toy import ds_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megamoe.checkpoint.export import (
+    DTYPES,
+    Entry,
+    entries,
+    shards,
+    write_huggingface,
+    write_safetensors,
+    write_state_dict,
+)
+from megamoe.checkpoint.reader import load_weights, open_source
+from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.writer import CheckpointWriter
+from megamoe.config import ModelConfig
+from megamoe.data.tokenizer import train_tokenizer
+from megamoe.ds_config import read_schedule
+from megamoe.model.decoder import Decoder
+from megamoe.model.generation import generate
+from megamoe.model.names import is_buffer, plain_name
+from megamoe.training.engine import build_engine
+
+IDS = torch.randint(CONFIG.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
+FP32 = torch.float32
+
+
+def train_save_and_ask(folder, ep_size):
+    """Logits of the training model itself, after the steps that are saved."""
+    engine, _ = make(ep_size)
+    train(engine, 6)
+    save(engine, folder, ep_size, 6)
+    engine.module.eval()
+    with torch.no_grad():
+        return engine.module(IDS)
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def trained(request, tmp_path_factory):
+    """(checkpoint, logits of the training model) for ep_size 1 and 2."""
+    folder = tmp_path_factory.mktemp(f"ep_{request.param}")
+    logits, other_rank = run_ranks(2, train_save_and_ask, folder, request.param)
+    assert torch.equal(logits, other_rank)
+    return folder / "step_6", logits
+
+
+def decoder_of(source, dtype=FP32):
+    model = Decoder(CONFIG)
+    load_weights(model, source, dtype)
+    return model.eval()
+
+
+def huggingface(checkpoint, out, dtype=FP32, tokenizer=None, config=CONFIG, shard_bytes=10**9):
+    write_huggingface(open_source(checkpoint, open_files=1), out, dtype, shard_bytes, config, tokenizer)
+    return out
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+@pytest.fixture(autouse=True)
+def own_module_cache(tmp_path, monkeypatch):
+    """transformers copies a model's code into a cache; each test has its own."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@torch.no_grad()
+def test_the_hugging_face_model_gives_the_training_models_logits(trained, tmp_path):
+    checkpoint, logits = trained
+    model = load(huggingface(checkpoint, tmp_path / "hf"))
+    torch.testing.assert_close(model(IDS).logits, logits, atol=1e-6, rtol=0)
+    assert logits.std() > 0.1  # they say something
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["w.pt", "w.safetensors", "folder"])
+def test_plain_weights_give_the_training_models_logits(trained, tmp_path, form):
+    checkpoint, logits = trained
+    source, out = open_source(checkpoint, open_files=1), tmp_path / form
+    if form == "w.pt":
+        write_state_dict(source, out, FP32)
+        state = torch.load(out, weights_only=True)
+    elif form == "w.safetensors":
+        write_safetensors(source, out, FP32, 10**9)
+        state = load_file(out)
+    else:
+        write_safetensors(source, out, FP32, 20_000)
+        files = sorted(out.glob("*.safetensors"))
+        assert all(path.stat().st_size < 25_000 for path in files)
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {path.name for path in files}
+        state = {name: load_file(out / file)[name] for name, file in index["weight_map"].items()}
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
+    names = {plain_name(name) for name in Decoder(CONFIG).state_dict()}
+    assert state.keys() == names
+    torch.testing.assert_close(decoder_of(open_source(out))(IDS), logits, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_on_either_side_and_the_cache_give_what_the_decoder_gives(trained, tmp_path):
+    checkpoint, _ = trained
+    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(open_source(checkpoint))
+    real = torch.ones(3, 12, dtype=torch.bool)
+    real[0, :5] = False
+    real[1, 9:] = False
+    ours, theirs = decoder(IDS, attention_mask=real), model(IDS, attention_mask=real).logits
+    torch.testing.assert_close(theirs[real], ours[real], atol=1e-6, rtol=0)
+
+    prompts = [IDS[0, :5].tolist(), IDS[1, :2].tolist(), IDS[2, :4].tolist()]
+    ids = torch.tensor([[0] * (5 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    greedy = generate(decoder, prompts, 9, temperature=0)
+    for use_cache in (True, False):
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0, use_cache=use_cache
+        )
+        assert out[:, 5:].tolist() == greedy
+    assert model.generate(IDS, num_beams=3, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (3, 15)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn", "llama3"])
+@torch.no_grad()
+def test_every_rope_and_router_of_a_preset_survives_the_export(trained, tmp_path, scaling):
+    rope = {"rope_type": scaling, "factor": 2.0, "original_max_position_embeddings": 8}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if scaling == "llama3" else {}
+    changes = {"rope_scaling": rope, "rope_interleaved": scaling == "yarn", "router_score": "sigmoid"}
+    config = CONFIG.model_copy(update={**changes, "rope_theta": 500.0})
+    checkpoint, before = trained
+    decoder = Decoder(config)
+    load_weights(decoder, open_source(checkpoint), FP32)
+    expected = decoder.eval()(IDS)
+    model = load(huggingface(checkpoint, tmp_path / "hf", config=config))
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-6, rtol=0)
+    assert (expected - before).abs().max() > 1e-3  # the changes matter
+
+
+def test_loss_and_gradients_of_the_hugging_face_model_are_the_decoders(trained, tmp_path):
+    checkpoint, _ = trained
+    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(open_source(checkpoint))
+    ours, theirs = decoder(IDS[:, :-1], IDS[:, 1:]), model(IDS, labels=IDS).loss
+    assert theirs.item() == pytest.approx(ours.item(), abs=1e-5)
+    ours.backward()
+    theirs.backward()
+    grads = {name: weight.grad for name, weight in model.named_parameters()}
+    for name, weight in decoder.named_parameters():
+        grad = grads[plain_name(name)]
+        torch.testing.assert_close(torch.zeros_like(weight) if grad is None else grad, weight.grad, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_in_bf16_the_weights_are_rounded_masters_and_the_bias_stays_fp32(trained, tmp_path):
+    checkpoint, logits = trained
+    folder = huggingface(checkpoint, tmp_path / "hf", torch.bfloat16)
+    masters = open_source(checkpoint)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if is_buffer(name):
+            assert torch.equal(tensor, masters.buffers[name])
+        else:
+            shape = masters.shapes[name]
+            master = masters.read(name, "fp32", 0, math.prod(shape)).view(shape)
+            assert torch.equal(tensor, master.bfloat16())
+    model = load(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    for layer in model.model.layers:
+        assert layer.moe.router.selection_bias.dtype == FP32
+    torch.testing.assert_close(model(IDS).logits.float(), logits, atol=0.1, rtol=0)
+
+
+def test_a_model_saved_again_by_transformers_comes_back(trained, tmp_path):
+    checkpoint, logits = trained
+    load(huggingface(checkpoint, tmp_path / "hf")).save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        torch.testing.assert_close(decoder_of(open_source(tmp_path / "again"))(IDS), logits, atol=1e-6, rtol=0)
+
+
+def ask_after_init_from(paths, ep_size):
+    """Logits and masters after starting from each of the paths in turn."""
+    engine, first_expert = make(ep_size, seed=5)
+    answers = []
+    for path in paths:
+        for master in engine.optimizer.single_partition_of_fp32_groups:
+            master.data.zero_()
+        assert restore_first_that_holds(engine, [path], first_expert, weights_only=True) == path
+        assert engine.global_steps == 0
+        engine.module.eval()
+        with torch.no_grad():
+            logits = engine.module(IDS)
+        answers.append((logits, [tensor.clone() for tensor in engine.optimizer.single_partition_of_fp32_groups]))
+    return answers
+
+
+@pytest.mark.parametrize("trained", [2], indirect=True)
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_plain_weights_start_a_run_at_any_ep_size_with_every_expert_on_its_rank(trained, tmp_path, ep_size):
+    checkpoint, logits = trained
+    source = open_source(checkpoint)
+    paths = [checkpoint, tmp_path / "w.pt", tmp_path / "w.safetensors", tmp_path / "hf"]
+    write_state_dict(source, paths[1], FP32)
+    write_safetensors(source, paths[2], FP32, 10**9)
+    huggingface(checkpoint, paths[3], shard_bytes=30_000)
+    for answers in run_ranks(4, ask_after_init_from, paths, ep_size):
+        (_, masters), *_ = answers
+        for found, same_masters in answers:
+            torch.testing.assert_close(found, logits, atol=1e-6, rtol=0)
+            assert all(map(torch.equal, masters, same_masters))
+
+
+def test_the_tokenizer_goes_along(tmp_path, trained):
+    checkpoint, _ = trained
+    tokenizer = train_tokenizer(["to be or not to be"], 270)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    folder = huggingface(checkpoint, tmp_path / "hf", tokenizer=tmp_path / "tokenizer.json")
+    loaded = AutoTokenizer.from_pretrained(folder)
+    text = "or not: «to be»\n"
+    assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert loaded.eos_token_id == tokenizer.token_to_id("<|endoftext|>")
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == loaded.eos_token_id
+
+
+def test_an_output_that_exists_is_left_alone_and_a_failed_one_leaves_nothing(trained, tmp_path):
+    checkpoint, _ = trained
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    has(refusal(huggingface, checkpoint, tmp_path / "mine"), "mine is there already", "choose another output")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as on a disk that is full
+    try:
+        has(refusal(huggingface, checkpoint, tmp_path / "hf"), "hf cannot be written", "room")
+        with pytest.raises(OSError, match="too large"):
+            write_state_dict(open_source(checkpoint), tmp_path / "w.pt", FP32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_shards_hold_every_tensor_once_and_none_is_larger_than_asked_unless_one_tensor_is():
+    sizes = [5, 3, 3, 9, 40, 1, 1, 1, 8]
+    all_entries = [Entry(str(number), (size,), torch.float32) for number, size in enumerate(sizes)]
+    groups = shards(all_entries, most_bytes=40)
+    assert [entry for group in groups for entry in group] == all_entries
+    assert [[entry.nbytes // 4 for entry in group] for group in groups] == [[5, 3], [3], [9], [40], [1, 1, 1], [8]]
+
+
+def test_entries_are_in_the_order_of_the_layers_and_statistics_are_fp32(trained):
+    found = entries(open_source(trained[0]), DTYPES["bf16"])
+    assert found[0].name == "model.embed_tokens.weight"
+    assert found[-1].name == "model.norm.weight"
+    assert {entry.dtype for entry in found if is_buffer(entry.name)} == {torch.float32}
+    assert {entry.dtype for entry in found if not is_buffer(entry.name)} == {torch.bfloat16}
+
+
+WIDE = ModelConfig(**{**CONFIG.model_dump(), "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4})
+MEASURE = """
+import sys, re
+from pathlib import Path
+from megamoe.export import *
+from megamoe.reader import open_source
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+source = open_source(Path(sys.argv[1]), open_files=1)
+torch.randn(100, 100) @ torch.randn(100, 100)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+before = peak()
+write_safetensors(source, Path(sys.argv[2]), torch.bfloat16, int(sys.argv[3]))
+print(peak() - before)
+"""
+
+
+def save_wide(folder):
+    ds = ds_config(1)
+    rank = torch.distributed.get_rank()
+    engine = build_engine(Decoder(WIDE, 0, 2, rank % 2), ds, read_schedule(ds, "ds"))
+    ids = torch.arange(16).unsqueeze(0)
+    engine.backward(engine(ids, ids))
+    engine.step()
+    writer = CheckpointWriter(engine, folder, {"world_size": 4, "ep_size": 2})
+    writer.save(1, hold=True)
+    assert writer.complete()
+
+
+def test_converting_takes_no_more_memory_than_a_shard_and_a_ranks_file(tmp_path):
+    run_ranks(4, save_wide, tmp_path)
+    checkpoint, shard_bytes = tmp_path / "step_1", 8_000_000
+    rank_file = max(path.stat().st_size for path in checkpoint.glob("*optim_states.pt"))
+    everything = sum(path.stat().st_size for path in checkpoint.glob("*optim_states.pt"))
+    assert everything > 3 * (rank_file + shard_bytes)  # the bound is far from holding all of it
+    words = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "out"), str(shard_bytes)]
+    taken = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert taken < rank_file + shard_bytes
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5

@@ -1,0 +1,68 @@
+"""Batches of a run and of an evaluation."""
+
+import itertools
+
+import pytest
+import torch
+from corpora import build, random_tokens
+
+from megamoe.data.batches import TrainData, eval_batch
+from megamoe.data.token_files import TokenCorpus
+
+
+def train_data(folder, seed=12):
+    corpora = [
+        TokenCorpus(build(folder / f"c{number}", random_tokens(count, 50, number)), 10, 50)
+        for number, count in enumerate((500, 211))
+    ]
+    return TrainData(corpora, [2.0, 1.0], seed)
+
+
+def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
+    source = train_data(tmp_path)
+    inputs, labels = source.batch(5, 4)
+    assert inputs.shape == labels.shape == (4, 10)
+    assert inputs.dtype == labels.dtype == torch.int64
+    for row, position in enumerate(range(5, 9)):
+        corpus, sample = source.order.at(position)
+        tokens = source.corpora[corpus].sample(sample).tolist()
+        assert inputs[row].tolist() == tokens[:-1]
+        assert labels[row].tolist() == tokens[1:]
+
+
+def samples_of_step(source, step, micro_batch, accumulation, world_size):
+    """The samples that all ranks together train on in one step, dealt out as the training loop deals them."""
+    rows = []
+    for rank, micro in itertools.product(range(world_size), range(accumulation)):
+        group = ((step - 1) * accumulation + micro) * world_size + rank
+        inputs, labels = source.batch(group * micro_batch, micro_batch)
+        rows += torch.cat((inputs, labels), dim=1).tolist()
+    return sorted(rows)
+
+
+def test_the_ranks_together_train_on_the_same_samples_however_many_there_are(tmp_path):
+    source = train_data(tmp_path)
+    for step in (1, 2, 9):
+        alone = samples_of_step(source, step, micro_batch=8, accumulation=1, world_size=1)
+        for micro_batch, accumulation, world_size in ((4, 1, 2), (2, 1, 4), (2, 4, 1), (2, 2, 2), (1, 2, 4)):
+            assert samples_of_step(source, step, micro_batch, accumulation, world_size) == alone
+    first, second = (samples_of_step(source, step, 8, 1, 1) for step in (1, 2))
+    assert first != second
+
+
+@pytest.mark.parametrize("limit", [1, 7, 8, 16, 19])
+@pytest.mark.parametrize(("micro_batch", "world_size"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 4)])
+def test_an_evaluation_counts_every_sample_up_to_its_limit_once(tmp_path, limit, micro_batch, world_size):
+    corpus = TokenCorpus(build(tmp_path / "c", random_tokens(191, 50)), 10, 50)
+    assert corpus.num_samples == 19
+    counted = []
+    for start in range(0, limit, micro_batch * world_size):
+        for rank in range(world_size):
+            inputs, labels = eval_batch(corpus, start + rank * micro_batch, micro_batch, limit)
+            assert inputs.shape == labels.shape == (micro_batch, 10)
+            assert inputs.min() >= 0  # only labels are masked
+            for row_in, row_out in zip(inputs.tolist(), labels.tolist(), strict=True):
+                if set(row_out) != {-100}:
+                    counted.append([*row_in, row_out[-1]])
+                    assert row_out[:-1] == row_in[1:]
+    assert counted == [corpus.sample(index).tolist() for index in range(limit)]

@@ -1,0 +1,422 @@
+"""Text to tokens: every character once, end-of-text between documents, nothing half-written."""
+
+import gzip
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
+from refusals import has, refusal
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from megamoe.data import corpus
+from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus, zstd
+from megamoe.data.tokenizer import END_OF_TEXT, train_tokenizer
+from megamoe.errors import UserError
+
+DOCUMENTS = [
+    "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n",
+    "Ünïcode — naïve 😀\r\nand a second line without an end",
+    "One short line.\n",
+    "\n  Indented after an empty line.\n\n\nThree empty lines before this one.\n",
+]
+KINDS = ["txt", "folder", "jsonl", "jsonl.gz", "jsonl.zst"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([*DOCUMENTS] * 10, 300)
+
+
+def read(path, key="text"):
+    return list(read_documents(input_files(path), key, lambda count: None))
+
+
+def json_lines(documents, key="text"):
+    return "".join(json.dumps({"id": number, key: text}) + "\n" for number, text in enumerate(documents)).encode()
+
+
+def packed(data, kind):
+    if kind.endswith(".gz"):
+        return gzip.compress(data)
+    return zstd.compress(data) if kind.endswith(".zst") else data
+
+
+def write(folder, kind, documents):
+    """`documents` as a file or folder of `kind`; a text file holds only the first."""
+    path = folder / f"text.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        for number, text in enumerate(documents):
+            (path / f"{number:03}.txt").write_text(text, encoding="utf-8", newline="")
+    elif kind == "txt":
+        path.write_text(documents[0], encoding="utf-8", newline="")
+    else:
+        path.write_bytes(packed(json_lines(documents), kind))
+    return path
+
+
+# --- reading ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_input_holds_the_same_documents(tmp_path, kind):
+    assert read(write(tmp_path, kind, DOCUMENTS)) == (DOCUMENTS[:1] if kind == "txt" else DOCUMENTS)
+
+
+def test_a_folder_is_read_in_order_below_and_only_its_text(tmp_path):
+    for name, text in (("b/2.md", "B2"), ("a.txt", "A"), ("b/1.text", "B1"), ("image.png", "no"), ("c.json", "no")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "d.jsonl.zst").write_bytes(packed(json_lines(["D1", "D2"]), ".zst"))
+    assert read(tmp_path) == ["A", "B1", "B2", "D1", "D2"]
+
+
+def test_a_single_file_of_any_name_is_text(tmp_path):
+    (tmp_path / "notes").write_text("some text\n")
+    assert read(tmp_path / "notes") == ["some text\n"]
+
+
+def test_the_key_of_the_text_can_be_chosen(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCUMENTS, "body"))
+    assert read(tmp_path / "a.jsonl", "body") == DOCUMENTS
+
+
+@pytest.mark.parametrize("size", [3, 500_000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_progress_reports_exactly_the_bytes_on_disk(tmp_path, kind, size):
+    draw = random.Random(size)
+    documents = [draw.randbytes(size).hex() for _ in range(3)]
+    files = input_files(write(tmp_path, kind, documents))
+    counts = []
+    for _ in read_documents(files, "text", counts.append):
+        pass
+    assert sum(counts) == sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_files_packed_one_after_the_other_are_read_to_the_end(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(packed(json_lines(DOCUMENTS[:2]), kind) + packed(json_lines(DOCUMENTS[2:]), kind))
+    assert read(path) == DOCUMENTS
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_empty_and_whitespace_documents_are_left_out(tmp_path, kind):
+    assert read(write(tmp_path, kind, ["", "first", " \t\r\n\n", "second\n", "\u2003"])) == ["first", "second\n"]
+
+
+def test_an_empty_text_file_and_empty_lines_of_json_are_no_documents(tmp_path):
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "b.jsonl").write_bytes(b"\n" + json_lines(["x"]).strip() + b"\r\n  \n\n" + json_lines(["y"]).strip())
+    assert read(tmp_path) == ["x", "y"]
+
+
+def test_a_missing_path_and_a_folder_without_text_are_refused(tmp_path):
+    has(refusal(input_files, tmp_path / "no"), str(tmp_path / "no"), "does not exist", "give")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    has(refusal(input_files, tmp_path), str(tmp_path), ".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+def test_undecodable_bytes_are_refused_with_file_and_offset(tmp_path):
+    (tmp_path / "a.txt").write_bytes("naïve ".encode() + b"caf\xe9 au lait")
+    has(refusal(read, tmp_path / "a.txt"), str(tmp_path / "a.txt"), "0xe9", "offset 10", "UTF-8", "convert")
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_undecodable_bytes_in_json_lines_are_refused_with_line_and_offset(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(packed(json_lines(["fine"]) + b'{"text": "caf\xe9"}\n', kind))
+    has(refusal(read, path), str(path), "0xe9", "offset 13", "line 2", "convert")
+
+
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_broken_json_is_refused_with_its_line(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(packed(json_lines(["fine", "fine"]) + b'\n{"text": "no end}\n', kind))
+    has(refusal(read, path), str(path), "line 4", "not JSON", "mend or remove")
+
+
+@pytest.mark.parametrize("record", [{"body": "x"}, {"text": None}, {"text": 3}, {"text": ["x"]}, [1], "x", 3, None])
+def test_a_line_without_the_key_is_refused_with_line_and_key(tmp_path, record):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(["fine"]) + json.dumps(record).encode() + b"\n")
+    has(refusal(read, path), str(path), "line 2", '"text"', "--text_key")
+
+
+def test_half_a_surrogate_pair_in_json_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "whole \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    has(refusal(read, path), str(path), "line 2")
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+@pytest.mark.parametrize("kept", ["half", "all but the last", "the first"])
+def test_a_truncated_packed_file_is_refused(tmp_path, kind, kept):
+    draw = random.Random(3)
+    path = tmp_path / f"a.{kind}"
+    data = packed(json_lines([draw.randbytes(200).hex() for _ in range(500)]), kind)
+    path.write_bytes(data[: {"half": len(data) // 2, "all but the last": -1, "the first": 3}[kept]])
+    problem = refusal(read, path)
+    has(problem, str(path), "cannot be read", "replace the file")
+
+
+def test_a_packed_file_truncated_between_two_lines_is_refused(tmp_path):
+    squeeze = zstd.ZstdCompressor()
+    lines = [squeeze.compress(json_lines([text]), mode=squeeze.FLUSH_BLOCK) for text in "abc"]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(lines) + squeeze.flush())
+    assert read(path) == ["a", "b", "c"]
+    path.write_bytes(b"".join(lines[:2]))
+    has(refusal(read, path), str(path), "replace the file")
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("jsonl.gz", b"not packed at all"),
+        ("jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 50),  # a whole header, then no deflate stream
+        ("jsonl.gz", gzip.compress(b'{"text": "a"}')[:-8] + bytes(8)),  # wrong checksum
+        ("jsonl.zst", b"not packed at all"),
+    ],
+    ids=["gz header", "gz stream", "gz checksum", "zst header"],
+)
+def test_a_corrupt_packed_file_is_refused(tmp_path, kind, data):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(data)
+    has(refusal(read, path), str(path), "cannot be read", "replace the file")
+
+
+# --- the held-out split ---
+
+
+def splits(documents, fraction):
+    pairs = list(split_documents(documents, fraction))
+    return {name: [text for split, text in pairs if split == name] for name in ("train", "valid")}
+
+
+@pytest.mark.parametrize(("fraction", "every"), [(0.5, 2), (0.25, 4), (0.05, 20), (0.01, 100)])
+@pytest.mark.parametrize("more", [0, 1, 7])
+def test_every_kth_document_is_held_out(fraction, every, more):
+    documents = [f"document {number}" for number in range(every + more)]
+    found = splits(documents, fraction)
+    assert found["valid"] == documents[every - 1 :: every]
+    assert found["train"] == [text for number, text in enumerate(documents, start=1) if number % every]
+
+
+def test_of_few_documents_the_tails_are_held_out_cut_at_a_line_end():
+    documents = ["".join(f"line {number} of {name}\n" for number in range(100)) for name in "abcdefghi"]
+    found = splits(documents, 0.1)  # nine, where every tenth would be held out
+    assert [kept + held for kept, held in zip(found["train"], found["valid"], strict=True)] == documents
+    for kept, held, document in zip(found["train"], found["valid"], documents, strict=True):
+        assert kept.endswith("\n")
+        assert 0 < len(held) <= 0.1 * len(document)
+        assert len(held) > 0.1 * len(document) - len("line 99 of a\n")
+
+
+def test_a_single_line_is_cut_within():
+    assert splits(["x" * 100], 0.1) == {"train": ["x" * 90], "valid": ["x" * 10]}
+
+
+def test_a_fraction_of_0_holds_nothing_out():
+    assert splits(DOCUMENTS, 0) == {"train": DOCUMENTS, "valid": []}
+
+
+@pytest.mark.parametrize("count", [1, 3, 19, 20, 45])
+def test_train_and_valid_hold_every_character_once_and_in_order(count):
+    draw = random.Random(count)
+    for fraction in (0.05, 0.2, 0.37, 0.5):
+        documents = ["".join(draw.choices("ab \n", k=draw.randrange(40, 90))) + "end" for _ in range(count)]
+        pieces = [text for _, text in split_documents(iter(documents), fraction)]
+        assert "".join(pieces) == "".join(documents)
+
+
+def test_a_tail_of_empty_lines_is_not_lost():
+    document = "line\n" * 10 + "\n" * 20
+    assert "".join(text for _, text in split_documents([document], 0.1)) == document
+
+
+@pytest.mark.parametrize("document", ["a", "ab\n", "\n\n\n\nx", "x\n\n\n\n\n\n\n\n\n\n"])
+def test_a_short_document_is_not_split_into_nothing_and_the_rest(document):
+    pieces = [text for _, text in split_documents([document], 0.05)]
+    assert "".join(pieces) == document
+    assert all(text.strip() for text in pieces), pieces
+
+
+# --- writing ---
+
+
+def made(documents, tokenizer, out, split="train"):
+    return write_corpus(((split, text) for text in documents), tokenizer, out)
+
+
+def items(folder, split):
+    """(documents as lists of items, dataset) read by DeepSpeed."""
+    dataset = MMapIndexedDataset(str(folder / split), skip_warmup=True)
+    starts = dataset.doc_idx.tolist()
+    assert starts[0] == 0
+    assert starts[-1] == len(dataset)
+    return [
+        [dataset[item].tolist() for item in range(start, end)] for start, end in itertools.pairwise(starts)
+    ], dataset
+
+
+def documents_of(folder, split, tokenizer):
+    """Documents decoded from what DeepSpeed reads; checks that end-of-text ends each and stands nowhere else."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    texts = []
+    for pieces in items(folder, split)[0]:
+        tokens = [token for piece in pieces for token in piece]
+        assert [place for place, token in enumerate(tokens) if token == end] == [len(tokens) - 1]
+        texts.append(tokenizer.decode(tokens[:-1], skip_special_tokens=False))
+    return texts
+
+
+def test_deepspeed_reads_back_documents_sizes_and_tokens(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    made(DOCUMENTS, tokenizer, out)
+    read_back, dataset = items(out, "train")
+    expected = [[*tokenizer.encode(text).ids, 0] for text in DOCUMENTS]
+    assert read_back == [[tokens] for tokens in expected]
+    assert dataset.sizes.tolist() == [len(tokens) for tokens in expected]
+    assert dataset.doc_idx.tolist() == list(range(len(DOCUMENTS) + 1))
+    flat = [token for tokens in expected for token in tokens]
+    assert np.fromfile(out / "train.bin", dtype=dataset.dtype).tolist() == flat
+
+
+def test_the_tokens_decode_to_the_documents_of_each_split(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    documents = [f"number {number}\n{DOCUMENTS[number % 4]}" for number in range(12)]
+    write_corpus(split_documents(documents, 0.25), tokenizer, out)
+    assert documents_of(out, "valid", tokenizer) == documents[3::4]
+    assert documents_of(out, "train", tokenizer) == [text for number, text in enumerate(documents) if number % 4 != 3]
+
+
+def test_a_document_that_names_the_end_of_text_does_not_end_there(tmp_path, tokenizer):
+    documents = [f"before {END_OF_TEXT} after", END_OF_TEXT, "plain"]
+    made(documents, tokenizer, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train", tokenizer) == documents
+
+
+@pytest.mark.parametrize("batch", [1, 90, 1 << 20])
+def test_long_documents_are_cut_at_line_ends_and_stay_one_document(tmp_path, tokenizer, monkeypatch, batch):
+    monkeypatch.setattr(corpus, "PIECE", 40)
+    monkeypatch.setattr(corpus, "BATCH", batch)
+    draw = random.Random(4)
+    lines = ["".join(draw.choices("abcdefg \t", k=draw.randrange(30))) for _ in range(60)]
+    documents = [
+        "short\n",
+        "\n".join(lines),
+        "\r\n".join(lines) + "\r\n",
+        "x" * 300,
+        "y" * 41 + "\n",
+        "z" * 40 + "\n" + "z" * 40,
+    ]
+    counts = made(documents, tokenizer, tmp_path / "out")
+    assert documents_of(tmp_path / "out", "train", tokenizer) == documents
+    pieces = [[tokenizer.decode(piece) for piece in document] for document in items(tmp_path / "out", "train")[0]]
+    assert [len(document) for document in pieces[:1] + pieces[3:]] == [1, 1, 1, 2]
+    for document in pieces:
+        assert all(piece.endswith("\n") for piece in document[:-1])
+        assert all(40 < len(piece) <= 80 for piece in document[:-1])
+    assert counts["train"]["documents"] == len(documents)
+    assert counts["train"]["bytes"] == sum(len(text.encode()) for text in documents)
+
+
+def test_counts_are_those_of_the_files_and_of_the_text(tmp_path, tokenizer):
+    out = tmp_path / "out"
+    pairs = [("train", DOCUMENTS[0]), ("valid", DOCUMENTS[1]), ("train", DOCUMENTS[2])]
+    counts = write_corpus(pairs, tokenizer, out)
+    assert json.loads((out / "corpus.json").read_text()) == counts
+    for split, texts in (("train", DOCUMENTS[0:3:2]), ("valid", DOCUMENTS[1:2])):
+        dataset = items(out, split)[1]
+        assert counts[split] == {
+            "documents": len(texts),
+            "tokens": (out / f"{split}.bin").stat().st_size // np.dtype(dataset.dtype).itemsize,
+            "bytes": sum(len(text.encode()) for text in texts),
+        }
+
+
+def test_the_folder_holds_six_readable_files_and_the_tokenizer_used(tmp_path, tokenizer):
+    out = tmp_path / "deep" / "out"
+    write_corpus([("train", DOCUMENTS[0]), ("valid", DOCUMENTS[1])], tokenizer, out)
+    names = ["corpus.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx"]
+    assert sorted(file.name for file in out.iterdir()) == names
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab() == tokenizer.get_vocab()
+    assert out.stat().st_mode & 0o777 == 0o755
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_folder_without_held_out_text_has_no_files_of_that_split(tmp_path, tokenizer):
+    made(DOCUMENTS, tokenizer, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("valid*"))
+
+
+def test_an_out_below_a_file_is_refused(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("mine")
+    has(refusal(made, DOCUMENTS, tokenizer, tmp_path / "file" / "out"), str(tmp_path / "file"), "is a file", "--out")
+
+
+def words_tokenizer(size):
+    made_tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0, **{f"w{i}": i for i in range(1, size)}}))
+    made_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made_tokenizer
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(32768, np.int16), (32769, np.int32), (70000, np.int32)])
+def test_the_largest_id_of_a_vocabulary_fits_its_token_type(tmp_path, size, dtype):
+    made([f"w1 w{size - 1}"], words_tokenizer(size), tmp_path / "out")
+    documents, dataset = items(tmp_path / "out", "train")
+    assert documents == [[[1, size - 1, 0]]]
+    assert dataset.dtype == dtype
+
+
+def test_a_corpus_of_no_training_text_is_refused_and_leaves_nothing(tmp_path, tokenizer):
+    for pairs in ([], [("valid", "held out\n")]):
+        has(refusal(write_corpus, pairs, tokenizer, tmp_path / "out"), "empty", "give")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_without_end_of_text_is_refused_and_leaves_nothing(tmp_path):
+    bare = Tokenizer(models.WordLevel({"w": 0}))
+    has(refusal(made, DOCUMENTS, bare, tmp_path / "out"), "end-of-text")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [UserError("broken line; mend it."), OSError("disk full"), KeyboardInterrupt()])
+def test_nothing_is_left_when_reading_fails_midway(tmp_path, tokenizer, monkeypatch, error):
+    monkeypatch.setattr(corpus, "BATCH", 10)
+
+    def documents():
+        yield "train", DOCUMENTS[0]
+        yield "valid", DOCUMENTS[1]
+        (partial,) = tmp_path.iterdir()  # the work has begun
+        assert (partial / "train.bin").exists()
+        raise error
+
+    with pytest.raises(type(error)):
+        write_corpus(documents(), tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_when_the_index_cannot_be_written(tmp_path, tokenizer, monkeypatch):
+    def full(path, dtype):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MMapIndexedDataset.Index, "writer", full)
+    with pytest.raises(OSError, match="No space left"):
+        made(DOCUMENTS, tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_out_that_exists_is_refused_and_left_untouched(tmp_path, tokenizer, kind):
+    out = tmp_path / "out"
+    kept = out / "kept" if kind == "folder" else out
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("precious")
+    has(refusal(made, DOCUMENTS, tokenizer, out), str(out), "exists already", "remove it or choose another")
+    assert kept.read_text() == "precious"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]

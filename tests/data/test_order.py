@@ -1,0 +1,197 @@
+"""The order of samples."""
+
+import itertools
+import math
+import tracemalloc
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from refusals import has, refusal
+
+from megamoe.data import order as order_module
+from megamoe.data.order import MIX_BLOCK, SampleOrder, permute
+
+# --- the permutation ---
+
+
+def permutation(size, *key):
+    return [permute(index, size, *key) for index in range(size)]
+
+
+def test_the_hash_begins_as_splitmix64():
+    assert order_module._mix(1234567) == 6457827717110365317  # first output of the reference code for this seed
+
+
+@pytest.mark.parametrize("size", [*range(1, 71), 127, 128, 129, 1000, 4096, 4097, 10007])
+def test_permute_is_a_bijection(size):
+    for key in ((0,), (3, 5)):
+        assert sorted(permutation(size, *key)) == list(range(size))
+
+
+def test_permute_differs_by_every_part_of_its_key():
+    keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3), (1, 2), (0, 1, 2, 3)]
+    assert len({tuple(permutation(100, *key)) for key in keys}) == len(keys)
+
+
+def chi_square(counts, cells):
+    expected = sum(counts.values()) / cells
+    return sum((counts[cell] - expected) ** 2 for cell in counts) / expected + (cells - len(counts)) * expected
+
+
+def assert_uniform(counts, cells):
+    """Chi-square with cells - 1 degrees of freedom, normal approximation, five standard deviations."""
+    excess = (chi_square(counts, cells) - cells) / math.sqrt(2 * cells)
+    assert abs(excess) < 5, excess
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 10, 16, 17])
+def test_every_index_goes_everywhere_equally_often_over_the_keys(size):
+    counts = Counter((index, permute(index, size, 11, key)) for key in range(1500) for index in range(size))
+    assert_uniform(counts, size * size)
+
+
+def test_neighbours_are_sent_to_unrelated_places():
+    places = permutation(20_000, 5)
+    for stride in (1, 2, 64):
+        pairs = Counter((a * 10 // 20_000, b * 10 // 20_000) for a, b in zip(places, places[stride:], strict=False))
+        assert_uniform(pairs, 100)
+
+
+def test_a_permutation_has_as_many_fixed_points_and_rises_as_chance_gives():
+    fixed = sum(permute(index, 100, key) == index for key in range(300) for index in range(100))
+    assert abs(fixed - 300) < 5 * math.sqrt(300)
+    places = permutation(10_000, 9)
+    rises = sum(a < b for a, b in itertools.pairwise(places))
+    assert abs(rises - 5000) < 5 * math.sqrt(10_000 / 12)
+
+
+# --- the order of samples ---
+
+
+def walk(order, start, count):
+    return [order.at(position) for position in range(start, start + count)]
+
+
+def test_each_epoch_visits_each_sample_once_in_another_order():
+    order = SampleOrder.of([97], [1.0], seed=3)
+    epochs = [tuple(sample for _, sample in walk(order, 97 * epoch, 97)) for epoch in range(50)]
+    assert all(sorted(epoch) == list(range(97)) for epoch in epochs)
+    assert len(set(epochs)) == 50
+
+
+@pytest.mark.parametrize("weights", [[1.0], [5.0, 1.0, 2.0]])
+def test_each_corpus_is_walked_through_before_it_begins_again(weights):
+    sizes = [97, 40, 701][: len(weights)]
+    visits = [[] for _ in sizes]
+    for corpus, sample in walk(SampleOrder.of(sizes, weights, seed=4), 0, 2 * MIX_BLOCK):
+        visits[corpus].append(sample)
+    for samples, size in zip(visits, sizes, strict=True):
+        epochs = [samples[start : start + size] for start in range(0, len(samples) - size + 1, size)]
+        assert len(epochs) >= 2
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+
+
+def test_at_the_end_of_a_block_no_sample_is_more_than_one_visit_ahead():
+    sizes = [1500, 40, 701]
+    order = SampleOrder.of(sizes, [5.0, 1.0, 2.0], seed=4)
+    seen = [Counter() for _ in sizes]
+    for block in range(3):
+        for corpus, sample in walk(order, block * MIX_BLOCK, MIX_BLOCK):
+            seen[corpus][sample] += 1
+        for counts, size in zip(seen, sizes, strict=True):
+            epochs, rest = divmod(counts.total(), size)
+            assert sorted(counts[sample] for sample in range(size)) == [epochs] * (size - rest) + [epochs + 1] * rest
+
+
+def test_the_order_is_a_pure_function_of_seed_and_position():
+    positions = np.random.default_rng(5).integers(0, 10**6, 40).tolist()
+    asked_at_random = {position: SampleOrder.of([500, 30], [3.0, 1.0], seed=6).at(position) for position in positions}
+    order = SampleOrder.of([500, 30], [3.0, 1.0], seed=6)
+    assert all(order.at(position) == asked_at_random[position] for position in sorted(positions))
+    other = SampleOrder.of([500, 30], [3.0, 1.0], seed=7)
+    assert sum(other.at(position) == asked_at_random[position] for position in positions) < 10
+
+
+def test_corpora_of_one_size_are_walked_in_different_orders():
+    visits = {0: [], 1: []}
+    for corpus, sample in walk(SampleOrder.of([97, 97], [1.0, 1.0], seed=13), 0, MIX_BLOCK):
+        visits[corpus].append(sample)
+    assert visits[0] != visits[1]
+
+
+def test_another_seed_gives_another_order_of_a_single_corpus_and_of_a_mix():
+    for sizes in ([97], [97, 97]):
+        orders = [SampleOrder.of(sizes, [1.0] * len(sizes), seed) for seed in range(10)]
+        assert len({tuple(sample for _, sample in walk(order, 0, 97)) for order in orders}) == 10
+
+
+def independent_shares(weights):
+    """Largest remainder in exact arithmetic."""
+    total = sum(Fraction(weight) for weight in weights)
+    ideal = [Fraction(weight) / total * MIX_BLOCK for weight in weights]
+    shares = [math.floor(share) for share in ideal]
+    by_remainder = sorted(range(len(ideal)), key=lambda i: ideal[i] - shares[i], reverse=True)
+    for i in by_remainder[: MIX_BLOCK - sum(shares)]:
+        shares[i] += 1
+    return tuple(shares)
+
+
+def test_shares_are_those_of_the_largest_remainder():
+    draw = np.random.default_rng(7)
+    for _ in range(200):
+        weights = draw.uniform(0.01, 1, draw.integers(1, 12)).tolist()
+        shares = SampleOrder.of([10] * len(weights), weights, seed=0).shares
+        assert sum(shares) == MIX_BLOCK
+        assert shares == independent_shares(weights)
+    assert SampleOrder.of([1, 1], [3.0, 1.0], 0).shares == (3072, 1024)
+    assert SampleOrder.of([1] * 3, [1.0] * 3, 0).shares == (1366, 1365, 1365)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.2, 0.1], [10.0, 1.0, 1.0, 0.01], [1.0]])
+def test_every_block_holds_each_corpus_in_its_exact_share(weights):
+    order = SampleOrder.of([900 + i for i in range(len(weights))], weights, seed=8)
+    places = [tuple(corpus for corpus, _ in walk(order, block * MIX_BLOCK, MIX_BLOCK)) for block in (0, 1, 10**9)]
+    for block in places:
+        counts = Counter(block)
+        assert tuple(counts[corpus] for corpus in range(len(weights))) == independent_shares(weights)
+    assert len(set(places)) == (3 if len(weights) > 1 else 1)
+
+
+def test_over_a_long_run_the_weights_are_kept():
+    weights = [0.7, 0.2, 0.1]
+    order = SampleOrder.of([1000, 2000, 50], weights, seed=9)
+    counts = Counter(corpus for corpus, _ in walk(order, 12_345, 50_000))
+    for corpus, weight in enumerate(weights):
+        assert abs(counts[corpus] / 50_000 - weight) < 1 / MIX_BLOCK + MIX_BLOCK / 50_000 * 0.02
+
+
+def test_corpora_are_shuffled_within_a_block():
+    order = SampleOrder.of([10**6, 10**6], [1.0, 3.0], seed=10)
+    corpora = [corpus for corpus, _ in walk(order, 0, MIX_BLOCK)]
+    changes = sum(a != b for a, b in itertools.pairwise(corpora))
+    assert abs(changes - MIX_BLOCK * 2 * 0.25 * 0.75) < 5 * math.sqrt(MIX_BLOCK * 0.375 * 0.625)
+    for quarter in range(4):
+        share = corpora[quarter * 1024 : quarter * 1024 + 1024].count(0)
+        assert abs(share - 256) < 5 * math.sqrt(1024 * 0.25 * 0.75)
+
+
+def test_a_weight_too_small_for_one_position_is_refused():
+    has(refusal(SampleOrder.of, [5, 5], [1.0, 1e-5], 0), "weight 1e-05", "1/4096", "raise it or leave it out")
+    assert SampleOrder.of([5, 5], [1.0, 1 / 4095], 0).shares == (4095, 1)
+
+
+def test_a_position_far_away_in_a_huge_corpus_needs_neither_memory_nor_a_search(monkeypatch):
+    hashes = []
+    plain = order_module._mix
+    monkeypatch.setattr(order_module, "_mix", lambda *values: hashes.append(1) or plain(*values))
+    order = SampleOrder.of([10**9, 10**9 + 7], [1.0, 2.0], seed=11)
+    tracemalloc.start()
+    found = [order.at(10**12 + step) for step in range(20)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000  # a block of positions may be kept, an index of samples not
+    assert len(hashes) < 50 * MIX_BLOCK
+    assert len(set(found)) == 20
+    assert all(0 <= sample < order.sizes[corpus] for corpus, sample in found)

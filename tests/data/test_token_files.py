@@ -1,0 +1,174 @@
+"""Reading .bin/.idx files, whoever wrote them."""
+
+import itertools
+import struct
+
+import numpy as np
+import pytest
+from corpora import HEADER, build, random_tokens
+from refusals import has, refusal
+
+from megamoe.data import token_files
+from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
+
+
+@pytest.mark.parametrize("count", [11, 13, 20, 21, 22, 99])
+def test_each_token_but_the_first_is_a_label_once(tmp_path, count):
+    tokens = random_tokens(count, 50)
+    corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
+    samples = [corpus.sample(index) for index in range(corpus.num_samples)]
+    assert corpus.num_tokens == count
+    assert corpus.num_samples == (count - 1) // 10
+    assert all(sample.shape == (11,) and sample.dtype == np.int64 for sample in samples)
+    assert np.concatenate([sample[1:] for sample in samples]).tolist() == tokens[1 : 1 + 10 * len(samples)].tolist()
+    for before, after in itertools.pairwise(samples):
+        assert before[-1] == after[0]
+    assert samples[0][0] == tokens[0]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64],
+    ids=lambda t: t.__name__,
+)
+def test_corpora_of_deepspeeds_builder_load_as_they_are(tmp_path, dtype):
+    vocab_size = min(np.iinfo(dtype).max + 1, 100_000)
+    tokens = [*random_tokens(60, vocab_size), vocab_size - 1]
+    corpus = TokenCorpus(build(tmp_path / "c", tokens, dtype), 20, vocab_size)
+    assert [token for index in range(3) for token in corpus.sample(index)[1:]] == tokens[1:]
+
+
+def megatron_corpus(prefix, documents, code, dtype):
+    """The .bin/.idx as Megatron-LM lays them out, written by hand."""
+    sizes = [len(document) for document in documents]
+    width = np.dtype(dtype).itemsize
+    starts = [sum(sizes[:number]) * width for number in range(len(sizes))]
+    index = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1)
+    index += struct.pack(f"<{len(sizes)}i", *sizes) + struct.pack(f"<{len(sizes)}q", *starts)
+    index += struct.pack(f"<{len(sizes) + 1}q", *range(len(sizes) + 1))
+    prefix.with_suffix(".idx").write_bytes(index)
+    prefix.with_suffix(".bin").write_bytes(np.concatenate(documents).astype(dtype).tobytes())
+    return prefix
+
+
+@pytest.mark.parametrize("documents", [1, 4])
+def test_a_uint16_corpus_of_megatron_loads_as_it_is(tmp_path, documents):
+    tokens = np.append(random_tokens(40 * documents, 65536), 65535)
+    prefix = megatron_corpus(tmp_path / "c", np.array_split(tokens, documents), 8, np.uint16)
+    corpus = TokenCorpus(prefix, 40, 65536)
+    assert corpus.num_samples == documents
+    assert np.concatenate([corpus.sample(index)[1:] for index in range(documents)]).tolist() == tokens[1:].tolist()
+
+
+def test_a_uint64_corpus_of_the_same_code_loads_too(tmp_path):
+    tokens = random_tokens(41, 65536)
+    corpus = TokenCorpus(megatron_corpus(tmp_path / "c", np.array_split(tokens, 3), 8, np.uint64), 40, 65536)
+    assert corpus.sample(0).tolist() == tokens.tolist()
+
+
+def test_exactly_one_sample_is_enough_and_one_token_less_is_refused(tmp_path):
+    tokens = random_tokens(11, 50)
+    corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
+    assert (corpus.num_samples, corpus.sample(0).tolist()) == (1, tokens.tolist())
+    problem = refusal(TokenCorpus, build(tmp_path / "d", tokens[:10]), 10, 50)
+    has(problem, str(tmp_path / "d"), "10 tokens", "10 + 1", "add text", "--seq_len")
+
+
+def test_missing_files_are_named(tmp_path):
+    prefix = build(tmp_path / "c", range(20))
+    problem = refusal(TokenCorpus, tmp_path / "no", 10, 50)
+    has(problem, f"{tmp_path}/no.bin", f"{tmp_path}/no.idx", "does not exist", "tools/prepare_data.py")
+    (tmp_path / "c.idx").rename(tmp_path / "kept.idx")
+    problem = refusal(TokenCorpus, prefix, 10, 50)
+    has(problem, f"{prefix}.idx", "does not exist")
+    assert f"{prefix}.bin" not in problem
+
+
+def test_a_truncated_index_is_refused_with_both_sizes(tmp_path):
+    prefix = build(tmp_path / "c", range(20))  # 3 items, 4 document starts
+    whole = (tmp_path / "c.idx").read_bytes()
+    assert len(whole) == HEADER + 3 * 12 + 4 * 8
+    for size in range(len(whole)):
+        (tmp_path / "c.idx").write_bytes(whole[:size])
+        problem = refusal(TokenCorpus, prefix, 10, 50)
+        has(problem, f"{prefix}.idx", "prepare the corpus again")
+        if size >= HEADER:
+            has(problem, f"{size} bytes", str(len(whole)), "3 items")
+    (tmp_path / "c.idx").write_bytes(whole + b"x")
+    has(refusal(TokenCorpus, prefix, 10, 50), f"{len(whole) + 1} bytes", str(len(whole)))
+
+
+@pytest.mark.parametrize("change", [-1, -4, -40, 1, 4])
+def test_a_bin_that_is_too_short_or_too_long_is_refused_with_both_sizes(tmp_path, change):
+    prefix = build(tmp_path / "c", range(20))
+    whole = (tmp_path / "c.bin").read_bytes()
+    (tmp_path / "c.bin").write_bytes(whole[:change] if change < 0 else whole + bytes(change))
+    problem = refusal(TokenCorpus, prefix, 10, 50)
+    has(problem, f"{prefix}.idx", "80 bytes", f"{prefix}.bin", str(80 + change), "prepare it again")
+
+
+def test_an_index_of_another_bin_is_refused(tmp_path):
+    prefix = build(tmp_path / "c", range(20))
+    build(tmp_path / "d", range(30))
+    (tmp_path / "d.idx").rename(tmp_path / "c.idx")
+    has(refusal(TokenCorpus, prefix, 10, 50), "describes 120 bytes", "has 80", "not of one corpus")
+
+
+def test_a_file_that_is_no_index_is_refused(tmp_path):
+    prefix = build(tmp_path / "c", range(20))
+    whole = (tmp_path / "c.idx").read_bytes()
+    for content in (b"", b"TNTIDX\x00\x00" + whole, b"\x00" + whole[1:], b"hello " * 30):
+        (tmp_path / "c.idx").write_bytes(content)
+        has(refusal(TokenCorpus, prefix, 10, 50), f"{prefix}.idx", "not a Megatron index", "prepare")
+
+
+@pytest.mark.parametrize("code", [0, 9, 255])
+def test_an_index_of_no_whole_numbers_is_refused(tmp_path, code):
+    prefix = build(tmp_path / "c", range(20))
+    whole = bytearray((tmp_path / "c.idx").read_bytes())
+    whole[17] = code
+    (tmp_path / "c.idx").write_bytes(whole)
+    has(refusal(TokenCorpus, prefix, 10, 50), f"{prefix}.idx", f"code {code}", "prepare")
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    has(refusal(TokenCorpus, build(tmp_path / "c", []), 10, 50), str(tmp_path / "c"), "empty", "give one")
+    prefix = build(tmp_path / "d", range(20))
+    (tmp_path / "d.bin").write_bytes(b"")
+    has(refusal(TokenCorpus, prefix, 10, 50), str(prefix), "empty", "give one")
+
+
+@pytest.mark.parametrize("bad", [50, 51, 30000, -1, -7])
+def test_an_id_beyond_the_vocabulary_is_refused_before_the_run(tmp_path, bad):
+    tokens = random_tokens(41, 50)
+    tokens[17] = bad
+    problem = refusal(TokenCorpus, build(tmp_path / "c", tokens, np.int16), 10, 50)
+    has(problem, str(tmp_path / "c"), f"id {bad},", "vocabulary of 50", "tokenizer", "vocab_size")
+
+
+def test_the_largest_id_of_the_vocabulary_is_accepted(tmp_path):
+    assert TokenCorpus(build(tmp_path / "c", [0, 49] * 6), 10, 50).sample(0).max() == 49
+
+
+def test_the_start_is_checked_before_the_run_and_every_sample_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_files, "SCAN", 20)
+    for place, at_start in ((19, True), (20, False), (35, False)):
+        tokens = random_tokens(51, 50)
+        tokens[place] = 77
+        prefix = build(tmp_path / f"c{place}", tokens)
+        if at_start:
+            has(refusal(TokenCorpus, prefix, 10, 50), "id 77")
+            continue
+        corpus = TokenCorpus(prefix, 10, 50)
+        assert corpus.sample(0).tolist() == tokens[:11].tolist()
+        for index in range(5):
+            if 10 * index <= place <= 10 * index + 10:
+                has(refusal(corpus.sample, index), "id 77", "vocabulary of 50")
+
+
+def test_a_folder_holds_its_splits_and_anything_else_is_a_prefix(tmp_path):
+    assert corpus_prefix(str(tmp_path), "valid") == tmp_path / "valid"
+    assert corpus_prefix(str(tmp_path / "mine"), "train") == tmp_path / "mine"
+    assert corpus_counts(str(tmp_path)) is None
+    (tmp_path / "corpus.json").write_text('{"train": {"tokens": 3}}')
+    assert corpus_counts(str(tmp_path)) == {"train": {"tokens": 3}}

@@ -1,0 +1,88 @@
+"""What asks a run to stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megamoe.launch.stopping import INTERRUPTED, Deadline
+
+# The main thread sits in a call that does not come back for a handler, as in a collective.
+WAITING = """
+import ctypes, sys, threading, time
+from megamoe.stopping import StopRequest
+stop = StopRequest()
+def tell():
+    while not stop.asked:
+        time.sleep(0.01)
+    print("asked", flush=True)
+threading.Thread(target=tell, daemon=True).start()
+print("ready", flush=True)
+end = time.monotonic() + 20
+while time.monotonic() < end:  # a signal cuts a sleep short
+    ctypes.CDLL(None).sleep(20)
+"""
+
+
+@pytest.fixture
+def waiting():
+    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_at_once_and_ends_nothing(waiting, number):
+    waiting.send_signal(number)
+    assert waiting.stdout.readline() == "asked\n"
+    assert waiting.poll() is None
+
+
+def test_a_second_ctrl_c_leaves_at_once(waiting):
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.stdout.readline() == "asked\n"
+    time.sleep(0.7)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(10) == INTERRUPTED
+
+
+def test_one_ctrl_c_that_comes_twice_is_one(waiting):
+    waiting.send_signal(signal.SIGINT)
+    waiting.send_signal(signal.SIGINT)  # from the terminal, and from a launcher that passes it on
+    assert waiting.stdout.readline() == "asked\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1)
+
+
+def test_other_requests_after_a_ctrl_c_change_nothing(waiting):
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.stdout.readline() == "asked\n"
+    time.sleep(0.7)
+    waiting.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1)
+
+
+def test_without_a_limit_there_is_no_deadline():
+    assert not Deadline(None, {}).within(1e9)
+
+
+def test_a_limit_counts_from_the_start_of_the_process():
+    age = time.time() - psutil.Process(os.getpid()).create_time()
+    deadline = Deadline(age + 1000, {})
+    assert deadline.within(1010)
+    assert not deadline.within(900)
+
+
+def test_the_end_of_a_slurm_job_counts_where_it_is_nearer():
+    soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
+    assert Deadline(None, soon).within(110)
+    assert not Deadline(None, soon).within(80)
+    assert Deadline(10**9, soon).within(110)
+    assert Deadline(0, soon).within(0)

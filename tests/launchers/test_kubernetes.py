@@ -1,0 +1,65 @@
+"""jobset.yaml, as it ships, against the schema of JobSet and of Kubernetes' pods."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
+from megamoe.config import load_preset
+from megamoe.job import parse_run
+
+ROOT = Path(__file__).parent.parent.parent
+MANIFEST = yaml.safe_load((ROOT / "launch_scripts" / "jobset.yaml").read_text())
+
+
+def unknown(given, known, path=""):
+    """Keys of `given` that the schema has dropped or changed."""
+    if isinstance(given, dict):
+        known = known if isinstance(known, dict) else {}
+        return [bad for key in given for bad in unknown(given[key], known.get(key), f"{path}.{key}")]
+    if isinstance(given, list):
+        known = known if isinstance(known, list) else []
+        known += [None] * (len(given) - len(known))
+        return [bad for index, one in enumerate(given) for bad in unknown(one, known[index], f"{path}[{index}]")]
+    return [] if given == known else [path]
+
+
+def through_schema(manifest):
+    return JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
+
+
+def container():
+    (job,) = MANIFEST["spec"]["replicatedJobs"]
+    (found,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+def test_every_field_is_one_of_the_schema_with_a_value_of_its_type():
+    assert unknown(MANIFEST, through_schema(MANIFEST)) == []
+
+
+def test_a_wrong_field_or_type_would_be_seen():
+    job = MANIFEST["spec"]["replicatedJobs"][0]
+    pods = job["template"]["spec"]
+    misspelt = {**MANIFEST, "spec": {"replicatedJobs": [{**job, "template": {"spec": {**pods, "paralelism": 2}}}]}}
+    assert unknown(misspelt, through_schema(misspelt)) == [".spec.replicatedJobs[0].template.spec.paralelism"]
+    with pytest.raises(ValueError, match="parallelism"):
+        through_schema({"spec": {"replicatedJobs": [{**job, "template": {"spec": {**pods, "parallelism": "two"}}}]}})
+
+
+def test_the_pods_run_a_shipped_script_with_options_that_there_are():
+    assert (ROOT / container()["command"][0]).is_file()
+    run = parse_run(container()["args"])
+    assert run.auto_resume
+    assert (ROOT / run.ds_config).is_file()
+    load_preset(run.preset)
+
+
+def test_the_pods_are_as_many_as_the_script_waits_for_and_meet_at_the_first_one():
+    pods = MANIFEST["spec"]["replicatedJobs"][0]["template"]["spec"]
+    values = {variable["name"]: variable["value"] for variable in container()["env"]}
+    assert values["HOSTS"] == str(pods["parallelism"]) == str(pods["completions"])
+    name = MANIFEST["metadata"]["name"]
+    assert values["ENDPOINT"].startswith(f"{name}-{MANIFEST['spec']['replicatedJobs'][0]['name']}-0-0.{name}:")
+    assert values["RANKS"] == container()["resources"]["limits"]["nvidia.com/gpu"]

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import megamoe.model.moe
+from megamoe.config import ModelConfig, load_preset, preset_names
+from megamoe.model.costs import parameter_count, train_flops_per_token
+from megamoe.model.decoder import Decoder
+
+SMALL = ModelConfig(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    num_latent_tokens=5,
+    max_position_embeddings=64,
+    num_local_experts=6,
+    num_experts_per_tok=2,
+)
+
+
+def changed(**changes):
+    return SMALL.model_copy(update=changes)
+
+
+def count(config):
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in Decoder(config).parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_latent_tokens": 0},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "head_dim": 6},
+        {"num_local_experts": 1, "num_experts_per_tok": 1},
+        {"num_hidden_layers": 1, "intermediate_size": 7, "vocab_size": 11},
+    ],
+    ids=str,
+)
+def test_the_planned_parameters_are_those_of_the_built_model(changes):
+    assert parameter_count(changed(**changes)) == count(changed(**changes))
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_planned_parameters_of_a_preset_are_those_of_its_model(preset):
+    assert parameter_count(load_preset(preset)) == count(load_preset(preset))
+
+
+def test_flops_of_a_token_by_hand():
+    # Per layer: q and o 768 x 768, k and v 768 x 256; two experts of two 768 x 2048; the router 768 x 8; keys and
+    # values of 512 + 8 positions on average. The head 768 x 49,152. Two per weight forward, four backward.
+    attention = 2 * 768 * 768 + 2 * 768 * 256 + 2 * 520 * 768
+    experts = 2 * 2 * 768 * 2048 + 768 * 8
+    assert train_flops_per_token(load_preset("moe-680m"), 1024) == 6 * (24 * (attention + experts) + 768 * 49_152)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_planned_flops_are_those_of_a_training_step_but_for_what_is_not_of_use(top_k, monkeypatch):
+    monkeypatch.setattr(megamoe.model.moe, "CPU_ROW_MULTIPLE", 1)  # no fill rows
+    config = changed(num_experts_per_tok=top_k)
+    batch, length, latents = 3, 40, config.num_latent_tokens
+    model = Decoder(config)
+    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one whose products are counted
+        model(ids, ids).backward()
+
+    heads = config.num_attention_heads * config.head_dim
+    square = batch * (latents + length) ** 2  # computed: latents query too, and nothing is left out for the mask
+    planned = batch * length * (length / 2 + latents)
+    extra = 6 * config.num_hidden_layers * 2 * heads * (square - planned)
+    shared = config.num_key_value_heads * config.head_dim
+    extra += 6 * config.num_hidden_layers * 2 * latents * shared * config.hidden_size  # keys and values of the latents
+    assert counter.get_total_flops() == batch * length * train_flops_per_token(config, length) + extra

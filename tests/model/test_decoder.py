@@ -1,0 +1,435 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import megamoe.model.decoder
+from megamoe.config import ModelConfig, load_preset
+from megamoe.model.costs import parameter_count
+from megamoe.model.decoder import Decoder
+
+# With theta 2^16 and 8 dimensions the frequencies 1, 2^-4, 2^-8, 2^-12 are exact, so fp32 angles are too.
+THETA, HEAD_DIM = 65536.0, 8
+SMALL = ModelConfig(
+    vocab_size=40,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=HEAD_DIM,
+    num_latent_tokens=3,
+    max_position_embeddings=12,
+    rope_theta=THETA,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+SCALINGS = [
+    None,
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 8},
+]  # fmt: skip
+
+
+def small_model(seed=0, **changes):
+    """A small decoder in float64 with weights large enough that every part tells, and a bias in every router."""
+    model = Decoder(SMALL.model_copy(update=changes)).double()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1 if "norm" in name else 0, 0.3)
+        for router in model.routers():
+            router.selection_bias.normal_(0, 0.2)
+    return model
+
+
+def some_ids(*shape):
+    return torch.randint(SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(one, other, atol=1e-10):
+    torch.testing.assert_close(one, other, rtol=0, atol=atol)
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+def test_moe_680m_has_679_809_792_parameters():
+    config = load_preset("moe-680m")
+    with torch.device("meta"):
+        model = Decoder(config)
+    assert sum(weight.numel() for weight in model.parameters()) == 679_809_792
+    assert parameter_count(config) == 679_809_792
+
+
+# --- the whole decoder against a plain one --------------------------------------------------------------------------
+
+
+def plain_norm(x, weight):
+    return weight * x / torch.sqrt((x * x).mean() + SMALL.rms_norm_eps)
+
+
+def plain_rotate(x, position):
+    """Pairs (i, i + half) turn by position * theta^(-2i / d); cosines and sines are fp32 numbers."""
+    half = len(x) // 2
+    angles = torch.tensor([position * THETA ** (-2 * i / len(x)) for i in range(half)], dtype=torch.float32)
+    cos, sin = angles.cos().double(), angles.sin().double()
+    return torch.cat((x[:half] * cos - x[half:] * sin, x[half:] * cos + x[:half] * sin))
+
+
+def plain_attention(x, weights, name):
+    """`x` is a list of token vectors; latents stand ahead of them, unrotated."""
+    q, k, v, o = (weights[f"{name}.{part}_proj.weight"] for part in "qkvo")
+    heads, shared, dim = SMALL.num_attention_heads, SMALL.num_key_value_heads, HEAD_DIM
+    keys = [[(k @ latent)[g * dim : (g + 1) * dim] for g in range(shared)] for latent in weights[f"{name}.latents"]]
+    values = [[(v @ latent)[g * dim : (g + 1) * dim] for g in range(shared)] for latent in weights[f"{name}.latents"]]
+    outputs = []
+    for position, token in enumerate(x):
+        keys.append([plain_rotate((k @ token)[g * dim : (g + 1) * dim], position) for g in range(shared)])
+        values.append([(v @ token)[g * dim : (g + 1) * dim] for g in range(shared)])
+        mixed = []
+        for head in range(heads):
+            query = plain_rotate((q @ token)[head * dim : (head + 1) * dim], position)
+            group = head // (heads // shared)
+            scores = torch.stack([query @ key[group] / math.sqrt(dim) for key in keys])  # all latents, tokens so far
+            shares = scores.exp() / scores.exp().sum()
+            mixed.append(sum(share * value[group] for share, value in zip(shares, values, strict=True)))
+        outputs.append(o @ torch.cat(mixed))
+    return outputs
+
+
+def plain_experts(token, weights, name, bias):
+    powers = (weights[f"{name}.router.weight"] @ token).exp()
+    scores = powers / powers.sum()
+    ranked = sorted(range(SMALL.num_local_experts), key=lambda expert: -(scores[expert] + bias[expert]).item())
+    chosen = ranked[: SMALL.num_experts_per_tok]
+    output = 0
+    for expert in chosen:
+        up = weights[f"{name}.experts.deepspeed_experts.{expert}.up_proj.weight"]
+        down = weights[f"{name}.experts.deepspeed_experts.{expert}.down_proj.weight"]
+        inner = up @ token
+        output = output + scores[expert] / sum(scores[e] for e in chosen) * (down @ (inner / (1 + (-inner).exp())))
+    return output
+
+
+def plain_decoder(ids, weights, biases):
+    """Logits (T, V) of one row of token ids."""
+    x = [weights["embed_tokens.weight"][token] for token in ids]
+    for layer in range(SMALL.num_hidden_layers):
+        name = f"layers.{layer}"
+        normed = [plain_norm(token, weights[f"{name}.input_layernorm.weight"]) for token in x]
+        attended = plain_attention(normed, weights, f"{name}.self_attn")
+        x = [token + change for token, change in zip(x, attended, strict=True)]
+        normed = [plain_norm(token, weights[f"{name}.post_attention_layernorm.weight"]) for token in x]
+        mixed = [plain_experts(token, weights, f"{name}.moe.deepspeed_moe", biases[layer]) for token in normed]
+        x = [token + change for token, change in zip(x, mixed, strict=True)]
+    return torch.stack([weights["embed_tokens.weight"] @ plain_norm(token, weights["norm.weight"]) for token in x])
+
+
+def test_logits_and_all_gradients_are_those_of_a_plain_decoder():
+    model = small_model()
+    ids, labels = some_ids(2, 7), some_ids(7, 2).T
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    biases = [router.selection_bias for router in model.routers()]
+    expected = torch.stack([plain_decoder(row.tolist(), weights, biases) for row in ids])
+    chosen = expected.softmax(-1).flatten(0, 1)[torch.arange(14), labels.flatten()]
+    expected_loss = -chosen.log().mean()
+    expected_loss.backward()
+
+    close(model(ids), expected)
+    loss = model(ids, labels)
+    loss.backward()
+    close(loss, expected_loss)
+    for name, weight in model.named_parameters():
+        # An expert that no token chose has no part in the plain decoder, and zero gradients in the model.
+        plain = weights[name].grad
+        close(weight.grad, torch.zeros_like(weight) if plain is None else plain)
+        assert plain is None or plain.abs().max() > 0
+
+
+# --- padding --------------------------------------------------------------------------------------------------------
+
+
+def padded(rows, side):
+    """Rows of ids and their mask, filled up with token 7 on the given side."""
+    longest = max(map(len, rows))
+    ids, real = [], []
+    for row in rows:
+        fill = longest - len(row)
+        mine, mask = row.tolist(), [True] * len(row)
+        ids.append([7] * fill + mine if side == "left" else mine + [7] * fill)
+        real.append([False] * fill + mask if side == "left" else mask + [False] * fill)
+    return torch.tensor(ids), torch.tensor(real)
+
+
+def check_padded_rows(model, side):
+    rows = [some_ids(length) for length in (3, 9, 1, 16)]
+    ids, real = padded(rows, side)
+    logits = model(ids, attention_mask=real)
+    for row, row_ids in enumerate(rows):
+        close(logits[row][real[row]], model(row_ids.unsqueeze(0))[0])
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"] if scaling else "none")
+def test_a_left_padded_row_gives_the_logits_it_gives_alone(scaling):
+    check_padded_rows(small_model(rope_scaling=scaling), "left")
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"] if scaling else "none")
+def test_a_right_padded_row_gives_the_logits_it_gives_alone(scaling):
+    check_padded_rows(small_model(rope_scaling=scaling), "right")
+
+
+def test_the_ids_at_padding_do_not_matter():
+    model = small_model()
+    ids, real = padded([some_ids(3), some_ids(6)], "left")
+    other = torch.where(real, ids, 11)
+    close(model(other, attention_mask=real)[real], model(ids, attention_mask=real)[real])
+
+
+def test_a_mask_of_all_true_is_no_mask():
+    model = small_model()
+    ids = some_ids(2, 6)
+    close(model(ids, attention_mask=torch.ones(2, 6, dtype=torch.bool)), model(ids))
+
+
+def test_padding_is_not_counted_as_routed():
+    model = small_model()
+    ids, real = padded([some_ids(3), some_ids(6)], "right")
+    model(ids, attention_mask=real)
+    for router in model.routers():
+        assert router.step_counts.sum() == (3 + 6) * SMALL.num_experts_per_tok
+
+
+def test_padding_moves_no_gradient():
+    model, alone = small_model(), small_model()
+    row, longer = some_ids(4), some_ids(6)
+    ids, real = padded([row, longer], "left")
+    labels = torch.full_like(ids, -100)
+    labels[0, 2:] = row
+    model(ids, labels, real).backward()
+    alone(row.unsqueeze(0), row.unsqueeze(0)).backward()
+    for weight, other in zip(model.parameters(), alone.parameters(), strict=True):
+        close(weight.grad, other.grad)
+
+
+# --- cached generation ----------------------------------------------------------------------------------------------
+
+
+def cached_logits(model, ids, steps, real=None):
+    """Logits of `ids` (B, S) fed in `steps` parts through a cache of exactly S tokens."""
+    cache = model.new_cache(ids.shape[1])
+    parts, end = [], 0
+    for step in steps:
+        mask = None if real is None else real[:, : end + step]
+        parts.append(model(ids[:, end : end + step], attention_mask=mask, cache=cache))
+        end += step
+    assert end == ids.shape[1]
+    return torch.cat(parts, dim=1)
+
+
+STEPS = [[5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [4, 6, 1, 5], [1] * 16, [16]]
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"] if scaling else "none")
+def test_cached_logits_are_those_of_the_full_pass(scaling, steps):
+    model = small_model(rope_scaling=scaling).eval()
+    ids = some_ids(2, 16)
+    close(cached_logits(model, ids, steps), model(ids))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("num_latents", [0, 1])
+def test_cached_logits_are_those_of_the_full_pass_for_any_latents_and_layout(num_latents, interleaved):
+    model = small_model(num_latent_tokens=num_latents, rope_interleaved=interleaved).eval()
+    ids = some_ids(2, 10)
+    close(cached_logits(model, ids, [4, 1, 1, 3, 1]), model(ids))
+
+
+@pytest.mark.parametrize("steps", STEPS, ids=str)
+def test_cached_logits_of_left_padded_rows_are_those_of_the_full_pass(steps):
+    model = small_model().eval()
+    ids, real = padded([some_ids(12), some_ids(16), some_ids(14)], "left")
+    close(cached_logits(model, ids, steps, real)[real], model(ids, attention_mask=real)[real])
+
+
+def test_cached_rows_of_different_lengths_give_the_logits_they_give_alone():
+    model = small_model().eval()
+    rows = [some_ids(length) for length in (9, 12)]
+    ids, real = padded(rows, "left")
+    logits = cached_logits(model, ids, [8, 1, 3], real)
+    for row, row_ids in enumerate(rows):
+        close(logits[row][real[row]], model(row_ids.unsqueeze(0))[0])
+
+
+# --- initial weights ------------------------------------------------------------------------------------------------
+
+EXPERTS = ".deepspeed_experts."
+
+
+@pytest.mark.parametrize("ep_size", [2, 4])
+def test_initial_weights_are_the_same_for_every_ep_size(ep_size):
+    whole = dict(Decoder(SMALL, seed=5).named_parameters())
+    num_local = SMALL.num_local_experts // ep_size
+    seen = set()
+    for ep_rank in range(ep_size):
+        for name, weight in Decoder(SMALL, seed=5, ep_size=ep_size, ep_rank=ep_rank).named_parameters():
+            if EXPERTS in name:
+                before, after = name.split(EXPERTS)
+                local_id, rest = after.split(".", 1)
+                name = f"{before}{EXPERTS}{ep_rank * num_local + int(local_id)}.{rest}"
+            assert torch.equal(weight, whole[name]), name
+            seen.add(name)
+    assert seen == set(whole)
+
+
+def test_the_seed_decides_the_initial_weights():
+    one, same, other = (dict(Decoder(SMALL, seed=seed).named_parameters()) for seed in (1, 1, 2))
+    for name in one:
+        assert torch.equal(one[name], same[name])
+        assert "norm" in name or not torch.equal(one[name], other[name])
+
+
+def initial_draws(model):
+    """The first numbers of each drawn weight, on the common scale."""
+    draws = {}
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            scale = (
+                math.sqrt(2 * SMALL.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            )
+            draws[name] = tuple(round(value * scale, 6) for value in weight.flatten()[:8].tolist())
+    return draws
+
+
+def test_experts_start_different_from_each_other_and_in_each_layer():
+    draws = {name: draw for name, draw in initial_draws(Decoder(SMALL)).items() if EXPERTS in name}
+    assert len(draws) == 2 * SMALL.num_hidden_layers * SMALL.num_local_experts
+    assert len(set(draws.values())) == len(draws)
+
+
+def test_no_two_initial_weights_come_from_the_same_stream():
+    first = {}
+    for name, draw in initial_draws(Decoder(SMALL)).items():
+        assert draw not in first, f"{name} starts like {first[draw]}"
+        first[draw] = name
+
+
+def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers_and_norms_at_1():
+    config = SMALL.model_copy(update={
+        "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 32, "num_latent_tokens": 64,
+        "initializer_range": 0.05,
+    })  # fmt: skip
+    residual = 0
+    for name, weight in Decoder(config).named_parameters():
+        if "norm" in name:
+            assert (weight == 1).all()
+            continue
+        is_residual = name.endswith(("self_attn.o_proj.weight", "down_proj.weight"))
+        residual += is_residual
+        std = 0.05 / 4 if is_residual else 0.05
+        spread = 5 / math.sqrt(2 * weight.numel())  # five standard errors
+        assert weight.std().item() == pytest.approx(std, rel=spread), name
+        assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel()), name
+    assert residual == 8 * (1 + config.num_local_experts)
+
+
+# --- loss -----------------------------------------------------------------------------------------------------------
+
+
+def test_ignored_labels_have_no_part_in_the_loss():
+    model = small_model()
+    ids, labels = some_ids(1, 7), some_ids(7, 1).T.clone()
+    labels[0, 4:] = -100
+    close(model(ids, labels), model(ids[:, :4], labels[:, :4]))
+
+
+def test_no_labels_at_all_give_a_loss_of_0_and_zero_gradients():
+    model = small_model()
+    ids = some_ids(2, 5)
+    loss = model(ids, torch.full_like(ids, -100))
+    loss.backward()
+    assert loss == 0
+    assert all(weight.grad.abs().max() == 0 for weight in model.parameters())
+
+
+def test_the_loss_is_fp32_where_the_model_is_bf16():
+    model = Decoder(SMALL).bfloat16()
+    ids, labels = some_ids(2, 7), some_ids(7, 2).T
+    loss = model(ids, labels)
+    assert loss.dtype == torch.float32
+    exact = F.cross_entropy(model(ids).float().flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, exact, rtol=1e-3, atol=0)
+
+
+def test_the_backward_pass_does_not_count_routed_tokens_again():
+    model = small_model()
+    ids = some_ids(2, 5)
+    model(ids, ids).backward()
+    for router in model.routers():
+        assert router.step_counts.sum() == 2 * 5 * SMALL.num_experts_per_tok
+
+
+# --- recomputed blocks ----------------------------------------------------------------------------------------------
+
+
+def stored_by_a_step(recompute_blocks):
+    """(gradients, slots counted, bytes that the blocks kept for backward) of a model with dropout and jitter."""
+    model = small_model(expert_dropout=0.3, router_jitter_noise=0.2)
+    model.recompute_blocks = recompute_blocks
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    ids = some_ids(2, 7)
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, ids)
+    size = sum(nbytes for _, nbytes in kept.values())
+    loss.backward()
+    counts = torch.stack([router.step_counts for router in model.routers()])
+    return [weight.grad for weight in model.parameters()], counts, size
+
+
+def test_recomputed_blocks_give_the_same_gradients_and_counts_to_the_bit_from_less_memory():
+    blocks = range(SMALL.num_hidden_layers + 1)
+    stored, *recomputed = [stored_by_a_step(number) for number in blocks]
+    for gradients, counts, _ in recomputed:
+        assert torch.equal(counts, stored[1])
+        assert all(torch.equal(one, other) for one, other in zip(gradients, stored[0], strict=True))
+    sizes = [size for _, _, size in (stored, *recomputed)]
+    assert all(fewer < 0.75 * more for more, fewer in itertools.pairwise(sizes))
+
+
+def test_nothing_is_recomputed_without_gradients(monkeypatch):
+    monkeypatch.setattr(megamoe.model.decoder, "checkpoint", None)
+    model = small_model()
+    model.recompute_blocks = SMALL.num_hidden_layers
+    with torch.no_grad():
+        close(model(some_ids(2, 7)), small_model()(some_ids(2, 7)))
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_saved_name_of_a_router_contains_expert():
+    names = [name for name in Decoder(SMALL).state_dict() if ".router." in name]
+    assert len(names) == 3 * SMALL.num_hidden_layers  # weight, bias and running load
+    assert not any("expert" in name for name in names)
+
+
+def test_the_head_is_the_embedding():
+    model = small_model()
+    assert sum(weight.shape[0] == SMALL.vocab_size for weight in model.parameters()) == 1
+    assert "lm_head.weight" not in model.state_dict()

@@ -1,0 +1,92 @@
+"""The layer over several ranks against a plain sum in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from megamoe.model.experts import Expert
+from megamoe.model.moe import MoE
+from megamoe.model.router import Router
+
+D, F, E, K = 8, 12, 4, 2
+
+
+def weights():
+    draw = torch.Generator().manual_seed(7)
+    router = torch.randn(E, D, generator=draw, dtype=torch.float64)
+    up = torch.randn(E, F, D, generator=draw, dtype=torch.float64)
+    down = torch.randn(E, D, F, generator=draw, dtype=torch.float64)
+    return router, up, down
+
+
+def tokens(counts):
+    draw = torch.Generator().manual_seed(8)
+    return [torch.randn(count, D, generator=draw, dtype=torch.float64) for count in counts]
+
+
+def layer_on_this_rank(ep_size, counts, bias):
+    """Forward and backward; returns output, input gradient, and this rank's expert gradients by global id."""
+    router_weight, up, down = weights()
+    router = Router(D, E, K)
+    layer = MoE(router, Expert(D, F), E, D, ep_size)
+    layer.set_deepspeed_parallelism()
+    layer.double()
+    router.selection_bias.copy_(torch.tensor(bias))
+    with torch.no_grad():
+        router.weight.copy_(router_weight)
+        first = dist.get_rank() % ep_size * layer.num_local_experts
+        for i, expert in enumerate(layer.local_experts, start=first):
+            expert.up_proj.weight.copy_(up[i])
+            expert.down_proj.weight.copy_(down[i])
+    x = tokens(counts)[dist.get_rank()].requires_grad_()
+    out = layer(x)[0]
+    (out * torch.arange(1.0, D + 1)).sum().backward()
+    grads = {
+        i: (expert.up_proj.weight.grad, expert.down_proj.weight.grad)
+        for i, expert in enumerate(layer.local_experts, start=first)
+    }
+    return out.detach(), x.grad, router.weight.grad, grads
+
+
+def plain_sum(x, bias):
+    """Each token's weighted sum over its experts, one token at a time."""
+    router, up, down = (weight.requires_grad_() for weight in weights())
+    x = x.clone().requires_grad_()
+    rows = []
+    for token in x:
+        scores = torch.softmax(router @ token, 0)
+        chosen = sorted(range(E), key=lambda e: -(scores[e].item() + bias[e]))[:K]
+        total = sum(scores[e] for e in chosen)
+        rows.append(sum(scores[e] / total * (down[e] @ torch.nn.functional.silu(up[e] @ token)) for e in chosen))
+    out = torch.stack(rows) if rows else x * 0
+    (out * torch.arange(1.0, D + 1)).sum().backward()
+    zeros = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in (router, up, down)]
+    return out.detach(), x.grad, *zeros
+
+
+LOADS = {
+    "random": [0.0] * E,
+    "an expert without tokens": [0.0, 0.0, -9.0, 0.0],
+    "a rank without rows": [9.0, 9.0, 0.0, 0.0],  # with two experts a rank, all rows go to one rank of each group
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize(("world_size", "ep_size"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+def test_the_layer_equals_a_plain_sum_on_any_split(world_size, ep_size, load):
+    counts, bias = [5, 0, 7, 3][:world_size], LOADS[load]  # the second rank has no token of its own
+    results = run_ranks(world_size, layer_on_this_rank, ep_size, counts, bias)
+    expected = [plain_sum(x, bias) for x in tokens(counts)]
+    for (out, x_grad, router_grad, _), (want, want_x, want_router, _, _) in zip(results, expected, strict=True):
+        torch.testing.assert_close(out, want, atol=1e-10, rtol=0)
+        torch.testing.assert_close(x_grad, want_x, atol=1e-10, rtol=0)
+        torch.testing.assert_close(router_grad, want_router, atol=1e-10, rtol=0)
+    # An expert's gradient on a rank is that of all tokens in the rank's expert-parallel group.
+    for rank, (*_, grads) in enumerate(results):
+        group = range(rank // ep_size * ep_size, rank // ep_size * ep_size + ep_size)
+        for expert, part in itertools.product(grads, (0, 1)):
+            want = sum(expected[member][3 + part][expert] for member in group)
+            torch.testing.assert_close(grads[expert][part], want, atol=1e-10, rtol=0)

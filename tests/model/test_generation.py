@@ -1,0 +1,197 @@
+import pytest
+import torch
+
+from megamoe.config import ModelConfig
+from megamoe.errors import UserError
+from megamoe.model.decoder import Decoder
+from megamoe.model.generation import filter_logits, generate, sample
+
+CONFIG = ModelConfig(
+    vocab_size=30,
+    hidden_size=16,
+    intermediate_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    num_latent_tokens=2,
+    max_position_embeddings=24,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5, 8, 9, 7, 9, 3]]
+
+
+def small_model(**changes):
+    model = Decoder(CONFIG.model_copy(update=changes)).double()
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, 0, 0.4)
+    return model
+
+
+def greedy_by_full_passes(model, prompt, steps):
+    """The largest logit of a pass over everything so far, again and again, without a cache."""
+    model.eval()
+    ids = list(prompt)
+    for _ in range(steps):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+# --- filters --------------------------------------------------------------------------------------------------------
+
+
+def some_logits():
+    torch.manual_seed(0)
+    return 3 * torch.randn(6, 20)
+
+
+def kept(logits):
+    return [{token for token, logit in enumerate(row) if logit > -torch.inf} for row in logits.tolist()]
+
+
+def ranked(row):
+    return sorted(range(len(row)), key=lambda token: -row[token])
+
+
+def nucleus(row, top_p):
+    """Tokens from the likeliest on, until their probability reaches `top_p`."""
+    probabilities = torch.tensor(row, dtype=torch.float64).softmax(0).tolist()
+    tokens, reached = set(), 0.0
+    for token in ranked(row):
+        tokens.add(token)
+        reached += probabilities[token]
+        if reached >= top_p:
+            break
+    return tokens
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 19, 20, 50])
+def test_top_k_keeps_the_k_largest_as_they_are(top_k):
+    logits = some_logits()
+    filtered = filter_logits(logits, top_k, None)
+    assert kept(filtered) == [set(ranked(row)[:top_k]) for row in logits.tolist()]
+    assert torch.equal(filtered[filtered > -torch.inf], logits[filtered > -torch.inf])
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.9, 0.99])
+def test_top_p_keeps_the_smallest_set_that_reaches_p_as_it_is(top_p):
+    logits = some_logits()
+    filtered = filter_logits(logits, None, top_p)
+    assert kept(filtered) == [nucleus(row, top_p) for row in logits.tolist()]
+    assert torch.equal(filtered[filtered > -torch.inf], logits[filtered > -torch.inf])
+
+
+def test_top_p_is_of_what_top_k_left():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    # Of the three that stay, the first two have 7/9 = 0.78 together; of all four they would have 0.7.
+    assert kept(filter_logits(logits, 3, 0.75)) == [{0, 1}]
+    assert kept(filter_logits(logits, None, 0.75)) == [{0, 1, 2}]
+
+
+@pytest.mark.parametrize("top_p", [None, 1.0])
+def test_no_filter_changes_nothing(top_p):
+    assert torch.equal(filter_logits(some_logits(), None, top_p), some_logits())
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-12])
+def test_the_largest_always_stays(top_p):
+    logits = some_logits()
+    assert kept(filter_logits(logits, None, top_p)) == [{ranked(row)[0]} for row in logits.tolist()]
+
+
+def test_samples_come_as_often_as_temperature_top_k_and_top_p_say():
+    # At temperature 1/2 the probabilities are squared: 16 : 9 : 4 : 1. Of the first three, the first two have 25/29 =
+    # 0.86 and suffice; of all four they would have 25/30 = 0.83.
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(20_000, 4)
+    drawn = sample(logits, 0.5, 3, 0.85, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=4) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.64, 0.36, 0.0, 0.0]), rtol=0, atol=0.02)
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_temperature_0_is_the_argmax_of_the_full_pass():
+    model = small_model()
+    for prompt in PROMPTS:
+        assert generate(model, [prompt], 12, temperature=0) == [greedy_by_full_passes(model, prompt, 12)]
+
+
+def test_dropout_and_jitter_are_off():
+    model = small_model(expert_dropout=0.5, router_jitter_noise=0.5).train()
+    plain = small_model()
+    assert generate(model, PROMPTS[:1], 10, temperature=0) == generate(plain, PROMPTS[:1], 10, temperature=0)
+
+
+def test_top_k_1_is_temperature_0():
+    model = small_model()
+    assert generate(model, PROMPTS, 10, top_k=1) == generate(model, PROMPTS, 10, temperature=0)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another():
+    model = small_model()
+    one, same, other = (generate(model, PROMPTS, 12, temperature=2.0, seed=seed) for seed in (1, 1, 2))
+    assert one == same
+    assert all(row != other_row for row, other_row in zip(one, other, strict=True))
+
+
+def test_the_text_depends_on_the_given_seed_alone():
+    model = small_model()
+    torch.manual_seed(1)
+    one = generate(model, PROMPTS, 12, temperature=2.0, seed=3)
+    torch.manual_seed(2)
+    assert generate(model, PROMPTS, 12, temperature=2.0, seed=3) == one
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 4.0}],
+    ids=lambda scaling: scaling["rope_type"] if scaling else "none",
+)
+def test_prompts_of_different_lengths_give_together_what_each_gives_alone(scaling):
+    # With a scaling the text goes beyond max_position_embeddings.
+    model = small_model(rope_scaling=scaling, max_position_embeddings=6 if scaling else 24)
+    together = generate(model, PROMPTS, 14, temperature=0)
+    assert together == [generate(model, [prompt], 14, temperature=0)[0] for prompt in PROMPTS]
+
+
+def test_a_row_stops_at_end_of_text_and_the_others_go_on():
+    model = small_model()
+    free = generate(model, PROMPTS, 12, temperature=0)
+    end = free[0][4]
+    expected = [row[: row.index(end)] if end in row else row for row in free]
+    assert len({len(row) for row in expected}) > 1  # the rows do end at different places
+    assert generate(model, PROMPTS, 12, temperature=0, end_of_text=end) == expected
+
+
+def test_nothing_is_computed_after_every_row_has_stopped():
+    model = small_model()
+    end = generate(model, PROMPTS[:1], 1, temperature=0)[0][0]
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    assert generate(model, PROMPTS[:1], 12, temperature=0, end_of_text=end) == [[]]
+    assert len(passes) == 1
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_may_be_as_long_as_the_model_and_no_longer():
+    model = small_model()
+    assert len(generate(model, [[1, 2, 3], [4]], 21)[0]) == 21
+    with pytest.raises(UserError, match=r"25 tokens.*24"):
+        generate(model, [[4], [1, 2, 3]], 22)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match="no tokens"):
+        generate(small_model(), [[1], []], 3)
+
+
+@pytest.mark.parametrize("number", [0, -2])
+def test_fewer_than_1_new_token_is_refused(number):
+    with pytest.raises(UserError, match=f"max_new_tokens is {number}.*1"):
+        generate(small_model(), [[1]], number)

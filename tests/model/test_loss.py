@@ -1,0 +1,93 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import megamoe.model.loss
+from megamoe.model.loss import chunked_cross_entropy
+
+
+def head(dtype, tokens=14, hidden=6, vocab=11):
+    generator = torch.Generator().manual_seed(1)
+    draw = [torch.randn(size, hidden, generator=generator, dtype=torch.float64) for size in (tokens, vocab)]
+    labels = torch.randint(vocab, (tokens,), generator=generator)
+    labels[[0, 1, 9]] = -100
+    return *(tensor.to(dtype).requires_grad_() for tensor in draw), labels
+
+
+def plain(hidden, weight, labels, scale=1.0):
+    """Loss and gradients by torch, in float64."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    loss = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100)
+    (loss * scale).backward()
+    return loss, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 14, 512])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(chunk, monkeypatch):
+    monkeypatch.setattr(megamoe.model.loss, "LOSS_CHUNK", chunk)
+    hidden, weight, labels = head(torch.float64)
+    loss = chunked_cross_entropy(hidden, weight, labels)
+    (loss * 3).backward()
+    torch.testing.assert_close((loss, hidden.grad, weight.grad), plain(hidden, weight, labels, 3), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_the_loss_is_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(dtype, rtol):
+    hidden, weight, labels = head(dtype)
+    loss = chunked_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, dtype, dtype)
+    for one, exact in zip((loss, hidden.grad, weight.grad), plain(hidden, weight, labels), strict=True):
+        assert (one - exact).norm() <= rtol * exact.norm()
+
+
+def test_a_loss_scale_keeps_fp16_gradients_that_are_below_its_smallest_number():
+    hidden, weight, labels = head(torch.float16)
+    factor = 2.0**-24  # alone, these gradients would be zeros in fp16
+    (chunked_cross_entropy(hidden, weight, labels) * factor * 2.0**16).backward()
+    expected = plain(hidden, weight, labels, factor * 2.0**16)
+    for one, exact in zip((hidden.grad, weight.grad), expected[1:], strict=True):
+        assert (one - exact).norm() <= 0.01 * exact.norm()
+
+
+def test_no_label_at_all_gives_a_loss_of_0_and_zero_gradients():
+    hidden, weight, labels = head(torch.float32)
+    loss = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss == 0
+    assert hidden.grad.abs().max() == weight.grad.abs().max() == 0
+
+
+def test_fp16_keeps_the_small_gradients_of_a_large_vocabulary():
+    hidden, weight, labels = head(torch.float16, tokens=10, vocab=50_000)
+    with torch.no_grad():
+        weight *= 0.1  # every entry near 1 / 50,000
+    (chunked_cross_entropy(hidden, weight, labels) * 2.0**12).backward()
+    _, _, exact = plain(hidden, weight, labels, 2.0**12)
+    unseen = torch.ones(50_000, dtype=torch.bool)
+    unseen[labels[labels >= 0]] = False
+    assert (weight.grad[unseen] - exact[unseen]).norm() <= 2e-3 * exact[unseen].norm()
+
+
+def test_where_no_gradient_is_asked_for_none_is_computed(monkeypatch):
+    monkeypatch.setattr(torch, "mm", None)
+    hidden, weight, labels = head(torch.float64)
+    with torch.no_grad():
+        loss = chunked_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(loss, plain(hidden, weight, labels)[0].detach())
+
+
+def test_never_are_more_logits_held_than_those_of_a_chunk(monkeypatch):
+    monkeypatch.setattr(megamoe.model.loss, "LOSS_CHUNK", 4)
+    seen = []
+
+    class Sizes(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            seen.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    hidden, weight, labels = head(torch.float32, tokens=32, hidden=2, vocab=64)
+    with Sizes():
+        chunked_cross_entropy(hidden, weight, labels).backward()
+    assert max(seen) == 4 * 64

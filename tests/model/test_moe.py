@@ -1,0 +1,261 @@
+import deepspeed.moe.layer
+import pytest
+import torch
+from torch import nn
+
+from megamoe.model import moe
+from megamoe.model.experts import Expert
+from megamoe.model.moe import MoE, group_rows
+from megamoe.model.router import Router
+
+D, F, E, T = 6, 10, 4, 9
+
+
+# --- group_rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 64])
+@pytest.mark.parametrize("rows", [1, 2, 17, 100])
+@pytest.mark.parametrize("groups", [1, 4, 7])
+def test_rows_of_a_group_are_one_block_in_their_own_order(groups, rows, multiple):
+    torch.manual_seed(rows)
+    group_ids = torch.randint(groups, (rows,))
+    index, sizes, place = group_rows(group_ids, groups, multiple)
+    sizes = sizes.tolist()
+    assert len(sizes) == groups
+    assert len(index) == sum(sizes)
+    start = 0
+    for group, size in enumerate(sizes):
+        members = [row for row in range(rows) if group_ids[row] == group]
+        assert size % multiple == 0
+        assert len(members) <= size < len(members) + multiple
+        assert index[start : start + len(members)].tolist() == members
+        assert [int(place[row]) for row in members] == list(range(start, start + len(members)))
+        start += size
+
+
+@pytest.mark.parametrize("multiple", [1, 5])
+def test_place_inverts_index(multiple):
+    torch.manual_seed(0)
+    index, _, place = group_rows(torch.randint(5, (50,)), 5, multiple)
+    assert torch.equal(index[place], torch.arange(50))
+    assert len(set(place.tolist())) == 50
+
+
+def test_places_that_are_fill_repeat_a_row_that_exists():
+    index, sizes, _ = group_rows(torch.tensor([2, 0, 2]), 4, 4)
+    assert sizes.tolist() == [4, 0, 4, 0]
+    assert index.min() >= 0
+    assert index.max() < 3
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_a_group_without_rows_has_an_empty_block(multiple):
+    index, sizes, place = group_rows(torch.tensor([3, 1, 3]), 5, multiple)
+    assert [size > 0 for size in sizes] == [False, True, False, True, False]
+    assert torch.equal(index[place], torch.arange(3))
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_no_rows_at_all_give_empty_blocks(multiple):
+    index, sizes, place = group_rows(torch.empty(0, dtype=torch.int64), 3, multiple)
+    assert sizes.tolist() == [0, 0, 0]
+    assert len(index) == len(place) == 0
+
+
+# --- the layer, against a plain sum over the chosen experts of each token -------------------------------------------
+
+
+def layer_with(bias=(0.0,) * E, top_k=2):
+    torch.manual_seed(0)
+    layer = MoE(Router(D, E, top_k), Expert(D, F), E, D).double()
+    for weight in layer.parameters():
+        nn.init.normal_(weight, 0, 0.5)
+    layer.router.selection_bias.copy_(torch.tensor(bias))
+    return layer
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def plain_layer(x, router_weight, experts, bias, top_k):
+    """What the layer is defined to be, token by token, and the slots of each expert; `experts` are (up, down) pairs."""
+    outputs, slots = [], [0] * len(experts)
+    for token in x:
+        powers = [torch.exp(row @ token) for row in router_weight]
+        scores = [power / sum(powers) for power in powers]
+        ranked = sorted(range(len(experts)), key=lambda expert: scores[expert].item() + bias[expert], reverse=True)
+        chosen = ranked[:top_k]
+        total = sum(scores[expert] for expert in chosen)
+        output = torch.zeros_like(token)
+        for expert in chosen:
+            up, down = experts[expert]
+            output = output + scores[expert] / total * (down @ silu(up @ token))
+            slots[expert] += 1
+        outputs.append(output)
+    return torch.stack(outputs), slots
+
+
+def weights_of(layer):
+    experts = [(expert.up_proj.weight, expert.down_proj.weight) for expert in layer.local_experts]
+    return layer.router.weight, experts
+
+
+def copies_of(layer):
+    router_weight, experts = weights_of(layer)
+
+    def copy(weight):
+        return weight.detach().clone().requires_grad_()
+
+    return copy(router_weight), [(copy(up), copy(down)) for up, down in experts]
+
+
+ROUTINGS = {
+    "random": (0.0, 0.0, 0.0, 0.0),
+    "one expert gets nothing": (0.0, -9.0, 0.0, 0.0),
+    "all tokens to the same experts": (0.0, 8.0, 0.0, 9.0),
+}
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize("tokens", [1, T])
+@pytest.mark.parametrize("top_k", [1, 2, E])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
+    routing, top_k, tokens, multiple, monkeypatch
+):
+    monkeypatch.setattr(moe, "CPU_ROW_MULTIPLE", multiple)
+    layer = layer_with(ROUTINGS[routing], top_k)
+    x = torch.randn(tokens, D, dtype=torch.float64, requires_grad=True)
+    coefficients = torch.randn(tokens, D, dtype=torch.float64)
+    output, _, counts = layer(x)
+    (output * coefficients).sum().backward()
+
+    plain_x = x.detach().clone().requires_grad_()
+    router_weight, experts = copies_of(layer)
+    expected, slots = plain_layer(plain_x, router_weight, experts, ROUTINGS[routing], top_k)
+    (expected * coefficients).sum().backward()
+
+    def same(one, other):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+    same(output, expected)
+    same(x.grad, plain_x.grad)
+    same(layer.router.weight.grad, router_weight.grad)
+    for (up, down), (plain_up, plain_down) in zip(weights_of(layer)[1], experts, strict=True):
+        # An expert that no token chose has no part in the plain sum; in the layer it has gradients all the same.
+        same(up.grad, torch.zeros_like(up) if plain_up.grad is None else plain_up.grad)
+        same(down.grad, torch.zeros_like(down) if plain_down.grad is None else plain_down.grad)
+    assert counts.tolist() == slots
+    if routing == "one expert gets nothing" and top_k < E:
+        assert slots[1] == 0
+    if routing == "all tokens to the same experts":
+        assert slots[3] == tokens
+        assert sum(slot > 0 for slot in slots) == top_k
+
+
+def test_an_expert_without_rows_has_zero_gradients():
+    layer = layer_with(ROUTINGS["one expert gets nothing"])
+    layer(torch.randn(T, D, dtype=torch.float64))[0].sum().backward()
+    for weight in layer.local_experts[1].parameters():
+        assert weight.grad is not None
+        assert weight.grad.abs().max() == 0
+    assert all(weight.grad.abs().max() > 0 for weight in layer.local_experts[0].parameters())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, E])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_no_token_is_dropped(routing, top_k):
+    torch.manual_seed(0)
+    router = Router(D, E, top_k)
+    nn.init.normal_(router.weight)
+    router.selection_bias.copy_(torch.tensor(ROUTINGS[routing]))
+    layer = MoE(router, nn.Identity(), E, D)  # a slot that went missing would take its weight out of the sum
+    x = torch.randn(500, D)
+    output, _, counts = layer(x)
+    torch.testing.assert_close(output, x)
+    assert counts.sum() == 500 * top_k
+    assert torch.equal(counts, router.step_counts)
+
+
+def test_the_output_has_the_shape_of_the_input_and_each_token_its_own_result():
+    layer = layer_with()
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    output, _, _ = layer(x)
+    assert output.shape == x.shape
+    for row in range(2):
+        for position in range(3):
+            alone, _, _ = layer(x[row : row + 1, position])
+            torch.testing.assert_close(output[row, position], alone[0], rtol=0, atol=1e-12)
+
+
+def test_the_auxiliary_loss_is_0():
+    auxiliary = layer_with()(torch.randn(T, D, dtype=torch.float64))[1]
+    assert auxiliary.shape == ()
+    assert auxiliary == 0
+
+
+def test_unused_tokens_reach_no_expert_and_give_0():
+    layer = layer_with()
+    x = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True)
+    used = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    output, _, counts = layer(x, used)
+    output.square().sum().backward()
+    alone, _, alone_counts = layer(x[used])
+    torch.testing.assert_close(output[used], alone, rtol=0, atol=1e-12)
+    assert output[~used].abs().max() == 0
+    assert x.grad[~used].abs().max() == 0
+    assert x.grad[used].abs().min() > 0
+    assert torch.equal(counts, alone_counts)
+    assert counts.sum() == 4 * 2
+
+
+def test_a_share_without_any_used_token_still_has_zero_gradients():
+    layer = layer_with()
+    x = torch.randn(1, 3, D, dtype=torch.float64, requires_grad=True)
+    output, _, counts = layer(x, torch.zeros(1, 3, dtype=torch.bool))
+    output.sum().backward()
+    assert output.abs().max() == 0
+    assert counts.tolist() == [0] * E
+    assert all(weight.grad is not None and weight.grad.abs().max() == 0 for weight in layer.parameters())
+
+
+def test_deepspeed_takes_the_layer_for_its_own():
+    layer = layer_with()
+    assert isinstance(layer, deepspeed.moe.layer.MoE)
+    assert len(layer.deepspeed_moe.experts.deepspeed_experts) == layer.num_local_experts == E
+    for name, weight in layer.named_parameters():
+        is_expert = "router" not in name
+        assert getattr(weight, "allreduce", True) != is_expert  # how its engine tells expert parameters from others
+        assert not is_expert or weight.group_name == "ep_size_1"
+
+
+def test_dropout_is_on_the_experts_output_in_training_only():
+    torch.manual_seed(0)
+    expert = Expert(D, F, dropout=0.5)
+    x = torch.randn(200, D)
+    dropped = expert(x)
+    expert.eval()
+    whole = expert(x)
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+    torch.testing.assert_close(whole, silu(x @ expert.up_proj.weight.T) @ expert.down_proj.weight.T)
+
+
+def test_an_exchange_that_moves_nothing_has_the_shapes_of_a_real_one(monkeypatch):
+    layer = MoE(Router(D, E, 2), Expert(D, F), E, D, ep_size=2).double()
+    nn.init.normal_(layer.router.weight)
+    seen = []
+    monkeypatch.setattr(moe.dist, "all_to_all_single", lambda out, rows, *splits, group: seen.append(splits))
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody has written
+    try:
+        out = layer(torch.randn(T, D, dtype=torch.float64))[0]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.shape == (T, D)
+    counts, there, back = seen
+    assert counts == ()
+    assert there == back == (there[0], there[0])  # what is sent to a peer is what it seems to send
+    assert sum(there[0]) == 2 * T

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+
+from megamoe.model.rope import apply_rotary, rope_frequencies, rotary_table
+
+HEAD_DIM, THETA, MAX_POSITIONS = 64, 10_000.0, 128
+SCALINGS = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "beta_fast": 20, "beta_slow": 2},
+    {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.8},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+]  # fmt: skip
+
+
+def named(scaling):
+    return "none" if scaling is None else "-".join(map(str, scaling.values()))
+
+
+def llama_config(scaling):
+    return LlamaConfig(
+        hidden_size=2 * HEAD_DIM,
+        num_attention_heads=2,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA, **(scaling or {})},
+    )
+
+
+def frequencies_for(scaling, *lengths):
+    return rope_frequencies(HEAD_DIM, THETA, scaling, MAX_POSITIONS, torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("length", [5, MAX_POSITIONS, MAX_POSITIONS + 1, 500])
+@pytest.mark.parametrize("scaling", SCALINGS, ids=named)
+def test_scaled_frequencies_are_those_of_transformers(scaling, length):
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](llama_config(scaling), "cpu", seq_len=length)
+    frequencies, factor = frequencies_for(scaling, length)
+    torch.testing.assert_close(frequencies[0], expected, rtol=2e-6, atol=0)
+    assert factor == pytest.approx(expected_factor)
+
+
+def test_dynamic_frequencies_are_unscaled_up_to_the_maximum_and_lower_beyond_it():
+    plain, _ = frequencies_for(None, 1)
+    scaled, _ = frequencies_for({"rope_type": "dynamic", "factor": 3.0}, 1, MAX_POSITIONS, MAX_POSITIONS + 1, 500)
+    torch.testing.assert_close(scaled[:2], plain.expand(2, -1), rtol=1e-6, atol=0)
+    assert (scaled[2, 1:] < plain[0, 1:]).all()
+    assert (scaled[3, 1:] < scaled[2, 1:]).all()
+
+
+@pytest.mark.parametrize("scaling", [None, *SCALINGS], ids=named)
+def test_rotation_of_halves_is_llamas(scaling):
+    torch.manual_seed(0)
+    length = MAX_POSITIONS + 40
+    positions = torch.arange(length).unsqueeze(0)
+    query, key = torch.randn(2, length, 4, HEAD_DIM), torch.randn(2, length, 2, HEAD_DIM)
+    cos, sin = LlamaRotaryEmbedding(llama_config(scaling))(query, positions)
+    expected = llama_rotary(query, key, cos, sin, unsqueeze_dim=2)
+
+    rotary = rotary_table(positions, *frequencies_for(scaling, length), torch.float32)
+    torch.testing.assert_close(apply_rotary(query, rotary, False), expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(apply_rotary(key, rotary, False), expected[1], rtol=1e-4, atol=1e-4)
+
+
+def test_rotation_of_neighbours_is_gptjs():
+    torch.manual_seed(0)
+    x = torch.randn(2, 30, 3, HEAD_DIM)
+    cos, sin = rotary_table(torch.arange(30).unsqueeze(0), *frequencies_for(None, 30), torch.float32)
+    expected = gptj_rotary(x, sin, cos)
+    torch.testing.assert_close(apply_rotary(x, (cos, sin), True), expected)
+    assert not torch.allclose(apply_rotary(x, (cos, sin), False), expected)
+
+
+def test_each_row_is_rotated_by_its_own_positions_and_length():
+    torch.manual_seed(0)
+    scaling = {"rope_type": "dynamic", "factor": 3.0}
+    x = torch.randn(2, 4, 1, HEAD_DIM)
+    positions = torch.tensor([[0, 1, 2, 3], [196, 197, 198, 199]])
+    both = apply_rotary(x, rotary_table(positions, *frequencies_for(scaling, 4, 200), torch.float32), False)
+    for row, length in enumerate((4, 200)):
+        rotary = rotary_table(positions[row : row + 1], *frequencies_for(scaling, length), torch.float32)
+        torch.testing.assert_close(both[row : row + 1], apply_rotary(x[row : row + 1], rotary, False))
+
+
+def test_angles_are_taken_in_fp32_and_only_the_table_has_the_models_dtype():
+    positions = torch.tensor([[0, 1, 1001]])
+    frequencies, factor = frequencies_for(None, 1002)
+    fine = rotary_table(positions, frequencies, factor, torch.float32)
+    coarse = rotary_table(positions, frequencies, factor, torch.bfloat16)
+    for exact, rounded in zip(fine, coarse, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(rounded, exact.to(torch.bfloat16), rtol=0, atol=0)

@@ -1,0 +1,151 @@
+import json
+import sys
+from dataclasses import replace
+
+import plan as tool
+import psutil
+import pytest
+from refusals import has, sentences
+from toy import PRESET, SHIPPED, ds_config
+
+from megamoe import cli
+from megamoe.errors import UserError
+from megamoe.planning.footprint import footprint
+from megamoe.planning.planner import PlanConfig, make_plan, this_machine
+from megamoe.planning.traffic import step_time
+from megamoe.training.sinks import KNOWN_PEAKS
+
+ZERO2 = str(SHIPPED / "zero2.json")
+
+
+def planned(**changes):
+    return make_plan(PlanConfig(**{"gpus": 16, "ds_config": ZERO2, "ep_size": 8, **changes}))
+
+
+def run(monkeypatch, capsys, *words):
+    """(exit code, stdout, problems on stderr) of the tool."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(tool.main)
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return caught.value.code, said.out, said.err.splitlines()
+
+
+def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
+    ds = ds_config(2, train_batch_size=33)
+    ds["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    code, out, problems = run(
+        monkeypatch, capsys, "--gpus", 10, "--ep_size", 3, "--device", "h1000", "--seq_len", 4096,
+        "--ds_config", tmp_path / "ds.json",
+    )  # fmt: skip
+    assert (code, out) == (2, "")
+    sentences(problems)
+    for parts in (
+        ('"train_batch_size" is 33', "change one"),
+        ("offload_optimizer", "leave it out"),
+        ("ep_size is 3", "10 ranks", "divisor"),
+        ("ep_size is 3", "8 experts", "divisor"),
+        ("seq_len is 4096", "1024", "lower it"),
+        ("device is 'h1000'", "a100, h100, h200, b200, cpu"),
+    ):
+        assert [problem for problem in problems if all(part in problem for part in parts)], parts
+    assert len(problems) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--gpus", 0), ("gpus", "greater than 0")),
+        (("--gpus", 8, "--efficiency", 1.5), ("efficiency", "1.5")),
+        (("--gpus", 8, "--micro_batch", "two"), ("micro_batch", "two")),
+        (("--gpus", 8, "--ep_sise", 2), ("--ep_sise", "--ep_size")),
+        ((), ("gpus", "missing")),
+    ],
+)
+def test_a_wrong_option_is_refused(words, parts, monkeypatch, capsys):
+    code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *words)
+    assert (code, out) == (2, "")
+    (problem,) = problems
+    has(problem, *parts)
+
+
+def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "plan.json"
+    words = ("--gpus", 1024, "--ep_size", 8, "--ds_config", ZERO2, "--json", file)
+    code, out, problems = run(monkeypatch, capsys, *words)
+    assert (code, problems) == (0, [])
+    record = json.loads(file.read_text())
+    assert sum(record["memory"]["peak"].values()) == record["memory"]["totals"]["peak"]
+    assert record["memory"]["totals"]["peak"] == planned(gpus=1024).footprint.peak.total()
+    for kind in record["memory"]["peak"]:
+        assert f"  {kind} " in out
+    for one in record["communication"]:
+        assert f"{one['purpose']} ({one['kind']})" in out
+    assert f"{record['time']['tokens_per_second']:,.0f} tokens/s" in out
+    assert record["time"]["tokens_per_day"] == 86_400 * record["time"]["tokens_per_second"]
+    for sentence in record["assumptions"]:
+        assert sentence in out
+    assert "simulated" not in record
+
+
+def test_micro_batch_and_seq_len_are_those_given():
+    setup = planned(micro_batch=3, seq_len=512).setup
+    assert (setup.micro_batch, setup.seq_len, setup.tokens) == (3, 512, 1536)
+    assert planned().setup.tokens == 2 * 1024
+
+
+def test_what_does_not_fit_is_said(monkeypatch, capsys):
+    assert planned().fits
+    words = ("--gpus", 16, "--ep_size", 8, "--ds_config", ZERO2)
+    assert "DOES NOT FIT" not in run(monkeypatch, capsys, *words)[1]
+    assert not planned(micro_batch=200).fits
+    assert "DOES NOT FIT in 79.6 GiB" in run(monkeypatch, capsys, *words, "--micro_batch", 200)[1]
+    assert planned(micro_batch=100, device="h200").fits
+
+
+@pytest.mark.parametrize("name", ["A100", "H100", "H200", "B200"])
+def test_a_device_has_the_peak_that_mfu_is_measured_by(name):
+    plan = planned(device=name.lower())
+    assert (plan.device.flops(2), plan.device.flops(4)) == KNOWN_PEAKS[name]
+    assert plan.time.mfu == pytest.approx(0.4 * plan.time.compute / plan.time.seconds)
+
+
+def test_more_ranks_in_a_node_make_the_links_faster():
+    apart, together = planned(gpus_per_node=4), planned(gpus_per_node=16)
+    assert apart.time.communication > planned().time.communication > together.time.communication
+    assert apart.time.compute == together.time.compute
+
+
+def test_on_this_machine_all_ranks_share_its_memory_and_its_rate():
+    alone, shared = this_machine(1), this_machine(4)
+    assert shared.memory == psutil.virtual_memory().total / 4 == alone.memory / 4
+    assert alone.half_flops > 1e9
+    assert alone.inside > 1e8
+    plan = planned(device="cpu", preset="tiny", gpus=16)
+    assert plan.gpus_per_node == 16
+    assert plan.setup.on_cpu
+    assert plan.time == step_time(plan.setup, plan.device, 16, 0.4, 0.7)
+
+
+@pytest.mark.parametrize(("stage", "overlap"), [(1, True), (1, False), (2, True), (2, False)])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_whatever_a_step_takes_it_gives_back(stage, overlap, accumulation, on_cpu):
+    setup = planned().setup
+    for latents in (0, 3):
+        model = setup.model.model_copy(update={**PRESET, "num_latent_tokens": latents})
+        changed = replace(
+            setup, model=model, ep_size=4, zero_stage=stage, overlap=overlap, accumulation=accumulation, on_cpu=on_cpu
+        )
+        for rank in (0, 5, 15):
+            found = footprint(changed, rank)  # which asserts it
+            assert all(size >= 0 for size in found.peak.values())
+            assert found.peak.total() > max(found.between.total(), found.peak["activations"])
+
+
+def test_an_unreadable_json_is_refused():
+    with pytest.raises(UserError) as caught:
+        planned(ds_config="none.json", preset="nowhere")
+    assert len(sentences(caught.value.problems)) == 2

@@ -1,0 +1,99 @@
+import inspect
+import math
+
+import pytest
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+from refusals import has, only, sentences
+from toy import PRESET, SHIPPED, ds_config
+
+from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.model.costs import parameter_count
+from megamoe.planning import sharding
+from megamoe.planning.sharding import Group, parameter_groups, read_setup, setup_problems
+
+CONFIG = ModelConfig(**PRESET)
+
+
+def setup_of(ds, ranks=1, ep_size=1, model=CONFIG):
+    return read_setup(model, ds, ranks, ep_size, 16, True)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("removed", ["reduce_bucket_size", "overlap_comm", None])
+def test_what_a_json_leaves_out_is_read_as_deepspeed_reads_it(path, removed):
+    ds = read_json(path)
+    ds["zero_optimization"].pop(removed, None)
+
+    own, setup = DeepSpeedConfig(dict(ds)), setup_of(ds)
+    assert setup.bucket == own.zero_config.reduce_bucket_size
+    assert setup.overlap == own.zero_config.overlap_comm
+    assert setup.zero_stage == own.zero_optimization_stage
+    assert setup.all_reduce == own.zero_config.use_multi_rank_bucket_allreduce
+
+
+def test_the_largest_expert_group_is_deepspeeds():
+    own = inspect.signature(split_params_into_different_moe_groups_for_optimizer)
+    assert own.parameters["max_group_size"].default == sharding.EXPERT_GROUP
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
+def test_groups_hold_every_weight_of_a_rank_once(ep_size):
+    model = load_preset("moe-680m")
+    groups = parameter_groups(setup_of(ds_config(2), 8, ep_size, model))
+    experts = sum(sum(group.sizes.values()) for group in groups if group.expert)
+    shared = sum(sum(group.sizes.values()) for group in groups if not group.expert)
+    assert shared + experts * ep_size == parameter_count(model)
+    assert {group.ranks for group in groups if group.expert} == {8 // ep_size}
+    assert all(sum(group.sizes.values()) <= sharding.EXPERT_GROUP for group in groups if group.expert)
+    assert sum(group.expert for group in groups) == {1: 4, 2: 2, 4: 1, 8: 1}[ep_size]  # 604 million over 179 million
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
+def test_owners_share_out_a_flat_group(ranks):
+    group = Group({"a": 5, "b": 101, "c": 1, "d": 64}, ranks, False)
+    owned = [0] * ranks
+    place = 0
+    for name, size in group.sizes.items():
+        expected = [0] * ranks
+        for element in range(place, place + size):
+            expected[element // group.partition] += 1
+        place += size
+        assert group.owners(name) == {rank: count for rank, count in enumerate(expected) if count}
+        owned = [one + other for one, other in zip(owned, expected, strict=True)]
+    assert sum(owned) == 171
+    assert group.partition * ranks == math.ceil(171 / (2 * ranks)) * 2 * ranks
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("zero_optimization", "offload_optimizer", {"device": "cpu"}),
+        ("zero_optimization", "cpu_offload", True),
+        ("zero_optimization", "contiguous_gradients", False),
+        ("zero_optimization", "reduce_scatter", False),
+        ("data_types", "grad_accum_dtype", "bf16"),
+        ("bf16", "bf16_master_weights_and_grads", True),
+        ("bf16", "bf16_optimizer_states", True),
+        ("fp16", "fp16_master_weights_and_grads", True),
+    ],
+)
+def test_what_is_not_modelled_is_named(section, key, value):
+    ds = ds_config(2)
+    ds["zero_optimization"]["stage"] = 1
+    assert setup_problems(ds, "ds.json") == []
+    ds[section] = {**ds.get(section, {}), key: value}
+    has(only(sentences(setup_problems(ds, "ds.json"))), "ds.json", f"{section}.{key}", "leave it out")
+
+
+@pytest.mark.parametrize("value", ["x", 0, -5, None, True])
+def test_a_bucket_that_is_no_number_of_elements_is_refused(value):
+    ds = ds_config(2)
+    ds["zero_optimization"]["reduce_bucket_size"] = value
+    has(only(sentences(setup_problems(ds, "ds.json"))), "reduce_bucket_size", repr(value), "at least 1")
+
+
+@pytest.mark.parametrize("value", [[], True, "cpu", None])
+@pytest.mark.parametrize("section", ["zero_optimization", "bf16", "data_types"])
+def test_a_section_that_is_no_object_is_left_to_the_checks_of_the_json(section, value):
+    assert setup_problems({**ds_config(2), section: value}, "ds.json") == []

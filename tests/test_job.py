@@ -1,0 +1,213 @@
+"""What pretrain.py checks before it builds or writes anything."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from toy import PRESET, ds_config, write_inputs
+
+from megamoe.config import RunConfig
+from megamoe.errors import UserError
+from megamoe.job import SAME_ON_RESUME, Job, parse_run
+
+
+def problems(run, world_size=1):
+    with pytest.raises(UserError) as caught:
+        Job(RunConfig(**run), world_size, torch.device("cpu"))
+    return caught.value.problems
+
+
+def job(run, world_size=1):
+    return Job(RunConfig(**run), world_size, torch.device("cpu"))
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+
+
+def started(run, **changes):
+    """A run folder as an earlier run left it, with a checkpoint at step 3."""
+    folder = job(run).run_dir
+    job(run).open_folder(0).close()
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, **changes}))
+    (folder / "checkpoints" / "step_3").mkdir(parents=True)
+    (folder / "checkpoints" / "latest").write_text("step_3")
+
+
+def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
+    run = parse_run(["--ds_config", "ds.json"])
+    assert run == RunConfig(ds_config="ds.json")
+    run = parse_run(["--ds_config", "a", "--data", "x=0.7", "y=0.3", "--steps", "5", "--resume", "--local_rank=1"])
+    assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
+    assert run.steps == 5
+    assert run.resume
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ['"ds_config" is missing']),
+        (["--ds_config", "a", "--stepz", "3"], ['unknown key "--stepz"', 'did you mean "--steps"']),
+        (["--ds_config", "a", "--seed", "1", "--seed", "2"], ["--seed is given twice, as 1 and as 2"]),
+        (["--ds_config", "a", "--steps", "many"], ['"steps" is "many"', "integer"]),
+        (["--ds_config", "a", "--ep_size", "0"], ['"ep_size" is "0"', "greater than 0"]),
+        (["--ds_config", "a", "--data", "x=much"], ["'x=much'", "PATH=WEIGHT"]),
+    ],
+)
+def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):
+    with pytest.raises(UserError) as caught:
+        parse_run(words)
+    (problem,) = caught.value.problems
+    assert all(part in problem for part in parts), problem
+
+
+def test_problems_of_all_owners_come_together(inputs, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, zero_optimization={"stage": 3})))
+    said = problems({**inputs, "ep_size": 3, "data": ["nowhere"], "resume": True, "steps": 10**6}, world_size=2)
+    parts = ["holds no run to resume", "stage is 3", "the 2 ranks", "the 4 experts", "nowhere.bin", "steps is 1000000"]
+    assert len(said) == len(parts)
+    assert all(any(part in problem for problem in said) for part in parts), said
+
+
+def test_a_vocabulary_too_small_for_the_corpus_is_refused_before_training(inputs, tmp_path):
+    (tmp_path / "preset.json").write_text(json.dumps({**PRESET, "vocab_size": 50}))
+    said = problems(inputs)
+    assert any("beyond the model's vocabulary of 50" in problem for problem in said)
+
+
+def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(inputs, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    (problem,) = problems(inputs)
+    assert "holds no run; choose another --run_dir" in problem
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_another_run_is_not_written_over(inputs):
+    started(inputs)
+    (problem,) = problems(inputs)
+    assert "holds another run" in problem
+
+
+@pytest.mark.parametrize("key", sorted(set(SAME_ON_RESUME) - {"data", "optimization"}))
+def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_both(inputs, key):
+    started(inputs, **{key: "another"})
+    (problem,) = problems({**inputs, "resume": True})
+    assert f'{key} "another", not ' in problem
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [("optimizer", {"type": "Adam"}), ("gradient_clipping", 2.0), ("bf16", {"enabled": True}), ("scheduler", {})],
+)
+def test_resuming_with_other_rules_of_optimization_is_refused(inputs, section, value):
+    started(inputs, deepspeed={**ds_config(2), section: value})
+    (problem,) = problems({**inputs, "resume": True})
+    assert f'optimization {{"{section}": ' in problem
+
+
+def test_resuming_with_another_corpus_is_refused_but_it_may_lie_elsewhere(inputs, tmp_path):
+    data = job(inputs).record()["data"]
+    started(inputs, data=[{**data[0], "tokens": 5}])
+    (problem,) = problems({**inputs, "resume": True})
+    assert '"tokens": 5' in problem
+    shutil.move(tmp_path / "corpus", tmp_path / "elsewhere")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "data": data}))
+    assert job({**inputs, "resume": True, "data": [str(tmp_path / "elsewhere")]}).candidates
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"zero_optimization": {"stage": 1}},
+        {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
+        {"steps_per_print": 7},
+    ],
+    ids=str,
+)
+def test_resuming_with_what_leaves_the_losses_alone_is_welcome(inputs, tmp_path, change):
+    started(inputs)
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2) | change))
+    assert job({**inputs, "resume": True}).candidates
+
+
+def test_a_refused_resume_says_only_what_differs(inputs):
+    started(inputs, model={**job(inputs).record()["model"], "hidden_size": 64})
+    (problem,) = problems({**inputs, "resume": True})
+    assert 'holds a run with model {"hidden_size": 64}, not {"hidden_size": 32}' in problem
+
+
+def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
+    shutil.copytree(tmp_path / "corpus", tmp_path / "other")
+    mix = {**inputs, "data": [str(tmp_path / "corpus"), str(tmp_path / "other")]}
+    for name in ("corpus", "other"):
+        (tmp_path / name / "tokenizer.json").write_text('"the same"')
+    assert len(job(mix).corpora) == 2
+    (tmp_path / "other" / "tokenizer.json").write_text('"another"')
+    (problem,) = problems(mix)
+    assert all(str(tmp_path / name / "tokenizer.json") in problem for name in ("corpus", "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"tensorboard": {"enabled": "maybe"}}, ["tensorboard.enabled", "'maybe'", "boolean"]),
+        ({"communication_data_type": "foo"}, ["DeepSpeed refuses"]),
+    ],
+)
+def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path, change, parts):
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, **change)))
+    (problem,) = problems(inputs)
+    assert all(part in problem for part in parts), problem
+
+
+def test_resuming_goes_on_from_the_newest_checkpoint(inputs):
+    started(inputs)
+    assert [path.name for path in job({**inputs, "resume": True}).candidates] == ["step_3"]
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with_only(inputs):
+    started(inputs)
+    shutil.rmtree(job({**inputs, "resume": True}).run_dir / "checkpoints")
+    assert job({**inputs, "resume": True}).candidates == []
+    record = json.loads((Path(inputs["run_dir"]) / "run.json").read_text())
+    record["run"]["init_from"] = "old.pt"
+    (Path(inputs["run_dir"]) / "run.json").write_text(json.dumps(record))
+    (problem,) = problems({**inputs, "resume": True})
+    assert 'init_from "old.pt", not null; give the same again' in problem
+    (Path(inputs["run_dir"]) / "checkpoints" / "step_3").mkdir(parents=True)
+    (problem,) = problems({**inputs, "resume": True, "init_from": "new.pt"})
+    assert 'init_from "old.pt", not "new.pt"' in problem
+
+
+def test_resuming_a_run_that_is_done_is_refused_with_both_steps(inputs):
+    started(inputs)
+    (problem,) = problems({**inputs, "resume": True, "steps": 3})
+    assert "at step 3 already" in problem
+    assert "ends at 3" in problem
+
+
+def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one(inputs):
+    assert not job({**inputs, "auto_resume": True, "run_dir": inputs["run_dir"] + "-new"}).candidates
+    started(inputs)
+    again = job({**inputs, "auto_resume": True})
+    assert [path.name for path in again.candidates] == ["step_3"]
+    assert not again.is_done
+    assert job({**inputs, "auto_resume": True, "steps": 3}).is_done
+
+
+def test_auto_resume_does_not_go_on_with_another_run(inputs):
+    started(inputs)
+    (problem,) = problems({**inputs, "auto_resume": True, "seed": 7})
+    assert "holds a run with seed" in problem
+
+
+def test_a_corpus_without_held_out_text_trains_without_evaluation(inputs, tmp_path):
+    for suffix in ("bin", "idx"):
+        (tmp_path / "corpus" / f"valid.{suffix}").unlink()
+    assert job(inputs).evaluator() is None

@@ -1,0 +1,188 @@
+"""The benchmark runs and adds up. How fast anything is, is not for a test to say."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import benchmark
+import benchmark_contender
+import pytest
+import torch
+from benchmark_contender import Clock, Machine, Turn, build_engine_contender, build_mixtral, gemm_flops, timed_pieces
+from ranks import run_ranks
+from refusals import has, refusal, refusals
+from toy import PRESET, SHIPPED
+
+from megamoe.config import ModelConfig, load_preset
+from megamoe.model.costs import parameter_count
+from megamoe.training.distributed import init_distributed
+
+FULL = load_preset("moe-680m")
+RECIPE = str(SHIPPED / "zero2_fp32.json")
+
+
+def parameters(contender):
+    return sum(parameter.numel() for parameter in contender.model.parameters())
+
+
+def sizes_of_contenders():
+    _, device = init_distributed()
+    config = ModelConfig(**PRESET)
+    ours, stock = (build_engine_contender(config, RECIPE, 1, 0, 2, stock) for stock in (False, True))
+    return [parameters(ours), parameters(stock), parameters(build_mixtral(config, RECIPE, device))]
+
+
+def test_the_contenders_are_of_one_size():
+    (sizes,) = run_ranks(1, sizes_of_contenders)
+    ours, stock, mixtral = sizes
+    assert ours == stock == parameter_count(ModelConfig(**PRESET))
+    assert mixtral == pytest.approx(ours, rel=0.1)  # its experts' width is a multiple of 16
+
+
+def test_mixtral_has_the_full_models_parameters_to_half_a_percent():
+    with torch.device("meta"):
+        mixtral = build_mixtral(FULL, RECIPE, torch.device("meta"))
+    assert parameters(mixtral) == pytest.approx(parameter_count(FULL), rel=0.005)
+
+
+def timed_step():
+    _, device = init_distributed()
+    contender = build_engine_contender(ModelConfig(**PRESET), RECIPE, 1, 0, 2, stock=False)
+
+    def hooks():
+        return sum(len(module._forward_hooks) + len(module._backward_hooks) for module in contender.model.modules())
+
+    clock, before = Clock(device), hooks()
+    with clock.measure("forward and backward"), timed_pieces(contender.model, clock):
+        contender.forward_backward(torch.arange(32).view(2, 16))
+    return clock.seconds, hooks() - before, torch.distributed.all_reduce.__name__
+
+
+def test_every_piece_is_timed_both_ways_within_the_step_and_the_model_is_left_as_it_was():
+    ((seconds, hooks_left, all_reduce),) = run_ranks(1, timed_step)
+    pieces = {f"{name} {way}" for name in ("attention", "moe", "router", "expert") for way in ("forward", "backward")}
+    assert pieces <= seconds.keys()
+    assert all(seconds[name] > 0 for name in pieces)
+    outer = sum(seconds[f"{name} {way}"] for name in ("attention", "moe") for way in ("forward", "backward"))
+    assert outer < seconds["forward and backward"]
+    assert sum(seconds[f"{name} forward"] for name in ("router", "expert")) < seconds["moe forward"]
+    assert hooks_left == 0
+    assert all_reduce == "all_reduce"
+
+
+def test_the_rate_of_products_counts_three_for_every_weight(monkeypatch):
+    # Every product takes one second: the rate is the mean of their operations, known from the parameters at work.
+    monkeypatch.setattr(benchmark_contender, "timed", lambda *args, device: 1.0)
+    config = ModelConfig(**{**PRESET, "num_latent_tokens": 1})
+    tokens, layers = 512, config.num_hidden_layers
+    calls = 3 * (2 + 2 + 2 * config.num_local_experts + 1 / layers)
+    rate = gemm_flops(config, tokens, 1, torch.device("cpu"), torch.float32)
+    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    experts = 2 * config.num_experts_per_tok * config.intermediate_size
+    at_work = config.hidden_size * (attention + experts + config.vocab_size / layers)
+    assert rate == pytest.approx(6 * tokens * at_work / calls)
+
+
+def turn(**changes):
+    machine = Machine(gemm_flops=2e9, peak_flops=4e9, bandwidth=1e9, device="CPU", dtype="bfloat16")
+    defaults = {
+        "memory_gib": 1.0,
+        "forward_backward": [1.0, 3.0, 2.0],
+        "update": [0.5, 0.5, 0.5],
+        "bare_update": [0.25, 0.25, 0.25],
+    }
+    return Turn(tokens=100, flops=2e9, machine=machine, **{**defaults, **changes})
+
+
+def test_figures_of_a_turn_are_medians_over_its_steps():
+    one = turn()
+    assert one.step_seconds == 2.5
+    assert one.tokens_per_second == 40
+    assert one.gemm_share == 2e9 / 2.0 / 2e9
+    assert one.mfu == 2e9 / 2.5 / 4e9
+    assert one.update_ratio == 2
+
+
+def test_a_ratio_compares_turns_of_the_same_round():
+    slow_machine = {"forward_backward": [11.5], "update": [0.5]}
+    quick_machine = {"forward_backward": [1.5], "update": [0.5]}
+    ours = [turn(**slow_machine), turn(**quick_machine)]
+    others = [turn(forward_backward=[23.5], update=[0.5]), turn(forward_backward=[3.5], update=[0.5])]
+    assert benchmark.times_as_fast(ours, others) == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("megamoe", "NAME:RANKS"),
+        ("other:1", "'other:1'"),
+        ("mixtral:2", "mixtral:1"),
+        ("megamoe:3", "2 samples and the 4 experts of mine"),
+        ("megamoe:1@/", "/ has no folder megamoe"),
+    ],
+)
+def test_a_contender_that_cannot_run_is_refused(word, says):
+    problem = refusal(lambda: benchmark.entry_of(word, "mine", 2, ModelConfig(**PRESET)))
+    has(problem, word, says)
+
+
+def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
+    words = ["--preset", "tiny", "--growth", "--samples", "0", "--rounds", "0", "--ds_config", "none.json"]
+    words += ["--json", "nowhere/seen.json", "--contenders", "stock", "megamoe:1", "megamoe:01"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    # 0 samples, 0 rounds, two for --growth, no DeepSpeed JSON, no folder for --json, no ranks, one contender twice
+    assert len(refusals(benchmark.main)) == 8
+
+
+def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    has(
+        refusal(lambda: benchmark.entry_of("mixtral:1", "mine", 2, ModelConfig(**PRESET))),
+        "mixtral:1",
+        "transformers",
+        "pip install",
+    )
+
+
+def test_the_program_measures_all_contenders_and_writes_what_it_saw(tmp_path):
+    (tmp_path / "preset.json").write_text(json.dumps(PRESET))
+    entries = ["megamoe:2", "stock:1", "mixtral:1"]
+    done = subprocess.run(
+        [sys.executable, Path(benchmark.__file__), "--preset", tmp_path / "preset.json", "--ds_config", RECIPE,
+         "--rounds", "1", "--steps", "1", "--json", tmp_path / "seen.json", "--contenders", *entries],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert len(seen) == len(entries)
+    for name, (one,) in seen.items():
+        assert name in done.stdout
+        assert one["tokens"] == 2 * PRESET["max_position_embeddings"]
+        assert one.keys() == asdict(turn()).keys()
+        assert min(*one["forward_backward"], *one["update"], *one["bare_update"]) > 0
+        assert sum(one["bare_update"]) < sum(one["update"])
+        if one["pieces"]:
+            pieces = benchmark.seconds_by_piece(Turn(**one))
+            assert min(pieces.values()) >= 0
+            step = one["pieces"]["forward and backward"] + one["pieces"]["update"]
+            assert sum(list(pieces.values())[:-1]) == pytest.approx(step)
+    ours, stock, mixtral = seen.values()
+    assert ours[0]["pieces"]["collectives"] > 0
+    assert "router forward" not in stock[0]["pieces"]
+    assert mixtral[0]["pieces"] == {}
+
+
+def test_growth_changes_one_size_at_a_time(tmp_path):
+    cases = list(benchmark.growth_entries("moe-680m", tmp_path).values())
+    shapes = []
+    for case in cases:
+        config = load_preset(case.preset)
+        assert config.num_hidden_layers == 2
+        assert config.hidden_size == FULL.hidden_size
+        tokens = case.samples * case.seq_len
+        shapes.append((tokens, case.seq_len, config.num_local_experts, case.ranks, case.recompute_blocks))
+    assert len(set(shapes)) == len(shapes)
+    for shape in shapes[1:]:
+        assert sum(a != b for a, b in zip(shape, shapes[0], strict=True)) == 1

@@ -1,0 +1,252 @@
+"""The command-line programs around checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_checkpoint
+import generate
+import inspect_checkpoint
+import pytest
+import reshard_checkpoint
+import torch
+from ranks import run_ranks
+from refusals import has, only, sentences
+from toy import PRESET, ds_config, train_here, write_inputs
+
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.export import write_state_dict
+from megamoe.checkpoint.reader import load_weights, open_source
+from megamoe.config import ModelConfig
+from megamoe.data.tokenizer import train_tokenizer
+from megamoe.errors import UserError
+from megamoe.model.costs import parameter_count, parameter_shapes
+from megamoe.model.decoder import Decoder
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """A run of two ranks that share each layer's experts, saved at steps 2 and 4, and the inputs it had."""
+    folder = tmp_path_factory.mktemp("run")
+    inputs = write_inputs(folder, ds_config(2), {"vocab_size": 300})
+    train_tokenizer(["to be or not to be"], 270).save(str(folder / "corpus" / "tokenizer.json"))
+    run = {**inputs, "ep_size": 2, "save_interval": 2, "run_dir": str(folder / "run")}
+    run_ranks(2, train_here, {**run, "steps": 4})
+    return folder / "run", run
+
+
+@pytest.fixture
+def run_dir(finished_run, tmp_path):
+    return Path(shutil.copytree(finished_run[0], tmp_path / "run"))
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a tool in this process; returns the lines it prints."""
+
+    def call(tool, *words):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+        tool.main()
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+def refuse(call, *words):
+    with pytest.raises(UserError) as caught:
+        call(*words)
+    return only(sentences(caught.value.problems))
+
+
+# --- convert_checkpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/step_2"])
+def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict(call, run_dir, tmp_path, place):
+    (line,) = call(convert_checkpoint, run_dir / place, tmp_path / "w.pt")
+    step = "step_2" if place.endswith("2") else "step_4"
+    assert line.startswith(f"wrote {tmp_path / 'w.pt'} from {run_dir / 'checkpoints' / step} in ")
+    state = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert state.keys() > parameter_shapes(ModelConfig(**{**PRESET, "vocab_size": 300})).keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        (["w.safetensors"], {"w.safetensors"}),
+        (["w", "--to", "safetensors", "--dtype", "fp16"], {"model.safetensors"}),
+        (["w", "--max_shard_gb", "0.0001"], {"config.json", "model.safetensors.index.json", "tokenizer.json"}),
+    ],
+)
+def test_the_ending_or_the_flag_chooses_the_form(call, run_dir, tmp_path, words, form):
+    out = tmp_path / words[0]
+    call(convert_checkpoint, run_dir, out, *words[1:])
+    assert form <= {path.name for path in (out.iterdir() if out.is_dir() else [out])}
+    dtype = torch.float16 if "fp16" in words else torch.float32
+    source = open_source(out)
+    masters = open_source(run_dir / "checkpoints" / "step_4")
+    for name, shape in masters.shapes.items():
+        count = torch.Size(shape).numel()
+        assert torch.equal(source.read(name, "fp32", 0, count), masters.read(name, "fp32", 0, count).to(dtype).float())
+
+
+def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, run_dir, tmp_path):
+    lines = call(convert_checkpoint, run_dir, tmp_path / "w", "--dry-run", "--dtype", "bf16", "--max_shard_gb", "2e-5")
+    tensors = [line for line in lines if not line.startswith("file ")]
+    config = ModelConfig(**{**PRESET, "vocab_size": 300})
+    assert "model.embed_tokens.weight  300 x 32  bfloat16  19,200 bytes" in tensors
+    assert len(tensors) == len(parameter_shapes(config)) + 2 * config.num_hidden_layers
+    said = sum(int(line.split()[-2].replace(",", "")) for line in tensors)
+    assert said == 2 * parameter_count(config) + 4 * 4 * 2 * config.num_hidden_layers
+    assert sum(line.startswith("file ") for line in lines) > 2
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["w.pt", "--dtype", "int8"], ["--dtype is int8", "bf16"]),
+        (["w.pt", "--to", "gguf"], ["--to is gguf", "huggingface"]),
+        (["w.pt", "--to", "safetensors"], ["ends in .pt"]),
+        (["w", "--to", "state_dict"], ["w.pt"]),
+        (["w", "--max_shard_gb", "0"], ["--max_shard_gb is 0.0"]),
+        (["run"], ["is there already"]),
+        (["w", "--tokenizer", "none.json"], ["none.json does not exist"]),
+    ],
+)
+def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tmp_path, words, parts):
+    has(refuse(call, convert_checkpoint, run_dir, tmp_path / words[0], *words[1:]), *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_without_its_configuration_a_checkpoint_becomes_a_state_dict_but_no_hugging_face_model(call, run_dir, tmp_path):
+    checkpoint = tmp_path / "alone" / "step_4"
+    shutil.copytree(run_dir / "checkpoints" / "step_4", checkpoint)
+    for name in ("run.json", "manifest.json"):
+        (checkpoint / name).unlink()
+    has(refuse(call, convert_checkpoint, checkpoint, tmp_path / "hf"), "has no run.json", "convert it to a .pt")
+    call(convert_checkpoint, checkpoint, tmp_path / "w.pt")
+
+
+def test_a_damaged_checkpoint_is_not_converted(call, run_dir, tmp_path):
+    path = run_dir / "checkpoints" / "step_4" / "mp_rank_00_model_states.pt"
+    os.truncate(path, path.stat().st_size - 1)
+    has(refuse(call, convert_checkpoint, path.parent, tmp_path / "w.pt"), str(path), "bytes, not the")
+    lines = call(convert_checkpoint, run_dir, tmp_path / "w.pt")  # the run has an older one
+    assert lines[0].startswith(f"passed over {path.parent}")
+    assert "step_2 in " in lines[1]
+
+
+# --- the script beside every checkpoint -----------------------------------------------------------------------------
+
+
+def test_the_script_beside_every_checkpoint_makes_the_state_dict_that_the_tool_makes(call, run_dir, tmp_path):
+    call(convert_checkpoint, run_dir, tmp_path / "tool.pt")
+    script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
+    for words in (["a.pt"], [str(script.parent), "b.pt"]):
+        done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, script, "folder"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "call it folder.pt" in done.stderr
+    states = [torch.load(tmp_path / name, weights_only=True) for name in ("tool.pt", "a.pt", "b.pt")]
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
+    assert manifest.problems(script.parent) == []  # running it has left nothing there
+
+
+def test_the_script_says_what_it_needs_where_megamoe_is_not_installed(run_dir):
+    script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
+    done = subprocess.run([sys.executable, "-S", "-I", script, "x.pt"], capture_output=True, text=True)
+    assert done.returncode == 2
+    has(only(done.stderr.splitlines()), "error: No module named 'megamoe'", "install megamoe")
+
+
+# --- reshard_checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_a_resharded_run_goes_on_where_the_old_one_would(call, finished_run, run_dir, tmp_path):
+    (line,) = call(reshard_checkpoint, run_dir, tmp_path / "new")
+    has(line, "saved by 2 ranks at ep_size 2")
+    values = 3 * 4 * parameter_count(ModelConfig(**{**PRESET, "vocab_size": 300}))
+    files = [path for path in (tmp_path / "new" / "checkpoints" / "step_4" / "zero").rglob("*.pt")]
+    assert sum(path.stat().st_size for path in files) < values + 4096 * len(files)  # each value once
+    _, run = finished_run
+    more = {**run, "steps": 8, "resume": True}
+    old = run_ranks(2, train_here, {**more, "run_dir": str(run_dir)})[0]
+    new = run_ranks(2, train_here, {**more, "run_dir": str(tmp_path / "new")})[0]
+    assert [record["loss"] for record in new["train"]] == [record["loss"] for record in old["train"][4:]]
+    assert (tmp_path / "new" / "checkpoints" / "latest_universal").read_text() == "step_4"
+    has(refuse(call, reshard_checkpoint, run_dir, tmp_path / "new"), "is there already")
+    again = tmp_path / "new" / "checkpoints" / "step_4"
+    has(refuse(call, reshard_checkpoint, again, tmp_path / "newer"), "nothing to reshard")
+
+
+# --- inspect_checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_expert(call, run_dir, tmp_path):
+    lines = call(inspect_checkpoint, run_dir)
+    text = "\n".join(lines)
+    checkpoint = run_dir / "checkpoints" / "step_4"
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    count = parameter_count(ModelConfig(**{**PRESET, "vocab_size": 300}))
+    has(
+        text,
+        str(checkpoint),
+        f"size: {size:,} bytes",
+        "manifest: verified, ",
+        "2 ranks, ep_size 2, ZeRO-2",
+        "step: 4 (0",
+    )
+    has(text, f"parameters: {count:,}", "2 x zero_pp_rank_N_mp_rank_N_optim_states.pt", "deepspeed 0.")
+    model = Decoder(ModelConfig(**{**PRESET, "vocab_size": 300}))
+    load_weights(model, open_source(checkpoint), torch.float64)
+    for layer, moe in enumerate(model.moe_layers()):
+        norms = [torch.cat([weight.flatten() for weight in e.parameters()]).norm().item() for e in moe.local_experts]
+        (row,) = [line for line in lines if f"model.layers.{layer}.moe" in line]
+        assert row.split()[1:] == [f"{norm:.3f}" for norm in norms]
+
+
+def test_inspecting_works_on_plain_weights_and_on_the_universal_layout(call, run_dir, tmp_path):
+    write_state_dict(open_source(run_dir / "checkpoints" / "step_4"), tmp_path / "w.pt", torch.float32)
+    call(reshard_checkpoint, run_dir, tmp_path / "new")
+    whole = call(inspect_checkpoint, run_dir)
+    for path, says in ((tmp_path / "w.pt", "weights alone"), (tmp_path / "new", "Universal layout")):
+        lines = call(inspect_checkpoint, path)
+        has("\n".join(lines), says)
+        assert "size: 0 bytes" not in lines
+        assert [line for line in lines if "experts  " in line] == [line for line in whole if "experts  " in line]
+
+
+def test_inspecting_a_damaged_checkpoint_says_so_first(call, run_dir, capsys):
+    path = run_dir / "checkpoints" / "step_4" / "run.json"
+    path.write_text("{}")
+    has(refuse(call, inspect_checkpoint, run_dir), str(path), "bytes, not the")
+    assert "manifest: DAMAGED" in capsys.readouterr().out
+    has(refuse(call, inspect_checkpoint, run_dir / "none"), "none is not there")
+
+
+# --- generate -------------------------------------------------------------------------------------------------------
+
+
+def test_generation_uses_the_newest_checkpoint_that_holds(call, run_dir):
+    words = (generate, run_dir, "--prompt", "to be", "--max_new_tokens", "4")
+    text = call(*words)
+    assert len(text) >= 2
+    (run_dir / "checkpoints" / "step_4" / "run.json").write_text("{}")
+    assert call(*words)[0].startswith("passed over")
+    shutil.rmtree(run_dir / "checkpoints")
+    has(refuse(call, *words), "holds no checkpoint yet")
+
+
+def test_the_model_of_run_json_must_be_that_of_the_checkpoint(call, run_dir):
+    record = json.loads((run_dir / "run.json").read_text())
+    record["model"]["num_hidden_layers"] = 3
+    (run_dir / "run.json").write_text(json.dumps(record))
+    has(refuse(call, generate, run_dir), "num_hidden_layers 2, not 3")

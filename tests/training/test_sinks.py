@@ -1,0 +1,178 @@
+"""Console line, JSON lines, TensorBoard, and the peak that MFU is measured against."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megamoe.training.sinks import Sinks, duration, read_log
+
+
+def record(step=10, **changes):
+    values = {
+        "step": step,
+        "loss": 10.964131,
+        "lr": 1.5e-05,
+        "tokens_per_second": 5321.6,
+        "mfu": 0.4321,
+        "max_vio": 1.234,
+        "running_max_vio": 0.567,
+        "worst_running_max_vio": 0.765,
+        "grad_norm": 2.345,
+        "memory_gib": 3.456,
+        "skipped_steps": 0,
+    }
+    return {**values, **changes}
+
+
+def logged(folder, *records):
+    sinks = Sinks(folder)
+    for one in records:
+        sinks.step(one, seconds_left=3723.4)
+    sinks.close()
+
+
+def board(folder):
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    return events.Reload()
+
+
+def test_the_console_line_begins_in_the_logged_form(tmp_path, capsys):
+    logged(tmp_path, record())
+    line = capsys.readouterr().out
+    assert line.startswith("step=10 avg_loss=10.9641 lr=1.5e-05 ")
+    assert line == (
+        "step=10 avg_loss=10.9641 lr=1.5e-05 tok/s=5322 mfu=43.2% max_vio=1.23 running_max_vio=0.57 grad_norm=2.35 "
+        "mem=3.46GiB left=1:02:03\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lr", "shown"), [(1.5e-3, "0.0015"), (0.00149983333, "0.00149983"), (0.0, "0"), (1.66666667e-7, "1.66667e-07")]
+)
+def test_the_learning_rate_is_printed_to_six_significant_digits(tmp_path, capsys, lr, shown):
+    logged(tmp_path, record(lr=lr))
+    assert f" lr={shown} " in capsys.readouterr().out
+
+
+def test_skipped_steps_are_said_when_there_are_any(tmp_path, capsys):
+    logged(tmp_path, record(), record(step=20, skipped_steps=3))
+    first, second = capsys.readouterr().out.splitlines()
+    assert "skipped" not in first
+    assert second.endswith(" skipped=3")
+
+
+def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path, capsys):
+    sinks = Sinks(tmp_path)
+    sinks.evaluation({"step": 500, "loss": 2.34567, "tokens": 4096, "bits_per_byte": 1.23456})
+    sinks.evaluation({"step": 600, "loss": 2.1, "tokens": 4096})
+    sinks.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step=500 valid_loss=2.3457 bits_per_byte=1.2346 tokens=4096",
+        "step=600 valid_loss=2.1000 tokens=4096",
+    ]
+
+
+def test_the_log_holds_every_record_unrounded(tmp_path):
+    sinks = Sinks(tmp_path)
+    valid = {"step": 20, "loss": 2.3456789, "tokens": 4096, "bits_per_byte": 1.23456789}
+    sinks.step(record(), 1)
+    sinks.evaluation(valid)
+    sinks.step(record(step=20), 1)
+    sinks.close()
+    assert read_log(tmp_path) == {"train": [record(), record(step=20)], "valid": [valid]}
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert kinds == ["train", "valid", "train"]
+
+
+def test_a_record_is_on_disk_before_the_run_ends(tmp_path):
+    sinks = Sinks(tmp_path)
+    sinks.step(record(), 1)
+    assert read_log(tmp_path)["train"] == [record()]
+    sinks.close()
+
+
+def test_what_a_resumed_run_left_behind_is_not_read_back(tmp_path):
+    logged(tmp_path, record(10), record(20, loss=5.0), record(30, loss=4.0))
+    logged(tmp_path, record(15, loss=6.0), record(20, loss=5.5), record(40, loss=3.5))
+    rows = read_log(tmp_path)["train"]
+    assert [(row["step"], row["loss"]) for row in rows] == [(10, 10.964131), (15, 6.0), (20, 5.5), (40, 3.5)]
+
+
+def test_a_log_that_was_not_balanced_is_read_back(tmp_path):
+    logged(tmp_path, record(max_vio=math.nan))
+    assert math.isnan(read_log(tmp_path)["train"][0]["max_vio"])
+
+
+def tear_last_line(folder):
+    path = folder / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-25])
+
+
+def test_a_log_torn_in_its_last_line_is_read_up_to_there(tmp_path):
+    logged(tmp_path, record(10), record(20))
+    tear_last_line(tmp_path)
+    assert read_log(tmp_path)["train"] == [record(10)]
+
+
+def test_a_resumed_run_writes_on_after_a_torn_line(tmp_path):
+    logged(tmp_path, record(10), record(20))
+    tear_last_line(tmp_path)
+    logged(tmp_path, record(20, loss=3.0), record(30))
+    assert read_log(tmp_path)["train"] == [record(10), record(20, loss=3.0), record(30)]
+
+
+def test_tensorboard_holds_the_scalars(tmp_path):
+    sinks = Sinks(tmp_path)
+    sinks.step(record(10), 1)
+    sinks.step(record(20, loss=9.5), 1)
+    sinks.evaluation({"step": 20, "loss": 2.5, "tokens": 4096, "bits_per_byte": 1.25})
+    sinks.close()
+    events = board(tmp_path)
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (10, pytest.approx(10.964131)),
+        (20, 9.5),
+    ]
+    assert [(event.step, event.value) for event in events.Scalars("valid/bits_per_byte")] == [(20, 1.25)]
+    expected = {f"train/{name}" for name in record() if name != "step"}
+    assert set(events.Tags()["scalars"]) == expected | {"valid/loss", "valid/tokens", "valid/bits_per_byte"}
+
+
+def test_tensorboard_holds_the_load_of_every_expert_in_every_layer(tmp_path):
+    counts = torch.tensor([[4, 0, 12, 8], [6, 6, 6, 6], [0, 0, 0, 24]])
+    sinks = Sinks(tmp_path)
+    sinks.expert_loads(10, counts)
+    sinks.expert_loads(20, counts.flip(1))
+    sinks.close()
+    events = board(tmp_path)
+    assert events.Tags()["histograms"] == [f"expert_load/layer_0{layer}" for layer in range(3)]
+    for layer, row in enumerate(counts.tolist()):
+        first, second = events.Histograms(f"expert_load/layer_0{layer}")
+        assert (first.step, second.step) == (10, 20)
+        assert loads(first.histogram_value, 4) == row
+        assert loads(second.histogram_value, 4) == row[::-1]
+        assert first.histogram_value.num == 24
+        assert first.histogram_value.sum == sum(expert * load for expert, load in enumerate(row))
+
+
+def loads(histogram, experts):
+    """Counts by expert id; each bucket must hold exactly one id."""
+    edges = [-math.inf, *histogram.bucket_limit]
+    found = [0.0] * experts
+    for (low, high), count in zip(itertools.pairwise(edges), histogram.bucket, strict=True):
+        ids = [expert for expert in range(experts) if low < expert <= high]
+        if count:
+            (expert,) = ids
+            found[expert] += count
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00:00"), (59.4, "0:00:59"), (59.6, "0:01:00"), (3600, "1:00:00"), (3723, "1:02:03"), (360061, "100:01:01")],
+)
+def test_durations_are_hours_minutes_and_seconds(seconds, shown):
+    assert duration(seconds) == shown
