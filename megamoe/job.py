@@ -21,14 +21,13 @@ from megamoe.checkpoint.reader import model_problems, open_source
 from megamoe.config import ModelConfig, RunConfig, load_preset, read_json, validate
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
-from megamoe.ds_config import batch_sizes, deepspeed_problems, read_schedule, run_problems
+from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import Problems, UserError
 from megamoe.model.costs import parameter_count
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.evaluation import Evaluator
-from megamoe.training.sinks import Sinks
 
-# A run may go on only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
+# A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
 SAME_ON_RESUME = ("model", "optimization", "seed", "seq_len", "samples_per_step", "data", "tokenizer_sha256")
 OPTIMIZATION = (
@@ -63,7 +62,7 @@ class Job:
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
         self.model: ModelConfig = problems.attempt(load_preset, run.preset)
-        # Checkpoints to go on from, and where there are none, weights to start from, in the order in which to try them.
+        # Checkpoints to resume from, and where there are none, weights to start from; in the order to try them.
         self.candidates = manifest.candidates(self.run_dir / "checkpoints") if self.resuming else []
         self.initial_weights: list[Path] = []
         if run.init_from and not self.candidates:
@@ -123,11 +122,11 @@ class Job:
         if self.run.resume and not holds_run:
             return [f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out."]
         if holds_run and not self.resuming:
-            return [f"{self.run_dir} holds another run; choose another --run_dir, or go on with --resume."]
+            return [f"{self.run_dir} holds another run; choose another --run_dir, or continue it with --resume."]
         if not holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
-            return [f"{self.run_dir} is there already and holds no run; choose another --run_dir."]
+            return [f"{self.run_dir} exists already and holds no run; choose another --run_dir."]
         files = [parent for parent in self.run_dir.parents if parent.exists() and not parent.is_dir()]
-        return [f"{self.run_dir} cannot be made, for {file} is a file; choose another --run_dir." for file in files]
+        return [f"{self.run_dir} cannot be made, since {file} is a file; choose another --run_dir." for file in files]
 
     def _check_same_run(self, record: dict[str, Any]) -> None:
         """Raises UserError if the run that left `record` would have other losses."""
@@ -180,8 +179,17 @@ class Job:
             },
         }
 
-    def corpus_words(self) -> str:
-        """The corpora in words: tokens, place and, in a mix, weight."""
+    def describe(self, first: int) -> str:
+        """The run from step `first` on, in one line."""
+        run, shape = self.run, self.shape
+        return (
+            f"{run.preset}: {parameter_count(self.model):,} parameters, {dtype_of(self.ds)}, "
+            f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens per step; "
+            f"{self.describe_corpora()}; steps {first} to {self.last_step}; run folder {self.run_dir}"
+        )
+
+    def describe_corpora(self) -> str:
+        """Tokens and place of each corpus and, in a mix, its weight."""
         mixed = len(self.corpora) > 1
         return ", ".join(
             f"{corpus.num_tokens:,} tokens in {source.path}" + (f" at weight {source.weight:g}" if mixed else "")
@@ -196,15 +204,14 @@ class Job:
     def _tokenizer_digest(self) -> str | None:
         return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest() if self.tokenizer else None
 
-    def open_folder(self, first_step: int) -> Sinks:
-        """Create the run folder, with run.json and the tokenizer, and open the sinks. On rank 0."""
+    def create_folder(self) -> None:
+        """Make the run folder, with run.json and the tokenizer. On rank 0."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if self.tokenizer:
             shutil.copyfile(self.tokenizer, self.run_dir / "tokenizer.json")
         partial = self.run_dir / "run.json.partial"
         partial.write_text(json.dumps(self.record(), indent=2) + "\n")
         os.replace(partial, self.run_dir / "run.json")
-        return Sinks(self.run_dir, first_step)
 
     def evaluator(self) -> Evaluator | None:
         if self.valid is None:

@@ -7,13 +7,11 @@ import torch.distributed as dist
 from toy import PRESET, ds_config
 
 from megamoe.checkpoint.reader import KINDS, open_source
-from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.restore import restore_newest_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import ModelConfig
-from megamoe.ds_config import read_schedule
-from megamoe.model.decoder import Decoder
-from megamoe.training.balancing import LoadBalancer
-from megamoe.training.engine import build_engine
+from megamoe.data.batches import Batch
+from megamoe.training.step import TrainStep, balancer_of, build_train_step
 
 CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
 EXPERTS = CONFIG.num_local_experts
@@ -25,27 +23,22 @@ def make(ep_size, stage=2, seed=0, **ds_changes):
     ds = ds_config(BATCH // dist.get_world_size(), **ds_changes)
     ds["zero_optimization"]["stage"] = stage
     ds["scheduler"]["params"]["total_num_steps"] = 60
-    ep_rank = dist.get_rank() % ep_size
-    engine = build_engine(Decoder(CONFIG, seed, ep_size, ep_rank), ds, read_schedule(ds, "ds"))
-    return engine, ep_rank * (EXPERTS // ep_size)
+    engine = build_train_step(CONFIG, ds, ep_size=ep_size, seed=seed).engine
+    return engine, engine.module.topology.first_expert
 
 
 def train(engine, steps, first=0, writer=None):
     """Train on this rank's share of batches that depend on the step alone; returns the mean losses over all ranks."""
-    routers = engine.module.routers()
-    balancer = LoadBalancer(routers, CONFIG.router_bias_rate, CONFIG.router_bias_rule, CONFIG.router_load_decay)
+    train_step = TrainStep(engine, balancer_of(engine.module))
     losses = []
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(4, (BATCH, 17), generator=generator).cumsum(1) % CONFIG.vocab_size
         ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
-        loss = engine(ids[:, :-1], ids[:, 1:])
-        engine.backward(loss)
+        total = train_step.forward_backward([Batch(ids[:, :-1], ids[:, 1:])])
         if writer:
             writer.before_update()
-        engine.step()
-        balancer.step(engine.was_step_applied())
-        total = loss.detach().clone()
+        train_step.update()
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
     return losses
@@ -71,8 +64,8 @@ def train_and_save(folder, ep_size, stage=2, steps=3, further=0, **ds_changes):
 
 def load_and_train(checkpoint, ep_size, stage=2, steps=0, resave=None, **ds_changes):
     """Returns (step, learning rate) as restored, and the losses of `steps` more."""
-    engine, first_expert = make(ep_size, stage, seed=99, **ds_changes)  # other weights, so that a restore shows
-    assert restore_first_that_holds(engine, [checkpoint], first_expert) == checkpoint
+    engine, _ = make(ep_size, stage, seed=99, **ds_changes)  # other weights, so that a restore shows
+    assert restore_newest_verified(engine, [checkpoint]) == checkpoint
     state = engine.global_steps, engine.get_lr()
     if resave:
         save(engine, resave, ep_size, engine.global_steps)

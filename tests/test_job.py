@@ -31,7 +31,7 @@ def inputs(tmp_path):
 def started(run, **changes):
     """A run folder as an earlier run left it, with a checkpoint at step 3."""
     folder = job(run).run_dir
-    job(run).open_folder(0).close()
+    job(run).create_folder()
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, **changes}))
     (folder / "checkpoints" / "step_3").mkdir(parents=True)

@@ -15,7 +15,7 @@ from megamoe.data.corpus import SplitWriter
 from megamoe.job import Job
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
-from megamoe.pretrain import train
+from megamoe.pretrain import run as pretrain
 from megamoe.training.sinks import read_log
 
 PRESET = {
@@ -66,6 +66,6 @@ def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Train as pretrain.py does, on this rank of a group that exists already; returns the log."""
     job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"))
-    train(job, dist.get_rank(), Position(), StopRequest())
+    pretrain(job, Position(), StopRequest())
     dist.barrier()
     return read_log(job.run_dir)

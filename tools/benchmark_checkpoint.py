@@ -22,15 +22,14 @@ import torch.distributed as dist
 
 from megamoe import cli
 from megamoe.checkpoint import manifest
-from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.restore import restore_newest_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import load_preset, read_json
-from megamoe.ds_config import read_schedule
+from megamoe.data.batches import Batch
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
-from megamoe.model.decoder import Decoder
 from megamoe.training.distributed import init_distributed
-from megamoe.training.engine import build_engine
+from megamoe.training.step import build_train_step
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -66,10 +65,10 @@ class Bench:
         config, ds = load_preset(preset), read_json(Path(ds_config))
         self.folder = folder
         self.bare_file = folder / f"bare_{rank}.pt"
-        self.ep_rank = rank % ep_size
-        self.model = Decoder(config, 0, ep_size, self.ep_rank)
-        self.engine = build_engine(self.model, {**ds, "gradient_accumulation_steps": 1}, read_schedule(ds, ds_config))
-        self.ids = torch.randint(config.vocab_size, (1, tokens), device=device)
+        self.train_step = build_train_step(config, {**ds, "gradient_accumulation_steps": 1}, ep_size=ep_size)
+        self.engine = self.train_step.engine
+        ids = torch.randint(config.vocab_size, (1, tokens), device=device)
+        self.batch = Batch(ids, ids)
         self.forward_backward()
         self.engine.step()
         if rank == 0:
@@ -78,7 +77,7 @@ class Bench:
         self.record = {"world_size": world_size, "ep_size": ep_size}
 
     def forward_backward(self) -> None:
-        self.engine.backward(self.engine(self.ids, self.ids))
+        self.train_step.forward_backward([self.batch])
 
     def bare_state(self) -> list[torch.Tensor]:
         """The engine's own tensors; at one rank as many bytes as a checkpoint holds."""
@@ -114,9 +113,7 @@ class Bench:
 
     def load(self) -> None:
         candidates = manifest.candidates(self.folder / "checkpoints")
-        assert restore_first_that_holds(
-            self.engine, candidates, self.ep_rank * self.model.moe_layers()[0].num_local_experts
-        )
+        assert restore_newest_verified(self.engine, candidates)
 
     def both_saves(self, writer: CheckpointWriter, step: int, bare_first: bool) -> dict[str, float]:
         """In turns, for a disk can take the first gigabytes faster than those that follow."""

@@ -23,15 +23,18 @@ from torch import nn
 
 from megamoe.checkpoint.export import DTYPES
 from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.data.batches import Batch
 from megamoe.ds_config import dtype_of, read_schedule
 from megamoe.hardware import measured_bandwidth, memory_gib, peak_flops
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.decoder import Decoder
 from megamoe.model.experts import Expert
 from megamoe.model.moe import MoE
-from megamoe.training.balancing import LoadBalancer
+from megamoe.model.sections import ExpertSection, section
+from megamoe.topology import ExpertTopology
 from megamoe.training.distributed import init_distributed
 from megamoe.training.engine import build_engine
+from megamoe.training.step import TrainStep, build_train_step
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 HEAD_ROWS = 512  # tokens whose logits are computed at a time
@@ -87,38 +90,45 @@ class Clock:
 
 
 def build_engine_contender(
-    config: ModelConfig, ds_config: str, ep_size: int, rank: int, samples: int, stock: bool
+    config: ModelConfig, ds_config: str, ep_size: int, samples: int, recompute_blocks: int, stock: bool
 ) -> Contender:
     """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it. A
     step has `samples` sequences on a rank, whatever the JSON says."""
     ds = {**read_json(Path(ds_config)), "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1}
     ds.pop("train_batch_size", None)
-    model = Decoder(config, 0, ep_size, rank % ep_size)
     if stock:
-        for block in model.layers:
-            block.moe = deepspeed.moe.layer.MoE(
-                config.hidden_size,
-                Expert(config.hidden_size, config.intermediate_size, config.expert_dropout),
-                num_experts=config.num_local_experts,
-                ep_size=ep_size,
-                k=config.num_experts_per_tok,
-                drop_tokens=False,
-            )
-    engine = build_engine(model, ds, read_schedule(ds, ds_config))
-    optimizer = engine.optimizer
+        model = stock_model(config, ep_size, recompute_blocks)
+        train_step = TrainStep(build_engine(model, ds, read_schedule(ds, ds_config)), balancer=None)
+    else:
+        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
+    optimizer = train_step.engine.optimizer
     while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    dtype = next(model.parameters()).dtype
-    balancer = None if stock else LoadBalancer(
-        model.routers(), config.router_bias_rate, config.router_bias_rule, config.router_load_decay
-    )  # fmt: skip
+    dtype = next(train_step.model.parameters()).dtype
+
+    def forward_backward(ids: torch.Tensor) -> None:
+        train_step.forward_backward([Batch(ids, ids)])
 
     def update() -> None:
-        engine.step()
-        if balancer:
-            balancer.step(engine.was_step_applied())
+        train_step.update()
 
-    return Contender(model, dtype, lambda ids: engine.backward(engine(ids, ids)), update, optimizer)
+    return Contender(train_step.model, dtype, forward_backward, update, optimizer)
+
+
+def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Decoder:
+    """The decoder with DeepSpeed's own MoE layer in every block."""
+    topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
+    model = Decoder(config, 0, topology, recompute_blocks)
+    for block in model.layers:
+        block.moe = deepspeed.moe.layer.MoE(
+            config.hidden_size,
+            Expert(**section(ExpertSection, config)),
+            num_experts=config.num_local_experts,
+            ep_size=ep_size,
+            k=config.num_experts_per_tok,
+            drop_tokens=False,
+        )
+    return model
 
 
 def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> Contender:
@@ -162,7 +172,7 @@ def gemm_flops(config: ModelConfig, tokens: int, ep_size: int, device: torch.dev
     shapes of a step with `tokens` tokens on a rank and balanced experts."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
-    experts, inside = config.num_local_experts // ep_size, config.intermediate_size
+    experts, inside = ExpertTopology(config.num_local_experts, ep_size).experts_per_rank, config.intermediate_size
     rows = tokens * config.num_experts_per_tok // experts
     chunk = min(HEAD_ROWS, tokens)
     products = [  # rows, in, out, times a layer
@@ -312,8 +322,7 @@ def run(args: argparse.Namespace) -> Turn:
         contender = build_mixtral(config, args.ds_config, device)
     else:
         stock = args.contender == "stock"
-        contender = build_engine_contender(config, args.ds_config, args.ep_size, rank, samples, stock)
-    contender.model.recompute_blocks = args.recompute_blocks  # type: ignore[assignment]
+        contender = build_engine_contender(config, args.ds_config, args.ep_size, samples, args.recompute_blocks, stock)
     torch.manual_seed(rank)
     ids = torch.randint(config.vocab_size, (samples, args.seq_len), device=device)
 

@@ -41,6 +41,7 @@ HUGGINGFACE_FILES = (
     "model/experts.py",
     "model/rope.py",
     "model/router.py",
+    "model/sections.py",
 )
 
 

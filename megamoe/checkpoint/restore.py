@@ -21,17 +21,16 @@ from megamoe.errors import UserError
 from megamoe.model.names import plain_name
 
 
-def restore_first_that_holds(
-    engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], first_expert: int, weights_only: bool = False
+def restore_newest_verified(
+    engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], weights_only: bool = False
 ) -> Path | None:
     """Restore the first of `checkpoints`, as rank 0 has them, of which every byte is what was saved; returns it, or
     None if there are none.
 
-    Collective. The ranks share the verification, which goes on beside the reading; rank 0 says what was passed over.
-    Raises UserError, on every rank, if none holds.
+    Collective. The ranks share the verification, which runs alongside the reading; rank 0 says what was passed over.
+    Raises UserError, on every rank, if none is verified.
 
     Args:
-        first_expert: id of this rank's first expert.
         weights_only: leave all but weights and router statistics as they are.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -41,7 +40,7 @@ def restore_first_that_holds(
     for checkpoint in shared[0]:
         with ThreadPoolExecutor(1) as beside:
             verification = beside.submit(manifest.problems, checkpoint, rank, world_size)
-            unreadable = _read_checkpoint(engine, checkpoint, first_expert, weights_only)
+            unreadable = _read_checkpoint(engine, checkpoint, weights_only)
         parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, (verification.result(), unreadable))
         damaged, stumbled = (list(dict.fromkeys(p for part in parts for p in part[kind])) for kind in (0, 1))
@@ -58,13 +57,11 @@ def restore_first_that_holds(
     return None
 
 
-def _read_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, first_expert: int, weights_only: bool
-) -> list[str]:
+def _read_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> list[str]:
     """Returns why it cannot be read, if so; then the engine's state is of no use. Raises nothing: the other ranks wait
     to hear of it."""
     try:
-        _read_state(engine, open_source(checkpoint), first_expert, weights_only)
+        _read_state(engine, open_source(checkpoint), weights_only)
     except UserError as error:
         return error.problems
     except Exception as error:  # damaged files fail in any way
@@ -72,13 +69,14 @@ def _read_checkpoint(
     return []
 
 
-def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, first_expert: int, weights_only: bool) -> None:
+def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, weights_only: bool) -> None:
     """Read this rank's slices of masters and moments, whatever the ranks and ep_size of the run that saved them."""
     zero = engine.optimizer
     training = {} if weights_only else source.training_state()
     # Adam has no moments before the first step that is applied.
     has_moments = training.get("adam_step") is not None
     kinds = KINDS if has_moments else KINDS[:1]
+    first_expert = engine.module.topology.first_expert
     names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
     for group, master in enumerate(zero.single_partition_of_fp32_groups):

@@ -22,11 +22,11 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
 from torch import Tensor
 
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.manifest import FileRecord
+from megamoe.model.names import engine_name, experts_prefix
 
 SCRIPT = "zero_to_fp32.py"
 ROOM_FACTOR = 1.25  # available memory must be so many times what the copies of a host's ranks take
@@ -41,13 +41,15 @@ def engine_files(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
     """What DeepSpeed would write on this rank, by file name; the tensors are the engine's own, where DeepSpeed copies
     every expert first (`DeepSpeedEngine._save_moe_checkpoint`)."""
     files: dict[str, Any] = {}
-    for layer, moe in enumerate(engine.module.moe_layers()):
-        if groups._get_expert_data_parallel_rank(moe.expert_group_name) == 0:
-            first_expert = groups._get_expert_parallel_rank(moe.expert_group_name) * moe.num_local_experts
-            for expert_id, expert in enumerate(moe.local_experts, start=first_expert):
+    topology = engine.module.topology
+    if topology.replica == 0:
+        for layer, moe in enumerate(engine.module.moe_layers()):
+            for expert_id, expert in zip(topology.expert_ids, moe.local_experts, strict=True):
                 path = engine._get_expert_ckpt_name("", layer, expert_id, "", checkpoint_mp_rank=0)
-                prefix = f"layers.{layer}.moe.deepspeed_moe.experts.deepspeed_experts.{expert_id}."
-                files[Path(path).name] = {prefix + name: weight for name, weight in expert.state_dict().items()}
+                prefix = f"{experts_prefix(layer)}.{expert_id}."
+                files[Path(path).name] = {
+                    engine_name(prefix + name): weight for name, weight in expert.state_dict().items()
+                }
     if dist.get_rank() == 0:
         weights = engine._get_non_moe_state_dict(engine.module.state_dict())
         partitioned = engine.zero_optimization_partition_gradients()

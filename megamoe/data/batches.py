@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -11,12 +12,24 @@ from torch import Tensor
 from megamoe.data.order import SampleOrder
 from megamoe.data.token_files import TokenCorpus
 
-Batch = tuple[Tensor, Tensor]  # input ids and labels, (micro-batch, seq_len) int64 each
+NO_LABEL = -100  # torch's own default for `ignore_index`
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    input_ids: Tensor  # (micro-batch, seq_len) int64
+    labels: Tensor  # (micro-batch, seq_len) int64, the id that follows each position; NO_LABEL where none counts
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; the copy does not hold up the host."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How one optimizer step's samples are dealt out."""
+    """How the samples of one optimizer step are shared out."""
 
     micro_batch: int  # samples per rank and forward pass
     accumulation: int  # forward passes per step
@@ -36,6 +49,15 @@ class TrainData:
         self.corpora = corpora
         self.order = SampleOrder.of([corpus.num_samples for corpus in corpora], weights, seed)
 
+    def step_batches(self, step: int, rank: int, shape: BatchShape) -> Iterator[Batch]:
+        """The micro-batches of `rank` in optimizer step `step`, counted from 1.
+
+        A step's samples stand at consecutive positions: micro-batch by micro-batch, and in each rank by rank.
+        """
+        for micro in range(shape.accumulation):
+            group = ((step - 1) * shape.accumulation + micro) * shape.world_size + rank
+            yield self.batch(group * shape.micro_batch, shape.micro_batch)
+
     def batch(self, first: int, count: int) -> Batch:
         """The samples at positions first .. first + count - 1."""
         places = [self.order.at(position) for position in range(first, first + count)]
@@ -43,15 +65,15 @@ class TrainData:
 
 
 def eval_batch(corpus: TokenCorpus, first: int, count: int, limit: int) -> Batch:
-    """Held-out samples first .. first + count - 1 in file order; those from `limit` on have no labels (-100).
+    """Held-out samples first .. first + count - 1 in file order; those from `limit` on have no labels.
 
     Every rank must run equally many forward passes, so the last ones are filled up with samples that do not count.
     """
-    inputs, labels = _to_batch([corpus.sample(index if index < limit else 0) for index in range(first, first + count)])
-    labels[max(limit - first, 0) :] = -100
-    return inputs, labels
+    batch = _to_batch([corpus.sample(index if index < limit else 0) for index in range(first, first + count)])
+    batch.labels[max(limit - first, 0) :] = NO_LABEL
+    return batch
 
 
 def _to_batch(samples: list[np.ndarray]) -> Batch:
     tokens = torch.from_numpy(np.stack(samples))
-    return tokens[:, :-1].clone(), tokens[:, 1:].clone()  # of their own: labels may be overwritten
+    return Batch(tokens[:, :-1].clone(), tokens[:, 1:].clone())  # memory of their own: labels may be overwritten

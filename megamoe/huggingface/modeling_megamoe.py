@@ -1,7 +1,7 @@
 """A megamoe decoder for transformers: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
 
-Attention, rotary embeddings, experts and router are megamoe's own files, exported beside this one; the experts run one
-after another on one device, without DeepSpeed.
+Attention, rotary embeddings, experts, router and the sections of the configuration that they take are megamoe's own
+files, exported next to this one; the experts run one after another on one device, without DeepSpeed.
 
 Shape legend: B batch, T positions of this call, S positions so far, D hidden_size, K experts per token, V vocab_size.
 """
@@ -21,13 +21,14 @@ from .configuration_megamoe import MegaMoeConfig
 from .experts import Expert
 from .rope import Rotary, rope_frequencies, rotary_table
 from .router import Router
+from .sections import AttentionSection, ExpertSection, RouterSection, section
 
 # The name under which this release of transformers hands a cache around.
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class _TokenCache:
-    """A layer's share of a transformers cache, which holds tokens only; the latents are put ahead of them each time."""
+    """A layer's share of a transformers cache, which holds tokens only; the latents are put before them each time."""
 
     length = -1  # never empty: the attention is not to add its latents itself
 
@@ -47,17 +48,8 @@ class MegaMoeExperts(nn.Module):
 
     def __init__(self, config: MegaMoeConfig):
         super().__init__()
-        self.router = Router(
-            config.hidden_size,
-            config.num_local_experts,
-            config.num_experts_per_tok,
-            config.router_score,
-            config.router_jitter_noise,
-        )
-        self.experts = nn.ModuleList(
-            Expert(config.hidden_size, config.intermediate_size, config.expert_dropout)
-            for _ in range(config.num_local_experts)
-        )
+        self.router = Router(**section(RouterSection, config))
+        self.experts = nn.ModuleList(Expert(**section(ExpertSection, config)) for _ in range(config.num_local_experts))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -77,14 +69,7 @@ class MegaMoeBlock(nn.Module):
     def __init__(self, config: MegaMoeConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = PrefixLatentAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.num_latent_tokens,
-            config.rope_interleaved,
-        )
+        self.self_attn = PrefixLatentAttention(**section(AttentionSection, config))
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = MegaMoeExperts(config)
 

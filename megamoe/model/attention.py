@@ -49,7 +49,7 @@ class LayerCache:
 
 
 class PrefixLatentAttention(nn.Module):
-    """Grouped-query causal attention over M learned latent positions followed by the tokens.
+    """Grouped-query causal attention over a prefix of M learned latent positions followed by the tokens.
 
     The latents pass through this layer's key and value projections, are not rotated, and every token sees all of
     them. They send no queries: nothing would read the result.
@@ -57,8 +57,9 @@ class PrefixLatentAttention(nn.Module):
 
     def __init__(
         self,
+        *,
         hidden_size: int,
-        num_heads: int,
+        num_attention_heads: int,
         num_key_value_heads: int,
         head_dim: int,
         num_latent_tokens: int,
@@ -68,10 +69,10 @@ class PrefixLatentAttention(nn.Module):
         self.head_dim = head_dim
         self.rope_interleaved = rope_interleaved
         self.latents = nn.Parameter(torch.empty(num_latent_tokens, hidden_size))
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """Attend from `x` (B, T, D) to itself, the latents and what `cache` holds; returns (B, T, D).

@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks of latent attention and mixture of experts, tied head, and the loss.
+"""The decoder: embedding, blocks of attention and mixture of experts, tied head, and the loss.
 
 Shape legend: B batch, T positions of this call, S positions so far (cached and new), D hidden_size, V vocab_size.
 """
@@ -19,37 +19,26 @@ from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention
 from megamoe.model.experts import Expert
 from megamoe.model.loss import chunked_cross_entropy
 from megamoe.model.moe import MoE
+from megamoe.model.names import is_engine_expert, is_norm, is_residual_projection
 from megamoe.model.rope import Rotary, rope_frequencies, rotary_table
 from megamoe.model.router import Router
+from megamoe.model.sections import AttentionSection, ExpertSection, RouterSection, section
+from megamoe.topology import ExpertTopology
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + experts(norm(x))."""
 
-    def __init__(self, config: ModelConfig, ep_size: int):
+    def __init__(self, config: ModelConfig, topology: ExpertTopology):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = PrefixLatentAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.num_latent_tokens,
-            config.rope_interleaved,
-        )
+        self.self_attn = PrefixLatentAttention(**section(AttentionSection, config))
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = MoE(
-            Router(
-                config.hidden_size,
-                config.num_local_experts,
-                config.num_experts_per_tok,
-                config.router_score,
-                config.router_jitter_noise,
-            ),
-            Expert(config.hidden_size, config.intermediate_size, config.expert_dropout),
-            config.num_local_experts,
-            config.hidden_size,
-            ep_size,
+            router=Router(**section(RouterSection, config)),
+            expert=Expert(**section(ExpertSection, config)),
+            topology=topology,
+            hidden_size=config.hidden_size,
         )
 
     def forward(
@@ -60,43 +49,41 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model. With `ep_size` > 1 it holds 1/ep_size of every layer's experts, those of `ep_rank`."""
+    """The language model; of every layer's experts it holds those of its topology."""
 
     def __init__(
-        self, config: ModelConfig, seed: int = 0, ep_size: int = 1, ep_rank: int = 0, recompute_blocks: int = 0
+        self, config: ModelConfig, seed: int = 0, topology: ExpertTopology | None = None, recompute_blocks: int = 0
     ):
         """
         Args:
-            seed: of the initial weights, which do not depend on `ep_size`.
-            ep_rank: rank in the expert-parallel group; it holds the global experts from
-                ep_rank * num_local_experts / ep_size on.
-            recompute_blocks: of so many blocks, from the first on, only the input is kept for the backward pass, which
-                computes the rest anew.
+            seed: of the initial weights, which do not depend on the topology.
+            topology: of this rank; None holds all experts.
+            recompute_blocks: number of blocks, from the first on, of which only the input is kept for the backward
+                pass, which recomputes the rest.
         """
         super().__init__()
         self.config = config
+        self.topology = topology or ExpertTopology(config.num_local_experts)
         self.recompute_blocks = recompute_blocks
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, ep_size) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, self.topology) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self._init_weights(seed, ep_rank)
+        self._init_weights(seed)
 
     @torch.no_grad()
-    def _init_weights(self, seed: int, ep_rank: int) -> None:
+    def _init_weights(self, seed: int) -> None:
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
 
         def fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
-            weight.normal_(0, residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else std,
-                           generator=generator)  # fmt: skip
+            weight.normal_(0, residual_std if is_residual_projection(name) else std, generator=generator)
 
         shared = _generator(seed)
         for name, weight in self.named_parameters():
-            if "norm" not in name and ".deepspeed_experts." not in name:
+            if not is_norm(name) and not is_engine_expert(name):
                 fill(name, weight, shared)
         for layer, moe in enumerate(self.moe_layers()):
-            first = ep_rank * moe.num_local_experts
-            for expert_id, expert in enumerate(moe.local_experts, start=first):
+            for expert_id, expert in zip(self.topology.expert_ids, moe.local_experts, strict=True):
                 generator = _generator(seed, layer, expert_id)
                 for name, weight in expert.named_parameters():
                     fill(name, weight, generator)

@@ -29,11 +29,11 @@ class Dropout(nn.Dropout):
 class Expert(nn.Module):
     """Two projections with SiLU between, no gate, no biases, dropout on the output."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float = 0.0):
+    def __init__(self, *, hidden_size: int, intermediate_size: int, expert_dropout: float = 0.0):
         super().__init__()
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(expert_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, D) -> (rows, D)."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megamoe.data.batches import NO_LABEL
+
 # The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.
 LOSS_CHUNK = 512  # tokens
-NO_LABEL = -100  # torch's own default for `ignore_index`
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from deepspeed.moe.experts import Experts
 from torch import Tensor, nn
 
+from megamoe.model.names import local_experts
 from megamoe.model.router import Router, count_ids
+from megamoe.topology import ExpertTopology
 
 # On CPU, oneDNN builds a kernel for every new matrix shape, and routing makes new shapes every step. Blocks rounded up
 # to a multiple of this many rows recur. The fill is never more than this per expert.
@@ -70,12 +72,11 @@ class _AllToAll(torch.autograd.Function):
 class DroplessDispatch(nn.Module):
     """Sends every token to its experts and brings the weighted results back; stands in for DeepSpeed's MOELayer."""
 
-    def __init__(self, router: Router, experts: Experts, num_experts: int, ep_size: int):
+    def __init__(self, router: Router, experts: Experts, topology: ExpertTopology):
         super().__init__()
         self.router = router
         self.experts = experts
-        self.num_experts = num_experts
-        self.ep_size = ep_size
+        self.topology = topology
         self.ep_group: dist.ProcessGroup | None = None
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:  # called by DeepSpeed's MoE
@@ -86,13 +87,13 @@ class DroplessDispatch(nn.Module):
         weights, expert_ids = self.router(x)  # (T, K) each
         slots = expert_ids.flatten()  # (T * K,)
         rows = x.repeat_interleave(expert_ids.shape[1], dim=0)
-        rows = self._local(rows, slots) if self.ep_size == 1 else self._exchange(rows, slots)
+        rows = self._local(rows, slots) if self.topology.ep_size == 1 else self._exchange(rows, slots)
         out = (rows.view(*expert_ids.shape, x.shape[1]) * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
-        return out, count_ids(slots, self.num_experts)
+        return out, count_ids(slots, self.topology.num_experts)
 
     def _local(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
         """Run rows through this rank's experts (ids from 0); results in the order of the rows."""
-        experts = self.experts.deepspeed_experts
+        experts = local_experts(self.experts)
         multiple = CPU_ROW_MULTIPLE if rows.device.type == "cpu" else 1
         grouping = group_rows(expert_ids, len(experts), multiple)
         sizes = grouping.sizes.tolist()  # on a GPU, the one wait of a layer without expert parallelism
@@ -104,9 +105,9 @@ class DroplessDispatch(nn.Module):
 
     def _exchange(self, rows: Tensor, expert_ids: Tensor) -> Tensor:
         """Send each row to the rank of its expert, run it there, and bring the result back."""
-        outgoing = group_rows(expert_ids, self.num_experts)
-        num_local = self.num_experts // self.ep_size
-        send_counts = outgoing.sizes.view(self.ep_size, num_local)
+        ep_size, num_local = self.topology.ep_size, self.topology.experts_per_rank
+        outgoing = group_rows(expert_ids, self.topology.num_experts)
+        send_counts = outgoing.sizes.view(ep_size, num_local)
         # (source rank, local expert). A fake process group may leave it as it is (torch's did before it came to copy):
         # there, every peer seems to send what this rank sends.
         receive_counts = send_counts.clone()
@@ -114,7 +115,7 @@ class DroplessDispatch(nn.Module):
         send_splits, receive_splits = torch.stack((send_counts.sum(1), receive_counts.sum(1))).tolist()
 
         received = _AllToAll.apply(rows.index_select(0, outgoing.source), send_splits, receive_splits, self.ep_group)
-        local_ids = torch.arange(num_local, device=rows.device).repeat(self.ep_size)
+        local_ids = torch.arange(num_local, device=rows.device).repeat(ep_size)
         local_ids = local_ids.repeat_interleave(receive_counts.flatten(), output_size=len(received))
         results = self._local(received, local_ids)
         returned = _AllToAll.apply(results, receive_splits, send_splits, self.ep_group)
@@ -126,15 +127,14 @@ class MoE(deepspeed.moe.layer.MoE):
 
     deepspeed_moe: Any
 
-    def __init__(self, router: Router, expert: nn.Module, num_experts: int, hidden_size: int, ep_size: int = 1):
+    def __init__(self, *, router: Router, expert: nn.Module, topology: ExpertTopology, hidden_size: int):
         """
         Args:
             expert: one expert, (rows, D) -> (rows, D); DeepSpeed copies it for each expert of this rank.
-            num_experts: over all ranks; `ep_size` must divide it.
         """
-        super().__init__(hidden_size, expert, num_experts=num_experts, ep_size=ep_size)
-        # What the engine looks for is kept: this class, the group names, `deepspeed_moe.experts.deepspeed_experts`.
-        self.deepspeed_moe = DroplessDispatch(router, self.deepspeed_moe.experts, num_experts, ep_size)
+        super().__init__(hidden_size, expert, num_experts=topology.num_experts, ep_size=topology.ep_size)
+        # What the engine looks for is kept: this class, the group names, the experts' place inside.
+        self.deepspeed_moe = DroplessDispatch(router, self.deepspeed_moe.experts, topology)
 
     @property
     def router(self) -> Router:
@@ -142,8 +142,8 @@ class MoE(deepspeed.moe.layer.MoE):
 
     @property
     def local_experts(self) -> nn.ModuleList:
-        """This rank's experts; on rank r of the expert-parallel group, global ids from r * num_local_experts."""
-        return self.deepspeed_moe.experts.deepspeed_experts
+        """This rank's experts, in the order of `topology.expert_ids`."""
+        return local_experts(self.deepspeed_moe.experts)
 
     def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """DeepSpeed's contract: (..., D) -> (output (..., D), auxiliary loss, tokens per expert (E,)).

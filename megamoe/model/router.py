@@ -1,10 +1,9 @@
-"""The router and loss-free balancing.
+"""The router: which experts a token is sent to, and with what weights.
 
-Selection uses score + bias, the combine weights use the scores alone, and the bias moves after each applied optimizer
-step toward the experts that got too little. No auxiliary loss pulls on the weights.
+Selection uses score + bias, the combine weights use the scores alone. `training/balancing.py` moves the bias.
 Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv:2408.15664).
 
-Shape legend: T tokens, D hidden_size, E experts, K choices per token, L layers.
+Shape legend: T tokens, D hidden_size, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -32,20 +31,21 @@ class Router(nn.Module):
 
     def __init__(
         self,
+        *,
         hidden_size: int,
-        num_experts: int,
-        top_k: int,
-        score: Literal["softmax", "sigmoid"] = "softmax",
-        jitter_noise: float = 0.0,
+        num_local_experts: int,
+        num_experts_per_tok: int,
+        router_score: Literal["softmax", "sigmoid"] = "softmax",
+        router_jitter_noise: float = 0.0,
     ):
         super().__init__()
-        self.top_k = top_k
-        self.score = score
-        self.jitter_noise = jitter_noise
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("selection_bias", torch.zeros(num_experts))
-        self.register_buffer("running_load", torch.full((num_experts,), 1.0 / num_experts))
-        self.register_buffer("step_counts", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.top_k = num_experts_per_tok
+        self.score = router_score
+        self.jitter_noise = router_jitter_noise
+        self.weight = nn.Parameter(torch.empty(num_local_experts, hidden_size))
+        self.register_buffer("selection_bias", torch.zeros(num_local_experts))
+        self.register_buffer("running_load", torch.full((num_local_experts,), 1.0 / num_local_experts))
+        self.register_buffer("step_counts", torch.zeros(num_local_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Route tokens `x` (T, D); returns (combine weights (T, K), expert ids (T, K)).

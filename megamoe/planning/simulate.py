@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 from megamoe.config import ModelConfig
-from megamoe.ds_config import batch_sizes, read_schedule
-from megamoe.model.decoder import Decoder
+from megamoe.data.batches import Batch
+from megamoe.ds_config import batch_sizes
 from megamoe.planning.meter import Collectives, LiveBytes
-from megamoe.training.balancing import LoadBalancer
 from megamoe.training.distributed import quiet
-from megamoe.training.engine import build_engine
+from megamoe.training.step import build_train_step
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,8 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
     micro_batch, accumulation = batch_sizes(ds, world_size)
     generator = torch.Generator().manual_seed(rank)
     with LiveBytes() as live:
-        model = Decoder(config, 0, ep_size, rank % ep_size, recompute_blocks)
-        engine = build_engine(model, ds, read_schedule(ds, "the DeepSpeed JSON"))
-        balancer = LoadBalancer(
-            model.routers(), config.router_bias_rate, config.router_bias_rule, config.router_load_decay
-        )
-        input_ids, labels = torch.randint(config.vocab_size, (2, micro_batch, seq_len), generator=generator).unbind()
+        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
+        batch = Batch(*torch.randint(config.vocab_size, (2, micro_batch, seq_len), generator=generator).unbind())
         for _ in range(2):
             fullest = Counter[str]()
 
@@ -65,16 +60,8 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
             between = live.now
             live.restart()
             with Collectives() as collectives:
-                for micro in range(accumulation):
-                    loss = engine(input_ids, labels)
-                    passed("forward")
-                    engine.backward(loss)
-                    del loss
-                    passed("backward")
-                    if micro < accumulation - 1:
-                        engine.step()
-                engine.step()
-                balancer.step(engine.was_step_applied())
+                train_step.forward_backward([batch] * accumulation, passed)
+                train_step.update()
                 passed("step")
     return Measured(between, fullest["forward"], fullest["backward"], fullest["step"], collectives.payload)
 

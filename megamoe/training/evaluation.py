@@ -7,7 +7,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from megamoe.data.batches import eval_batch
+from megamoe.data.batches import NO_LABEL, eval_batch
 from megamoe.data.token_files import TokenCorpus
 
 
@@ -31,9 +31,9 @@ class Evaluator:
         total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
         for start in range(0, self.limit, micro_batch * world_size):
             batch = eval_batch(self.corpus, start + rank * micro_batch, micro_batch, self.limit)
-            input_ids, labels = (tensor.to(device) for tensor in batch)
-            counted = (labels != -100).sum()
-            total += torch.stack((model(input_ids, labels).double() * counted, counted.double()))
+            batch = batch.to(device)
+            counted = (batch.labels != NO_LABEL).sum()
+            total += torch.stack((model(batch.input_ids, batch.labels).double() * counted, counted.double()))
         model.train()
         dist.all_reduce(total)
         nats, tokens = total.tolist()

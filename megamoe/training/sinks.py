@@ -1,14 +1,69 @@
-"""What a run says: speed, share of the peak, memory, and the three sinks (console line, JSON lines, TensorBoard)."""
+"""Where a run's values go: console, JSON lines, TensorBoard. One class per sink, listed in `SINKS`.
+
+Logs are expendable: a sink that fails is named once on stderr, and training continues.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+
+class Sink:
+    """What a sink can take; each method does nothing unless a sink overrides it. Sinks exist on rank 0 only."""
+
+    def open(self, run_dir: Path, first_step: int) -> None:
+        """Begin to write.
+
+        Args:
+            first_step: the step that the run continues from; what was logged after it is superseded.
+        """
+
+    def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Numbers by name: of a logged training step (kind "train", see `StepMetrics.values`) or of an evaluation
+        (kind "valid": loss, tokens and, where the corpus' bytes are known, bits_per_byte)."""
+
+    def log_text(self, step: int, text: str) -> None:
+        """A line about the run itself."""
+
+    def log_expert_loads(self, step: int, counts: Tensor) -> None:
+        """(L, E) int64: slots that a step routed to each expert of each layer, over all ranks."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class ConsoleSink(Sink):
+    """Lines for people, in the form of the first logged runs."""
+
+    def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        print({"train": _train_line, "valid": _valid_line}[kind](step, values), flush=True)
+
+    def log_text(self, step: int, text: str) -> None:
+        print(text, flush=True)
+
+
+def _train_line(step: int, values: dict[str, Any]) -> str:
+    skipped = f" skipped={values['skipped_steps']}" if values["skipped_steps"] else ""
+    return (
+        f"step={step} avg_loss={values['loss']:.4f} lr={values['lr']:.6g} "
+        f"tok/s={values['tokens_per_second']:.0f} mfu={values['mfu']:.1%} "
+        f"max_vio={values['max_vio']:.2f} running_max_vio={values['running_max_vio']:.2f} "
+        f"grad_norm={values['grad_norm']:.2f} mem={values['memory_gib']:.2f}GiB "
+        f"left={duration(values['seconds_left'])}{skipped}"
+    )
+
+
+def _valid_line(step: int, values: dict[str, Any]) -> str:
+    bits = f" bits_per_byte={values['bits_per_byte']:.4f}" if "bits_per_byte" in values else ""
+    return f"step={step} valid_loss={values['loss']:.4f}{bits} tokens={values['tokens']}"
 
 
 def duration(seconds: float) -> str:
@@ -18,42 +73,46 @@ def duration(seconds: float) -> str:
     return f"{hour}:{minute:02d}:{second:02d}"
 
 
-class Sinks:
-    """Writes what the loop reports to the console, RUN/log.jsonl and RUN/tensorboard. Exists on rank 0 only."""
+class JsonLinesSink(Sink):
+    """RUN/log.jsonl: every number unrounded, a record per line; `read_log` reads it back."""
 
-    def __init__(self, run_dir: Path, first_step: int = 0):
-        """
-        Args:
-            first_step: the step that a resumed run goes on from; TensorBoard drops what was logged after it.
-        """
+    _file: IO[str]
+
+    def open(self, run_dir: Path, first_step: int) -> None:
+        path = run_dir / "log.jsonl"
+        is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
+        if is_torn:  # a run that was killed while it wrote has left half a line
+            self._file.write("\n")
+
+    def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        # JSON has no NaN and no infinity, which a skipped step brings.
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}  # fmt: skip
+        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink(Sink):
+    """RUN/tensorboard: the scalars, and a histogram of the experts' load for each layer."""
+
+    def open(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._jsonl: IO[str] = open(run_dir / "log.jsonl", "a+", encoding="utf-8")  # noqa: SIM115 (open until close)
-        self._end_torn_line()
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
-    def step(self, record: dict[str, Any], seconds_left: float) -> None:
-        """One logged training step. `record` has step, loss, lr, tokens_per_second, mfu, max_vio, running_max_vio,
-        worst_running_max_vio, grad_norm, memory_gib and skipped_steps."""
-        skipped = f" skipped={record['skipped_steps']}" if record["skipped_steps"] else ""
-        print(
-            f"step={record['step']} avg_loss={record['loss']:.4f} lr={record['lr']:.6g} "
-            f"tok/s={record['tokens_per_second']:.0f} mfu={record['mfu']:.1%} "
-            f"max_vio={record['max_vio']:.2f} running_max_vio={record['running_max_vio']:.2f} "
-            f"grad_norm={record['grad_norm']:.2f} mem={record['memory_gib']:.2f}GiB "
-            f"left={duration(seconds_left)}{skipped}",
-            flush=True,
-        )
-        self._write("train", record)
+    def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{key}", value, step)
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """One evaluation. `record` has step, loss, tokens and, where the corpus' bytes are known, bits_per_byte."""
-        bits = f" bits_per_byte={record['bits_per_byte']:.4f}" if "bits_per_byte" in record else ""
-        print(f"step={record['step']} valid_loss={record['loss']:.4f}{bits} tokens={record['tokens']}", flush=True)
-        self._write("valid", record)
+    def log_text(self, step: int, text: str) -> None:
+        self._board.add_text("run", text, step)
 
-    def expert_loads(self, step: int, counts: Tensor) -> None:
-        """Histograms over expert ids, one per layer, of `counts` (L, E) slots."""
+    def log_expert_loads(self, step: int, counts: Tensor) -> None:
         limits = [expert + 0.5 for expert in range(counts.shape[1])]
         for layer, row in enumerate(counts.cpu().double()):
             ids = torch.arange(len(row), dtype=torch.float64)
@@ -69,26 +128,61 @@ class Sinks:
                 global_step=step,
             )
 
-    def _write(self, kind: str, record: dict[str, Any]) -> None:
-        # JSON has no NaN and no infinity, which a skipped step brings.
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in record.items()}  # fmt: skip
-        self._jsonl.write(json.dumps({"kind": kind, **finite}) + "\n")
-        self._jsonl.flush()
-        for key, value in record.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{key}", value, record["step"])
+    def close(self) -> None:
+        self._board.close()
 
-    def _end_torn_line(self) -> None:
-        """A run that was killed while writing leaves half a line; the next record must not be glued to it."""
-        self._jsonl.seek(0)
-        text = self._jsonl.read()
-        if text and not text.endswith("\n"):
-            self._jsonl.write("\n")
+
+SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink)
+
+
+class SinkGroup(Sink):
+    """Hands everything to several sinks; one that fails is named once, and never ends the run."""
+
+    def __init__(self, sinks: Sequence[Sink]):
+        self._sinks = list(sinks)
+        self._failed: set[Sink] = set()
+
+    def open(self, run_dir: Path, first_step: int) -> None:
+        self._sinks = [sink for sink in self._sinks if self._call(sink, "open", run_dir, first_step)]
+
+    def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        self._call_each("log_scalars", kind, step, values)
+
+    def log_text(self, step: int, text: str) -> None:
+        self._call_each("log_text", step, text)
+
+    def log_expert_loads(self, step: int, counts: Tensor) -> None:
+        self._call_each("log_expert_loads", step, counts)
 
     def close(self) -> None:
-        self._jsonl.close()
-        self._board.close()
+        self._call_each("close")
+
+    def _call_each(self, method: str, *args: Any) -> None:
+        for sink in self._sinks:
+            self._call(sink, method, *args)
+
+    def _call(self, sink: Sink, method: str, *args: Any) -> bool:
+        """Returns whether it worked."""
+        try:
+            getattr(sink, method)(*args)
+        except Exception as error:  # of whatever library a sink is made of
+            if sink not in self._failed:
+                self._failed.add(sink)
+                print(
+                    f"warning: {type(sink).__name__} failed ({error or repr(error)}); training continues, and what "
+                    "that sink should have logged is lost.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return False
+        return True
+
+
+def open_sinks(run_dir: Path, first_step: int) -> Sink:
+    """All sinks of a run, open. On rank 0."""
+    group = SinkGroup([kind() for kind in SINKS])
+    group.open(run_dir, first_step)
+    return group
 
 
 def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:

@@ -25,15 +25,15 @@ from megamoe.checkpoint.export import (
     write_state_dict,
 )
 from megamoe.checkpoint.reader import load_weights, open_source
-from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.restore import restore_newest_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import ModelConfig
+from megamoe.data.batches import Batch
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.ds_config import read_schedule
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
 from megamoe.model.names import is_buffer, plain_name
-from megamoe.training.engine import build_engine
+from megamoe.training.step import build_train_step
 
 IDS = torch.randint(CONFIG.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
 FP32 = torch.float32
@@ -190,12 +190,12 @@ def test_a_model_saved_again_by_transformers_comes_back(trained, tmp_path):
 
 def ask_after_init_from(paths, ep_size):
     """Logits and masters after starting from each of the paths in turn."""
-    engine, first_expert = make(ep_size, seed=5)
+    engine, _ = make(ep_size, seed=5)
     answers = []
     for path in paths:
         for master in engine.optimizer.single_partition_of_fp32_groups:
             master.data.zero_()
-        assert restore_first_that_holds(engine, [path], first_expert, weights_only=True) == path
+        assert restore_newest_verified(engine, [path], weights_only=True) == path
         assert engine.global_steps == 0
         engine.module.eval()
         with torch.no_grad():
@@ -270,8 +270,8 @@ WIDE = ModelConfig(**{**CONFIG.model_dump(), "hidden_size": 512, "intermediate_s
 MEASURE = """
 import sys, re
 from pathlib import Path
-from megamoe.export import *
-from megamoe.reader import open_source
+from megamoe.checkpoint.export import *
+from megamoe.checkpoint.reader import open_source
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 source = open_source(Path(sys.argv[1]), open_files=1)
 torch.randn(100, 100) @ torch.randn(100, 100)
@@ -283,13 +283,11 @@ print(peak() - before)
 
 
 def save_wide(folder):
-    ds = ds_config(1)
-    rank = torch.distributed.get_rank()
-    engine = build_engine(Decoder(WIDE, 0, 2, rank % 2), ds, read_schedule(ds, "ds"))
+    train_step = build_train_step(WIDE, ds_config(1), ep_size=2)
     ids = torch.arange(16).unsqueeze(0)
-    engine.backward(engine(ids, ids))
-    engine.step()
-    writer = CheckpointWriter(engine, folder, {"world_size": 4, "ep_size": 2})
+    train_step.forward_backward([Batch(ids, ids)])
+    train_step.update()
+    writer = CheckpointWriter(train_step.engine, folder, {"world_size": 4, "ep_size": 2})
     writer.save(1, hold=True)
     assert writer.complete()
 

@@ -1,12 +1,10 @@
 """Batches of a run and of an evaluation."""
 
-import itertools
-
 import pytest
 import torch
 from corpora import build, random_tokens
 
-from megamoe.data.batches import TrainData, eval_batch
+from megamoe.data.batches import BatchShape, TrainData, eval_batch
 from megamoe.data.token_files import TokenCorpus
 
 
@@ -20,7 +18,8 @@ def train_data(folder, seed=12):
 
 def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
     source = train_data(tmp_path)
-    inputs, labels = source.batch(5, 4)
+    batch = source.batch(5, 4)
+    inputs, labels = batch.input_ids, batch.labels
     assert inputs.shape == labels.shape == (4, 10)
     assert inputs.dtype == labels.dtype == torch.int64
     for row, position in enumerate(range(5, 9)):
@@ -31,12 +30,12 @@ def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
 
 
 def samples_of_step(source, step, micro_batch, accumulation, world_size):
-    """The samples that all ranks together train on in one step, dealt out as the training loop deals them."""
-    rows = []
-    for rank, micro in itertools.product(range(world_size), range(accumulation)):
-        group = ((step - 1) * accumulation + micro) * world_size + rank
-        inputs, labels = source.batch(group * micro_batch, micro_batch)
-        rows += torch.cat((inputs, labels), dim=1).tolist()
+    """The samples that all ranks together train on in one step."""
+    rows, shape = [], BatchShape(micro_batch, accumulation, world_size, 10)
+    for rank in range(world_size):
+        batches = list(source.step_batches(step, rank, shape))
+        assert [len(batch.input_ids) for batch in batches] == [micro_batch] * accumulation
+        rows += [row for batch in batches for row in torch.cat((batch.input_ids, batch.labels), dim=1).tolist()]
     return sorted(rows)
 
 
@@ -58,7 +57,8 @@ def test_an_evaluation_counts_every_sample_up_to_its_limit_once(tmp_path, limit,
     counted = []
     for start in range(0, limit, micro_batch * world_size):
         for rank in range(world_size):
-            inputs, labels = eval_batch(corpus, start + rank * micro_batch, micro_batch, limit)
+            batch = eval_batch(corpus, start + rank * micro_batch, micro_batch, limit)
+            inputs, labels = batch.input_ids, batch.labels
             assert inputs.shape == labels.shape == (micro_batch, 10)
             assert inputs.min() >= 0  # only labels are masked
             for row_in, row_out in zip(inputs.tolist(), labels.tolist(), strict=True):

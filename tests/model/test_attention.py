@@ -23,7 +23,13 @@ def test_a_query_sees_all_latents_real_tokens_up_to_itself_and_itself(num_querie
 
 def attention(**changes):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "num_latent_tokens": 3}
+    sizes = {
+        "hidden_size": 24,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_latent_tokens": 3,
+    }
     layer = PrefixLatentAttention(**{**sizes, **changes}).double()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, 0, 0.5)

@@ -9,6 +9,7 @@ import megamoe.model.decoder
 from megamoe.config import ModelConfig, load_preset
 from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder
+from megamoe.topology import ExpertTopology
 
 # With theta 2^16 and 8 dimensions the frequencies 1, 2^-4, 2^-8, 2^-12 are exact, so fp32 angles are too.
 THETA, HEAD_DIM = 65536.0, 8
@@ -279,7 +280,8 @@ def test_initial_weights_are_the_same_for_every_ep_size(ep_size):
     num_local = SMALL.num_local_experts // ep_size
     seen = set()
     for ep_rank in range(ep_size):
-        for name, weight in Decoder(SMALL, seed=5, ep_size=ep_size, ep_rank=ep_rank).named_parameters():
+        topology = ExpertTopology(SMALL.num_local_experts, ep_size, ep_size, ep_rank)
+        for name, weight in Decoder(SMALL, 5, topology).named_parameters():
             if EXPERTS in name:
                 before, after = name.split(EXPERTS)
                 local_id, rest = after.split(".", 1)

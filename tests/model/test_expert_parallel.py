@@ -10,6 +10,7 @@ from ranks import run_ranks
 from megamoe.model.experts import Expert
 from megamoe.model.moe import MoE
 from megamoe.model.router import Router
+from megamoe.topology import ExpertTopology
 
 D, F, E, K = 8, 12, 4, 2
 
@@ -30,15 +31,16 @@ def tokens(counts):
 def layer_on_this_rank(ep_size, counts, bias):
     """Forward and backward; returns output, input gradient, and this rank's expert gradients by global id."""
     router_weight, up, down = weights()
-    router = Router(D, E, K)
-    layer = MoE(router, Expert(D, F), E, D, ep_size)
+    router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=K)
+    expert = Expert(hidden_size=D, intermediate_size=F)
+    topology = ExpertTopology(E, ep_size, dist.get_world_size(), dist.get_rank())
+    layer = MoE(router=router, expert=expert, topology=topology, hidden_size=D)
     layer.set_deepspeed_parallelism()
     layer.double()
     router.selection_bias.copy_(torch.tensor(bias))
     with torch.no_grad():
         router.weight.copy_(router_weight)
-        first = dist.get_rank() % ep_size * layer.num_local_experts
-        for i, expert in enumerate(layer.local_experts, start=first):
+        for i, expert in zip(topology.expert_ids, layer.local_experts, strict=True):
             expert.up_proj.weight.copy_(up[i])
             expert.down_proj.weight.copy_(down[i])
     x = tokens(counts)[dist.get_rank()].requires_grad_()
@@ -46,7 +48,7 @@ def layer_on_this_rank(ep_size, counts, bias):
     (out * torch.arange(1.0, D + 1)).sum().backward()
     grads = {
         i: (expert.up_proj.weight.grad, expert.down_proj.weight.grad)
-        for i, expert in enumerate(layer.local_experts, start=first)
+        for i, expert in zip(topology.expert_ids, layer.local_experts, strict=True)
     }
     return out.detach(), x.grad, router.weight.grad, grads
 

@@ -7,8 +7,18 @@ from megamoe.model import moe
 from megamoe.model.experts import Expert
 from megamoe.model.moe import MoE, group_rows
 from megamoe.model.router import Router
+from megamoe.topology import ExpertTopology
 
 D, F, E, T = 6, 10, 4, 9
+
+
+def layer_of(top_k, **changes):
+    parts = {
+        "router": Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=top_k),
+        "expert": Expert(hidden_size=D, intermediate_size=F),
+        "topology": ExpertTopology(E),
+    }
+    return MoE(**{**parts, **changes}, hidden_size=D)
 
 
 # --- group_rows -----------------------------------------------------------------------------------------------------
@@ -68,7 +78,7 @@ def test_no_rows_at_all_give_empty_blocks(multiple):
 
 def layer_with(bias=(0.0,) * E, top_k=2):
     torch.manual_seed(0)
-    layer = MoE(Router(D, E, top_k), Expert(D, F), E, D).double()
+    layer = layer_of(top_k).double()
     for weight in layer.parameters():
         nn.init.normal_(weight, 0, 0.5)
     layer.router.selection_bias.copy_(torch.tensor(bias))
@@ -168,10 +178,12 @@ def test_an_expert_without_rows_has_zero_gradients():
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_no_token_is_dropped(routing, top_k):
     torch.manual_seed(0)
-    router = Router(D, E, top_k)
+    router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=top_k)
     nn.init.normal_(router.weight)
     router.selection_bias.copy_(torch.tensor(ROUTINGS[routing]))
-    layer = MoE(router, nn.Identity(), E, D)  # a slot that went missing would take its weight out of the sum
+    layer = layer_of(
+        top_k, expert=nn.Identity(), router=router
+    )  # a slot that went missing would take its weight out of the sum
     x = torch.randn(500, D)
     output, _, counts = layer(x)
     torch.testing.assert_close(output, x)
@@ -233,7 +245,7 @@ def test_deepspeed_takes_the_layer_for_its_own():
 
 def test_dropout_is_on_the_experts_output_in_training_only():
     torch.manual_seed(0)
-    expert = Expert(D, F, dropout=0.5)
+    expert = Expert(hidden_size=D, intermediate_size=F, expert_dropout=0.5)
     x = torch.randn(200, D)
     dropped = expert(x)
     expert.eval()
@@ -245,7 +257,7 @@ def test_dropout_is_on_the_experts_output_in_training_only():
 
 
 def test_an_exchange_that_moves_nothing_has_the_shapes_of_a_real_one(monkeypatch):
-    layer = MoE(Router(D, E, 2), Expert(D, F), E, D, ep_size=2).double()
+    layer = layer_of(2, topology=ExpertTopology(E, ep_size=2, world_size=2)).double()
     nn.init.normal_(layer.router.weight)
     seen = []
     monkeypatch.setattr(moe.dist, "all_to_all_single", lambda out, rows, *splits, group: seen.append(splits))

@@ -8,13 +8,14 @@ from megamoe.config import ModelConfig
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import engine_name, is_buffer, plain_name, same_expert_of_first_rank
+from megamoe.topology import ExpertTopology
 
 CONFIG = ModelConfig(**PRESET)
 
 
 def engine_state(ep_size=1):
     with torch.device("meta"):
-        return Decoder(CONFIG, ep_size=ep_size).state_dict()
+        return Decoder(CONFIG, topology=ExpertTopology(CONFIG.num_local_experts, ep_size, ep_size)).state_dict()
 
 
 def test_plain_names_are_those_of_the_plan_and_have_nothing_of_deepspeed():

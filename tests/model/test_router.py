@@ -10,7 +10,7 @@ T, D, E, K = 40, 6, 5, 2
 
 def router_with(bias=None, dim=D, experts=E, top_k=K, **options):
     torch.manual_seed(0)
-    router = Router(dim, experts, top_k, **options)
+    router = Router(hidden_size=dim, num_local_experts=experts, num_experts_per_tok=top_k, **options)
     torch.nn.init.normal_(router.weight)
     if bias is not None:
         router.selection_bias.copy_(torch.tensor(bias))
@@ -28,7 +28,7 @@ def plain_scores(logits, score):
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_selection_takes_the_largest_score_plus_bias_and_weights_take_the_scores_alone(score, top_k):
     bias = [0.0, 0.4, -0.3, 0.2, 0.1]
-    router = router_with(bias, top_k=top_k, score=score).double()
+    router = router_with(bias, top_k=top_k, router_score=score).double()
     x = torch.randn(T, D, dtype=torch.float64)
     weights, expert_ids = router(x)
     differ = 0
@@ -47,7 +47,7 @@ def test_selection_takes_the_largest_score_plus_bias_and_weights_take_the_scores
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_weights_sum_to_1(score, top_k):
-    weights, _ = router_with(top_k=top_k, score=score)(torch.randn(T, D))
+    weights, _ = router_with(top_k=top_k, router_score=score)(torch.randn(T, D))
     torch.testing.assert_close(weights.sum(-1), torch.ones(T))
 
 
@@ -56,7 +56,7 @@ def test_weights_sum_to_1(score, top_k):
     [("softmax", [120.0, 110.0, 1.0, 0.0], [0.0, 0.0, 2.0, 2.0]), ("sigmoid", [-110.0] * 4, [0.0] * 4)],
 )
 def test_weights_sum_to_1_where_the_scores_underflow(score, logits, bias):
-    router = router_with(bias, dim=1, experts=4, score=score)
+    router = router_with(bias, dim=1, experts=4, router_score=score)
     router.weight.data = torch.tensor(logits).unsqueeze(1)
     weights, _ = router(torch.ones(1, 1))
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
@@ -64,7 +64,7 @@ def test_weights_sum_to_1_where_the_scores_underflow(score, logits, bias):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_logits_are_fp32_where_tokens_and_weight_are_bf16(score):
-    router = router_with(dim=64, score=score, top_k=E).bfloat16()
+    router = router_with(dim=64, router_score=score, top_k=E).bfloat16()
     x = torch.randn(T, 64).bfloat16()
     weights, expert_ids = router(x)
     assert weights.dtype == torch.float32
@@ -75,7 +75,7 @@ def test_logits_are_fp32_where_tokens_and_weight_are_bf16(score):
 
 
 def test_jitter_scales_the_input_within_its_bounds_in_training_only():
-    router = router_with(dim=1, experts=2, jitter_noise=0.1)
+    router = router_with(dim=1, experts=2, router_jitter_noise=0.1)
     router.weight.data = torch.tensor([[1.0], [0.0]])
     x = torch.ones(2000, 1)
     weights, _ = router(x)
@@ -127,7 +127,7 @@ def test_a_recomputed_pass_is_not_counted_again(use_reentrant):
 
 @pytest.mark.parametrize("score", SCORES)
 def test_the_bias_is_no_parameter_and_gets_no_gradient(score):
-    router = router_with([0.1, -0.1, 0.0, 0.2, -0.2], score=score)
+    router = router_with([0.1, -0.1, 0.0, 0.2, -0.2], router_score=score)
     weights, _ = router(torch.randn(T, D))
     weights.square().sum().backward()
     assert [name for name, _ in router.named_parameters()] == ["weight"]

@@ -6,19 +6,19 @@ from ranks import run_ranks
 from toy import PRESET, SHIPPED, ds_config
 
 from megamoe.config import ModelConfig, read_json
-from megamoe.ds_config import read_schedule
-from megamoe.model.decoder import Decoder
+from megamoe.data.batches import Batch
 from megamoe.model.router import Router
 from megamoe.training.balancing import LoadBalancer, max_violation
-from megamoe.training.engine import build_engine
+from megamoe.training.step import build_train_step
 
+CONFIG = ModelConfig(**PRESET, router_bias_rate=0.01)
 SCORES = ["softmax", "sigmoid"]
 T, D, E, K = 40, 6, 5, 2
 
 
 def router_with(bias=None, dim=D, experts=E, top_k=K, **options):
     torch.manual_seed(0)
-    router = Router(dim, experts, top_k, **options)
+    router = Router(hidden_size=dim, num_local_experts=experts, num_experts_per_tok=top_k, **options)
     torch.nn.init.normal_(router.weight)
     if bias is not None:
         router.selection_bias.copy_(torch.tensor(bias))
@@ -110,7 +110,7 @@ def test_a_skipped_step_moves_nothing_and_forgets_its_counts():
     ],
 )
 def test_a_badly_skewed_router_comes_into_balance(score, rule, rate, favoured):
-    router = router_with(dim=16, experts=8, score=score)
+    router = router_with(dim=16, experts=8, router_score=score)
     torch.nn.init.normal_(router.weight, 0, 0.2)
     with torch.no_grad():
         router.weight[:, 0] = 0
@@ -130,13 +130,6 @@ def test_a_badly_skewed_router_comes_into_balance(score, rule, rate, favoured):
 # --- inside the engine, over several ranks ---
 
 
-def engine_on_this_rank(ds, ep_size):
-    rank = torch.distributed.get_rank()
-    model = Decoder(ModelConfig(**PRESET), 0, ep_size, rank % ep_size)
-    engine = build_engine(model, ds, read_schedule(ds, "test"))
-    return engine, LoadBalancer(model.routers(), rate=0.01, rule="sign", decay=0.9)
-
-
 def tokens(step):
     draw = torch.Generator().manual_seed(100 * torch.distributed.get_rank() + step)
     return torch.randint(0, PRESET["vocab_size"], (2, 16), generator=draw)
@@ -147,14 +140,13 @@ def statistics(engine):
 
 
 def three_steps(ds, ep_size):
-    engine, balancer = engine_on_this_rank(ds, ep_size)
+    train_step = build_train_step(CONFIG, ds, ep_size=ep_size)
     own, reported = [], []
     for step in range(3):
-        engine.backward(engine(tokens(step), tokens(step + 1)))
-        own.append(torch.stack([router.step_counts.clone() for router in engine.module.routers()]))
-        engine.step()
-        reported.append(balancer.step(engine.was_step_applied()).counts)
-    return statistics(engine), own, reported
+        train_step.forward_backward([Batch(tokens(step), tokens(step + 1))])
+        own.append(torch.stack([router.step_counts.clone() for router in train_step.model.routers()]))
+        reported.append(train_step.update().counts)
+    return statistics(train_step.engine), own, reported
 
 
 def test_statistics_are_fp32_and_identical_on_all_ranks():
@@ -177,7 +169,8 @@ def test_counts_are_the_sum_over_ranks_and_every_slot_is_counted_once():
 
 
 def evaluate_and_skip(ds):
-    engine, balancer = engine_on_this_rank(ds, 2)
+    train_step = build_train_step(CONFIG, ds, ep_size=2)
+    engine = train_step.engine
     before = statistics(engine)
     engine.eval()
     with torch.no_grad():
@@ -185,8 +178,7 @@ def evaluate_and_skip(ds):
     engine.train()
     counted_in_evaluation = sum(int(router.step_counts.sum()) for router in engine.module.routers())
     engine.backward(engine(tokens(0), tokens(1)) * (torch.inf if torch.distributed.get_rank() == 0 else 1.0))
-    engine.step()
-    balance = balancer.step(engine.was_step_applied())
+    balance = train_step.update()
     left = sum(int(router.step_counts.sum()) for router in engine.module.routers())
     return before, statistics(engine), counted_in_evaluation, balance, left, engine.skipped_steps, engine.get_lr()[0]
 

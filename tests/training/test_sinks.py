@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megamoe.training.sinks import Sinks, duration, read_log
+from megamoe.training.sinks import Sink, SinkGroup, duration, open_sinks, read_log
 
 
 def record(step=10, **changes):
@@ -24,14 +24,19 @@ def record(step=10, **changes):
         "grad_norm": 2.345,
         "memory_gib": 3.456,
         "skipped_steps": 0,
+        "seconds_left": 3723.4,
     }
     return {**values, **changes}
 
 
+def log(sinks, kind, values):
+    sinks.log_scalars(kind, values["step"], {name: value for name, value in values.items() if name != "step"})
+
+
 def logged(folder, *records):
-    sinks = Sinks(folder)
+    sinks = open_sinks(folder, 0)
     for one in records:
-        sinks.step(one, seconds_left=3723.4)
+        log(sinks, "train", one)
     sinks.close()
 
 
@@ -66,9 +71,9 @@ def test_skipped_steps_are_said_when_there_are_any(tmp_path, capsys):
 
 
 def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path, capsys):
-    sinks = Sinks(tmp_path)
-    sinks.evaluation({"step": 500, "loss": 2.34567, "tokens": 4096, "bits_per_byte": 1.23456})
-    sinks.evaluation({"step": 600, "loss": 2.1, "tokens": 4096})
+    sinks = open_sinks(tmp_path, 0)
+    log(sinks, "valid", {"step": 500, "loss": 2.34567, "tokens": 4096, "bits_per_byte": 1.23456})
+    log(sinks, "valid", {"step": 600, "loss": 2.1, "tokens": 4096})
     sinks.close()
     assert capsys.readouterr().out.splitlines() == [
         "step=500 valid_loss=2.3457 bits_per_byte=1.2346 tokens=4096",
@@ -77,11 +82,11 @@ def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path,
 
 
 def test_the_log_holds_every_record_unrounded(tmp_path):
-    sinks = Sinks(tmp_path)
+    sinks = open_sinks(tmp_path, 0)
     valid = {"step": 20, "loss": 2.3456789, "tokens": 4096, "bits_per_byte": 1.23456789}
-    sinks.step(record(), 1)
-    sinks.evaluation(valid)
-    sinks.step(record(step=20), 1)
+    log(sinks, "train", record())
+    log(sinks, "valid", valid)
+    log(sinks, "train", record(step=20))
     sinks.close()
     assert read_log(tmp_path) == {"train": [record(), record(step=20)], "valid": [valid]}
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -89,8 +94,8 @@ def test_the_log_holds_every_record_unrounded(tmp_path):
 
 
 def test_a_record_is_on_disk_before_the_run_ends(tmp_path):
-    sinks = Sinks(tmp_path)
-    sinks.step(record(), 1)
+    sinks = open_sinks(tmp_path, 0)
+    log(sinks, "train", record())
     assert read_log(tmp_path)["train"] == [record()]
     sinks.close()
 
@@ -126,10 +131,10 @@ def test_a_resumed_run_writes_on_after_a_torn_line(tmp_path):
 
 
 def test_tensorboard_holds_the_scalars(tmp_path):
-    sinks = Sinks(tmp_path)
-    sinks.step(record(10), 1)
-    sinks.step(record(20, loss=9.5), 1)
-    sinks.evaluation({"step": 20, "loss": 2.5, "tokens": 4096, "bits_per_byte": 1.25})
+    sinks = open_sinks(tmp_path, 0)
+    log(sinks, "train", record(10))
+    log(sinks, "train", record(20, loss=9.5))
+    log(sinks, "valid", {"step": 20, "loss": 2.5, "tokens": 4096, "bits_per_byte": 1.25})
     sinks.close()
     events = board(tmp_path)
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
@@ -143,9 +148,9 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 
 def test_tensorboard_holds_the_load_of_every_expert_in_every_layer(tmp_path):
     counts = torch.tensor([[4, 0, 12, 8], [6, 6, 6, 6], [0, 0, 0, 24]])
-    sinks = Sinks(tmp_path)
-    sinks.expert_loads(10, counts)
-    sinks.expert_loads(20, counts.flip(1))
+    sinks = open_sinks(tmp_path, 0)
+    sinks.log_expert_loads(10, counts)
+    sinks.log_expert_loads(20, counts.flip(1))
     sinks.close()
     events = board(tmp_path)
     assert events.Tags()["histograms"] == [f"expert_load/layer_0{layer}" for layer in range(3)]
@@ -176,3 +181,60 @@ def loads(histogram, experts):
 )
 def test_durations_are_hours_minutes_and_seconds(seconds, shown):
     assert duration(seconds) == shown
+
+
+class Broken(Sink):
+    """Fails at whatever it is given."""
+
+    def __init__(self, at):
+        self.calls = 0
+        setattr(self, at, self.fail)
+
+    def fail(self, *args):
+        self.calls += 1
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("at", ["open", "log_scalars", "log_text", "log_expert_loads", "close"])
+def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, at):
+    class Kept(Sink):
+        def __init__(self):
+            self.given = []
+
+        def log_scalars(self, kind, step, values):
+            self.given.append(step)
+
+    broken, kept = Broken(at), Kept()
+    sinks = SinkGroup([broken, kept])
+    sinks.open(tmp_path, 0)
+    for step in (10, 20):
+        log(sinks, "train", record(step))
+        sinks.log_text(step, "a line")
+        sinks.log_expert_loads(step, torch.ones(1, 2))
+    sinks.close()
+    assert broken.calls == (1 if at in ("open", "close") else 2)  # it may recover
+    assert kept.given == [10, 20]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: Broken failed ([Errno 28] No space left on device); training continues")
+
+
+def test_a_full_disk_costs_the_log_only(tmp_path, capsys, monkeypatch):
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *mode, **options: real(
+        "/dev/full" if str(path).endswith("log.jsonl") else path, *mode, **options))  # fmt: skip
+    logged(tmp_path, record(10), record(20))
+    monkeypatch.undo()
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["step=10", "step=20"]
+    (line,) = err.splitlines()
+    assert line.startswith("warning: JsonLinesSink failed (")
+    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10, 20]
+
+
+def test_lines_about_the_run_go_to_the_console_and_tensorboard_and_not_among_the_numbers(tmp_path, capsys):
+    sinks = open_sinks(tmp_path, 0)
+    sinks.log_text(0, "tiny: 5 parameters")
+    sinks.close()
+    assert capsys.readouterr().out == "tiny: 5 parameters\n"
+    assert board(tmp_path).Tags()["tensors"] == ["run/text_summary"]
+    assert read_log(tmp_path) == {"train": [], "valid": []}
