@@ -26,7 +26,7 @@ from megamoe.launch.watch import Position, Watch
 from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder
 from megamoe.training.balancing import LoadBalancer
-from megamoe.training.distributed import agree, init_distributed
+from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.engine import build_engine
 from megamoe.training.loop import Trainer
 
@@ -38,7 +38,7 @@ def prepare(rank: int, world_size: int, device: torch.device) -> Job:
         job = Job(parse_run(), world_size, device)
     except UserError as error:
         problems = error.problems
-    agree(problems, rank)
+    raise_on_any_rank(problems, rank)
     assert job
     return job
 
@@ -71,7 +71,7 @@ def train(job: Job, rank: int, position: Position, stop: StopRequest) -> bool:
         first = restore(job, engine, ep_rank * (model_config.num_local_experts // run.ep_size))
     except UserError as error:
         problems = error.problems
-    agree(problems, rank)
+    raise_on_any_rank(problems, rank)
     sinks = job.open_folder(first) if rank == 0 else None
     if rank == 0:
         shape = job.shape
@@ -122,18 +122,18 @@ def main() -> None:
         parse_run()
     # The reader of our lines, a launcher or an ssh connection, may go while the ranks still have to save.
     sys.stdout, sys.stderr = cli.Console(sys.stdout), cli.Console(sys.stderr)
-    meeting, device = init_distributed()
+    rendezvous, device = init_distributed()
     stop = StopRequest()  # until here a signal ends the process at once
     position = Position()
-    watch = Watch(meeting, position)
+    watch = Watch(rendezvous, position)
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
         stack.callback(watch.close)
         try:
-            job = prepare(meeting.seat.rank, meeting.seat.world_size, device)
+            job = prepare(rendezvous.rank_info.rank, rendezvous.rank_info.world_size, device)
             watch.collective_seconds = job.run.collective_timeout
-            finished = job.is_done or train(job, meeting.seat.rank, position, stop)
-            if job.is_done and meeting.seat.rank == 0:
+            finished = job.is_done or train(job, rendezvous.rank_info.rank, position, stop)
+            if job.is_done and rendezvous.rank_info.rank == 0:
                 print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
             code = 0 if finished else stopped_code()
         except SystemExit as end:  # on all ranks
