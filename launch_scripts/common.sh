@@ -1,27 +1,27 @@
 # Sourced by the launch scripts.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# refuse SENTENCE: what is to be mended.
+# refuse SENTENCE: print the error and exit with the code of errors that the user can fix.
 refuse() {
   echo "error: $1" >&2
   exit 2
 }
 
-# run_launcher MARK HOST COMMAND...: run a launcher and give its exit code; leave nothing of it behind.
+# run_launcher PATTERN HOST COMMAND...: run a launcher, return its exit code, and leave none of its processes running.
 #
-# SIGINT, SIGTERM, SIGHUP and SIGUSR1 go to the ranks on HOST ("" is this one), whose launcher's command line holds MARK:
-# all ranks save and leave, and the launcher ends by itself. A second one goes to the launcher and what it has started
-# here, which ends, too, when the launcher is killed.
+# SIGINT, SIGTERM, SIGHUP and SIGUSR1 are sent to the ranks on HOST ("" is this host) whose launcher's command line
+# matches PATTERN: all ranks save and exit, and then the launcher exits. A second signal is sent to the launcher and the
+# processes that it has started here; they are ended, too, when the launcher is killed.
 run_launcher() {
-  local mark=$1 host=$2 code=0
+  local pattern=$1 host=$2 code=0
   stopping='' asking=''
   shift 2
   set -m # a process group of its own
   "$@" < /dev/null &
   launcher=$!
   set +m
-  trap 'stop_launcher "$mark" "$host"' INT TERM HUP USR1
-  while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal cuts it short
+  trap 'stop_launcher "$pattern" "$host"' INT TERM HUP USR1
+  while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal interrupts wait
   wait "$launcher" || code=$?
   trap - INT TERM HUP USR1
   [[ -z $asking ]] || kill "$asking" 2> /dev/null || true
@@ -32,8 +32,8 @@ run_launcher() {
 stop_launcher() {
   stopping=1
   trap 'kill -INT -- "-$launcher"' INT TERM HUP USR1
-  ask_ranks "$1" "$2" || kill -INT -- "-$launcher" # there are none yet
-  # Ranks that were still loading have died of it, and torchrun may have started others.
+  ask_ranks "$1" "$2" || kill -INT -- "-$launcher" # no ranks yet
+  # The signal ends ranks that were still loading Python, and torchrun may have started others.
   while sleep 5 && kill -0 "$launcher" 2> /dev/null; do ask_ranks "$1" "$2" || true; done &
   asking=$!
 }

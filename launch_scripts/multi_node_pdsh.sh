@@ -2,8 +2,8 @@
 # Train on the hosts of a hostfile ("HOST slots=RANKS" a line), by DeepSpeed's launcher over pdsh and ssh:
 #   launch_scripts/multi_node_pdsh.sh HOSTFILE --ds_config ds_configs/zero2.json [options of pretrain.py]
 #
-# MAX_RESTARTS=N starts again, from the last checkpoint, after a rank or a host was lost, up to N times (0).
-# MIN_HOSTS=N then goes on with the hosts that answer, if they are so many (all of them).
+# MAX_RESTARTS=N restarts from the last checkpoint after a rank or a host was lost, up to N times (default 0).
+# MIN_HOSTS=N continues with the hosts that answer, if at least N do (default: all hosts must answer).
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 [[ ${1:--} != -* ]] ||
@@ -14,7 +14,7 @@ shift
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-# DeepSpeed takes what stands in .deepspeed_env, and little else, to the other hosts.
+# DeepSpeed forwards the variables in .deepspeed_env, and few others, to the other hosts.
 export DS_ENV_FILE=$folder/.deepspeed_env
 forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|(TORCH|NCCL|GLOO|MALLOC|HF)_[A-Z0-9_]*)='
 grep -sh '^[A-Za-z0-9_]*=' ~/.deepspeed_env ./.deepspeed_env > "$DS_ENV_FILE" || true
@@ -23,7 +23,7 @@ env | grep -E "$forwarded" >> "$DS_ENV_FILE"
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
 
 for ((attempt = 0; ; attempt++)); do
-  # Says what is wrong and where, or prints the address and a free port of the first host.
+  # Prints every problem and its host, or the address and a free port of the first host.
   checked=$(python "$root/tools/preflight.py" hostfile "$hostfile" --usable "$folder/hostfile" \
     ${MASTER_PORT:+--port "$MASTER_PORT"} ${MIN_HOSTS:+--min_hosts "$MIN_HOSTS"} -- "$@" | tail -n 1)
   read -r first address port _ <<< "$checked"
@@ -32,15 +32,15 @@ for ((attempt = 0; ; attempt++)); do
   run_launcher "^[^ ]*python[^ ]* -u -m $job" "$first" \
     deepspeed --hostfile "$folder/hostfile" --force_multi --master_addr "$address" --master_port "$port" \
     "$root/megamoe/pretrain.py" "$@" || code=$?
-  # Of a launcher that was killed; the ranks notice it, save and leave.
+  # The ssh processes of a launcher that was killed; the ranks detect it, save and exit.
   pkill -TERM -f "^ssh .* -m $job" || true
-  case $code in 0 | 2 | 75) exit "$code" ;; esac # done, to be mended, or asked to stop
+  case $code in 0 | 2 | 75) exit "$code" ;; esac # done, an error for the user to fix, or asked to stop
   if [[ -n $stopping ]] || ((attempt >= ${MAX_RESTARTS:-0})); then exit "$code"; fi
-  while read -r host _; do # they may still be saving
+  while read -r host _; do # the ranks may still be saving
     while ssh -n -o BatchMode=yes -o ConnectTimeout=5 "$host" "pgrep -f '^[^ ]*python[^ ]* -u -m $job'" > /dev/null; do
       sleep 1
     done
   done < "$folder/hostfile"
-  echo "the ranks ended with exit code $code; start $((attempt + 1)) of $MAX_RESTARTS again" >&2
+  echo "the ranks exited with code $code; restart $((attempt + 1)) of $MAX_RESTARTS" >&2
   [[ " $* " == *" --auto_resume "* ]] || set -- "$@" --auto_resume
 done

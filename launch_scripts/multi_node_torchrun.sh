@@ -2,23 +2,23 @@
 # Train on several hosts by torchrun. Start the same line on each of them, in any order:
 #   HOSTS=2 RANKS=8 ENDPOINT=host1:29400 launch_scripts/multi_node_torchrun.sh --ds_config FILE [options of pretrain.py]
 #
-# HOSTS is how many there are, or "1:2": at least and at most. RANKS is how many each host runs. ENDPOINT is where they
-# meet: a host among them, with a free port. JOIN_TIMEOUT=N waits N seconds for them (300). MAX_RESTARTS=N starts again
-# after a rank or a host was lost, up to N times (0); with --auto_resume that is from the last checkpoint.
+# HOSTS is the number of hosts, or MIN:MAX. RANKS is the number of ranks on each host. ENDPOINT is where the hosts join:
+# one of them, with a free port. JOIN_TIMEOUT=N waits N seconds for the hosts (default 300). MAX_RESTARTS=N restarts after
+# a rank or a host was lost, up to N times (default 0); with --auto_resume it restarts from the last checkpoint.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 [[ -n ${HOSTS:-} && -n ${RANKS:-} && -n ${ENDPOINT:-} ]] ||
-  refuse "HOSTS is '${HOSTS:-}', RANKS '${RANKS:-}', ENDPOINT '${ENDPOINT:-}'; set all three: how many hosts, ranks of each, HOST:PORT."
+  refuse "HOSTS is '${HOSTS:-}', RANKS '${RANKS:-}', ENDPOINT '${ENDPOINT:-}'; set all three: number of hosts, ranks on each, HOST:PORT."
 [[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || refuse "MAX_RESTARTS is '$MAX_RESTARTS'; give a whole number."
 
-# The hosts meet there and compare, and then agree on a port for torchrun.
+# The hosts join at ENDPOINT, compare their reports, and get a port for torchrun.
 checked=$(python "$root/tools/preflight.py" endpoint "$ENDPOINT" --hosts "$HOSTS" --ranks "$RANKS" \
   --seconds "${JOIN_TIMEOUT:-300}" -- "$@" | tail -n 1)
 read -r endpoint address is_host <<< "$checked"
 
-# Each start gets a store of its own: in the agents' common one, they would count their restarts differently.
+# Each start gets its own store: in a store shared by all starts, the agents would count their restarts differently.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# torchrun would start ranks again that end with another code than 0; they leave a note when they were asked to stop.
+# torchrun would restart ranks that exit with a code other than 0; ranks that were asked to stop create this file.
 MEGAMOE_STOP_NOTE=$(mktemp -d)/stopped
 export MEGAMOE_STOP_NOTE
 trap 'rm -rf "$(dirname "$MEGAMOE_STOP_NOTE")"' EXIT

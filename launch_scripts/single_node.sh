@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on one machine: launch_scripts/single_node.sh RANKS --ds_config ds_configs/zero2.json [options of pretrain.py]
+# Train on one host: launch_scripts/single_node.sh RANKS --ds_config ds_configs/zero2.json [options of pretrain.py]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] ||
@@ -7,7 +7,7 @@ source "$(dirname "$0")/common.sh"
 ranks=$1
 shift
 
-# Two jobs on one host must not meet on DeepSpeed's default port.
+# Two jobs on one host must not share DeepSpeed's default port.
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \

@@ -22,7 +22,7 @@ from megamoe.errors import UserError
 from megamoe.job import Job, parse_run
 from megamoe.launch.stopping import STOPPED, Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
-from megamoe.training.distributed import agree, init_distributed
+from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.loop import Trainer
 from megamoe.training.sinks import open_sinks
 from megamoe.training.step import TrainStep, build_train_step
@@ -33,10 +33,10 @@ def main() -> None:
         parse_run()
     # The reader of our lines, a launcher or an ssh connection, may exit while the ranks still have to save.
     sys.stdout, sys.stderr = cli.Console(sys.stdout), cli.Console(sys.stderr)
-    meeting, device = init_distributed()
+    rendezvous, device = init_distributed()
     stop = StopRequest()  # until here a signal ends the process at once
     position = Position()
-    watch = Watch(meeting, position)
+    watch = Watch(rendezvous, position)
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
         stack.callback(watch.close)
@@ -64,7 +64,7 @@ def check(device: torch.device) -> Job:
         job = Job(parse_run(), dist.get_world_size(), device)
     except UserError as error:
         problems = error.problems
-    agree(problems, dist.get_rank())
+    raise_on_any_rank(problems, dist.get_rank())
     assert job
     if job.is_done and dist.get_rank() == 0:
         print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
@@ -125,7 +125,7 @@ def restore(job: Job, train_step: TrainStep) -> int:
             restore_newest_verified(train_step.engine, job.initial_weights, weights_only=True)
     except UserError as error:
         problems = error.problems
-    agree(problems, dist.get_rank())
+    raise_on_any_rank(problems, dist.get_rank())
     return manifest.step_of(checkpoint) if checkpoint else 0
 
 

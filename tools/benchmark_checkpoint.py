@@ -60,8 +60,8 @@ class Bench:
     """An engine with Adam's moments, and what is done to it."""
 
     def __init__(self, preset: str, ds_config: str, ep_size: int, folder: Path, tokens: int):
-        meeting, device = init_distributed()
-        rank, world_size = meeting.seat.rank, meeting.seat.world_size
+        rendezvous, device = init_distributed()
+        rank, world_size = rendezvous.rank_info.rank, rendezvous.rank_info.world_size
         config, ds = load_preset(preset), read_json(Path(ds_config))
         self.folder = folder
         self.bare_file = folder / f"bare_{rank}.pt"

@@ -314,8 +314,8 @@ def peak_gib(device: torch.device) -> float:
 
 
 def run(args: argparse.Namespace) -> Turn:
-    meeting, device = init_distributed()
-    rank, world_size = meeting.seat.rank, meeting.seat.world_size
+    rendezvous, device = init_distributed()
+    rank, world_size = rendezvous.rank_info.rank, rendezvous.rank_info.world_size
     config = load_preset(args.preset)
     samples = args.samples // world_size
     if args.contender == "mixtral":

@@ -3,11 +3,11 @@
 
     python tools/preflight.py hostfile HOSTFILE -- --ds_config FILE [options of pretrain.py]
     python tools/preflight.py slurm -- ...          in a Slurm job
-    python tools/preflight.py endpoint HOST:PORT --hosts 2 -- ...       on each host, ahead of torchrun
+    python tools/preflight.py endpoint HOST:PORT --hosts 2 -- ...       on each host, before torchrun
 
-Exits with code 2 and a sentence for each lack. Else the last line printed is, for the first two, the name, the address
-and a free port of the host of rank 0, and the run folder; for endpoint, where torchrun's agents are to meet, this
-host's address, and whether it is the one.
+Exits with code 2 and one sentence for each problem. Else the last line printed holds, for the first two, the name, the
+address and a free port of rank 0's host, and the run folder; for endpoint, the address and port where torchrun's agents
+join, this host's address, and whether the agents join on this host.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from megamoe import cli
 from megamoe.config import RunConfig
 from megamoe.errors import UserError
 from megamoe.job import parse_run
-from megamoe.launch.preflight import Endpoint, as_line, ask_by_srun, ask_by_ssh, marker_beside, meet, problems, report
-from megamoe.launch.rendezvous import hosts_of, tasks_per_node
+from megamoe.launch.endpoint import Endpoint, join
+from megamoe.launch.preflight import marker_next_to, problems, report
+from megamoe.launch.rank_info import hosts_of, tasks_per_node
+from megamoe.launch.remote import ask_by_srun, ask_by_ssh
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="preflight.py", description="Check the hosts of a job before ranks are started on them.")
     parser.add_argument("launcher", choices=("hostfile", "slurm", "endpoint", "report"))
     parser.add_argument(
-        "where", nargs="?", help="the hostfile; HOST:PORT, where torchrun's hosts meet; or another host"
+        "where", nargs="?", help="the hostfile; HOST:PORT, where torchrun's hosts join; or another host"
     )
     parser.add_argument("--port", help="to be used on the first host; by default a free one")
-    parser.add_argument("--min_hosts", help="leave out hosts that do not answer, if so many do")
+    parser.add_argument("--min_hosts", help="leave out hosts that do not answer, if at least this number does")
     parser.add_argument("--usable", type=Path, help="hostfile to write, with the hosts that answer")
-    parser.add_argument("--hosts", default="1", help="for endpoint: how many meet, or MIN:MAX")
-    parser.add_argument("--ranks", help="for endpoint: how many each host runs")
-    parser.add_argument("--seconds", default="300", help="for endpoint: to wait for the other hosts")
+    parser.add_argument("--hosts", default="1", help="for endpoint: how many join, or MIN:MAX")
+    parser.add_argument("--ranks", help="for endpoint: ranks of each host")
+    parser.add_argument("--seconds", default="300", help="for endpoint: how long to wait for the other hosts")
     parser.add_argument("--marker", type=Path, help="for report: a file that this host should see")
     args = parser.parse(words)
     for name, variable, most in (
@@ -69,8 +71,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     try:
         slots = dict(fetch_hostfile(str(path)))
     except ValueError as error:
-        said = str(error).rstrip(".")
-        raise UserError(f"hostfile {path}: {said}; write a line 'HOST slots=RANKS' for each host.") from None
+        why = str(error).rstrip(".")
+        raise UserError(f"hostfile {path}: {why}; write a line 'HOST slots=RANKS' for each host.") from None
     idle = [host for host, count in slots.items() if count < 1]
     if idle:
         raise UserError(f"hostfile {path}: {', '.join(idle)} has no slots; give at least 1, or leave the host out.")
@@ -85,14 +87,14 @@ def command_of_report(args: argparse.Namespace, peer: str, marker: Path, words: 
 def check_hostfile(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
     slots = read_hostfile(Path(args.where))
     hosts = list(slots)
-    with marker_beside(run.folder) as marker:
-        # The last one is not asked for its way to itself: only the first one's counts.
+    with marker_next_to(run.folder) as marker:
+        # The last host's route to itself does not matter: only the first host's counts.
         reports, silent = ask_by_ssh(hosts, command_of_report(args, hosts[-1], marker, words))
     if silent and len(reports) < (args.min_hosts or len(hosts)):
         raise UserError(*silent)
     for problem in silent:
-        print(f"going on without a host: {problem}", file=sys.stderr)
-    if hosts[-1] not in reports:  # so none finds the way to it
+        print(f"continuing without a host: {problem}", file=sys.stderr)
+    if hosts[-1] not in reports:  # so no host can find a route to it
         reports = {host: replace(one, address=one.address or host) for host, one in reports.items()}
     ranks = {one.host: slots[host] for host, one in reports.items()}
     found = problems(list(reports.values()), run, ranks)
@@ -106,9 +108,9 @@ def check_hostfile(args: argparse.Namespace, run: RunConfig, words: list[str]) -
 
 def check_slurm(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
     if "SLURM_JOB_NODELIST" not in os.environ:
-        raise UserError("this is no Slurm job; start it by sbatch launch_scripts/slurm.sbatch.")
+        raise UserError("this is not a Slurm job; start it by sbatch launch_scripts/slurm.sbatch.")
     hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
-    with marker_beside(run.folder) as marker:
+    with marker_next_to(run.folder) as marker:
         reports = ask_by_srun(len(hosts), command_of_report(args, hosts[-1], marker, words))
     reports.sort(key=lambda one: one.node)
     tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", ""))
@@ -127,8 +129,8 @@ def check_endpoint(args: argparse.Namespace, run: RunConfig, words: list[str]) -
         raise UserError(f"HOSTS is {args.hosts!r}; write a number of hosts, or MIN:MAX.")
     at = Endpoint(host, int(port), int(least), int(most or least), args.ranks or 0, args.seconds)
     started = f"HOSTS={args.hosts} RANKS={args.ranks} {shlex.join(words)}"
-    agreed = meet(lambda marker: report(run, started, host, marker, None), run, at)
-    print(f"{agreed.address}:{agreed.port}", agreed.own_address, str(agreed.keeps).lower())
+    settings = join(lambda marker: report(run, started, host, marker, None), run, at)
+    print(f"{settings.address}:{settings.port}", settings.local_address, str(settings.is_host).lower())
 
 
 def main() -> None:
@@ -137,7 +139,7 @@ def main() -> None:
     args = parse(words[:split])
     run = parse_run(words[split + 1 :])
     if args.launcher == "report":
-        print(as_line(report(run, shlex.join(words[split + 1 :]), args.where, args.marker, args.port)))
+        print(report(run, shlex.join(words[split + 1 :]), args.where, args.marker, args.port).to_json())
     elif args.launcher == "hostfile":
         check_hostfile(args, run, words[split + 1 :])
     elif args.launcher == "slurm":

@@ -1,1 +1,1 @@
-"""Where ranks meet, what is checked before they start, and how a run ends early. Knows no model."""
+"""The rendezvous of ranks and hosts, checks before a run, stall and death detection, stop requests. Knows no model."""

@@ -1,4 +1,4 @@
-"""What asks a run to stop before its last step: a signal, or the end of the time that it has."""
+"""Requests to stop a run before its last step: a signal, or the end of its time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import psutil
 
 STOPPED = 75  # exit code of a run that has saved and left early: EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 128 + signal.SIGINT
-SAME_INTERRUPT_SECONDS = 0.5  # a launcher may pass on the Ctrl-C that the terminal has given to all
+SAME_INTERRUPT_SECONDS = 0.5  # a launcher may forward the Ctrl-C that the terminal has sent to all
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or SIGUSR1 asks for a stop; the ranks agree on it at the end of a step, save and leave.
+    """SIGTERM, SIGINT or SIGUSR1 requests a stop; the ranks share it at the end of a step, save and exit.
 
-    A second Ctrl-C leaves at once, whatever the main thread waits for. Made on the main thread.
+    A second Ctrl-C exits at once, whatever the main thread waits for. To be made on the main thread.
     """
 
     def __init__(self) -> None:
         self.asked = False
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        # Python runs a handler only when the main thread comes back from a collective; the wake-up byte comes at once.
+        # Python runs a handler only when the main thread returns from a collective; the wake-up byte arrives at once.
         signal.set_wakeup_fd(writing)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
@@ -56,5 +56,5 @@ class Deadline:
         self.end = min(ends, default=None)
 
     def within(self, seconds: float) -> bool:
-        """Whether it is less than so many seconds away."""
+        """Whether it is less than `seconds` away."""
         return self.end is not None and time.time() + seconds > self.end

@@ -1,7 +1,8 @@
-"""Notices when a job cannot go on, says who went or where it stands, and ends this rank, where it would hang.
+"""Detects that a job cannot continue, names the ranks that died or where all ranks stalled, and ends this rank, which
+would hang.
 
-Two threads of each rank. One tells the shared store every second that the rank lives and where it is, and looks whether
-others do; one looks whether this rank still moves and whether the launcher that should end it is still there.
+Each rank runs two threads. One posts a heartbeat with the rank's position to the shared store every second and checks
+the others' heartbeats; one checks that the store answers and that this rank's launcher is alive.
 """
 
 from __future__ import annotations
@@ -22,36 +23,37 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
-from megamoe.launch.rendezvous import Meeting, Member, await_keys, first_line
+from megamoe.launch.exchange import wait_for_keys
+from megamoe.launch.rendezvous import Member, Rendezvous, first_line
 
-LOST = 76  # exit code of a rank that ends because another one went, or because nothing moves
-PULSE_SECONDS = 1.0
-SILENT_SECONDS = 30  # without a pulse: a host that lost its power or its network says nothing
-MOST_BETWEEN_LOOKS = 5.0  # seconds that count, of those between two looks
-DEAD_SECONDS = 5  # without a pulse, after a collective has failed
-FAREWELL_SECONDS = 60  # to wait for the others at a good end
-LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed")  # as their command lines show them
+LOST = 76  # exit code of a rank that ends because another one died, or because no rank makes progress
+HEARTBEAT_SECONDS = 1.0
+SILENT_SECONDS = 30  # without a heartbeat: a host that lost its power or its network sends nothing
+MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
+DEAD_SECONDS = 5  # without a heartbeat, after a collective has failed
+SHUTDOWN_SECONDS = 60  # to wait for the others after the last step
+LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed")  # in their command lines
 
 
 class Position:
-    """Where this rank is, as the training loop and the layers note it."""
+    """Where this rank is, as the training loop and the layers report it."""
 
     def __init__(self) -> None:
         self.step = 0
-        self.doing = "start"
-        self.moves = 0
+        self.activity = "start"
+        self.changes = 0
 
-    def at(self, doing: str, step: int | None = None) -> None:
-        """Note that the rank has come to `doing`."""
+    def at(self, activity: str, step: int | None = None) -> None:
+        """Report that the rank has come to `activity`."""
         self.step = self.step if step is None else step
-        self.doing = doing
-        self.moves += 1
+        self.activity = activity
+        self.changes += 1
 
     def __str__(self) -> str:
-        return f"step {self.step}, {self.doing}"
+        return f"step {self.step}, {self.activity}"
 
     def follow(self, layers: Iterable[torch.nn.Module]) -> None:
-        """Note each of the layers as forward and backward come to it."""
+        """Report each of the layers as forward and backward come to it."""
         for index, layer in enumerate(layers):
             self._follow(layer, f"layer {index}")
 
@@ -67,49 +69,50 @@ class Position:
         layer.register_forward_hook(after)
 
 
-class Stillness:
-    """How long a value has been the same, in the time that this process was awake: a job that is suspended as a whole
-    must not miss its ranks when it goes on."""
+class StallTimer:
+    """How long a value has not changed, in the time that this process was awake: a job that was suspended as a whole is
+    not stalled when it resumes."""
 
     def __init__(self) -> None:
         self._value: Any = None
         self._seconds = 0.0
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
     def seconds(self, value: Any) -> float:
-        """Seconds since `value` has been this one; to be asked about once a second."""
+        """Seconds since the value became `value`; to be called about once a second."""
         now = time.monotonic()
-        self._seconds = self._seconds + min(now - self._looked, MOST_BETWEEN_LOOKS) if value == self._value else 0.0
-        self._value, self._looked = value, now
+        awake = min(now - self._checked, MAX_SECONDS_BETWEEN_CHECKS)
+        self._seconds = self._seconds + awake if value == self._value else 0.0
+        self._value, self._checked = value, now
         return self._seconds
 
 
 class Watch:
-    """Ends this process with exit code `LOST` and one line for all ranks when the job cannot go on."""
+    """Ends this process with exit code `LOST` and one line for all ranks when the job cannot continue."""
 
-    def __init__(self, meeting: Meeting, position: Position):
-        self.meeting = meeting
+    def __init__(self, rendezvous: Rendezvous, position: Position):
+        self.rendezvous = rendezvous
         self.position = position
-        self.collective_seconds = math.inf  # most in which no rank may move; set once the options are known
-        self._rank = meeting.seat.rank
-        self._store = meeting.store
-        self._beats = 0
+        self.collective_seconds = math.inf  # without progress of any rank; set once the options are known
+        self._rank = rendezvous.rank_info.rank
+        self._store = rendezvous.store
+        self._heartbeats = 0
         self._answers = 0  # of the store
-        self._neighbours = _neighbours(meeting)
-        self._launchers = launchers(psutil.Process()) if meeting.seat.launcher == "torch" else []
+        self._local_ranks = _local_ranks(rendezvous)
+        self._launchers = launchers(psutil.Process()) if rendezvous.rank_info.launcher == "torch" else []
         self._closing = threading.Event()
-        self._threads = [threading.Thread(target=self._guard, daemon=True)]
+        self._threads = [threading.Thread(target=self._check_this_rank, daemon=True)]
         if self._store:
-            self._pulse()
-            self._threads.append(threading.Thread(target=self._follow_others, args=(self._store,), daemon=True))
+            self._send_heartbeat()
+            self._threads.append(threading.Thread(target=self._check_others, args=(self._store,), daemon=True))
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """Stop watching: this rank leaves in good order.
+        """Stop watching: this rank exits normally.
 
-        All leave together, or their launcher would take the first to go for a failure and end the others. Rank 0, which
-        holds the store and has the most to put away, is the last to come.
+        All exit together, or their launcher would take the first to exit for a failure and end the others. Rank 0,
+        which holds the store and has the most to write, is the last.
         """
         if self._closing.is_set():
             return
@@ -118,182 +121,184 @@ class Watch:
             return
         try:
             if self._rank == 0:
-                others = [f"left/{rank}" for rank in range(1, self.meeting.seat.world_size)]
-                await_keys(others, self._store, time.monotonic() + FAREWELL_SECONDS)
+                others = [f"left/{rank}" for rank in range(1, self.rendezvous.rank_info.world_size)]
+                wait_for_keys(others, self._store, time.monotonic() + SHUTDOWN_SECONDS)
                 self._store.set("left/0", "")
-                time.sleep(0.2)  # until the others have heard it
+                time.sleep(0.2)  # until the others have read it
             else:
                 self._store.set(f"left/{self._rank}", "")
-                self._store.wait(["left/0"], timedelta(seconds=FAREWELL_SECONDS))
+                self._store.wait(["left/0"], timedelta(seconds=SHUTDOWN_SECONDS))
         except DistError:
-            pass  # rank 0 has gone, which is no matter now
+            pass  # rank 0 has exited, which does no harm now
 
     def explain(self, error: BaseException) -> None:
-        """End this process if `error` came of another rank's end; else tell the others that this rank fails.
+        """End this process if another rank's death caused `error`; else tell the others that this rank fails.
 
         A rank that dies breaks its connections, which the others see as an error of a collective.
         """
         if self._store is None or self._closing.is_set():
             return
         try:
-            before = self._pulses()
+            before = self._last_heartbeats()
             time.sleep(DEAD_SECONDS)
-            after = self._pulses()
-            dead = [rank for rank, pulse in after.items() if pulse == before[rank] and rank != self._rank]
-            dead = self._still_here(dead)
+            after = self._last_heartbeats()
+            dead = [rank for rank, heartbeat in after.items() if heartbeat == before[rank] and rank != self._rank]
+            dead = self._without_exited(dead)
         except DistError:
-            self._leave_without_store()
+            self._exit_without_store()
         if dead:
-            self._end(f"{self._named(dead)} went, last heard of in {_place(after[dead[0]])}")
+            self._exit(f"{self._names(dead)} died, last heard of in {_position(after[dead[0]])}")
         self._closing.set()
-        self._conclude(f"{self._named([self._rank])} failed in {self.position} ({first_line(error)})")
+        self._report(f"{self._names([self._rank])} failed in {self.position} ({first_line(error)})")
 
     # --- the two threads --------------------------------------------------------------------------------------------
 
-    def _follow_others(self, store: Store) -> None:
-        beats = [Stillness() for _ in self.meeting.members]
-        moves = Stillness()
+    def _check_others(self, store: Store) -> None:
+        beats = [StallTimer() for _ in self.rendezvous.members]
+        progress = StallTimer()
         try:
-            while not self._closing.wait(PULSE_SECONDS):
-                self._pulse()
-                if store.check(["verdict"]):
-                    self._let_the_others_read()
+            while not self._closing.wait(HEARTBEAT_SECONDS):
+                self._send_heartbeat()
+                if store.check(["failure"]):
+                    self._wait_for_readers()
                     os._exit(LOST)
                 self._answers += 1
-                self._look_at_neighbours()
+                self._check_processes()
                 if self._rank == 0:
-                    pulses = self._pulses()
-                    self._look_for_the_silent(pulses, beats)
-                    self._look_for_a_standstill(pulses, moves)
+                    heartbeats = self._last_heartbeats()
+                    self._check_silence(heartbeats, beats)
+                    self._check_progress(heartbeats, progress)
         except DistError:
-            if not self._closing.wait(DEAD_SECONDS):  # this job may be on its way out in good order
-                self._leave_without_store()
+            if not self._closing.wait(DEAD_SECONDS):  # the job may be exiting normally
+                self._exit_without_store()
 
-    def _look_at_neighbours(self) -> None:
-        """A rank of this host whose process has ended is gone, without any doubt."""
-        gone = [rank for rank, process in self._neighbours.items() if not _lives(process)]
-        for rank in gone:
-            del self._neighbours[rank]
-        gone = self._still_here(gone)
-        if gone:
-            self._end(f"{self._named(gone)} went, last heard of in {_place(self._pulses()[gone[0]])}")
+    def _check_processes(self) -> None:
+        """A rank of this host whose process has ended has died for certain."""
+        dead = [rank for rank, process in self._local_ranks.items() if not _is_alive(process)]
+        for rank in dead:
+            del self._local_ranks[rank]
+        dead = self._without_exited(dead)
+        if dead:
+            self._exit(f"{self._names(dead)} died, last heard of in {_position(self._last_heartbeats()[dead[0]])}")
 
-    def _look_for_the_silent(self, pulses: dict[int, str], beats: list[Stillness]) -> None:
-        still = {rank: beats[rank].seconds(pulse) for rank, pulse in pulses.items()}
-        # The ranks of a host that is gone fell silent within a second of each other, and are named together.
-        silent = self._still_here([rank for rank, seconds in still.items() if seconds > SILENT_SECONDS / 2])
-        if any(still[rank] > SILENT_SECONDS for rank in silent):
+    def _check_silence(self, heartbeats: dict[int, str], beats: list[StallTimer]) -> None:
+        seconds = {rank: beats[rank].seconds(heartbeat) for rank, heartbeat in heartbeats.items()}
+        # The ranks of a lost host fall silent within a second of each other, and are named together.
+        silent = self._without_exited([rank for rank in seconds if seconds[rank] > SILENT_SECONDS / 2])
+        if any(seconds[rank] > SILENT_SECONDS for rank in silent):
             verb = "have" if len(silent) > 1 else "has"
-            where = _place(pulses[silent[0]])
-            self._end(f"{self._named(silent)} {verb} been silent for {SILENT_SECONDS} s, last heard of in {where}")
+            where = _position(heartbeats[silent[0]])
+            self._exit(
+                f"{self._names(silent)} {verb} sent no heartbeat for {SILENT_SECONDS} s, last heard of in {where}"
+            )
 
-    def _look_for_a_standstill(self, pulses: dict[int, str], moves: Stillness) -> None:
-        still = moves.seconds([pulse.partition(" ")[2] for pulse in pulses.values()])
-        # Ahead of the first step, reading a large checkpoint takes as long as it takes.
-        if still > self.collective_seconds and self.position.step:
-            self._end(f"nothing has moved for {self.collective_seconds:g} s: {self._standings(pulses)}")
+    def _check_progress(self, heartbeats: dict[int, str], progress: StallTimer) -> None:
+        stalled = progress.seconds([heartbeat.partition(" ")[2] for heartbeat in heartbeats.values()])
+        # Before the first step, reading a large checkpoint takes as long as it takes.
+        if stalled > self.collective_seconds and self.position.step:
+            self._exit(f"no rank has made progress for {self.collective_seconds:g} s: {self._positions(heartbeats)}")
 
-    def _guard(self) -> None:
-        answers = Stillness()
-        while not self._closing.wait(PULSE_SECONDS):
+    def _check_this_rank(self) -> None:
+        answers = StallTimer()
+        while not self._closing.wait(HEARTBEAT_SECONDS):
             if self._launchers and not all(child.ppid() == parent for child, parent in self._launchers):
                 self._launchers = []
-                os.kill(os.getpid(), signal.SIGTERM)  # asks all ranks to save and leave
+                os.kill(os.getpid(), signal.SIGTERM)  # asks all ranks to save and exit
             if self._store and answers.seconds(self._answers) > SILENT_SECONDS:
-                self._leave_without_store()
+                self._exit_without_store()
 
-    # --- words and ends ---------------------------------------------------------------------------------------------
+    # --- messages and exits -----------------------------------------------------------------------------------------
 
-    def _pulse(self) -> None:
+    def _send_heartbeat(self) -> None:
         assert self._store
-        self._beats += 1
-        self._store.set(f"pulse/{self._rank}", f"{self._beats} {self.position.moves} {self.position}")
+        self._heartbeats += 1
+        self._store.set(f"heartbeat/{self._rank}", f"{self._heartbeats} {self.position.changes} {self.position}")
 
-    def _pulses(self) -> dict[int, str]:
-        """What each rank has last said of itself."""
+    def _last_heartbeats(self) -> dict[int, str]:
+        """Each rank's last heartbeat; "" from a rank that has sent none."""
         assert self._store
-        keys = [f"pulse/{rank}" for rank in range(self.meeting.seat.world_size)]
+        ranks = range(self.rendezvous.rank_info.world_size)
+        keys = [f"heartbeat/{rank}" for rank in ranks]
         if not self._store.check(keys):  # one has only just begun
             keys = [key for key in keys if self._store.check([key])]
-        said = zip(keys, self._store.multi_get(keys), strict=True)
-        pulses = {int(key.removeprefix("pulse/")): value.decode() for key, value in said}
-        return {rank: pulses.get(rank, "") for rank in range(self.meeting.seat.world_size)}
+        found = dict(zip(keys, self._store.multi_get(keys), strict=True))
+        return {rank: found.get(f"heartbeat/{rank}", b"").decode() for rank in ranks}
 
-    def _still_here(self, ranks: list[int]) -> list[int]:
-        """Without those that have left in good order."""
+    def _without_exited(self, ranks: list[int]) -> list[int]:
+        """Without the ranks that have exited normally."""
         store = self._store
         assert store
         return [rank for rank in ranks if not store.check([f"left/{rank}"])]
 
-    def _standings(self, pulses: dict[int, str]) -> str:
-        """Which ranks stand where."""
-        places: dict[str, list[int]] = {}
-        for rank, pulse in pulses.items():
-            places.setdefault(_place(pulse), []).append(rank)
-        return "; ".join(f"{self._named(ranks)} in {place}" for place, ranks in places.items())
+    def _positions(self, heartbeats: dict[int, str]) -> str:
+        """Which ranks are where."""
+        ranks_at: dict[str, list[int]] = {}
+        for rank, heartbeat in heartbeats.items():
+            ranks_at.setdefault(_position(heartbeat), []).append(rank)
+        return "; ".join(f"{self._names(ranks)} in {position}" for position, ranks in ranks_at.items())
 
-    def _named(self, ranks: list[int]) -> str:
+    def _names(self, ranks: list[int]) -> str:
         by_host: dict[str, list[int]] = {}
         for rank in ranks:
-            by_host.setdefault(self.meeting.members[rank].host, []).append(rank)
+            by_host.setdefault(self.rendezvous.members[rank].host, []).append(rank)
         return " and ".join(
             f"rank{'s' if len(some) > 1 else ''} {', '.join(map(str, some))} on {host}"
             for host, some in by_host.items()
         )
 
-    def _conclude(self, line: str) -> None:
-        """Give the job's verdict, and say it, unless another rank has."""
+    def _report(self, failure: str) -> None:
+        """Report the job's failure, and print it unless another rank has reported one."""
         assert self._store
-        if self._store.add("verdict", 1) == 1:
-            _say(line)
-        self._let_the_others_read()
+        if self._store.add("failure", 1) == 1:
+            _print(failure)
+        self._wait_for_readers()
 
-    def _let_the_others_read(self) -> None:
-        """The store goes with rank 0's process; the others look for a verdict at every pulse."""
+    def _wait_for_readers(self) -> None:
+        """The store ends with rank 0's process; the others look for a failure at every heartbeat."""
         if self._rank == 0:
-            time.sleep(2 * PULSE_SECONDS)
+            time.sleep(2 * HEARTBEAT_SECONDS)
 
-    def _end(self, line: str) -> NoReturn:
+    def _exit(self, failure: str) -> NoReturn:
         try:
-            self._conclude(line)
+            self._report(failure)
         except DistError:
-            self._leave_without_store()
+            self._exit_without_store()
         os._exit(LOST)
 
-    def _leave_without_store(self) -> NoReturn:
-        host = self.meeting.members[0].host
-        here = self.meeting.members[self._rank].host
-        same_host = [rank for rank, member in enumerate(self.meeting.members) if rank and member.host == here]
+    def _exit_without_store(self) -> NoReturn:
+        host = self.rendezvous.members[0].host
+        here = self.rendezvous.members[self._rank].host
+        same_host = [rank for rank, member in enumerate(self.rendezvous.members) if rank and member.host == here]
         if self._rank == min(same_host, default=0):
-            _say(f"rank 0 on {host}, or its launcher, went or cannot be reached")
+            _print(f"rank 0 on {host}, or its launcher, died or cannot be reached")
         os._exit(LOST)
 
 
-def _say(line: str) -> None:
-    print(f"error: {line}; go on from the last checkpoint with --resume.", file=sys.stderr, flush=True)
+def _print(failure: str) -> None:
+    print(f"error: {failure}; resume from the last checkpoint with --resume.", file=sys.stderr, flush=True)
 
 
-def _place(pulse: str) -> str:
-    return pulse.split(" ", 2)[2] if pulse else "its start"
+def _position(heartbeat: str) -> str:
+    return heartbeat.split(" ", 2)[2] if heartbeat else "its start"
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def _neighbours(meeting: Meeting) -> dict[int, psutil.Process]:
+def _local_ranks(rendezvous: Rendezvous) -> dict[int, psutil.Process]:
     """The processes of the other ranks that can be seen from here."""
 
-    def place(member: Member) -> tuple[str, str]:
+    def pids_of(member: Member) -> tuple[str, str]:
         return member.host, member.pid_space
 
-    here = place(meeting.members[meeting.seat.rank])
+    own = rendezvous.rank_info.rank
     found = {}
-    for rank, member in enumerate(meeting.members):
-        if rank != meeting.seat.rank and place(member) == here:
+    for rank, member in enumerate(rendezvous.members):
+        if rank != own and pids_of(member) == pids_of(rendezvous.members[own]):
             with contextlib.suppress(psutil.NoSuchProcess):
                 found[rank] = psutil.Process(member.pid)
     return found
@@ -303,7 +308,7 @@ def launchers(process: psutil.Process) -> list[tuple[psutil.Process, int]]:
     """The launcher's processes above a rank, as pairs of a process and the id of the parent that it must keep.
 
     DeepSpeed has a launch.py on each host, below `deepspeed` itself, or, started over ssh, below sshd and perhaps a
-    shell; torchrun has its agent. Any other parent may go: a rank under nohup outlives its shell.
+    shell; torchrun has its agent. Any other parent may exit: a rank under nohup outlives its shell.
     """
     pairs = []
     parent = process.parent()

@@ -1,4 +1,4 @@
-"""Join the other ranks: rank, device, process group, and what the ranks decide together."""
+"""Join the other ranks: rank, device, process group, and flags and errors of all ranks."""
 
 from __future__ import annotations
 
@@ -15,56 +15,60 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megamoe.launch.rendezvous import Meeting, find_seat, interface_towards, meet
+from megamoe.launch.network import interface_towards
+from megamoe.launch.rank_info import find_rank_info
+from megamoe.launch.rendezvous import Rendezvous, join
 from megamoe.training import cpu
 
-NO_TIMEOUT = timedelta(days=1)  # a rank may restore for long; `launch/watch.py` sees who died, and that nothing moves
+NO_TIMEOUT = timedelta(days=1)  # a rank may restore for long; `launch/watch.py` detects deaths and stalls
 
 
 def quiet() -> None:
-    """Silence what DeepSpeed says at INFO, and one warning about it."""
+    """Silence DeepSpeed's log at INFO, and one warning about it."""
     # DeepSpeed 0.19 calls it; torch 2.13 renames it.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every layer and option at INFO
 
 
-def init_distributed() -> tuple[Meeting, torch.device]:
-    """Join the other ranks, or stand alone without a launcher; returns who has met, and this rank's device.
+def init_distributed() -> tuple[Rendezvous, torch.device]:
+    """Join the other ranks, or be a single rank without a launcher; returns the ranks, and this rank's device.
 
-    Raises UserError where a rank is missing or another megamoe, torch or DeepSpeed runs on it.
+    Raises UserError where a rank is missing or has another megamoe, Python, torch or DeepSpeed.
     """
     quiet()
-    seat = find_seat(os.environ)
-    os.environ.update(seat.environment())
+    rank_info = find_rank_info(os.environ)
+    os.environ.update(rank_info.environment())
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu:
         device = torch.device("cpu")
-        words = cpu.share_cores()
+        cores = cpu.share_cores()
     else:
-        index = seat.local_rank % accelerator.device_count()  # Slurm can show each task its own device only
+        index = rank_info.local_rank % accelerator.device_count()  # Slurm can show each task its own device only
         accelerator.set_device(index)
         device = torch.device(accelerator.device_name(index))
     cpu.refuse_stale_lock()
-    meeting = meet(seat)
-    if on_cpu and len({member.host for member in meeting.members}) > 1:
-        # Gloo would take the address of the host's name, which in many systems is 127.0.1.1.
-        interface = interface_towards(seat.address)
+    rendezvous = join(rank_info)
+    if on_cpu and len({member.host for member in rendezvous.members}) > 1:
+        # Gloo would take the address of the host's name, which on many systems is 127.0.1.1.
+        interface = interface_towards(rank_info.address)
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     with _without_shared_buffers():
         backend = accelerator.communication_backend_name()
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=NO_TIMEOUT)
-    if on_cpu and seat.rank == 0:
-        print(words, flush=True)
-    return meeting, device
+    if on_cpu and rank_info.rank == 0:
+        print(cores, flush=True)
+    return rendezvous, device
 
 
 @contextlib.contextmanager
 def _without_shared_buffers() -> Iterator[None]:
-    """Keep DeepSpeed from setting up buffers in /dev/shm for an all-reduce on CPU that only inference uses: 66 MiB a
-    rank that stay there for good, and a start that hangs where two jobs meet. It does so where all ranks are local."""
+    """Keep DeepSpeed from setting up buffers in /dev/shm, as it does where all ranks are local.
+
+    Only inference uses them, for an all-reduce on CPU. They take 66 MiB per rank and are never removed, and a start
+    hangs if two jobs share a port."""
     local_size = os.environ.pop("LOCAL_SIZE")
     try:
         yield
@@ -79,8 +83,11 @@ def on_any_rank(*flags: bool, device: torch.device) -> list[bool]:
     return total.bool().tolist()
 
 
-def agree(problems: list[str], rank: int) -> None:
-    """Share the problems of all ranks; if there are any, rank 0 prints them all and every rank exits with code 2."""
+def raise_on_any_rank(problems: list[str], rank: int) -> None:
+    """Share the problems of all ranks; if there are any, rank 0 prints them all and every rank exits with code 2.
+
+    Collective. Raises SystemExit.
+    """
     everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, problems)
     distinct = list(dict.fromkeys(problem for one in everywhere for problem in one))
@@ -89,5 +96,5 @@ def agree(problems: list[str], rank: int) -> None:
     if rank == 0:
         for problem in distinct:
             print(f"error: {problem}", file=sys.stderr, flush=True)
-    dist.barrier()  # or the launcher could end rank 0 before it has spoken
+    dist.barrier()  # or the launcher could end rank 0 before it has printed
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""What must hold on every host. That hosts are asked is in tests/launch."""
+"""What must hold on every host. That hosts are asked is in tests/launchers."""
 
 import socket
 from dataclasses import replace
@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from megamoe.config import RunConfig
-from megamoe.errors import UserError
-from megamoe.launch.preflight import Endpoint, Report, ask_by_ssh, marker_beside, meet, needed_files, problems, report
-from megamoe.launch.rendezvous import free_port, versions
+from megamoe.launch.preflight import Report, marker_next_to, needed_files, problems, report
+from megamoe.launch.versions import versions
 
 RUN = RunConfig(ds_config="ds.json", run_dir="runs/mine")
 
@@ -24,22 +23,22 @@ def test_hosts_that_are_alike_have_no_problems():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"versions": {"torch": "2.12"}}, "h2 has torch 2.12, but h1 has 2.13; install"),
         ({"absent": ["/data/train.bin"]}, "h2 does not see /data/train.bin; put it on a file system"),
         (
             {"shares_run_folder": False},
-            "h2 does not see the files that h1 writes beside the run folder runs/mine; choose",
+            "h2 does not see the files that h1 writes next to the run folder runs/mine; choose",
         ),
         ({"gpus": 4}, "h2 has 4 GPUs for 8 ranks; lower"),
         ({"started": "--steps 6"}, "h2 was started with '--steps 6', but h1 with '--steps 5'; start both alike"),
     ],
 )
-def test_what_is_wrong_with_a_host_names_it_and_the_remedy(changes, said):
+def test_what_is_wrong_with_a_host_names_it_and_the_remedy(changes, message):
     gpus = {"gpus": 8} if "gpus" in changes else {}
     (problem,) = problems([of_host("h1", **gpus), of_host("h2", **changes)], RUN, {"h1": 8, "h2": 8})
-    assert problem.startswith(said)
+    assert problem.startswith(message)
 
 
 def test_the_port_counts_on_the_first_host_alone():
@@ -52,7 +51,7 @@ def test_the_port_counts_on_the_first_host_alone():
 
 def test_a_first_host_that_cannot_reach_the_next_is_named():
     (problem,) = problems([of_host("h1", address=None), of_host("h2")], RUN, {})
-    assert problem.startswith("h1 finds no way to h2; see that it can resolve")
+    assert problem.startswith("h1 has no route to h2; see that it can resolve")
 
 
 def test_the_files_that_every_host_needs(tmp_path):
@@ -86,30 +85,8 @@ def test_a_report_is_of_this_host_as_it_is(tmp_path, monkeypatch):
     assert not report(run, "--steps 5", "127.0.0.1", None, port).port_in_use
 
 
-def test_the_marker_is_beside_a_run_folder_that_need_not_be_there_and_goes_again(tmp_path):
-    with marker_beside(tmp_path / "runs" / "mine") as marker:
+def test_the_marker_is_next_to_a_run_folder_that_need_not_exist_and_is_removed(tmp_path):
+    with marker_next_to(tmp_path / "runs" / "mine") as marker:
         assert marker.parent == tmp_path
         assert marker.is_file()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_host_that_is_none_is_named_beside_those_that_answer():
-    reports, silent = ask_by_ssh(["no-such-host.invalid"], ["true"])
-    assert reports == {}
-    assert len(silent) == 1
-    assert silent[0].startswith("no-such-host.invalid does not answer by ssh (")
-
-
-def test_one_host_meets_itself(tmp_path):
-    run = RunConfig(ds_config="ds.json", run_dir=str(tmp_path / "run"))
-    at = Endpoint("127.0.0.1", free_port(), least=1, most=1, ranks=2, seconds=5)
-    agreed = meet(lambda marker: of_host(socket.gethostname(), shares_run_folder=marker.is_file()), run, at)
-    assert agreed.keeps
-    assert agreed.address == agreed.own_address == "127.0.0.1"
-
-
-def test_what_a_host_lacks_ends_the_meeting(tmp_path):
-    run = RunConfig(ds_config="ds.json", run_dir=str(tmp_path / "run"))
-    at = Endpoint("127.0.0.1", free_port(), least=1, most=1, ranks=2, seconds=5)
-    with pytest.raises(UserError, match=r"does not see /data/train\.bin"):
-        meet(lambda marker: of_host("h1", absent=["/data/train.bin"]), run, at)

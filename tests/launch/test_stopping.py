@@ -1,4 +1,4 @@
-"""What asks a run to stop."""
+"""Requests to stop a run."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ import pytest
 
 from megamoe.launch.stopping import INTERRUPTED, Deadline
 
-# The main thread sits in a call that does not come back for a handler, as in a collective.
+# The main thread is in a call that does not return for a handler, as in a collective.
 WAITING = """
 import ctypes, sys, threading, time
-from megamoe.stopping import StopRequest
+from megamoe.launch.stopping import StopRequest
 stop = StopRequest()
 def tell():
     while not stop.asked:
@@ -23,7 +23,7 @@ def tell():
 threading.Thread(target=tell, daemon=True).start()
 print("ready", flush=True)
 end = time.monotonic() + 20
-while time.monotonic() < end:  # a signal cuts a sleep short
+while time.monotonic() < end:  # a signal interrupts sleep
     ctypes.CDLL(None).sleep(20)
 """
 
@@ -38,13 +38,13 @@ def waiting():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_asks_at_once_and_ends_nothing(waiting, number):
+def test_a_signal_requests_a_stop_at_once_and_ends_nothing(waiting, number):
     waiting.send_signal(number)
     assert waiting.stdout.readline() == "asked\n"
     assert waiting.poll() is None
 
 
-def test_a_second_ctrl_c_leaves_at_once(waiting):
+def test_a_second_ctrl_c_exits_at_once(waiting):
     waiting.send_signal(signal.SIGINT)
     assert waiting.stdout.readline() == "asked\n"
     time.sleep(0.7)
@@ -52,9 +52,9 @@ def test_a_second_ctrl_c_leaves_at_once(waiting):
     assert waiting.wait(10) == INTERRUPTED
 
 
-def test_one_ctrl_c_that_comes_twice_is_one(waiting):
+def test_one_ctrl_c_that_arrives_twice_counts_once(waiting):
     waiting.send_signal(signal.SIGINT)
-    waiting.send_signal(signal.SIGINT)  # from the terminal, and from a launcher that passes it on
+    waiting.send_signal(signal.SIGINT)  # from the terminal, and from a launcher that forwards it
     assert waiting.stdout.readline() == "asked\n"
     with pytest.raises(subprocess.TimeoutExpired):
         waiting.wait(1)
@@ -80,7 +80,7 @@ def test_a_limit_counts_from_the_start_of_the_process():
     assert not deadline.within(900)
 
 
-def test_the_end_of_a_slurm_job_counts_where_it_is_nearer():
+def test_the_end_of_a_slurm_job_counts_if_it_is_earlier():
     soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
     assert Deadline(None, soon).within(110)
     assert not Deadline(None, soon).within(80)

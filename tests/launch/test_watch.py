@@ -1,4 +1,4 @@
-"""Where a rank is, and who is above it. That a job ends when one goes is in tests/launch."""
+"""Where a rank is, and which launcher it watches. That a job ends when a rank dies is in tests/launchers."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 from toy import PRESET
 
 from megamoe.config import ModelConfig
-from megamoe.launch.watch import MOST_BETWEEN_LOOKS, Position, Stillness
+from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Position, StallTimer
 from megamoe.model.decoder import Decoder
 
 
@@ -20,8 +20,8 @@ class Recorder(Position):
         self.places = []
         super().__init__()
 
-    def at(self, doing, step=None):
-        super().at(doing, step)
+    def at(self, activity, step=None):
+        super().at(activity, step)
         self.places.append(str(self))
 
 
@@ -64,26 +64,31 @@ def test_following_a_model_changes_neither_loss_nor_gradients():
     assert all(torch.equal(one, other) for one, other in zip(run(True), run(False), strict=True))
 
 
-def clocked(monkeypatch, *looks):
-    """What Stillness says at (seconds, value) pairs of a clock."""
-    now = iter([0.0, *(seconds for seconds, _ in looks)])
+def clocked(monkeypatch, *checks):
+    """What a StallTimer returns at (seconds, value) pairs of a clock."""
+    now = iter([0.0, *(seconds for seconds, _ in checks)])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    stillness = Stillness()
-    return [stillness.seconds(value) for _, value in looks]
+    timer = StallTimer()
+    return [timer.seconds(value) for _, value in checks]
 
 
-def test_stillness_is_the_time_since_a_value_changed(monkeypatch):
+def test_a_stall_is_the_time_since_a_value_changed(monkeypatch):
     assert clocked(monkeypatch, (1, "a"), (2, "a"), (4, "a"), (5, "b"), (6, "b")) == [0, 1, 3, 0, 1]
 
 
-def test_time_in_which_the_process_was_suspended_is_no_stillness(monkeypatch):
-    assert clocked(monkeypatch, (1, "a"), (2, "a"), (9000, "a"), (9001, "a")) == [0, 1, 1 + MOST_BETWEEN_LOOKS, 7]
+def test_time_in_which_the_process_was_suspended_is_no_stall(monkeypatch):
+    assert clocked(monkeypatch, (1, "a"), (2, "a"), (9000, "a"), (9001, "a")) == [
+        0,
+        1,
+        1 + MAX_SECONDS_BETWEEN_CHECKS,
+        7,
+    ]
 
 
-# A tree of processes: each starts the next, and the last one tells what launchers() says of it.
+# A tree of processes: each starts the next, and the last one prints what launchers() returns for it.
 LAST = """
 import json, psutil
-from megamoe.watch import launchers
+from megamoe.launch.watch import launchers
 print(json.dumps([[child.pid, parent] for child, parent in launchers(psutil.Process())]))
 """
 

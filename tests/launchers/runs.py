@@ -48,7 +48,7 @@ class Run:
 
     @property
     def errors(self) -> list[str]:
-        """Lines of errors; pdsh puts the host ahead of each."""
+        """Lines of errors; pdsh puts the host before each."""
         return [line[line.index("error: "):] for line in self.said.splitlines() if "error: " in line]  # fmt: skip
 
     def await_text(self, text: str, seconds: float = 120) -> None:

@@ -1,4 +1,4 @@
-"""How a run on one machine ends before its last step: asked to, cut off, or left alone by its launcher."""
+"""How a run on one host ends before its last step: asked to, cut off, or left alone by its launcher."""
 
 import contextlib
 import os
@@ -147,7 +147,7 @@ def test_a_killed_rank_is_named_and_the_other_ends(launch, ending):
     assert end.code == 256 - signal.SIGKILL, run.said
     (said,) = run.errors
     assert re.match(
-        r"error: rank 1 on \S+ went, last heard of in step \d+, .*; go on from the last checkpoint with --resume\.",
+        r"error: rank 1 on \S+ died, last heard of in step \d+, .*; resume from the last checkpoint with --resume\.",
         said,
     )
     assert_none_left(ranks)
@@ -158,7 +158,7 @@ def test_a_killed_rank_is_named_and_the_other_ends(launch, ending):
 def test_ending_deepspeed_leaves_no_orphan_and_a_checkpoint(launch, ending, send, whom, number):
     run = launch()
     launcher, ranks = run.processes()
-    with ending(f"{number.name} to {whom}, until all are gone") as end:
+    with ending(f"{number.name} to {whom}, until all have exited") as end:
         send(run.process.pid, number)
         end.code = run.process.wait(60)
         assert_none_left([launcher, *ranks])
@@ -178,7 +178,7 @@ def test_launch_py_being_ended_alone_lets_the_ranks_save(launch, ending):
 def test_a_killed_launcher_leaves_no_orphan_and_a_checkpoint(launch, ending):
     run = launch()
     launcher, ranks = run.processes()
-    with ending("SIGKILL to launch.py, until all are gone") as end:
+    with ending("SIGKILL to launch.py, until all have exited") as end:
         launcher.kill()
         end.code = run.process.wait(10)
         assert_none_left(ranks)
@@ -186,23 +186,23 @@ def test_a_killed_launcher_leaves_no_orphan_and_a_checkpoint(launch, ending):
     assert_saved_at_the_last_step(run)
 
 
-def test_a_run_saves_and_leaves_ahead_of_its_time_limit(launch):
+def test_a_run_saves_and_exits_before_its_time_limit(launch):
     run = launch(until="steps 0 to", time_limit="0:00:20")
     assert run.process.wait(100) == STOPPED, run.said
     assert f"stopped ahead of the time limit after step {last_step(run)}" in run.said
     assert_saved_at_the_last_step(run)
 
 
-def test_ranks_that_stand_still_end_and_say_where_each_of_them_is(launch):
+def test_stalled_ranks_end_and_print_where_each_of_them_is(launch):
     run = launch(collective_timeout=5)
     _launcher, ranks = run.processes()
-    time.sleep(2.5)  # until each has said that it is in a step
+    time.sleep(2.5)  # until each has posted that it is in a step
     ranks[1].suspend()
     assert_none_left(ranks[:1], 60)
     (said,) = run.errors
     place = r"in step \d+, (forward of layer \d|backward of layer \d|optimizer step|reading data)"
     both, each = rf"ranks 0, 1 on \S+ {place}", rf"rank 0 on \S+ {place}; rank 1 on \S+ {place}"
-    assert re.match(rf"error: nothing has moved for 5 s: ({both}|{each}); go on from", said)
+    assert re.match(rf"error: no rank has made progress for 5 s: ({both}|{each}); resume from", said)
     ranks[1].resume()
     assert run.process.wait(60) == LOST, run.said
 
@@ -250,7 +250,7 @@ def test_a_second_ctrl_c_to_the_script_ends_a_run_that_cannot_save(launch, endin
 def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(launch, ending):
     run = launch(script=SCRIPT)
     launcher, ranks = run.processes()
-    with ending("SIGKILL to deepspeed below single_node.sh, until all are gone") as end:
+    with ending("SIGKILL to deepspeed below single_node.sh, until all have exited") as end:
         launcher.parent().kill()
         end.code = run.process.wait(60)
         assert_none_left([launcher, *ranks])

@@ -56,7 +56,7 @@ def test_the_pods_run_a_shipped_script_with_options_that_there_are():
     load_preset(run.preset)
 
 
-def test_the_pods_are_as_many_as_the_script_waits_for_and_meet_at_the_first_one():
+def test_the_script_waits_for_all_pods_and_they_join_at_the_first():
     pods = MANIFEST["spec"]["replicatedJobs"][0]["template"]["spec"]
     values = {variable["name"]: variable["value"] for variable in container()["env"]}
     assert values["HOSTS"] == str(pods["parallelism"]) == str(pods["completions"])

@@ -86,7 +86,7 @@ def test_tiny_trains_over_both_nodes(unbroken):
 
 
 @pytest.mark.parametrize("how", ["USR1", "requeue"])
-def test_a_job_that_is_stopped_goes_on_by_itself_with_the_same_losses(submit, unbroken, ending, how):
+def test_a_job_that_is_stopped_resumes_by_itself_with_the_same_losses(submit, unbroken, ending, how):
     with ending("sbatch until the first step is done"):
         job = submit()
         job.await_text("step=1 ")
@@ -102,10 +102,10 @@ def test_a_job_that_is_stopped_goes_on_by_itself_with_the_same_losses(submit, un
     assert job.losses() == unbroken[0]
 
 
-def test_a_job_saves_ahead_of_its_time_limit_and_goes_on(submit):
+def test_a_job_saves_before_its_time_limit_and_resumes(submit):
     job = submit(100_000, time="1", signal="B:URG@1")  # by the job's end time alone: nobody listens to that signal
     job.await_text("stopped ahead of the time limit after step")
-    wait_for(lambda: len(re.findall(r"steps [1-9]\d* to 100000", job.said)) == 1, "it does not go on", 60)
+    wait_for(lambda: len(re.findall(r"steps [1-9]\d* to 100000", job.said)) == 1, "it does not resume", 60)
 
 
 def test_a_cancelled_job_does_not_come_back(submit):
@@ -129,7 +129,7 @@ def kill_rank(job, rank):
     raise AssertionError(f"no rank {rank} among {ids}")
 
 
-def test_a_job_that_loses_a_rank_goes_on_from_its_last_checkpoint(submit, unbroken, ending):
+def test_a_job_that_loses_a_rank_resumes_from_its_last_checkpoint(submit, unbroken, ending):
     job = submit(STEPS, "--save_interval", "2")
     job.await_text("saved ")
     with ending("SIGKILL to a rank of a Slurm job, until it trains again"):
@@ -150,7 +150,7 @@ def test_a_job_that_loses_a_rank_before_any_checkpoint_ends(submit, ending):
     assert job.facts["Restarts"] == "0"
 
 
-def test_a_job_that_loses_a_node_goes_on_with_fewer(submit, cluster, ending):
+def test_a_job_that_loses_a_node_continues_with_fewer(submit, cluster, ending):
     job = submit(100_000, "--save_interval", "5", nodes="1-2")
     job.await_text("saved ")
     with ending("power cut of a node of a Slurm job, until it trains on the other"):

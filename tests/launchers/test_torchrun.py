@@ -33,21 +33,19 @@ def test_tiny_trains_over_both_hosts(start):
     assert first.latest == "step_3"
 
 
-def test_a_host_that_does_not_come_is_missed(start):
+def test_a_host_that_does_not_join_is_missed(start):
     (first,) = start(hosts=["h1"], JOIN_TIMEOUT="8")
     assert first.wait() == 2
     assert first.errors == [
-        "error: 1 of 2 hosts have come to h1:29400 within 8 s (h1); start the same line on the others."
+        "error: 1 of 2 hosts have joined at h1:29400 within 8 s (h1); start the same line on the others."
     ]
 
 
-def test_a_host_that_meets_nobody_says_so(start):
+def test_a_host_that_cannot_reach_the_endpoint_exits_with_an_error(start):
     (second,) = start(hosts=["h2"], JOIN_TIMEOUT="5")
     assert second.wait() == 2
     (said,) = second.errors
-    assert said.startswith(
-        "error: h2 finds nobody to meet at h1:29400: it cannot be reached from here within 5 s; start"
-    )
+    assert said.startswith("error: h2 cannot join at h1:29400: it cannot be reached from here within 5 s; start")
 
 
 def test_a_signal_to_one_script_ends_the_ranks_of_both_with_a_checkpoint(start, ending):
@@ -61,7 +59,7 @@ def test_a_signal_to_one_script_ends_the_ranks_of_both_with_a_checkpoint(start, 
     assert first.processes() == []
 
 
-def test_after_a_rank_was_killed_torchrun_starts_again_from_the_last_checkpoint(start, ending):
+def test_after_a_rank_was_killed_torchrun_restarts_from_the_last_checkpoint(start, ending):
     first, second = start(options=["--save_interval", "5", "--auto_resume"], MAX_RESTARTS="1")
     first.await_any("saved ", second)
     victim = next(rank for rank in first.ranks() if rank.environ()["RANK"] == "3")
@@ -69,14 +67,14 @@ def test_after_a_rank_was_killed_torchrun_starts_again_from_the_last_checkpoint(
         victim.kill()
         again = re.compile(r"ep_size 1; .*steps [1-9]\d* to")
         wait_for(lambda: again.search(first.said + second.said), lambda: first.said + second.said, 120)
-    assert re.search(r"error: rank 3 on h[12] went, last heard of in step", first.said + second.said)
+    assert re.search(r"error: rank 3 on h[12] died, last heard of in step", first.said + second.said)
     before = first.last_step
     wait_for(lambda: first.last_step > before, "no step is made")
     first.script.send_signal(signal.SIGTERM)
     assert (first.wait(), second.wait()) == (STOPPED, STOPPED), first.said + second.said
 
 
-def test_after_a_host_has_lost_its_power_torchrun_goes_on_with_the_other(start, cluster, ending):
+def test_after_a_host_has_lost_its_power_torchrun_continues_with_the_other(start, cluster, ending):
     first, second = start(options=["--save_interval", "5", "--auto_resume"], HOSTS="1:2", MAX_RESTARTS="1")
     first.await_any("saved ", second)
     with ending("power cut of the second host, under torchrun, until the first trains alone"):

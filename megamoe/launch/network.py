@@ -1,0 +1,56 @@
+"""What this host knows of its own network: a free port, and the address and interface on the way to another host."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+
+
+def free_port() -> int:
+    """A TCP port that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def is_free(port: int) -> bool:
+    """Whether a server can listen on the TCP port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port just released is free
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def is_own(address: str) -> bool:
+    """Whether this host has the address: only then can a socket be bound to it."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def address_towards(host: str) -> str | None:
+    """This host's own IPv4 address on the route to `host`; None without a route."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the network interface on the route to `host`; None for a loopback or without a route."""
+    own = address_towards(host)
+    if own is None or own.startswith("127."):
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == own for one in addresses):
+            return name
+    return None

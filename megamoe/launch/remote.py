@@ -1,0 +1,65 @@
+"""Collect the reports of other hosts, over ssh or by srun."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megamoe.errors import UserError
+from megamoe.launch.preflight import Report
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+REPORT_SECONDS = 120  # a cold file system takes a while to load torch
+
+
+def ask_by_ssh(hosts: list[str], command: list[str]) -> tuple[dict[str, Report], list[str]]:
+    """Run `command`, which prints a report, in this folder on each host. Returns reports by host, and a sentence for
+    each host that gives none."""
+
+    def ask(host: str) -> Report:
+        line = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"
+        printed = _run(host, [*SSH, host, line])
+        if not (found := _reports(printed)):
+            raise UserError(f"{host} answers without a report; see what `ssh {host} true` prints.")
+        return found[-1]
+
+    reports, silent = {}, []
+    with ThreadPoolExecutor(32) as pool:
+        for host, asked in [(host, pool.submit(ask, host)) for host in hosts]:
+            try:
+                reports[host] = asked.result()
+            except UserError as error:
+                silent += error.problems
+    return reports, silent
+
+
+def ask_by_srun(nodes: int, command: list[str]) -> list[Report]:
+    """Run `command` once on each node of this Slurm job. Raises UserError where one gives no report."""
+    srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    reports = _reports(_run("the Slurm job's nodes", [*srun, *command]))
+    if len(reports) != nodes:
+        raise UserError(
+            f"{len(reports)} of {nodes} nodes have answered ({', '.join(one.host for one in reports)}); see by sinfo "
+            "what state the others are in."
+        )
+    return reports
+
+
+def _reports(printed: str) -> list[Report]:
+    return [Report(**json.loads(line)) for line in printed.splitlines() if line.startswith("{")]
+
+
+def _run(host: str, command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REPORT_SECONDS, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{host} does not answer within {REPORT_SECONDS} s; see whether it hangs.") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if done.returncode == 255 and command[0] == "ssh":
+            raise UserError(f"{host} does not answer by ssh ({last}); see that it is up and lets this host in by key.")
+        raise UserError(f"{host} cannot check itself ({last}); install megamoe there at the same path.")
+    return done.stdout

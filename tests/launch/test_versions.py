@@ -1,0 +1,43 @@
+"""The versions that must be the same on every host."""
+
+import shutil
+
+import pytest
+
+from megamoe.launch.versions import source_digest, version_problems
+
+
+def test_version_problems_name_each_package_and_host_once():
+    hosts = {"h1": {"torch": "2.13", "python": "3.11"}, "h2": {"torch": "2.13", "python": "3.10"}, "h3": {"torch": "2"}}
+    assert version_problems(hosts) == [
+        "h2 has python 3.10, but h1 has 3.11; install the same on every host.",
+        "h3 has torch 2, but h1 has 2.13; install the same on every host.",
+        "h3 has python None, but h1 has 3.11; install the same on every host.",
+    ]
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package with two files of one name."""
+    for name, source in (("__init__.py", ""), ("data/order.py", "a = 1\n"), ("model/order.py", "b = 2\n")):
+        path = tmp_path / "package" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    return tmp_path / "package"
+
+
+def test_a_copy_of_a_package_elsewhere_has_the_same_digest(package, tmp_path):
+    shutil.copytree(package, tmp_path / "other")
+    assert source_digest(tmp_path / "other") == source_digest(package)
+
+
+def test_a_changed_file_in_a_subpackage_changes_the_digest(package):
+    before = source_digest(package)
+    (package / "model" / "order.py").write_text("b = 3\n")
+    assert source_digest(package) != before
+
+
+def test_a_moved_file_changes_the_digest(package):
+    before = source_digest(package)
+    (package / "data").rename(package / "dates")  # the files' names, contents and order stay
+    assert source_digest(package) != before
