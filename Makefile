@@ -1,6 +1,6 @@
 # make train: from a fresh clone to a trained tiny model and its samples.   make test: every test.
 # make train TEXT=my.txt (or a folder, or .jsonl/.jsonl.gz/.jsonl.zst) trains on your own text.
-# make bench: megamoe's step beside DeepSpeed's MoE layer and transformers' Mixtral, a quarter of an hour; make bench-short: a minute.
+# make bench: megamoe's step compared with DeepSpeed's MoE layer and transformers' Mixtral (15 minutes); make bench-short: a minute.
 # make check: formatting, lint and types.
 
 PYTHON ?= python3

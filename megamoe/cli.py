@@ -1,4 +1,4 @@
-"""Command lines that speak to people: one sentence per problem and exit code 2, no stack trace, no option twice."""
+"""Command lines for users: one sentence per problem and exit code 2, no stack trace, no option twice."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see --help.")
 
-    def parse(self, words: list[str] | None = None) -> argparse.Namespace:
-        """Parse `words` (default: the command line). Raises UserError."""
+    def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
+        """Parse `arguments` (default: the command line). Raises UserError."""
         self.given.clear()
-        values, rest = self.parse_known_args(words)
+        values, rest = self.parse_known_args(arguments)
         unknown = [word.split("=")[0] for word in rest if word.startswith("-")]
         if unknown:
             known = [option for option in self._option_string_actions if option.startswith("--")]
@@ -96,9 +96,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, head or less, has gone
+    except BrokenPipeError:  # the reader of our output, head or less, has exited
         sys.exit(1)
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}; mend it and try again.", file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror}; fix it and try again.", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)

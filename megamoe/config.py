@@ -36,21 +36,21 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError for a missing file, bad syntax, or a key given twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         for key, value in pairs:
-            if key in seen and seen[key] != value:
+            if key in given and given[key] != value:
                 raise UserError(
-                    f'{path}: "{key}" is given twice, as {json.dumps(seen[key])} and as {json.dumps(value)}; keep one.'
+                    f'{path}: "{key}" is given twice, as {json.dumps(given[key])} and as {json.dumps(value)}; keep one.'
                 )
-            seen[key] = value
-        return seen
+            given[key] = value
+        return given
 
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file.") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); mend the syntax there.") from None
+        raise UserError(f"{path}: not valid JSON ({error}); fix the syntax there.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__} where a JSON object of settings is needed.")
     return value
@@ -79,7 +79,7 @@ class ModelConfig(BaseModel):
     head_dim: int = Field(ge=4, multiple_of=2)
     """Size of one head; even, since RoPE turns pairs."""
     num_latent_tokens: int = Field(ge=0)
-    """Learned, unrotated key/value positions ahead of every sequence, per layer."""
+    """Learned, unrotated key/value positions before every sequence, per layer."""
     max_position_embeddings: int = Field(gt=1)
     """Longest sequence the model is trained on, and the default sequence length of a run."""
     rope_theta: float = Field(default=10_000.0, gt=1)
@@ -248,14 +248,14 @@ class RunConfig(BaseModel):
         default=None, description="held-out corpus; by default the held-out split of the first --data folder"
     )
     run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
-    resume: bool = Field(default=False, description="go on from the newest checkpoint in the run folder")
+    resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
     auto_resume: bool = Field(
-        default=False, description="go on where the run folder holds a run, else begin: the same command starts both"
+        default=False, description="resume if the run folder holds a run, else begin: one command for both"
     )
     time_limit: Annotated[float | None, BeforeValidator(parse_duration)] = Field(
         default=None,
         gt=0,
-        description="save and leave ahead of this time since the start: minutes, H:MM:SS or D-HH:MM:SS; the end of a "
+        description="save and leave before this time since the start: minutes, H:MM:SS or D-HH:MM:SS; the end of a "
         "Slurm job counts in any case",
     )
     collective_timeout: float = Field(
@@ -269,7 +269,7 @@ class RunConfig(BaseModel):
         default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
     )
     recompute_blocks: int = Field(
-        default=0, ge=0, description="blocks, from the first on, whose activations backward computes anew, not stores"
+        default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
     )
     steps: int | None = Field(
         default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
@@ -280,7 +280,7 @@ class RunConfig(BaseModel):
     eval_samples: int = Field(default=256, gt=0, description="held-out samples used by an evaluation, at most")
     save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
     keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
-    keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of so many steps as well")
+    keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of this many steps as well")
     foreground_save: bool = Field(
         default=False, description="hold training while a checkpoint is written, instead of copying the state first"
     )

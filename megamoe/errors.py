@@ -1,4 +1,4 @@
-"""Errors for people: sentences that name the value, the limit and the remedy, all of a configuration at once."""
+"""Errors for users: sentences that name the value, the limit and the remedy, all of a configuration at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can mend. `problems` holds one sentence each; programs print them and exit with code 2."""
+    """Something the user can fix. `problems` holds one sentence each; programs print them and exit with code 2."""
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -16,7 +16,7 @@ class UserError(Exception):
 
 
 class Problems(list[str]):
-    """Problems of one configuration, collected so that all of them come at once."""
+    """Problems of one configuration, collected so that all are reported at once."""
 
     def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`; where it raises UserError, its problems are kept and None comes back."""

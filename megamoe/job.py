@@ -36,13 +36,13 @@ OPTIMIZATION = (
 )  # fmt: skip
 
 
-def parse_run(words: list[str] | None = None) -> RunConfig:
+def parse_run(arguments: list[str] | None = None) -> RunConfig:
     """The command line as a RunConfig. Raises UserError."""
     parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
     default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
     cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
     parser.add_argument("--local_rank", help="given by the launcher; not used")
-    values = vars(parser.parse(words))
+    values = vars(parser.parse(arguments))
     values.pop("local_rank")
     given = {name: value for name, value in values.items() if value is not None}
     return validate(RunConfig, given, "command line")

@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_sentence_with_the_file(capsys):
 
     code, said = outcome(main, capsys)
     assert code == 2
-    assert said.err == "error: runs/log.jsonl: No space left on device; mend it and try again.\n"
+    assert said.err == "error: runs/log.jsonl: No space left on device; fix it and try again.\n"
 
 
 def test_a_bug_keeps_its_stack_trace():

@@ -93,7 +93,7 @@ def test_a_key_given_twice_with_the_same_value_is_fine(tmp_path):
 def test_broken_json_is_refused_with_the_place(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{\n "a": 1,\n "b" 2}')
-    has(only(refusals(read_json, path)), str(path), "line 3", "mend")
+    has(only(refusals(read_json, path)), str(path), "line 3", "fix")
 
 
 def test_a_json_file_that_is_missing_undecodable_or_no_object_is_refused(tmp_path):

@@ -1,13 +1,13 @@
-"""How fast megamoe trains, beside DeepSpeed's own MoE layer and transformers' Mixtral, on this machine.
+"""How fast megamoe trains, compared with DeepSpeed's own MoE layer and transformers' Mixtral, on this host.
 
     python tools/benchmark.py                                 full model, a quarter of an hour on two cores
     python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20       a minute
-    python tools/benchmark.py --contenders megamoe:1 megamoe:1@../before          what a change has brought
+    python tools/benchmark.py --contenders megamoe:1 megamoe:1@../before          before and after a change
     python tools/benchmark.py --growth                        how a step grows with tokens, length, experts, ranks
 
-The contenders take turns, `--rounds` times and in alternating order, so that what else the machine does meets all of
-them; ratios are medians over the rounds. In each turn the machine is measured too: matrix products at the model's own
-shapes, and a copy in memory. `--json` writes everything that was seen.
+The contenders take turns, `--rounds` times and in alternating order, so that other load on the host affects all of
+them; ratios are medians over the rounds. In each turn the host is measured too: matrix products at the model's own
+shapes, and a copy in memory. `--json` writes everything that was measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Entry:
     contender: str
     ranks: int
     preset: str
-    samples: int  # a step, over all ranks
+    samples: int  # per step, over all ranks
     seq_len: int
     checkout: Path = ROOT  # whose megamoe is imported
     recompute_blocks: int = 0
@@ -114,7 +114,7 @@ def take_turn(entry: Entry, ds_config: str, steps: int, pieces: bool) -> Turn:
         done = subprocess.run(launch + words + ["--pieces"] * pieces, env=environment, capture_output=True, text=True)
         if not out.exists():
             print(done.stderr, file=sys.stderr)
-            raise UserError(f"{entry} ended with code {done.returncode}; what it said stands above.")
+            raise UserError(f"{entry} ended with code {done.returncode}; its output is above.")
         seen = json.loads(out.read_text())
         return Turn(**{**seen, "machine": Machine(**seen["machine"])})
 
@@ -135,8 +135,8 @@ def median(turns: list[Turn], figure: str) -> float:
     return statistics.median(getattr(turn, figure) for turn in turns)
 
 
-def times_as_fast(turns: list[Turn], others: list[Turn]) -> float:
-    """Median over the rounds of how many times as fast `turns` were."""
+def speed_up(turns: list[Turn], others: list[Turn]) -> float:
+    """Median over the rounds of the speed of `turns` over that of `others`."""
     return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in zip(turns, others, strict=True))
 
 
@@ -152,15 +152,15 @@ def print_summary(entries: list[Entry], turns: list[list[Turn]]) -> None:
         f"\n{machine.device}, {machine.dtype}: matrix products at the model's shapes {rates[0] / 1e12:.3g} TFLOP/s, "
         f"{'square ones' if machine.device == 'CPU' else 'peak'} {rates[1] / 1e12:.3g} TFLOP/s, "
         f"memory {rates[2] / 1e9:.3g} GB/s\n\n"
-        f"| {tokens:,} tokens a step | tokens/s, median and seen | {entries[0]}: so many times as fast as this row "
+        f"| {tokens:,} tokens per step | tokens/s, median and measured | speed-up of {entries[0]} over this row "
         "| forward and backward, share of the rate of products | step, MFU | optimizer step against bare AdamW "
-        "| memory a rank |\n"
+        "| memory per rank |\n"
         "|---|---|---|---|---|---|---|"
     )
     for entry, own in zip(entries, turns, strict=True):
-        seen = ", ".join(f"{turn.tokens_per_second:.0f}" for turn in own)
+        measured = ", ".join(f"{turn.tokens_per_second:.0f}" for turn in own)
         print(
-            f"| {entry} | {median(own, 'tokens_per_second'):.1f} ({seen}) | {times_as_fast(turns[0], own):.2f} "
+            f"| {entry} | {median(own, 'tokens_per_second'):.1f} ({measured}) | {speed_up(turns[0], own):.2f} "
             f"| {median(own, 'gemm_share'):.0%} | {median(own, 'mfu'):.0%} | {median(own, 'update_ratio'):.2f} "
             f"| {median(own, 'memory_gib'):.1f} GiB |"
         )
@@ -186,7 +186,7 @@ def seconds_by_piece(turn: Turn) -> dict[str, float]:
 
 
 def print_pieces(names: list[str], turns: list[list[Turn]]) -> None:
-    """Where the seconds of a step go, in the first round; the stock layer counts as dispatch."""
+    """The seconds of a step by piece, in the first round; the stock layer counts as dispatch."""
     shown = [(name, own) for name, own in zip(names, turns, strict=True) if own[0].pieces]
     if not shown:
         return
@@ -217,7 +217,7 @@ def growth_entries(preset: str, folder: Path) -> dict[str, Entry]:
 
 
 def print_growth(names: list[str], turns: list[list[Turn]]) -> None:
-    print("\n| two layers | seconds a step | against the first | tokens/s | memory a rank |\n|---|---|---|---|---|")
+    print("\n| two layers | seconds per step | over the first | tokens/s | memory per rank |\n|---|---|---|---|---|")
     for name, own in zip(names, turns, strict=True):
         ratio = statistics.median(a.step_seconds / b.step_seconds for a, b in zip(own, turns[0], strict=True))
         seconds, rate, memory = (median(own, name) for name in ("step_seconds", "tokens_per_second", "memory_gib"))
@@ -245,11 +245,11 @@ def main() -> None:
         help="NAME is megamoe, stock (DeepSpeed's layer) or mixtral; @CHECKOUT runs the megamoe in another folder; "
         "the first is compared with the others",
     )
-    parser.add_argument("--samples", type=int, default=2, help="sequences a step, over all ranks (not the JSON's)")
+    parser.add_argument("--samples", type=int, default=2, help="sequences per step, over all ranks (not the JSON's)")
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")
     parser.add_argument("--steps", type=int, default=2, help="steps timed in a turn, after two that are not")
     parser.add_argument("--growth", action="store_true", help="measure how a step grows instead")
-    parser.add_argument("--json", type=Path, help="file to write all that was seen to")
+    parser.add_argument("--json", type=Path, help="file to write all measurements to")
     args = parser.parse()
     config = load_preset(args.preset)
     with tempfile.TemporaryDirectory() as folder:

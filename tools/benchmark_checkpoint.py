@@ -103,7 +103,7 @@ class Bench:
         assert writer.complete()
 
     def background_save(self, writer: CheckpointWriter, step: int) -> float:
-        """Save beside training steps; returns the seconds that training lost by it, the slower step included."""
+        """Save alongside training steps; returns the seconds that training lost by it, the slower step included."""
         alone = timed(self.forward_backward) + timed(self.engine.step)
         lost = timed(writer.save, step) + timed(self.forward_backward) + timed(writer.before_update)
         lost += timed(self.engine.step) - alone
@@ -147,12 +147,12 @@ def main() -> None:
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
     parser.add_argument("--ep_size", type=int, default=1, help="ranks that share one set of experts")
     parser.add_argument("--rounds", type=int, default=3, help="times that everything is measured")
-    parser.add_argument("--background", action="store_true", help="measure saves beside training steps as well")
+    parser.add_argument("--background", action="store_true", help="measure saves alongside training steps as well")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a training step")
     parser.add_argument("--local_rank", help="given by the launcher; not used")
     args = parser.parse()
     if args.out.exists():
-        raise UserError(f"{args.out} is there already; give a folder that can be made and removed.")
+        raise UserError(f"{args.out} exists already; give a folder that can be made and removed.")
     bench = Bench(args.preset, args.ds_config, args.ep_size, args.out, args.tokens)
     bench.round(0, args.background)  # not counted: a disk can be slow where it is written for the first time
     rounds = []

@@ -254,8 +254,8 @@ class Machine:
 class Turn:
     """What one turn saw on rank 0; lists have a value for each step."""
 
-    tokens: int  # a step, over all ranks
-    flops: float  # a step, forward and backward
+    tokens: int  # per step, over all ranks
+    flops: float  # per step, forward and backward
     machine: Machine
     forward_backward: list[float]  # seconds
     update: list[float]

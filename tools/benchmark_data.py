@@ -24,7 +24,7 @@ from megamoe.data.tokenizer import load_tokenizer
 from megamoe.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-ENOUGH = 20_000_000  # bytes of text; the files are taken again until there are so many
+ENOUGH = 20_000_000  # bytes of text; the files are repeated until there are this many
 
 
 def tokenising(text: Path, tokenizer: Path) -> tuple[int, float]:
@@ -52,7 +52,7 @@ def seconds_per_sample(corpus: str, seq_len: int, samples: int = 2000) -> float:
 def seconds_to_first_step(corpus: str, ranks: int) -> float:
     """Seconds from launching a run of the tiny preset until it logs its first step."""
     with tempfile.TemporaryDirectory() as folder:
-        script, ds_config = ROOT / "launch_scripts/local.sh", ROOT / "ds_configs/tiny.json"
+        script, ds_config = ROOT / "launch_scripts/single_node.sh", ROOT / "ds_configs/tiny.json"
         words = [script, ranks, "--ds_config", ds_config, "--preset", "tiny", "--ep_size", ranks, "--data", corpus,
                  "--steps", 1, "--log_interval", 1, "--run_dir", Path(folder) / "run"]  # fmt: skip
         start = time.perf_counter()
@@ -77,11 +77,11 @@ def main() -> None:
     if args.rounds < 1:
         raise UserError(f"--rounds is {args.rounds}; give at least 1.")
     tokenizer = Path(args.corpus) / "tokenizer.json"
-    for words, parallel in (("one core", "false"), (f"{len(os.sched_getaffinity(0))} cores", "true")):
+    for cores, parallel in (("one core", "false"), (f"{len(os.sched_getaffinity(0))} cores", "true")):
         os.environ["TOKENIZERS_PARALLELISM"] = parallel
         size, seconds = tokenising(args.text, tokenizer)
         print(
-            f"tokenising on {words}: {size / seconds / 1e6:.1f} MB/s ({size / 1e6:.0f} MB in {seconds:.1f} s)",
+            f"tokenising on {cores}: {size / seconds / 1e6:.1f} MB/s ({size / 1e6:.0f} MB in {seconds:.1f} s)",
             flush=True,
         )
     for seq_len in (256, 1024):

@@ -46,7 +46,7 @@ def choose_format(out: Path, to: str | None) -> str:
 
 
 def model_config(checkpoint: Path) -> ModelConfig:
-    """The model's configuration, from the record beside a checkpoint. Raises UserError."""
+    """The model's configuration, from the record in or next to a checkpoint. Raises UserError."""
     path = next((p for p in (checkpoint / "run.json", checkpoint.parent.parent / "run.json") if p.is_file()), None)
     if path is None:
         raise UserError(
@@ -83,7 +83,7 @@ def main() -> None:
     if not 0 < args.max_shard_gb < math.inf:
         raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a finite size above 0.")
     if args.out.exists() and not args.dry_run:
-        raise UserError(f"{args.out} is there already; choose another output, or remove it.")
+        raise UserError(f"{args.out} exists already; choose another output, or remove it.")
 
     dtype, shard_bytes = DTYPES[args.dtype], int(args.max_shard_gb * 1e9)
     checkpoint = find_checkpoint(args.checkpoint)
@@ -102,8 +102,8 @@ def main() -> None:
         problems = model_problems(source, config, str(checkpoint))
         if problems:
             raise UserError(*problems)
-        beside_run = checkpoint.parent.parent / "tokenizer.json"
-        tokenizer = args.tokenizer or (beside_run if beside_run.is_file() else None)
+        of_run = checkpoint.parent.parent / "tokenizer.json"
+        tokenizer = args.tokenizer or (of_run if of_run.is_file() else None)
         write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer)
     seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
     print(f"wrote {args.out} from {checkpoint} in {seconds:.1f} s, {memory:.2f} GiB of memory at most")

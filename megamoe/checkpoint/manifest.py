@@ -1,6 +1,6 @@
-"""Checkpoint folders that are whole or not there: manifest, rename, `latest`, retention. Plain files, no tensors.
+"""Atomic checkpoint folders: manifest, rename, `latest`, retention. Plain files, no tensors.
 
-RUN/checkpoints/step_N.partial is being written; step_N is whole, and its manifest.json has the size and SHA-256 of
+RUN/checkpoints/step_N.partial is being written; step_N is complete, and its manifest.json has the size and SHA-256 of
 each of its files; `latest` names the newest. A crash at any instant leaves the older checkpoints as they were.
 """
 
@@ -33,7 +33,7 @@ class FileRecord(TypedDict):
 
 
 class HashedFile:
-    """A new file, written once from front to back and hashed on the way, by a thread beside the writing."""
+    """A new file, written once from front to back and hashed on the way by a second thread."""
 
     def __init__(self, path: Path):
         self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by `close`
@@ -96,7 +96,7 @@ def write_file(path: Path, data: bytes) -> FileRecord:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Give `path` new content in one instant."""
+    """Replace the content of `path` atomically."""
     partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)
     write_file(partial, text.encode())
@@ -116,7 +116,7 @@ def seal(folder: Path, about: dict[str, Any], files: dict[str, FileRecord]) -> N
     """Write the manifest of `files`, named relative to `folder`.
 
     Args:
-        about: what it says beside the files.
+        about: what it says besides the files.
     """
     write_file(folder / MANIFEST, json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1).encode())
     flush(folder)
@@ -126,7 +126,7 @@ def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, FileRecord]
     """Make `partial_of(checkpoint)`, all written and flushed, the newest checkpoint; arguments are those of `seal`."""
     partial = partial_of(checkpoint)
     seal(partial, about, files)
-    if checkpoint.exists():  # of a step that the run, gone back to an older one, has reached again
+    if checkpoint.exists():  # of a step that the run, resumed from an older one, has reached again
         discard(checkpoint)
     os.replace(partial, checkpoint)
     flush(checkpoint.parent)
@@ -134,7 +134,7 @@ def commit(checkpoint: Path, about: dict[str, Any], files: dict[str, FileRecord]
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; killed half-way, no half of it keeps a checkpoint's name."""
+    """Remove a checkpoint; if killed meanwhile, what is left does not have a checkpoint's name."""
     doomed = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
     os.replace(checkpoint, doomed)
     shutil.rmtree(doomed)
@@ -168,14 +168,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint in `folder`, in no order, whole or damaged."""
+    """Every checkpoint in `folder`, in no order, complete or damaged."""
     return [path for path in folder.glob("step_*") if re.fullmatch(STEP_NAME, path.name) and path.is_dir()]
 
 
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints in `folder` in the order in which to try them: that of `latest`, then older ones, newest first.
 
-    Those above `latest` come at the end: a run that went back has left them behind.
+    Those above `latest` come last: a run that resumed from an older one has left them behind.
     """
     latest = folder / "latest"
     name = latest.read_text().strip() if latest.is_file() else ""
@@ -223,7 +223,7 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         part: look at this share only, of `parts`; the shares together cover every file.
     """
     if not checkpoint.exists():
-        return [f"{checkpoint} is not there; check the path, or use an older checkpoint."]
+        return [f"{checkpoint} does not exist; check the path, or use an older checkpoint."]
     try:
         manifest = read_manifest(checkpoint)
     except UserError as error:
@@ -244,7 +244,7 @@ def _file_problem(path: Path, record: FileRecord) -> str | None:
     try:
         return _difference(path, record)
     except OSError as error:
-        return f"{path} cannot be read ({error.strerror}); mend that, or use an older checkpoint."
+        return f"{path} cannot be read ({error.strerror}); fix that, or use an older checkpoint."
 
 
 def _difference(path: Path, record: FileRecord) -> str | None:

@@ -1,6 +1,6 @@
 """Open files of torch.save so that they can run no code.
 
-Files are opened with `weights_only`, and what DeepSpeed puts into them beside tensors and plain values must be on a
+Files are opened with `weights_only`, and what DeepSpeed puts into them besides tensors and plain values must be on a
 short list of harmless classes.
 """
 
@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megamoe.errors import UserError
 
-# Classes without behaviour that DeepSpeed pickles beside tensors and plain values.
+# Classes without behaviour that DeepSpeed pickles besides tensors and plain values.
 ALLOWED = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
 
 

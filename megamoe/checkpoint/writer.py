@@ -29,7 +29,7 @@ from megamoe.checkpoint.manifest import FileRecord
 from megamoe.model.names import engine_name, experts_prefix
 
 SCRIPT = "zero_to_fp32.py"
-ROOM_FACTOR = 1.25  # available memory must be so many times what the copies of a host's ranks take
+MEMORY_FACTOR = 1.25  # available memory over what the copies of a host's ranks take, at least
 SLACK_BYTES = 4096  # a tensor whose storage is larger by more than this is copied before it is written
 
 
@@ -75,20 +75,20 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class HostCopy:
-    """Room in host memory for one state, kept from save to save: fresh memory costs more than the copying."""
+    """Host memory for one state, kept from save to save: new memory costs more than the copying."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
     def take(self, state: Any) -> Any | None:
-        """A copy of `state`; None if this host has no room for it. The next call overwrites it."""
+        """A copy of `state`; None if this host has too little memory for it. The next call overwrites it."""
         tensors: list[Tensor] = []
         _map_tensors(state, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
         if [(t.shape, t.dtype) for t in tensors] != [(b.shape, b.dtype) for b in self._buffers]:
             self._buffers = []
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
             needed = sum(tensor.nbytes for tensor in tensors) * int(ranks_here)
-            if needed * ROOM_FACTOR > available_memory():
+            if needed * MEMORY_FACTOR > available_memory():
                 return None
             try:
                 self._buffers = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
@@ -96,7 +96,7 @@ class HostCopy:
                 return None
         buffers = iter(self._buffers)
         on_gpu = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-        side = torch.cuda.Stream(on_gpu) if on_gpu else None  # beside the forward pass, not in a queue with it
+        side = torch.cuda.Stream(on_gpu) if on_gpu else None  # parallel to the forward pass, not queued behind it
         if side:
             side.wait_stream(torch.cuda.current_stream(on_gpu))
         with torch.cuda.stream(side):
@@ -120,7 +120,7 @@ def available_memory() -> int:
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The tensor without the rest of the buffer that it is a part of: torch.save writes whole storages."""
+    """The tensor without the rest of the buffer that it is a part of: torch.save writes complete storages."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes + SLACK_BYTES else tensor
 
 
@@ -128,7 +128,7 @@ class CheckpointWriter:
     """Saves an engine into RUN/checkpoints, one checkpoint at a time. Every rank calls the same methods in order.
 
     What is saved changes in the optimizer's step alone. So a thread copies it while the next forward and backward
-    passes run, and `before_update` waits for the copy; then the thread writes the copy while training goes on.
+    passes run, and `before_update` waits for the copy; then the thread writes the copy while training continues.
     """
 
     def __init__(
@@ -145,12 +145,12 @@ class CheckpointWriter:
     ):
         """
         Args:
-            waiting: called again and again while training waits for files, which is no standstill.
+            waiting: called repeatedly while training waits for files, so that the rank does not count as stalled.
             record: of the run; goes into every checkpoint as run.json.
             keep_last: newest checkpoints that stay; 0 keeps all.
-            keep_every: multiples of so many steps stay too.
-            background: copy the state and write while training goes on, if the host has room for the copy.
-            first: step that the run goes on from.
+            keep_every: checkpoints at multiples of this many steps stay too.
+            background: copy the state and write while training continues, if the host has memory for the copy.
+            first: step that the run resumes from.
         """
         self.engine = engine
         self.folder = folder
@@ -205,7 +205,7 @@ class CheckpointWriter:
         self._waited = time.perf_counter() - self._started
 
     def before_update(self) -> None:
-        """Call ahead of every optimizer step: waits until the state that is being saved may change."""
+        """Call before every optimizer step: waits until the state that is being saved may change."""
         start = time.perf_counter()
         while not self._engine_is_free.wait(POLL_SECONDS):
             self._waiting()
@@ -250,13 +250,13 @@ class CheckpointWriter:
             if copied is not None:
                 self._engine_is_free.set()
             self._write(files if copied is None else copied, partial)
-        except Exception as error:  # of whatever kind: a thread's own would be seen by nobody
+        except Exception as error:  # of any kind: nobody catches an exception of a thread
             self._error = error
         finally:
             self._engine_is_free.set()
 
     def _write(self, files: dict[str, Any], partial: Path) -> None:
-        """Every file of this rank, and on rank 0 what lies beside them."""
+        """Every file of this rank, and on rank 0 the files without tensors."""
         partial.mkdir(parents=True, exist_ok=True)
         for name, state in files.items():
             compact = _map_tensors(state, _own_storage)
@@ -275,7 +275,10 @@ class CheckpointWriter:
             for name, record in files.items():
                 path = manifest.partial_of(checkpoint) / name
                 if not path.is_file() or path.stat().st_size != record["bytes"]:
-                    return f"rank 0 does not see {path} as its rank wrote it; put the run on a file system all share"
+                    return (
+                        f"rank 0 does not see {path} as its rank wrote it; "
+                        "put the run on a file system that all hosts share"
+                    )
             about = {key: self.record[key] for key in ("world_size", "ep_size")}
             manifest.commit(checkpoint, {"step": manifest.step_of(checkpoint), **about}, files)
         except Exception as error:
@@ -317,7 +320,7 @@ class CheckpointWriter:
         print(
             f"error: {checkpoint} was NOT saved ({failure}); "
             + (f"{older} is still the newest checkpoint" if older else "there is no older checkpoint")
-            + "; see that there is room, and that every rank can write there.",
+            + "; check that the disk has space, and that every rank can write there.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Make a plain fp32 state_dict of the checkpoint beside which this script lies, experts included.
+"""Make a plain fp32 state_dict of the checkpoint that holds this script, experts included.
 
     python zero_to_fp32.py OUT.pt                     the checkpoint in this folder
     python zero_to_fp32.py OTHER_CHECKPOINT OUT.pt

@@ -80,7 +80,7 @@ def _json_lines(file: Path, stream: IO[bytes], text_key: str) -> Iterator[str]:
         try:
             record = json.loads(_decode(line, file, place))
         except ValueError as error:
-            raise UserError(f"{file}: line {number} is not JSON ({error}); mend or remove it.") from None
+            raise UserError(f"{file}: line {number} is not JSON ({error}); fix or remove it.") from None
         text = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f'{file}: line {number} has no text under "{text_key}"; name the key with --text_key.')
@@ -224,7 +224,7 @@ def _batches(pieces: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[str
 
 
 def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out: Path) -> dict[str, dict[str, int]]:
-    """Encode ("train" or "valid", text) pairs into the folder `out`, which appears only when it is whole.
+    """Encode ("train" or "valid", text) pairs into the folder `out`, which appears only when it is complete.
 
     Returns documents, tokens and bytes of each split. Raises UserError if `out` exists or there is no training text.
     """

@@ -58,7 +58,7 @@ class TokenCorpus:
 
 
 def _checked_dtype(prefix: Path) -> type:
-    """The numpy type of the tokens, after checking that the .idx is whole and describes the .bin."""
+    """The numpy type of the tokens, after checking that the .idx is complete and describes the .bin."""
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     missing = [str(path) for path in (bin_path, idx_path) if not path.is_file()]
     if missing:
@@ -82,12 +82,12 @@ def _checked_dtype(prefix: Path) -> type:
         (last_start,) = struct.unpack("<q", stream.read(8))
     candidates = IDX_DTYPES.get(dtype_code, ())
     if not candidates:
-        raise UserError(f"{idx_path} has dtype code {dtype_code}, which is none of whole numbers; prepare it again.")
+        raise UserError(f"{idx_path} has dtype code {dtype_code}, which is not one of integers; prepare it again.")
     described = [last_start + last_size * np.dtype(candidate).itemsize for candidate in candidates]
     if bin_path.stat().st_size not in described:
         raise UserError(
             f"{idx_path} describes {described[0]} bytes, but {bin_path} has {bin_path.stat().st_size}; "
-            "they are not of one corpus: prepare it again."
+            "they belong to different corpora: prepare it again."
         )
     return candidates[described.index(bin_path.stat().st_size)]
 

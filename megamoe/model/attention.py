@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rope import Rotary, apply_rotary  # relative: an exported model has these files beside each other
+from .rope import Rotary, apply_rotary  # relative: an exported model has these files in one folder
 
 
 def attention_mask(token_mask: Tensor, num_queries: int, num_latents: int) -> Tensor:
@@ -103,6 +103,6 @@ class PrefixLatentAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))  # (..., T, heads, d)
 
     def with_latents(self, x: Tensor, projection: nn.Linear) -> Tensor:
-        """Put this layer's latents, as `projection` (of keys or values) maps them, ahead of `x` (B, G, S, d)."""
+        """Put this layer's latents, as `projection` (of keys or values) maps them, before `x` (B, G, S, d)."""
         latents = self._heads(projection(self.latents)).transpose(0, 1)  # (G, M, d)
         return torch.cat((latents.expand(x.shape[0], -1, -1, -1), x), dim=2)

@@ -51,8 +51,8 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     router = config.num_local_experts * config.hidden_size
     weights = _attention_weights(config) + config.num_experts_per_tok * _expert_weights(config) + router
     head = config.vocab_size * config.hidden_size
-    seen = seq_len / 2 + config.num_latent_tokens
-    attention = 2 * seen * config.num_attention_heads * config.head_dim  # score and value products, multiply-adds
+    visible = seq_len / 2 + config.num_latent_tokens
+    attention = 2 * visible * config.num_attention_heads * config.head_dim  # score and value products, multiply-adds
     return 6.0 * (config.num_hidden_layers * (weights + attention) + head)
 
 

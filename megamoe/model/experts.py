@@ -14,7 +14,7 @@ class Dropout(nn.Dropout):
     """torch's dropout, on CPU with a mask that is cheaper to draw.
 
     There torch draws one number for every element, on one thread: a quarter of an expert's forward pass. Sixteen
-    bits of a draw are enough for each: they meet the probability to 1/131,072.
+    bits of a draw are enough for each: the probability is exact to 1/131,072.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def _sum_of_losses(hidden: Tensor, weight: Tensor, labels: Tensor, grads: tuple[
     """Of one chunk; its gradient by `hidden` is written to the first of `grads`, that by `weight` added to the second,
     both times `_lift`.
 
-    A function of its own, so that a chunk's logits are gone before the next one's come; all is done in their memory.
+    A separate function, so that a chunk's logits are freed before the next chunk's are made; all is in place.
     """
     counts = (labels != NO_LABEL).unsqueeze(1)
     target = torch.where(counts, labels.unsqueeze(1), 0)

@@ -32,7 +32,7 @@ class Grouping(NamedTuple):
 
     source: Tensor  # (R,): the source row at each place; fill places repeat a source row and are read by nobody
     sizes: Tensor  # (groups,): rows of each group's block, fill included
-    place: Tensor  # (rows,): where each source row went
+    place: Tensor  # (rows,): the place of each source row
 
 
 def group_rows(group_ids: Tensor, num_groups: int, multiple: int = 1) -> Grouping:
@@ -108,7 +108,7 @@ class DroplessDispatch(nn.Module):
         ep_size, num_local = self.topology.ep_size, self.topology.experts_per_rank
         outgoing = group_rows(expert_ids, self.topology.num_experts)
         send_counts = outgoing.sizes.view(ep_size, num_local)
-        # (source rank, local expert). A fake process group may leave it as it is (torch's did before it came to copy):
+        # (source rank, local expert). A fake process group may leave it as it is (torch's did before it copied):
         # there, every peer seems to send what this rank sends.
         receive_counts = send_counts.clone()
         dist.all_to_all_single(receive_counts, send_counts, group=self.ep_group)

@@ -1,4 +1,4 @@
-"""What a rank sets up where it trains on CPU: threads and allocator."""
+"""What a rank sets up where it trains on CPU: threads, allocator, compiled operators."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def share_cores() -> str:
-    """Give this rank its share of the cores as threads, and keep freed memory for it. Says in words what was done."""
+    """Give this rank its share of the cores as threads, and keep freed memory for it. Returns a description of it."""
     if "OMP_NUM_THREADS" not in os.environ:
         # Each rank would start as many threads as there are cores.
         local_ranks = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // local_ranks, 1))
     kept = "freed memory kept" if keep_freed_memory() else "allocator as it is"
     threads = torch.get_num_threads()
-    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'} a rank, {kept}"
+    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'} per rank, {kept}"
 
 
 def keep_freed_memory() -> bool:
@@ -35,8 +35,8 @@ def keep_freed_memory() -> bool:
     It would give every large tensor back to the system, which has to clear the pages of the next one, on every step.
     Left alone where the allocator is another one, or settings for it are in the environment.
     """
-    words = os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
-    chosen = "malloc" in words or any(name.startswith("MALLOC_") for name in os.environ)
+    settings = os.environ.get("LD_PRELOAD", "") + os.environ.get("GLIBC_TUNABLES", "")
+    chosen = "malloc" in settings or any(name.startswith("MALLOC_") for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if chosen or mallopt is None:
         return False
@@ -52,7 +52,7 @@ def give_back_freed_memory() -> None:
 
 def refuse_stale_lock() -> None:
     """Raise UserError where a killed start has left torch's lock on an operator that DeepSpeed compiles: torch would
-    wait for it without end and without a word."""
+    wait for it without end and without a message."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in (lock for name in COMPILED for lock in root.glob(f"**/{name}/lock")):
         minutes = (time.time() - lock.stat().st_mtime) / 60

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,6 @@ from megamoe.training import cpu
 from megamoe.training.schedule import learning_rate
 
 NORM_PIECE = 2**18  # elements
-NO_TIMEOUT = timedelta(days=1)  # a rank may restore for long; `watch.py` sees who is gone, and that nothing moves
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ class Sink:
 
 
 class ConsoleSink(Sink):
-    """Lines for people, in the form of the first logged runs."""
+    """Lines in the form of the first logged runs."""
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
         print({"train": _train_line, "valid": _valid_line}[kind](step, values), flush=True)

@@ -237,7 +237,7 @@ def test_an_output_that_exists_is_left_alone_and_a_failed_one_leaves_nothing(tra
     checkpoint, _ = trained
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    has(refusal(huggingface, checkpoint, tmp_path / "mine"), "mine is there already", "choose another output")
+    has(refusal(huggingface, checkpoint, tmp_path / "mine"), "mine exists already", "choose another output")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as on a disk that is full

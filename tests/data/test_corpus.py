@@ -136,7 +136,7 @@ def test_undecodable_bytes_in_json_lines_are_refused_with_line_and_offset(tmp_pa
 def test_broken_json_is_refused_with_its_line(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(packed(json_lines(["fine", "fine"]) + b'\n{"text": "no end}\n', kind))
-    has(refusal(read, path), str(path), "line 4", "not JSON", "mend or remove")
+    has(refusal(read, path), str(path), "line 4", "not JSON", "fix or remove")
 
 
 @pytest.mark.parametrize("record", [{"body": "x"}, {"text": None}, {"text": 3}, {"text": ["x"]}, [1], "x", 3, None])
@@ -385,7 +385,7 @@ def test_a_tokenizer_without_end_of_text_is_refused_and_leaves_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [UserError("broken line; mend it."), OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [UserError("broken line; fix it."), OSError("disk full"), KeyboardInterrupt()])
 def test_nothing_is_left_when_reading_fails_midway(tmp_path, tokenizer, monkeypatch, error):
     monkeypatch.setattr(corpus, "BATCH", 10)
 

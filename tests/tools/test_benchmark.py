@@ -110,7 +110,7 @@ def test_a_ratio_compares_turns_of_the_same_round():
     quick_machine = {"forward_backward": [1.5], "update": [0.5]}
     ours = [turn(**slow_machine), turn(**quick_machine)]
     others = [turn(forward_backward=[23.5], update=[0.5]), turn(forward_backward=[3.5], update=[0.5])]
-    assert benchmark.times_as_fast(ours, others) == 2
+    assert benchmark.speed_up(ours, others) == 2
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, ru
         (["w.pt", "--to", "safetensors"], ["ends in .pt"]),
         (["w", "--to", "state_dict"], ["w.pt"]),
         (["w", "--max_shard_gb", "0"], ["--max_shard_gb is 0.0"]),
-        (["run"], ["is there already"]),
+        (["run"], ["exists already"]),
         (["w", "--tokenizer", "none.json"], ["none.json does not exist"]),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_resharded_run_goes_on_where_the_old_one_would(call, finished_run, run
     new = run_ranks(2, train_here, {**more, "run_dir": str(tmp_path / "new")})[0]
     assert [record["loss"] for record in new["train"]] == [record["loss"] for record in old["train"][4:]]
     assert (tmp_path / "new" / "checkpoints" / "latest_universal").read_text() == "step_4"
-    has(refuse(call, reshard_checkpoint, run_dir, tmp_path / "new"), "is there already")
+    has(refuse(call, reshard_checkpoint, run_dir, tmp_path / "new"), "exists already")
     again = tmp_path / "new" / "checkpoints" / "step_4"
     has(refuse(call, reshard_checkpoint, again, tmp_path / "newer"), "nothing to reshard")
 
