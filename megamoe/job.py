@@ -53,41 +53,31 @@ class Job:
 
     def __init__(self, run: RunConfig, world_size: int, device: torch.device):
         """Raises one UserError with all problems."""
-        problems = Problems()
         self.run = run
         self.run_dir = run.folder
-        self.resuming = run.resume or (run.auto_resume and (self.run_dir / "run.json").is_file())
-        problems += self._folder_problems()
+        self.is_resuming = run.resume or (run.auto_resume and self._holds_run)
+        # Checkpoints to resume from, and where there are none, weights to start from; in the order to try them.
+        self.candidates = manifest.candidates(self.run_dir / "checkpoints") if self.is_resuming else []
+        starts_from = Path(run.init_from) if run.init_from and not self.candidates else None
+        self.initial_weights = manifest.found_at(starts_from) if starts_from else []
+
+        problems = Problems(self._folder_problems())
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
         self.model: ModelConfig = problems.attempt(load_preset, run.preset)
-        # Checkpoints to resume from, and where there are none, weights to start from; in the order to try them.
-        self.candidates = manifest.candidates(self.run_dir / "checkpoints") if self.resuming else []
-        self.initial_weights: list[Path] = []
-        if run.init_from and not self.candidates:
-            self.initial_weights = manifest.found_at(Path(run.init_from))
         if self.model:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
-            seq_len = run.seq_len or self.model.max_position_embeddings
-
-            def corpus(path: str, split: str) -> TokenCorpus:
-                return problems.attempt(TokenCorpus, corpus_prefix(path, split), seq_len, self.model.vocab_size)
-
-            self.corpora = [corpus(source.path, "train") for source in run.data]
-            held_out = (Path(run.data[0].path) / "valid.idx").is_file()
-            self.valid_path = run.valid_data or (run.data[0].path if held_out else None)
-            self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
-            problems += self._tokenizer_problems()
+            self._open_corpora(problems)
         if not problems:
             problems += deepspeed_own_problems(self.ds, run.ds_config)
         problems.refuse()
 
         self.schedule = read_schedule(self.ds, run.ds_config)
-        self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, seq_len)
+        self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, self.seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
-        if self.resuming:
+        if self.is_resuming:
             self._check_same_run(read_json(self.run_dir / "run.json"))
         newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
         self.is_done = newest >= self.last_step
@@ -96,6 +86,31 @@ class Job:
                 f"{self.run_dir} is at step {newest} already and the run ends at {self.last_step}; "
                 "give a larger --steps."
             )
+
+    @property
+    def last_step(self) -> int:
+        return self.run.steps or self.schedule.total_num_steps
+
+    @property
+    def seq_len(self) -> int:
+        return self.run.seq_len or self.model.max_position_embeddings
+
+    @property
+    def _holds_run(self) -> bool:
+        return (self.run_dir / "run.json").is_file()
+
+    def _open_corpora(self, problems: Problems) -> None:
+        """Open training and held-out corpora; what is wrong with them is added to `problems`."""
+
+        def corpus(path: str, split: str) -> TokenCorpus:
+            return problems.attempt(TokenCorpus, corpus_prefix(path, split), self.seq_len, self.model.vocab_size)
+
+        run = self.run
+        self.corpora = [corpus(source.path, "train") for source in run.data]
+        has_held_out = (Path(run.data[0].path) / "valid.idx").is_file()
+        self.valid_path = run.valid_data or (run.data[0].path if has_held_out else None)
+        self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
+        problems += self._tokenizer_problems()
 
     def _initial_problems(self) -> list[str]:
         """What keeps the weights to start from, or the newest of them that can be opened, from being this model's."""
@@ -118,12 +133,11 @@ class Job:
         ]
 
     def _folder_problems(self) -> list[str]:
-        holds_run = (self.run_dir / "run.json").is_file()
-        if self.run.resume and not holds_run:
+        if self.run.resume and not self._holds_run:
             return [f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out."]
-        if holds_run and not self.resuming:
+        if self._holds_run and not self.is_resuming:
             return [f"{self.run_dir} holds another run; choose another --run_dir, or continue it with --resume."]
-        if not holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
+        if not self._holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
             return [f"{self.run_dir} exists already and holds no run; choose another --run_dir."]
         files = [parent for parent in self.run_dir.parents if parent.exists() and not parent.is_dir()]
         return [f"{self.run_dir} cannot be made, since {file} is a file; choose another --run_dir." for file in files]
@@ -147,10 +161,6 @@ class Job:
                     for key in changed
                 )
             )
-
-    @property
-    def last_step(self) -> int:
-        return self.run.steps or self.schedule.total_num_steps
 
     def record(self) -> dict[str, Any]:
         """The resolved configuration and the versions: enough to repeat the run."""
