@@ -68,7 +68,8 @@ def _without_shared_buffers() -> Iterator[None]:
     """Keep DeepSpeed from setting up buffers in /dev/shm, as it does where all ranks are local.
 
     Only inference uses them, for an all-reduce on CPU. They take 66 MiB per rank and are never removed, and a start
-    hangs if two jobs share a port."""
+    hangs if two jobs share a port.
+    """
     local_size = os.environ.pop("LOCAL_SIZE")
     try:
         yield
