@@ -10,6 +10,7 @@ import re
 
 ENGINE_EXPERT = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.*)")
 PLAIN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
+PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PREFIX = "model."
 BUFFERS = (".router.selection_bias", ".router.running_load")  # what is saved beside the parameters, always in fp32
 
@@ -39,6 +40,18 @@ def same_expert_of_first_rank(name: str, experts_per_rank: int) -> str:
     """The plain name of the first rank's expert that stands where the expert in `name` stands on its own rank."""
     expert = PLAIN_EXPERT.fullmatch(name)
     return f"{expert[1]}.{int(expert[2]) % experts_per_rank}.{expert[3]}" if expert else name
+
+
+def expert_id(name: str) -> int | None:
+    """Id of the expert to which the parameter of a plain name belongs; None if to none."""
+    expert = PLAIN_EXPERT.fullmatch(name)
+    return int(expert[2]) if expert else None
+
+
+def layer_id(name: str) -> int | None:
+    """Id of the layer to which the parameter of a plain name belongs; None if to none."""
+    layer = PLAIN_LAYER.match(name)
+    return int(layer[1]) if layer else None
 
 
 def is_buffer(name: str) -> bool:

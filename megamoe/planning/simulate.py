@@ -18,6 +18,7 @@ from megamoe.config import ModelConfig
 from megamoe.ds_config import batch_sizes, read_schedule
 from megamoe.model.decoder import Decoder
 from megamoe.planning.meter import Collectives, LiveBytes
+from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import LoadBalancer
 from megamoe.training.distributed import quiet
 from megamoe.training.engine import build_engine
@@ -40,7 +41,7 @@ class Measured:
 
 
 def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int, recompute_blocks: int = 0) -> Measured:
-    """Train two steps on random tokens, the first of which makes Adam's moments, and measure the second.
+    """Train two steps on random tokens, the first of which makes the optimizer's state, and measure the second.
 
     Args:
         ds: the DeepSpeed JSON, checked.
@@ -48,8 +49,9 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
     rank, world_size = dist.get_rank(), dist.get_world_size()
     micro_batch, accumulation = batch_sizes(ds, world_size)
     generator = torch.Generator().manual_seed(rank)
+    topology = ExpertTopology(config.num_local_experts, ep_size, world_size, rank)
     with LiveBytes() as live:
-        model = Decoder(config, 0, ep_size, rank % ep_size, recompute_blocks)
+        model = Decoder(config, 0, ep_size, topology.ep_rank, recompute_blocks)
         engine = build_engine(model, ds, read_schedule(ds, "the DeepSpeed JSON"))
         balancer = LoadBalancer(
             model.routers(), config.router_bias_rate, config.router_bias_rule, config.router_load_decay
