@@ -12,8 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megamoe.config import ModelConfig, RunConfig, validate
 from megamoe.errors import UserError, unknown_key
+from megamoe.optimizers import OPTIMIZERS, OptimizerSpec, find_optimizer, optimizer_names
+from megamoe.topology import ExpertTopology
 
-# Known keys by section, "" being the top level. What is not listed here, DeepSpeed checks itself.
+# Known keys by section, "" being the top level; those of optimizer.params depend on the optimizer (`optimizers.py`).
+# What is not listed here, DeepSpeed checks itself.
 DS_KEYS: dict[str, set[str]] = {
     "": {
         "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
@@ -22,9 +25,6 @@ DS_KEYS: dict[str, set[str]] = {
         "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio",
         "comms_logger", "flops_profiler", "tensorboard", "wandb", "comet", "csv_monitor", "keep_in_fp32_modules"},
     "optimizer": {"type", "params"},
-    "optimizer.params": {
-        "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused", "foreach", "bias_correction",
-        "amsgrad"},
     "scheduler": {"type", "params"},
     "scheduler.params": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"},
     "bf16": {
@@ -126,7 +126,7 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
         batch_sizes(ds, world_size)
     except UserError as error:
         problems += [f"{where}: {problem}" for problem in error.problems]
-    problems += _optimizer_problems(ds, where)
+    problems += _optimizer_problems(ds, where, on_cpu)
     try:
         schedule = read_schedule(ds, where)
     except UserError as error:
@@ -141,27 +141,64 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
     return problems
 
 
-def _optimizer_problems(ds: dict[str, Any], where: str) -> list[str]:
+def offloads_optimizer(ds: dict[str, Any]) -> bool:
+    """Whether the optimizer's states and its step are the host's; DeepSpeed does the same under every device that it
+    offloads to with ZeRO-1 and ZeRO-2."""
+    zero = _section(ds, "zero_optimization")
+    return bool(zero.get("cpu_offload")) or _section(zero, "offload_optimizer").get("device", "none") != "none"
+
+
+def optimizer_of(ds: dict[str, Any]) -> OptimizerSpec | None:
+    """The optimizer that a DeepSpeed JSON asks for; None where megamoe knows none of that name."""
+    return find_optimizer(_section(ds, "optimizer").get("type"))
+
+
+def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
     problems = []
-    optimizer = _section(ds, "optimizer")
-    kind = optimizer.get("type")
-    if "optimizer" not in ds or (ds["optimizer"] == optimizer and kind is None):
+    section = _section(ds, "optimizer")
+    kind, spec, params = section.get("type"), optimizer_of(ds), _section(section, "params")
+    if section.get("params", {}) != params:
+        problems.append(f'{where}: "optimizer.params" is {json.dumps(section["params"])}; give an object of settings.')
+    if "optimizer" not in ds or (ds["optimizer"] == section and kind is None):
         key = '"optimizer.type"' if "optimizer" in ds else '"optimizer"'
         problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
-    elif kind is not None and kind not in ("Adam", "AdamW"):
-        problems.append(f'{where}: optimizer.type is {json.dumps(kind)}; use "AdamW" or "Adam".')
-    betas = _section(optimizer, "params").get("betas", [0.9, 0.999])
+    elif kind is not None and kind not in optimizer_names():
+        problems.append(f"{where}: optimizer.type is {json.dumps(kind)}; use one of {', '.join(optimizer_names())}.")
+    elif spec:
+        problems += _params_problems(spec, str(kind), params, where)
+        if spec.offloaded_on_cpu and on_cpu and not offloads_optimizer(ds):
+            problems.append(
+                f"{where}: optimizer.type is {json.dumps(kind)}, which DeepSpeed runs on CPU only with its states "
+                'offloaded; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'
+            )
+    betas = params.get("betas", [0.9, 0.999])
     fits = isinstance(betas, list) and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
     if not fits or len(betas) != 2:
         problems.append(f"{where}: optimizer.params.betas is {json.dumps(betas)}; give two numbers from 0 to below 1.")
-    if _section(optimizer, "params").get("amsgrad"):
-        problems.append(f"{where}: optimizer.params.amsgrad is true, whose third moment is not saved; leave it out.")
     clipping = ds.get("gradient_clipping", 1.0)
     if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
         problems.append(f"{where}: gradient_clipping is {json.dumps(clipping)}; give a norm above 0, or 0 for none.")
     dtype = _section(ds, "data_types").get("grad_accum_dtype")
     if dtype not in (None, "fp32", "bf16", "fp16"):
         problems.append(f'{where}: data_types.grad_accum_dtype is {json.dumps(dtype)}; use "fp32", "bf16" or "fp16".')
+    return problems
+
+
+def _params_problems(spec: OptimizerSpec, kind: str, params: dict[str, Any], where: str) -> list[str]:
+    problems = []
+    others = frozenset().union(*(other.params for other in OPTIMIZERS))
+    for key, value in params.items():
+        if key in spec.unsaved_if and value:
+            problems.append(
+                f"{where}: optimizer.params.{key} is {json.dumps(value)}, which adds a state that is not saved; leave "
+                "it out."
+            )
+        elif key not in spec.params and key in others:
+            problems.append(
+                f"{where}: optimizer.params.{key} is {json.dumps(value)}, which {kind} does not take; leave it out."
+            )
+        elif key not in spec.params:
+            problems.append(unknown_key(f"{where}: optimizer.params", key, spec.params))
     return problems
 
 
@@ -206,9 +243,8 @@ def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
         for key in ("round_robin_gradients", "elastic_checkpoint")
         if zero.get(key)
     ]
-    offloads = zero.get("offload_optimizer") or zero.get("cpu_offload")
     mixed = dtype_of(ds) == "bf16" and _section(ds, "data_types").get("grad_accum_dtype") == "fp32"
-    if stage == 1 and mixed and not offloads:
+    if stage == 1 and mixed and not offloads_optimizer(ds):
         problems.append(
             f'{where}: zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed '
             "takes an optimizer whose checkpoints cannot be laid out anew for other ranks; use stage 2, or leave "
@@ -240,14 +276,7 @@ def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
 
 def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_size: int) -> list[str]:
     """What does not fit between the three owners, one sentence each."""
-    problems = []
-    if world_size % run.ep_size:
-        problems.append(f"ep_size is {run.ep_size}, which does not divide the {world_size} ranks; choose a divisor.")
-    if model.num_local_experts % run.ep_size:
-        problems.append(
-            f"ep_size is {run.ep_size}, which does not divide the {model.num_local_experts} experts of "
-            f"{run.preset}; choose a divisor."
-        )
+    problems = ExpertTopology.problems(run.ep_size, model.num_local_experts, world_size, run.preset)
     if run.seq_len and run.seq_len > model.max_position_embeddings and model.rope_scaling is None:
         problems.append(
             f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "

@@ -27,11 +27,12 @@ from torch import Tensor
 
 import megamoe
 from megamoe.checkpoint import manifest
-from megamoe.checkpoint.reader import KINDS, MAIN_FILE, RankFiles, Source
+from megamoe.checkpoint.reader import MAIN_FILE, RankFiles, Source
 from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
 from megamoe.errors import UserError
 from megamoe.model.names import engine_name
+from megamoe.optimizers import MASTERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUGGINGFACE_FILES = (
@@ -84,7 +85,7 @@ def read_entry(source: Source, entry: Entry) -> Tensor:
     """The tensor itself. From a checkpoint, it is the fp32 master rounded to the entry's dtype."""
     if entry.name in source.buffers:
         return source.buffers[entry.name].clone()
-    tensor = source.read(entry.name, "fp32", 0, math.prod(entry.shape)).to(entry.dtype).view(entry.shape)
+    tensor = source.read(entry.name, MASTERS, 0, math.prod(entry.shape)).to(entry.dtype).view(entry.shape)
     return tensor.clone() if tensor.dtype == torch.float32 else tensor  # not a view of the mapped file
 
 
@@ -213,9 +214,9 @@ def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
     one it would look on every rank for experts 0 to E / ep_size - 1 by those names, since a native MoE layer names them
     from 0 on each rank; megamoe's loader finds the right ones.
     """
-    step = source.training_state()["adam_step"]
-    if step is None:
+    if not source.state_names:
         raise UserError(f"{checkpoint} was saved before a step was applied, so there is nothing to reshard; resume it.")
+    step = source.training_state()["optimizer_step"]
     with output(out) as partial:
         files: dict[str, manifest.FileRecord] = {}
 
@@ -226,11 +227,12 @@ def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
 
         for name, shape in source.shapes.items():
             folder = f"zero/{engine_name(name)}"
-            for kind in KINDS:
+            for kind in (MASTERS, *source.state_names):
                 # A copy: of a view, torch.save would write all that it looks into.
                 values = source.read(name, kind, 0, math.prod(shape)).view(shape).clone()
                 save(f"{folder}/{kind}.pt", {"param": values})
-            save(f"{folder}/step.pt", step)
+            if step is not None:
+                save(f"{folder}/step.pt", step)
         save("zero/optimizer_state.pt", source.common_optimizer_state())
         for name in (MAIN_FILE, "run.json"):
             if (checkpoint / name).is_file():

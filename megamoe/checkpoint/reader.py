@@ -1,6 +1,6 @@
 """Read a model's weights and optimizer state by plain names, whatever wrote them and for however many ranks.
 
-    RankFiles        what DeepSpeed saves: each rank's slices of the fp32 masters and of Adam's moments
+    RankFiles        what DeepSpeed saves: each rank's slices of the fp32 masters and of the optimizer's state
     UniversalFiles   DeepSpeed's Universal Checkpoint: a folder for each parameter
     PlainFiles       a state_dict, safetensors, a Hugging Face directory: weights alone
 
@@ -12,40 +12,44 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megamoe.checkpoint import manifest
+from megamoe.checkpoint.plain_files import PlainFiles
 from megamoe.checkpoint.unpickle import safe_load
 from megamoe.config import ModelConfig, read_json
 from megamoe.errors import UserError
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import engine_name, is_buffer, plain_name, same_expert_of_first_rank
+from megamoe.model.names import engine_name, expert_id, is_buffer, layer_id, plain_name, same_expert_of_first_rank
+from megamoe.optimizers import MASTERS
+from megamoe.topology import ExpertTopology
 
 MAIN_FILE = "mp_rank_00_model_states.pt"
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")  # the weights, and Adam's moments
 
 
 class Source(Protocol):
     """A model's weights, and where `has_optimizer` its training state, by plain names."""
 
     has_optimizer: bool
+    state_names: tuple[str, ...]  # of the optimizer's state tensors that it holds; none before the first applied step
     shapes: dict[str, tuple[int, ...]]
     buffers: dict[str, Tensor]
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         """`count` values of a flattened parameter from `start` on, (count,), often a view of a mapped file; `kind` is
-        one of KINDS."""
+        MASTERS or one of `state_names`."""
 
     def training_state(self) -> dict[str, Any]:
-        """Of a source with optimizer: step counts, schedule, loss scale; adam_step is None where none was applied."""
+        """Of a source with optimizer: step counts, schedule, loss scale; optimizer_step is None where the optimizer
+        counts none, or has applied none."""
 
 
 class _Slice(NamedTuple):
@@ -75,17 +79,19 @@ class RankFiles:
         self._open: Callable[[int], dict[str, Any]] = lru_cache(open_files)(self._open_rank)
         first = self._open(0)
         self._refuse_other_layouts(first)
-        self.world_size = max(first["partition_count"])
-        self.ep_size = self.world_size // min(first["partition_count"])
+        topology = ExpertTopology.from_partitions(self._main["num_experts"][0], first["partition_count"], rank=0)
+        self.world_size, self.ep_size = topology.world_size, topology.ep_size
         self.zero_stage = int(first["zero_stage"])
-        experts_per_rank = self._main["num_experts"][0] // self.ep_size
+        self.state_names = self._state_names(first)
         self._slices: dict[str, list[_Slice]] = {}
         for rank in range(self.world_size):
-            self._index(rank, first_expert=rank % self.ep_size * experts_per_rank)
+            self._index(rank, replace(topology, rank=rank).first_expert)
         first_rank = {
             plain_name(name): tuple(shape) for group in self._main["param_shapes"] for name, shape in group.items()
         }
-        self.shapes = {name: first_rank[same_expert_of_first_rank(name, experts_per_rank)] for name in self._slices}
+        self.shapes = {
+            name: first_rank[same_expert_of_first_rank(name, topology.experts_per_rank)] for name in self._slices
+        }
         self.shapes.update({name: shape for name, shape in first_rank.items() if math.prod(shape) == 0})
         self.buffers = _buffers(self._main)
         for name, slices in self._slices.items():
@@ -109,6 +115,20 @@ class RankFiles:
                 f"{self._folder} was saved by another optimizer than that of ZeRO-1 and ZeRO-2, as with ZeRO-1, bf16 "
                 'and data_types.grad_accum_dtype "fp32" together; save it again with ZeRO-2.'
             )
+
+    def _state_names(self, first: dict[str, Any]) -> tuple[str, ...]:
+        state, (masters, *_) = (
+            first["base_optimizer_state"]["state"].get(0, {}),
+            first["single_partition_of_fp32_groups"],
+        )
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
+        for name, value in tensors.items():
+            if value.shape != masters.shape:
+                raise UserError(
+                    f"{self._folder} holds the optimizer's {name} as {tuple(value.shape)}, not split over the ranks as "
+                    "the fp32 masters are; such a checkpoint cannot be read: give one of another optimizer."
+                )
+        return tuple(tensors)
 
     def _open_rank(self, rank: int) -> dict[str, Any]:
         if rank not in self._files:
@@ -138,7 +158,7 @@ class RankFiles:
 
     def _flat(self, piece: _Slice, kind: str) -> Tensor:
         state = self._open(piece.rank)
-        if kind == "fp32":
+        if kind == MASTERS:
             return state["single_partition_of_fp32_groups"][piece.group]
         return state["base_optimizer_state"]["state"][piece.group][kind]
 
@@ -146,7 +166,7 @@ class RankFiles:
         first = self._open(0)
         return {
             **_counters(self._main),
-            "adam_step": first["base_optimizer_state"]["state"].get(0, {}).get("step"),
+            "optimizer_step": first["base_optimizer_state"]["state"].get(0, {}).get("step"),
             "loss_scaler": first["loss_scaler"],
         }
 
@@ -170,8 +190,11 @@ class UniversalFiles:
         self._optimizer = safe_load(folder / "zero" / "optimizer_state.pt")
         names = [path.name for path in sorted((folder / "zero").iterdir()) if path.is_dir()]
         self.shapes = {
-            plain_name(name): tuple(safe_load(folder / "zero" / name / "fp32.pt")["param"].shape) for name in names
+            plain_name(name): tuple(safe_load(folder / "zero" / name / f"{MASTERS}.pt")["param"].shape)
+            for name in names
         }
+        kinds = {path.stem for path in (folder / "zero" / names[0]).glob("*.pt")}
+        self.state_names = tuple(sorted(kinds - {MASTERS, "step"}))
         self.buffers = _buffers(self._main)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
@@ -179,61 +202,12 @@ class UniversalFiles:
         return safe_load(file)["param"].flatten()[start : start + count].float()
 
     def training_state(self) -> dict[str, Any]:
-        some_name = engine_name(next(iter(self.shapes)))
+        step = self._folder / "zero" / engine_name(next(iter(self.shapes))) / "step.pt"
         return {
             **_counters(self._main),
-            "adam_step": safe_load(self._folder / "zero" / some_name / "step.pt"),
+            "optimizer_step": safe_load(step) if step.is_file() else None,
             "loss_scaler": self._optimizer["loss_scaler"],
         }
-
-
-class PlainFiles:
-    """Weights under plain names in .pt or .safetensors files."""
-
-    has_optimizer = False
-
-    def __init__(self, files: list[Path]):
-        """Raises UserError if a file is damaged or holds something else."""
-        self._tensors: dict[str, Callable[[], Tensor]] = {}
-        shapes = {}
-        for file in files:
-            for name, (shape, get) in (_safetensors if file.suffix == ".safetensors" else _state_dict)(file).items():
-                shapes[name], self._tensors[name] = shape, get
-        if shapes.pop("lm_head.weight", None):
-            head, embedding = (self._tensors[name]() for name in ("lm_head.weight", "model.embed_tokens.weight"))
-            if not torch.equal(head, embedding):
-                raise UserError(f"{files[0]}: lm_head.weight is not the embedding; this model ties the two.")
-        self.shapes = {name: shape for name, shape in shapes.items() if not is_buffer(name)}
-        self.buffers = {name: self._tensors[name]().float() for name in shapes if is_buffer(name)}
-
-    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        assert kind == "fp32"
-        return self._tensors[name]().flatten()[start : start + count].float()
-
-    def training_state(self) -> dict[str, Any]:
-        raise AssertionError("plain weights have no training state")
-
-
-def _safetensors(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
-    try:
-        opened = safe_open(file, framework="pt")
-        return {
-            name: (tuple(opened.get_slice(name).get_shape()), partial(opened.get_tensor, name))
-            for name in opened.keys()  # noqa: SIM118 - it is no dict
-        }
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} cannot be read ({error}); make or fetch it again.") from None
-
-
-def _state_dict(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
-    state = safe_load(file)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} is no state_dict: not a dict of tensors; give one of tools/convert_checkpoint.py.")
-    return {name: (tuple(tensor.shape), partial(_unchanged, tensor)) for name, tensor in state.items()}
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _buffers(main: dict[str, Any]) -> dict[str, Tensor]:
@@ -316,11 +290,8 @@ def model_problems(source: Source, config: ModelConfig, where: str) -> list[str]
         for (field, size), other in zip(shape.items(), found, strict=True):
             if size != other:
                 problems.setdefault(field, f"{where} was made with {field} {other}, not {size}; use the same preset.")
-    for field, pattern in (
-        ("num_hidden_layers", r"model\.layers\.(\d+)\."),
-        ("num_local_experts", r".*\.experts\.(\d+)\."),
-    ):
-        ids = {match[1] for name in source.shapes if (match := re.match(pattern, name))}
+    for field, id_of in (("num_hidden_layers", layer_id), ("num_local_experts", expert_id)):
+        ids = {id_of(name) for name in source.shapes} - {None}
         if len(ids) != getattr(config, field):
             problems.setdefault(
                 field, f"{where} was made with {field} {len(ids)}, not {getattr(config, field)}; use the same preset."
@@ -348,6 +319,6 @@ def load_buffers(model: nn.Module, source: Source) -> None:
 def load_weights(model: nn.Module, source: Source, dtype: torch.dtype) -> None:
     """Give a whole model (ep_size 1) the weights in `source`, in `dtype`, and the router statistics, in fp32."""
     for name, parameter in model.named_parameters():
-        values = source.read(plain_name(name), "fp32", 0, parameter.numel())
+        values = source.read(plain_name(name), MASTERS, 0, parameter.numel())
         parameter.data = values.view_as(parameter).to(dtype, copy=True)  # not the mapped file
     load_buffers(model, source)

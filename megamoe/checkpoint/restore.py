@@ -1,7 +1,7 @@
 """Restore a training engine, or start one from weights alone, on any number of ranks with any ep_size.
 
-Every rank reads its own slices of masters and moments, whatever the ranks and ep_size of the run that saved them, while
-the ranks together verify the checkpoint's bytes.
+Every rank reads its own slices of masters and optimizer state, whatever the ranks and ep_size of the run that saved
+them, while the ranks together verify the checkpoint's bytes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint import manifest
-from megamoe.checkpoint.reader import KINDS, Source, load_buffers, open_source
+from megamoe.checkpoint.reader import Source, load_buffers, open_source
 from megamoe.errors import UserError
 from megamoe.model.names import plain_name
+from megamoe.optimizers import MASTERS, StateTensor, find_optimizer
 
 
 def restore_newest_verified(
@@ -70,34 +71,51 @@ def _read_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weight
 
 
 def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, weights_only: bool) -> None:
-    """Read this rank's slices of masters and moments, whatever the ranks and ep_size of the run that saved them."""
+    """Read this rank's slices of masters and optimizer state, whatever the ranks and ep_size of the run that saved
+    them."""
     zero = engine.optimizer
     training = {} if weights_only else source.training_state()
-    # Adam has no moments before the first step that is applied.
-    has_moments = training.get("adam_step") is not None
-    kinds = KINDS if has_moments else KINDS[:1]
+    tensors = [] if weights_only else _state_tensors(engine.optimizer_name(), source)
     first_expert = engine.module.topology.first_expert
     names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
-        flat = {kind: master.data if kind == "fp32" else torch.zeros_like(master.data) for kind in kinds}
-        for kind in kinds:  # one after the other, as they lie in the files
+        state[group] = {one.name: torch.zeros_like(master.data, dtype=one.dtype) for one in tensors}
+        for kind, flat in {MASTERS: master.data, **state[group]}.items():  # one after the other, as they lie in files
             for parameter in zero.bit16_groups[group]:
                 mapping = parameter._hp_mapping
                 if mapping is not None:  # else its values are on other ranks
                     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                     values = source.read(names[parameter], kind, there.start, there.numel)
-                    flat[kind][here.start : here.start + here.numel].copy_(values)
-        if has_moments:
-            step = training["adam_step"]  # each group counts its own
-            moments = {kind: flat[kind] for kind in kinds if kind != "fp32"}
-            state[group] = {**moments, "step": step.clone() if isinstance(step, Tensor) else step}
+                    flat[here.start : here.start + here.numel].copy_(values)
+        step = training.get("optimizer_step")
+        if step is not None:  # each group counts its own
+            state[group]["step"] = step.clone() if isinstance(step, Tensor) else step
     load_buffers(engine.module, source)
-    if has_moments:
+    if tensors:
         zero.optimizer.load_state_dict({**zero.optimizer.state_dict(), "state": state})
         zero._link_all_hp_params()
     if training:
         _restore_training_state(engine, training)
+
+
+def _state_tensors(optimizer: str, source: Source) -> list[StateTensor]:
+    """The optimizer's state tensors, which `source` holds; none where no step had been applied. Raises UserError."""
+    spec = find_optimizer(optimizer)
+    if not source.state_names or spec is None:
+        return []
+    if spec.whole:
+        raise UserError(
+            f"{optimizer} keeps {', '.join(spec.whole)} of whole parameters, which cannot be restored yet; start with "
+            "--init_from, or use another optimizer."
+        )
+    for tensor in spec.state:
+        if tensor.name not in source.state_names:
+            raise UserError(
+                f"the checkpoint holds no {tensor.name}, which {optimizer} needs, but {', '.join(source.state_names)}; "
+                "resume with the optimizer that saved it."
+            )
+    return list(spec.state)
 
 
 def _restore_training_state(engine: deepspeed.DeepSpeedEngine, training: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 ENGINE_EXPERT = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.*)")
 PLAIN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
-PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\..*")
+PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PREFIX = "model."
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"  # of other models; here the embedding is the head
@@ -74,10 +74,16 @@ def same_expert_of_first_rank(name: str, experts_per_rank: int) -> str:
     return f"{parts.layer}.{parts.expert % experts_per_rank}.{parts.parameter}" if parts else name
 
 
-def layer_of(name: str) -> int | None:
-    """The number of the decoder layer that a plain name belongs to; None if to no layer."""
-    found = PLAIN_LAYER.fullmatch(name)
-    return int(found[1]) if found else None
+def expert_id(name: str) -> int | None:
+    """Id of the expert to which the parameter of a plain name belongs; None if to none."""
+    parts = split_expert(name)
+    return parts.expert if parts else None
+
+
+def layer_id(name: str) -> int | None:
+    """Id of the layer to which the parameter of a plain name belongs; None if to none."""
+    layer = PLAIN_LAYER.match(name)
+    return int(layer[1]) if layer else None
 
 
 def is_buffer(name: str) -> bool:

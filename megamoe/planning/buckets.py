@@ -1,4 +1,4 @@
-"""Bytes on their way through DeepSpeed's reduction of gradients, kept in a ledger.
+"""Bytes on their way through DeepSpeed's reduction of gradients and, with an offloaded optimizer, on to the host.
 
 Order and sizes are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), whose functions the comments name.
 """
@@ -43,7 +43,8 @@ class Reduction:
         # Where grad_accum_dtype is fp32 and the weights are not, a rank adds what it owns to an fp32 partition;
         # elsewhere it keeps the whole gradient of every parameter that it owns a part of.
         self.sums_apart = setup.sum_bytes > setup.weight_bytes
-        self.index = [rank // setup.ep_size if group.expert else rank for group in groups]
+        replica = setup.topology(rank).replica
+        self.index = [replica if group.expert else rank for group in groups]
         self.group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
         self.owned = {
             name: group.owners(name).get(index, 0)
@@ -82,6 +83,8 @@ class Reduction:
         size = self.size(name)
         if self.filled + size > self.setup.bucket:
             self.flush()
+        if self.setup.offload and size > self.setup.bucket:  # cloned (reduce_independent_p_g_buckets_and_remove_grads)
+            self.ledger.touch("gradients", size * self.setup.weight_bytes)
         self.waiting.append(name)
         self.filled += size
         if size <= self.setup.bucket:  # now in the bucket; a larger one is reduced where it is
@@ -98,13 +101,22 @@ class Reduction:
         ):
             ledger.touch("reduction temporaries", self.copies(slices))
         for name in self.waiting:
+            if setup.offload:
+                self.send_to_host(name)
             if self.size(name) > setup.bucket:
                 ledger.give("gradients", self.size(name) * setup.weight_bytes)
-            if not self.sums_apart and not self.kept and self.owned[name]:
+            if not setup.offload and not self.sums_apart and not self.kept and self.owned[name]:
                 # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
                 self.kept = setup.weight_bytes * sum(self.size(other) for other, owned in self.owned.items() if owned)
                 ledger.take("gradients owned", self.kept)
         self.waiting, self.filled = [], 0
+
+    def send_to_host(self, name: str) -> None:
+        """Copy what this rank owns of a gradient into the host's fp32 gradients (copy_grads_in_partition)."""
+        if self.boundary:
+            self.ledger.touch("temporaries of the offload", 8 * self.owned[name])  # in fp64, for the norm
+            if self.setup.sum_bytes < 4:
+                self.ledger.touch("temporaries of the offload", 4 * self.owned[name])
 
     def slices(self, names: list[str]) -> list[tuple[int, int, bool]]:
         """(owner, elements, added to this rank's fp32 partition) of what one all-reduce takes, neighbours of one owner

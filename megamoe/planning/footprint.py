@@ -58,12 +58,12 @@ def layer_bytes(setup: Setup) -> LayerBytes:
     # Cutting the latents' queries off leaves a view, of which the output projection takes a copy.
     cut = s * n * m.num_attention_heads * m.head_dim if m.num_latent_tokens else 0
 
-    per_expert = setup.rows // setup.local_experts
+    per_expert = setup.rows // setup.experts_per_rank
     if setup.on_cpu and m.num_experts_per_tok == m.num_local_experts:
         per_expert = math.ceil(per_expert / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE
     elif setup.on_cpu:
         per_expert += (CPU_ROW_MULTIPLE - 1) // 2  # counts differ from expert to expert: the mean of the fill
-    filled = per_expert * setup.local_experts
+    filled = per_expert * setup.experts_per_rank
     rows, result = s * setup.rows * m.hidden_size, s * filled * m.hidden_size
     index = 8 * (filled + setup.rows) + (16 * setup.rows if setup.ep_size > 1 else 0)
     dropped = (s if setup.on_cpu else 1) * filled * m.hidden_size if m.expert_dropout else 0
@@ -95,12 +95,13 @@ def layer_bytes(setup: Setup) -> LayerBytes:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one rank, by kind."""
+    """Bytes on one rank, by kind: of its device, and of the host where the device has a memory of its own."""
 
     between: Counter[str]  # between two steps
     forward: Counter[str]  # at the fullest moment of a forward pass
     backward: Counter[str]
     step: Counter[str]  # of the optimizer's step
+    host: Counter[str]  # all the time
 
     @property
     def peak(self) -> Counter[str]:
@@ -109,11 +110,12 @@ class Footprint:
 
 
 def footprint(setup: Setup, rank: int = 0) -> Footprint:
-    """Bytes of tensors on `rank` in a step after the first one, which makes Adam's moments."""
+    """Bytes of tensors on `rank` in a step after the first one, which makes the optimizer's state."""
     groups, layer, ledger = parameter_groups(setup), layer_bytes(setup), Ledger()
-    _hold_states(setup, groups, ledger)
-    between = Counter(ledger.held)
     reduction = Reduction(setup, groups, rank, ledger)
+    states, host = _states(setup, groups, reduction)
+    _hold(setup, groups, states, ledger)
+    between = Counter(ledger.held)
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
@@ -126,16 +128,40 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     ledger.restart()
     _step(setup, reduction)
     assert ledger.held == between, ledger.held - between
-    return Footprint(between, forward, backward, ledger.fullest)
+    return Footprint(between, forward, backward, ledger.fullest, host)
 
 
-def _hold_states(setup: Setup, groups: list[Group], ledger: Ledger) -> None:
-    """What stays from step to step."""
-    m = setup.model
+def _states(setup: Setup, groups: list[Group], reduction: Reduction) -> tuple[Counter[str], Counter[str]]:
+    """Masters, optimizer state and, where these are offloaded, the buffers that go with it: (in the device's memory, in
+    the host's, which is the same one on CPU)."""
     share = sum(group.partition for group in groups)
+    # A copy under fp32 too.
+    states = Counter({"fp32 masters": 4 * share, "optimizer state": setup.state_bytes * share})
+    if not setup.offload:
+        return states, Counter()
+    states["fp32 gradients"] = 4 * share
+    states["updated weights"] = setup.weight_bytes * share
+    states["gradient buffer"] = setup.weight_bytes * _largest(groups)
+    if setup.zero_stage == 2 and setup.accumulation > 1 and not reduction.sums_apart:
+        # Whole gradients of what this rank owns a part of (async_accumulate_grad_in_cpu_via_gpu).
+        owned = sum(reduction.size(name) for name, part in reduction.owned.items() if part)
+        states["gradients summed"] = setup.weight_bytes * owned
+    return (states, Counter()) if setup.on_cpu else (Counter(), states)
+
+
+def _largest(groups: list[Group]) -> int:
+    """Elements of the largest parameter."""
+    return max(size for group in groups for size in group.sizes.values())
+
+
+def _hold(setup: Setup, groups: list[Group], states: Counter[str], ledger: Ledger) -> None:
+    """Take what the device keeps from step to step."""
+    m = setup.model
     ledger.take("weights", setup.weight_bytes * sum(group.partition * group.ranks for group in groups))
-    ledger.take("fp32 masters", 4 * share)  # a copy under fp32 too
-    ledger.take("Adam moments", 8 * share)
+    for kind, size in states.items():
+        ledger.take(kind, size)
+    if setup.offload:
+        ledger.take("gradient buffer", setup.weight_bytes * _largest(groups))
     ledger.take("batch and router state", 16 * (setup.tokens + m.num_hidden_layers * m.num_local_experts))
 
 
@@ -207,7 +233,7 @@ def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
 
 def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, name: str) -> None:
     """From the gradient of a layer's output to that of the experts' input."""
-    m, s, count = setup.model, setup.weight_bytes, setup.local_experts
+    m, s, count = setup.model, setup.weight_bytes, setup.experts_per_rank
     ledger.touch("temporaries", 2 * layer.returned)  # gradients of the weighted rows, and products for the weights'
     ledger.give("activations", layer.returned)
     ledger.touch("temporaries", layer.result + layer.returned)  # rows going back to their experts
@@ -231,7 +257,7 @@ def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction
 def _step(setup: Setup, reduction: Reduction) -> None:
     ledger, groups = reduction.ledger, reduction.groups
     for number, group in enumerate(groups):
-        if reduction.sums_apart:
+        if reduction.sums_apart or setup.offload:
             continue
         # A flat copy of the rank's share, then one in fp32.
         parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)

@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any
 
 from megamoe.config import ModelConfig
-from megamoe.ds_config import batch_sizes, dtype_of
+from megamoe.ds_config import batch_sizes, dtype_of, offloads_optimizer, optimizer_of
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import is_undecayed
+from megamoe.model.names import expert_id, is_undecayed
+from megamoe.topology import ExpertTopology
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
@@ -31,14 +32,17 @@ class Setup:
     accumulation: int  # forward passes per step
     seq_len: int
     weight_bytes: int  # of a weight, an activation and a gradient
+    state_bytes: int  # of the optimizer's state for a weight, besides its fp32 master
     sum_bytes: int  # of a gradient summed over micro-batches
     wire_bytes: int  # of a gradient while it is reduced
     zero_stage: int
     bucket: int  # elements of a reduction bucket
     overlap: bool  # two buckets instead of one
     all_reduce: bool  # gradients of several owners in one all-reduce, not a reduce to each
+    offload: bool  # masters and optimizer state in the host's memory, the optimizer's step on its cores
+    check_overflow: bool  # an offloaded optimizer asks all ranks for overflows before each step
     on_cpu: bool
-    recompute_blocks: int = 0  # blocks of which backward computes the activations anew
+    recompute_blocks: int = 0  # blocks of which backward recomputes the activations
 
     @property
     def tokens(self) -> int:
@@ -50,18 +54,20 @@ class Setup:
         """Rows that a rank sends to experts in one forward pass and layer; under balance, as many arrive."""
         return self.tokens * self.model.num_experts_per_tok
 
+    def topology(self, rank: int = 0) -> ExpertTopology:
+        """The place of one rank."""
+        return ExpertTopology(self.model.num_local_experts, self.ep_size, self.world_size, rank)
+
     @property
-    def local_experts(self) -> int:
-        return self.model.num_local_experts // self.ep_size
+    def experts_per_rank(self) -> int:
+        """Experts of each layer on a rank."""
+        return self.topology().experts_per_rank
 
 
 def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
-    """What of a DeepSpeed JSON is not modelled, one sentence each, beside what its own checks find."""
+    """What of a DeepSpeed JSON is not modelled, one sentence each, apart from what its own checks find."""
     zero, bf16, fp16 = (_object(ds.get(name)) for name in ("zero_optimization", "bf16", "fp16"))
-    offload = _object(zero.get("offload_optimizer"))
     unmodelled = {
-        "zero_optimization.offload_optimizer": offload.get("device", "none") != "none",
-        "zero_optimization.cpu_offload": zero.get("cpu_offload"),
         "bf16.bf16_master_weights_and_grads": bf16.get("bf16_master_weights_and_grads"),
         "bf16.bf16_optimizer_states": bf16.get("bf16_optimizer_states"),
         "fp16.fp16_master_weights_and_grads": fp16.get("fp16_master_weights_and_grads"),
@@ -72,6 +78,9 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
     bucket = zero.get("reduce_bucket_size", 1)
     if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket < 1:
         return [f"{where}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number of elements, at least 1."]
+    optimizer = optimizer_of(ds)
+    if optimizer and optimizer.whole:
+        unmodelled["optimizer, with state of whole parameters,"] = True
     return [
         f"{where}: {key} is set to what the plan does not model; leave it out to plan without it."
         for key, is_set in unmodelled.items()
@@ -100,6 +109,8 @@ def read_setup(
 ) -> Setup:
     """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
     micro_batch, accumulation = batch_sizes(ds, world_size)
+    optimizer = optimizer_of(ds)
+    assert optimizer, "the checks of a run refuse what is not in the table"
     zero, dtype = ds.get("zero_optimization", {}), dtype_of(ds)
     return Setup(
         model=model,
@@ -109,12 +120,15 @@ def read_setup(
         accumulation=accumulation,
         seq_len=seq_len,
         weight_bytes=BYTES[dtype],
+        state_bytes=optimizer.state_bytes,
         sum_bytes=BYTES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype],
         wire_bytes=BYTES[ds.get("communication_data_type") or dtype],
         zero_stage=zero["stage"],
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
         overlap=bool(zero.get("overlap_comm")),
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True),
+        offload=offloads_optimizer(ds),
+        check_overflow=dtype == "fp16" or (dtype == "bf16" and ds["bf16"].get("check_grad_overflow", True)),
         on_cpu=on_cpu,
         recompute_blocks=recompute_blocks,
     )
@@ -153,14 +167,16 @@ class Group:
 
 
 def parameter_groups(setup: Setup) -> list[Group]:
-    """The groups that `engine.parameter_groups` makes, as one rank holds them."""
+    """The groups that `engine.parameter_groups` makes, as the first rank holds them."""
+    topology = setup.topology()
     shared: dict[str, int] = {}
     undecayed: dict[str, int] = {}
     experts: dict[str, int] = {}
     for name, shape in parameter_shapes(setup.model).items():
         size = math.prod(shape.values())
-        if ".experts." in name:
-            if int(name.split(".experts.")[1].split(".")[0]) < setup.local_experts:
+        expert = expert_id(name)
+        if expert is not None:
+            if expert in topology.expert_ids:
                 experts[name] = size
         elif is_undecayed(name):
             undecayed[name] = size
@@ -174,5 +190,5 @@ def parameter_groups(setup: Setup) -> list[Group]:
     return [
         Group(shared, setup.world_size, False),
         Group(undecayed, setup.world_size, False),
-        *(Group(piece, setup.world_size // setup.ep_size, True) for piece in pieces),
+        *(Group(piece, topology.replicas, True) for piece in pieces),
     ]

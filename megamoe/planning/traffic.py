@@ -17,7 +17,6 @@ from megamoe.planning.sharding import Setup, parameter_groups
 # Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
 # usual for the smallest messages.
 LATENCY_INSIDE, LATENCY_BETWEEN = 15e-6, 40e-6
-OPTIMIZER_BYTES = 30  # read and written per weight: masters and moments (24), gradient (4), 16-bit weight (2)
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,11 @@ def collectives(setup: Setup) -> list[Collective]:
     groups = parameter_groups(setup)
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once a step.
     reductions = passes if setup.zero_stage == 2 else 1
-    replicas = setup.world_size // setup.ep_size
+    topology = setup.topology()
+    replicas, replica_stride = topology.replicas, topology.replica_stride
     for purpose, expert, ranks, stride in (
         ("gradients of shared weights", False, setup.world_size, 1),
-        ("gradients of experts", True, replicas, setup.ep_size),
+        ("gradients of experts", True, replicas, replica_stride),
     ):
         elements = sum(sum(group.sizes.values()) for group in groups if group.expert == expert)
         kind = "all_reduce" if setup.all_reduce else "reduce"
@@ -93,11 +93,13 @@ def collectives(setup: Setup) -> list[Collective]:
     expert_groups = sum(group.expert for group in groups)
     scalars = 4 * expert_groups
     found.append(
-        Collective("norm of the experts' gradient", "all_reduce", replicas, setup.ep_size, expert_groups, scalars)
+        Collective("norm of the experts' gradient", "all_reduce", replicas, replica_stride, expert_groups, scalars)
     )
+    if setup.offload and setup.check_overflow:
+        found.append(Collective("overflow in any gradient", "all_reduce", world, 1, 1, 1))
     for purpose, expert, ranks, stride in (
         ("updated shared weights", False, world, 1),
-        ("updated experts", True, replicas, setup.ep_size),
+        ("updated experts", True, replicas, replica_stride),
     ):
         sizes = [group.partition * group.ranks * setup.weight_bytes for group in groups if group.expert == expert]
         if ranks > 1:
@@ -126,6 +128,12 @@ class StepTime:
         return self.tokens / self.seconds
 
 
+def update_bytes(setup: Setup) -> int:
+    """Bytes that the optimizer's step reads and writes for each weight of a rank's share: master and state both ways,
+    the gradient in fp32, the new weight."""
+    return 2 * (4 + setup.state_bytes) + 4 + setup.weight_bytes
+
+
 def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: float, link_efficiency: float) -> StepTime:
     """Time of a step on `device`.
 
@@ -146,7 +154,7 @@ def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: floa
     if setup.zero_stage == 1:  # reduces beside the last backward pass of a step
         backward /= setup.accumulation
     share = sum(group.partition for group in parameter_groups(setup))
-    optimizer = OPTIMIZER_BYTES * share / device.memory_rate
+    optimizer = update_bytes(setup) * share / device.memory_rate
     waiting = hidden = 0.0
     for collective in collectives(setup):
         seconds = collective.seconds(device, gpus_per_node, link_efficiency)

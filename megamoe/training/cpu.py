@@ -13,7 +13,12 @@ from torch.utils.cpp_extension import get_default_build_root
 from megamoe.errors import UserError
 
 STALE_LOCK_MINUTES = 10
-COMPILED = ("deepspeed_shm_comm", "cpu_adam", "fused_adam")  # operators that a run can make DeepSpeed compile
+COMPILED = (
+    "deepspeed_shm_comm",
+    "cpu_adam",
+    "cpu_lion",
+    "fused_adam",
+)  # operators that a run can make DeepSpeed compile
 # Of glibc's malloc.h; -1 as the threshold is the largest there is.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 

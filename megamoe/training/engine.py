@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
@@ -70,9 +71,19 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
     )
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         _read_gradients_once(engine.optimizer)
+        if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
+            _make_one_moment(engine.optimizer.optimizer)
     if engine.device.type == "cpu":
         cpu.give_back_freed_memory()
     return engine
+
+
+def _make_one_moment(optimizer: DeepSpeedCPULion) -> None:
+    """Make Lion's state: DeepSpeed's first step would add a second moment, which nothing reads but memory and
+    checkpoints hold."""
+    for group in optimizer.param_groups:
+        for master in group["params"]:
+            optimizer.state[master] = {"step": 0, "exp_avg": torch.zeros_like(master)}
 
 
 def _read_gradients_once(optimizer: DeepSpeedZeroOptimizer) -> None:

@@ -80,7 +80,7 @@ def test_one_rank():
     for accumulation, name in ((2, "zero2"), (2, "tiny"), (3, "zero1")):
         cases[f"{name}, accumulated"] = WEIGHTS, config(name, accumulation=accumulation)
     for name, found in check(cases, 1, 1).items():
-        states = sum(found.peak[kind] for kind in ("weights", "fp32 masters", "Adam moments", "gradient partition"))
+        states = sum(found.peak[kind] for kind in ("weights", "fp32 masters", "optimizer state", "gradient partition"))
         if "activations" in name:
             assert found.peak["activations"] > found.peak.total() / 2, name
         else:

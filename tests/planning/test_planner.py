@@ -10,10 +10,10 @@ from toy import PRESET, SHIPPED, ds_config
 
 from megamoe import cli
 from megamoe.errors import UserError
+from megamoe.hardware import KNOWN_PEAKS
 from megamoe.planning.footprint import footprint
 from megamoe.planning.planner import PlanConfig, make_plan, this_machine
 from megamoe.planning.traffic import step_time
-from megamoe.training.sinks import KNOWN_PEAKS
 
 ZERO2 = str(SHIPPED / "zero2.json")
 
@@ -34,7 +34,7 @@ def run(monkeypatch, capsys, *words):
 
 def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     ds = ds_config(2, train_batch_size=33)
-    ds["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    ds["fp16"] = {"fp16_master_weights_and_grads": True}
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     code, out, problems = run(
         monkeypatch, capsys, "--gpus", 10, "--ep_size", 3, "--device", "h1000", "--seq_len", 4096,
@@ -44,7 +44,7 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     sentences(problems)
     for parts in (
         ('"train_batch_size" is 33', "change one"),
-        ("offload_optimizer", "leave it out"),
+        ("fp16_master_weights_and_grads", "leave it out"),
         ("ep_size is 3", "10 ranks", "divisor"),
         ("ep_size is 3", "8 experts", "divisor"),
         ("seq_len is 4096", "1024", "lower it"),

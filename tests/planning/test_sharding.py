@@ -68,8 +68,6 @@ def test_owners_share_out_a_flat_group(ranks):
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("zero_optimization", "offload_optimizer", {"device": "cpu"}),
-        ("zero_optimization", "cpu_offload", True),
         ("zero_optimization", "contiguous_gradients", False),
         ("zero_optimization", "reduce_scatter", False),
         ("data_types", "grad_accum_dtype", "bf16"),
