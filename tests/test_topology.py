@@ -12,7 +12,8 @@ from megamoe.topology import ExpertTopology
 
 ROOT = Path(__file__).parents[1]
 OWNER = "megamoe/topology.py"
-PROGRAM = sorted([*(ROOT / "megamoe").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").glob("*.py")])
+HELPERS = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
+PROGRAM = sorted([*(ROOT / "megamoe").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *HELPERS])
 SPELLING = "deepspeed_" + "experts"
 
 

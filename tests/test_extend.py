@@ -1,0 +1,81 @@
+"""CONTRIBUTING.md says which files a new preset, optimizer or sink touches: these are made up here, and nothing else is
+changed."""
+
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+from toy import PRESET, ds_config, train_here, write_inputs
+
+from megamoe import config, optimizers
+from megamoe.config import load_preset, preset_names
+from megamoe.ds_config import deepspeed_problems
+from megamoe.optimizers import OptimizerSpec, StateTensor
+from megamoe.planning.footprint import footprint
+from megamoe.planning.sharding import read_setup
+from megamoe.training import sinks
+from megamoe.training.sinks import Sink
+
+# torch's own, which DeepSpeed makes by its name.
+RMSPROP = OptimizerSpec(
+    names=("RMSprop",), params=frozenset({"lr", "eps", "weight_decay", "alpha"}), state=(StateTensor("square_avg"),)
+)
+
+
+class FileSink(Sink):
+    """A line for each call."""
+
+    def open(self, run_dir, first_step):
+        self.path = run_dir / "mine.txt"
+
+    def log_scalars(self, kind, step, values):
+        with open(self.path, "a") as file:
+            file.write(f"{kind} {step} {values['loss']:.4f}\n")
+
+
+def extend(patch, folder):
+    """What a contributor would add: a JSON file, an entry, a class."""
+    presets = folder / "presets"
+    presets.mkdir(exist_ok=True)
+    (presets / "made-up.json").write_text(json.dumps(PRESET))
+    patch.setattr(config, "PRESET_DIR", presets)
+    patch.setattr(optimizers, "OPTIMIZERS", [*optimizers.OPTIMIZERS, RMSPROP])
+    patch.setattr(sinks, "SINKS", (*sinks.SINKS, FileSink))
+
+
+def recipe():
+    optimizer = {"type": "RMSprop", "params": {"eps": 1e-8, "weight_decay": 0.01}}
+    return ds_config(2, optimizer=optimizer, zero_allow_untested_optimizer=True)
+
+
+def train_extended(folder, run):
+    with pytest.MonkeyPatch.context() as patch:
+        extend(patch, folder)
+        return train_here(run)
+
+
+def losses(log):
+    return [record["loss"] for record in log["train"]]
+
+
+def test_a_preset_is_a_file_an_optimizer_an_entry_and_a_sink_a_class(tmp_path, monkeypatch):
+    ds = recipe()
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        del ds[key]
+    run = {**write_inputs(tmp_path, {**ds, "train_batch_size": 4}), "preset": "made-up"}
+    whole, cut = ({**run, "run_dir": str(tmp_path / name)} for name in ("whole", "cut"))
+    (expected,) = run_ranks(1, train_extended, tmp_path, {**whole, "steps": 8})
+    run_ranks(1, train_extended, tmp_path, {**cut, "steps": 5})
+    log, _ = run_ranks(2, train_extended, tmp_path, {**cut, "steps": 8, "ep_size": 2, "resume": True})
+    torch.testing.assert_close(losses(log), losses(expected), atol=1e-5, rtol=0)
+    lines = (tmp_path / "whole" / "mine.txt").read_text().splitlines()
+    assert lines[:2] == [f"train {step} {losses(expected)[step - 1]:.4f}" for step in (1, 2)]
+    assert lines[-1].startswith("valid 8 ")
+
+    extend(monkeypatch, tmp_path)
+    assert preset_names() == ["made-up"]
+    assert deepspeed_problems(recipe(), "ds.json", 1, True) == []
+    setup = read_setup(load_preset("made-up"), recipe(), 1, 1, 16, True)
+    state = footprint(setup).between
+    assert state["optimizer state"] == state["fp32 masters"]  # one tensor in fp32
