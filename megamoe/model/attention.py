@@ -1,4 +1,4 @@
-"""Attention with latent tokens, rotary embeddings, the key/value cache, and one expert.
+"""Grouped-query attention over learned latent (prefix) tokens and the sequence, and its key/value cache.
 
 Shape legend: B batch, T query positions, S cached and new token positions, M latent tokens, D hidden_size,
 H query heads, G key/value heads, d head_dim.
