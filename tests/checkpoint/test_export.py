@@ -270,8 +270,8 @@ WIDE = ModelConfig(**{**CONFIG.model_dump(), "hidden_size": 512, "intermediate_s
 MEASURE = """
 import sys, re
 from pathlib import Path
-from megamoe.export import *
-from megamoe.reader import open_source
+from megamoe.checkpoint.export import *
+from megamoe.checkpoint.reader import open_source
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 source = open_source(Path(sys.argv[1]), open_files=1)
 torch.randn(100, 100) @ torch.randn(100, 100)
