@@ -1,25 +1,48 @@
-"""Run a function on several ranks: real processes, gloo, one thread each."""
+"""Run a function on several ranks: real processes, gloo, one thread each.
+
+Processes are kept and serve one call after another, each call in a process group of its own.
+"""
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
+import functools
+import gc
 import multiprocessing
 import os
+import pickle
+import random
+import signal
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["megamoe.training.loop", "megamoe.training.engine", "megamoe.training.distributed"])
+_context.set_forkserver_preload(
+    [
+        "megamoe.pretrain",
+        "torch.utils.tensorboard",
+        # What torch and DeepSpeed import at the first step only.
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "deepspeed.module_inject.auto_ep_layer",
+    ]
+)
 TIMEOUT = 240  # seconds: a hang is a failure
+GRACE = 20  # seconds for the other ranks to fail once one has
+CALLS = 30  # that a process serves: an engine that is gone leaves threads and files of its groups behind
 
 
 def free_port() -> int:
@@ -28,59 +51,179 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
-    """Start `function(*args)` on every rank of a new gloo group; what it returns or raises lands in `folder`."""
-    port = free_port()
-    ranks = [
-        _context.Process(target=_rank_main, args=(rank, world_size, port, folder, function, args))
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    return ranks
-
-
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `function(*args)` on every rank of a new gloo group; returns the results by rank.
 
-    `function` and `args` are pickled: the function must stand at a module's top level. Raises AssertionError with the
-    rank's traceback if one fails or hangs.
+    `function` and `args` are pickled: the function must stand at a module's top level, and undo what it changes in
+    modules. Raises AssertionError with the rank's traceback if one fails or hangs.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        ranks = start_ranks(world_size, folder, function, *args)
-        try:
-            for process in ranks:
-                process.join(TIMEOUT)
-            errors = [file.read_text() for file in sorted(folder.glob("error_*"))]
-            codes = [process.exitcode for process in ranks]
-            assert codes == [0] * world_size, f"exit codes {codes} (None: hung)\n" + "\n".join(errors)
-        finally:
-            for process in ranks:
-                process.kill()
-        return [torch.load(folder / f"result_{rank}", weights_only=False) for rank in range(world_size)]
+    return _pool.run(world_size, function, args)
+
+
+def run_new_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """As `run_ranks`, in processes that have run nothing before."""
+    pool = RankPool()
+    try:
+        return pool.run(world_size, function, args)
+    finally:
+        pool.end()
+
+
+def start_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
+    """Start `function(*args)` on every rank of a new gloo group of new processes, for the caller to kill."""
+    pool = RankPool()
+    pool.send(world_size, function, args)
+    return [worker.process for worker in pool.workers]
 
 
 def run_alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function(*args)` in a process that belongs to no group, and return its result."""
-    with ProcessPoolExecutor(1, mp_context=_context) as pool:
-        return pool.submit(function, *args).result(TIMEOUT)
+    """Call `function(*args)` in a new process that belongs to no group, and return its result."""
+    worker = _start_worker()
+    try:
+        worker.pipe.send_bytes(pickle.dumps(({}, function, args)))
+        (result,) = _collect([worker])
+        return result
+    finally:
+        worker.process.kill()
 
 
-def _rank_main(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], args: Any) -> None:
+@dataclass
+class Worker:
+    process: BaseProcess
+    pipe: connection.Connection
+    calls: int = 0
+
+
+class RankPool:
+    """Processes that serve as ranks. Those of a call that failed are not used again."""
+
+    def __init__(self) -> None:
+        self.workers: list[Worker] = []
+
+    def send(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if any(worker.calls == CALLS for worker in self.workers):
+            self.end()
+        while len(self.workers) < world_size:
+            self.workers.append(_start_worker())
+        port = str(free_port())
+        for rank, worker in enumerate(self.workers[:world_size]):
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            worker.calls += 1
+            worker.pipe.send_bytes(pickle.dumps((environment, function, args)))
+
+    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        try:
+            self.send(world_size, function, args)
+            return _collect(self.workers[:world_size])
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.join()
+        self.workers = []
+
+
+_pool = RankPool()
+atexit.register(_pool.end)
+
+
+@functools.cache
+def _traces() -> tempfile.TemporaryDirectory[str]:
+    """Where a process that hangs writes down what its threads are doing."""
+    return tempfile.TemporaryDirectory(prefix="ranks_")
+
+
+def _start_worker() -> Worker:
+    pipe, far_end = _context.Pipe()
+    process = _context.Process(target=_serve, args=(far_end, _traces().name), daemon=True)
+    process.start()
+    far_end.close()
+    return Worker(process, pipe)
+
+
+def _collect(workers: list[Worker]) -> list[Any]:
+    """The results by rank. Raises AssertionError with what the failed ranks say."""
+    waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
+    results: list[Any] = [None] * len(workers)
+    errors = []
+    until = time.monotonic() + TIMEOUT
+    while waiting and time.monotonic() < until:
+        for pipe in connection.wait(list(waiting), until - time.monotonic()):
+            rank = waiting.pop(pipe)
+            try:
+                results[rank], error = pickle.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionError):
+                workers[rank].process.join()
+                error = f"exit code {workers[rank].process.exitcode}"
+            if error:
+                errors.append(f"rank {rank}: {error}")
+                until = min(until, time.monotonic() + GRACE)
+    for rank in waiting.values():
+        errors.append(f"rank {rank} hangs: {Path(_traces().name, str(workers[rank].process.pid)).read_text()}")
+    assert not errors, "\n".join(errors)
+    return results
+
+
+# --- in the process of a rank ---------------------------------------------------------------------------------------
+
+
+def _serve(pipe: connection.Connection, traces: str) -> None:
+    """Run what comes through the pipe until it is closed. A call that fails is the last one."""
+    torch.set_num_threads(1)
+    state = _State()
+    with open(Path(traces, str(os.getpid())), "w") as file:
+        while True:
+            try:
+                environment, function, args = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                os._exit(0)
+            faulthandler.dump_traceback_later(TIMEOUT - 20, file=file)
+            try:
+                os.environ.update(environment)
+                result = _call_in_group(function, args) if environment else function(*args)
+                pipe.send_bytes(pickle.dumps((result, None)))
+            except BaseException:
+                pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
+                os._exit(1)
+            faulthandler.cancel_dump_traceback_later()
+            del result, function, args
+            state.restore()
+
+
+def _call_in_group(function: Callable[..., Any], args: Any) -> Any:
+    import deepspeed.comm
+
     from megamoe.training.distributed import init_distributed
 
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    trace = open(folder / f"error_{rank}_hung", "w")  # noqa: SIM115 - open for as long as the rank runs
-    faulthandler.dump_traceback_later(TIMEOUT - 20, file=trace)  # where each thread stands, if it comes to that
+    init_distributed()
     try:
-        init_distributed()
-        torch.save(function(*args), folder / f"result_{rank}")
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        (folder / f"error_{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        os._exit(1)
+        return function(*args)
+    finally:
+        deepspeed.comm.destroy_process_group()  # with the expert groups that DeepSpeed keeps
+
+
+class _State:
+    """What a function may change of its process, to be put back for the next one."""
+
+    def __init__(self) -> None:
+        self.environment = dict(os.environ)
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def restore(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        signal.set_wakeup_fd(-1)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        random.setstate(self.random[0])
+        np.random.set_state(self.random[1])
+        torch.set_rng_state(self.random[2])
+        torch.set_num_threads(1)
+        gc.collect()  # engines are full of cycles

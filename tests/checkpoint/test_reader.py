@@ -1,5 +1,5 @@
-"""Reading weights from any form, and refusing what could run code or is damaged. Whole checkpoints of several ranks are
-in distributed/test_checkpoint.py."""
+"""Reading weights from any form, and refusing what could run code or is damaged. Checkpoints of several ranks are in
+test_restore.py."""
 
 import os
 import pickle
@@ -12,7 +12,6 @@ import torch
 from ranks import run_ranks
 from refusals import has, only, refusal
 from safetensors.torch import save_file
-from test_names import CONFIG
 from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.reader import PlainFiles, find_checkpoint, load_weights, model_problems, open_source
@@ -21,6 +20,8 @@ from megamoe.config import ModelConfig
 from megamoe.errors import UserError
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import plain_name
+
+CONFIG = ModelConfig(**PRESET)
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,15 @@ def train_while_saving(folder, ep_size, background):
         time.sleep(0.5)
         return real(self, state)
 
-    HostCopy.take = slow
     engine, _ = make(ep_size)
     writer = writer_for(engine, folder, ep_size, background=background)
-    for step in (2, 4):
-        train(engine, 2, step - 2, writer)
-        writer.save(step)
-    train(engine, 3, 4, writer)  # everything changes while the thread writes
-    assert writer.complete()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostCopy, "take", slow)
+        for step in (2, 4):
+            train(engine, 2, step - 2, writer)
+            writer.save(step)
+        train(engine, 3, 4, writer)  # everything changes while the thread writes
+        assert writer.complete()
     assert not writer.pending
 
 
@@ -43,17 +44,17 @@ def save_without_room(folder):
 
     engine, _ = make(1)
     train(engine, 1)
-    real = psutil.virtual_memory
-    psutil.virtual_memory = lambda: real()._replace(available=1000)
+    memory = psutil.virtual_memory()._replace(available=1000)
     writer = writer_for(engine, folder, 1)
     real_write, written = writer._write, []
     writer._write = lambda *work: (time.sleep(0.3), real_write(*work), written.append(True))
-    writer.save(1)
-    writer.before_update()
-    thread_is_done = bool(written)  # it may not read what the next step changes
-    train(engine, 1, 1)
-    assert writer.complete()
-    psutil.virtual_memory = real
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: memory)
+        writer.save(1)
+        writer.before_update()
+        thread_is_done = bool(written)  # it may not read what the next step changes
+        train(engine, 1, 1)
+        assert writer.complete()
     return thread_is_done
 
 
@@ -68,7 +69,6 @@ def save_with_a_full_disk_on_rank_1(folder):
     engine, _ = make(2)
     writer = writer_for(engine, folder, 2)
     outcomes = []
-    real = manifest.HashedFile.write
 
     def full(self, data):
         self.error = OSError(28, "No space left on device")
@@ -76,10 +76,12 @@ def save_with_a_full_disk_on_rank_1(folder):
 
     for step in (1, 2, 3):
         train(engine, 1, step - 1)
-        manifest.HashedFile.write = full if step == 2 and dist.get_rank() == 1 else real
-        writer.save(step)
-        train(engine, 0)
-        outcomes.append(writer.complete())
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 2 and dist.get_rank() == 1:
+                patch.setattr(manifest.HashedFile, "write", full)
+            writer.save(step)
+            train(engine, 0)
+            outcomes.append(writer.complete())
         dist.barrier()
         outcomes.append(sorted(path.name for path in folder.iterdir()))
     return outcomes

@@ -9,7 +9,7 @@ from megamoe.training.cpu import refuse_stale_lock
 
 REUSE = """
 import resource, torch
-from megamoe.cpu import share_cores
+from megamoe.training.cpu import share_cores
 print(share_cores())
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -23,7 +23,7 @@ print(faults())
 
 GIVE_BACK = """
 import torch
-from megamoe.cpu import give_back_freed_memory, share_cores
+from megamoe.training.cpu import give_back_freed_memory, share_cores
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from engines import BATCH, CONFIG, make
-from ranks import run_ranks
+from ranks import run_new_ranks, run_ranks
 from toy import PRESET
 
 from megamoe.config import ModelConfig
@@ -24,7 +24,7 @@ def shared_memory_of_this_job():
 
 def test_a_job_leaves_nothing_in_shared_memory_even_if_it_is_killed():
     # Nothing is there while it runs, so no end of the processes can leave it behind.
-    assert run_ranks(2, shared_memory_of_this_job) == [[], []]
+    assert run_new_ranks(2, shared_memory_of_this_job) == [[], []]
 
 
 def test_norms_and_latents_have_no_weight_decay_and_every_parameter_is_in_one_group():
