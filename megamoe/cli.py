@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
@@ -55,13 +55,17 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
-def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], **special: dict[str, Any]) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser, model: type[BaseModel], names: Iterable[str] = (), **special: dict[str, Any]
+) -> None:
     """Give `parser` an option for each field of `model`, with its description as the help.
 
     Args:
+        names: of the fields; by default all.
         special: further settings of an option, by field.
     """
-    for name, field in model.model_fields.items():
+    for name in names or model.model_fields:
+        field = model.model_fields[name]
         options: dict[str, Any] = {"help": field.description, "default": None if field.is_required() else field.default}
         options |= {"action": "store_true"} if field.annotation is bool else {"metavar": name.upper()}
         parser.add_argument(f"--{name}", **{**options, **special.get(name, {})})

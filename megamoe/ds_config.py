@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megamoe.config import ModelConfig, RunConfig, validate
 from megamoe.errors import UserError, unknown_key
-from megamoe.optimizers import OPTIMIZERS, OptimizerSpec, find_optimizer, optimizer_names
+from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params
 from megamoe.topology import ExpertTopology
 
 # Known keys by section, "" being the top level; those of optimizer.params depend on the optimizer (`optimizers.py`).
@@ -186,14 +186,13 @@ def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
 
 def _params_problems(spec: OptimizerSpec, kind: str, params: dict[str, Any], where: str) -> list[str]:
     problems = []
-    others = frozenset().union(*(other.params for other in OPTIMIZERS))
     for key, value in params.items():
         if key in spec.unsaved_if and value:
             problems.append(
                 f"{where}: optimizer.params.{key} is {json.dumps(value)}, which adds a state that is not saved; leave "
                 "it out."
             )
-        elif key not in spec.params and key in others:
+        elif key not in spec.params and key in optimizer_params():
             problems.append(
                 f"{where}: optimizer.params.{key} is {json.dumps(value)}, which {kind} does not take; leave it out."
             )

@@ -79,6 +79,11 @@ def optimizer_names() -> list[str]:
     return [name for spec in OPTIMIZERS for name in spec.names]
 
 
+def optimizer_params() -> frozenset[str]:
+    """Keys of optimizer.params that some optimizer takes."""
+    return frozenset().union(*(spec.params for spec in OPTIMIZERS))
+
+
 def find_optimizer(name: object) -> OptimizerSpec | None:
     """The optimizer of that name, in the DeepSpeed JSON's spelling or in DeepSpeed's own, which is lower case; None if
     there is none."""

@@ -15,14 +15,15 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
 
 from megamoe import cli
-from megamoe.config import validate
-from megamoe.errors import UserError
+from megamoe.config import RunConfig, validate
+from megamoe.errors import Problems, UserError
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import (
     GIB,
     MIB,
+    RUN_OPTIONS,
     Plan,
-    PlanConfig,
+    PlanOptions,
     as_json,
     assumptions,
     comparison,
@@ -34,17 +35,23 @@ from megamoe.planning.simulate import Measured, simulate
 from megamoe.training.sinks import duration
 
 
-def parse(words: list[str] | None = None) -> tuple[PlanConfig, Path | None]:
-    """The command line: the plan's options, and where to write it as JSON. Raises UserError."""
+def parse(words: list[str] | None = None) -> tuple[RunConfig, PlanOptions, Path | None]:
+    """The command line: the run, the plan's options, and where to write it as JSON. Raises UserError."""
     parser = cli.Parser(prog="plan.py", description="Plan a run on many GPUs: memory, communication, time.")
-    cli.add_fields(parser, PlanConfig)
+    cli.add_fields(parser, RunConfig, RUN_OPTIONS)
+    cli.add_fields(parser, PlanOptions)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     values = vars(parser.parse(words))
     file = values.pop("json")
     if file and not file.parent.is_dir():
-        raise UserError(f"--json is {file}, whose folder is not there; make it first.")
+        raise UserError(f"--json is {file}, whose folder does not exist; make it first.")
     given = {name: value for name, value in values.items() if value is not None}
-    return validate(PlanConfig, given, "command line"), file
+    of_run = {name: given.pop(name) for name in RUN_OPTIONS if name in given}
+    problems = Problems()
+    run = problems.attempt(validate, RunConfig, of_run, "command line")
+    options = problems.attempt(validate, PlanOptions, given, "command line")
+    problems.refuse()
+    return run, options, file
 
 
 UNITS = {"GiB": GIB, "MiB": MIB, "KiB": 2**10}
@@ -65,6 +72,11 @@ def print_memory(plan: Plan) -> None:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     print(f"  {'total':32s}{size(phases['peak'])}  {verdict} in {plan.device.memory / GIB:.1f} GiB")
     print(f"  {'between two steps':32s}{size(phases['between'])}")
+    if plan.footprint.host:
+        print("\nhost memory per rank, all the time")
+        for kind, count in plan.footprint.host.items():
+            print(f"  {kind:32s}{size(count)}")
+        print(f"  {'total':32s}{size(plan.footprint.host.total())}")
 
 
 def print_communication(plan: Plan) -> None:
@@ -72,7 +84,7 @@ def print_communication(plan: Plan) -> None:
     print(f"  {'':48s}{'ranks':>6s}{'calls':>7s}{'payload':>14s}{'sent in node':>14s}{'to others':>14s}{'ms':>9s}")
     for one in plan.collectives:
         inside, between = one.sent(plan.gpus_per_node)
-        milliseconds = 1e3 * one.seconds(plan.device, plan.gpus_per_node, plan.config.link_efficiency)
+        milliseconds = 1e3 * one.seconds(plan.device, plan.gpus_per_node, plan.options.link_efficiency)
         print(
             f"  {one.purpose + ' (' + one.kind + ')':48s}{one.ranks:6d}{one.calls:7d} {size(one.payload)} "
             f"{size(inside)} {size(between)}{milliseconds:9.2f}"
@@ -86,11 +98,12 @@ def print_time(plan: Plan) -> None:
         ("forward and backward", times.compute),
         ("optimizer", times.optimizer),
         ("communication that nothing hides", times.communication),
+        *([("transfers to and from the host", times.host)] if plan.setup.offload else []),
         ("step", times.seconds),
     ):
         print(f"  {name:38s}{1e3 * seconds:12.2f} ms")
     rate = times.tokens_per_second
-    print(f"  {times.tokens:,} tokens a step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens a day, "
+    print(f"  {times.tokens:,} tokens per step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens per day, "
           f"MFU {times.mfu:.1%}; a billion tokens in {duration(1e9 / rate)}")  # fmt: skip
 
 
@@ -103,13 +116,13 @@ def print_simulated(plan: Plan, measured: Measured) -> None:
 
 
 def main() -> None:
-    config, file = parse()
-    plan = make_plan(config)
+    run, options, file = parse()
+    plan = make_plan(run, options)
     setup = plan.setup
     print(
-        f"{config.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} ranks on "
+        f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} ranks on "
         f"{plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; "
-        f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens a rank and step"
+        f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"
     )
     print_memory(plan)
     print_communication(plan)
@@ -118,7 +131,7 @@ def main() -> None:
     for sentence in assumptions(plan):
         print(f"  {sentence}")
     measured = None
-    if config.simulate:
+    if options.simulate:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
             measured = simulate(
                 setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len, setup.recompute_blocks

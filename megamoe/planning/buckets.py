@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from megamoe.planning.sharding import Group, Setup
+from megamoe.planning.sharding import Group, Setup, elements_touched
 
 
 class Ledger:
@@ -40,11 +40,7 @@ class Reduction:
 
     def __init__(self, setup: Setup, groups: list[Group], rank: int, ledger: Ledger):
         self.setup, self.groups, self.ledger = setup, groups, ledger
-        # Where grad_accum_dtype is fp32 and the weights are not, a rank adds what it owns to an fp32 partition;
-        # elsewhere it keeps the whole gradient of every parameter that it owns a part of.
-        self.sums_apart = setup.sum_bytes > setup.weight_bytes
-        replica = setup.topology(rank).replica
-        self.index = [replica if group.expert else rank for group in groups]
+        self.index = [group.index(setup.topology(rank)) for group in groups]
         self.group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
         self.owned = {
             name: group.owners(name).get(index, 0)
@@ -54,6 +50,7 @@ class Reduction:
         self.boundary = False  # whether this is the last backward pass of a step
         self.sums = False  # whether gradients are added to those of the pass before
         self.partitions: set[int] = set()
+        self.whole = setup.weight_bytes * elements_touched(setup, groups, rank)
         self.kept = 0  # bytes of whole gradients, of this backward pass
         self.kept_before = 0  # and of those before it
         self.waiting: list[str] = []  # parameters whose gradients are in the bucket
@@ -105,9 +102,9 @@ class Reduction:
                 self.send_to_host(name)
             if self.size(name) > setup.bucket:
                 ledger.give("gradients", self.size(name) * setup.weight_bytes)
-            if not setup.offload and not self.sums_apart and not self.kept and self.owned[name]:
+            if not setup.offload and not self.setup.sums_apart and not self.kept and self.owned[name]:
                 # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
-                self.kept = setup.weight_bytes * sum(self.size(other) for other, owned in self.owned.items() if owned)
+                self.kept = self.whole
                 ledger.take("gradients owned", self.kept)
         self.waiting, self.filled = [], 0
 
@@ -125,7 +122,7 @@ class Reduction:
         for name in names:
             number = self.group_of[name]
             for owner, size in self.groups[number].owners(name).items():
-                mine = self.sums_apart and owner == self.index[number]
+                mine = self.setup.sums_apart and owner == self.index[number]
                 if mine and number not in self.partitions:
                     self.partitions.add(number)
                     self.ledger.take("gradient partition", self.groups[number].partition * self.setup.sum_bytes)

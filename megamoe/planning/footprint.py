@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from megamoe.model.loss import LOSS_CHUNK
 from megamoe.model.moe import CPU_ROW_MULTIPLE
 from megamoe.planning.buckets import Ledger, Reduction
-from megamoe.planning.sharding import Group, Setup, parameter_groups
+from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 
 # --- what autograd keeps of a layer ---------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     """Bytes of tensors on `rank` in a step after the first one, which makes the optimizer's state."""
     groups, layer, ledger = parameter_groups(setup), layer_bytes(setup), Ledger()
     reduction = Reduction(setup, groups, rank, ledger)
-    states, host = _states(setup, groups, reduction)
+    states, host = _states(setup, groups, rank)
     _hold(setup, groups, states, ledger)
     between = Counter(ledger.held)
     forward = backward = Counter[str]()
@@ -131,7 +131,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     return Footprint(between, forward, backward, ledger.fullest, host)
 
 
-def _states(setup: Setup, groups: list[Group], reduction: Reduction) -> tuple[Counter[str], Counter[str]]:
+def _states(setup: Setup, groups: list[Group], rank: int) -> tuple[Counter[str], Counter[str]]:
     """Masters, optimizer state and, where these are offloaded, the buffers that go with it: (in the device's memory, in
     the host's, which is the same one on CPU)."""
     share = sum(group.partition for group in groups)
@@ -142,10 +142,8 @@ def _states(setup: Setup, groups: list[Group], reduction: Reduction) -> tuple[Co
     states["fp32 gradients"] = 4 * share
     states["updated weights"] = setup.weight_bytes * share
     states["gradient buffer"] = setup.weight_bytes * _largest(groups)
-    if setup.zero_stage == 2 and setup.accumulation > 1 and not reduction.sums_apart:
-        # Whole gradients of what this rank owns a part of (async_accumulate_grad_in_cpu_via_gpu).
-        owned = sum(reduction.size(name) for name, part in reduction.owned.items() if part)
-        states["gradients summed"] = setup.weight_bytes * owned
+    if setup.sums_on_host:
+        states["gradients summed"] = setup.weight_bytes * elements_touched(setup, groups, rank)
     return (states, Counter()) if setup.on_cpu else (Counter(), states)
 
 
@@ -257,7 +255,7 @@ def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction
 def _step(setup: Setup, reduction: Reduction) -> None:
     ledger, groups = reduction.ledger, reduction.groups
     for number, group in enumerate(groups):
-        if reduction.sums_apart or setup.offload:
+        if setup.sums_apart or setup.offload:
             continue
         # A flat copy of the rank's share, then one in fp32.
         parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)

@@ -25,24 +25,19 @@ GIB = 2**30
 MIB = 2**20
 
 
-class PlanConfig(BaseModel):
-    """What the command line of tools/plan.py owns. Each field is one option; its description is the option's help."""
+RUN_OPTIONS = ("ds_config", "preset", "ep_size", "seq_len", "recompute_blocks")  # of a run that its plan depends on
+
+
+class PlanOptions(BaseModel):
+    """What only a plan has, beyond the run's own configuration. Each field is one option of tools/plan.py; its
+    description is the option's help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     gpus: int = Field(gt=0, description="ranks, over all nodes")
-    ds_config: str = Field(description="path of the DeepSpeed JSON")
-    preset: str = Field(default="moe-680m", description="name of a shipped preset, or path of a preset's JSON")
-    ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
     device: str = Field(default="h100", description=f"{', '.join(DEVICES)}, or cpu: this machine, all ranks on it")
     micro_batch: int | None = Field(
         default=None, gt=0, description="samples per rank and forward pass; by default the DeepSpeed JSON's"
-    )
-    seq_len: int | None = Field(
-        default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
-    )
-    recompute_blocks: int = Field(
-        default=0, ge=0, description="blocks, from the first on, whose activations backward computes anew"
     )
     gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
     efficiency: float = Field(
@@ -60,7 +55,8 @@ class PlanConfig(BaseModel):
 class Plan:
     """A checked plan."""
 
-    config: PlanConfig
+    run: RunConfig
+    options: PlanOptions
     ds: dict[str, Any]
     setup: Setup
     device: Device
@@ -74,36 +70,29 @@ class Plan:
         return self.footprint.peak.total() <= self.device.memory
 
 
-def make_plan(config: PlanConfig) -> Plan:
+def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     """Check everything and plan. Raises one UserError with all problems."""
     problems = Problems()
-    on_cpu = config.device == "cpu"
-    ds: dict[str, Any] = problems.attempt(read_json, Path(config.ds_config))
+    ranks, on_cpu = options.gpus, options.device == "cpu"
+    ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
     if ds is not None:
-        if config.micro_batch:
-            ds["train_micro_batch_size_per_gpu"] = config.micro_batch
-        problems += deepspeed_problems(ds, config.ds_config, config.gpus, on_cpu or config.simulate)
-        problems += setup_problems(ds, config.ds_config)
-    model: ModelConfig = problems.attempt(load_preset, config.preset)
+        if options.micro_batch:
+            ds["train_micro_batch_size_per_gpu"] = options.micro_batch
+        problems += deepspeed_problems(ds, run.ds_config, ranks, on_cpu or options.simulate)
+        problems += setup_problems(ds, run.ds_config)
+    model: ModelConfig = problems.attempt(load_preset, run.preset)
     if model:
-        run = RunConfig(
-            ds_config=config.ds_config,
-            preset=config.preset,
-            ep_size=config.ep_size,
-            seq_len=config.seq_len,
-            recompute_blocks=config.recompute_blocks,
-        )
-        problems += run_problems(run, model, ds or {}, config.gpus)
-    if not on_cpu and config.device not in DEVICES:
-        problems.append(f"device is {config.device!r}; use one of {', '.join(DEVICES)}, cpu.")
+        problems += run_problems(run, model, ds or {}, ranks)
+    if not on_cpu and options.device not in DEVICES:
+        problems.append(f"device is {options.device!r}; use one of {', '.join(DEVICES)}, cpu.")
     problems.refuse()
 
-    seq_len = config.seq_len or model.max_position_embeddings
-    setup = read_setup(model, ds, config.gpus, config.ep_size, seq_len, on_cpu, config.recompute_blocks)
-    device = this_machine(config.gpus) if on_cpu else DEVICES[config.device]
-    per_node = config.gpus if on_cpu else config.gpus_per_node
-    times = step_time(setup, device, per_node, config.efficiency, config.link_efficiency)
-    return Plan(config, ds, setup, device, per_node, footprint(setup), collectives(setup), times)
+    seq_len = run.seq_len or model.max_position_embeddings
+    setup = read_setup(model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks)
+    device = this_machine(ranks) if on_cpu else DEVICES[options.device]
+    per_node = ranks if on_cpu else options.gpus_per_node
+    times = step_time(setup, device, per_node, options.efficiency, options.link_efficiency)
+    return Plan(run, options, ds, setup, device, per_node, footprint(setup), collectives(setup), times)
 
 
 def this_machine(ranks: int) -> Device:
@@ -112,28 +101,35 @@ def this_machine(ranks: int) -> Device:
     cpu = torch.device("cpu")
     rate = measured_bandwidth(cpu) / ranks
     half, single = (measured_flops(cpu, dtype) / ranks for dtype in (torch.bfloat16, torch.float32))
-    return Device("CPU", half, single, psutil.virtual_memory().total / ranks, rate, rate / 2, rate / 2)
+    return Device("CPU", half, single, psutil.virtual_memory().total / ranks, rate, rate / 2, rate / 2, rate / 2, rate)
 
 
-# --- in words and as JSON -------------------------------------------------------------------------------------------
+# --- in sentences and as JSON --------------------------------------------------------------------------------------
 
 
 def assumptions(plan: Plan) -> list[str]:
     """What the figures rest on, one sentence each."""
-    config, device = plan.config, plan.device
-    rates = "rates measured now" if config.device == "cpu" else "rates of the data sheet"
-    return [
+    options, device = plan.options, plan.device
+    rates = "rates measured now" if options.device == "cpu" else "rates of the data sheet"
+    found = [
         f"{device.name}: {rates}, {device.flops(plan.setup.weight_bytes) / 1e12:.4g} TFLOP/s dense, "
         f"{device.memory / GIB:.4g} GiB, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
         f"{plan.gpus_per_node} and {device.between / 1e9:.4g} GB/s per GPU between nodes.",
-        f"Forward and backward reach {config.efficiency:.0%} of the peak (--efficiency), collectives "
-        f"{config.link_efficiency:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "
+        f"Forward and backward reach {options.efficiency:.0%} of the peak (--efficiency), collectives "
+        f"{options.link_efficiency:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "
         f"({LATENCY_BETWEEN * 1e6:.0f} us between nodes) for each call.",
         "Every expert gets equally many rows. Reducing gradients hides behind the backward pass where overlap_comm is "
         "set; everything else waits.",
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
         "fragments come on top.",
     ]
+    if plan.setup.offload:
+        found.append(
+            f"Offloaded optimizer: {device.host / 1e9:.4g} GB/s each way between device and host, of which "
+            f"{options.link_efficiency:.0%} are reached, and {device.host_memory_rate / 1e9:.4g} GB/s of host memory "
+            "per rank, which bound its step; transfers hide behind nothing."
+        )
+    return found
 
 
 def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
     setup = {key: value for key, value in asdict(plan.setup).items() if key != "model"}
     peak = plan.footprint.peak
     record: dict[str, Any] = {
-        "preset": plan.config.preset,
+        "preset": plan.run.preset,
         "parameters": parameter_count(plan.setup.model),
         "setup": setup,
         "device": asdict(plan.device),
@@ -149,13 +145,14 @@ def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
         "memory": {
             "peak": {kind: size for kind, size in peak.items() if size},
             "totals": totals(plan.footprint),
+            "host": dict(plan.footprint.host),
             "fits": plan.fits,
         },
         "communication": [
             {
                 **asdict(one),
                 **dict(zip(("sent_inside", "sent_between"), one.sent(plan.gpus_per_node), strict=True)),
-                "seconds": one.seconds(plan.device, plan.gpus_per_node, plan.config.link_efficiency),
+                "seconds": one.seconds(plan.device, plan.gpus_per_node, plan.options.link_efficiency),
             }
             for one in plan.collectives
         ],
@@ -172,7 +169,7 @@ def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
 
 
 def totals(bytes_held: Footprint) -> dict[str, int]:
-    """Bytes of each phase of a step, and at the fullest moment of all."""
+    """Bytes of each phase of a step at its fullest moment, and at that of the whole step."""
     phases = {name: getattr(bytes_held, name).total() for name in ("between", "forward", "backward", "step")}
     return {**phases, "peak": bytes_held.peak.total()}
 

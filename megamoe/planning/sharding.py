@@ -59,6 +59,18 @@ class Setup:
         return ExpertTopology(self.model.num_local_experts, self.ep_size, self.world_size, rank)
 
     @property
+    def sums_apart(self) -> bool:
+        """Whether gradients of 16 bits are summed in fp32, in a partition of its own; elsewhere a rank keeps the whole
+        gradient of every parameter that it owns a part of."""
+        return self.sum_bytes > self.weight_bytes
+
+    @property
+    def sums_on_host(self) -> bool:
+        """Whether gradients of several micro-batches are summed with a copy in the host's memory, one after the
+        other."""
+        return self.offload and self.zero_stage == 2 and self.accumulation > 1 and not self.sums_apart
+
+    @property
     def experts_per_rank(self) -> int:
         """Experts of each layer on a rank."""
         return self.topology().experts_per_rank
@@ -75,17 +87,23 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
         "zero_optimization.contiguous_gradients": zero.get("stage") == 1 and zero.get("contiguous_gradients") is False,
         "zero_optimization.reduce_scatter": zero.get("reduce_scatter") is False,
     }
-    bucket = zero.get("reduce_bucket_size", 1)
-    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket < 1:
-        return [f"{where}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number of elements, at least 1."]
-    optimizer = optimizer_of(ds)
-    if optimizer and optimizer.whole:
-        unmodelled["optimizer, with state of whole parameters,"] = True
-    return [
+    problems = [
         f"{where}: {key} is set to what the plan does not model; leave it out to plan without it."
         for key, is_set in unmodelled.items()
         if is_set
     ]
+    bucket = zero.get("reduce_bucket_size", 1)
+    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket < 1:
+        problems.append(
+            f"{where}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number of elements, at least 1."
+        )
+    optimizer = optimizer_of(ds)
+    if optimizer and optimizer.whole:
+        problems.append(
+            f"{where}: optimizer.type is {ds['optimizer']['type']!r}, whose {', '.join(optimizer.whole)} of whole "
+            "parameters the plan does not model; plan with another optimizer."
+        )
+    return problems
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -156,6 +174,10 @@ class Group:
         """Where each parameter begins in the flat tensor."""
         return dict(zip(self.sizes, itertools.accumulate(self.sizes.values(), initial=0), strict=False))
 
+    def index(self, topology: ExpertTopology) -> int:
+        """Rank in the data-parallel group."""
+        return topology.replica if self.expert else topology.rank
+
     def owners(self, name: str) -> dict[int, int]:
         """Elements of a parameter that fall into each rank's share, by index in the data-parallel group."""
         start, share = self.starts[name], self.partition
@@ -164,6 +186,14 @@ class Group:
             rank: min(end, (rank + 1) * share) - max(start, rank * share)
             for rank in range(start // share, (end - 1) // share + 1)
         }
+
+
+def elements_touched(setup: Setup, groups: list[Group], rank: int = 0) -> int:
+    """Elements of all parameters of which `rank` owns a part."""
+    topology = setup.topology(rank)
+    return sum(
+        size for group in groups for name, size in group.sizes.items() if group.index(topology) in group.owners(name)
+    )
 
 
 def parameter_groups(setup: Setup) -> list[Group]:

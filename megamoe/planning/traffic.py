@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megamoe.hardware import Device
 from megamoe.model.costs import train_flops_per_token
-from megamoe.planning.sharding import Setup, parameter_groups
+from megamoe.planning.sharding import Setup, elements_touched, parameter_groups
 
 # Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
 # usual for the smallest messages.
@@ -29,7 +29,7 @@ class Collective:
     stride: int  # between neighbours of the group
     calls: int
     payload: int  # bytes on this rank, all calls together
-    hidden: bool = False  # runs beside the backward pass
+    hidden: bool = False  # runs during the backward pass
 
     def nodes(self, gpus_per_node: int) -> tuple[int, int]:
         """(members of the group in one node, nodes of the group)."""
@@ -116,12 +116,13 @@ class StepTime:
     compute: float  # forward and backward
     optimizer: float
     communication: float  # that nothing hides
+    host: float  # transfers to and from the host's memory
     tokens: int  # in a step over all ranks
     mfu: float
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.optimizer + self.communication
+        return self.compute + self.optimizer + self.communication + self.host
 
     @property
     def tokens_per_second(self) -> float:
@@ -134,14 +135,27 @@ def update_bytes(setup: Setup) -> int:
     return 2 * (4 + setup.state_bytes) + 4 + setup.weight_bytes
 
 
+def host_transfers(setup: Setup) -> tuple[int, int]:
+    """Bytes that the first rank sends to the host's memory and gets from it in a step."""
+    if not setup.offload:
+        return 0, 0
+    groups = parameter_groups(setup)
+    share = sum(group.partition for group in groups)
+    sent, got = 4 * share, setup.weight_bytes * share  # gradients in fp32, updated weights
+    if setup.sums_on_host:
+        whole = setup.weight_bytes * elements_touched(setup, groups)
+        sent, got = sent + setup.accumulation * whole, got + (setup.accumulation - 1) * whole
+    return sent, got
+
+
 def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: float, link_efficiency: float) -> StepTime:
     """Time of a step on `device`.
 
     Args:
         efficiency: share of the device's peak that forward and backward reach.
-        link_efficiency: share of the links' rates that collectives reach.
+        link_efficiency: share of the links' rates that collectives and transfers to the host reach.
 
-    Gradients are reduced beside the backward pass where `overlap_comm` is set; all else waits.
+    Gradients are reduced during the backward pass where `overlap_comm` is set; all else waits.
     """
     tokens = setup.tokens * setup.accumulation
     flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
@@ -151,14 +165,15 @@ def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: floa
     again = (flops - head) / 3 * setup.recompute_blocks / setup.model.num_hidden_layers
     compute = (flops + again) / (peak * efficiency)
     backward = compute * (flops + again - forward) / (flops + again)
-    if setup.zero_stage == 1:  # reduces beside the last backward pass of a step
+    if setup.zero_stage == 1:  # reduces during the last backward pass of a step
         backward /= setup.accumulation
     share = sum(group.partition for group in parameter_groups(setup))
-    optimizer = update_bytes(setup) * share / device.memory_rate
+    optimizer = update_bytes(setup) * share / (device.host_memory_rate if setup.offload else device.memory_rate)
+    host = sum(host_transfers(setup)) / device.host / link_efficiency
     waiting = hidden = 0.0
     for collective in collectives(setup):
         seconds = collective.seconds(device, gpus_per_node, link_efficiency)
         hidden, waiting = hidden + seconds * collective.hidden, waiting + seconds * (not collective.hidden)
     communication = waiting + max(0.0, hidden - backward)
-    total = compute + optimizer + communication
-    return StepTime(compute, optimizer, communication, tokens * setup.world_size, flops / (total * peak))
+    total = compute + optimizer + communication + host
+    return StepTime(compute, optimizer, communication, host, tokens * setup.world_size, flops / (total * peak))

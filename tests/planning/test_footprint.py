@@ -1,4 +1,8 @@
-"""Predicted bytes and payloads against a real engine's step, seen operation by operation."""
+"""Predicted bytes and payloads against a real engine's step, measured operation by operation."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import pytest
 from ranks import run_ranks
@@ -28,38 +32,11 @@ def config(name, bucket=200_000, accumulation=1, **zero):
     return ds
 
 
-def measured(cases, ep_size, recompute_blocks):
-    """On every rank: (shape, JSON) by name -> Measured by name."""
-    found = {}
-    for name, ((model, micro_batch, seq_len), ds) in cases.items():
-        ds["train_micro_batch_size_per_gpu"] = micro_batch
-        found[name] = measure(ModelConfig(**model), ds, ep_size, seq_len, recompute_blocks)
-    return found
-
-
-def check(cases, world_size, ep_size, off=0.015, recompute_blocks=0):
-    """Compare on every rank; returns the predicted footprints of rank 0 by name.
-
-    `off` is the largest relative error of the forward pass.
-    """
-    footprints = {}
-    for rank, found in enumerate(run_ranks(world_size, measured, cases, ep_size, recompute_blocks)):
-        for name, seen in found.items():
-            (model, micro_batch, seq_len), ds = cases[name]
-            ds["train_micro_batch_size_per_gpu"] = micro_batch
-            setup = read_setup(ModelConfig(**model), ds, world_size, ep_size, seq_len, True, recompute_blocks)
-            predicted = footprint(setup, rank)
-            where = f"{name}, rank {rank} of {world_size}, ep_size {ep_size}"
-            assert predicted.between.total() == pytest.approx(seen.between, rel=0.005), where
-            assert predicted.peak.total() == pytest.approx(seen.peak, rel=0.02), where
-            assert predicted.forward.total() == pytest.approx(seen.forward, rel=off), where
-            payload = {}
-            for one in collectives(setup):
-                payload[one.kind, one.ranks] = payload.get((one.kind, one.ranks), 0) + one.payload
-            assert payload == dict(seen.payload), where
-            if rank == 0:
-                footprints[name] = predicted
-    return footprints
+def case(shape, ds, ep_size=1, recompute_blocks=0):
+    """What is measured on every rank, and predicted: the shape's micro-batch goes into the JSON."""
+    model, micro_batch, seq_len = shape
+    ds = {**ds, "train_micro_batch_size_per_gpu": micro_batch}
+    return ModelConfig(**model), ds, ep_size, seq_len, recompute_blocks
 
 
 RECIPES = {
@@ -71,65 +48,110 @@ RECIPES = {
     "ZeRO-1, no overlap": config("zero1", overlap_comm=False),
     "fp32 on the wire": {**config("zero2"), "communication_data_type": "fp32"},
     "reduced to each": config("zero2", use_multi_rank_bucket_allreduce=False),
+    "offload": config("zero2_offload"),
+    "Lion, offload": config("zero2_lion"),
 }
+OFFLOAD_BF16 = {**config("zero2_offload"), "data_types": {}}
+ACCUMULATED = {
+    "zero2, accumulated": config("zero2", accumulation=2),
+    "tiny, accumulated": config("tiny", accumulation=2),
+    "zero1, accumulated": config("zero1", accumulation=3),
+    "offload, accumulated": config("zero2_offload", accumulation=2),
+    "offload, bf16 sums, accumulated": {**OFFLOAD_BF16, "gradient_accumulation_steps": 3},
+    "offload, ZeRO-1, accumulated": {**config("zero2_offload", accumulation=3, stage=1), "data_types": {}},
+}
+DEEP = {**ACTIVATIONS[0], "num_hidden_layers": 6}, *ACTIVATIONS[1:]
+OTHER_MODELS = {
+    "all": {"expert_dropout": 0.1, "router_jitter_noise": 0.01, "router_score": "sigmoid"},
+    "none": {"num_latent_tokens": 0},
+}
+RECIPES_ON_ONE = {f"{name}, weights": case(WEIGHTS, ds) for name, ds in (RECIPES | ACCUMULATED).items()}
+SHAPES_ON_ONE = {
+    **{f"{name}, activations": case(ACTIVATIONS, ds) for name, ds in list(RECIPES.items())[::3]},
+    **{name: case(({**ACTIVATIONS[0], **change}, *ACTIVATIONS[1:]), config("zero2"))
+       for name, change in OTHER_MODELS.items()},
+    "routing that differs": case(SPARSE, config("zero2")),
+    "embedding": case(EMBEDDING, config("zero2")),
+    "embedding, fp32": case(EMBEDDING, config("zero2_fp32")),
+    "embedding, offload": case(EMBEDDING, config("zero2_offload")),
+    "embedding, offload, bf16 sums": case(EMBEDDING, OFFLOAD_BF16),
+    "logits": case(LOGITS, config("zero2", 1_000_000)),
+    "recomputed": case(DEEP, config("zero2"), recompute_blocks=4),
+}  # fmt: skip
+ON_TWO = {
+    **{f"{name}, ep_size 1": case(WEIGHTS, RECIPES[name])
+       for name in ("bf16, fp32 sums", "bf16, bf16 sums", "fp32", "ZeRO-1", "offload", "Lion, offload")},
+    **{f"{name}, ep_size 2": case(WEIGHTS, RECIPES[name], ep_size=2)
+       for name in (
+           "bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "fp32 on the wire", "offload", "Lion, offload")},
+    "offload, bf16 sums, accumulated": case(WEIGHTS, ACCUMULATED["offload, bf16 sums, accumulated"], ep_size=2),
+    **{f"activations, ep_size {ep_size}": case(ACTIVATIONS, config("zero2"), ep_size) for ep_size in (1, 2)},
+    "recomputed": case(DEEP, config("zero2"), ep_size=2, recompute_blocks=4),
+}  # fmt: skip
+ON_FOUR = {"bf16, fp32 sums": case(WEIGHTS, RECIPES["bf16, fp32 sums"], ep_size=2)}
+# Cases that are measured together, in one group of so many ranks.
+GROUPS = ((1, RECIPES_ON_ONE), (1, SHAPES_ON_ONE), (2, ON_TWO), (4, ON_FOUR))
+CASES = [(group, name) for group, (_, cases) in enumerate(GROUPS) for name in cases]
+IDS = [f"{name}, {GROUPS[group][0]} ranks" for group, name in CASES]
 
 
-def test_one_rank():
-    cases = {f"{name}, weights": (WEIGHTS, ds) for name, ds in RECIPES.items()}
-    cases |= {f"{name}, activations": (ACTIVATIONS, ds) for name, ds in list(RECIPES.items())[::3]}
-    for accumulation, name in ((2, "zero2"), (2, "tiny"), (3, "zero1")):
-        cases[f"{name}, accumulated"] = WEIGHTS, config(name, accumulation=accumulation)
-    for name, found in check(cases, 1, 1).items():
-        states = sum(found.peak[kind] for kind in ("weights", "fp32 masters", "optimizer state", "gradient partition"))
-        if "activations" in name:
-            assert found.peak["activations"] > found.peak.total() / 2, name
-        else:
-            assert states > found.peak.total() / 2, name
+def measure_all(cases):
+    return {name: measure(*values) for name, values in cases.items()}
 
 
-@pytest.mark.parametrize(
-    ("world_size", "ep_size", "names"),
-    [
-        (2, 1, ["bf16, fp32 sums", "bf16, bf16 sums", "fp32", "ZeRO-1"]),
-        (2, 2, ["bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "fp32 on the wire"]),
-        (4, 2, ["bf16, fp32 sums"]),
-    ],
-    ids=lambda value: str(value) if isinstance(value, int) else "",
-)
-def test_several_ranks(world_size, ep_size, names):
-    cases = {name: (WEIGHTS, RECIPES[name]) for name in names}
-    if world_size == 2:
-        cases["activations"] = ACTIVATIONS, config("zero2")
-    check(cases, world_size, ep_size, off=0.03)  # what garbage is left differs
+@cache
+def measured(group):
+    """What every rank measured, by name of the case."""
+    return run_ranks(GROUPS[group][0], measure_all, GROUPS[group][1])
 
 
-def test_dropout_jitter_sigmoid_and_no_latents():
-    model, micro_batch, seq_len = ACTIVATIONS
-    changes = {
-        "all": {"expert_dropout": 0.1, "router_jitter_noise": 0.01, "router_score": "sigmoid"},
-        "none": {"num_latent_tokens": 0},
-    }
-    check(
-        {name: (({**model, **change}, micro_batch, seq_len), config("zero2")) for name, change in changes.items()}, 1, 1
-    )
+def setup_of(group, name):
+    ranks, cases = GROUPS[group]
+    model, ds, ep_size, seq_len, recompute_blocks = cases[name]
+    return read_setup(model, ds, ranks, ep_size, seq_len, True, recompute_blocks)
 
 
-def test_routing_that_differs_from_expert_to_expert():
-    check({"sparse": (SPARSE, config("zero2"))}, 1, 1)
+@pytest.mark.parametrize(("group", "name"), CASES, ids=IDS)
+def test_predicted_bytes_and_payload_are_those_of_a_real_step(group, name):
+    setup = setup_of(group, name)
+    payload = Counter()
+    for one in collectives(setup):
+        payload[one.kind, one.ranks] += one.payload
+    off = 0.015 if setup.world_size == 1 and not setup.recompute_blocks else 0.03  # what garbage is left differs
+    for rank, found in enumerate(measured(group)):
+        seen, predicted = found[name], footprint(setup, rank)
+        assert predicted.between.total() == pytest.approx(seen.between, rel=0.005), rank
+        assert predicted.peak.total() == pytest.approx(seen.peak, rel=0.02), rank
+        assert predicted.forward.total() == pytest.approx(seen.forward, rel=off), rank
+        assert payload == seen.payload, rank
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_recomputed_blocks(world_size):
-    deep = {**ACTIVATIONS[0], "num_hidden_layers": 6}, *ACTIVATIONS[1:]
-    cases = {"deep": (deep, config("zero2"))}
-    stored, some = [check(cases, world_size, world_size, 0.03, blocks)["deep"] for blocks in (0, 4)]
-    assert some.peak["activations"] < stored.peak["activations"] / 2
+@pytest.mark.parametrize(("group", "name"), CASES, ids=IDS)
+def test_the_shapes_are_made_mostly_of_what_they_are_named_for(group, name):
+    peak, (model, *_) = footprint(setup_of(group, name)).peak, GROUPS[group][1][name]
+    states = ("weights", "fp32 masters", "optimizer state", "gradient partition", "fp32 gradients")
+    if model == ModelConfig(**ACTIVATIONS[0]):
+        assert peak["activations"] > peak.total() / 2
+    elif model == ModelConfig(**WEIGHTS[0]):
+        assert sum(peak[kind] for kind in states) > peak.total() / 2
+    elif model == ModelConfig(**LOGITS[0]):
+        assert peak["loss chunk"] > peak.total() / 2
 
 
-def test_large_vocabulary():
-    cases = {"embedding": (EMBEDDING, config("zero2")), "logits": (LOGITS, config("zero2", 1_000_000))}
-    cases["embedding, fp32"] = EMBEDDING, config("zero2_fp32")
-    found = check(cases, 1, 1)
-    assert found["embedding"].peak == found["embedding"].backward
-    assert found["logits"].peak == found["logits"].forward
-    assert found["logits"].peak["loss chunk"] > found["logits"].peak.total() / 2
+def test_a_large_vocabulary_moves_the_fullest_moment():
+    embedding, logits = footprint(setup_of(1, "embedding")), footprint(setup_of(1, "logits"))
+    assert embedding.peak == embedding.backward
+    assert logits.peak == logits.forward
+
+
+def test_recomputed_blocks_keep_fewer_activations():
+    for group in (1, 2):
+        setup = setup_of(group, "recomputed")
+        stored, recomputed = (footprint(one).peak for one in (replace(setup, recompute_blocks=0), setup))
+        assert recomputed["activations"] < stored["activations"] / 2
+
+
+def test_a_moment_less_is_all_that_tells_lion_from_adamw():
+    adamw, lion = (measured(0)[0][f"{name}, weights"] for name in ("offload", "Lion, offload"))
+    masters = footprint(setup_of(0, "offload, weights")).between["fp32 masters"]
+    assert adamw.between - lion.between == adamw.peak - lion.peak == masters

@@ -1,6 +1,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import plan as tool
 import psutil
@@ -9,17 +10,21 @@ from refusals import has, sentences
 from toy import PRESET, SHIPPED, ds_config
 
 from megamoe import cli
+from megamoe.config import RunConfig
 from megamoe.errors import UserError
-from megamoe.hardware import KNOWN_PEAKS
+from megamoe.hardware import KNOWN_PEAKS, measured_bandwidth, measured_flops
+from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
-from megamoe.planning.planner import PlanConfig, make_plan, this_machine
+from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, make_plan, this_machine
 from megamoe.planning.traffic import step_time
 
 ZERO2 = str(SHIPPED / "zero2.json")
 
 
 def planned(**changes):
-    return make_plan(PlanConfig(**{"gpus": 16, "ds_config": ZERO2, "ep_size": 8, **changes}))
+    values = {"gpus": 16, "ds_config": ZERO2, "ep_size": 8, **changes}
+    run = {name: values.pop(name) for name in RUN_OPTIONS if name in values}
+    return make_plan(RunConfig(**run), PlanOptions(**values))
 
 
 def run(monkeypatch, capsys, *words):
@@ -62,6 +67,7 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
         (("--gpus", 8, "--micro_batch", "two"), ("micro_batch", "two")),
         (("--gpus", 8, "--ep_sise", 2), ("--ep_sise", "--ep_size")),
         ((), ("gpus", "missing")),
+        (("--gpus", 8, "--ep_size", 0), ("ep_size", "greater than 0")),
     ],
 )
 def test_a_wrong_option_is_refused(words, parts, monkeypatch, capsys):
@@ -69,6 +75,13 @@ def test_a_wrong_option_is_refused(words, parts, monkeypatch, capsys):
     assert (code, out) == (2, "")
     (problem,) = problems
     has(problem, *parts)
+
+
+def test_problems_of_the_run_and_of_the_plan_come_together(monkeypatch, capsys):
+    code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, "--seq_len", 1, "--gpus", 0)
+    assert (code, out) == (2, "")
+    assert len(sentences(problems)) == 2
+    has(" ".join(problems), "seq_len", "gpus")
 
 
 def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
@@ -88,6 +101,34 @@ def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
     for sentence in record["assumptions"]:
         assert sentence in out
     assert "simulated" not in record
+
+
+def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeypatch, capsys):
+    offload = str(SHIPPED / "zero2_offload.json")
+    words = ("--gpus", 16, "--ep_size", 8, "--json", tmp_path / "plan.json")
+    code, out, problems = run(monkeypatch, capsys, "--ds_config", offload, *words)
+    assert (code, problems) == (0, [])
+    on_device, on_host = planned(), planned(ds_config=offload)
+    assert not on_device.footprint.host
+    for kind in ("fp32 masters", "optimizer state"):
+        assert on_host.footprint.host[kind] == on_device.footprint.peak[kind] > 0
+        assert kind not in on_host.footprint.peak
+    assert on_host.footprint.between.total() < on_device.footprint.between.total()
+    assert json.loads((tmp_path / "plan.json").read_text())["memory"]["host"] == dict(on_host.footprint.host)
+    below = out[out.index("host memory per rank") :]
+    assert all(f"  {kind} " in below for kind in on_host.footprint.host)
+    assert "transfers to and from the host" in out
+    assert "64 GB/s each way between device and host" in out
+
+
+def test_whether_an_offloaded_optimizer_fits_is_said_of_the_devices_memory():
+    # Masters and state of all experts on one rank: more than the device has, with an optimizer that is not offloaded.
+    changes = {"gpus": 1, "ep_size": 1, "micro_batch": 1, "seq_len": 128}
+    offload = planned(**changes, ds_config=str(SHIPPED / "zero2_offload.json"))
+    small = replace(offload, device=replace(offload.device, memory=offload.footprint.peak.total()))
+    assert small.fits
+    assert small.footprint.host.total() > small.device.memory
+    assert not replace(small, device=replace(small.device, memory=small.device.memory - 1)).fits
 
 
 def test_micro_batch_and_seq_len_are_those_given():
@@ -118,7 +159,9 @@ def test_more_ranks_in_a_node_make_the_links_faster():
     assert apart.time.compute == together.time.compute
 
 
-def test_on_this_machine_all_ranks_share_its_memory_and_its_rate():
+def test_on_this_machine_all_ranks_share_its_memory_and_its_rate(monkeypatch):
+    monkeypatch.setattr(planner, "measured_flops", partial(measured_flops, size=128))
+    monkeypatch.setattr(planner, "measured_bandwidth", partial(measured_bandwidth, size=2**22))
     alone, shared = this_machine(1), this_machine(4)
     assert shared.memory == psutil.virtual_memory().total / 4 == alone.memory / 4
     assert alone.half_flops > 1e9
@@ -131,14 +174,12 @@ def test_on_this_machine_all_ranks_share_its_memory_and_its_rate():
 
 @pytest.mark.parametrize(("stage", "overlap"), [(1, True), (1, False), (2, True), (2, False)])
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_whatever_a_step_takes_it_gives_back(stage, overlap, accumulation, on_cpu):
-    setup = planned().setup
+@pytest.mark.parametrize(("on_cpu", "offload"), [(True, False), (False, False), (True, True), (False, True)])
+def test_whatever_a_step_takes_it_gives_back(stage, overlap, accumulation, on_cpu, offload):
+    setup = replace(planned().setup, on_cpu=on_cpu, offload=offload)
     for latents in (0, 3):
         model = setup.model.model_copy(update={**PRESET, "num_latent_tokens": latents})
-        changed = replace(
-            setup, model=model, ep_size=4, zero_stage=stage, overlap=overlap, accumulation=accumulation, on_cpu=on_cpu
-        )
+        changed = replace(setup, model=model, ep_size=4, zero_stage=stage, overlap=overlap, accumulation=accumulation)
         for rank in (0, 5, 15):
             found = footprint(changed, rank)  # which asserts it
             assert all(size >= 0 for size in found.peak.values())

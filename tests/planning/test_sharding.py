@@ -10,7 +10,7 @@ from toy import PRESET, SHIPPED, ds_config
 from megamoe.config import ModelConfig, load_preset, read_json
 from megamoe.model.costs import parameter_count
 from megamoe.planning import sharding
-from megamoe.planning.sharding import Group, parameter_groups, read_setup, setup_problems
+from megamoe.planning.sharding import Group, elements_touched, parameter_groups, read_setup, setup_problems
 
 CONFIG = ModelConfig(**PRESET)
 
@@ -29,6 +29,8 @@ def test_what_a_json_leaves_out_is_read_as_deepspeed_reads_it(path, removed):
     assert setup.bucket == own.zero_config.reduce_bucket_size
     assert setup.overlap == own.zero_config.overlap_comm
     assert setup.zero_stage == own.zero_optimization_stage
+    offload = own.zero_config.offload_optimizer
+    assert setup.offload == (offload is not None and offload.device != "none")
     assert setup.all_reduce == own.zero_config.use_multi_rank_bucket_allreduce
 
 
@@ -47,6 +49,22 @@ def test_groups_hold_every_weight_of_a_rank_once(ep_size):
     assert {group.ranks for group in groups if group.expert} == {8 // ep_size}
     assert all(sum(group.sizes.values()) <= sharding.EXPERT_GROUP for group in groups if group.expert)
     assert sum(group.expert for group in groups) == {1: 4, 2: 2, 4: 1, 8: 1}[ep_size]  # 604 million over 179 million
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+def test_a_rank_touches_every_parameter_of_which_it_owns_a_part(ep_size):
+    setup = setup_of(ds_config(2), 4, ep_size)
+    groups = parameter_groups(setup)
+    for rank in range(4):
+        touched = 0
+        for group in groups:
+            index = rank // ep_size if group.expert else rank
+            place = 0
+            for size in group.sizes.values():
+                mine = range(index * group.partition, (index + 1) * group.partition)
+                touched += size * (place < mine.stop and place + size > mine.start)
+                place += size
+        assert elements_touched(setup, groups, rank) == touched
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])

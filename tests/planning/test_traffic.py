@@ -1,15 +1,17 @@
 from dataclasses import replace
 
 import pytest
-from toy import PRESET, ds_config
+from toy import PRESET, SHIPPED, ds_config
 
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config import ModelConfig, load_preset, read_json
 from megamoe.hardware import DEVICES, Device
-from megamoe.model.costs import train_flops_per_token
+from megamoe.model.costs import parameter_count, train_flops_per_token
 from megamoe.planning.sharding import read_setup
-from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, collectives, step_time
+from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, collectives, host_transfers, step_time
 
 SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
+
+SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 
 
 def sent_by_counting(kind, ranks, stride, payload, gpus_per_node):
@@ -39,7 +41,7 @@ def test_bytes_sent_inside_and_between_nodes(kind, ranks, stride, members):
 
 
 def test_seconds_are_those_of_the_links_and_of_every_call():
-    device = Device("test", 1e12, 1e12, 1e9, 1e9, inside=1e6, between=1e5)
+    device = replace(SLOW, inside=1e6)
     one = Collective("test", "all_to_all", 4, 1, 10, 4000)
     assert one.seconds(device, 4, 0.5) == pytest.approx(3000 / 1e6 / 0.5 + 10 * LATENCY_INSIDE)
     assert one.seconds(device, 2, 0.5) == pytest.approx(1000 / 1e6 / 0.5 + 2000 / 1e5 / 0.5 + 10 * LATENCY_BETWEEN)
@@ -79,6 +81,29 @@ def test_time_of_a_step_by_hand():
     )
 
 
+def test_an_offloaded_optimizer_waits_for_the_host():
+    ds = read_json(SHIPPED / "zero2_offload.json")
+    setup = read_setup(load_preset("moe-680m"), ds, 1, 1, 1024, False)
+    weights, kept = 679_809_792, replace(setup, offload=False)
+    there, here = [step_time(one, DEVICES["h100"], 8, efficiency=0.5, link_efficiency=0.5) for one in (setup, kept)]
+    assert there.host == pytest.approx((4 + 2) * weights / (64e9 * 0.5), rel=1e-4)  # fp32 gradients, bf16 weights
+    assert there.optimizer == pytest.approx(30 * weights / 76.8e9, rel=1e-4)
+    assert there.seconds == pytest.approx(here.compute + there.communication + there.optimizer + there.host)
+    assert here.host == 0
+    lion = read_setup(load_preset("moe-680m"), read_json(SHIPPED / "zero2_lion.json"), 1, 1, 1024, False)
+    assert step_time(lion, DEVICES["h100"], 8, 0.5, 0.5).optimizer == pytest.approx(22 * weights / 76.8e9, rel=1e-4)
+
+
+def test_bf16_sums_of_an_offloaded_optimizer_go_there_and_back_for_every_micro_batch():
+    once = replace(SETUP, world_size=1, ep_size=1, offload=True, weight_bytes=2, sum_bytes=2)
+    size = 2 * parameter_count(SETUP.model)
+    plain, thrice = host_transfers(once), host_transfers(replace(once, accumulation=3))
+    assert thrice == (plain[0] + 3 * size, plain[1] + 2 * size)
+    assert host_transfers(replace(once, accumulation=3, zero_stage=1)) == plain
+    assert host_transfers(replace(once, accumulation=3, sum_bytes=4)) == plain
+    assert host_transfers(replace(once, offload=False)) == (0, 0)
+
+
 def test_recomputed_blocks_cost_their_forward_pass_again():
     half = SETUP.model.num_hidden_layers // 2
     tokens = SETUP.tokens
@@ -92,17 +117,15 @@ def test_recomputed_blocks_cost_their_forward_pass_again():
 
 
 def test_zero_1_hides_what_it_reduces_behind_one_micro_batch_only():
-    slow = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5)
     setup = replace(SETUP, seq_len=4096, accumulation=4, overlap=True, zero_stage=1)
-    seen, plain = [step_time(replace(setup, overlap=overlap), slow, 8, 1.0, 1.0) for overlap in (True, False)]
+    seen, plain = [step_time(replace(setup, overlap=overlap), SLOW, 8, 1.0, 1.0) for overlap in (True, False)]
     assert plain.communication - seen.communication == pytest.approx(seen.compute * 2 / 3 / 4)
 
 
 def test_reducing_gradients_hides_behind_two_thirds_of_the_compute():
     wide = replace(SETUP, seq_len=4096)
-    slow = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5)
-    fast = replace(slow, inside=1e9, between=1e9)
-    for device, hides in ((fast, True), (slow, False)):
+    fast = replace(SLOW, inside=1e9, between=1e9)
+    for device, hides in ((fast, True), (SLOW, False)):
         hidden = sum(one.seconds(device, 8, 1.0) for one in collectives(wide) if "gradients of" in one.purpose)
         seen = step_time(replace(wide, overlap=True), device, 8, 1.0, 1.0)
         plain = step_time(replace(wide, overlap=False), device, 8, 1.0, 1.0)
