@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from preflight import read_hostfile
+from refusals import has, refusal
 
 from megamoe.config import RunConfig
 from megamoe.launch.preflight import Report, marker_next_to, needed_files, problems, report
@@ -90,3 +92,22 @@ def test_the_marker_is_next_to_a_run_folder_that_need_not_exist_and_is_removed(t
         assert marker.parent == tmp_path
         assert marker.is_file()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_hostfile_is_an_error_and_not_a_run_on_this_host(tmp_path):
+    assert refusal(read_hostfile, tmp_path / "none") == (
+        f"hostfile {tmp_path / 'none'} does not exist; give a file with a line 'HOST slots=RANKS' for each host."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("h1 slots=2\nh2 two\n", ("h2 two", "write a line 'HOST slots=RANKS' for each host")),
+        ("h1 slots=2\nh2 slots=0\n", ("h2 has no slots; give at least 1",)),
+    ],
+)
+def test_a_hostfile_of_another_form_is_refused_with_its_line(tmp_path, text, parts):
+    path = tmp_path / "hostfile"
+    path.write_text(text)
+    has(refusal(read_hostfile, path), f"hostfile {path}: ", *parts)

@@ -15,7 +15,7 @@ from cluster import Cluster, install, why_impossible
 def two_hosts():
     why = why_impossible()
     if why:
-        # In continuous integration nothing may go unseen.
+        # In continuous integration no test may be skipped.
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
     install()
     with tempfile.TemporaryDirectory(prefix="cluster-") as folder:
@@ -42,7 +42,7 @@ def slurm(two_hosts):
 ENDINGS = pytest.StashKey()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ending(request):
     """`with ending(CASE) as end: ...; end.code = ...` puts a row into the table that is printed after the tests."""
     rows = request.config.stash.setdefault(ENDINGS, [])

@@ -1,4 +1,4 @@
-"""A run that a script has started on a host: its output, its processes, its end."""
+"""A run that a launcher has started on a host: its output, its processes, its end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -15,31 +16,76 @@ from toy import write_inputs
 from megamoe.config import read_json
 from megamoe.training.sinks import read_log
 
-STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as docs/launch.md says
+STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as in docs/launch.md
+BIN = Path(sys.executable).parent
 
 
-def inputs(folder: Path, steps: int, *more: str, samples: int = 4) -> list[str]:
-    """The options of a run of the preset `tiny` below `folder`, of whose 100,000 steps it does so many, and `more`."""
+def inputs(folder: Path, steps: int, *more: str) -> list[str]:
+    """The options of a run of a small model below `folder` that does `steps` of its 100,000 steps, and `more`."""
     ds = read_json(ROOT / "ds_configs" / "tiny.json")
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         ds.pop(key, None)
-    ds |= {"train_batch_size": samples}
+    ds |= {"train_batch_size": 4}
     ds["scheduler"]["params"]["total_num_steps"] = 100_000
     run = write_inputs(folder, ds)
-    return ["--ds_config", run["ds_config"], "--preset", "tiny", "--data", *run["data"], "--seq_len", "16",
+    return ["--ds_config", run["ds_config"], "--preset", run["preset"], "--data", *run["data"],
             "--run_dir", str(folder / "runs" / "run"), "--log_interval", "1", "--eval_interval", "0",
             "--steps", str(steps), *more]  # fmt: skip
 
 
+class ThisHost:
+    """The host of the tests, where runs on a single host are started."""
+
+    name = "here"
+
+    def spawn(self, output: Path, *command: str, **variables: str) -> subprocess.Popen:
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **variables}
+        with open(output, "w") as file:
+            return subprocess.Popen(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                env=environment, preexec_fn=heed_signals,
+            )  # fmt: skip
+
+
+def heed_signals() -> None:
+    """Tests that run in the background have been started with these signals ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def processes_of(run_dir: Path, *parts: str) -> list[psutil.Process]:
+    """Processes of all hosts whose command line has the run folder and all the parts."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if str(run_dir) in line and all(part in line for part in parts):
+                found.append(process)
+    return found
+
+
+def ranks_of(run_dir: Path) -> list[psutil.Process]:
+    """The ranks' processes on all hosts, by rank."""
+    ranks = {}
+    for process in processes_of(run_dir, "megamoe/pretrain.py"):
+        with contextlib.suppress(psutil.Error):
+            command, environment = process.cmdline(), process.environ()
+            if Path(command[0]).name.startswith("python") and command[2].endswith("pretrain.py"):
+                ranks[int(environment.get("RANK") or environment["SLURM_PROCID"])] = process
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
 class Run:
-    def __init__(self, host: Host, folder: Path, words: list[str], variables: dict[str, str] | None = None):
+    def __init__(
+        self, host: Host | ThisHost, folder: Path, words: list[str], variables: dict[str, str] | None = None
+    ) -> None:
         self.run_dir = folder / "runs" / "run"
         self.output = folder / f"output-{host.name}"
         self.process = host.spawn(self.output, *words, **(variables or {}))
 
     @property
     def script(self) -> psutil.Process:
-        """The script itself: what was started is the one that waits for it in this namespace."""
+        """The script on a host of the cluster: the process that was started waits for it in the tests' namespace."""
         return psutil.Process(self.process.pid).children()[0]
 
     @property
@@ -55,14 +101,14 @@ class Run:
         self.await_any(text, self, seconds)
 
     def await_any(self, text: str, other: Run, seconds: float = 120) -> None:
-        """Wait until this run or the other says `text`."""
+        """Wait until this run or the other prints `text`."""
 
         def seen() -> bool:
             said = self.said + other.said
             assert text in said or self.process.poll() is None, said
             return text in said
 
-        wait_for(seen, f"{text!r} does not come", seconds)
+        wait_for(seen, lambda: f"{text!r} does not come:\n{self.said}{other.said}", seconds)
 
     def wait(self, seconds: float = 120) -> int:
         try:
@@ -71,21 +117,10 @@ class Run:
             raise AssertionError(f"the run does not end:\n{self.said}") from None
 
     def processes(self, *parts: str) -> list[psutil.Process]:
-        """Processes of all hosts whose command line has all the parts and this run's folder."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                line = " ".join(process.cmdline())
-                if str(self.run_dir) in line and all(part in line for part in parts):
-                    found.append(process)
-        return found
+        return processes_of(self.run_dir, *parts)
 
     def ranks(self) -> list[psutil.Process]:
-        return [
-            process
-            for process in self.processes("megamoe/pretrain.py")
-            if Path(process.cmdline()[0]).name.startswith("python") and process.cmdline()[2].endswith("pretrain.py")
-        ]
+        return ranks_of(self.run_dir)
 
     @property
     def latest(self) -> str:
@@ -94,6 +129,12 @@ class Run:
     @property
     def last_step(self) -> int:
         return read_log(self.run_dir)["train"][-1]["step"]
+
+    def assert_saved_at_the_last_step(self) -> None:
+        assert self.latest == f"step_{self.last_step}"
+
+    def assert_none_left(self, seconds: float = 60) -> None:
+        wait_for(lambda: self.processes() == [], "processes are left", seconds)
 
     def end(self) -> None:
         """Leave nothing running."""

@@ -1,87 +1,144 @@
-"""pretrain.py under DeepSpeed's own launcher, as a user starts it."""
+"""pretrain.py under DeepSpeed's own launcher on one host, without a script: how it runs, refuses, and ends."""
 
 import json
+import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+import shutil
+import signal
+import time
 
+import psutil
+import pytest
 import torch
+from cluster import ROOT
 from ranks import free_port
-from toy import ds_config, write_inputs
+from runs import BIN, LOST, STOPPED, Run, ThisHost, inputs
+from toy import ds_config
 
 from megamoe.checkpoint.reader import find_checkpoint, load_weights, open_source
 from megamoe.config import ModelConfig
 from megamoe.model.decoder import Decoder
 
-ROOT = Path(__file__).parent.parent.parent
+
+@pytest.fixture
+def launch(tmp_path):
+    runs = []
+
+    def start(*options, ranks=2, steps=100_000, until="step=5 ", change_inputs=lambda: None):
+        launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        words = [*launcher, str(ROOT / "megamoe" / "pretrain.py"), *inputs(tmp_path, steps, *options)]
+        change_inputs()
+        runs.append(Run(ThisHost(), tmp_path, words))
+        if until:
+            runs[-1].await_text(until)
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.end()
 
 
-def command(run, ranks=2, **options):
-    run = {**run, **options}
-    words = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-    ]
-    words.append(str(ROOT / "megamoe" / "pretrain.py"))
-    for name, value in run.items():
-        words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    return words
-
-
-def start(words, folder):
-    return subprocess.Popen(
-        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def errors(stderr):
-    return [line for line in stderr.splitlines() if line.startswith("error: ")]
-
-
-def test_a_run_prints_the_logged_form_saves_and_its_weights_load_into_a_plain_model(tmp_path):
-    run = write_inputs(tmp_path, ds_config(2))
-    process = start(command(run, steps=4, ep_size=2, run_dir=tmp_path / "run"), tmp_path)
-    stdout, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
-    lines = [line for line in stdout.splitlines() if re.match(r"step=\d+ avg_loss=", line)]
-    assert len(lines) == 4  # one rank speaks
-    assert re.match(r"step=4 avg_loss=\d\.\d{4} lr=0\.01 tok/s=\d+ mfu=\d+\.\d% max_vio=", lines[-1])
-    preset = json.loads((tmp_path / "run" / "run.json").read_text())["model"]
+def test_a_run_prints_the_logged_form_saves_and_its_weights_load_into_a_plain_model(launch):
+    run = launch("--ep_size", "2", steps=4, until="")
+    assert run.wait(200) == 0, run.said
+    lines = [line for line in run.said.splitlines() if re.match(r"step=\d+ avg_loss=", line)]
+    assert len(lines) == 4  # only one rank prints
+    assert re.match(r"step=4 avg_loss=\d\.\d{4} lr=\S+ tok/s=\d+ mfu=\d+\.\d% max_vio=", lines[-1])
+    preset = json.loads((run.run_dir / "run.json").read_text())["model"]
     model = Decoder(ModelConfig(**preset))
-    load_weights(model, open_source(find_checkpoint(tmp_path / "run")), torch.float32)
-    ids = torch.arange(16).unsqueeze(0)
-    assert torch.isfinite(model.eval()(ids)).all()
+    load_weights(model, open_source(find_checkpoint(run.run_dir)), torch.float32)
+    assert torch.isfinite(model.eval()(torch.arange(16).unsqueeze(0))).all()
 
 
-def test_every_problem_of_a_bad_configuration_is_said_once_with_exit_code_2_and_nothing_written(tmp_path):
-    ds = ds_config(2, zero_optimization={"stage": 3}, fp16={"enabled": True}, gradient_cliping=1.0)
-    run = write_inputs(tmp_path, ds)
-    process = start(command(run, ep_size=3, data=[str(tmp_path / "none")], run_dir=tmp_path / "run"), tmp_path)
-    _, stderr = process.communicate(timeout=200)
-    said = errors(stderr)
-    assert process.returncode == 2
-    assert len(said) == len(set(said))
-    assert any("zero_optimization.stage is 3" in line for line in said)
-    assert any("fp16 on CPU has no loss scale" in line for line in said)
-    assert any('did you mean "gradient_clipping"?' in line for line in said)
-    assert sum("ep_size is 3" in line for line in said) == 2  # neither the ranks nor the experts
-    assert any(f"{tmp_path / 'none'}.bin" in line for line in said)
-    assert "Traceback" not in stderr
-    assert not (tmp_path / "run").exists()
+def test_every_problem_is_printed_once_with_exit_code_2_and_nothing_written(launch, tmp_path):
+    def change_inputs():
+        ds = ds_config(2, zero_optimization={"stage": 3}, fp16={"enabled": True}, gradient_cliping=1.0)
+        (tmp_path / "ds.json").write_text(json.dumps(ds))
+        shutil.rmtree(tmp_path / "corpus")
+
+    run = launch("--ep_size", "3", until="", change_inputs=change_inputs)
+    assert run.wait(200) == 2
+    assert len(run.errors) == len(set(run.errors))
+    assert any("zero_optimization.stage is 3" in line for line in run.errors)
+    assert any("fp16 on CPU has no loss scale" in line for line in run.errors)
+    assert any('did you mean "gradient_clipping"?' in line for line in run.errors)
+    assert sum("ep_size is 3" in line for line in run.errors) == 2  # neither the ranks nor the experts
+    assert any(f"{tmp_path}/corpus" in line for line in run.errors)
+    assert "Traceback" not in run.said
+    assert not run.run_dir.exists()
 
 
-def test_a_run_folder_that_holds_another_run_is_left_alone(tmp_path):
-    run = write_inputs(tmp_path, ds_config(2))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "run.json").write_text("{}")
-    process = start(command(run, steps=2, run_dir=folder), tmp_path)
-    _, stderr = process.communicate(timeout=200)
-    assert process.returncode == 2
-    assert len(errors(stderr)) == 1
-    assert "holds another run" in stderr
-    assert [path.name for path in folder.iterdir()] == ["run.json"]
+# --- how it ends before its last step -------------------------------------------------------------------------------
+
+
+def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, ending):
+    run = launch()
+    with ending("SIGTERM to a rank") as end:
+        run.ranks()[1].terminate()
+        end.code = run.wait(60)
+    assert end.code == STOPPED, run.said
+    assert f"stopped by a signal after step {run.last_step}" in run.said
+    run.assert_saved_at_the_last_step()
+    run.assert_none_left()
+
+
+def test_a_killed_rank_is_named_and_the_other_ends(launch, ending):
+    run = launch()
+    with ending("SIGKILL to a rank") as end:
+        run.ranks()[1].kill()
+        end.code = run.wait(60)
+    assert end.code == 256 - signal.SIGKILL, run.said
+    (error,) = run.errors
+    named = r"error: rank 1 on \S+ died, last heard of in step \d+, .*; resume from the last checkpoint with --resume\."
+    assert re.match(named, error)
+    run.assert_none_left()
+
+
+@pytest.mark.parametrize(
+    ("send", "number", "target"),
+    [(os.kill, signal.SIGTERM, "deepspeed alone"), (os.killpg, signal.SIGINT, "deepspeed and all its processes")],
+)
+def test_ending_deepspeed_leaves_no_orphan_and_a_checkpoint(launch, ending, send, number, target):
+    run = launch()
+    with ending(f"{number.name} to {target}, until all have exited") as end:
+        send(run.process.pid, number)
+        end.code = run.wait(60)
+        run.assert_none_left()
+    run.assert_saved_at_the_last_step()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGKILL, 0)])
+def test_ending_launch_py_alone_leaves_no_orphan_and_a_checkpoint(launch, ending, number, code):
+    run = launch()
+    (launcher,) = run.processes("-m deepspeed.launcher.launch")
+    with ending(f"{number.name} to launch.py, until all have exited") as end:
+        launcher.send_signal(number)  # SIGTERM: it ends the ranks one after another; the first one's signal stops all
+        end.code = run.wait(60)
+        run.assert_none_left()
+    assert end.code == code  # DeepSpeed's own, whatever became of the ranks
+    run.assert_saved_at_the_last_step()
+
+
+def test_stalled_ranks_end_and_print_where_each_of_them_is(launch):
+    run = launch("--collective_timeout", "5")
+    first, second = run.ranks()
+    time.sleep(2.5)  # until each has posted that it is in a step
+    second.suspend()
+    assert psutil.wait_procs([first], timeout=60)[1] == []
+    (error,) = run.errors
+    place = r"in step \d+, (forward of layer \d|backward of layer \d|optimizer step|reading data)"
+    both, each = rf"ranks 0, 1 on \S+ {place}", rf"rank 0 on \S+ {place}; rank 1 on \S+ {place}"
+    assert re.match(rf"error: no rank has made progress for 5 s: ({both}|{each}); resume from", error)
+    second.resume()
+    assert run.wait(60) == LOST, run.said
+
+
+def test_a_rank_without_a_launcher_saves_and_exits_before_its_time_limit(tmp_path):
+    words = [str(BIN / "python"), str(ROOT / "megamoe" / "pretrain.py")]
+    run = Run(ThisHost(), tmp_path, [*words, *inputs(tmp_path, 100_000, "--time_limit", "0:00:20")])
+    try:
+        assert run.wait(100) == STOPPED, run.said
+    finally:
+        run.end()
+    assert f"stopped ahead of the time limit after step {run.last_step}" in run.said
+    run.assert_saved_at_the_last_step()
