@@ -39,8 +39,8 @@ def restore_newest_verified(
     dist.broadcast_object_list(shared)
     found: list[str] = []
     for checkpoint in shared[0]:
-        with ThreadPoolExecutor(1) as beside:
-            verification = beside.submit(manifest.problems, checkpoint, rank, world_size)
+        with ThreadPoolExecutor(1) as verifier:
+            verification = verifier.submit(manifest.problems, checkpoint, rank, world_size)
             unreadable = _read_checkpoint(engine, checkpoint, weights_only)
         parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, (verification.result(), unreadable))

@@ -1,4 +1,4 @@
-"""Checkpoint folders are whole or not there, whatever happens and whenever."""
+"""Checkpoint folders are complete or absent, whatever happens and whenever."""
 
 import builtins
 import errno

@@ -62,7 +62,7 @@ def test_the_memory_of_freed_tensors_is_used_again():
 def test_an_allocator_that_the_environment_sets_up_is_left_alone(setting):
     words, faults = words_and_faults(**setting)
     assert "allocator as it is" in words
-    assert faults > 150  # glibc maps each anew: 8 pages of 2 MiB where the system gives such, else 4,096
+    assert faults > 150  # glibc maps each again: 8 pages of 2 MiB where the system gives such, else 4,096
 
 
 def test_freed_memory_is_kept_until_it_is_given_back():

@@ -132,7 +132,7 @@ def test_a_run_starts_from_the_weights_of_another_and_refuses_those_of_another_m
     second = run_ranks(2, train_here, start)[0]
     assert [record["step"] for record in second["train"]] == [1, 2]
     assert losses(second)[0] < losses(first)[0] - 0.5  # it has learned already
-    assert second["train"][0]["lr"] == first["train"][0]["lr"]  # and starts anew
+    assert second["train"][0]["lr"] == first["train"][0]["lr"]  # and starts again
     (tmp_path / "wide.json").write_text(json.dumps({**PRESET, "hidden_size": 64, "head_dim": 4}))
     wide = {**start, "run_dir": str(tmp_path / "third"), "preset": str(tmp_path / "wide.json")}
     problems = run_ranks(2, problems_of, wide)[0]
