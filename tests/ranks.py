@@ -176,6 +176,7 @@ def _collect(workers: list[Worker]) -> list[Any]:
 def _serve(pipe: connection.Connection, traces: str) -> None:
     """Run what comes through the pipe until it is closed. A call that fails is the last one."""
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported stays, and need not be looked through after every call
     state = _State()
     with open(Path(traces, str(os.getpid())), "w") as file:
         while True:
