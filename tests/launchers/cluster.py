@@ -23,6 +23,7 @@ PACKAGES = {
     "pkill": "procps",
 }
 NAMES = ("h1", "h2")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of a rank: each host takes all cores for its own
 
 
 def install() -> None:
@@ -87,15 +88,21 @@ class Host:
         """`command` as words that run it on this host."""
         return ["nsenter", "-t", str(self.init), "-n", "-u", "-m", "-p", f"--wdns={os.getcwd()}", "--", *command]
 
-    def run(self, *command: str, **options) -> subprocess.CompletedProcess:
+    def run(self, *command: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            self.words(*command), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300, **options
-        )
+            self.words(*command), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
+            env={**os.environ, **ONE_THREAD},
+        )  # fmt: skip
 
     def spawn(self, output: Path, *command: str, folder: Path = ROOT, **variables: str) -> subprocess.Popen:
         """Start `command` on this host, in a session of its own, with its output in a file."""
         words = self.words("env", f"--chdir={folder}", *command)
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **ONE_THREAD,
+            **variables,
+        }
         environment.pop("CI", None)
         with open(output, "w") as file:
             return subprocess.Popen(

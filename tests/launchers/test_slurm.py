@@ -6,7 +6,7 @@ import time
 import pytest
 from jobs import Job
 
-STEPS = 300
+STEPS = 200
 
 
 @pytest.fixture
@@ -50,6 +50,7 @@ def test_a_job_resumes_by_itself_with_the_same_losses_after_a_signal_a_lost_rank
     with ending("SIGKILL to a rank of a Slurm job, until it trains again"):
         job.ranks()[1].kill()
         job.await_resumes(2)
+    job.await_new_checkpoint()
     with ending("scontrol requeue, until it trains again"):
         assert job.host.run("scontrol", "requeue", job.id).returncode == 0
         job.await_resumes(3)
