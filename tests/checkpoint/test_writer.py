@@ -31,12 +31,20 @@ def train_while_saving(folder, ep_size, background):
     assert not writer.pending
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_a_checkpoint_holds_the_state_at_its_step_though_training_went_on(tmp_path, background):
-    run_ranks(2, train_while_saving, tmp_path / "beside", 2, background)
+@pytest.fixture(scope="module")
+def saved_alone(tmp_path_factory):
+    """Checkpoints of two runs that end at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("alone")
     for step in (2, 4):
-        run_ranks(2, train_and_save, tmp_path / f"alone_{step}", 2, 2, step)
-        same_state(tmp_path / f"alone_{step}" / f"step_{step}", tmp_path / "beside" / f"step_{step}")
+        run_ranks(2, train_and_save, folder, 2, 2, step)
+    return folder
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_holds_the_state_at_its_step_though_training_went_on(tmp_path, saved_alone, background):
+    run_ranks(2, train_while_saving, tmp_path, 2, background)
+    for step in (2, 4):
+        same_state(saved_alone / f"step_{step}", tmp_path / f"step_{step}")
 
 
 def save_without_room(folder):
