@@ -20,12 +20,11 @@ BATCH = 8  # samples a step, whatever the ranks
 
 
 def make(ep_size, stage=2, seed=0, **ds_changes):
-    """(engine, first expert) of this rank."""
+    """The engine of this rank."""
     ds = ds_config(BATCH // dist.get_world_size(), **ds_changes)
     ds["zero_optimization"]["stage"] = stage
     ds["scheduler"]["params"]["total_num_steps"] = 60
-    engine = build_train_step(CONFIG, ds, ep_size=ep_size, seed=seed).engine
-    return engine, engine.module.topology.first_expert
+    return build_train_step(CONFIG, ds, ep_size=ep_size, seed=seed).engine
 
 
 def train(engine, steps, first=0, writer=None):
@@ -57,7 +56,7 @@ def save(engine, folder, ep_size, step):
 
 def train_and_save(folder, ep_size, stage=2, steps=3, further=0, **ds_changes):
     """Returns the losses of the steps before the save, and of those behind it."""
-    engine, _ = make(ep_size, stage, **ds_changes)
+    engine = make(ep_size, stage, **ds_changes)
     before = train(engine, steps)
     save(engine, folder, ep_size, steps)
     return before, train(engine, further, steps)
@@ -65,7 +64,7 @@ def train_and_save(folder, ep_size, stage=2, steps=3, further=0, **ds_changes):
 
 def load_and_train(checkpoint, ep_size, stage=2, steps=0, resave=None, **ds_changes):
     """Returns (step, learning rate) as restored, and the losses of `steps` more."""
-    engine, _ = make(ep_size, stage, seed=99, **ds_changes)  # other weights, so that a restore shows
+    engine = make(ep_size, stage, seed=99, **ds_changes)  # other weights, so that a restore shows
     assert restore_newest_verified(engine, [checkpoint]) == checkpoint
     state = engine.global_steps, engine.get_lr()
     if resave:
@@ -92,7 +91,7 @@ def same_state(checkpoint, other):
 
 
 def save_by_deepspeed(folder, ep_size):
-    engine, _ = make(ep_size)
+    engine = make(ep_size)
     train(engine, 3)
     engine.save_checkpoint(str(folder), tag="step_3")
     return train(engine, 5, 3)

@@ -61,7 +61,7 @@ def problems_of(ds, on_cpu=False):
 
 def state_of(kwargs):
     """Names, types and shapes of what the optimizer keeps on this rank after a step, by name."""
-    engine, _ = make(1, **kwargs)
+    engine = make(1, **kwargs)
     train(engine, 1)
     optimizer = engine.optimizer.optimizer
     (masters,) = optimizer.param_groups[0]["params"]
@@ -114,7 +114,7 @@ def test_lion_on_cpu_needs_its_states_offloaded():
 
 def lion_steps():
     """(masters before, the gradients of three steps as the update sees them, masters after) of the first group."""
-    engine, _ = make(1, **LION)
+    engine = make(1, **LION)
     optimizer = engine.optimizer.optimizer
     (masters,) = optimizer.param_groups[0]["params"]
     before, gradients, plain = masters.detach().clone(), [], optimizer.step

@@ -69,3 +69,8 @@ def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     pretrain(job, Position(), StopRequest())
     dist.barrier()
     return read_log(job.run_dir)
+
+
+def losses(log: dict[str, list[dict[str, Any]]]) -> list[float]:
+    """The training losses of a log, step by step."""
+    return [record["loss"] for record in log["train"]]

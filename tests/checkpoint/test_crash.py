@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks, start_ranks
-from toy import SHIPPED, ds_config, train_here, write_inputs
+from toy import SHIPPED, ds_config, losses, train_here, write_inputs
 
 from megamoe.checkpoint import manifest
 from megamoe.config import read_json
@@ -20,21 +20,17 @@ KILLS = 20
 ROOT = Path(__file__).parent.parent.parent
 
 
-def losses(log):
-    return [record["loss"] for record in log["train"]]
-
-
 def last_step(run_dir):
     return max((record["step"] for record in read_log(run_dir)["train"]), default=0)
 
 
-def wait_until(condition, ranks, seconds=120):
-    """Poll; fails if a rank ends or time is up."""
+def wait_until(condition, ranks, pause=0.001, seconds=120):
+    """Look again after so many seconds each; fails if a rank ends or time is up."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert all(process.is_alive() for process in ranks), "a rank ended by itself"
         assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.001)
+        time.sleep(pause)
 
 
 def test_twenty_kills_while_training_and_saving_cost_nothing_but_time(tmp_path):
@@ -51,8 +47,8 @@ def test_twenty_kills_while_training_and_saving_cost_nothing_but_time(tmp_path):
         saved = max(map(manifest.step_of, manifest.checkpoints(checkpoints)), default=0)
         ranks = start_ranks(2, train_here, {**cut, "steps": 10_000, "resume": kill > 0})
         try:
-            wait_until(lambda: (tmp_path / "cut" / "log.jsonl").is_file(), ranks)
-            wait_until(lambda begin=begin: last_step(tmp_path / "cut") not in (0, begin), ranks)
+            wait_until(lambda: (tmp_path / "cut" / "log.jsonl").is_file(), ranks, 0.02)
+            wait_until(lambda begin=begin: last_step(tmp_path / "cut") not in (0, begin), ranks, 0.02)
             time.sleep(draw.uniform(0, 0.3))
             if kill % 2:  # in the middle of a save
                 wait_until(lambda: any(checkpoints.glob("*.partial")), ranks)

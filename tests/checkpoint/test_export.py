@@ -13,7 +13,6 @@ from ranks import run_ranks
 from refusals import has, refusal
 from safetensors.torch import load_file
 from toy import ds_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamoe.checkpoint.export import (
     DTYPES,
@@ -41,7 +40,7 @@ FP32 = torch.float32
 
 def train_save_and_ask(folder, ep_size):
     """Logits of the training model itself, after the steps that are saved."""
-    engine, _ = make(ep_size)
+    engine = make(ep_size)
     train(engine, 6)
     save(engine, folder, ep_size, 6)
     engine.module.eval()
@@ -70,6 +69,8 @@ def huggingface(checkpoint, out, dtype=FP32, tokenizer=None, config=CONFIG, shar
 
 
 def load(folder, **options):
+    from transformers import AutoModelForCausalLM  # takes seconds, which the ranks of these tests need not spend
+
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
@@ -190,7 +191,7 @@ def test_a_model_saved_again_by_transformers_comes_back(trained, tmp_path):
 
 def ask_after_init_from(paths, ep_size):
     """Logits and masters after starting from each of the paths in turn."""
-    engine, _ = make(ep_size, seed=5)
+    engine = make(ep_size, seed=5)
     answers = []
     for path in paths:
         for master in engine.optimizer.single_partition_of_fp32_groups:
@@ -222,6 +223,8 @@ def test_plain_weights_start_a_run_at_any_ep_size_with_every_expert_on_its_rank(
 
 def test_the_tokenizer_goes_along(tmp_path, trained):
     checkpoint, _ = trained
+    from transformers import AutoTokenizer
+
     tokenizer = train_tokenizer(["to be or not to be"], 270)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     folder = huggingface(checkpoint, tmp_path / "hf", tokenizer=tmp_path / "tokenizer.json")

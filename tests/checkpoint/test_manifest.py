@@ -169,10 +169,10 @@ def interrupt(monkeypatch, at, error):
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["kill", "full"])
 def test_an_older_checkpoint_holds_whenever_saving_the_next_is_cut_off(tmp_path, monkeypatch, error):
     moments = 0
+    write(tmp_path / "before", 1)
+    write(tmp_path / "before", 2)
     for at in range(1, 1000):
-        folder = tmp_path / str(at)
-        write(folder, 1)
-        write(folder, 2)
+        folder = shutil.copytree(tmp_path / "before", tmp_path / str(at))
         with monkeypatch.context() as patch:
             raised = interrupt(patch, at, error)
             try:

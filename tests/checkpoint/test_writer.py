@@ -19,7 +19,7 @@ def train_while_saving(folder, ep_size, background):
         time.sleep(0.5)
         return real(self, state)
 
-    engine, _ = make(ep_size)
+    engine = make(ep_size)
     writer = writer_for(engine, folder, ep_size, background=background)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HostCopy, "take", slow)
@@ -31,18 +31,26 @@ def train_while_saving(folder, ep_size, background):
     assert not writer.pending
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_a_checkpoint_holds_the_state_at_its_step_though_training_went_on(tmp_path, background):
-    run_ranks(2, train_while_saving, tmp_path / "beside", 2, background)
+@pytest.fixture(scope="module")
+def saved_alone(tmp_path_factory):
+    """Checkpoints of two runs that end at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("alone")
     for step in (2, 4):
-        run_ranks(2, train_and_save, tmp_path / f"alone_{step}", 2, 2, step)
-        same_state(tmp_path / f"alone_{step}" / f"step_{step}", tmp_path / "beside" / f"step_{step}")
+        run_ranks(2, train_and_save, folder, 2, 2, step)
+    return folder
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_holds_the_state_at_its_step_though_training_went_on(tmp_path, saved_alone, background):
+    run_ranks(2, train_while_saving, tmp_path, 2, background)
+    for step in (2, 4):
+        same_state(saved_alone / f"step_{step}", tmp_path / f"step_{step}")
 
 
 def save_without_room(folder):
     import psutil
 
-    engine, _ = make(1)
+    engine = make(1)
     train(engine, 1)
     memory = psutil.virtual_memory()._replace(available=1000)
     writer = writer_for(engine, folder, 1)
@@ -66,7 +74,7 @@ def test_where_memory_has_no_room_for_a_copy_the_save_is_waited_for(tmp_path):
 
 def save_with_a_full_disk_on_rank_1(folder):
     """Step 1 is saved; at step 2 rank 1's disk is full; step 3 is saved. Returns what `complete` said."""
-    engine, _ = make(2)
+    engine = make(2)
     writer = writer_for(engine, folder, 2)
     outcomes = []
 
@@ -100,7 +108,7 @@ def fail(*args, **kwargs):
 
 def save_in_trouble(folder):
     """Whether each of four saves was whole; all ranks come to the end, whatever happens on one of them."""
-    engine, _ = make(2)
+    engine = make(2)
     train(engine, 1)
     outcomes = []
     for step, (module, name, rank) in enumerate(
@@ -126,7 +134,7 @@ def test_no_failure_on_one_rank_hangs_the_others_or_makes_a_checkpoint_of_less(t
 
 
 def files_of_rank(ep_size):
-    engine, _ = make(ep_size)
+    engine = make(ep_size)
     train(engine, 1)
     return sorted(engine_files(engine))
 

@@ -28,6 +28,10 @@ def tokens(counts):
     return [torch.randn(count, D, generator=draw, dtype=torch.float64) for count in counts]
 
 
+def layers_on_this_rank(ep_size, counts, biases):
+    return [layer_on_this_rank(ep_size, counts, bias) for bias in biases]
+
+
 def layer_on_this_rank(ep_size, counts, bias):
     """Forward and backward; returns output, input gradient, and this rank's expert gradients by global id."""
     router_weight, up, down = weights()
@@ -76,11 +80,19 @@ LOADS = {
 }
 
 
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+def split(request):
+    """(ranks' tokens, ep_size, results by load) of a split; the second rank has no token of its own."""
+    world_size, ep_size = request.param
+    counts = [5, 0, 7, 3][:world_size]
+    results = run_ranks(world_size, layers_on_this_rank, ep_size, counts, list(LOADS.values()))
+    return counts, ep_size, dict(zip(LOADS, zip(*results, strict=True), strict=True))
+
+
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(("world_size", "ep_size"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
-def test_the_layer_equals_a_plain_sum_on_any_split(world_size, ep_size, load):
-    counts, bias = [5, 0, 7, 3][:world_size], LOADS[load]  # the second rank has no token of its own
-    results = run_ranks(world_size, layer_on_this_rank, ep_size, counts, bias)
+def test_the_layer_equals_a_plain_sum_on_any_split(split, load):
+    counts, ep_size, results = split
+    results, bias = results[load], LOADS[load]
     expected = [plain_sum(x, bias) for x in tokens(counts)]
     for (out, x_grad, router_grad, _), (want, want_x, want_router, _, _) in zip(results, expected, strict=True):
         torch.testing.assert_close(out, want, atol=1e-10, rtol=0)

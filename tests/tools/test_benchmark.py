@@ -30,7 +30,7 @@ def parameters(contender):
 def sizes_of_contenders():
     _, device = init_distributed()
     config = ModelConfig(**PRESET)
-    ours, stock = (build_engine_contender(config, RECIPE, 1, 0, 2, stock) for stock in (False, True))
+    ours, stock = (build_engine_contender(config, RECIPE, 1, 2, 0, stock) for stock in (False, True))
     return [parameters(ours), parameters(stock), parameters(build_mixtral(config, RECIPE, device))]
 
 
@@ -49,7 +49,7 @@ def test_mixtral_has_the_full_models_parameters_to_half_a_percent():
 
 def timed_step():
     _, device = init_distributed()
-    contender = build_engine_contender(ModelConfig(**PRESET), RECIPE, 1, 0, 2, stock=False)
+    contender = build_engine_contender(ModelConfig(**PRESET), RECIPE, 1, 2, 0, stock=False)
 
     def hooks():
         return sum(len(module._forward_hooks) + len(module._backward_hooks) for module in contender.model.modules())

@@ -1,27 +1,17 @@
-"""Whole runs over several ranks: the same model for any split, exact resume, what a run leaves behind."""
+"""Whole runs over several ranks: the same model for any split, and its evaluation."""
 
-import contextlib
-import io
-import json
 import math
-import os
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRESET, SHIPPED, ds_config, train_here, write_inputs
+from toy import PRESET, ds_config, losses, train_here, write_inputs
 
-from megamoe.config import ModelConfig, read_json
+from megamoe.config import ModelConfig
 from megamoe.data.token_files import TokenCorpus
-from megamoe.errors import UserError
 from megamoe.model.decoder import Decoder
 from megamoe.training.evaluation import Evaluator
-
-
-def losses(log):
-    return [record["loss"] for record in log["train"]]
 
 
 @pytest.fixture(scope="module")
@@ -54,99 +44,6 @@ def test_recomputed_blocks_leave_the_losses_of_two_ranks_as_they_are(tmp_path):
     assert losses(stored) == losses(recomputed)
 
 
-def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(tmp_path):
-    ds = read_json(SHIPPED / "zero2.json")  # bf16
-    ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40)
-    noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
-    run = {**write_inputs(tmp_path, ds, noisy), "ep_size": 2, "eval_interval": 3}
-    whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole"), "steps": 12})[0]
-    run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "cut"), "steps": 5})
-    resumed = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "cut"), "steps": 12, "resume": True})[0]
-    assert losses(resumed) == losses(whole)
-    for key in ("running_max_vio", "lr", "grad_norm"):
-        assert [record[key] for record in resumed["train"]] == [record[key] for record in whole["train"]]
-    evaluations = [[(record["step"], record["loss"]) for record in log["valid"]] for log in (whole, resumed)]
-    assert set(evaluations[0]) <= set(evaluations[1])
-
-
-def problems_of(run):
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            train_here(run)
-        except UserError as error:
-            return error.problems
-        except SystemExit:
-            return said.getvalue().splitlines()
-    return None
-
-
-def shared_batch(samples):
-    """The recipe with so many samples a step, shared by any number of ranks."""
-    ds = ds_config(2)
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        del ds[key]
-    return {**ds, "train_batch_size": samples}
-
-
-def test_a_run_resumes_on_other_ranks_and_another_ep_size_and_keeps_its_newest_checkpoints(tmp_path):
-    run = {**write_inputs(tmp_path, shared_batch(8)), "steps": 10}
-    whole = run_ranks(1, train_here, {**run, "run_dir": str(tmp_path / "whole")})[0]
-    cut = {**run, "run_dir": str(tmp_path / "cut"), "save_interval": 1, "keep_last": 2, "keep_every": 3}
-    run_ranks(4, train_here, {**cut, "steps": 4, "ep_size": 2})
-    run_ranks(2, train_here, {**cut, "steps": 7, "ep_size": 2, "resume": True})
-    log = run_ranks(1, train_here, {**cut, "resume": True, "foreground_save": True})[0]
-    torch.testing.assert_close(losses(log), losses(whole), atol=1e-5, rtol=0)
-    kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
-    assert kept == ["latest", "step_10", "step_3", "step_6", "step_9"]
-    assert json.loads((tmp_path / "cut" / "run.json").read_text())["world_size"] == 1
-    assert json.loads((tmp_path / "cut" / "checkpoints" / "step_6" / "run.json").read_text())["world_size"] == 2
-
-
-def test_ranks_that_would_change_the_samples_of_a_step_are_refused_with_the_way_out(tmp_path):
-    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 2}
-    run_ranks(2, train_here, run)
-    ((problem,),) = run_ranks(1, problems_of, {**run, "steps": 3, "resume": True})
-    assert "samples_per_step 4, not 2" in problem
-    assert 'set "train_batch_size" to 4' in problem
-
-
-def test_a_resume_passes_over_a_damaged_checkpoint_and_refuses_if_none_holds(tmp_path):
-    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "ep_size": 2, "save_interval": 2}
-    whole = run_ranks(2, train_here, {**run, "steps": 6})[0]
-    folder = tmp_path / "run" / "checkpoints"
-    os.truncate(next((folder / "step_6").glob("*rank_1_*optim_states.pt")), 100)
-    log = run_ranks(2, train_here, {**run, "steps": 8, "resume": True})[0]
-    assert losses(log)[:6] == losses(whole)
-    for path in folder.glob("step_*/run.json"):
-        path.unlink()
-    problems, others = run_ranks(2, problems_of, {**run, "steps": 9, "resume": True})
-    (last,) = [line for line in problems if line.startswith("error: ")]
-    assert "run.json is missing" in last
-    assert others == []
-
-
-def test_a_run_starts_from_the_weights_of_another_and_refuses_those_of_another_model(tmp_path):
-    run = {**write_inputs(tmp_path, ds_config(2)), "ep_size": 2}
-    first = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "first"), "steps": 12})[0]
-    start = {**run, "run_dir": str(tmp_path / "second"), "steps": 2, "init_from": str(tmp_path / "first")}
-    second = run_ranks(2, train_here, start)[0]
-    assert [record["step"] for record in second["train"]] == [1, 2]
-    assert losses(second)[0] < losses(first)[0] - 0.5  # it has learned already
-    assert second["train"][0]["lr"] == first["train"][0]["lr"]  # and starts again
-    (tmp_path / "wide.json").write_text(json.dumps({**PRESET, "hidden_size": 64, "head_dim": 4}))
-    wide = {**start, "run_dir": str(tmp_path / "third"), "preset": str(tmp_path / "wide.json")}
-    problems = run_ranks(2, problems_of, wide)[0]
-    assert any("hidden_size 32, not 64" in problem for problem in problems)
-    assert any("num_attention_heads x head_dim 32, not 16" in problem for problem in problems)
-    assert not (tmp_path / "third").exists()
-    os.truncate(tmp_path / "first" / "checkpoints" / "step_12" / "mp_rank_00_model_states.pt", 50)
-    shutil.copytree(tmp_path / "second" / "checkpoints" / "step_2", tmp_path / "first" / "checkpoints" / "step_2")
-    again = run_ranks(2, train_here, {**start, "run_dir": str(tmp_path / "fourth")})[0]  # from the one that holds
-    assert losses(again)[0] < losses(first)[0] - 0.5
-    missing = run_ranks(1, problems_of, {**start, "init_from": "nowhere", "ep_size": 1})[0]
-    assert any("nowhere" in problem for problem in missing)
-
-
 def evaluate_here(prefix, limit, micro_batch):
     model = Decoder(ModelConfig(**{**PRESET, "expert_dropout": 0.3}), seed=3).train()
     corpus = TokenCorpus(prefix, 16, PRESET["vocab_size"])
@@ -169,14 +66,3 @@ def test_evaluation_is_the_mean_over_just_the_held_out_tokens_on_any_number_of_r
         assert result["loss"] == pytest.approx(expected, abs=1e-6)
         assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / 4, abs=1e-6)
         assert training  # as before
-
-
-def test_run_json_is_enough_to_repeat_the_run(tmp_path):
-    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 3}
-    first = run_ranks(1, train_here, run)[0]
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "ds.json").write_text(json.dumps(record["deepspeed"]))
-    (tmp_path / "preset.json").write_text(json.dumps(record["model"]))
-    again = run_ranks(record["world_size"], train_here, {**record["run"], "run_dir": str(tmp_path / "again")})[0]
-    assert losses(again) == losses(first)
-    assert record["versions"]["torch"] == torch.__version__
