@@ -246,7 +246,7 @@ def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
     if stage == 1 and mixed and not offloads_optimizer(ds):
         problems.append(
             f'{where}: zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed '
-            "takes an optimizer whose checkpoints cannot be laid out anew for other ranks; use stage 2, or leave "
+            "takes an optimizer whose checkpoints cannot be resharded for other ranks; use stage 2, or leave "
             "grad_accum_dtype out."
         )
     return problems
