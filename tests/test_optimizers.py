@@ -1,6 +1,7 @@
 """The table of optimizers: what DeepSpeed really keeps is what it says, and an entry is all that a new one needs."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ SGD_JSON = {
 
 def with_sgd(function, *args, **kwargs):
     """Call it on a rank whose table has SGD too."""
-    optimizers.OPTIMIZERS.append(SGD)
-    return function(*args, **kwargs)
+    with patch.object(optimizers, "OPTIMIZERS", [*OPTIMIZERS, SGD]):
+        return function(*args, **kwargs)
 
 
 @pytest.fixture
@@ -232,8 +233,7 @@ WHOLE = replace(SGD, state=(StateTensor("momentum_buffer", layout=Layout.WHOLE),
 
 
 def restore_whole(checkpoint):
-    optimizers.OPTIMIZERS.append(WHOLE)
-    with pytest.raises(UserError) as caught:
+    with patch.object(optimizers, "OPTIMIZERS", [WHOLE]), pytest.raises(UserError) as caught:
         load_and_train(checkpoint, 1, **SGD_JSON)
     return caught.value.problems
 

@@ -35,13 +35,13 @@ from megamoe.planning.simulate import Measured, simulate
 from megamoe.training.sinks import duration
 
 
-def parse(words: list[str] | None = None) -> tuple[RunConfig, PlanOptions, Path | None]:
+def parse(arguments: list[str] | None = None) -> tuple[RunConfig, PlanOptions, Path | None]:
     """The command line: the run, the plan's options, and where to write it as JSON. Raises UserError."""
     parser = cli.Parser(prog="plan.py", description="Plan a run on many GPUs: memory, communication, time.")
     cli.add_fields(parser, RunConfig, RUN_OPTIONS)
     cli.add_fields(parser, PlanOptions)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
-    values = vars(parser.parse(words))
+    values = vars(parser.parse(arguments))
     file = values.pop("json")
     if file and not file.parent.is_dir():
         raise UserError(f"--json is {file}, whose folder does not exist; make it first.")
@@ -64,8 +64,8 @@ def size(count: float) -> str:
 
 def print_memory(plan: Plan) -> None:
     phases = totals(plan.footprint)
-    fullest = max(("forward", "backward", "step"), key=lambda phase: phases[phase])
-    print(f"\nmemory per rank, at the fullest moment ({fullest})")
+    peak = max(("forward", "backward", "step"), key=lambda phase: phases[phase])
+    print(f"\nmemory per rank, at the peak ({peak})")
     for kind, count in plan.footprint.peak.items():
         if count:
             print(f"  {kind:32s}{size(count)}")

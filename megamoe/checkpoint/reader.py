@@ -71,7 +71,7 @@ class RankFiles:
         Args:
             open_files: most ranks' files to keep mapped at a time; by default all.
 
-        Raises UserError if a rank's file is missing, damaged, or does not fit to the others.
+        Raises UserError if a rank's file is missing, damaged, or is not of the same checkpoint as the others.
         """
         self._folder = folder
         self._main = safe_load(folder / MAIN_FILE)

@@ -25,11 +25,11 @@ from megamoe.optimizers import MASTERS, StateTensor, find_optimizer
 def restore_newest_verified(
     engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], weights_only: bool = False
 ) -> Path | None:
-    """Restore the first of `checkpoints`, as rank 0 has them, of which every byte is what was saved; returns it, or
-    None if there are none.
+    """Restore the first of `checkpoints`, as rank 0 has them, that is verified, and return it; None if there are
+    none.
 
-    Collective. The ranks share the verification, which runs alongside the reading; rank 0 says what was passed over.
-    Raises UserError, on every rank, if none is verified.
+    Collective. The ranks share the verification, which runs while they read; rank 0 prints which checkpoints were
+    passed over. Raises UserError, on every rank, if all are damaged.
 
     Args:
         weights_only: leave all but weights and router statistics as they are.
@@ -39,8 +39,8 @@ def restore_newest_verified(
     dist.broadcast_object_list(shared)
     found: list[str] = []
     for checkpoint in shared[0]:
-        with ThreadPoolExecutor(1) as verifier:
-            verification = verifier.submit(manifest.problems, checkpoint, rank, world_size)
+        with ThreadPoolExecutor(1) as executor:
+            verification = executor.submit(manifest.problems, checkpoint, rank, world_size)
             unreadable = _read_checkpoint(engine, checkpoint, weights_only)
         parts: list[Any] = [None] * world_size
         dist.all_gather_object(parts, (verification.result(), unreadable))

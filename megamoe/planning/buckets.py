@@ -11,28 +11,28 @@ from megamoe.planning.sharding import Group, Setup, elements_touched
 
 
 class Ledger:
-    """What is held, by kind, and what was held at the fullest moment since the last `restart`."""
+    """What is held, by kind, and what was held at the peak since the last `restart`."""
 
     def __init__(self) -> None:
         self.held: Counter[str] = Counter()
-        self.fullest: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
 
     def restart(self) -> None:
-        self.fullest = Counter(self.held)
+        self.peak = Counter(self.held)
 
-    def take(self, kind: str, size: int) -> None:
+    def allocate(self, kind: str, size: int) -> None:
         self.held[kind] += size
-        if self.held.total() > self.fullest.total():
-            self.fullest = Counter(self.held)
+        if self.held.total() > self.peak.total():
+            self.peak = Counter(self.held)
 
-    def give(self, kind: str, size: int) -> None:
+    def free(self, kind: str, size: int) -> None:
         self.held[kind] -= size
         assert self.held[kind] >= 0, kind
 
-    def touch(self, kind: str, size: int) -> None:
-        """Take and give back."""
-        self.take(kind, size)
-        self.give(kind, size)
+    def transient(self, kind: str, size: int) -> None:
+        """Allocate and free."""
+        self.allocate(kind, size)
+        self.free(kind, size)
 
 
 class Reduction:
@@ -64,15 +64,15 @@ class Reduction:
         self.boundary = boundary
         if first or self.setup.zero_stage == 2:  # ZeRO-1 keeps its buckets, empty, until it reduces
             buckets = (2 if self.setup.overlap else 1) * self.setup.bucket * self.setup.weight_bytes
-            self.ledger.take("reduction buckets", buckets)
+            self.ledger.allocate("reduction buckets", buckets)
         self.sums = not first and self.setup.zero_stage == 1  # and sums whole gradients
 
     def ready(self, name: str) -> None:
         """The gradient of a parameter has come."""
         size = self.size(name) * self.setup.weight_bytes
-        self.ledger.take("gradients", size)
+        self.ledger.allocate("gradients", size)
         if self.sums:
-            self.ledger.give("gradients", size)
+            self.ledger.free("gradients", size)
         if self.setup.zero_stage == 2 or (self.setup.overlap and self.boundary):
             self.reduce_later(name)
 
@@ -81,11 +81,11 @@ class Reduction:
         if self.filled + size > self.setup.bucket:
             self.flush()
         if self.setup.offload and size > self.setup.bucket:  # cloned (reduce_independent_p_g_buckets_and_remove_grads)
-            self.ledger.touch("gradients", size * self.setup.weight_bytes)
+            self.ledger.transient("gradients", size * self.setup.weight_bytes)
         self.waiting.append(name)
         self.filled += size
         if size <= self.setup.bucket:  # now in the bucket; a larger one is reduced where it is
-            self.ledger.give("gradients", size * self.setup.weight_bytes)
+            self.ledger.free("gradients", size * self.setup.weight_bytes)
 
     def flush(self) -> None:
         """Reduce what waits, and keep what this rank owns of it."""
@@ -96,24 +96,24 @@ class Reduction:
             self.slices([name for name in self.waiting if name not in experts]),
             self.slices([name for name in self.waiting if name in experts]),
         ):
-            ledger.touch("reduction temporaries", self.copies(slices))
+            ledger.transient("reduction temporaries", self.copies(slices))
         for name in self.waiting:
             if setup.offload:
                 self.send_to_host(name)
             if self.size(name) > setup.bucket:
-                ledger.give("gradients", self.size(name) * setup.weight_bytes)
+                ledger.free("gradients", self.size(name) * setup.weight_bytes)
             if not setup.offload and not self.setup.sums_apart and not self.kept and self.owned[name]:
                 # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
                 self.kept = self.whole
-                ledger.take("gradients owned", self.kept)
+                ledger.allocate("gradients owned", self.kept)
         self.waiting, self.filled = [], 0
 
     def send_to_host(self, name: str) -> None:
         """Copy what this rank owns of a gradient into the host's fp32 gradients (copy_grads_in_partition)."""
         if self.boundary:
-            self.ledger.touch("temporaries of the offload", 8 * self.owned[name])  # in fp64, for the norm
+            self.ledger.transient("temporaries of the offload", 8 * self.owned[name])  # in fp64, for the norm
             if self.setup.sum_bytes < 4:
-                self.ledger.touch("temporaries of the offload", 4 * self.owned[name])
+                self.ledger.transient("temporaries of the offload", 4 * self.owned[name])
 
     def slices(self, names: list[str]) -> list[tuple[int, int, bool]]:
         """(owner, elements, added to this rank's fp32 partition) of what one all-reduce takes, neighbours of one owner
@@ -125,7 +125,7 @@ class Reduction:
                 mine = self.setup.sums_apart and owner == self.index[number]
                 if mine and number not in self.partitions:
                     self.partitions.add(number)
-                    self.ledger.take("gradient partition", self.groups[number].partition * self.setup.sum_bytes)
+                    self.ledger.allocate("gradient partition", self.groups[number].partition * self.setup.sum_bytes)
                 if slices and not mine and slices[-1][0] == owner and not slices[-1][2]:
                     slices[-1] = owner, slices[-1][1] + size, False
                 else:
@@ -156,7 +156,7 @@ class Reduction:
                 for name in group.sizes:
                     self.reduce_later(name)
         self.flush()
-        ledger.give("reduction buckets", ledger.held["reduction buckets"])
+        ledger.free("reduction buckets", ledger.held["reduction buckets"])
         if self.kept_before:
-            ledger.give("gradients owned", self.kept)  # added to those of the passes before
+            ledger.free("gradients owned", self.kept)  # added to those of the passes before
         self.kept_before, self.kept = self.kept_before or self.kept, 0

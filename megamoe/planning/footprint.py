@@ -1,6 +1,6 @@
 """Bytes that a training step takes on one rank, by arithmetic: one step walked through as torch and DeepSpeed do it.
 
-Everything that is large is taken and given back by name, in the order of the real step, and the fullest moment is kept.
+Everything that is large is allocated and freed by name, in the order of the real step, and the peak is kept.
 The order and the sizes of DeepSpeed's buffers are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), those of
 the activations are what torch's autograd keeps for the operations of `layers.py`, `router.py`, `moe.py` and `loss.py`.
 
@@ -98,14 +98,14 @@ class Footprint:
     """Bytes on one rank, by kind: of its device, and of the host where the device has a memory of its own."""
 
     between: Counter[str]  # between two steps
-    forward: Counter[str]  # at the fullest moment of a forward pass
+    forward: Counter[str]  # at the peak of a forward pass
     backward: Counter[str]
     step: Counter[str]  # of the optimizer's step
     host: Counter[str]  # all the time
 
     @property
     def peak(self) -> Counter[str]:
-        """At the fullest moment of all."""
+        """At the peak of the step."""
         return max((self.forward, self.backward, self.step), key=Counter.total)
 
 
@@ -120,15 +120,15 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     for micro in range(setup.accumulation):
         ledger.restart()
         _forward(setup, layer, ledger)
-        forward = max(forward, ledger.fullest, key=Counter.total)
+        forward = max(forward, ledger.peak, key=Counter.total)
         ledger.restart()
         _backward(setup, layer, ledger, reduction, first=micro == 0, boundary=micro == setup.accumulation - 1)
         reduction.finish()
-        backward = max(backward, ledger.fullest, key=Counter.total)
+        backward = max(backward, ledger.peak, key=Counter.total)
     ledger.restart()
     _step(setup, reduction)
     assert ledger.held == between, ledger.held - between
-    return Footprint(between, forward, backward, ledger.fullest, host)
+    return Footprint(between, forward, backward, ledger.peak, host)
 
 
 def _states(setup: Setup, groups: list[Group], rank: int) -> tuple[Counter[str], Counter[str]]:
@@ -153,32 +153,32 @@ def _largest(groups: list[Group]) -> int:
 
 
 def _hold(setup: Setup, groups: list[Group], states: Counter[str], ledger: Ledger) -> None:
-    """Take what the device keeps from step to step."""
+    """Allocate what the device keeps from step to step."""
     m = setup.model
-    ledger.take("weights", setup.weight_bytes * sum(group.partition * group.ranks for group in groups))
+    ledger.allocate("weights", setup.weight_bytes * sum(group.partition * group.ranks for group in groups))
     for kind, size in states.items():
-        ledger.take(kind, size)
+        ledger.allocate(kind, size)
     if setup.offload:
-        ledger.take("gradient buffer", setup.weight_bytes * _largest(groups))
-    ledger.take("batch and router state", 16 * (setup.tokens + m.num_hidden_layers * m.num_local_experts))
+        ledger.allocate("gradient buffer", setup.weight_bytes * _largest(groups))
+    ledger.allocate("batch and router state", 16 * (setup.tokens + m.num_hidden_layers * m.num_local_experts))
 
 
 def _forward(setup: Setup, layer: LayerBytes, ledger: Ledger) -> None:
     m, s = setup.model, setup.weight_bytes
-    ledger.take("activations", s * setup.seq_len * m.head_dim)  # cos and sin
+    ledger.allocate("activations", s * setup.seq_len * m.head_dim)  # cos and sin
     for number in range(m.num_hidden_layers):
-        ledger.take("activations", layer.kept)
-        ledger.touch("temporaries", layer.moving)
+        ledger.allocate("activations", layer.kept)
+        ledger.transient("temporaries", layer.moving)
         if number < setup.recompute_blocks:
-            ledger.give("activations", layer.kept - layer.stream)  # of which the input stays
-    ledger.take("activations", layer.norm + layer.stream)
+            ledger.free("activations", layer.kept - layer.stream)  # of which the input stays
+    ledger.allocate("activations", layer.norm + layer.stream)
     # The loss: gradients of the head's weight in fp32 and of the hidden states, made chunk by chunk.
     weight = m.vocab_size * m.hidden_size
     chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
-    ledger.take("gradients of the head", 4 * weight + layer.stream)
+    ledger.allocate("gradients of the head", 4 * weight + layer.stream)
     # In fp32, with what they were made of or what is made of them; then the product that is added to the gradient.
-    ledger.touch("loss chunk", 4 * chunk + (s * chunk if s < 4 else 0))
-    ledger.touch("loss chunk", s * chunk + s * weight)
+    ledger.transient("loss chunk", 4 * chunk + (s * chunk if s < 4 else 0))
+    ledger.transient("loss chunk", s * chunk + s * weight)
 
 
 def _backward(
@@ -187,69 +187,69 @@ def _backward(
     m, s = setup.model, setup.weight_bytes
     embedding = s * m.vocab_size * m.hidden_size
     # What forward made, scaled by the gradient of the loss.
-    ledger.touch("temporaries", 4 * m.vocab_size * m.hidden_size + (embedding if s < 4 else 0))
-    ledger.take("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
-    ledger.take("gradients of activations", layer.stream)
-    ledger.give("gradients of the head", ledger.held["gradients of the head"])
-    ledger.give("activations", layer.stream)
+    ledger.transient("temporaries", 4 * m.vocab_size * m.hidden_size + (embedding if s < 4 else 0))
+    ledger.allocate("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
+    ledger.allocate("gradients of activations", layer.stream)
+    ledger.free("gradients of the head", ledger.held["gradients of the head"])
+    ledger.free("activations", layer.stream)
     reduction.start(first, boundary)
     reduction.ready("model.norm.weight")
     _norm_backward(layer, ledger)
     for number in reversed(range(m.num_hidden_layers)):
         if number < setup.recompute_blocks:
-            ledger.take("activations", layer.kept - layer.stream)
-            ledger.touch("temporaries", layer.moving)
+            ledger.allocate("activations", layer.kept - layer.stream)
+            ledger.transient("temporaries", layer.moving)
         _experts_backward(setup, layer, ledger, reduction, f"model.layers.{number}.moe.experts")
         name = f"model.layers.{number}"
-        ledger.touch("temporaries", layer.router_backward)
-        ledger.give("activations", layer.router)
+        ledger.transient("temporaries", layer.router_backward)
+        ledger.free("activations", layer.router)
         reduction.ready(f"{name}.moe.router.weight")
         reduction.ready(f"{name}.post_attention_layernorm.weight")
         _norm_backward(layer, ledger)
         reduction.ready(f"{name}.self_attn.o_proj.weight")
-        ledger.touch("temporaries", layer.attention_backward)
-        ledger.give("activations", layer.attention)
+        ledger.transient("temporaries", layer.attention_backward)
+        ledger.free("activations", layer.attention)
         if m.num_latent_tokens:
             reduction.ready(f"{name}.self_attn.latents")
         for projection in ("v_proj", "k_proj", "q_proj"):
             reduction.ready(f"{name}.self_attn.{projection}.weight")
         reduction.ready(f"{name}.input_layernorm.weight")
         _norm_backward(layer, ledger)
-    ledger.touch("gradients", 2 * embedding)
-    ledger.give("gradients of activations", layer.stream)
-    ledger.give("activations", ledger.held["activations"])
-    ledger.give("gradients", embedding)
+    ledger.transient("gradients", 2 * embedding)
+    ledger.free("gradients of activations", layer.stream)
+    ledger.free("activations", ledger.held["activations"])
+    ledger.free("gradients", embedding)
     reduction.ready("model.embed_tokens.weight")
 
 
 def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
     # The product that the weight's gradient needs is freed first.
-    ledger.give("activations", layer.norm // 2)
-    ledger.touch("temporaries", layer.norm_backward)
-    ledger.give("activations", layer.norm - layer.norm // 2)
+    ledger.free("activations", layer.norm // 2)
+    ledger.transient("temporaries", layer.norm_backward)
+    ledger.free("activations", layer.norm - layer.norm // 2)
 
 
 def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, name: str) -> None:
     """From the gradient of a layer's output to that of the experts' input."""
     m, s, count = setup.model, setup.weight_bytes, setup.experts_per_rank
-    ledger.touch("temporaries", 2 * layer.returned)  # gradients of the weighted rows, and products for the weights'
-    ledger.give("activations", layer.returned)
-    ledger.touch("temporaries", layer.result + layer.returned)  # rows going back to their experts
-    ledger.take("gradients of activations", layer.result)
+    ledger.transient("temporaries", 2 * layer.returned)  # gradients of the weighted rows, and products for the weights'
+    ledger.free("activations", layer.returned)
+    ledger.transient("temporaries", layer.result + layer.returned)  # rows going back to their experts
+    ledger.allocate("gradients of activations", layer.result)
     hidden = setup.weight_bytes * m.intermediate_size * (layer.result // (s * m.hidden_size) // count)
     for expert in reversed(range(count)):
         weight = s * m.intermediate_size * m.hidden_size
-        ledger.touch("temporaries", hidden + weight)
+        ledger.transient("temporaries", hidden + weight)
         reduction.ready(f"{name}.{expert}.down_proj.weight")
-        ledger.touch("temporaries", 2 * hidden)
-        ledger.give("activations", layer.hidden // count)
-        ledger.touch("temporaries", hidden + weight)
+        ledger.transient("temporaries", 2 * hidden)
+        ledger.free("activations", layer.hidden // count)
+        ledger.transient("temporaries", hidden + weight)
         reduction.ready(f"{name}.{expert}.up_proj.weight")
-        ledger.take("gradients of activations", layer.result // count)
-    ledger.give("gradients of activations", layer.result)
-    ledger.give("activations", layer.dispatch + layer.hidden % count)
-    ledger.touch("temporaries", layer.result)
-    ledger.give("gradients of activations", layer.result // count * count)
+        ledger.allocate("gradients of activations", layer.result // count)
+    ledger.free("gradients of activations", layer.result)
+    ledger.free("activations", layer.dispatch + layer.hidden % count)
+    ledger.transient("temporaries", layer.result)
+    ledger.free("gradients of activations", layer.result // count * count)
 
 
 def _step(setup: Setup, reduction: Reduction) -> None:
@@ -260,6 +260,6 @@ def _step(setup: Setup, reduction: Reduction) -> None:
         # A flat copy of the rank's share, then one in fp32.
         parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)
         flat = setup.weight_bytes * group.partition if parts > 1 else 0
-        ledger.touch("flat gradients", flat + (4 * group.partition if setup.weight_bytes < 4 else 0))
-    ledger.give("gradients owned", ledger.held["gradients owned"])
-    ledger.give("gradient partition", ledger.held["gradient partition"])
+        ledger.transient("flat gradients", flat + (4 * group.partition if setup.weight_bytes < 4 else 0))
+    ledger.free("gradients owned", ledger.held["gradients owned"])
+    ledger.free("gradient partition", ledger.held["gradient partition"])

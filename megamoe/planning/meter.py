@@ -1,4 +1,4 @@
-"""What a step really uses: bytes of live tensors and payload of collectives, seen operation by operation."""
+"""What a step really uses: bytes of live tensors and payload of collectives, measured operation by operation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of all tensor memory that operations under this mode have made and that is still referred to.
 
     A storage counts once however many tensors share it, from the operation that returned its first tensor until it is
-    freed. Memory that a kernel takes and gives back within one operation is not seen, nor is what an allocator holds
+    freed. Memory that a kernel takes and gives back within one operation is not counted, nor is what an allocator holds
     in reserve. Enter it before the model is built: tensors made earlier count only once an operation returns them.
     """
 

@@ -169,7 +169,7 @@ def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
 
 
 def totals(bytes_held: Footprint) -> dict[str, int]:
-    """Bytes of each phase of a step at its fullest moment, and at that of the whole step."""
+    """Bytes of each phase of a step at its peak, and at that of the step."""
     phases = {name: getattr(bytes_held, name).total() for name in ("between", "forward", "backward", "step")}
     return {**phases, "peak": bytes_held.peak.total()}
 

@@ -27,14 +27,14 @@ class Measured:
     """Bytes of live tensors on this rank, and payload of its collectives in one step."""
 
     between: int  # between two steps
-    forward: int  # at the fullest moment of the forward passes
+    forward: int  # at the peak of the forward passes
     backward: int
     step: int  # of the optimizer's step
     payload: Counter[tuple[str, int]]  # bytes by kind and ranks of the group
 
     @property
     def peak(self) -> int:
-        """At the fullest moment of all."""
+        """At the peak of the step."""
         return max(self.forward, self.backward, self.step)
 
 
@@ -51,10 +51,10 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
         train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
         batch = Batch(*torch.randint(config.vocab_size, (2, micro_batch, seq_len), generator=generator).unbind())
         for _ in range(2):
-            fullest = Counter[str]()
+            peaks = Counter[str]()
 
-            def passed(phase: str, fullest: Counter[str] = fullest) -> None:
-                fullest[phase] = max(fullest[phase], live.peak)
+            def passed(phase: str, peaks: Counter[str] = peaks) -> None:
+                peaks[phase] = max(peaks[phase], live.peak)
                 live.restart()
 
             between = live.now
@@ -63,7 +63,7 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
                 train_step.forward_backward([batch] * accumulation, passed)
                 train_step.update()
                 passed("step")
-    return Measured(between, fullest["forward"], fullest["backward"], fullest["step"], collectives.payload)
+    return Measured(between, peaks["forward"], peaks["backward"], peaks["step"], collectives.payload)
 
 
 def simulate(

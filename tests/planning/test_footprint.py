@@ -119,11 +119,11 @@ def test_predicted_bytes_and_payload_are_those_of_a_real_step(group, name):
         payload[one.kind, one.ranks] += one.payload
     off = 0.015 if setup.world_size == 1 and not setup.recompute_blocks else 0.03  # what garbage is left differs
     for rank, found in enumerate(measured(group)):
-        seen, predicted = found[name], footprint(setup, rank)
-        assert predicted.between.total() == pytest.approx(seen.between, rel=0.005), rank
-        assert predicted.peak.total() == pytest.approx(seen.peak, rel=0.02), rank
-        assert predicted.forward.total() == pytest.approx(seen.forward, rel=off), rank
-        assert payload == seen.payload, rank
+        real, predicted = found[name], footprint(setup, rank)
+        assert predicted.between.total() == pytest.approx(real.between, rel=0.005), rank
+        assert predicted.peak.total() == pytest.approx(real.peak, rel=0.02), rank
+        assert predicted.forward.total() == pytest.approx(real.forward, rel=off), rank
+        assert payload == real.payload, rank
 
 
 @pytest.mark.parametrize(("group", "name"), CASES, ids=IDS)
@@ -138,7 +138,7 @@ def test_the_shapes_are_made_mostly_of_what_they_are_named_for(group, name):
         assert peak["loss chunk"] > peak.total() / 2
 
 
-def test_a_large_vocabulary_moves_the_fullest_moment():
+def test_a_large_vocabulary_moves_the_peak():
     embedding, logits = footprint(setup_of(1, "embedding")), footprint(setup_of(1, "logits"))
     assert embedding.peak == embedding.backward
     assert logits.peak == logits.forward

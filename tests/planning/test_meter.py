@@ -17,7 +17,7 @@ def test_a_storage_counts_once_and_until_it_is_freed():
         assert live.peak == 4000
 
 
-def test_the_peak_starts_anew_at_what_is_live():
+def test_the_peak_starts_again_at_what_is_live():
     with LiveBytes() as live:
         kept = torch.zeros(100)
         torch.zeros(10_000)

@@ -27,9 +27,9 @@ def planned(**changes):
     return make_plan(RunConfig(**run), PlanOptions(**values))
 
 
-def run(monkeypatch, capsys, *words):
+def run(monkeypatch, capsys, *options):
     """(exit code, stdout, problems on stderr) of the tool."""
-    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, options)])
     with pytest.raises(SystemExit) as caught:
         cli.run(tool.main)
     said = capsys.readouterr()
@@ -60,7 +60,7 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("options", "parts"),
     [
         (("--gpus", 0), ("gpus", "greater than 0")),
         (("--gpus", 8, "--efficiency", 1.5), ("efficiency", "1.5")),
@@ -70,8 +70,8 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
         (("--gpus", 8, "--ep_size", 0), ("ep_size", "greater than 0")),
     ],
 )
-def test_a_wrong_option_is_refused(words, parts, monkeypatch, capsys):
-    code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *words)
+def test_a_wrong_option_is_refused(options, parts, monkeypatch, capsys):
+    code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *options)
     assert (code, out) == (2, "")
     (problem,) = problems
     has(problem, *parts)
@@ -86,8 +86,8 @@ def test_problems_of_the_run_and_of_the_plan_come_together(monkeypatch, capsys):
 
 def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
     file = tmp_path / "plan.json"
-    words = ("--gpus", 1024, "--ep_size", 8, "--ds_config", ZERO2, "--json", file)
-    code, out, problems = run(monkeypatch, capsys, *words)
+    options = ("--gpus", 1024, "--ep_size", 8, "--ds_config", ZERO2, "--json", file)
+    code, out, problems = run(monkeypatch, capsys, *options)
     assert (code, problems) == (0, [])
     record = json.loads(file.read_text())
     assert sum(record["memory"]["peak"].values()) == record["memory"]["totals"]["peak"]
@@ -105,8 +105,8 @@ def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
 
 def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeypatch, capsys):
     offload = str(SHIPPED / "zero2_offload.json")
-    words = ("--gpus", 16, "--ep_size", 8, "--json", tmp_path / "plan.json")
-    code, out, problems = run(monkeypatch, capsys, "--ds_config", offload, *words)
+    options = ("--gpus", 16, "--ep_size", 8, "--json", tmp_path / "plan.json")
+    code, out, problems = run(monkeypatch, capsys, "--ds_config", offload, *options)
     assert (code, problems) == (0, [])
     on_device, on_host = planned(), planned(ds_config=offload)
     assert not on_device.footprint.host
@@ -139,10 +139,10 @@ def test_micro_batch_and_seq_len_are_those_given():
 
 def test_what_does_not_fit_is_said(monkeypatch, capsys):
     assert planned().fits
-    words = ("--gpus", 16, "--ep_size", 8, "--ds_config", ZERO2)
-    assert "DOES NOT FIT" not in run(monkeypatch, capsys, *words)[1]
+    options = ("--gpus", 16, "--ep_size", 8, "--ds_config", ZERO2)
+    assert "DOES NOT FIT" not in run(monkeypatch, capsys, *options)[1]
     assert not planned(micro_batch=200).fits
-    assert "DOES NOT FIT in 79.6 GiB" in run(monkeypatch, capsys, *words, "--micro_batch", 200)[1]
+    assert "DOES NOT FIT in 79.6 GiB" in run(monkeypatch, capsys, *options, "--micro_batch", 200)[1]
     assert planned(micro_batch=100, device="h200").fits
 
 

@@ -27,23 +27,23 @@ def config(bucket=60_000):
 
 
 def test_a_rank_of_64_takes_what_is_predicted():
-    seen = run_alone(simulate, ModelConfig(**MODEL), config(), 64, 8, 128)
+    measured = run_alone(simulate, ModelConfig(**MODEL), config(), 64, 8, 128)
     setup = read_setup(ModelConfig(**MODEL), config(), 64, 8, 128, True)
     predicted = footprint(setup)
-    assert predicted.between.total() == pytest.approx(seen.between, rel=0.01)
-    assert predicted.peak.total() == pytest.approx(seen.peak, rel=0.05)
+    assert predicted.between.total() == pytest.approx(measured.between, rel=0.01)
+    assert predicted.peak.total() == pytest.approx(measured.peak, rel=0.05)
     payload = Counter()
     for one in collectives(setup):
         payload[one.kind, one.ranks] += one.payload
-    assert payload == seen.payload
+    assert payload == measured.payload
 
 
 def test_the_tool_simulates_a_rank_of_1024(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps(MODEL))
     (tmp_path / "ds.json").write_text(json.dumps(config()))
-    words = ["--gpus", 1024, "--ep_size", 8, "--preset", tmp_path / "model.json", "--ds_config", tmp_path / "ds.json"]
-    words += ["--simulate", "--json", tmp_path / "plan.json"]
-    done = subprocess.run([sys.executable, TOOL, *map(str, words)], capture_output=True, text=True)
+    options = ["--gpus", 1024, "--ep_size", 8, "--preset", tmp_path / "model.json", "--ds_config", tmp_path / "ds.json"]
+    options += ["--simulate", "--json", tmp_path / "plan.json"]
+    done = subprocess.run([sys.executable, TOOL, *map(str, options)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "rank 0 of 1024, run alone on this CPU" in done.stdout
     simulated = read_json(tmp_path / "plan.json")["simulated"]

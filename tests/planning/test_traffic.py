@@ -118,8 +118,8 @@ def test_recomputed_blocks_cost_their_forward_pass_again():
 
 def test_zero_1_hides_what_it_reduces_behind_one_micro_batch_only():
     setup = replace(SETUP, seq_len=4096, accumulation=4, overlap=True, zero_stage=1)
-    seen, plain = [step_time(replace(setup, overlap=overlap), SLOW, 8, 1.0, 1.0) for overlap in (True, False)]
-    assert plain.communication - seen.communication == pytest.approx(seen.compute * 2 / 3 / 4)
+    real, plain = [step_time(replace(setup, overlap=overlap), SLOW, 8, 1.0, 1.0) for overlap in (True, False)]
+    assert plain.communication - real.communication == pytest.approx(real.compute * 2 / 3 / 4)
 
 
 def test_reducing_gradients_hides_behind_two_thirds_of_the_compute():
@@ -127,8 +127,8 @@ def test_reducing_gradients_hides_behind_two_thirds_of_the_compute():
     fast = replace(SLOW, inside=1e9, between=1e9)
     for device, hides in ((fast, True), (SLOW, False)):
         hidden = sum(one.seconds(device, 8, 1.0) for one in collectives(wide) if "gradients of" in one.purpose)
-        seen = step_time(replace(wide, overlap=True), device, 8, 1.0, 1.0)
+        real = step_time(replace(wide, overlap=True), device, 8, 1.0, 1.0)
         plain = step_time(replace(wide, overlap=False), device, 8, 1.0, 1.0)
-        assert (hidden < seen.compute * 2 / 3) == hides
-        saved = min(hidden, seen.compute * 2 / 3)
-        assert plain.communication - seen.communication == pytest.approx(saved)
+        assert (hidden < real.compute * 2 / 3) == hides
+        saved = min(hidden, real.compute * 2 / 3)
+        assert plain.communication - real.communication == pytest.approx(saved)
