@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import functools
 import gc
 import multiprocessing
 import os
@@ -15,14 +14,12 @@ import pickle
 import random
 import signal
 import socket
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +88,7 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
 class Worker:
     process: BaseProcess
     pipe: connection.Connection
+    trace: connection.Connection  # gives where its threads stand, once it hangs
     calls: int = 0
 
 
@@ -133,18 +131,14 @@ _pool = RankPool()
 atexit.register(_pool.end)
 
 
-@functools.cache
-def _traces() -> tempfile.TemporaryDirectory[str]:
-    """Where a process that hangs writes down what its threads are doing."""
-    return tempfile.TemporaryDirectory(prefix="ranks_")
-
-
 def _start_worker() -> Worker:
     pipe, far_end = _context.Pipe()
-    process = _context.Process(target=_serve, args=(far_end, _traces().name), daemon=True)
+    trace, trace_end = _context.Pipe(duplex=False)
+    process = _context.Process(target=_serve, args=(far_end, trace_end), daemon=True)
     process.start()
     far_end.close()
-    return Worker(process, pipe)
+    trace_end.close()
+    return Worker(process, pipe, trace)
 
 
 def _collect(workers: list[Worker]) -> list[Any]:
@@ -165,7 +159,8 @@ def _collect(workers: list[Worker]) -> list[Any]:
                 errors.append(f"rank {rank}: {error}")
                 until = min(until, time.monotonic() + GRACE)
     for rank in waiting.values():
-        errors.append(f"rank {rank} hangs: {Path(_traces().name, str(workers[rank].process.pid)).read_text()}")
+        trace = workers[rank].trace
+        errors.append(f"rank {rank} hangs: {os.read(trace.fileno(), 2**16).decode() if trace.poll() else ''}")
     assert not errors, "\n".join(errors)
     return results
 
@@ -173,28 +168,27 @@ def _collect(workers: list[Worker]) -> list[Any]:
 # --- in the process of a rank ---------------------------------------------------------------------------------------
 
 
-def _serve(pipe: connection.Connection, traces: str) -> None:
+def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
     """Run what comes through the pipe until it is closed. A call that fails is the last one."""
     torch.set_num_threads(1)
     gc.freeze()  # what the server has imported stays, and need not be looked through after every call
     state = _State()
-    with open(Path(traces, str(os.getpid())), "w") as file:
-        while True:
-            try:
-                environment, function, args = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                os._exit(0)
-            faulthandler.dump_traceback_later(TIMEOUT - 20, file=file)
-            try:
-                os.environ.update(environment)
-                result = _call_in_group(function, args) if environment else function(*args)
-                pipe.send_bytes(pickle.dumps((result, None)))
-            except BaseException:
-                pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
-                os._exit(1)
-            faulthandler.cancel_dump_traceback_later()
-            del result, function, args
-            state.restore()
+    while True:
+        try:
+            environment, function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        faulthandler.dump_traceback_later(TIMEOUT - 20, file=trace.fileno())
+        try:
+            os.environ.update(environment)
+            result = _call_in_group(function, args) if environment else function(*args)
+            pipe.send_bytes(pickle.dumps((result, None)))
+        except BaseException:
+            pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
+            os._exit(1)
+        faulthandler.cancel_dump_traceback_later()
+        del result, function, args
+        state.restore()
 
 
 def _call_in_group(function: Callable[..., Any], args: Any) -> Any:

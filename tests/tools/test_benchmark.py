@@ -4,15 +4,14 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import benchmark
 import benchmark_contender
 import pytest
 import torch
 from benchmark_contender import Clock, Machine, Turn, build_engine_contender, build_mixtral, gemm_flops, timed_pieces
-from ranks import run_ranks
-from refusals import has, refusal, refusals
+from ranks import run_alone, run_ranks
+from refusals import has, refusal, sentences
 from toy import PRESET, SHIPPED
 
 from megamoe.config import ModelConfig, load_preset
@@ -128,12 +127,14 @@ def test_a_contender_that_cannot_run_is_refused(word, says):
     has(problem, word, says)
 
 
-def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
+def test_all_problems_of_the_command_line_come_at_once():
     words = ["--preset", "tiny", "--growth", "--samples", "0", "--rounds", "0", "--ds_config", "none.json"]
     words += ["--json", "nowhere/seen.json", "--contenders", "stock", "megamoe:1", "megamoe:01"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    done = subprocess.run([sys.executable, benchmark.__file__, *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    problems = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
     # 0 samples, 0 rounds, two for --growth, no DeepSpeed JSON, no folder for --json, no ranks, one contender twice
-    assert len(refusals(benchmark.main)) == 8
+    assert len(sentences(problems)) == 8
 
 
 def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypatch):
@@ -146,19 +147,33 @@ def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypa
     )
 
 
-def test_the_program_measures_all_contenders_and_writes_what_it_saw(tmp_path):
+def contend(words):
+    sys.argv = words
+    benchmark_contender.main()
+
+
+def start(command, real=subprocess.run, **options):
+    """Two ranks start as the program starts them; one alone is forked, with its imports done."""
+    if "--nproc_per_node=2" in command:
+        return real(command, **options)
+    script = next(number for number, word in enumerate(command) if word.endswith("benchmark_contender.py"))
+    run_alone(contend, command[script:])
+    return None
+
+
+def test_the_program_measures_all_contenders_and_writes_what_it_saw(tmp_path, monkeypatch, capsys):
     (tmp_path / "preset.json").write_text(json.dumps(PRESET))
     entries = ["megamoe:2", "stock:1", "mixtral:1"]
-    done = subprocess.run(
-        [sys.executable, Path(benchmark.__file__), "--preset", tmp_path / "preset.json", "--ds_config", RECIPE,
-         "--rounds", "1", "--steps", "1", "--json", tmp_path / "seen.json", "--contenders", *entries],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ["--preset", tmp_path / "preset.json", "--ds_config", RECIPE, "--rounds", "1", "--steps", "1"]
+    words += ["--json", tmp_path / "seen.json", "--contenders", *entries]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, words)])
+    monkeypatch.setattr(benchmark.subprocess, "run", start)
+    benchmark.main()
+    said = capsys.readouterr().out
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert len(seen) == len(entries)
     for name, (one,) in seen.items():
-        assert name in done.stdout
+        assert name in said
         assert one["tokens"] == 2 * PRESET["max_position_embeddings"]
         assert one.keys() == asdict(turn()).keys()
         assert min(*one["forward_backward"], *one["update"], *one["bare_update"]) > 0

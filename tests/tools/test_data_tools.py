@@ -197,7 +197,7 @@ def decoded(folder, split):
     return load_tokenizer(folder / "tokenizer.json").decode(tokens.tolist())
 
 
-def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, texts):
+def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, texts, monkeypatch, capsys):
     out = tmp_path / "out"
     words = (texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.25)
     first = run_tool("prepare_data", *words)
@@ -214,7 +214,9 @@ def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, te
     assert "tokenising: 100%" in first.stderr
 
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    has(refused(run_tool("prepare_data", *words)), str(out), "exists already")
+    code, (problem,) = prepare(monkeypatch, capsys, *words)
+    assert code == 2
+    has(problem, str(out), "exists already")
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
 

@@ -1,0 +1,72 @@
+"""What `pip wheel` makes of a checkout is whole, and works where there is no checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What a checkout needs to be built; no build folder that a build before has left there.
+BUILT = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "megamoe")
+
+
+def pip(*words):
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, words)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with nothing but the installed wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("package")
+    source = folder / "source"
+    source.mkdir()
+    for name in BUILT:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(path, source)
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
+    (wheel,) = folder.glob("megamoe-*.whl")
+    pip("install", "--no-deps", "--no-index", "--no-compile", "--target", folder / "installed", wheel)
+    return folder / "installed"
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_wheel_holds_every_module_preset_and_hugging_face_file(installed):
+    assert files(installed / "megamoe") == files(ROOT / "megamoe")
+
+
+USE = """
+import runpy, sys
+from pathlib import Path
+import megamoe
+from megamoe.checkpoint import export, writer
+from megamoe.config import load_preset
+folder = Path(megamoe.__file__).parent
+print(folder, load_preset("moe-680m").num_hidden_layers)
+print([name for name in export.HUGGINGFACE_FILES if not (folder / name).is_file()])
+print(Path(writer.__file__).with_name(writer.SCRIPT).is_file())
+sys.argv = ["pretrain.py", "--help"]
+runpy.run_module("megamoe.pretrain", run_name="__main__")
+"""
+
+
+def test_an_installed_package_has_its_presets_and_what_exports_copy_and_pretrain_shows_its_help(installed):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}  # ahead of the checkout of an editable install
+    command = [sys.executable, "-c", USE]
+    done = subprocess.run(command, env=environment, cwd=installed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{installed / 'megamoe'} 24\n[]\nTrue\n" in done.stdout
+    assert "--ds_config" in done.stdout
