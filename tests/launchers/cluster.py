@@ -1,4 +1,4 @@
-"""Two hosts on one machine: a network, UTS, mount and PID namespace each, joined by a cable, with sshd and Slurm.
+"""Two hosts in namespaces of this machine: network, UTS, mount and PID each, joined by a cable, with sshd and Slurm.
 
 The file system is shared, as on a cluster. Killing a host's first process kills all of it, as a power cut does.
 """

@@ -140,5 +140,5 @@ def test_a_rank_without_a_launcher_saves_and_exits_before_its_time_limit(tmp_pat
         assert run.wait(100) == STOPPED, run.said
     finally:
         run.end()
-    assert f"stopped ahead of the time limit after step {run.last_step}" in run.said
+    assert f"the time limit after step {run.last_step}" in run.said
     run.assert_saved_at_the_last_step()
