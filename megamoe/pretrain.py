@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megamoe import cli
 from megamoe.checkpoint import manifest
-from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.ds_config import dtype_of
 from megamoe.errors import UserError
@@ -45,10 +45,10 @@ def prepare(rank: int, world_size: int, device: torch.device) -> Job:
 
 def restore(job: Job, engine: Any, first_expert: int) -> int:
     """Give the engine what the run starts from, if that is not drawn; returns the steps that are done. Collective."""
-    checkpoint = restore_first_that_holds(engine, job.candidates, first_expert)
+    checkpoint = restore_first_verified(engine, job.candidates, first_expert)
     if checkpoint:
         return manifest.step_of(checkpoint)
-    restore_first_that_holds(engine, job.initial_weights, first_expert, weights_only=True)
+    restore_first_verified(engine, job.initial_weights, first_expert, weights_only=True)
     return 0
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megamoe import cli
 from megamoe.checkpoint import manifest
-from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import load_preset, read_json
 from megamoe.ds_config import read_schedule
@@ -114,7 +114,7 @@ class Bench:
 
     def load(self) -> None:
         candidates = manifest.candidates(self.folder / "checkpoints")
-        assert restore_first_that_holds(
+        assert restore_first_verified(
             self.engine, candidates, self.ep_rank * self.model.moe_layers()[0].num_local_experts
         )
 

@@ -21,7 +21,7 @@ from ranks import run_ranks
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.export import write_universal
 from megamoe.checkpoint.reader import load_buffers, open_source
-from megamoe.checkpoint.restore import restore_first_that_holds
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.errors import UserError
 from megamoe.model.names import is_buffer, plain_name
 
@@ -45,7 +45,7 @@ def resave_all(saved, out, ep_size, stage):
     engine, first_expert = make(ep_size, stage, seed=99)
     for ranks, saved_ep_size, _ in SAVED:
         name = f"{ranks}x{saved_ep_size}"
-        assert restore_first_that_holds(engine, [saved / name / "step_3"], first_expert)
+        assert restore_first_verified(engine, [saved / name / "step_3"], first_expert)
         save(engine, out / name, ep_size, 3)
         source = open_source(out / name / "step_3")
         masters = {
@@ -177,7 +177,7 @@ def find_here(folder):
     engine, first_expert = make(1, stage=1)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            found = restore_first_that_holds(engine, manifest.candidates(folder), first_expert)
+            found = restore_first_verified(engine, manifest.candidates(folder), first_expert)
             found = found and found.name
         except UserError as error:
             found = error.problems
