@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megamoe import cli
 from megamoe.checkpoint import manifest
-from megamoe.checkpoint.restore import restore_newest_verified
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.errors import UserError
 from megamoe.job import Job, parse_run
@@ -120,9 +120,9 @@ def restore(job: Job, train_step: TrainStep) -> int:
     rank end all of them together. Collective."""
     checkpoint, problems = None, []
     try:
-        checkpoint = restore_newest_verified(train_step.engine, job.candidates)
+        checkpoint = restore_first_verified(train_step.engine, job.candidates)
         if not checkpoint:
-            restore_newest_verified(train_step.engine, job.initial_weights, weights_only=True)
+            restore_first_verified(train_step.engine, job.initial_weights, weights_only=True)
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems, dist.get_rank())

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from toy import PRESET, ds_config
 
 from megamoe.checkpoint.reader import open_source
-from megamoe.checkpoint.restore import restore_newest_verified
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
@@ -65,7 +65,7 @@ def train_and_save(folder, ep_size, stage=2, steps=3, further=0, **ds_changes):
 def load_and_train(checkpoint, ep_size, stage=2, steps=0, resave=None, **ds_changes):
     """Returns (step, learning rate) as restored, and the losses of `steps` more."""
     engine = make(ep_size, stage, seed=99, **ds_changes)  # other weights, so that a restore shows
-    assert restore_newest_verified(engine, [checkpoint]) == checkpoint
+    assert restore_first_verified(engine, [checkpoint]) == checkpoint
     state = engine.global_steps, engine.get_lr()
     if resave:
         save(engine, resave, ep_size, engine.global_steps)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megamoe import cli
 from megamoe.checkpoint import manifest
-from megamoe.checkpoint.restore import restore_newest_verified
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import load_preset, read_json
 from megamoe.data.batches import Batch
@@ -113,7 +113,7 @@ class Bench:
 
     def load(self) -> None:
         candidates = manifest.candidates(self.folder / "checkpoints")
-        assert restore_newest_verified(self.engine, candidates)
+        assert restore_first_verified(self.engine, candidates)
 
     def both_saves(self, writer: CheckpointWriter, step: int, bare_first: bool) -> dict[str, float]:
         """In turns, for a disk can take the first gigabytes faster than those that follow."""

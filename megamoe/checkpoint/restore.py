@@ -22,7 +22,7 @@ from megamoe.model.names import plain_name
 from megamoe.optimizers import MASTERS, StateTensor, find_optimizer
 
 
-def restore_newest_verified(
+def restore_first_verified(
     engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], weights_only: bool = False
 ) -> Path | None:
     """Restore the first of `checkpoints`, as rank 0 has them, that is verified, and return it; None if there are

@@ -24,7 +24,7 @@ from megamoe.checkpoint.export import (
     write_state_dict,
 )
 from megamoe.checkpoint.reader import load_weights, open_source
-from megamoe.checkpoint.restore import restore_newest_verified
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
@@ -196,7 +196,7 @@ def ask_after_init_from(paths, ep_size):
     for path in paths:
         for master in engine.optimizer.single_partition_of_fp32_groups:
             master.data.zero_()
-        assert restore_newest_verified(engine, [path], weights_only=True) == path
+        assert restore_first_verified(engine, [path], weights_only=True) == path
         assert engine.global_steps == 0
         engine.module.eval()
         with torch.no_grad():

@@ -20,7 +20,7 @@ from ranks import run_ranks
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.export import write_universal
 from megamoe.checkpoint.reader import open_source
-from megamoe.checkpoint.restore import restore_newest_verified
+from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.errors import UserError
 from megamoe.model.names import is_buffer, plain_name
 
@@ -45,7 +45,7 @@ def resave_all(saved, out, ep_size, stage):
     first_expert = engine.module.topology.first_expert
     for ranks, saved_ep_size, _ in SAVED:
         name = f"{ranks}x{saved_ep_size}"
-        assert restore_newest_verified(engine, [saved / name / "step_3"])
+        assert restore_first_verified(engine, [saved / name / "step_3"])
         save(engine, out / name, ep_size, 3)
         source = open_source(out / name / "step_3")
         masters = {
@@ -125,7 +125,7 @@ def find_here(folder):
     engine = make(1, stage=1)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         try:
-            found = restore_newest_verified(engine, manifest.candidates(folder))
+            found = restore_first_verified(engine, manifest.candidates(folder))
             found = found and found.name
         except UserError as error:
             found = error.problems
