@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megamoe.config import ModelConfig, RunConfig, validate
 from megamoe.errors import UserError, unknown_key
-from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params
+from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
 from megamoe.topology import ExpertTopology
 
 # Known keys by section, "" being the top level; those of optimizer.params depend on the optimizer (`optimizers.py`).
@@ -164,13 +164,12 @@ def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
         problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
     elif kind is not None and kind not in optimizer_names():
         problems.append(f"{where}: optimizer.type is {json.dumps(kind)}; use one of {', '.join(optimizer_names())}.")
-    elif spec:
-        problems += _params_problems(spec, str(kind), params, where)
-        if spec.offloaded_on_cpu and on_cpu and not offloads_optimizer(ds):
-            problems.append(
-                f"{where}: optimizer.type is {json.dumps(kind)}, which DeepSpeed runs on CPU only with its states "
-                'offloaded; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'
-            )
+    problems += _params_problems(spec, str(kind), params, where)
+    if spec and spec.offloaded_on_cpu and on_cpu and not offloads_optimizer(ds):
+        problems.append(
+            f"{where}: optimizer.type is {json.dumps(kind)}, which DeepSpeed runs on CPU only with its states "
+            'offloaded; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'
+        )
     betas = params.get("betas", [0.9, 0.999])
     fits = isinstance(betas, list) and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
     if not fits or len(betas) != 2:
@@ -184,20 +183,23 @@ def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
     return problems
 
 
-def _params_problems(spec: OptimizerSpec, kind: str, params: dict[str, Any], where: str) -> list[str]:
+def _params_problems(spec: OptimizerSpec | None, kind: str, params: dict[str, Any], where: str) -> list[str]:
+    """Settings that the optimizer does not take, or, where it is unknown, that none takes."""
     problems = []
+    known = spec.params if spec else optimizer_params()
+    unsaved = spec.unsaved_if if spec else unsaved_params()
     for key, value in params.items():
-        if key in spec.unsaved_if and value:
+        if key in unsaved and value:
             problems.append(
                 f"{where}: optimizer.params.{key} is {json.dumps(value)}, which adds a state that is not saved; leave "
                 "it out."
             )
-        elif key not in spec.params and key in optimizer_params():
+        elif key not in known and key in optimizer_params():
             problems.append(
                 f"{where}: optimizer.params.{key} is {json.dumps(value)}, which {kind} does not take; leave it out."
             )
-        elif key not in spec.params:
-            problems.append(unknown_key(f"{where}: optimizer.params", key, spec.params))
+        elif key not in known:
+            problems.append(unknown_key(f"{where}: optimizer.params", key, known))
     return problems
 
 
@@ -284,7 +286,7 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
     if run.recompute_blocks > model.num_hidden_layers:
         problems.append(
             f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
-            "give at most so many."
+            "give at most that many."
         )
     try:
         total = read_schedule(ds, run.ds_config).total_num_steps

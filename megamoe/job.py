@@ -55,6 +55,7 @@ class Job:
         """Raises one UserError with all problems."""
         self.run = run
         self.run_dir = run.folder
+        self._holds_run = (self.run_dir / "run.json").is_file()
         self.is_resuming = run.resume or (run.auto_resume and self._holds_run)
         # Checkpoints to resume from, and where there are none, weights to start from; in the order to try them.
         self.candidates = manifest.candidates(self.run_dir / "checkpoints") if self.is_resuming else []
@@ -94,10 +95,6 @@ class Job:
     @property
     def seq_len(self) -> int:
         return self.run.seq_len or self.model.max_position_embeddings
-
-    @property
-    def _holds_run(self) -> bool:
-        return (self.run_dir / "run.json").is_file()
 
     def _open_corpora(self, problems: Problems) -> None:
         """Open training and held-out corpora; what is wrong with them is added to `problems`."""

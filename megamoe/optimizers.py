@@ -84,6 +84,11 @@ def optimizer_params() -> frozenset[str]:
     return frozenset().union(*(spec.params for spec in OPTIMIZERS))
 
 
+def unsaved_params() -> frozenset[str]:
+    """Settings that add a state which is not saved, of all optimizers."""
+    return frozenset().union(*(spec.unsaved_if for spec in OPTIMIZERS))
+
+
 def find_optimizer(name: object) -> OptimizerSpec | None:
     """The optimizer of that name, in the DeepSpeed JSON's spelling or in DeepSpeed's own, which is lower case; None if
     there is none."""

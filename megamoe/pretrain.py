@@ -64,7 +64,7 @@ def check(device: torch.device) -> Job:
         job = Job(parse_run(), dist.get_world_size(), device)
     except UserError as error:
         problems = error.problems
-    raise_on_any_rank(problems, dist.get_rank())
+    raise_on_any_rank(problems)
     assert job
     if job.is_done and dist.get_rank() == 0:
         print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
@@ -125,7 +125,7 @@ def restore(job: Job, train_step: TrainStep) -> int:
             restore_first_verified(train_step.engine, job.initial_weights, weights_only=True)
     except UserError as error:
         problems = error.problems
-    raise_on_any_rank(problems, dist.get_rank())
+    raise_on_any_rank(problems)
     return manifest.step_of(checkpoint) if checkpoint else 0
 
 

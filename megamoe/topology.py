@@ -20,12 +20,12 @@ class ExpertTopology:
     rank: int = 0
 
     @staticmethod
-    def problems(ep_size: int, num_experts: int | None, world_size: int | None, preset: str) -> list[str]:
-        """What `ep_size` does not divide, one sentence each; what is None is not checked."""
+    def problems(ep_size: int, num_experts: int, world_size: int, preset: str) -> list[str]:
+        """What `ep_size` does not divide, one sentence each."""
         found = []
-        if world_size is not None and world_size % ep_size:
+        if world_size % ep_size:
             found.append(f"ep_size is {ep_size}, which does not divide the {world_size} ranks; choose a divisor.")
-        if num_experts is not None and num_experts % ep_size:
+        if num_experts % ep_size:
             found.append(
                 f"ep_size is {ep_size}, which does not divide the {num_experts} experts of {preset}; choose a divisor."
             )

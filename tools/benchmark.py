@@ -44,7 +44,7 @@ class Entry:
     preset: str
     samples: int  # per step, over all ranks
     seq_len: int
-    checkout: Path = ROOT  # whose megamoe is imported
+    checkout: Path = ROOT  # whose megamoe and benchmark_contender.py run
     recompute_blocks: int = 0
 
     def __str__(self) -> str:
@@ -92,8 +92,10 @@ def entry_of(word: str, preset: str, samples: int, config: ModelConfig) -> Entry
             f"--contenders has {word!r}, but {ranks} ranks cannot share {samples} samples and the "
             f"{config.num_local_experts} experts of {preset} evenly; give a divisor of both, or other --samples."
         )
-    if checkout and not (Path(checkout) / "megamoe").is_dir():
-        raise UserError(f"--contenders has {word!r}, but {checkout} has no folder megamoe; give a checkout's root.")
+    if checkout and not (Path(checkout) / "tools/benchmark_contender.py").is_file():
+        raise UserError(
+            f"--contenders has {word!r}, but {checkout} has no tools/benchmark_contender.py; give a checkout's root."
+        )
     length = config.max_position_embeddings
     return Entry(name, ranks, preset, samples, length, Path(checkout).resolve() if checkout else ROOT)
 
@@ -242,8 +244,8 @@ def main() -> None:
         nargs="+",
         default=["megamoe:1", "megamoe:2", "stock:1", "mixtral:1"],
         metavar="NAME:RANKS[@CHECKOUT]",
-        help="NAME is megamoe, stock (DeepSpeed's layer) or mixtral; @CHECKOUT runs the megamoe in another folder; "
-        "the first is compared with the others",
+        help="NAME is megamoe, stock (DeepSpeed's layer) or mixtral; @CHECKOUT runs another checkout's "
+        "megamoe and benchmark_contender.py; the first is compared with the others",
     )
     parser.add_argument("--samples", type=int, default=2, help="sequences per step, over all ranks (not the JSON's)")
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")

@@ -57,7 +57,7 @@ def timed(function: Callable[..., Any], *args: Any) -> float:
 
 
 class Bench:
-    """An engine with Adam's moments, and what is done to it."""
+    """An engine with optimizer state, and what is done to it."""
 
     def __init__(self, preset: str, ds_config: str, ep_size: int, folder: Path, tokens: int):
         rendezvous, device = init_distributed()

@@ -58,14 +58,16 @@ def seconds_to_first_step(corpus: str, ranks: int) -> float:
         start = time.perf_counter()
         run = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert run.stdout
-        seen = []
+        lines = []
         for line in run.stdout:
-            seen.append(line)
+            lines.append(line)
             if line.startswith("step=1 "):
                 seconds = time.perf_counter() - start
                 run.communicate()
                 return seconds
-        raise UserError(f"the run ended with code {run.wait()} before its first step; it said: {''.join(seen[-20:])}")
+        raise UserError(
+            f"the run ended with code {run.wait()} before its first step; its output: {''.join(lines[-20:])}"
+        )
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def main() -> None:
         )
     starts = [[seconds_to_first_step(args.corpus, ranks) for ranks in (1, 2)] for _ in range(args.rounds)]
     for ranks, times in zip((1, 2), zip(*starts, strict=True), strict=True):
-        print(f"from launch to the first step, {ranks} rank(s): {statistics.median(times):.1f} s, seen "
+        print(f"from launch to the first step, {ranks} rank(s): {statistics.median(times):.1f} s, measured "
               f"{', '.join(f'{seconds:.1f}' for seconds in times)}")  # fmt: skip
 
 

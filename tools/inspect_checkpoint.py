@@ -16,7 +16,8 @@ from megamoe.checkpoint import manifest
 from megamoe.checkpoint.reader import RankFiles, Source, open_source
 from megamoe.config import read_json
 from megamoe.errors import UserError
-from megamoe.model.names import PLAIN_EXPERT
+from megamoe.model.names import split_expert
+from megamoe.optimizers import MASTERS
 
 
 def print_files(checkpoint: Path) -> None:
@@ -55,10 +56,10 @@ def print_norms(source: Source) -> None:
     """L2 norm of each expert's weights: a row for each layer, a column for each expert."""
     squares: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for name, shape in source.shapes.items():
-        expert = PLAIN_EXPERT.fullmatch(name)
-        if expert:
-            values = source.read(name, "fp32", 0, math.prod(shape))
-            squares[expert[1]][int(expert[2])] += values.square().sum().item()
+        parts = split_expert(name)
+        if parts:
+            values = source.read(name, MASTERS, 0, math.prod(shape))
+            squares[parts.layer][parts.expert] += values.square().sum().item()
     print("norms of the experts' weights, by layer:")
     for layer in sorted(squares, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
         print(f"  {layer:24s}" + "".join(f"{squares[layer][expert] ** 0.5:9.3f}" for expert in sorted(squares[layer])))
@@ -70,7 +71,7 @@ def main() -> None:
     args = parser.parse()
     checkpoint = manifest.found_at(args.checkpoint)[0]
     if not checkpoint.exists():
-        raise UserError(f"{checkpoint} is not there; give a run folder or a checkpoint.")
+        raise UserError(f"{checkpoint} does not exist; give a run folder or a checkpoint.")
     print(checkpoint)
     print_files(checkpoint)
     source = open_source(checkpoint, open_files=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megamoe.checkpoint.unpickle import safe_load
 from megamoe.errors import UserError
-from megamoe.model.names import is_buffer
+from megamoe.model.names import EMBEDDING, HEAD, is_buffer
 from megamoe.optimizers import MASTERS
 
 
@@ -30,8 +30,8 @@ class PlainFiles:
         for file in files:
             for name, (shape, get) in (_safetensors if file.suffix == ".safetensors" else _state_dict)(file).items():
                 shapes[name], self._tensors[name] = shape, get
-        if shapes.pop("lm_head.weight", None):
-            head, embedding = (self._tensors[name]() for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if shapes.pop(HEAD, None):
+            head, embedding = (self._tensors[name]() for name in (HEAD, EMBEDDING))
             if not torch.equal(head, embedding):
                 raise UserError(f"{files[0]}: lm_head.weight is not the embedding; this model ties the two.")
         self.shapes = {name: shape for name, shape in shapes.items() if not is_buffer(name)}

@@ -117,13 +117,11 @@ class RankFiles:
             )
 
     def _state_names(self, first: dict[str, Any]) -> tuple[str, ...]:
-        state, (masters, *_) = (
-            first["base_optimizer_state"]["state"].get(0, {}),
-            first["single_partition_of_fp32_groups"],
-        )
+        state = first["base_optimizer_state"]["state"].get(0, {})
+        masters = first["single_partition_of_fp32_groups"][0]
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
         for name, value in tensors.items():
-            if value.shape != masters.shape:
+            if value.dim() != 1 or value.numel() < masters.numel():  # masters are saved without their padding
                 raise UserError(
                     f"{self._folder} holds the optimizer's {name} as {tuple(value.shape)}, not split over the ranks as "
                     "the fp32 masters are; such a checkpoint cannot be read: give one of another optimizer."
@@ -263,7 +261,7 @@ def _indexed(folder: Path, files: list[Path]) -> list[Path]:
 def find_checkpoint(path: Path) -> Path:
     """The newest checkpoint in the run folder `path` of which every byte is what was saved, or `path` if it is one.
 
-    Says in a line which newer ones were passed over. Raises UserError if none holds.
+    Says in a line which newer ones were passed over. Raises UserError if none is verified.
     """
     found = manifest.found_at(path)
     for checkpoint in found:
@@ -273,7 +271,7 @@ def find_checkpoint(path: Path) -> Path:
         if len(found) == 1:
             raise UserError(*problems)
         print(manifest.passed_over(checkpoint, problems), flush=True)
-    raise UserError(f"no checkpoint in {path} holds what was saved; the lines above say what is damaged.")
+    raise UserError(f"every checkpoint in {path} is damaged, as the lines above say; use another run folder.")
 
 
 def model_problems(source: Source, config: ModelConfig, where: str) -> list[str]:

@@ -75,7 +75,7 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, weights_only:
     them."""
     zero = engine.optimizer
     training = {} if weights_only else source.training_state()
-    tensors = [] if weights_only else _state_tensors(engine.optimizer_name(), source)
+    tensors = [] if weights_only else _state_tensors(engine.optimizer_name(), source, training)
     first_expert = engine.module.topology.first_expert
     names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
     state: dict[int, dict[str, Any]] = {}
@@ -99,11 +99,14 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, weights_only:
         _restore_training_state(engine, training)
 
 
-def _state_tensors(optimizer: str, source: Source) -> list[StateTensor]:
+def _state_tensors(optimizer: str, source: Source, training: dict[str, Any]) -> list[StateTensor]:
     """The optimizer's state tensors, which `source` holds; none where no step had been applied. Raises UserError."""
-    spec = find_optimizer(optimizer)
-    if not source.state_names or spec is None:
+    if not source.state_names:
         return []
+    spec = find_optimizer(optimizer)
+    assert spec, "the checks of a run refuse what is not in the table"
+    if spec.counts_steps and training["optimizer_step"] is None:
+        raise UserError(f"the checkpoint holds the state of {optimizer} without its step count; use an older one.")
     if spec.whole:
         raise UserError(
             f"{optimizer} keeps {', '.join(spec.whole)} of whole parameters, which cannot be restored yet; start with "

@@ -27,6 +27,7 @@ from torch import Tensor
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.manifest import FileRecord
 from megamoe.model.names import engine_name, experts_prefix
+from megamoe.optimizers import find_optimizer
 
 SCRIPT = "zero_to_fp32.py"
 MEMORY_FACTOR = 1.25  # available memory over what the copies of a host's ranks take, at least
@@ -239,9 +240,13 @@ class CheckpointWriter:
 
     def expected_seconds(self) -> float:
         """What a save should take: as long as the last, or, before the first, this rank's state on a slow disk."""
+        if self._last_seconds:
+            return self._last_seconds
+        spec = find_optimizer(self.engine.optimizer_name())
+        assert spec, "the checks of a run refuse what is not in the table"
         weights = sum(parameter.numel() for parameter in self.engine.module.parameters())
         masters = sum(part.numel() for part in self.engine.optimizer.single_partition_of_fp32_groups)
-        return self._last_seconds or (4 * weights + 12 * masters) / SLOW_DISK_BYTES_PER_SECOND
+        return (4 * weights + (4 + spec.state_bytes) * masters) / SLOW_DISK_BYTES_PER_SECOND
 
     def _work(self, files: dict[str, Any], partial: Path, host_copy: HostCopy | None) -> None:
         """The thread."""

@@ -69,10 +69,12 @@ def _join(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Torch
     is_host = _is_here(at.host, deadline)
     store = _open_store(at, is_host)
     with contextlib.ExitStack() as stack:
-        if is_host:
+        if is_host:  # takes the first number before another host can
+            store.add("joined", 1)
             store.set("marker", str(stack.enter_context(marker_next_to(run.folder))))
-        report = asdict(here(Path(store.get("marker").decode())))
-        number = store.add("joined", 1)
+        marker = Path(store.get("marker").decode())
+        number = 1 if is_host else store.add("joined", 1)
+        report = asdict(here(marker))
         if is_host:
             expected = range(1, at.max_hosts + 1)
             answer = serve(store, number, report, expected, deadline, lambda records: _check(records, number, run, at))

@@ -1,7 +1,7 @@
 """One exchange of records through torch's TCPStore: each participant posts a record, and all get the server's answer.
 
-The server gathers the records until all are there or its deadline passes, makes an answer of them, and waits until the
-others have read it: the store ends with the server's process.
+The server gathers the records until all are there or its deadline passes, and makes an answer of them. The store ends
+with the server's process, so a server that exits waits until the others have read it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def serve(
     expected: Iterable[int],
     deadline: float,
     answer: Callable[[dict[int, Any]], Any],
+    exits: Callable[[Any], bool] = lambda given: True,
 ) -> Any:
     """Post `record` as the server, answer all participants, and return the answer. Raises DistError.
 
@@ -46,6 +47,7 @@ def serve(
         expected: numbers of all participants that may come.
         deadline: to gather records, on the clock of `time.monotonic`.
         answer: gives the answer to the records that have come, by participant in the order of `expected`.
+        exits: whether the server exits after an answer, and with it the store; then it waits for the readers.
     """
     store.set(f"record/{participant}", json.dumps(record))
     keys = {f"record/{number}": number for number in expected}
@@ -53,8 +55,9 @@ def serve(
     records = {number: json.loads(store.get(key)) for key, number in keys.items() if key not in missing}
     given = answer(records)
     store.set("answer", json.dumps(given))
-    readers = [f"read/{number}" for number in records if number != participant]
-    wait_for_keys(readers, store, time.monotonic() + READ_SECONDS)
+    if exits(given):
+        readers = [f"read/{number}" for number in records if number != participant]
+        wait_for_keys(readers, store, time.monotonic() + READ_SECONDS)
     return given
 
 

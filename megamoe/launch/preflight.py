@@ -107,13 +107,13 @@ def problems(reports: list[Report], run: RunConfig, ranks: dict[str, int]) -> li
     return found
 
 
-def _host_problems(one: Report, first: Report, run: RunConfig, gpus: int) -> list[str]:
+def _host_problems(one: Report, first: Report, run: RunConfig, ranks_on_gpus: int) -> list[str]:
     found = [f"{one.host} does not see {path}; put it on a file system that all hosts share." for path in one.absent]
     if not one.shares_run_folder:
         found.append(
             f"{one.host} does not see the files that {first.host} writes next to the run folder {run.folder}; "
             "choose a --run_dir on a file system that all hosts share."
         )
-    if gpus > one.gpus:
-        found.append(f"{one.host} has {one.gpus} GPUs for {gpus} ranks; lower the ranks on it.")
+    if ranks_on_gpus > one.gpus:
+        found.append(f"{one.host} has {one.gpus} GPUs for {ranks_on_gpus} ranks; lower the ranks on it.")
     return found

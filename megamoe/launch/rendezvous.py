@@ -77,7 +77,10 @@ def _join(rank_info: RankInfo, here: Member, seconds: float) -> Rendezvous:
         )
     if rank == 0:
         ranks = range(rank_info.world_size)
-        answer = serve(store, rank, asdict(here), ranks, deadline, lambda records: _check(rank_info, records))
+        answer = serve(
+            store, rank, asdict(here), ranks, deadline, lambda records: _check(rank_info, records),
+            exits=lambda given: bool(given["problems"]),
+        )  # fmt: skip
     else:
         answer = ask(store, rank, asdict(here), seconds + ANSWER_SECONDS)
     if answer["problems"]:

@@ -3,7 +3,7 @@
 engine  layers.3.moe.deepspeed_moe.experts.deepspeed_experts.1.up_proj.weight     expert ids of one rank
 plain   model.layers.3.moe.experts.5.up_proj.weight                               expert ids of the model
 
-Every pattern of such a name is spelled here.
+Every pattern of such a name is spelled here; `costs.py` lists the plain names themselves.
 """
 
 from __future__ import annotations

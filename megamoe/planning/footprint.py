@@ -2,7 +2,8 @@
 
 Everything that is large is allocated and freed by name, in the order of the real step, and the peak is kept.
 The order and the sizes of DeepSpeed's buffers are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), those of
-the activations are what torch's autograd keeps for the operations of `layers.py`, `router.py`, `moe.py` and `loss.py`.
+the activations are what torch's autograd keeps for the operations of `attention.py`, `rope.py`, `experts.py`,
+`router.py`, `moe.py` and `loss.py` in `model/`.
 
 Shape legend: B micro-batch, T positions, N = B * T tokens, D hidden_size, F intermediate_size, V vocab_size, E experts,
 K choices, R = N * K rows after dispatch, H query heads, G key/value heads, d head_dim, M latent tokens, s bytes of a

@@ -74,7 +74,7 @@ def collectives(setup: Setup) -> list[Collective]:
             exchange("rows to experts and back, backward", blocks, 2, rows),
         ]
     groups = parameter_groups(setup)
-    # ZeRO-2 reduces after every backward pass, ZeRO-1 once a step.
+    # ZeRO-2 reduces after every backward pass, ZeRO-1 once per step.
     reductions = passes if setup.zero_stage == 2 else 1
     topology = setup.topology()
     replicas, replica_stride = topology.replicas, topology.replica_stride

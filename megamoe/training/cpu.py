@@ -13,12 +13,8 @@ from torch.utils.cpp_extension import get_default_build_root
 from megamoe.errors import UserError
 
 STALE_LOCK_MINUTES = 10
-COMPILED = (
-    "deepspeed_shm_comm",
-    "cpu_adam",
-    "cpu_lion",
-    "fused_adam",
-)  # operators that a run can make DeepSpeed compile
+# Operators that a run can make DeepSpeed compile.
+COMPILED = ("deepspeed_shm_comm", "cpu_adam", "cpu_lion", "fused_adam", "fused_lion")
 # Of glibc's malloc.h; -1 as the threshold is the largest there is.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -59,7 +55,7 @@ def refuse_stale_lock() -> None:
     """Raise UserError where a killed start has left torch's lock on an operator that DeepSpeed compiles: torch would
     wait for it without end and without a message."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in (lock for name in COMPILED for lock in root.glob(f"**/{name}/lock")):
+    for lock in (lock for lock in root.glob("**/lock") if lock.parent.name in COMPILED):
         minutes = (time.time() - lock.stat().st_mtime) / 60
         if minutes > STALE_LOCK_MINUTES:
             raise UserError(

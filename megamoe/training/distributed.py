@@ -84,7 +84,7 @@ def on_any_rank(*flags: bool, device: torch.device) -> list[bool]:
     return total.bool().tolist()
 
 
-def raise_on_any_rank(problems: list[str], rank: int) -> None:
+def raise_on_any_rank(problems: list[str]) -> None:
     """Share the problems of all ranks; if there are any, rank 0 prints them all and every rank exits with code 2.
 
     Collective. Raises SystemExit.
@@ -94,7 +94,7 @@ def raise_on_any_rank(problems: list[str], rank: int) -> None:
     distinct = list(dict.fromkeys(problem for one in everywhere for problem in one))
     if not distinct:
         return
-    if rank == 0:
+    if dist.get_rank() == 0:
         for problem in distinct:
             print(f"error: {problem}", file=sys.stderr, flush=True)
     dist.barrier()  # or the launcher could end rank 0 before it has printed

@@ -41,7 +41,7 @@ class Sink:
 
 
 class ConsoleSink(Sink):
-    """Lines in the form of the first logged runs."""
+    """A line per logged step, evaluation or text."""
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
         print({"train": _train_line, "valid": _valid_line}[kind](step, values), flush=True)
