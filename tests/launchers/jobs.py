@@ -38,17 +38,17 @@ class Job:
         shown = self.host.run("scontrol", "show", "job", self.id).stdout
         return dict(word.partition("=")[::2] for word in shown.split())
 
-    def await_text(self, text: str, seconds: float = 120) -> None:
+    def await_text(self, text: str, seconds: float = 240) -> None:
         def seen() -> bool:
             assert self.facts["JobState"] not in ("FAILED", "NODE_FAIL", "BOOT_FAIL"), self.said
             return text in self.said
 
         wait_for(seen, lambda: f"{text!r} does not come:\n{self.said}", seconds)
 
-    def await_state(self, state: str, seconds: float = 120) -> None:
+    def await_state(self, state: str, seconds: float = 240) -> None:
         wait_for(lambda: self.facts["JobState"] == state, lambda: f"the job is not {state}:\n{self.said}", seconds)
 
-    def await_resumes(self, count: int, seconds: float = 120) -> None:
+    def await_resumes(self, count: int, seconds: float = 240) -> None:
         """Wait until the run has resumed from a checkpoint for the `count`th time."""
         resumed = re.compile(r"steps [1-9]\d* to")
         wait_for(lambda: len(resumed.findall(self.said)) >= count, lambda: self.said, seconds)

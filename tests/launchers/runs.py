@@ -97,10 +97,10 @@ class Run:
         """Lines of errors; pdsh puts the host before each."""
         return [line[line.index("error: "):] for line in self.said.splitlines() if "error: " in line]  # fmt: skip
 
-    def await_text(self, text: str, seconds: float = 120) -> None:
+    def await_text(self, text: str, seconds: float = 240) -> None:
         self.await_any(text, self, seconds)
 
-    def await_any(self, text: str, other: Run, seconds: float = 120) -> None:
+    def await_any(self, text: str, other: Run, seconds: float = 240) -> None:
         """Wait until this run or the other prints `text`."""
 
         def seen() -> bool:
@@ -110,7 +110,7 @@ class Run:
 
         wait_for(seen, lambda: f"{text!r} does not come:\n{self.said}{other.said}", seconds)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 240) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -50,7 +50,7 @@ def test_after_a_killed_rank_torchrun_restarts_and_a_signal_to_one_script_ends_b
     with ending("SIGKILL to a rank under torchrun, until all train again"):
         first.ranks()[3].kill()
         again = re.compile(r"ep_size 1; .*steps [1-9]\d* to")
-        wait_for(lambda: again.search(first.said + second.said), lambda: first.said + second.said, 120)
+        wait_for(lambda: again.search(first.said + second.said), lambda: first.said + second.said, 240)
     assert re.search(r"error: rank 3 on h[12] died, last heard of in step", first.said + second.said)
     before = first.last_step
     wait_for(lambda: first.last_step > before, "no step is made")
