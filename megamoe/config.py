@@ -262,7 +262,7 @@ class RunConfig(BaseModel):
         default=300,
         gt=0,
         le=540,  # torch's own limit for NCCL's groups is 600
-        description="seconds without progress of any rank, after which all exit and one prints where each is; at most 540",
+        description="seconds without progress of any rank, after which all exit and say where each is; at most 540",
     )
     ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
     seq_len: int | None = Field(
