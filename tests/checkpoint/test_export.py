@@ -245,7 +245,7 @@ def test_an_output_that_exists_is_left_alone_and_a_failed_one_leaves_nothing(tra
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as on a disk that is full
     try:
-        has(refusal(huggingface, checkpoint, tmp_path / "hf"), "hf cannot be written", "room")
+        has(refusal(huggingface, checkpoint, tmp_path / "hf"), "hf cannot be written", "space")
         with pytest.raises(OSError, match="too large"):
             write_state_dict(open_source(checkpoint), tmp_path / "w.pt", FP32)
     finally:

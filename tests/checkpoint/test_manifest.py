@@ -77,7 +77,7 @@ def test_only_a_plain_number_makes_a_checkpoints_name(tmp_path):
         (lambda path: path.write_bytes(b"Xeightsb.pt"), "SHA-256"),
         (lambda path: (path.parent / "manifest.json").write_text('{"files": 1}'), "does not list its files"),
         (lambda path: (path.parent / "manifest.json").write_text("{"), "not valid JSON"),
-        (lambda path: shutil.rmtree(path.parent), "is not there"),
+        (lambda path: shutil.rmtree(path.parent), "does not exist"),
     ],
 )
 def test_damage_is_one_sentence_and_the_newest_checkpoint_that_holds_is_used(tmp_path, damage, says):

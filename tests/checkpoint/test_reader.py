@@ -167,8 +167,8 @@ def test_the_newest_checkpoint_of_a_run_that_holds_is_found_with_a_line_for_each
     assert find_checkpoint(copy).name == "step_2"
     assert only(capsys.readouterr().out.splitlines()).startswith(f"passed over {copy / 'checkpoints' / 'step_4'}: ")
     (copy / "checkpoints" / "step_2" / "run.json").unlink()
-    has(refusal(find_checkpoint, copy), "no checkpoint in", "holds what was saved")
-    has(refusal(find_checkpoint, tmp_path / "none"), "is not there")
+    has(refusal(find_checkpoint, copy), "every checkpoint in", "is damaged")
+    has(refusal(find_checkpoint, tmp_path / "none"), "does not exist")
 
 
 # --- plain weights --------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_an_index_of_another_bin_is_refused(tmp_path):
     prefix = build(tmp_path / "c", range(20))
     build(tmp_path / "d", range(30))
     (tmp_path / "d.idx").rename(tmp_path / "c.idx")
-    has(refusal(TokenCorpus, prefix, 10, 50), "describes 120 bytes", "has 80", "not of one corpus")
+    has(refusal(TokenCorpus, prefix, 10, 50), "describes 120 bytes", "has 80", "belong to different corpora")
 
 
 def test_a_file_that_is_no_index_is_refused(tmp_path):

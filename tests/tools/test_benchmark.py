@@ -119,7 +119,7 @@ def test_a_ratio_compares_turns_of_the_same_round():
         ("other:1", "'other:1'"),
         ("mixtral:2", "mixtral:1"),
         ("megamoe:3", "2 samples and the 4 experts of mine"),
-        ("megamoe:1@/", "/ has no folder megamoe"),
+        ("megamoe:1@/", "/ has no tools/benchmark_contender.py"),
     ],
 )
 def test_a_contender_that_cannot_run_is_refused(word, says):

@@ -234,7 +234,7 @@ def test_inspecting_a_damaged_checkpoint_says_so_first(call, run_dir, capsys):
     path.write_text("{}")
     has(refuse(call, inspect_checkpoint, run_dir), str(path), "bytes, not the")
     assert "manifest: DAMAGED" in capsys.readouterr().out
-    has(refuse(call, inspect_checkpoint, run_dir / "none"), "none is not there")
+    has(refuse(call, inspect_checkpoint, run_dir / "none"), "none does not exist")
 
 
 # --- generate -------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_ranks_share_the_cores_unless_they_are_told():
     cores = len(os.sched_getaffinity(0))
     assert f" {cores} thread" in words_and_faults()[0]
     assert f" {max(cores // 2, 1)} thread" in words_and_faults(LOCAL_WORLD_SIZE="2")[0]
-    assert " 1 thread a rank" in words_and_faults(OMP_NUM_THREADS="1")[0]
+    assert " 1 thread per rank" in words_and_faults(OMP_NUM_THREADS="1")[0]
 
 
 def test_a_lock_left_by_a_killed_compilation_is_named_instead_of_waited_for(tmp_path, monkeypatch):
