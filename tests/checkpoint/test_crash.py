@@ -24,6 +24,12 @@ def last_step(run_dir):
     return max((record["step"] for record in read_log(run_dir)["train"]), default=0)
 
 
+def newest(checkpoints):
+    """Step of the checkpoint that a run would go on from."""
+    found = manifest.candidates(checkpoints)
+    return manifest.step_of(found[0]) if found else 0
+
+
 def wait_until(condition, ranks, pause=0.001, seconds=120):
     """Look again after so many seconds each; fails if a rank ends or time is up."""
     deadline = time.monotonic() + seconds
@@ -44,8 +50,7 @@ def test_twenty_kills_while_training_and_saving_cost_nothing_but_time(tmp_path):
     torn = 0
     for kill in range(KILLS):
         begin = last_step(tmp_path / "cut") if kill else 0
-        # What the next start resumes from: a kill between a rename and that of `latest` leaves the one before.
-        saved = max(map(manifest.step_of, manifest.candidates(checkpoints)[:1]), default=0)
+        saved = newest(checkpoints)
         ranks = start_ranks(2, train_here, {**cut, "steps": 10_000, "resume": kill > 0})
         try:
             wait_until(lambda: (tmp_path / "cut" / "log.jsonl").is_file(), ranks, 0.02)
@@ -59,10 +64,9 @@ def test_twenty_kills_while_training_and_saving_cost_nothing_but_time(tmp_path):
                 process.kill()
                 process.join()
         torn += any(checkpoints.glob("*.partial"))
-        found = manifest.candidates(checkpoints)
-        # Every checkpoint that has its name is complete, and none went backwards.
-        assert all(manifest.problems(path) == [] for path in found)
-        assert not found or manifest.step_of(found[0]) >= saved
+        # Every checkpoint that has its name is complete, and a run never goes on from an older one than before.
+        assert all(manifest.problems(path) == [] for path in manifest.checkpoints(checkpoints))
+        assert newest(checkpoints) >= saved
     assert torn > KILLS // 4
     steps = last_step(tmp_path / "cut") + 3
     resumed = run_ranks(2, train_here, {**cut, "steps": steps, "resume": True})[0]

@@ -27,7 +27,7 @@ from megamoe.model.names import is_buffer, plain_name
 # --- any topology to any other --------------------------------------------------------------------------------------
 
 SAVED = [(1, 1, 1), (2, 2, 2), (4, 2, 2), (8, 8, 1)]  # ranks, ep_size, ZeRO stage
-LOADED = [(1, 1, 2), (2, 1, 2), (2, 2, 1), (4, 1, 1), (4, 2, 1), (4, 4, 2), (8, 2, 2), (8, 8, 2)]
+LOADED = [(1, 1, 2), (2, 1, 2), (2, 2, 1), (4, 2, 1), (4, 4, 2), (8, 4, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def long_run(tmp_path_factory):
     return folder / "step_3", losses
 
 
-@pytest.mark.parametrize(("ranks", "ep_size", "stage"), [(1, 1, 2), (2, 1, 1), (2, 2, 2), (4, 4, 1)])
+@pytest.mark.parametrize(("ranks", "ep_size", "stage"), [(1, 1, 2), (2, 1, 1), (4, 4, 1)])
 def test_on_another_topology_the_next_50_losses_are_equal_to_rounding(long_run, ranks, ep_size, stage):
     checkpoint, losses = long_run
     (step, rates), resumed = run_ranks(ranks, load_and_train, checkpoint, ep_size, stage, 50)[0]
@@ -89,7 +89,7 @@ def test_on_another_topology_the_next_50_losses_are_equal_to_rounding(long_run, 
 BF16 = {"bf16": {"enabled": True}}
 
 
-@pytest.mark.parametrize(("ranks", "stage", "precision"), [(2, 2, {}), (4, 1, {}), (4, 1, BF16), (4, 2, BF16)])
+@pytest.mark.parametrize(("ranks", "stage", "precision"), [(2, 1, {}), (2, 2, {}), (4, 1, BF16), (4, 2, BF16)])
 def test_on_the_same_topology_the_next_losses_are_the_same_to_the_bit(tmp_path, ranks, stage, precision):
     losses, resumed = run_ranks(ranks, save_and_resume, tmp_path, stage, precision)[0]
     assert resumed == losses

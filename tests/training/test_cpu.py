@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -38,6 +39,7 @@ print(full - kept, full - resident())
 """
 
 
+@functools.cache
 def words_and_faults(**environment):
     """What share_cores says in a new process, and the pages that twenty tensors of 16 MiB then need."""
     inherited = {
