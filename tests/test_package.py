@@ -1,4 +1,4 @@
-"""What `pip wheel` makes of a checkout is whole, and works where there is no checkout."""
+"""What `pip wheel` makes of a checkout is complete, and works where there is no checkout."""
 
 import os
 import shutil
