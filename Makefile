@@ -33,7 +33,7 @@ train: .venv/.train $(TOKENS)/corpus.json
 	python tools/report.py $(RUN)
 
 test: .venv/.test
-	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/.bench
 	python tools/benchmark.py --json benchmark.json
