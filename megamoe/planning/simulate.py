@@ -18,7 +18,7 @@ from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
 from megamoe.ds_config import batch_sizes
 from megamoe.planning.meter import Collectives, LiveBytes
-from megamoe.training.distributed import quiet
+from megamoe.training.distributed import configure_deepspeed
 from megamoe.training.step import build_train_step
 
 
@@ -75,10 +75,8 @@ def simulate(
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    # LOCAL_SIZE as of several machines, or DeepSpeed would wait for the others' shared memory.
-    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0", LOCAL_SIZE="0",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # fmt: skip
-    quiet()
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    configure_deepspeed()
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         return measure(config, ds, ep_size, seq_len, recompute_blocks)

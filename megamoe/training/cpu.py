@@ -14,7 +14,7 @@ from megamoe.errors import UserError
 
 STALE_LOCK_MINUTES = 10
 # Operators that a run can make DeepSpeed compile.
-COMPILED = ("deepspeed_shm_comm", "cpu_adam", "cpu_lion", "fused_adam", "fused_lion")
+COMPILED = ("cpu_adam", "cpu_lion", "fused_adam", "fused_lion")
 # Of glibc's malloc.h; -1 as the threshold is the largest there is.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from datetime import timedelta
 
 import deepspeed
@@ -23,12 +21,14 @@ from megamoe.training import cpu
 NO_TIMEOUT = timedelta(days=1)  # a rank may restore for long; `launch/watch.py` detects deaths and stalls
 
 
-def quiet() -> None:
-    """Silence DeepSpeed's log at INFO, and one warning about it."""
+def configure_deepspeed() -> None:
+    """Before DeepSpeed joins a group: quiet its log, and leave out an operator that only inference uses."""
     # DeepSpeed 0.19 calls it; torch 2.13 renames it.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every layer and option at INFO
+    # An all-reduce on CPU that it would compile at the first start, with buffers in /dev/shm that are never removed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def init_distributed() -> tuple[Rendezvous, torch.device]:
@@ -36,7 +36,7 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
 
     Raises UserError where a rank is missing or has another megamoe, Python, torch or DeepSpeed.
     """
-    quiet()
+    configure_deepspeed()
     rank_info = find_rank_info(os.environ)
     os.environ.update(rank_info.environment())
     accelerator = get_accelerator()
@@ -55,26 +55,11 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
         interface = interface_towards(rank_info.address)
         if interface:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    with _without_shared_buffers():
-        backend = accelerator.communication_backend_name()
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=NO_TIMEOUT)
+    backend = accelerator.communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=NO_TIMEOUT)
     if on_cpu and rank_info.rank == 0:
         print(cores, flush=True)
     return rendezvous, device
-
-
-@contextlib.contextmanager
-def _without_shared_buffers() -> Iterator[None]:
-    """Keep DeepSpeed from setting up buffers in /dev/shm, as it does where all ranks are local.
-
-    Only inference uses them, for an all-reduce on CPU. They take 66 MiB per rank and are never removed, and a start
-    hangs if two jobs share a port.
-    """
-    local_size = os.environ.pop("LOCAL_SIZE")
-    try:
-        yield
-    finally:
-        os.environ["LOCAL_SIZE"] = local_size
 
 
 def on_any_rank(*flags: bool, device: torch.device) -> list[bool]:

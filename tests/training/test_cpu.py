@@ -83,7 +83,7 @@ def test_ranks_share_the_cores_unless_they_are_told():
 
 def test_a_lock_left_by_a_killed_compilation_is_named_instead_of_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "py3" / "deepspeed_shm_comm" / "lock"
+    lock = tmp_path / "py3" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     refuse_stale_lock()  # somebody is compiling now
