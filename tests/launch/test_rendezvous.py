@@ -77,7 +77,8 @@ def test_a_busy_port_is_named():
         port = busy.getsockname()[1]
         (answer,) = join_all(infos([0], 2, port), seconds=1)
     assert answer.problems == [
-        f"port {port} is in use on {socket.gethostname()}; set MASTER_PORT to a free one, or leave it out."
+        f"port {port} is in use on {socket.gethostname()}; give deepspeed a free --master_port, and the launch scripts "
+        "and torchrun a free MASTER_PORT or none."
     ]
 
 
