@@ -101,8 +101,8 @@ def _open_store(rank_info: RankInfo, host: str, seconds: float) -> Store:
     except DistError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(
-                f"port {rank_info.port} is in use on {host}; give deepspeed a free --master_port, and the launch scripts "
-                "and torchrun a free MASTER_PORT or none."
+                f"port {rank_info.port} is in use on {host}; give deepspeed a free --master_port, and the launch "
+                "scripts and torchrun a free MASTER_PORT or none."
             ) from None
         raise UserError(
             f"rank {rank_info.rank} on {host} cannot reach rank 0 at {rank_info.address}:{rank_info.port} within "
