@@ -37,7 +37,7 @@ _context.set_forkserver_preload(
         "deepspeed.module_inject.auto_ep_layer",
     ]
 )
-TIMEOUT = 240  # seconds: a hang is a failure
+TIMEOUT = 480  # seconds: a hang is a failure; an operator that DeepSpeed compiles first takes minutes on busy cores
 GRACE = 20  # seconds for the other ranks to fail once one has
 CALLS = 30  # that a process serves: an engine that is gone leaves threads and files of its groups behind
 
