@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megamoe import cli
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import folders
 from megamoe.checkpoint.export import DTYPES
 from megamoe.checkpoint.reader import find_checkpoint, load_weights, model_problems, open_source
 from megamoe.config import ModelConfig, read_json, validate
@@ -25,7 +25,7 @@ def load_model(run_dir: Path, device: torch.device) -> Decoder:
     """The model of a run with the weights of its newest checkpoint, in the training precision. Raises UserError."""
     record = read_json(run_dir / "run.json")
     config = validate(ModelConfig, record.get("model", {}), f"{run_dir}/run.json: model")
-    if not manifest.candidates(run_dir / "checkpoints"):
+    if not folders.step_folders(run_dir / "checkpoints"):
         raise UserError(f"{run_dir} holds no checkpoint yet; wait for the run to save one.")
     source = open_source(find_checkpoint(run_dir))
     problems = model_problems(source, config, str(run_dir))
