@@ -31,11 +31,11 @@ def inputs(tmp_path):
 def started(run, **changes):
     """A run folder as an earlier run left it, with a checkpoint at step 3."""
     folder = job(run).run_dir
-    job(run).create_folder()
+    job(run).enter_folder(0, None)
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, **changes}))
     (folder / "checkpoints" / "step_3").mkdir(parents=True)
-    (folder / "checkpoints" / "latest").write_text("step_3")
+    (folder / "checkpoints" / "step_3" / "index.json").touch()
 
 
 def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
@@ -102,12 +102,45 @@ def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_b
 
 @pytest.mark.parametrize(
     ("section", "value"),
-    [("optimizer", {"type": "Adam"}), ("gradient_clipping", 2.0), ("bf16", {"enabled": True}), ("scheduler", {})],
+    [("optimizer", {"type": "Adam"}), ("gradient_clipping", 2.0), ("bf16", {"enabled": True})],
 )
 def test_resuming_with_other_rules_of_optimization_is_refused(inputs, section, value):
     started(inputs, deepspeed={**ds_config(2), section: value})
     (problem,) = problems({**inputs, "resume": True})
     assert f'optimization {{"{section}": ' in problem
+
+
+def test_a_longer_schedule_is_welcome_on_resume_and_refused_with_that_advice_on_auto_resume(inputs, tmp_path):
+    started(inputs)
+    longer = ds_config(2)
+    longer["scheduler"]["params"]["total_num_steps"] = 80
+    (tmp_path / "ds.json").write_text(json.dumps(longer))
+    assert job({**inputs, "resume": True}).new_schedule == {"params": {"total_num_steps": 80}}
+    (problem,) = problems({**inputs, "auto_resume": True})
+    assert '"total_num_steps": 40' in problem
+    assert "give --resume to continue with the new schedule" in problem
+    longer["gradient_clipping"] = 9.0
+    (tmp_path / "ds.json").write_text(json.dumps(longer))
+    (problem,) = problems({**inputs, "resume": True})
+    assert "gradient_clipping" in problem
+
+
+def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record(inputs, tmp_path):
+    began = job({**inputs, "steps": 5})
+    began.enter_folder(0, None)
+    start = (tmp_path / "run" / "run.json").read_bytes()
+    (tmp_path / "run" / "checkpoints" / "step_3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_3" / "index.json").touch()
+    longer = ds_config(2)
+    longer["scheduler"]["params"]["total_num_steps"] = 80
+    (tmp_path / "ds.json").write_text(json.dumps(longer))
+    again = job({**inputs, "resume": True})
+    again.enter_folder(3, again.candidates[0])
+    assert (tmp_path / "run" / "run.json").read_bytes() == start
+    (line,) = (tmp_path / "run" / "resumes.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["step"], record["checkpoint"], record["run_id"]) == (3, "step_3", json.loads(start)["run_id"])
+    assert job({**inputs, "auto_resume": True}).candidates  # with the schedule of the last resume
 
 
 def test_resuming_with_another_corpus_is_refused_but_it_may_lie_elsewhere(inputs, tmp_path):
@@ -166,30 +199,34 @@ def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path, chang
     assert all(part in problem for part in parts), problem
 
 
-def test_resuming_goes_on_from_the_newest_checkpoint(inputs):
+def test_resuming_goes_on_from_the_newest_checkpoint_whatever_latest_says(inputs):
     started(inputs)
+    (Path(inputs["run_dir"]) / "checkpoints" / "latest").write_text("step_2")
     assert [path.name for path in job({**inputs, "resume": True}).candidates] == ["step_3"]
+
+
+def test_resuming_without_a_complete_checkpoint_is_refused_and_auto_resume_begins_again(inputs):
+    started(inputs)
+    (Path(inputs["run_dir"]) / "checkpoints" / "step_3" / "index.json").unlink()  # killed while it was written
+    (problem,) = problems({**inputs, "resume": True})
+    assert "holds no complete checkpoint to resume from; give --auto_resume" in problem
+    again = job({**inputs, "auto_resume": True})
+    assert again.is_resuming
+    assert again.candidates == []
 
 
 def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with_only(inputs):
     started(inputs)
     shutil.rmtree(job({**inputs, "resume": True}).run_dir / "checkpoints")
-    assert job({**inputs, "resume": True}).candidates == []
     record = json.loads((Path(inputs["run_dir"]) / "run.json").read_text())
     record["run"]["init_from"] = "old.pt"
     (Path(inputs["run_dir"]) / "run.json").write_text(json.dumps(record))
-    (problem,) = problems({**inputs, "resume": True})
+    (problem,) = problems({**inputs, "auto_resume": True})
     assert 'init_from "old.pt", not null; give the same again' in problem
     (Path(inputs["run_dir"]) / "checkpoints" / "step_3").mkdir(parents=True)
+    (Path(inputs["run_dir"]) / "checkpoints" / "step_3" / "index.json").touch()
     (problem,) = problems({**inputs, "resume": True, "init_from": "new.pt"})
     assert 'init_from "old.pt", not "new.pt"' in problem
-
-
-def test_resuming_a_run_that_is_done_is_refused_with_both_steps(inputs):
-    started(inputs)
-    (problem,) = problems({**inputs, "resume": True, "steps": 3})
-    assert "at step 3 already" in problem
-    assert "ends at 3" in problem
 
 
 def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one(inputs):
@@ -197,8 +234,8 @@ def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one
     started(inputs)
     again = job({**inputs, "auto_resume": True})
     assert [path.name for path in again.candidates] == ["step_3"]
-    assert not again.is_done
-    assert job({**inputs, "auto_resume": True, "steps": 3}).is_done
+    assert not again.claims_to_be_done
+    assert job({**inputs, "auto_resume": True, "steps": 3}).claims_to_be_done
 
 
 def test_auto_resume_does_not_go_on_with_another_run(inputs):

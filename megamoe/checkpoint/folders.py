@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megamoe.config import read_json
+from megamoe.run_folder import RunFolder
 
 COMPLETE = ("index.json", "manifest.json")  # the last file of a checkpoint to be written, and the first to be removed
 PARTIAL = ".partial"
@@ -73,8 +73,7 @@ def found_at(path: Path) -> list[Path]:
 
 def run_of(checkpoint: Path) -> dict[str, Any] | None:
     """How the run began in whose folder a checkpoint lies; None where it lies in none. Raises UserError."""
-    path = checkpoint.absolute().parent.parent / "run.json"
-    return read_json(path) if path.is_file() else None
+    return RunFolder(checkpoint.absolute().parent.parent).began
 
 
 def passed_over(checkpoint: Path, problems: list[str]) -> str:

@@ -142,6 +142,7 @@ class SinkGroup(Sink):
     def __init__(self, sinks: Sequence[Sink]):
         self._sinks = list(sinks)
         self._broken: set[Sink] = set()
+        self._named: set[Sink] = set()
         self._lost = dict.fromkeys(self._sinks, 0)  # calls
 
     def open(self, run_dir: Path, first_step: int) -> None:
@@ -179,7 +180,8 @@ class SinkGroup(Sink):
                 getattr(sink, method)(*args)
                 return
         except Exception as error:  # of whatever library a sink is made of
-            if not self._lost[sink] and sink not in self._broken:
+            if sink not in self._named:
+                self._named.add(sink)
                 _warn(f"{type(sink).__name__} failed ({error or repr(error)}); training continues without its entries.")
             self._broken.add(sink)
         self._lost[sink] += is_entry
