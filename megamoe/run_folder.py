@@ -74,7 +74,7 @@ class RunFolder:
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
         if self.began is not None:
             with open(self._resumes, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write("\n" + json.dumps(record) + "\n")  # a kill can have torn the line before
             return
         if tokenizer:
             shutil.copyfile(tokenizer, self.path / "tokenizer.json")

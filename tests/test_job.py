@@ -137,8 +137,7 @@ def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record
     again = job({**inputs, "resume": True})
     again.enter_folder(3, again.candidates[0])
     assert (tmp_path / "run" / "run.json").read_bytes() == start
-    (line,) = (tmp_path / "run" / "resumes.jsonl").read_text().splitlines()
-    record = json.loads(line)
+    record = json.loads((tmp_path / "run" / "resumes.jsonl").read_text())
     assert (record["step"], record["checkpoint"], record["run_id"]) == (3, "step_3", json.loads(start)["run_id"])
     assert job({**inputs, "auto_resume": True}).candidates  # with the schedule of the last resume
 

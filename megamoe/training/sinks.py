@@ -151,7 +151,7 @@ class SinkGroup(Sink):
             self._call(sink, "open", run_dir, first_step)
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        for sink in list(self._broken):
+        for sink in list(self._broken) if self._run_dir.is_dir() else ():  # TensorBoard would make it again
             self._call(sink, "close")
             self._broken.discard(sink)
             self._call(sink, "open", self._run_dir, step - 1)

@@ -12,7 +12,7 @@ import pytest
 from ranks import run_ranks, start_ranks
 from toy import SHIPPED, ds_config, losses, train_here, write_inputs
 
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import folders, verify
 from megamoe.config import read_json
 from megamoe.training.sinks import read_log
 
@@ -26,8 +26,12 @@ def last_step(run_dir):
 
 def newest(checkpoints):
     """Step of the checkpoint that a run would go on from."""
-    found = manifest.candidates(checkpoints)
-    return manifest.step_of(found[0]) if found else 0
+    found = folders.checkpoints(checkpoints)
+    return folders.step_of(found[0]) if found else 0
+
+
+def incomplete(checkpoints):
+    return [path for path in folders.step_folders(checkpoints) if not folders.is_complete(path)]
 
 
 def wait_until(condition, ranks, pause=0.001, seconds=120):
@@ -51,21 +55,21 @@ def test_twenty_kills_while_training_and_saving_cost_nothing_but_time(tmp_path):
     for kill in range(KILLS):
         begin = last_step(tmp_path / "cut") if kill else 0
         saved = newest(checkpoints)
-        ranks = start_ranks(2, train_here, {**cut, "steps": 10_000, "resume": kill > 0})
+        ranks = start_ranks(2, train_here, {**cut, "steps": 10_000, "auto_resume": True})
         try:
             wait_until(lambda: (tmp_path / "cut" / "log.jsonl").is_file(), ranks, 0.02)
             wait_until(lambda begin=begin: last_step(tmp_path / "cut") not in (0, begin), ranks, 0.02)
             time.sleep(draw.uniform(0, 0.3))
             if kill % 2:  # in the middle of a save
-                wait_until(lambda: any(checkpoints.glob("*.partial")), ranks)
+                wait_until(lambda: any(incomplete(checkpoints)), ranks)
                 time.sleep(draw.uniform(0, 0.01))
         finally:
             for process in draw.sample(ranks, 2):
                 process.kill()
                 process.join()
-        torn += any(checkpoints.glob("*.partial"))
-        # Every checkpoint that has its name is complete, and a run never goes on from an older one than before.
-        assert all(manifest.problems(path) == [] for path in manifest.checkpoints(checkpoints))
+        torn += any(incomplete(checkpoints))
+        # Every checkpoint with an index is what was saved, and a run never goes on from an older one than before.
+        assert all(verify.problems(path) == [] for path in folders.checkpoints(checkpoints))
         assert newest(checkpoints) >= saved
     assert torn > KILLS // 4
     steps = last_step(tmp_path / "cut") + 3
@@ -73,7 +77,7 @@ def test_twenty_kills_while_training_and_saving_cost_nothing_but_time(tmp_path):
     whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole"), "steps": steps, "save_interval": 0})[0]
     assert len(losses(whole)) == steps
     assert losses(resumed) == losses(whole)
-    assert not list(checkpoints.glob("*.partial"))
+    assert incomplete(checkpoints) == []
 
 
 def run_on_a_small_disk(run, folder, kilobytes):
@@ -111,7 +115,7 @@ def test_on_a_full_disk_training_goes_on_from_the_old_checkpoint_with_a_loud_lin
     # Room for one checkpoint and a half, and for the log.
     done = run_on_a_small_disk(options, tmp_path, 150 + size * 3 // 2 // 1024)
     loud = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 1, done.stderr  # a restart can cure it
     assert len(loud) == 2, done.stderr  # steps 6 and 9
     for step, line in zip((6, 9), loud, strict=True):
         assert f"step_{step} was NOT saved" in line

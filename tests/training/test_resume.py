@@ -59,7 +59,7 @@ def test_a_run_resumes_on_other_ranks_and_another_ep_size_and_keeps_its_newest_c
     kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert kept == ["latest", "step_10", "step_3", "step_6", "step_9"]
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["world_size"] == 4
-    resumes = [json.loads(line) for line in (tmp_path / "cut" / "resumes.jsonl").read_text().splitlines()]
+    resumes = [json.loads(line) for line in (tmp_path / "cut" / "resumes.jsonl").read_text().splitlines() if line]
     assert [(one["world_size"], one["checkpoint"]) for one in resumes] == [(2, "step_4"), (1, "step_7")]
     assert read_index(tmp_path / "cut" / "checkpoints" / "step_6").topology.world_size == 2
 
