@@ -35,7 +35,7 @@ def started(run, **changes):
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, **changes}))
     (folder / "checkpoints" / "step_3").mkdir(parents=True)
-    (folder / "checkpoints" / "step_3" / "index.json").touch()
+    (folder / "checkpoints" / "step_3" / "index.json").write_text("{}\n")
 
 
 def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
@@ -130,7 +130,7 @@ def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record
     began.enter_folder(0, None)
     start = (tmp_path / "run" / "run.json").read_bytes()
     (tmp_path / "run" / "checkpoints" / "step_3").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "step_3" / "index.json").touch()
+    (tmp_path / "run" / "checkpoints" / "step_3" / "index.json").write_text("{}\n")
     longer = ds_config(2)
     longer["scheduler"]["params"]["total_num_steps"] = 80
     (tmp_path / "ds.json").write_text(json.dumps(longer))
@@ -223,7 +223,7 @@ def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with
     (problem,) = problems({**inputs, "auto_resume": True})
     assert 'init_from "old.pt", not null; give the same again' in problem
     (Path(inputs["run_dir"]) / "checkpoints" / "step_3").mkdir(parents=True)
-    (Path(inputs["run_dir"]) / "checkpoints" / "step_3" / "index.json").touch()
+    (Path(inputs["run_dir"]) / "checkpoints" / "step_3" / "index.json").write_text("{}\n")
     (problem,) = problems({**inputs, "resume": True, "init_from": "new.pt"})
     assert 'init_from "old.pt", not "new.pt"' in problem
 

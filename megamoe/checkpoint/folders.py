@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from megamoe.run_folder import RunFolder
 
-COMPLETE = ("index.json", "manifest.json")  # the last file of a checkpoint to be written, and the first to be removed
+INDEX, MANIFEST = "index.json", "manifest.json"  # the last to be written, and the first to be removed
+INDEX_END = b"}\n"  # of an index of which all has been written
 PARTIAL = ".partial"
 NAME = re.compile(r"step_(0|[1-9]\d{0,17})(?:\.([1-9]\d{0,8}))?")
 
@@ -58,7 +59,17 @@ def step_folders(folder: Path) -> list[Path]:
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether all of it has been written."""
-    return any((checkpoint / name).is_file() for name in COMPLETE)
+    return has_index(checkpoint) or (checkpoint / MANIFEST).is_file()
+
+
+def has_index(checkpoint: Path) -> bool:
+    """Whether it is complete in megamoe's own form: a kill can leave an index that ends early, which is none."""
+    try:
+        with open(checkpoint / INDEX, "rb") as file:
+            file.seek(-len(INDEX_END), os.SEEK_END)
+            return file.read() == INDEX_END
+    except OSError:  # absent, or shorter than that
+        return False
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -112,7 +123,7 @@ def replace_file(path: Path, text: str) -> None:
 
 def discard(checkpoint: Path) -> None:
     """Remove a checkpoint; if killed meanwhile, what is left is not complete."""
-    for name in COMPLETE:
+    for name in (INDEX, MANIFEST):
         (checkpoint / name).unlink(missing_ok=True)
     flush(checkpoint)
     shutil.rmtree(checkpoint)
@@ -129,7 +140,7 @@ def clean(folder: Path) -> None:
 
 def _is_leftover(checkpoint: Path) -> bool:
     """Whether it has only files of an interrupted save or removal: not, say, a checkpoint that DeepSpeed wrote."""
-    ours = re.compile(r"rank_\d+\.safetensors|zero_to_fp32\.py")
+    ours = re.compile(r"rank_\d+\.safetensors|zero_to_fp32\.py|index\.json")
     return not is_complete(checkpoint) and all(ours.fullmatch(path.name) for path in checkpoint.iterdir())
 
 

@@ -23,7 +23,6 @@ from megamoe.config import read_json, validate
 from megamoe.errors import UserError
 from megamoe.optimizers import MASTERS
 
-INDEX = "index.json"
 BUFFER = "buffer"  # the kind of router statistics, where others are MASTERS and the optimizer's state tensors
 FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors|zero_to_fp32\.py")
 PARAMETER_NAME = re.compile(r"[\w.]+")  # it may become the name of a file
@@ -187,12 +186,14 @@ def metadata(save_id: str, file: str) -> dict[str, str]:
 def write_index(checkpoint: Path, index: Index) -> None:
     """Make the folder, all of whose files are on the disk, a checkpoint: a reader finds a complete index or none.
 
-    A file system that stores objects can do this too: there is no rename. JSON that ends early is none, and the hash
-    stands first. Raises OSError.
+    There is no rename, so a file system that stores objects can do this too; an index that ends early is none. Raises
+    OSError.
     """
     folders.flush(checkpoint)
     body = _canonical(index.model_dump())
-    folders.write_file(checkpoint / INDEX, f'{{"sha256": "{sha256(body.encode())}",\n"index": {body}}}\n'.encode())
+    folders.write_file(
+        checkpoint / folders.INDEX, f'{{"sha256": "{sha256(body.encode())}",\n"index": {body}}}\n'.encode()
+    )
     folders.flush(checkpoint)
 
 
@@ -203,14 +204,9 @@ def _canonical(value: Any) -> str:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def has_index(checkpoint: Path) -> bool:
-    """Whether it is a checkpoint of this form."""
-    return (checkpoint / INDEX).is_file()
-
-
 def read_index(checkpoint: Path) -> Index:
     """The index of a checkpoint, which is what was written and belongs to its folder. Raises UserError."""
-    path = checkpoint / INDEX
+    path = checkpoint / folders.INDEX
     content = read_json(path)
     body = content.get("index")
     if not isinstance(body, dict) or content.get("sha256") != sha256(_canonical(body).encode()):

@@ -14,7 +14,6 @@ from megamoe.checkpoint import folders
 from megamoe.config import read_json
 from megamoe.errors import UserError
 
-MANIFEST = "manifest.json"
 READ_BYTES = 1 << 22
 
 
@@ -37,7 +36,7 @@ def seal(folder: Path, about: dict[str, Any], files: dict[str, FileRecord]) -> N
         about: what it says besides the files.
     """
     text = json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1)
-    folders.write_file(folder / MANIFEST, text.encode())
+    folders.write_file(folder / folders.MANIFEST, text.encode())
     folders.flush(folder)
 
 
@@ -46,7 +45,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
 
     Raises UserError if it is malformed, or of another step than the name of its folder.
     """
-    path = checkpoint / MANIFEST
+    path = checkpoint / folders.MANIFEST
     if not path.is_file():
         return None
     manifest = read_json(path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.deepspeed_files import MAIN_FILE, RankFiles, UniversalFiles
-from megamoe.checkpoint.index import has_index, read_index
+from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.plain_files import PlainFiles
 from megamoe.config import ModelConfig, read_json
@@ -58,7 +58,7 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
     """
     if path.is_file() and path.suffix in (".safetensors", *STATE_DICT_ENDINGS):
         return PlainFiles([path])
-    if has_index(path):
+    if folders.has_index(path):
         return IndexedFiles(path, read_index(path))
     problem = verify.incomplete(path)
     if problem:
@@ -113,7 +113,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def run_record(checkpoint: Path) -> dict[str, Any]:
     """The record of the run that saved a checkpoint; empty where it is not known. Raises UserError."""
-    if has_index(checkpoint):
+    if folders.has_index(checkpoint):
         return read_index(checkpoint).run
     path = checkpoint / "run.json"
     return read_json(path) if path.is_file() else folders.run_of(checkpoint) or {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megamoe.checkpoint import folders, indexed_files, verify
 from megamoe.checkpoint.engine_state import optimizer_spec, rank_state
-from megamoe.checkpoint.index import Index, Range, has_index, read_index
+from megamoe.checkpoint.index import Index, Range, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import Source, load_buffers, open_source
 from megamoe.checkpoint.slice_file import DamagedError
@@ -112,7 +112,7 @@ def _share_index(
     if everywhere is not None:
         answers = [(None, None, [])] * world_size
         try:
-            if has_index(checkpoint):
+            if folders.has_index(checkpoint):
                 index = read_index(checkpoint)
                 unread = index.optimizer.state if weights_only else []
                 shares = [index.share(unread, number, world_size) for number in range(world_size)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamoe.checkpoint import folders, indexed_files, manifest
-from megamoe.checkpoint.index import INDEX, has_index, read_index
+from megamoe.checkpoint.index import read_index
 from megamoe.errors import UserError
 
 
@@ -18,7 +18,7 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     if not checkpoint.exists():
         return [f"{checkpoint} does not exist; check the path, or use an older checkpoint."]
     try:
-        if has_index(checkpoint):
+        if folders.has_index(checkpoint):
             return indexed_files.problems(checkpoint, read_index(checkpoint), part, parts)
         listed = manifest.read_manifest(checkpoint)
         if listed is not None:
@@ -36,5 +36,5 @@ def incomplete(checkpoint: Path) -> str | None:
         return None
     in_run = folders.step_of(checkpoint) is not None and folders.run_of(checkpoint) is not None
     if in_run or (checkpoint / "run.json").is_file() or any(checkpoint.glob("rank_*.safetensors")):
-        return f"{checkpoint} was not saved completely, for it has no {INDEX}; use an older checkpoint."
+        return f"{checkpoint} was not saved completely, for it has no {folders.INDEX}; use an older checkpoint."
     return None

@@ -335,4 +335,4 @@ def _is_good(checkpoint: Path) -> bool:
     try:
         return read_index(checkpoint).training.skipped_in_window == 0
     except UserError:
-        return (checkpoint / "manifest.json").is_file()  # a form that does not say
+        return (checkpoint / folders.MANIFEST).is_file()  # a form that does not say

@@ -1,18 +1,23 @@
 """Nothing is lost, whenever a run is killed and when its disk is full."""
 
+import builtins
+import itertools
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from engines import make, save, train, writer_for
 from ranks import run_ranks, start_ranks
 from toy import SHIPPED, ds_config, losses, train_here, write_inputs
 
-from megamoe.checkpoint import folders, verify
+from megamoe.checkpoint import folders, slice_file, verify
 from megamoe.config import read_json
 from megamoe.training.sinks import read_log
 
@@ -129,3 +134,85 @@ def test_on_a_full_disk_training_goes_on_from_the_old_checkpoint_with_a_loud_lin
     shutil.move(tmp_path / "copy", tmp_path / "run")
     log = run_ranks(1, train_here, {**run, "run_dir": str(tmp_path / "run"), "steps": 12, "resume": True})[0]
     assert losses(log) == losses(whole)
+
+
+class Killed(BaseException):
+    """Nothing in the code under test catches it."""
+
+
+class KillAt:
+    """Ends the thread that saves at the nth call that changes the disk: before it, or halfway through a write."""
+
+    def __init__(self, patch, nth, half):
+        self.left = nth
+        self.half = half
+        self.patch = patch
+        for owner, name in ((folders, "flush"), (folders.os, "replace"), (Path, "mkdir"), (Path, "unlink")):
+            patch.setattr(owner, name, self.counted(getattr(owner, name)))
+        patch.setattr(
+            slice_file, "_write", self.counted(slice_file._write, lambda file, data: file.write(data[: len(data) // 2]))
+        )
+        patch.setattr(
+            folders,
+            "write_file",
+            self.counted(folders.write_file, lambda path, data: path.write_bytes(data[: len(data) // 2])),
+        )
+        patch.setattr(folders.shutil, "rmtree", self.counted(folders.shutil.rmtree))
+        patch.setattr(builtins, "open", self.counted_open(builtins.open))
+
+    def counted(self, real, halfway=None):
+        def call(*args, **kwargs):
+            if threading.current_thread() is not threading.main_thread():
+                self.left -= 1
+                if self.left == 0:
+                    if halfway and self.half:
+                        halfway(*args)
+                    raise Killed
+            return real(*args, **kwargs)
+
+        return call
+
+    def counted_open(self, real):
+        counted = self.counted(real)
+        return lambda path, mode="r", *args, **kwargs: (counted if "x" in mode else real)(path, mode, *args, **kwargs)
+
+
+def kill_saves_everywhere(folder, killed_rank, half):
+    """For each n, a save of step 2 during which one rank is killed at its nth call; returns what was left, by n."""
+    engine = make(2)
+    train(engine, 1)
+    save(engine, folder / "first", 1)
+    train(engine, 1, 1)
+    left = []
+    threading.excepthook = lambda args: None  # of Killed
+    for nth in itertools.count(1):
+        checkpoints = folder / f"{killed_rank}_{nth}" / "checkpoints"
+        if dist.get_rank() == 0:
+            shutil.copytree(folder / "first", checkpoints)
+        dist.barrier()
+        writer = writer_for(engine, checkpoints, keep_last=1, resumed=checkpoints / "step_1")
+        with pytest.MonkeyPatch.context() as patch:
+            kill = KillAt(patch, nth, half) if dist.get_rank() == killed_rank else None
+            writer.save(2, hold=True)
+            if kill:
+                writer._thread.join()
+            dist.barrier()  # the other rank's thread waits for ever, as the job's end would end it
+        was_killed = [kill.left <= 0 if kill else None]
+        dist.broadcast_object_list(was_killed, src=killed_rank)
+        found = folders.checkpoints(checkpoints)
+        left.append(([path.name for path in found], [verify.problems(path) for path in found]))
+        if not was_killed[0]:
+            writer.complete()
+            return left
+    return None
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("killed_rank", [0, 1])
+def test_a_kill_at_any_call_of_a_save_leaves_the_older_checkpoint_or_the_new_one(tmp_path, killed_rank, half):
+    left, _ = run_ranks(2, kill_saves_everywhere, tmp_path, killed_rank, half)
+    assert len(left) > (10 if killed_rank == 0 else 3)
+    for names, problems in left:
+        assert names in (["step_1"], ["step_2"], ["step_2", "step_1"])
+        assert not any(problems), problems
+    assert left[-1][0] == ["step_2"]
