@@ -134,14 +134,11 @@ class Index(_Part):
         return MASTERS, *self.optimizer.state
 
     def parts(self, wanted: list[list[Range]]) -> list[Index]:
-        """For each list of `wanted` values the index of the slices that hold any of them, and of all buffers."""
+        """For each list of `wanted` values the index of the slices that hold any of them."""
         held: dict[str, list[tuple[str, SliceRecord]]] = defaultdict(list)
-        buffers = []
         for file, record in self.files.items():
             for piece in record.slices:
                 held[piece.name].append((file, piece))
-                if BUFFER in piece.tensors:
-                    buffers.append((file, piece))
         return [
             self._with_slices(
                 [
@@ -150,10 +147,15 @@ class Index(_Part):
                     for file, piece in held.get(one.name, ())
                     if one.start < piece.start + piece.count and piece.start < one.start + one.count
                 ]
-                + buffers
             )
             for ranges in wanted
         ]
+
+    @property
+    def buffers(self) -> list[Range]:
+        """Those of the router statistics."""
+        pieces = [piece for record in self.files.values() for piece in record.slices if BUFFER in piece.tensors]
+        return [Range(piece.name, 0, piece.count) for piece in pieces]
 
     def _with_slices(self, slices: list[tuple[str, SliceRecord]]) -> Index:
         by_file: dict[str, list[SliceRecord]] = defaultdict(list)

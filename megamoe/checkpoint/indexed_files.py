@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,11 @@ class IndexedFiles:
 
     has_optimizer = True
 
-    def __init__(self, folder: Path, index: Index):
+    def __init__(self, folder: Path, index: Index, buffers: dict[str, Tensor] | None = None):
+        """
+        Args:
+            buffers: where they have been read already.
+        """
         self.folder = folder
         self.index = index
         self.shapes = {name: tuple(shape) for name, shape in index.shapes.items()}
@@ -34,8 +37,9 @@ class IndexedFiles:
                 self._slices.setdefault(piece.name, []).append((file, piece))
         for slices in self._slices.values():
             slices.sort(key=lambda item: item[1].start)
-        names = [name for name, slices in self._slices.items() if BUFFER in slices[0][1].tensors]
-        self.buffers = {name: self._read_whole(name).view(self.shapes.pop(name)) for name in names}
+        self.buffers = buffers or {}
+        for one in index.buffers:
+            self.buffers[one.name] = self.read(one.name, BUFFER, 0, one.count).view(self.shapes.pop(one.name))
         self.state_names = tuple(index.optimizer.state)
         self.world_size, self.ep_size = index.topology.world_size, index.topology.ep_size
         self.zero_stage = index.topology.zero_stage
@@ -48,9 +52,6 @@ class IndexedFiles:
                 record = piece.tensors[kind]
                 parts.append(self._open(file).read(record, piece.count, first - piece.start, last - first))
         return (parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])).float()
-
-    def _read_whole(self, name: str) -> Tensor:
-        return self.read(name, BUFFER, 0, math.prod(self.shapes[name]))
 
     def training_state(self) -> dict[str, Any]:
         index = self.index

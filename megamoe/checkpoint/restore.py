@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,23 +86,32 @@ def _first(checkpoints: list[Path], attempt: Callable[[Path], Found]) -> Path | 
 
 def _restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> Found:
     """Raises nothing: the others wait to hear of it. With problems, the engine's state is of no use. Collective."""
-    part, unread, problems = _share_index(engine, checkpoint, weights_only)
+    share, problems = _share_index(engine, checkpoint, weights_only)
     if problems:
         return Found(problems, [])
-    if part and unread:
-        found = _read(engine, checkpoint, lambda: IndexedFiles(checkpoint, part), weights_only)
-        return Found([*found.damage, *indexed_files.problems(checkpoint, unread)], found.others)
+    if share:
+        source = IndexedFiles(checkpoint, share.index, share.buffers)
+        found = _read(engine, checkpoint, lambda: source, weights_only)
+        return Found([*found.damage, *indexed_files.problems(checkpoint, share.unread)], found.others)
     with ThreadPoolExecutor(1) as executor:
         verification = executor.submit(verify.problems, checkpoint, dist.get_rank(), dist.get_world_size())
         found = _read(engine, checkpoint, lambda: open_source(checkpoint), weights_only)
     return Found(verification.result(), found.others)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What rank 0 gives to one rank."""
+
+    index: Index  # of what it reads
+    unread: Index  # of what it only verifies
+    buffers: dict[str, Tensor]  # router statistics, the same for all
+
+
 def _share_index(
     engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool
-) -> tuple[Index | None, Index | None, list[str]]:
-    """Of the index, which rank 0 reads: what this rank reads, what it only verifies, and problems; no index where the
-    checkpoint has another form. Collective."""
+) -> tuple[Share | None, list[str]]:
+    """This rank's share, or what is wrong with the index; neither where the checkpoint has another form. Collective."""
     wanted = [
         Range(piece.name, piece.start, piece.count) for piece in rank_state(engine).slices if MASTERS in piece.tensors
     ]
@@ -110,18 +120,25 @@ def _share_index(
     dist.gather_object(wanted, everywhere)
     answers: list[Any] | None = None
     if everywhere is not None:
-        answers = [(None, None, [])] * world_size
+        answers = [(None, [])] * world_size
         try:
             if folders.has_index(checkpoint):
-                index = read_index(checkpoint)
-                unread = index.optimizer.state if weights_only else []
-                shares = [index.share(unread, number, world_size) for number in range(world_size)]
-                answers = [(part, share, []) for part, share in zip(index.parts(everywhere), shares, strict=True)]
+                answers = [(share, []) for share in _shares(checkpoint, everywhere, weights_only)]
         except UserError as error:
-            answers = [(None, None, error.problems)] * world_size
+            answers = [(None, error.problems)] * world_size
     received: list[Any] = [None]
     dist.scatter_object_list(received, answers)
     return received[0]
+
+
+def _shares(checkpoint: Path, wanted: list[list[Range]], weights_only: bool) -> list[Share]:
+    """By rank. Raises UserError."""
+    index = read_index(checkpoint)
+    buffers = IndexedFiles(checkpoint, index.parts([index.buffers])[0]).buffers
+    unread = index.optimizer.state if weights_only else []
+    return [
+        Share(part, index.share(unread, rank, len(wanted)), buffers) for rank, part in enumerate(index.parts(wanted))
+    ]
 
 
 def _read(
