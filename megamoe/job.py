@@ -87,7 +87,8 @@ class Job:
     @property
     def claims_to_be_done(self) -> bool:
         """Whether a checkpoint has the name of the last step, or of a later one; its bytes are not looked at."""
-        return any((folders.step_of(path) or 0) >= self.last_step for path in self.candidates)
+        saved = filter(folders.is_complete, self.candidates)
+        return any((folders.step_of(path) or 0) >= self.last_step for path in saved)
 
     @property
     def last_step(self) -> int:

@@ -93,7 +93,10 @@ def lock(folder: Path) -> IO[str] | None:
 
     None where the file system knows no locks, which is said. Raises UserError with the holder where there is one.
     """
-    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the lock
+    try:
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the lock
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --run_dir.") from None
     deadline, said = time.monotonic() + LEASE_SECONDS, False
     while True:
         try:
