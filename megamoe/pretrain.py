@@ -98,6 +98,8 @@ def is_done(job: Job) -> bool:
     try:
         newest = first_verified(job.candidates)
         step = folders.step_of(newest) if newest else None
+        if newest in job.candidates:  # those before it need not be looked at again
+            job.candidates = job.candidates[job.candidates.index(newest) :]
     except UserError as error:
         problems = error.problems
     if step is not None and step >= job.last_step and not job.run.auto_resume:
