@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,8 @@ from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.errors import UserError
 from megamoe.job import Job, parse_run
-from megamoe.launch.stopping import STOPPED, Deadline, StopRequest
+from megamoe.launch.exits import STOPPED, leave
+from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.loop import Trainer
@@ -30,7 +30,10 @@ from megamoe.training.step import TrainStep, build_train_step
 
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
-        parse_run()
+        with contextlib.suppress(SystemExit):
+            parse_run()
+        sys.stdout.flush()
+        leave(0)
     # The reader of our lines, a launcher or an ssh connection, may exit while the ranks still have to save.
     sys.stdout, sys.stderr = cli.Console(sys.stdout), cli.Console(sys.stderr)
     rendezvous, device = init_distributed()
@@ -43,18 +46,17 @@ def main() -> None:
         try:
             job = check(device)
             watch.collective_seconds = job.run.collective_timeout
-            code = 0 if job.is_done or run(job, position, stop) else stopped_code()
+            code = 0 if job.is_done or run(job, position, stop) else STOPPED
         except SystemExit as end:  # on all ranks
             code = int(end.code or 0)
-        except Exception as error:
-            watch.explain(error)
-            raise
+        except Exception as error:  # on this rank
+            watch.fail(error)
     # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
     # process while it is taken down ("terminate called without an active exception"), and ranks would be slow enough to
     # be ended by a launcher that has seen the first one exit.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    leave(code)
 
 
 def check(device: torch.device) -> Job:
@@ -80,9 +82,10 @@ def run(job: Job, position: Position, stop: StopRequest) -> bool:
     """
     config = job.run
     position.at("building the engine")
-    train_step = build_train_step(
-        job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks
-    )
+    with stop.interrupting():  # there is nothing to save, and a compiler may run for minutes
+        train_step = build_train_step(
+            job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks
+        )
     position.at("restoring")
     first = restore(job, train_step)
     writer = CheckpointWriter(
@@ -127,16 +130,6 @@ def restore(job: Job, train_step: TrainStep) -> int:
         problems = error.problems
     raise_on_any_rank(problems)
     return manifest.step_of(checkpoint) if checkpoint else 0
-
-
-def stopped_code() -> int:
-    """Exit code of a run that leaves early. torchrun would take any but 0 for a failure, and start the ranks again; its
-    launch script gives a file for a note, and then ends with `STOPPED` itself."""
-    note = os.environ.get("MEGAMOE_STOP_NOTE")
-    if note is None:
-        return STOPPED
-    Path(note).touch()
-    return 0
 
 
 if __name__ == "__main__":
