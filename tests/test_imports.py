@@ -35,6 +35,7 @@ DEEPSPEED_MODULES = {
     "model.moe",
     "training.distributed",
     "training.engine",
+    "training.operators",
 }
 
 
