@@ -17,8 +17,9 @@ from megamoe import cli
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
+from megamoe.config import parse_run
 from megamoe.errors import UserError
-from megamoe.job import Job, parse_run
+from megamoe.job import Job
 from megamoe.launch.exits import STOPPED, leave
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
