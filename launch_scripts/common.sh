@@ -1,13 +1,27 @@
 # Sourced by the launch scripts.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# This script's process, for ranks on this host: they save and exit when it has died.
+MEGAMOE_SCRIPT=$$,$(< /proc/sys/kernel/random/boot_id),$(readlink /proc/self/ns/pid)
+export MEGAMOE_SCRIPT
+
 # refuse SENTENCE: print the error and exit with the code of errors that the user can fix.
 refuse() {
   echo "error: $1" >&2
   exit 2
 }
 
-# run_launcher PATTERN HOST COMMAND...: run a launcher, return its exit code, and leave none of its processes running.
+# leave CODE: exit with the code of a run, and say what nobody says where all ranks were killed at once.
+leave() {
+  case $1 in
+  0 | 2 | 75 | 130) ;;
+  *) echo "error: the ranks exited with code $1; if no line above says why, they were killed (out of memory?); resume with --resume." >&2 ;;
+  esac
+  exit "$1"
+}
+
+# run_launcher PATTERN HOST COMMAND...: run a launcher, return the run's exit code, and leave none of its processes
+# running. The ranks write their exit code to the file $MEGAMOE_EXIT_NOTE.
 #
 # SIGINT, SIGTERM, SIGHUP and SIGUSR1 are sent to the ranks on HOST ("" is this host) whose launcher's command line
 # matches PATTERN: all ranks save and exit, and then the launcher exits. A second signal is sent to the launcher and the
@@ -16,6 +30,7 @@ run_launcher() {
   local pattern=$1 host=$2 code=0
   stopping='' asking=''
   shift 2
+  : > "$MEGAMOE_EXIT_NOTE"
   set -m # a process group of its own
   "$@" < /dev/null &
   launcher=$!
@@ -23,6 +38,12 @@ run_launcher() {
   trap 'stop_launcher "$pattern" "$host"' INT TERM HUP USR1
   while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal interrupts wait
   wait "$launcher" || code=$?
+  case $code/$(cat "$MEGAMOE_EXIT_NOTE") in
+  0/0) ;;
+  0/75) code=75 ;; # torchrun's ranks exit with 0 when they were asked to stop
+  0/*) code=1 ;; # what DeepSpeed returns when its launch.py is killed
+  1/[1-9]*) code=$(cat "$MEGAMOE_EXIT_NOTE") ;; # what torchrun returns for any code of a rank
+  esac
   trap - INT TERM HUP USR1
   [[ -z $asking ]] || kill "$asking" 2> /dev/null || true
   kill -TERM -- "-$launcher" 2> /dev/null || true

@@ -13,20 +13,31 @@ hostfile=$1
 shift
 
 folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+export MEGAMOE_EXIT_NOTE=
+trap 'rm -rf "$folder" "$MEGAMOE_EXIT_NOTE"' EXIT
 # DeepSpeed forwards the variables in .deepspeed_env, and few others, to the other hosts.
 export DS_ENV_FILE=$folder/.deepspeed_env
-forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|(TORCH|NCCL|GLOO|MALLOC|HF)_[A-Z0-9_]*)='
-grep -sh '^[A-Za-z0-9_]*=' ~/.deepspeed_env ./.deepspeed_env > "$DS_ENV_FILE" || true
-env | grep -E "$forwarded" >> "$DS_ENV_FILE"
+forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|(TORCH|NCCL|GLOO|MALLOC|HF|MEGAMOE)_[A-Z0-9_]*)='
 # ssh would wait for hours for a host that has lost its power.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
+
+# make_note RUN_DIR: the file for the ranks' exit code, where all hosts see it: next to the run folder.
+make_note() {
+  local above
+  [[ -z $MEGAMOE_EXIT_NOTE ]] || return 0
+  above=$(realpath -m "$1/..")
+  while [[ ! -d $above ]]; do above=$(dirname "$above"); done
+  MEGAMOE_EXIT_NOTE=$(mktemp "$above/.exit-XXXXXX")
+}
 
 for ((attempt = 0; ; attempt++)); do
   # Prints every problem and its host, or the address and a free port of the first host.
   checked=$(python "$root/tools/preflight.py" hostfile "$hostfile" --usable "$folder/hostfile" \
     ${MASTER_PORT:+--port "$MASTER_PORT"} ${MIN_HOSTS:+--min_hosts "$MIN_HOSTS"} -- "$@" | tail -n 1)
-  read -r first address port _ <<< "$checked"
+  read -r first address port run_dir <<< "$checked"
+  make_note "$run_dir"
+  grep -sh '^[A-Za-z0-9_]*=' ~/.deepspeed_env ./.deepspeed_env > "$DS_ENV_FILE" || true
+  env | grep -E "$forwarded" >> "$DS_ENV_FILE"
   code=0
   job="deepspeed.launcher.launch .*--master_addr=$address --master_port=$port"
   run_launcher "^[^ ]*python[^ ]* -u -m $job" "$first" \
@@ -35,7 +46,7 @@ for ((attempt = 0; ; attempt++)); do
   # The ssh processes of a launcher that was killed; the ranks detect it, save and exit.
   pkill -TERM -f "^ssh .* -m $job" || true
   case $code in 0 | 2 | 75) exit "$code" ;; esac # done, an error for the user to fix, or asked to stop
-  if [[ -n $stopping ]] || ((attempt >= ${MAX_RESTARTS:-0})); then exit "$code"; fi
+  if [[ -n $stopping ]] || ((attempt >= ${MAX_RESTARTS:-0})); then leave "$code"; fi
   while read -r host _; do # the ranks may still be saving
     while ssh -n -o BatchMode=yes -o ConnectTimeout=5 "$host" "pgrep -f '^[^ ]*python[^ ]* -u -m $job'" > /dev/null; do
       sleep 1

@@ -18,14 +18,12 @@ read -r endpoint address is_host <<< "$checked"
 
 # Each start gets its own store: in a store shared by all starts, the agents would count their restarts differently.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# torchrun would restart ranks that exit with a code other than 0; ranks that were asked to stop create this file.
-MEGAMOE_STOP_NOTE=$(mktemp -d)/stopped
-export MEGAMOE_STOP_NOTE
-trap 'rm -rf "$(dirname "$MEGAMOE_STOP_NOTE")"' EXIT
+MEGAMOE_EXIT_NOTE=$(mktemp)
+export MEGAMOE_EXIT_NOTE
+trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
 code=0
 run_launcher "^[^ ]*python[^ ]* .*--rdzv-endpoint=$endpoint" "" \
   torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "${MAX_RESTARTS:-0}" --local-addr "$address" \
   --rdzv-backend c10d --rdzv-id=megamoe --rdzv-endpoint="$endpoint" --rdzv-conf "is_host=$is_host" \
   "$root/megamoe/pretrain.py" "$@" || code=$?
-if [[ $code == 0 && -e $MEGAMOE_STOP_NOTE ]]; then code=75; fi
-exit "$code"
+leave "$code"

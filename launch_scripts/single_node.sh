@@ -10,5 +10,10 @@ shift
 # Two jobs on one host must not share DeepSpeed's default port.
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
+MEGAMOE_EXIT_NOTE=$(mktemp)
+export MEGAMOE_EXIT_NOTE
+trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
+code=0
 run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \
-  deepspeed --num_gpus "$ranks" --master_port "$port" "$root/megamoe/pretrain.py" "$@"
+  deepspeed --num_gpus "$ranks" --master_port "$port" "$root/megamoe/pretrain.py" "$@" || code=$?
+leave "$code"

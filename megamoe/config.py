@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from megamoe import cli
 from megamoe.errors import UserError, unknown_key
 
 PRESET_DIR = Path(__file__).parent / "presets"
@@ -293,3 +294,15 @@ class RunConfig(BaseModel):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run_dir or Path("runs") / Path(self.preset).stem)
+
+
+def parse_run(arguments: list[str] | None = None) -> RunConfig:
+    """The command line as a RunConfig. Raises UserError."""
+    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
+    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
+    cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
+    parser.add_argument("--local_rank", help="given by the launcher; not used")
+    values = vars(parser.parse(arguments))
+    values.pop("local_rank")
+    given = {name: value for name, value in values.items() if value is not None}
+    return validate(RunConfig, given, "command line")

@@ -153,6 +153,14 @@ def optimizer_of(ds: dict[str, Any]) -> OptimizerSpec | None:
     return find_optimizer(_section(ds, "optimizer").get("type"))
 
 
+def operator_builder(ds: dict[str, Any]) -> str | None:
+    """Name of DeepSpeed's builder for the operator that it compiles for the optimizer; None where it takes torch's."""
+    spec, params = optimizer_of(ds), _section(_section(ds, "optimizer"), "params")
+    if not spec or not spec.builders or params.get("torch_adam"):
+        return None
+    return spec.builders[offloads_optimizer(ds)]
+
+
 def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
     problems = []
     section = _section(ds, "optimizer")

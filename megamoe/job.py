@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 import megamoe
-from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
-from megamoe.config import ModelConfig, RunConfig, load_preset, read_json, validate
+from megamoe.config import ModelConfig, RunConfig, load_preset, read_json
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
@@ -33,18 +32,6 @@ OPTIMIZATION = (
     "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type",
     "prescale_gradients", "gradient_predivide_factor",
 )  # fmt: skip
-
-
-def parse_run(arguments: list[str] | None = None) -> RunConfig:
-    """The command line as a RunConfig. Raises UserError."""
-    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
-    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
-    cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
-    parser.add_argument("--local_rank", help="given by the launcher; not used")
-    values = vars(parser.parse(arguments))
-    values.pop("local_rank")
-    given = {name: value for name, value in values.items() if value is not None}
-    return validate(RunConfig, given, "command line")
 
 
 class Job:

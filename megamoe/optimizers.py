@@ -39,6 +39,9 @@ class OptimizerSpec:
     state: tuple[StateTensor, ...]
     counts_steps: bool = True  # keeps the number of its steps, as "step"
     unsaved_if: frozenset[str] = frozenset()  # params that add state beyond `state` if true: refused
+    builders: tuple[str, str] | None = (
+        None  # DeepSpeed's, of the operators for states on the device, and offloaded ones
+    )
     offloaded_on_cpu: bool = False  # DeepSpeed has no operator for CPU but the one for offloaded states
 
     @property
@@ -63,12 +66,14 @@ OPTIMIZERS = [
         ),
         state=(StateTensor("exp_avg"), StateTensor("exp_avg_sq")),
         unsaved_if=frozenset({"amsgrad"}),
+        builders=("FusedAdamBuilder", "CPUAdamBuilder"),
     ),
     # https://arxiv.org/abs/2302.06675
     OptimizerSpec(
         names=("Lion",),
         params=frozenset({"lr", "betas", "weight_decay"}),
         state=(StateTensor("exp_avg"),),
+        builders=("FusedLionBuilder", "CPULionBuilder"),
         offloaded_on_cpu=True,
     ),
 ]  # fmt: skip

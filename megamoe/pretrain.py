@@ -20,9 +20,11 @@ from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
+from megamoe.config import parse_run
 from megamoe.errors import UserError
-from megamoe.job import Job, parse_run
-from megamoe.launch.stopping import STOPPED, Deadline, StopRequest
+from megamoe.job import Job
+from megamoe.launch.exits import STOPPED, leave
+from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
 from megamoe.run_folder import lock
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
@@ -33,7 +35,10 @@ from megamoe.training.step import TrainStep, build_train_step
 
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
-        parse_run()
+        with contextlib.suppress(SystemExit):
+            parse_run()
+        sys.stdout.flush()
+        leave(0)
     # The reader of our lines, a launcher or an ssh connection, may exit while the ranks still have to save.
     sys.stdout, sys.stderr = cli.Console(sys.stdout), cli.Console(sys.stderr)
     rendezvous, device = init_distributed()
@@ -47,18 +52,17 @@ def main() -> None:
             job = check(device, stack)
             watch.collective_seconds = job.run.collective_timeout
             done = is_done(job) or run(job, rendezvous.store, position, stop)
-            code = 0 if done else stopped_code()
+            code = 0 if done else STOPPED
         except SystemExit as end:  # on all ranks
             code = int(end.code or 0)
-        except Exception as error:
-            watch.explain(error)
-            raise
+        except Exception as error:  # on this rank
+            watch.fail(error)
     # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
     # process while it is taken down ("terminate called without an active exception"), and ranks would be slow enough to
     # be ended by a launcher that has seen the first one exit.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    leave(code)
 
 
 def check(device: torch.device, held: contextlib.ExitStack) -> Job:
@@ -125,9 +129,10 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     """
     config = job.run
     position.at("building the engine")
-    train_step = build_train_step(
-        job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks
-    )
+    with stop.interrupting():  # there is nothing to save, and a compiler may run for minutes
+        train_step = build_train_step(
+            job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks
+        )
     position.at("restoring")
     checkpoint = restore(job, train_step)
     first = (folders.step_of(checkpoint) or 0) if checkpoint else 0
@@ -181,16 +186,6 @@ def restore(job: Job, train_step: TrainStep) -> Path | None:
         problems = error.problems
     raise_on_any_rank(problems)
     return checkpoint
-
-
-def stopped_code() -> int:
-    """Exit code of a run that leaves early. torchrun would take any but 0 for a failure, and start the ranks again; its
-    launch script gives a file for a note, and then ends with `STOPPED` itself."""
-    note = os.environ.get("MEGAMOE_STOP_NOTE")
-    if note is None:
-        return STOPPED
-    Path(note).touch()
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from megamoe.launch.stopping import REQUESTS
+
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
@@ -73,6 +75,17 @@ def start_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> li
     return [worker.process for worker in pool.workers]
 
 
+def start_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
+    """Start `function(*args)` in new processes with the environment of ranks, for the function to join them."""
+    processes = [
+        _context.Process(target=_as_rank, args=(environment, function, args), daemon=True)
+        for environment in _environments(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
 def run_alone(function: Callable[..., Any], *args: Any) -> Any:
     """Call `function(*args)` in a new process that belongs to no group, and return its result."""
     worker = _start_worker()
@@ -103,12 +116,7 @@ class RankPool:
             self.end()
         while len(self.workers) < world_size:
             self.workers.append(_start_worker())
-        port = str(free_port())
-        for rank, worker in enumerate(self.workers[:world_size]):
-            environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
+        for worker, environment in zip(self.workers, _environments(world_size), strict=False):
             worker.calls += 1
             worker.pipe.send_bytes(pickle.dumps((environment, function, args)))
 
@@ -125,6 +133,18 @@ class RankPool:
             worker.process.kill()
             worker.process.join()
         self.workers = []
+
+
+def _environments(world_size: int) -> list[dict[str, str]]:
+    """What a launcher sets for each rank."""
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }
+        for rank in range(world_size)
+    ]  # fmt: skip
 
 
 _pool = RankPool()
@@ -191,6 +211,12 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
         state.restore()
 
 
+def _as_rank(environment: dict[str, str], function: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    function(*args)
+
+
 def _call_in_group(function: Callable[..., Any], args: Any) -> Any:
     import deepspeed.comm
 
@@ -208,7 +234,7 @@ class _State:
 
     def __init__(self) -> None:
         self.environment = dict(os.environ)
-        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.handlers = {number: signal.getsignal(number) for number in REQUESTS}
         self.random = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def restore(self) -> None:

@@ -5,7 +5,18 @@ import json
 import pytest
 from refusals import has, only, refusals
 
-from megamoe.config import PRESET_DIR, Corpus, ModelConfig, RunConfig, load_preset, preset_names, read_json, validate
+from megamoe.config import (
+    PRESET_DIR,
+    Corpus,
+    ModelConfig,
+    RunConfig,
+    load_preset,
+    parse_run,
+    preset_names,
+    read_json,
+    validate,
+)
+from megamoe.errors import UserError
 
 PRESETS = sorted(PRESET_DIR.glob("*.json"))
 
@@ -225,3 +236,33 @@ def test_all_problems_of_a_command_line_come_at_once():
 def test_a_weight_that_is_no_number_does_not_hide_the_other_problems():
     problems = refusals(validate, RunConfig, {"ds_config": "x", "data": ["a=much"], "steps": "-3"}, "command line")
     assert len(problems) == 2, problems
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
+    run = parse_run(["--ds_config", "ds.json"])
+    assert run == RunConfig(ds_config="ds.json")
+    run = parse_run(["--ds_config", "a", "--data", "x=0.7", "y=0.3", "--steps", "5", "--resume", "--local_rank=1"])
+    assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
+    assert run.steps == 5
+    assert run.resume
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ['"ds_config" is missing']),
+        (["--ds_config", "a", "--stepz", "3"], ['unknown key "--stepz"', 'did you mean "--steps"']),
+        (["--ds_config", "a", "--seed", "1", "--seed", "2"], ["--seed is given twice, as 1 and as 2"]),
+        (["--ds_config", "a", "--steps", "many"], ['"steps" is "many"', "integer"]),
+        (["--ds_config", "a", "--ep_size", "0"], ['"ep_size" is "0"', "greater than 0"]),
+        (["--ds_config", "a", "--data", "x=much"], ["'x=much'", "PATH=WEIGHT"]),
+    ],
+)
+def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):
+    with pytest.raises(UserError) as caught:
+        parse_run(words)
+    (problem,) = caught.value.problems
+    assert all(part in problem for part in parts), problem

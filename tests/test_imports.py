@@ -37,6 +37,7 @@ DEEPSPEED_MODULES = {
     "model.moe",
     "training.distributed",
     "training.engine",
+    "training.operators",
 }
 
 

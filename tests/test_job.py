@@ -10,7 +10,7 @@ from toy import PRESET, ds_config, write_inputs
 
 from megamoe.config import RunConfig
 from megamoe.errors import UserError
-from megamoe.job import SAME_ON_RESUME, Job, parse_run
+from megamoe.job import SAME_ON_RESUME, Job
 
 
 def problems(run, world_size=1):
@@ -36,33 +36,6 @@ def started(run, **changes):
     (folder / "run.json").write_text(json.dumps({**record, **changes}))
     (folder / "checkpoints" / "step_3").mkdir(parents=True)
     (folder / "checkpoints" / "step_3" / "index.json").write_text("{}\n")
-
-
-def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
-    run = parse_run(["--ds_config", "ds.json"])
-    assert run == RunConfig(ds_config="ds.json")
-    run = parse_run(["--ds_config", "a", "--data", "x=0.7", "y=0.3", "--steps", "5", "--resume", "--local_rank=1"])
-    assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
-    assert run.steps == 5
-    assert run.resume
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        ([], ['"ds_config" is missing']),
-        (["--ds_config", "a", "--stepz", "3"], ['unknown key "--stepz"', 'did you mean "--steps"']),
-        (["--ds_config", "a", "--seed", "1", "--seed", "2"], ["--seed is given twice, as 1 and as 2"]),
-        (["--ds_config", "a", "--steps", "many"], ['"steps" is "many"', "integer"]),
-        (["--ds_config", "a", "--ep_size", "0"], ['"ep_size" is "0"', "greater than 0"]),
-        (["--ds_config", "a", "--data", "x=much"], ["'x=much'", "PATH=WEIGHT"]),
-    ],
-)
-def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):
-    with pytest.raises(UserError) as caught:
-        parse_run(words)
-    (problem,) = caught.value.problems
-    assert all(part in problem for part in parts), problem
 
 
 def test_problems_of_all_owners_come_together(inputs, tmp_path):

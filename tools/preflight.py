@@ -19,10 +19,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # for a Python without megamoe
+
+from megamoe.launch.versions import requirement_problems
+
+if __name__ == "__main__" and (lacks := requirement_problems(ROOT / "pyproject.toml")):
+    print("\n".join(f"error: {problem}" for problem in lacks), file=sys.stderr)
+    sys.exit(2)
+
 from megamoe import cli
-from megamoe.config import RunConfig
+from megamoe.config import RunConfig, parse_run
 from megamoe.errors import UserError
-from megamoe.job import parse_run
 from megamoe.launch.endpoint import Endpoint, join
 from megamoe.launch.preflight import marker_next_to, problems, report
 from megamoe.launch.rank_info import hosts_of, tasks_per_node

@@ -58,6 +58,9 @@ def _run(host: str, command: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise UserError(f"{host} does not answer within {REPORT_SECONDS} s; see whether it hangs.") from None
     if done.returncode:
+        told = [line.partition("error: ")[2] for line in done.stderr.splitlines() if line.startswith("error: ")]
+        if told:
+            raise UserError(*told)
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         if done.returncode == 255 and command[0] == "ssh":
             raise UserError(f"{host} does not answer by ssh ({last}); see that it is up and lets this host in by key.")

@@ -10,13 +10,13 @@ import resource
 import socket
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
 from megamoe.errors import UserError
 from megamoe.launch.exchange import ask, open_store, serve
+from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.versions import version_problems, versions
 
@@ -30,7 +30,7 @@ class Member:
 
     host: str
     pid: int
-    pid_space: str  # a pid means something only to processes with the same one
+    pid_space: str
     versions: dict[str, str]
 
 
@@ -48,8 +48,7 @@ def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS) -> Rendezvous:
 
     Raises UserError on every rank if not; only rank 0's has the sentences, which are the same for all.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    here = Member(socket.gethostname(), os.getpid(), f"{boot} {os.readlink('/proc/self/ns/pid')}", versions())
+    here = Member(socket.gethostname(), os.getpid(), pid_space(), versions())
     if rank_info.world_size == 1:
         return Rendezvous(rank_info, [here], None)
     try:

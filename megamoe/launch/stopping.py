@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import psutil
 
-STOPPED = 75  # exit code of a run that has saved and left early: EX_TEMPFAIL of sysexits.h
-INTERRUPTED = 128 + signal.SIGINT
+from megamoe.launch.exits import INTERRUPTED, Stopped
+
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_INTERRUPT_SECONDS = 0.5  # a launcher may forward the Ctrl-C that the terminal has sent to all
 
 
 class StopRequest:
-    """SIGTERM, SIGINT or SIGUSR1 requests a stop; the ranks share it at the end of a step, save and exit.
+    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP requests a stop; the ranks share it at the end of a step, save and exit.
 
-    A second Ctrl-C exits at once, whatever the main thread waits for. To be made on the main thread.
+    A second Ctrl-C exits at once, whatever the main thread waits for. A SIGHUP that is ignored stays so: under nohup a
+    run outlives its terminal. To be made on the main thread.
     """
 
     def __init__(self) -> None:
@@ -27,9 +31,38 @@ class StopRequest:
         os.set_blocking(writing, False)
         # Python runs a handler only when the main thread returns from a collective; the wake-up byte arrives at once.
         signal.set_wakeup_fd(writing)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, lambda *_: None)
+        self._handled = [
+            number for number in REQUESTS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ]
+        self._handle(lambda *_: None)
         threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Within, a request ends the processes that this one has started, compilers, and raises `Stopped`."""
+        stopped = Stopped("stopped by a signal before the first step")
+
+        def interrupt(*_: Any) -> None:
+            self._handle(lambda *_: None)  # once
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            raise stopped
+
+        self._handle(interrupt)
+        try:
+            if self.asked:
+                raise stopped
+            yield
+        except RuntimeError:
+            time.sleep(SAME_INTERRUPT_SECONDS)  # what has ended the compiler, and so failed it, may come here next
+            raise
+        finally:
+            self._handle(lambda *_: None)
+
+    def _handle(self, handler: Any) -> None:
+        for number in self._handled:
+            signal.signal(number, handler)
 
     def _listen(self, reading: int) -> None:
         first = None
@@ -40,7 +73,7 @@ class StopRequest:
                 first = first or now
                 if now - first > SAME_INTERRUPT_SECONDS:
                     os._exit(INTERRUPTED)
-            if number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            if number in REQUESTS:
                 self.asked = True
 
 

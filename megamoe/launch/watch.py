@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -23,16 +24,18 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
+from megamoe.errors import UserError
 from megamoe.launch.exchange import wait_for_keys
+from megamoe.launch.exits import LOST, Stopped, code_of, leave
+from megamoe.launch.holders import Holders, is_alive
 from megamoe.launch.rendezvous import Member, Rendezvous, first_line
 
-LOST = 76  # exit code of a rank that ends because another one died, or because no rank makes progress
 HEARTBEAT_SECONDS = 1.0
 SILENT_SECONDS = 30  # without a heartbeat: a host that lost its power or its network sends nothing
 MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
 DEAD_SECONDS = 5  # without a heartbeat, after a collective has failed
+READ_SECONDS = 3  # for the others to read that this rank fails; they look once a second
 SHUTDOWN_SECONDS = 60  # to wait for the others after the last step
-LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed")  # in their command lines
 
 
 class Position:
@@ -88,7 +91,7 @@ class StallTimer:
 
 
 class Watch:
-    """Ends this process with exit code `LOST` and one line for all ranks when the job cannot continue."""
+    """Ends all ranks with one exit code, and one line for all of them, when the job cannot continue."""
 
     def __init__(self, rendezvous: Rendezvous, position: Position):
         self.rendezvous = rendezvous
@@ -99,7 +102,7 @@ class Watch:
         self._heartbeats = 0
         self._answers = 0  # of the store
         self._local_ranks = _local_ranks(rendezvous)
-        self._launchers = launchers(psutil.Process()) if rendezvous.rank_info.launcher == "torch" else []
+        self._holders: Holders | None = Holders(rendezvous.rank_info.launcher == "torch", os.environ)
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._check_this_rank, daemon=True)]
         if self._store:
@@ -131,25 +134,20 @@ class Watch:
         except DistError:
             pass  # rank 0 has exited, which does no harm now
 
-    def explain(self, error: BaseException) -> None:
-        """End this process if another rank's death caused `error`; else tell the others that this rank fails.
+    def fail(self, error: Exception) -> NoReturn:
+        """End this process for `error`, and all others with the same exit code: see `code_of`.
 
-        A rank that dies breaks its connections, which the others see as an error of a collective.
+        A rank that dies breaks its connections, which the others see as an error of a collective: then it is named, and
+        the code is `LOST`.
         """
-        if self._store is None or self._closing.is_set():
-            return
         try:
-            before = self._last_heartbeats()
-            time.sleep(DEAD_SECONDS)
-            after = self._last_heartbeats()
-            dead = [rank for rank, heartbeat in after.items() if heartbeat == before[rank] and rank != self._rank]
-            dead = self._without_exited(dead)
+            if self._store and isinstance(error, RuntimeError):  # all errors of collectives are
+                self._exit_if_a_rank_died()
+            self._closing.set()
+            code = self._report(self._words(error), code_of(error))
         except DistError:
             self._exit_without_store()
-        if dead:
-            self._exit(f"{self._names(dead)} died, last heard of in {_position(after[dead[0]])}")
-        self._closing.set()
-        self._report(f"{self._names([self._rank])} failed in {self.position} ({first_line(error)})")
+        leave(code)
 
     # --- the two threads --------------------------------------------------------------------------------------------
 
@@ -159,9 +157,9 @@ class Watch:
         try:
             while not self._closing.wait(HEARTBEAT_SECONDS):
                 self._send_heartbeat()
-                if store.check(["failure"]):
+                if store.check(["failure"]) and not self._closing.is_set():
                     self._wait_for_readers()
-                    os._exit(LOST)
+                    leave(int(store.get("failure").split()[0]))
                 self._answers += 1
                 self._check_processes()
                 if self._rank == 0:
@@ -174,7 +172,7 @@ class Watch:
 
     def _check_processes(self) -> None:
         """A rank of this host whose process has ended has died for certain."""
-        dead = [rank for rank, process in self._local_ranks.items() if not _is_alive(process)]
+        dead = [rank for rank, process in self._local_ranks.items() if not is_alive(process)]
         for rank in dead:
             del self._local_ranks[rank]
         dead = self._without_exited(dead)
@@ -201,8 +199,8 @@ class Watch:
     def _check_this_rank(self) -> None:
         answers = StallTimer()
         while not self._closing.wait(HEARTBEAT_SECONDS):
-            if self._launchers and not all(child.ppid() == parent for child, parent in self._launchers):
-                self._launchers = []
+            if self._holders and not self._holders.are_alive():
+                self._holders = None
                 os.kill(os.getpid(), signal.SIGTERM)  # asks all ranks to save and exit
             if self._store and answers.seconds(self._answers) > SILENT_SECONDS:
                 self._exit_without_store()
@@ -246,47 +244,66 @@ class Watch:
             for host, some in by_host.items()
         )
 
-    def _report(self, failure: str) -> None:
-        """Report the job's failure, and print it unless another rank has reported one."""
-        assert self._store
-        if self._store.add("failure", 1) == 1:
-            _print(failure)
+    def _words(self, error: Exception) -> str:
+        """What all are told of an error: what a user can change and what a disk says needs no stack trace."""
+        if isinstance(error, UserError):
+            return "\n".join(f"error: {problem}" for problem in error.problems)
+        if isinstance(error, Stopped):
+            return str(error)
+        failure = _failure(f"{self._names([self._rank])} failed in {self.position} ({first_line(error)})")
+        return failure if isinstance(error, OSError) else "".join(traceback.format_exception(error)) + failure
+
+    def _report(self, words: str, code: int) -> int:
+        """Report the job's failure, and print it unless another rank has reported one; returns all ranks' exit code."""
+        report = f"{code} {self._rank} {threading.get_ident()}"
+        first = self._store.compare_set("failure", "", report).decode() if self._store else report
+        if first == report:
+            print(words, file=sys.stderr, flush=True)
         self._wait_for_readers()
+        return int(first.split()[0])
 
     def _wait_for_readers(self) -> None:
         """The store ends with rank 0's process; the others look for a failure at every heartbeat."""
+        if self._store is None:
+            return
+        self._store.set(f"heard/{self._rank}", "")
         if self._rank == 0:
-            time.sleep(2 * HEARTBEAT_SECONDS)
+            others = [f"heard/{rank}" for rank in range(1, self.rendezvous.rank_info.world_size)]
+            wait_for_keys(others, self._store, time.monotonic() + READ_SECONDS)
+
+    def _exit_if_a_rank_died(self) -> None:
+        before = self._last_heartbeats()
+        time.sleep(DEAD_SECONDS)
+        after = self._last_heartbeats()
+        dead = [rank for rank, heartbeat in after.items() if heartbeat == before[rank] and rank != self._rank]
+        dead = self._without_exited(dead)
+        if dead:
+            self._exit(f"{self._names(dead)} died, last heard of in {_position(after[dead[0]])}")
 
     def _exit(self, failure: str) -> NoReturn:
         try:
-            self._report(failure)
+            code = self._report(_failure(failure), LOST)
         except DistError:
             self._exit_without_store()
-        os._exit(LOST)
+        leave(code)
 
     def _exit_without_store(self) -> NoReturn:
         host = self.rendezvous.members[0].host
         here = self.rendezvous.members[self._rank].host
         same_host = [rank for rank, member in enumerate(self.rendezvous.members) if rank and member.host == here]
         if self._rank == min(same_host, default=0):
-            _print(f"rank 0 on {host}, or its launcher, died or cannot be reached")
-        os._exit(LOST)
+            print(
+                _failure(f"rank 0 on {host}, or its launcher, died or cannot be reached"), file=sys.stderr, flush=True
+            )
+        leave(LOST)
 
 
-def _print(failure: str) -> None:
-    print(f"error: {failure}; resume from the last checkpoint with --resume.", file=sys.stderr, flush=True)
+def _failure(why: str) -> str:
+    return f"error: {why}; resume from the last checkpoint with --resume."
 
 
 def _position(heartbeat: str) -> str:
     return heartbeat.split(" ", 2)[2] if heartbeat else "its start"
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _local_ranks(rendezvous: Rendezvous) -> dict[int, psutil.Process]:
@@ -302,21 +319,3 @@ def _local_ranks(rendezvous: Rendezvous) -> dict[int, psutil.Process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 found[rank] = psutil.Process(member.pid)
     return found
-
-
-def launchers(process: psutil.Process) -> list[tuple[psutil.Process, int]]:
-    """The launcher's processes above a rank, as pairs of a process and the id of the parent that it must keep.
-
-    DeepSpeed has a launch.py on each host, below `deepspeed` itself, or, started over ssh, below sshd and perhaps a
-    shell; torchrun has its agent. Any other parent may exit: a rank under nohup outlives its shell.
-    """
-    pairs = []
-    parent = process.parent()
-    if parent and any(name in word for word in parent.cmdline() for name in LAUNCHERS):
-        pairs.append((process, parent.pid))
-        above = parent.parent()
-        if "deepspeed.launcher.launch" in parent.cmdline() and above:
-            pairs.append((parent, above.pid))
-            if above.name() in ("sh", "bash", "dash", "zsh") and above.parent():
-                pairs.append((above, above.ppid()))
-    return pairs

@@ -1,20 +1,12 @@
-"""What a rank sets up where it trains on CPU: threads, allocator, compiled operators."""
+"""What a rank sets up where it trains on CPU: threads, allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import time
-from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
-from megamoe.errors import UserError
-
-STALE_LOCK_MINUTES = 10
-# Operators that a run can make DeepSpeed compile.
-COMPILED = ("cpu_adam", "cpu_lion", "fused_adam", "fused_lion")
 # Of glibc's malloc.h; -1 as the threshold is the largest there is.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
@@ -49,16 +41,3 @@ def give_back_freed_memory() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
-
-
-def refuse_stale_lock() -> None:
-    """Raise UserError where a killed start has left torch's lock on an operator that DeepSpeed compiles: torch would
-    wait for it without end and without a message."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in (lock for lock in root.glob("**/lock") if lock.parent.name in COMPILED):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
-        if minutes > STALE_LOCK_MINUTES:
-            raise UserError(
-                f"{lock} is {minutes:.0f} minutes old, above the {STALE_LOCK_MINUTES} that a compilation takes at "
-                "most: a start was killed while it compiled; remove that file and start again."
-            )

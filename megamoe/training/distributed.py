@@ -48,7 +48,6 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
         index = rank_info.local_rank % accelerator.device_count()  # Slurm can show each task its own device only
         accelerator.set_device(index)
         device = torch.device(accelerator.device_name(index))
-    cpu.refuse_stale_lock()
     rendezvous = join(rank_info)
     if on_cpu and len({member.host for member in rendezvous.members}) > 1:
         # Gloo would take the address of the host's name, which on many systems is 127.0.1.1.

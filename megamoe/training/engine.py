@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megamoe.ds_config import ScheduleConfig
 from megamoe.model.names import is_undecayed
 from megamoe.training import cpu
+from megamoe.training.operators import load_operator
 from megamoe.training.schedule import learning_rate
 
 NORM_PIECE = 2**18  # elements
@@ -63,6 +64,7 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
         )
         return rate / schedule.warmup_max_lr
 
+    load_operator(ds)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model),

@@ -1,6 +1,10 @@
 """What must hold on every host. That hosts are asked is in tests/launchers."""
 
+import json
+import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from megamoe.config import RunConfig
 from megamoe.launch.preflight import Report, marker_next_to, needed_files, problems, report
 from megamoe.launch.versions import versions
 
+TOOL = Path(__file__).parent.parent.parent / "tools" / "preflight.py"
 RUN = RunConfig(ds_config="ds.json", run_dir="runs/mine")
 
 
@@ -111,3 +116,22 @@ def test_a_hostfile_of_another_form_is_refused_with_its_line(tmp_path, text, par
     path = tmp_path / "hostfile"
     path.write_text(text)
     has(refusal(read_hostfile, path), f"hostfile {path}: ", *parts)
+
+
+def test_a_python_without_the_packages_says_which_it_lacks():
+    words = ["report", "h2", "--", "--ds_config", "ds.json"]
+    done = subprocess.run([sys.executable, "-S", TOOL, *words], capture_output=True, text=True)  # without site-packages
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {socket.gethostname()} has no torch, deepspeed, ")
+    assert "pydantic" in line
+    assert line.endswith(f" for {sys.executable}; install megamoe there, or activate its environment.")
+
+
+def test_a_host_reports_without_deepspeed(tmp_path):
+    (tmp_path / "deepspeed.py").write_text("raise ImportError('it is not to be imported')")
+    words = [sys.executable, TOOL, "report", "localhost", "--", "--ds_config", "ds.json"]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["host"] == socket.gethostname()

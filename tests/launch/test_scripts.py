@@ -84,3 +84,88 @@ def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_cod
         assert [script.stdout.readline(), script.stdout.readline()] == ["ready\n", "ready\n"]
         script.send_signal(number)
         assert script.wait(20) == 75
+
+
+# --- what the code of the ranks makes a script do -------------------------------------------------------------------
+
+COUNTED = """#!/bin/sh
+echo start >> {folder}/starts
+{note}
+exit {code}
+"""
+
+
+def run_script(folder, programs, *words, **variables):
+    """Run a script whose programs are replaced; returns its exit code, the starts of ranks, and what it says."""
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(stat.S_IRWXU)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    starts = folder / "starts"
+    return done.returncode, len(starts.read_text().splitlines()) if starts.exists() else 0, done.stderr
+
+
+def ranks_that_leave(folder, code, note):
+    write = f'echo {note} > "$MEGAMOE_EXIT_NOTE"' if note else ""
+    return COUNTED.format(folder=folder, code=code, note=write)
+
+
+# The launcher's code, that in the ranks' note, the script's, and whether that is restarted.
+CODES = [
+    (0, "0", 0, False),
+    (0, "", 1, True),  # DeepSpeed's launch.py was killed
+    (0, "75", 75, False),  # torchrun's ranks were asked to stop
+    (1, "", 1, True),
+    (1, "1", 1, True),
+    (1, "2", 2, False),  # torchrun's own 1 for a rank's 2
+    (1, "76", 76, True),
+    (1, "0", 1, True),
+    (2, "2", 2, False),
+    (75, "75", 75, False),
+    (76, "76", 76, True),
+    (137, "", 137, True),
+    (247, "76", 247, True),
+]
+
+
+@pytest.mark.parametrize(("launcher", "note", "code", "restarted"), CODES)
+def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(launcher, note, code, restarted, tmp_path):
+    programs = {
+        "deepspeed": ranks_that_leave(tmp_path, launcher, note),
+        # preflight.py hostfile HOSTFILE --usable FILE
+        "python": f'#!/bin/sh\necho h1 slots=2 > "$5"\necho h1 127.0.0.1 1234 {tmp_path}/runs/mine\n',
+        "ssh": "#!/bin/sh\nexit 1\n",  # no ranks are left there
+    }
+    pdsh = [str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile"]
+    assert run_script(tmp_path, programs, *pdsh, MAX_RESTARTS="1")[:2] == (code, 1 + restarted)
+    programs["python"] = "#!/bin/sh\necho 1234\n"
+    single = [str(SCRIPTS / "single_node.sh"), "2"]
+    end, _, said = run_script(tmp_path, programs, *single)
+    assert end == code
+    line = f"error: the ranks exited with code {code}; if no line above says why, they were killed (out of memory?); "
+    assert (f"{line}resume with --resume.\n" in said) == restarted
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".exit")] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "saves", "requeued"),
+    [
+        *[(code, saves, False) for code in (0, 2, 130) for saves in (False, True)],
+        *[(75, False, True), (75, True, True)],
+        *[(code, saves, saves) for code in (1, 76, 137) for saves in (False, True)],
+    ],
+)
+def test_a_slurm_job_is_requeued_for_what_a_restart_can_cure(code, saves, requeued, tmp_path):
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.parent.mkdir(parents=True)
+    programs = {
+        "python": f"#!/bin/sh\necho h1 127.0.0.1 1234 {tmp_path}/run\n",
+        "srun": f"#!/bin/sh\n{f'echo step_5 > {latest}' if saves else ':'}\nexit {code}\n",
+        "squeue": "#!/bin/sh\necho RUNNING\n",
+        "scontrol": f"#!/bin/sh\necho $* >> {tmp_path}/starts\n",
+    }
+    script = ["bash", str(SCRIPTS / "slurm.sbatch")]
+    end, requeues, said = run_script(tmp_path, programs, *script, SLURM_JOB_ID="5", MEGAMOE_ROOT=str(SCRIPTS.parent))
+    assert (end, requeues) == ((0, 1) if requeued else (code, 0)), said
+    assert ("if no line above says why, they were killed" in said) == (code not in (0, 2, 75, 130) and not saves)

@@ -1,6 +1,7 @@
 """Requests to stop a run."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from megamoe.launch.stopping import INTERRUPTED, Deadline
+from megamoe.launch.exits import INTERRUPTED
+from megamoe.launch.stopping import Deadline
 
 # The main thread is in a call that does not return for a handler, as in a collective.
 WAITING = """
@@ -28,16 +30,67 @@ while time.monotonic() < end:  # a signal interrupts sleep
 """
 
 
+def heed_signals():
+    """Tests that run in the background have been started with these signals ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(program, **options):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", program], **pipes, **options)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
 @pytest.fixture
 def waiting():
-    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
+    process = start(WAITING, preexec_fn=heed_signals)
     yield process
     process.kill()
     process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+# A compiler runs below this process, as below torch.
+COMPILING = """
+import subprocess, sys
+from megamoe.launch.exits import Stopped
+from megamoe.launch.stopping import StopRequest
+stop = StopRequest()
+try:
+    with stop.interrupting():
+        compiler = subprocess.Popen(["sh", "-c", "sleep 60; true"])
+        print("ready", flush=True)
+        if compiler.wait():
+            raise RuntimeError("Error building extension")
+except Stopped as stopped:
+    print(stopped, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the rank", "to the rank and its compiler"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_request_while_something_is_compiled_ends_the_compiler_and_the_wait_without_a_trace(number, send):
+    with start(COMPILING, start_new_session=True, stderr=subprocess.PIPE, preexec_fn=heed_signals) as process:
+        compilers = psutil.Process(process.pid).children(recursive=True)
+        send(process.pid, number)
+        assert process.stdout.readline() == "stopped by a signal before the first step\n"
+        process.send_signal(number)  # again, as scripts do
+        assert process.communicate("\n")[1] == ""
+    assert process.returncode == 0
+    assert psutil.wait_procs(compilers, timeout=10)[1] == []
+
+
+def test_a_hang_up_that_is_ignored_stays_so():
+    with start(WAITING, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:  # under nohup
+        process.send_signal(signal.SIGHUP)
+        assert select.select([process.stdout], [], [], 0.5)[0] == []
+        assert process.poll() is None
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_requests_a_stop_at_once_and_ends_nothing(waiting, number):
     waiting.send_signal(number)
     assert waiting.stdout.readline() == "asked\n"

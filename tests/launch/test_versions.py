@@ -1,10 +1,17 @@
 """The versions that must be the same on every host."""
 
+import platform
 import shutil
+import socket
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
-from megamoe.launch.versions import source_digest, version_problems
+from megamoe.launch.versions import requirement_problems, source_digest, version_problems
+
+PYPROJECT = Path(__file__).parent.parent.parent / "pyproject.toml"
 
 
 def test_version_problems_name_each_package_and_host_once():
@@ -41,3 +48,26 @@ def test_a_moved_file_changes_the_digest(package):
     before = source_digest(package)
     (package / "data").rename(package / "dates")  # the files' names, contents and order stay
     assert source_digest(package) != before
+
+
+def test_this_host_has_what_pyproject_requires():
+    assert requirement_problems(PYPROJECT) == []
+
+
+def test_a_package_that_is_missing_or_has_another_version_is_named(tmp_path):
+    torch = version("torch")
+    lines = [
+        '"torch>=1,<2",',
+        '"deepspeed>=0.19",',
+        '"absent>=3",',
+        '"gone",',
+        "\"backport>=1; python_version < '3.0'\",",
+    ]
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text('requires-python = ">=9.1"\ndependencies = [\n' + "\n".join(lines) + "\n]\n")
+    host = socket.gethostname()
+    assert requirement_problems(pyproject) == [
+        f"{host} has torch {torch}, but megamoe needs >=1,<2; install that.",
+        f"{host} has python {platform.python_version()}, but megamoe needs >=9.1; install that.",
+        f"{host} has no absent, gone for {sys.executable}; install megamoe there, or activate its environment.",
+    ]

@@ -1,10 +1,5 @@
-"""Where a rank is, and which launcher it watches. That a job ends when a rank dies is in tests/launchers."""
+"""Where a rank is. That a job ends when a rank dies is in tests/launchers."""
 
-import json
-import os
-import shlex
-import subprocess
-import sys
 import time
 
 import torch
@@ -83,48 +78,3 @@ def test_time_in_which_the_process_was_suspended_is_no_stall(monkeypatch):
         1 + MAX_SECONDS_BETWEEN_CHECKS,
         7,
     ]
-
-
-# A tree of processes: each starts the next, and the last one prints what launchers() returns for it.
-LAST = """
-import json, psutil
-from megamoe.launch.watch import launchers
-print(json.dumps([[child.pid, parent] for child, parent in launchers(psutil.Process())]))
-"""
-
-
-def chain(tmp_path, *names):
-    """Pairs that a process sees which is started through scripts of these names, outermost first, and their pids."""
-    script = tmp_path / "last.py"
-    script.write_text(LAST)
-    command = [sys.executable, str(script)]
-    for name in reversed(names):
-        if name == "sh":
-            command = ["bash", "-c", f"echo $$; {shlex.join(command)}; true"]
-            continue
-        start = f"import os, subprocess; print(os.getpid(), flush=True); subprocess.run({command!r})"
-        command = [sys.executable, "-c", start, name]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *map(str, sys.path)])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    *pids, pairs = done.stdout.split("\n", len(names))
-    return [int(pid) for pid in pids], json.loads(pairs)
-
-
-def test_a_rank_below_an_ordinary_process_watches_nobody(tmp_path):
-    _, pairs = chain(tmp_path, "other")
-    assert pairs == []
-
-
-def test_a_rank_below_torchrun_watches_its_agent_and_not_what_started_that(tmp_path):
-    (_, agent), pairs = chain(tmp_path, "sh", "torchrun")
-    assert [parent for _, parent in pairs] == [agent]
-
-
-def test_a_rank_below_deepspeeds_launcher_watches_it_and_the_process_above(tmp_path):
-    (runner, launcher), pairs = chain(tmp_path, "other", "deepspeed.launcher.launch")
-    assert [parent for _, parent in pairs] == [launcher, runner]
-
-
-def test_below_ssh_the_shell_and_sshd_are_watched_too(tmp_path):
-    (sshd, shell, launcher), pairs = chain(tmp_path, "other", "sh", "deepspeed.launcher.launch")
-    assert [parent for _, parent in pairs] == [launcher, shell, sshd]

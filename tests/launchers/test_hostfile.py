@@ -101,7 +101,7 @@ def test_a_killed_rank_is_named_and_the_other_hosts_ranks_end(start, ending):
         end.code = run.wait(60)
         run.assert_none_left()
     assert end.code != 0
-    (error,) = run.errors
+    error, _ = run.errors  # and the script's, of the code
     named = r"error: rank 3 on h2 died, last heard of in step \d+, .*; resume from the last checkpoint with --resume\."
     assert re.match(named, error)
 
@@ -115,3 +115,18 @@ def test_a_killed_launcher_leaves_no_rank_on_any_host_and_a_checkpoint(start, en
         run.assert_none_left()
     assert end.code == 128 + signal.SIGKILL
     run.assert_saved_at_the_last_step()
+
+
+@pytest.mark.parametrize("killed", ["the script", "pdsh"])
+def test_a_killed_script_or_pdsh_leaves_no_rank_on_any_host_and_a_checkpoint(start, ending, killed):
+    run = start(until="step=3 ")
+    with ending(f"SIGKILL to {killed}, with multi_node_pdsh.sh, until all have exited") as end:
+        if killed == "pdsh":
+            next(one for one in run.processes("--world_info") if one.name().startswith("pdsh")).kill()
+        else:
+            run.script.kill()
+        end.code = run.wait()
+        run.assert_none_left()
+    assert end.code == (1 if killed == "pdsh" else -signal.SIGKILL), run.said
+    run.assert_saved_at_the_last_step()
+    assert not list(run.run_dir.parent.glob(".exit-*")) or killed == "the script"

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from megamoe.config import load_preset
-from megamoe.job import parse_run
+from megamoe.config import load_preset, parse_run
+from megamoe.launch.exits import REFUSED
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFEST = yaml.safe_load((ROOT / "launch_scripts" / "jobset.yaml").read_text())
@@ -63,3 +63,16 @@ def test_the_script_waits_for_all_pods_and_they_join_at_the_first():
     name = MANIFEST["metadata"]["name"]
     assert values["ENDPOINT"].startswith(f"{name}-{MANIFEST['spec']['replicatedJobs'][0]['name']}-0-0.{name}:")
     assert values["RANKS"] == container()["resources"]["limits"]["nvidia.com/gpu"]
+
+
+def test_the_job_set_is_restarted_for_all_exit_codes_but_that_of_what_the_user_must_change():
+    spec = MANIFEST["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": container()["name"], "operator": "In", "values": [REFUSED]}
+    (refused,) = spec["failurePolicy"]["rules"]
+    assert (refused["action"], refused["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    # Kubernetes takes such a policy only for pods that do not restart by themselves.
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert spec["failurePolicy"]["maxRestarts"] > 0

@@ -1,4 +1,4 @@
-"""single_node.sh, as it ships: how a run ends before its last step."""
+"""single_node.sh, as it ships: how a run ends."""
 
 import os
 import signal
@@ -50,3 +50,45 @@ def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(run
         run.assert_none_left()
     assert end.code == 128 + signal.SIGKILL
     run.assert_saved_at_the_last_step()
+
+
+def test_a_killed_script_leaves_no_orphan_and_a_checkpoint(run, ending):
+    with ending("SIGKILL to single_node.sh, until all have exited"):
+        run.process.kill()
+        run.assert_none_left()
+    run.assert_saved_at_the_last_step()
+
+
+def test_launch_py_killed_below_the_script_is_a_failure_of_the_script(run, ending):
+    (launcher,) = run.processes("-m deepspeed.launcher.launch")
+    with ending("SIGKILL to launch.py below single_node.sh, until all have exited") as end:
+        launcher.kill()
+        end.code = run.wait(60)
+        run.assert_none_left()
+    assert end.code == 1, run.said
+    run.assert_saved_at_the_last_step()
+
+
+def test_when_all_ranks_are_killed_at_once_the_script_says_so(run):
+    ranks = run.ranks()
+    for rank in ranks:
+        rank.suspend()  # or the first to be killed is named by the other
+    for rank in ranks:
+        rank.kill()
+    code = run.wait(60)
+    assert code == 256 - signal.SIGKILL, run.said
+    assert run.errors == [
+        f"error: the ranks exited with code {code}; if no line above says why, they were killed (out of memory?); "
+        "resume with --resume."
+    ]
+
+
+def test_a_run_to_its_last_step_and_a_request_for_help_end_with_0(tmp_path):
+    run = Run(ThisHost(), tmp_path, [SCRIPT, "2", *inputs(tmp_path, 2)])
+    try:
+        assert run.wait(100) == 0, run.said
+    finally:
+        run.end()
+    asked = Run(ThisHost(), tmp_path, [SCRIPT, "1", "--help"])
+    assert asked.wait(100) == 0, asked.said
+    assert "--auto_resume" in asked.said

@@ -1,0 +1,125 @@
+"""With which code every rank leaves, whatever went wrong on whichever rank and when."""
+
+import errno
+import os
+import signal
+import sys
+
+import pytest
+from ranks import start_processes
+from toy import ds_config, write_inputs
+
+from megamoe import cli, pretrain
+from megamoe.errors import UserError
+from megamoe.launch import watch
+from megamoe.launch.exits import FAILED, LOST, REFUSED, leave
+from megamoe.training.step import TrainStep
+
+KILLED = -signal.SIGKILL
+
+
+def refuse():
+    raise UserError("the corpus is empty; prepare it again.", "the disk is slow; use another.")
+
+
+def fill_disk():
+    raise OSError(errno.ENOSPC, "No space left on device", "runs/log.jsonl")
+
+
+def fall_over():
+    raise KeyError("a bug")
+
+
+def fall_over_as_torch_does():
+    raise RuntimeError("a bug in an operator")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# What goes wrong: exit codes of the rank where it does and of the other, and what is said of it once. Which of them the
+# launch scripts restart is in test_scripts.py.
+TABLE = {
+    refuse: (
+        REFUSED,
+        REFUSED,
+        "error: the corpus is empty; prepare it again.\nerror: the disk is slow; use another.\n",
+    ),
+    fill_disk: (FAILED, FAILED, "No space left on device: 'runs/log.jsonl'); resume from the last checkpoint"),
+    fall_over: (FAILED, FAILED, "KeyError: 'a bug'"),
+    fall_over_as_torch_does: (FAILED, FAILED, "RuntimeError: a bug in an operator"),
+    kill: (KILLED, LOST, " died"),
+}
+MOMENTS = {"check": 0, "first step": 1, "later step": 3}
+
+
+def pretrain_with(fault, moment, failing, words, output):
+    """Be a rank of pretrain.py, whose rank `failing` has a fault."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
+    os.dup2(1, 2)
+    sys.argv = ["pretrain.py", *words]
+    watch.HEARTBEAT_SECONDS, watch.DEAD_SECONDS, watch.READ_SECONDS = 0.2, 1, 1
+    if int(os.environ["RANK"]) == failing:
+        plant(fault, MOMENTS[moment])
+    cli.run(pretrain.main)
+
+
+def plant(fault, step):
+    steps = iter(range(1, 10))
+    train, check = TrainStep.forward_backward, pretrain.Job
+
+    def fail_in_step(*args):
+        if next(steps) == step:
+            fault()
+        return train(*args)
+
+    def fail_in_check(*args):
+        if step == 0:
+            fault()
+        return check(*args)
+
+    TrainStep.forward_backward, pretrain.Job = fail_in_step, fail_in_check
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("fault", TABLE)
+def test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one(fault, failing, moment, tmp_path):
+    run = write_inputs(tmp_path, ds_config(2))
+    words = ["--ds_config", run["ds_config"], "--preset", run["preset"], "--data", *run["data"],
+             "--run_dir", str(tmp_path / "run"), "--steps", "4", "--eval_interval", "0"]  # fmt: skip
+    output = tmp_path / "output"
+    ranks = start_processes(2, pretrain_with, fault, moment, failing, words, str(output))
+    for rank in ranks:
+        rank.join(60)
+    expected = dict.fromkeys([0, 1], TABLE[fault][1]) | {failing: TABLE[fault][0]}
+    said = output.read_text()
+    assert {number: rank.exitcode for number, rank in enumerate(ranks)} == expected, said
+    assert said.count(TABLE[fault][2]) == 1, said
+    assert said.count("Traceback") == (fault in (fall_over, fall_over_as_torch_does)), said
+    assert ("resume from the last checkpoint" in said) == (fault is not refuse)
+
+
+def leave_with(code, environment):
+    os.environ.update(environment)
+    leave(code)
+
+
+@pytest.mark.parametrize(("code", "torchrun", "expected"), [(75, False, 75), (75, True, 0), (2, True, 2), (0, True, 0)])
+def test_the_first_rank_of_a_host_leaves_its_code_and_torchrun_sees_a_stop_as_an_end(
+    code, torchrun, expected, tmp_path
+):
+    note = tmp_path / "note"
+    environment = {"MEGAMOE_EXIT_NOTE": str(note), **({"TORCHELASTIC_RUN_ID": "x"} if torchrun else {})}
+    ranks = start_processes(2, leave_with, code, environment)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [expected, expected]
+    assert note.read_text() == f"{code}\n"
+
+
+def test_a_note_that_cannot_be_written_changes_no_code(tmp_path):
+    (rank,) = start_processes(1, leave_with, 75, {"MEGAMOE_EXIT_NOTE": str(tmp_path / "gone" / "note")})
+    rank.join(60)
+    assert rank.exitcode == 75
