@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -42,9 +43,11 @@ def parse_run(arguments: list[str] | None = None) -> RunConfig:
     default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
     cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
     parser.add_argument("--local_rank", help="given by the launcher; not used")
-    values = vars(parser.parse(arguments))
-    values.pop("local_rank")
-    given = {name: value for name, value in values.items() if value is not None}
+    return parser.parse(arguments, _run_of)
+
+
+def _run_of(values: argparse.Namespace) -> RunConfig:
+    given = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
     return validate(RunConfig, given, "command line")
 
 

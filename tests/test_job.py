@@ -51,7 +51,7 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
     ("words", "parts"),
     [
         ([], ['"ds_config" is missing']),
-        (["--ds_config", "a", "--stepz", "3"], ['unknown key "--stepz"', 'did you mean "--steps"']),
+        (["--ds_config", "a", "--stepz", "3"], ['unknown option "--stepz"', 'did you mean "--steps"']),
         (["--ds_config", "a", "--seed", "1", "--seed", "2"], ["--seed is given twice, as 1 and as 2"]),
         (["--ds_config", "a", "--steps", "many"], ['"steps" is "many"', "integer"]),
         (["--ds_config", "a", "--ep_size", "0"], ['"ep_size" is "0"', "greater than 0"]),
@@ -211,3 +211,12 @@ def test_a_corpus_without_held_out_text_trains_without_evaluation(inputs, tmp_pa
     for suffix in ("bin", "idx"):
         (tmp_path / "corpus" / f"valid.{suffix}").unlink()
     assert job(inputs).evaluator() is None
+
+
+def test_an_unknown_option_comes_with_the_other_problems():
+    with pytest.raises(UserError) as caught:
+        parse_run(["--stepz", "3", "--seed", "x", "--ep_size", "0"])
+    said = caught.value.problems
+    parts = ['unknown option "--stepz"', '"ds_config" is missing', '"seed" is "x"', '"ep_size" is "0"']
+    assert len(said) == len(parts)
+    assert all(any(part in problem for problem in said) for part in parts), said
