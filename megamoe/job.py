@@ -19,11 +19,12 @@ import megamoe
 from megamoe import cli
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.reader import model_problems, open_source
-from megamoe.config import ModelConfig, RunConfig, load_preset, read_json, validate
+from megamoe.config import ModelConfig, RunConfig, load_preset, validate
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import Problems, UserError
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.evaluation import Evaluator

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megamoe.config import RunConfig, read_json
+from megamoe.config import RunConfig
 from megamoe.data.corpus import SplitWriter
 from megamoe.job import Job
+from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import run as pretrain

@@ -13,10 +13,11 @@ from megamoe import cli
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.export import DTYPES
 from megamoe.checkpoint.reader import find_checkpoint, load_weights, model_problems, open_source
-from megamoe.config import ModelConfig, read_json, validate
+from megamoe.config import ModelConfig, validate
 from megamoe.data.tokenizer import end_of_text_id, load_tokenizer
 from megamoe.ds_config import dtype_of
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
 

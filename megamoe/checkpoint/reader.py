@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.plain_files import PlainFiles
 from megamoe.checkpoint.unpickle import safe_load
-from megamoe.config import ModelConfig, read_json
+from megamoe.config import ModelConfig
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import engine_name, expert_id, is_buffer, layer_id, plain_name, same_expert_of_first_rank
 from megamoe.optimizers import MASTERS
