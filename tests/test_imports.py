@@ -14,7 +14,7 @@ SOURCES = {
 }
 # From low to high: a module may import from its own layer, without a cycle, and from those before it.
 LAYERS = [
-    {"errors", "config", "ds_config", "optimizers", "topology", "cli", "hardware", "json_files"},
+    {"errors", "config", "ds_config", "ds_keys", "optimizers", "topology", "cli", "hardware", "json_files"},
     {"data"},
     {"model"},
     {"launch"},
