@@ -15,15 +15,17 @@ import torch
 import megamoe
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
-from megamoe.config import ModelConfig, RunConfig, load_preset, read_json
+from megamoe.config import ModelConfig, RunConfig, load_preset
 from megamoe.data.batches import BatchShape, TrainData
-from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
+from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.data.tokenizer import load_tokenizer
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import Problems, UserError
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
 from megamoe.run_folder import RunFolder
 from megamoe.training.engine import deepspeed_own_problems
-from megamoe.training.evaluation import Evaluator
+from megamoe.training.evaluation import Evaluator, tokens_per_byte
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
@@ -96,7 +98,11 @@ class Job:
         has_held_out = (Path(run.data[0].path) / "valid.idx").is_file()
         self.valid_path = run.valid_data or (run.data[0].path if has_held_out else None)
         self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
-        problems += self._tokenizer_problems()
+        self.tokens_per_byte: float | None = None
+        wrong = self._tokenizer_problems()
+        problems += wrong
+        if self.valid and not wrong:
+            self.tokens_per_byte = problems.attempt(tokens_per_byte, self.valid, run.eval_samples)
 
     def _initial_problems(self) -> list[str]:
         """What keeps the weights to start from, or the newest of them that can be opened, from being this model's."""
@@ -109,14 +115,21 @@ class Job:
         return problems
 
     def _tokenizer_problems(self) -> list[str]:
-        """Corpora of a mix, and the held-out one, must have been made with one tokenizer, where it is known."""
-        paths = [source.path for source in self.run.data] + [self.valid_path or ""]
-        files = [path for path in (Path(path) / "tokenizer.json" for path in paths) if path.is_file()]
-        return [
-            f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one --tokenizer."
-            for path in dict.fromkeys(files)
-            if path.read_bytes() != files[0].read_bytes()
-        ]
+        """Corpora of a mix, and the held-out one, must have been made with one tokenizer that fits the model, where it
+        is known."""
+        places = [Path(source.path) for source in self.run.data]
+        if self.valid_path:
+            places.append(corpus_prefix(self.valid_path, "valid").parent)
+        files = list(dict.fromkeys(file for place in places if (file := place / "tokenizer.json").exists()))
+        problems = Problems()
+        if all([problems.attempt(load_tokenizer, file, self.model.vocab_size) for file in files]):
+            problems += [
+                f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one "
+                "--tokenizer."
+                for path in files[1:]
+                if path.read_bytes() != files[0].read_bytes()
+            ]
+        return problems
 
     def _folder_problems(self) -> list[str]:
         run, run_dir = self.run, self.run_dir
@@ -193,7 +206,8 @@ class Job:
         return (
             f"{run.preset}: {parameter_count(self.model):,} parameters, {dtype_of(self.ds)}, "
             f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens per step; "
-            f"{self.describe_corpora()}; steps {first} to {self.last_step}; run folder {self.run_dir}"
+            f"{self.describe_corpora()}; {self._describe_held_out()}; steps {first} to {self.last_step}; "
+            f"run folder {self.run_dir}"
         )
 
     def describe_corpora(self) -> str:
@@ -203,6 +217,11 @@ class Job:
             f"{corpus.num_tokens:,} tokens in {source.path}" + (f" at weight {source.weight:g}" if mixed else "")
             for corpus, source in zip(self.corpora, self.run.data, strict=True)
         )
+
+    def _describe_held_out(self) -> str:
+        if not self.valid:
+            return "no held-out tokens, so nothing is evaluated (--valid_data gives some)"
+        return f"{self.valid.num_tokens:,} held-out tokens in {self.valid_path}"
 
     @property
     def tokenizer(self) -> Path | None:
@@ -221,15 +240,14 @@ class Job:
     def evaluator(self) -> Evaluator | None:
         if self.valid is None:
             return None
-        counts = corpus_counts(self.valid_path or "")
-        ratio = counts["valid"]["tokens"] / counts["valid"]["bytes"] if counts else None
-        return Evaluator(self.valid, self.run.eval_samples, ratio)
+        return Evaluator(self.valid, self.run.eval_samples, self.tokens_per_byte)
 
 
 def _decisive(record: dict[str, Any]) -> dict[str, Any]:
     """Of a run's record, what decides its losses. Where a corpus lies does not."""
     optimization = {key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION}
-    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in record.get("data", [])]
+    corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
+    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
     return {key: {**record, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
 
 

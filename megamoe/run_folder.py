@@ -19,8 +19,8 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
-from megamoe.config import read_json
-from megamoe.errors import UserError
+from megamoe.errors import UserError, shown
+from megamoe.json_files import read_json
 
 LOCK = "lock"
 LEASE_SECONDS = 100  # after which a file server gives up the locks of a host that it does not hear of any more
@@ -34,7 +34,7 @@ class RunFolder:
         self.path = path
         self.began: dict[str, Any] | None = None  # how the run began
         if self._start.is_file():
-            self.began = read_json(self._start)
+            self.began = _checked(read_json(self._start), self._start)
 
     @property
     def _start(self) -> Path:
@@ -58,10 +58,10 @@ class RunFolder:
     def last_record(self) -> dict[str, Any]:
         """The record of the last resume, or of the start."""
         if self._resumes.is_file():
-            for line in reversed(self._resumes.read_text(encoding="utf-8").splitlines()):
+            for line in reversed(self._resumes.read_bytes().splitlines()):
                 try:
-                    return json.loads(line)
-                except ValueError:
+                    return _checked(json.loads(line), self._resumes)
+                except (ValueError, RecursionError):
                     continue  # torn when the run was killed
         return self.began or {}
 
@@ -85,6 +85,16 @@ class RunFolder:
     def run_id(self) -> str | None:
         """Of the run in it, or a new one; None for a run that began before runs had ids."""
         return uuid.uuid4().hex if self.began is None else self.began.get("run_id")
+
+
+def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    for key, kind in (("model", dict), ("run", dict), ("deepspeed", dict), ("versions", dict), ("data", list)):
+        if not isinstance(record, dict) or not isinstance(record.get(key, kind()), kind):
+            raise UserError(
+                f"{path}: {key} is {shown(record.get(key) if isinstance(record, dict) else record)}, which no run has "
+                "written; bring the file back, or choose another --run_dir."
+            )
+    return record
 
 
 def lock(folder: Path) -> IO[str] | None:

@@ -14,7 +14,18 @@ SOURCES = {
 }
 # From low to high: a module may import from its own layer, without a cycle, and from those before it.
 LAYERS = [
-    {"errors", "config", "ds_config", "optimizers", "topology", "cli", "hardware", "run_folder"},
+    {
+        "errors",
+        "config",
+        "ds_config",
+        "ds_keys",
+        "optimizers",
+        "topology",
+        "cli",
+        "hardware",
+        "json_files",
+        "run_folder",
+    },
     {"data"},
     {"model"},
     {"launch"},

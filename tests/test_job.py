@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
 
 from megamoe.config import RunConfig
@@ -26,6 +27,11 @@ def job(run, world_size=1):
 @pytest.fixture
 def inputs(tmp_path):
     return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+
+
+def write_tokenizer(folder, size=96):
+    vocabulary = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, size)}}
+    Tokenizer(models.WordLevel(vocabulary)).save(str(folder / "tokenizer.json"))
 
 
 def started(run, **changes):
@@ -68,9 +74,10 @@ def test_another_run_is_not_written_over(inputs):
 
 @pytest.mark.parametrize("key", sorted(set(SAME_ON_RESUME) - {"data", "optimization"}))
 def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_both(inputs, key):
-    started(inputs, **{key: "another"})
+    another = {"num_hidden_layers": 9} if key == "model" else "another"
+    started(inputs, **{key: another})
     (problem,) = problems({**inputs, "resume": True})
-    assert f'{key} "another", not ' in problem
+    assert f"{key} {json.dumps(another)}, not " in problem
 
 
 @pytest.mark.parametrize(
@@ -151,9 +158,9 @@ def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
     shutil.copytree(tmp_path / "corpus", tmp_path / "other")
     mix = {**inputs, "data": [str(tmp_path / "corpus"), str(tmp_path / "other")]}
     for name in ("corpus", "other"):
-        (tmp_path / name / "tokenizer.json").write_text('"the same"')
+        write_tokenizer(tmp_path / name)
     assert len(job(mix).corpora) == 2
-    (tmp_path / "other" / "tokenizer.json").write_text('"another"')
+    write_tokenizer(tmp_path / "other", size=80)
     (problem,) = problems(mix)
     assert all(str(tmp_path / name / "tokenizer.json") in problem for name in ("corpus", "other"))
 
@@ -161,7 +168,8 @@ def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"tensorboard": {"enabled": "maybe"}}, ["tensorboard.enabled", "'maybe'", "boolean"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, ["device", "'gpu'", "nvme"]),
+        ({"flops_profiler": {"enabled": "maybe"}}, ["DeepSpeed refuses", "'str'"]),  # a TypeError in its code
         ({"communication_data_type": "foo"}, ["DeepSpeed refuses"]),
     ],
 )
@@ -216,7 +224,38 @@ def test_auto_resume_does_not_go_on_with_another_run(inputs):
     assert "holds a run with seed" in problem
 
 
-def test_a_corpus_without_held_out_text_trains_without_evaluation(inputs, tmp_path):
+def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(inputs, tmp_path):
+    assert "nothing is evaluated" not in job(inputs).describe(0)
     for suffix in ("bin", "idx"):
         (tmp_path / "corpus" / f"valid.{suffix}").unlink()
-    assert job(inputs).evaluator() is None
+    unheld = job(inputs)
+    assert unheld.evaluator() is None
+    assert unheld.describe(0).count("so nothing is evaluated (--valid_data gives some)") == 1
+    assert "\n" not in unheld.describe(0)
+
+
+def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):
+    (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"valid": {"tokens": 600, "bytes": 1800}}))
+    for form in ("", "/valid", "/valid.bin"):
+        evaluator = job({**inputs, "valid_data": f"{tmp_path / 'corpus'}{form}"}).evaluator()
+        assert evaluator.tokens_per_byte == pytest.approx(1 / 3)
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_or_that_is_none_is_refused(inputs, tmp_path):
+    write_tokenizer(tmp_path / "corpus", size=97)
+    (problem,) = problems(inputs)
+    assert "tokenizer.json has token id 96, beyond the model's vocabulary of 96" in problem
+    (tmp_path / "corpus" / "tokenizer.json").write_text("{}")
+    (problem,) = problems(inputs)
+    assert "tokenizer.json cannot be read" in problem
+
+
+@pytest.mark.parametrize(
+    "change", [{"run": []}, {"deepspeed": "auto"}, {"data": {}}, {"data": [7]}, {"model": []}, {"seed": {}}], ids=str
+)
+def test_a_run_json_of_wrong_types_is_refused_in_a_sentence(inputs, change):
+    started(inputs)
+    file = Path(inputs["run_dir"]) / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    said = problems({**inputs, "resume": True})
+    assert any(key in problem and inputs["run_dir"] in problem for key in change for problem in said), said

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megamoe.config import RunConfig, read_json
+from megamoe.config import RunConfig
 from megamoe.data.corpus import SplitWriter
 from megamoe.job import Job
+from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import run as pretrain

@@ -24,10 +24,11 @@ from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config import load_preset, read_json
+from megamoe.config import load_preset
 from megamoe.data.batches import Batch
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
+from megamoe.json_files import read_json
 from megamoe.training.distributed import init_distributed
 from megamoe.training.step import build_train_step
 

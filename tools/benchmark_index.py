@@ -31,8 +31,9 @@ from megamoe.checkpoint.index import (
     write_index,
 )
 from megamoe.checkpoint.slice_file import TensorRecord, number_of_blocks
-from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.config import ModelConfig, load_preset
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import split_expert
 from megamoe.optimizers import MASTERS

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.slice_file import DTYPES, TensorRecord, number_of_blocks, sha256
-from megamoe.config import read_json, validate
+from megamoe.config import validate
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 from megamoe.optimizers import MASTERS
 
 BUFFER = "buffer"  # the kind of router statistics, where others are MASTERS and the optimizer's state tensors

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from megamoe.checkpoint import folders
-from megamoe.config import read_json
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 
 READ_BYTES = 1 << 22
 

@@ -10,6 +10,7 @@ Only what is asked for is read.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,8 +22,9 @@ from megamoe.checkpoint.deepspeed_files import MAIN_FILE, RankFiles, UniversalFi
 from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.plain_files import PlainFiles
-from megamoe.config import ModelConfig, read_json
-from megamoe.errors import UserError
+from megamoe.config import ModelConfig
+from megamoe.errors import UserError, shown
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import expert_id, layer_id, plain_name
 from megamoe.optimizers import MASTERS
@@ -82,15 +84,17 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
 
 
 def _indexed(folder: Path, files: list[Path]) -> list[Path]:
-    """The files that the index names, where there is one. Raises UserError if one is missing."""
+    """The files that the index names, where there is one. Raises UserError if one is missing or not in the folder."""
     for index in folder.glob("*.index.json"):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index} has no weight_map of tensor names to file names; make or fetch it again.")
         names = sorted(set(weight_map.values()))
         for name in names:
-            if not (folder / name).is_file():
-                raise UserError(f"{folder / name}, which {index.name} names, is missing; bring it back.")
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{index} names {shown(name)}, outside its folder; make or fetch it again.")
+            if not os.path.isfile(folder / name):  # False for a name that no file can have, where pathlib raises
+                raise UserError(f"{index} names {shown(name)}, which is missing beside it; bring it back.")
         return [folder / name for name in names]
     return files
 

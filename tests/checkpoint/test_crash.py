@@ -18,7 +18,7 @@ from ranks import run_ranks, start_ranks
 from toy import SHIPPED, ds_config, losses, train_here, write_inputs
 
 from megamoe.checkpoint import folders, slice_file, verify
-from megamoe.config import read_json
+from megamoe.json_files import read_json
 from megamoe.training.sinks import read_log
 
 KILLS = 20

@@ -1,6 +1,7 @@
 """Reading weights from any form, and refusing what could run code or is damaged. Checkpoints of several ranks are in
 test_restore.py."""
 
+import json
 import os
 import pickle
 import random
@@ -210,6 +211,15 @@ def test_a_shard_that_the_index_names_and_is_missing_is_named(tmp_path):
     has(refusal(open_source, tmp_path), "b.safetensors", "missing")
 
 
+def test_a_shard_outside_the_folder_is_refused_though_it_is_there(tmp_path):
+    (tmp_path / "in" / "shards").mkdir(parents=True)
+    write_index(tmp_path / "in", plain_state())
+    save_file(plain_state(), tmp_path / "w.safetensors")
+    for name in ("../w.safetensors", "shards/../../w.safetensors", f"{tmp_path}/w.safetensors"):
+        (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        has(refusal(open_source, tmp_path / "in"), "index.json", name, "outside its folder", "again")
+
+
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
     write_index(tmp_path, plain_state())
@@ -220,6 +230,14 @@ def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
 def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
     torch.save({**plain_state(), "lm_head.weight": torch.zeros(96, 32)}, tmp_path / "w.pt")
     has(refusal(open_source, tmp_path / "w.pt"), "lm_head.weight is not the embedding")
+
+
+def test_a_head_without_the_embedding_that_it_is_tied_to_is_one_sentence(tmp_path):
+    state = plain_state()
+    head = state.pop("model.embed_tokens.weight")
+    torch.save({**state, "lm_head.weight": head}, tmp_path / "w.pt")
+    problem = refusal(open_source, tmp_path / "w.pt")
+    has(problem, "w.pt", "lm_head.weight without model.embed_tokens.weight", "tied", "give both")
 
 
 def test_a_torn_safetensors_file_is_one_sentence(tmp_path):

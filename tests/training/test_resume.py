@@ -10,8 +10,8 @@ from ranks import run_ranks
 from toy import PRESET, SHIPPED, ds_config, losses, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
-from megamoe.config import read_json
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 
 
 def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(tmp_path):
