@@ -265,9 +265,9 @@ def test_any_preset_is_accepted_or_refused_in_sentences(tmp_path):
 
 
 def test_any_run_json_is_accepted_or_refused_in_sentences(tmp_path):
-    run = RunConfig(**write_inputs(tmp_path, ds_config(2)), run_dir=str(tmp_path / "run"), resume=True)
+    run = RunConfig(**write_inputs(tmp_path, ds_config(2)), run_dir=str(tmp_path / "run"), auto_resume=True)
     cpu = torch.device("cpu")
-    first = Job(run.model_copy(update={"resume": False}), 1, cpu)
+    first = Job(run.model_copy(update={"auto_resume": False}), 1, cpu)
     first.enter_folder(0, None)
     record = read_json(tmp_path / "run" / "run.json")
     files = random_files(tmp_path / "run", "run.json", record, 100, 3)
