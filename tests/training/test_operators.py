@@ -23,12 +23,13 @@ from megamoe.training import operators
 folder = pathlib.Path(sys.argv[1])
 def load():
     lock = folder / "lock"
-    while True:
-        try:
-            file = open(lock, "x")
+    for _ in range(50):
+        if not lock.exists():
             break
-        except FileExistsError:
-            time.sleep(0.1)  # torch waits like this, without an end
+        time.sleep(0.1)
+    else:
+        sys.exit("torch waits like this without an end")
+    file = open(lock, "x")
     print("begun", flush=True)
     time.sleep(float(sys.argv[2]))
     lock.unlink()
