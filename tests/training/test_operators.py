@@ -23,19 +23,20 @@ from megamoe.training import operators
 folder = pathlib.Path(sys.argv[1])
 def load():
     lock = folder / "lock"
-    while True:
-        try:
-            file = open(lock, "x")
+    for _ in range(50):
+        if not lock.exists():
             break
-        except FileExistsError:
-            time.sleep(0.1)  # torch waits like this, without an end
+        time.sleep(0.1)
+    else:
+        sys.exit("torch waits like this without an end")
+    file = open(lock, "x")
     print("begun", flush=True)
     until = time.monotonic() + float(sys.argv[2])
     while time.monotonic() < until and not (folder / "go").exists():
         time.sleep(0.05)
     lock.unlink()
     (folder / "cpu_adam.so").touch()
-operators.QUIET_SECONDS = 0
+operators.QUIET_SECONDS, operators.MOST_SECONDS = 0, 30
 operators.load_in_turn("cpu_adam", folder, load)
 print("done", flush=True)
 """
