@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); fix the syntax there.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__} where a JSON object of settings is needed.")
