@@ -20,7 +20,7 @@ from megamoe.config import read_json
 
 COMPLETE = ("index.json", "manifest.json")  # the last file of a checkpoint to be written, and the first to be removed
 PARTIAL = ".partial"
-NAME = re.compile(r"step_(0|[1-9]\d{0,17})(?:\.([1-9]\d{0,8}))?")
+NAME = re.compile(r"step_(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")
 
 
 class Age(NamedTuple):
@@ -112,7 +112,10 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; if killed meanwhile, what is left is not complete."""
+    """Remove a checkpoint, of a link the link alone; if killed meanwhile, what is left is not complete."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     for name in COMPLETE:
         (checkpoint / name).unlink(missing_ok=True)
     flush(checkpoint)
