@@ -21,7 +21,7 @@ from megamoe.run_folder import RunFolder
 INDEX, MANIFEST = "index.json", "manifest.json"  # the last to be written, and the first to be removed
 INDEX_END = b"}\n"  # of an index of which all has been written
 PARTIAL = ".partial"
-NAME = re.compile(r"step_(0|[1-9]\d{0,17})(?:\.([1-9]\d{0,8}))?")
+NAME = re.compile(r"step_(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")
 
 
 class Age(NamedTuple):
@@ -122,7 +122,10 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; if killed meanwhile, what is left is not complete."""
+    """Remove a checkpoint, of a link the link alone; if killed meanwhile, what is left is not complete."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     for name in (INDEX, MANIFEST):
         (checkpoint / name).unlink(missing_ok=True)
     flush(checkpoint)

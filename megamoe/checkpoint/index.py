@@ -13,20 +13,22 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.slice_file import DTYPES, TensorRecord, number_of_blocks, sha256
-from megamoe.config import validate
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
 from megamoe.optimizers import MASTERS
 
 BUFFER = "buffer"  # the kind of router statistics, where others are MASTERS and the optimizer's state tensors
 FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors|zero_to_fp32\.py")
-PARAMETER_NAME = re.compile(r"[\w.]+")  # it may become the name of a file
+TENSOR_NAME = re.compile(r"[\w.]+")  # it may become the name of a file
+
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]  # a float holds each
 
 
 class _Part(BaseModel):
@@ -38,9 +40,9 @@ class SliceRecord(_Part):
 
     name: str
     """Plain name, with the expert's id in the model."""
-    start: int = Field(ge=0)
+    start: Count
     """Its first value in the parameter."""
-    count: int = Field(ge=0)
+    count: Count
     """Number of values."""
     tensors: dict[str, TensorRecord]
     """By kind: MASTERS and the optimizer's state tensors, or BUFFER."""
@@ -53,9 +55,11 @@ class SliceRecord(_Part):
 class FileRecord(_Part):
     """One file of a checkpoint."""
 
-    bytes: int = Field(ge=0)
+    bytes: Count
     sha256: str | None = None
-    """Of a file without slices."""
+    """Of a file that is not a rank's."""
+    header: str = ""
+    """SHA-256 of the header of a rank's file; the slices have their own."""
     slices: list[SliceRecord] = []
 
 
@@ -70,8 +74,8 @@ class Topology(_Part):
 class SchedulerPosition(_Part):
     """Of the learning-rate scheduler, which stays behind the step where steps were skipped."""
 
-    last_epoch: int
-    step_count: int
+    last_epoch: Count
+    step_count: Count
 
 
 class OptimizerRecord(_Part):
@@ -80,9 +84,9 @@ class OptimizerRecord(_Part):
     name: str
     state: list[str]
     """Kinds of its state tensors; none before the first applied step."""
-    step: float | None
+    step: float | None = Field(ge=0, lt=2**53)
     """Steps that it has applied; None where it has not begun, or does not count."""
-    step_dtype: str | None
+    step_dtype: str | None = Field(pattern="^(float32|float64|int64)$")
     """Where it keeps that number as a tensor."""
     groups: list[dict[str, Any]]
     """Hyperparameters of its groups, in order."""
@@ -91,9 +95,9 @@ class OptimizerRecord(_Part):
 class TrainingRecord(_Part):
     """Counters of a run."""
 
-    global_samples: int = Field(ge=0)
-    skipped_steps: int = Field(ge=0)
-    skipped_in_window: int = Field(ge=0)
+    global_samples: Count
+    skipped_steps: Count
+    skipped_in_window: Count
     """Steps since the save before whose gradients were not finite, but for those that only lower the loss scale."""
     scheduler: SchedulerPosition
     loss_scaler: dict[str, float | int | bool | None]
@@ -117,7 +121,7 @@ class Index(_Part):
     """Random; every file of the save carries it."""
     run_id: str | None
     """Of the run folder that it was saved in."""
-    step: int = Field(ge=0)
+    step: Count
     parent: str | None
     """The checkpoint that the run had resumed from."""
     topology: Topology
@@ -125,7 +129,7 @@ class Index(_Part):
     optimizer: OptimizerRecord
     run: dict[str, Any]
     """The run's record: model, options, DeepSpeed JSON, versions."""
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[Count]]
     """Of parameters and buffers by plain name."""
     files: dict[str, FileRecord]
 
@@ -172,7 +176,8 @@ class Index(_Part):
         for name, record in self.files.items():
             if record.slices:
                 slices = [piece.only(kinds) for piece in record.slices[part::parts]]
-                files[name] = record.model_copy(update={"slices": [piece for piece in slices if piece.tensors]})
+                if slices := [piece for piece in slices if piece.tensors]:
+                    files[name] = record.model_copy(update={"slices": slices})
             elif part == 0:
                 files[name] = record
         return self.model_copy(update={"files": files, "shapes": {}})
@@ -216,8 +221,11 @@ def read_index(checkpoint: Path) -> Index:
         raise UserError(f"{path} is not as it was written, or not all of it; use an older checkpoint.")
     if body.get("version") != 2:
         raise UserError(f"{path} has version {body.get('version')!r}, and this megamoe reads 2; use a newer megamoe.")
-    index: Index = validate(Index, body, str(path))
-    problems = [*_misplaced(checkpoint, index), *_inconsistencies(index)]
+    try:
+        index = Index.model_validate(body)
+        problems = [*_misplaced(checkpoint, index), *_inconsistencies(index)]
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, one['loc']))!r}: {one['msg']}" for one in error.errors()[:3]]
     if problems:
         raise UserError(*(f"{path}: {problem}; use an older checkpoint." for problem in problems))
     return index
@@ -238,11 +246,17 @@ def _misplaced(checkpoint: Path, index: Index) -> list[str]:
 def _inconsistencies(index: Index) -> list[str]:
     """What the index says that cannot be."""
     problems = [f"{name!r} is no name of its files" for name in index.files if not FILE_NAME.fullmatch(name)]
+    kinds_held = {kind for record in index.files.values() for piece in record.slices for kind in piece.tensors}
+    names = {*index.shapes, *index.optimizer.state, *kinds_held}
+    problems += [f"{name!r} is no name of a tensor" for name in sorted(names) if not TENSOR_NAME.fullmatch(name)]
+    problems += [f"{name} has no SHA-256" for name, one in index.files.items() if not (one.sha256 or one.header)]
+    if problems:
+        return problems[:3]
     held: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for name, record in index.files.items():
         for piece in record.slices:
-            if piece.name not in index.shapes or not PARAMETER_NAME.fullmatch(piece.name):
-                return [f"{name} holds {piece.name!r}, which is no name of a parameter with a shape"]
+            if piece.name not in index.shapes:
+                return [f"{name} holds {piece.name!r}, which has no shape"]
             for kind, tensor in piece.tensors.items():
                 held[piece.name, kind].append((piece.start, piece.count))
                 nbytes = piece.count * (tensor.itemsize if tensor.dtype in DTYPES else 0)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamoe.checkpoint import index as indexes
 from megamoe.checkpoint.index import BUFFER, FileRecord, Index, SliceRecord
 from megamoe.checkpoint.slice_file import SliceFile, sha256
 from megamoe.errors import UserError
@@ -73,8 +72,8 @@ class IndexedFiles:
         }
 
     def _open_file(self, name: str) -> SliceFile:
-        metadata = indexes.metadata(self.index.save_id, name)
-        return SliceFile(self.folder / name, self.index.files[name].bytes, metadata)
+        record = self.index.files[name]
+        return SliceFile(self.folder / name, record.bytes, record.header)
 
 
 def problems(folder: Path, index: Index, part: int = 0, parts: int = 1) -> list[str]:
@@ -86,18 +85,16 @@ def problems(folder: Path, index: Index, part: int = 0, parts: int = 1) -> list[
     largest_first = sorted(index.files.items(), key=lambda item: -item[1].bytes)
     # One after the other, so that shares stay even where there are fewer files than parts.
     found = [
-        problem
-        for name, record in largest_first
-        for problem in _file_problems(folder / name, record, indexes.metadata(index.save_id, name), part, parts)
+        problem for name, record in largest_first for problem in _file_problems(folder / name, record, part, parts)
     ]
     return list(dict.fromkeys(found))
 
 
-def _file_problems(path: Path, record: FileRecord, metadata: dict[str, str], part: int, parts: int) -> list[str]:
+def _file_problems(path: Path, record: FileRecord, part: int, parts: int) -> list[str]:
     try:
         if record.sha256 is not None:
             return [] if part else _whole_file_problems(path, record)
-        file = SliceFile(path, record.bytes, metadata)
+        file = SliceFile(path, record.bytes, record.header)
         tensors = [(tensor, piece.count) for piece in record.slices for tensor in piece.tensors.values()]
         return [problem for tensor, count in tensors[part::parts] for problem in file.problems(tensor, count)]
     except UserError as error:

@@ -70,7 +70,7 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
             return UniversalFiles(path)
         if (path / MAIN_FILE).is_file():
             return RankFiles(path, open_files)
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} is not laid out as DeepSpeed lays out a checkpoint with experts ({error!r}); give another."
         ) from None

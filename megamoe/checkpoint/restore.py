@@ -96,7 +96,7 @@ def _restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: 
     with ThreadPoolExecutor(1) as executor:
         verification = executor.submit(verify.problems, checkpoint, dist.get_rank(), dist.get_world_size())
         found = _read(engine, checkpoint, lambda: open_source(checkpoint), weights_only)
-    return Found(verification.result(), found.others)
+    return Found([*found.damage, *verification.result()], found.others)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class TensorRecord(BaseModel):
 
     dtype: str
     """As torch names it."""
-    offset: int = Field(ge=0)
+    offset: int = Field(ge=0, lt=2**53)
     """Of its first byte in the file."""
     sha256: list[str]
     """Of each block of at most BLOCK_BYTES of its bytes, in order."""
@@ -63,8 +63,11 @@ def _as_bytes(tensor: Tensor) -> memoryview:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, TensorRecord]:
-    """Write a new file of flat tensors, each (N,), in their order; returns what the index says about each.
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[str, dict[str, TensorRecord]]:
+    """Write a new file of flat tensors, each (N,), in their order; returns the SHA-256 of its header, and what the
+    index says about each tensor.
 
     The bytes are not yet on the disk: see `folders.flush`. Raises OSError, also where `path` exists.
     """
@@ -82,7 +85,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
                 hashes.append(hashed.result())
             records[name] = TensorRecord(dtype=_dtype_name(tensor.dtype), offset=offset, sha256=hashes)
             offset += tensor.nbytes
-    return records
+    return sha256(header), records
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -119,13 +122,18 @@ class DamagedError(UserError):
 class SliceFile:
     """A rank's file, open for reading; what is read is compared with the hashes of the index."""
 
-    def __init__(self, path: Path, nbytes: int, metadata: dict[str, str]):
-        """Raises DamagedError if it is missing, has another size, or was written with other metadata."""
+    def __init__(self, path: Path, nbytes: int, header: str):
+        """
+        Args:
+            header: SHA-256 of its header, in which the id of the save stands.
+
+        Raises DamagedError if it is missing, or has another size or header.
+        """
         self.path = path
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
             size = os.fstat(self._file.fileno()).st_size
-            found = self._metadata(size)
+            found = sha256(self._header(size))
         except FileNotFoundError:
             raise DamagedError(f"{path} is missing; bring it back, or use an older checkpoint.") from None
         except OSError as error:
@@ -136,18 +144,16 @@ class SliceFile:
             raise DamagedError(
                 f"{path} has {size:,} bytes, not the {nbytes:,} that were saved; use an older checkpoint."
             )
-        if found != metadata:
+        if found != header:
             raise DamagedError(
-                f"{path} is not the file that was saved here, but of another save; use an older checkpoint."
+                f"{path} is not the file that was saved here: its header has changed, or it is of another save; use an "
+                "older checkpoint."
             )
         self._buffer = memoryview(bytearray())
 
-    def _metadata(self, size: int) -> Any:
-        length = int.from_bytes(self._file.read(8), "little")
-        try:
-            return json.loads(self._file.read(min(length, size, MOST_HEADER_BYTES)))["__metadata__"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
+    def _header(self, size: int) -> bytes:
+        length = self._file.read(8)
+        return length + self._file.read(min(int.from_bytes(length, "little"), size, MOST_HEADER_BYTES))
 
     def read(self, record: TensorRecord, length: int, start: int, count: int) -> Tensor:
         """Values `start` to `start` + `count` of a tensor of `length` values, (count,).

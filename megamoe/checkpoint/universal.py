@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
@@ -47,7 +48,8 @@ def write_universal(source: IndexedFiles | RankFiles, run: dict[str, Any], out: 
         for name, shape in source.shapes.items():
             folder = f"zero/{engine_name(name)}"
             for kind in (MASTERS, *source.state_names):
-                values = source.read(name, kind, 0, math.prod(shape)).view(shape)
+                # A copy: of a view, torch.save would write all that it looks into.
+                values = source.read(name, kind, 0, math.prod(shape)).view(shape).clone()
                 save(f"{folder}/{kind}.pt", {"param": values})
             if step is not None:
                 save(f"{folder}/step.pt", step)
@@ -63,13 +65,14 @@ def _optimizer_state(source: IndexedFiles | RankFiles, training: dict[str, Any],
     fields = training["loss_scaler"]
     dynamic = bool(fields.get("dynamic"))
     scaler = DynamicLossScaler.__new__(DynamicLossScaler) if dynamic else LossScaler()
-    vars(scaler).update(fields)
+    vars(scaler).update(fields, **({"dtype": torch.half} if dynamic else {}))
     return {
         "loss_scaler": scaler,
         "dynamic_loss_scale": dynamic,
         "overflow": False,
         "clip_grad": run.get("deepspeed", {}).get("gradient_clipping", 0.0),
         "zero_stage": source.zero_stage,
+        "ds_version": deepspeed.__version__,  # whose layout this is
         "param_groups": [
             {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
             for group in training["groups"]
@@ -92,5 +95,5 @@ def _main_state(source: IndexedFiles | RankFiles, training: dict[str, Any], run:
         "dp_world_size": source.world_size,
         "mp_world_size": 1,
         "ds_config": run.get("deepspeed"),
-        "ds_version": run.get("versions", {}).get("deepspeed"),
+        "ds_version": deepspeed.__version__,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamoe.checkpoint import folders, indexed_files, manifest
+from megamoe.checkpoint.deepspeed_files import MAIN_FILE
 from megamoe.checkpoint.index import read_index
 from megamoe.errors import UserError
 
@@ -35,6 +36,7 @@ def incomplete(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir() or folders.is_complete(checkpoint):
         return None
     in_run = folders.step_of(checkpoint) is not None and folders.run_of(checkpoint) is not None
-    if in_run or (checkpoint / "run.json").is_file() or any(checkpoint.glob("rank_*.safetensors")):
+    of_form_1 = (checkpoint / "run.json").is_file() and (checkpoint / MAIN_FILE).is_file()
+    if in_run or of_form_1 or any(checkpoint.glob("rank_*.safetensors")):
         return f"{checkpoint} was not saved completely, for it has no {folders.INDEX}; use an older checkpoint."
     return None

@@ -216,7 +216,7 @@ class CheckpointWriter:
             for piece in state.slices
             if (number := piece.tensors.get(kind)) is not None
         }
-        records = write_tensors(checkpoint / file, flat, metadata(save_id, file))
+        header, records = write_tensors(checkpoint / file, flat, metadata(save_id, file))
         folders.flush(checkpoint / file)
         slices = [
             SliceRecord(
@@ -225,7 +225,7 @@ class CheckpointWriter:
             )
             for piece in state.slices
         ]  # fmt: skip
-        record = FileRecord(bytes=(checkpoint / file).stat().st_size, slices=slices)
+        record = FileRecord(bytes=(checkpoint / file).stat().st_size, header=header, slices=slices)
         return {"save_id": save_id, "file": file, "record": record.model_dump(), "shapes": state.shapes}
 
     # --- rank 0 -----------------------------------------------------------------------------------------------------
