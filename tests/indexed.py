@@ -97,4 +97,4 @@ def rewrite_index(checkpoint: Path, change) -> None:
     body = json.loads(path.read_text())["index"]
     body = change(body) or body
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    path.write_text(json.dumps({"sha256": sha256(text.encode()), "index": body}))
+    path.write_text(json.dumps({"sha256": sha256(text.encode()), "index": body}) + "\n")

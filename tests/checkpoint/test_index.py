@@ -11,8 +11,8 @@ import pytest
 from indexed import BIAS, KINDS, RANKS, SHAPES, flip_bit, rewrite_index, values, write
 from refusals import has, refusal, refusals, sentences
 
-from megamoe.checkpoint import verify
-from megamoe.checkpoint.index import Range, has_index, read_index, write_index
+from megamoe.checkpoint import folders, verify
+from megamoe.checkpoint.index import Range, read_index, write_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import open_source, run_record
 from megamoe.errors import UserError
@@ -34,10 +34,10 @@ def checkpoint(saved, tmp_path):
 
 def test_what_is_read_is_what_was_written(saved):
     checkpoint, index = saved
-    assert has_index(checkpoint)
+    assert folders.has_index(checkpoint)
     assert read_index(checkpoint) == index
     assert index.kinds == KINDS
-    assert not has_index(checkpoint.parent)
+    assert not folders.has_index(checkpoint.parent)
 
 
 def test_an_index_that_exists_is_not_overwritten(checkpoint, saved):
@@ -149,8 +149,8 @@ CONTRADICTIONS = {
     "a parameter with slashes": (lambda body: body["shapes"].update({"../../x": [0]}), "'../../x' is no name"),
     "a state with slashes": (put(lambda body: body["optimizer"], "state", ["../x"]), "'../x' is no name"),
     "a kind with slashes": (lambda body: first_slice(body)["tensors"].update({"a/b": tensor(body)}), "'a/b' is no"),
-    "a step without end": (put(lambda body: body["optimizer"], "step", 1e400), "'optimizer.step'"),
-    "a step that is no number": (put(lambda body: body["optimizer"], "step", float("nan")), "'optimizer.step'"),
+    "a step without end": (put(lambda body: body["optimizer"], "step", 1e400), "Infinity is not finite"),
+    "a step that is no number": (put(lambda body: body["optimizer"], "step", float("nan")), "NaN is not finite"),
     "a step of no type": (put(lambda body: body["optimizer"], "step_dtype", "load"), "'optimizer.step_dtype'"),
     "a shape below zero": (put(lambda body: body["shapes"], "model.a.weight", [-7, -5]), "'shapes.model.a.weight.0'"),
     "no hash of a header": (lambda body: body["files"]["rank_00000.safetensors"].pop("header"), "no SHA-256"),
@@ -252,10 +252,10 @@ def test_an_index_nested_without_end_is_one_sentence_or_read(checkpoint, depth, 
         '"HERE"', '{"a":' * depth + "1" + "}" * depth
     )
     digest = verify.indexed_files.sha256(nested.encode())
-    path.write_text(f'{{"sha256": "{digest}", "index": {nested}}}')
+    path.write_text(f'{{"sha256": "{digest}", "index": {nested}}}\n')
     problems = sentences(problems_of(read_index, checkpoint))
     assert problems or where == "run"
-    assert not problems or depth > 100 or where == "files"
+    assert not problems or depth > 64 or where == "files"
     assert all(len(problem) < 1000 for problem in problems)
 
 
@@ -270,14 +270,14 @@ def test_what_is_no_index_is_one_sentence(checkpoint, content):
 def test_an_index_that_cannot_be_opened_is_one_sentence(checkpoint):
     (checkpoint / "index.json").unlink()
     os.symlink("index.json", checkpoint / "index.json")
-    assert not has_index(checkpoint)
+    assert not folders.has_index(checkpoint)
     has(refusal(read_index, checkpoint), "cannot be read")
 
 
 # --- its parts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_part_has_the_slices_that_hold_what_is_wanted_and_all_buffers(saved):
+def test_a_part_has_the_slices_that_hold_what_is_wanted(saved):
     index = saved[1]
     middle = 2 * 35 // 3  # where the second rank's slice of the first parameter begins
     wanted = [
@@ -297,7 +297,6 @@ def test_a_part_has_the_slices_that_hold_what_is_wanted_and_all_buffers(saved):
     assert held == [{(first, a)}, {(second, a), (first, norm), (second, norm)}, {(first, a), (second, a)}, set(), set()]
     for part in parts:
         assert part.save_id == index.save_id
-        assert BIAS in part.shapes
         assert set(part.files) <= {first, second}
 
 
