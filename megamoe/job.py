@@ -39,20 +39,24 @@ OPTIMIZATION = (
 class Job:
     """Everything about a run that can be checked before anything is built or written."""
 
-    def __init__(self, run: RunConfig, world_size: int, device: torch.device):
-        """Raises one UserError with all problems."""
-        self.run = run
-        self.folder = RunFolder(run.folder)
-        self.run_dir = run.folder
-        began = self.folder.began
-        self.is_resuming = run.resume or (run.auto_resume and began is not None)
-        # Checkpoints to resume from, and where there are none, weights to start from; in the order to try them.
-        is_saved = self.is_resuming and any(folders.checkpoints(self.folder.checkpoints))
-        self.candidates = folders.step_folders(self.folder.checkpoints) if is_saved else []
-        starts_from = Path(run.init_from) if run.init_from and not self.candidates else None
-        self.initial_weights = folders.found_at(starts_from) if starts_from else []
+    def __init__(self, run: RunConfig, world_size: int, device: torch.device, leads: bool = True):
+        """
+        Args:
+            leads: this rank locks the run folder, and checks what the run resumes or starts from, for all ranks.
 
-        problems = Problems(self._folder_problems())
+        Raises one UserError with all problems.
+        """
+        self.run = run
+        self.run_dir = run.folder
+        problems = Problems()
+        self.folder: RunFolder | None = problems.attempt(RunFolder, run.folder, run.auto_resume) if leads else None
+        # Checkpoints to resume from, and where there are none, weights to start from; in the order to try them.
+        self.candidates: list[Path] = []
+        self.initial_weights: list[Path] = []
+        self.is_resuming = False
+        if self.folder:
+            self._find_start(self.folder)
+            problems += self._folder_problems(self.folder)
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
@@ -60,7 +64,7 @@ class Job:
         if self.model:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
-            self._open_corpora(problems)
+            self._open_corpora(problems, leads)
         if not problems:
             problems += deepspeed_own_problems(self.ds, run.ds_config)
         problems.refuse()
@@ -68,10 +72,18 @@ class Job:
         self.schedule = read_schedule(self.ds, run.ds_config)
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, self.seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
-        self.run_id = self.folder.run_id()
+        self.run_id = self.folder.run_id() if self.folder else None
         self.new_schedule: dict[str, Any] | None = None  # that the run resumes with
-        if began is not None:
-            self._check_same_run(began)
+        if self.folder and self.folder.began is not None:
+            self._check_same_run(self.folder.began, self.folder.last_record())
+
+    def _find_start(self, folder: RunFolder) -> None:
+        run = self.run
+        self.is_resuming = run.resume or (run.auto_resume and folder.began is not None)
+        if self.is_resuming and any(folders.checkpoints(folder.checkpoints)):
+            self.candidates = folders.step_folders(folder.checkpoints)
+        elif run.init_from:
+            self.initial_weights = folders.found_at(Path(run.init_from))
 
     @property
     def claims_to_be_done(self) -> bool:
@@ -87,7 +99,7 @@ class Job:
     def seq_len(self) -> int:
         return self.run.seq_len or self.model.max_position_embeddings
 
-    def _open_corpora(self, problems: Problems) -> None:
+    def _open_corpora(self, problems: Problems, leads: bool) -> None:
         """Open training and held-out corpora; what is wrong with them is added to `problems`."""
 
         def corpus(path: str, split: str) -> TokenCorpus:
@@ -101,7 +113,7 @@ class Job:
         self.tokens_per_byte: float | None = None
         wrong = self._tokenizer_problems()
         problems += wrong
-        if self.valid and not wrong:
+        if self.valid and not wrong and leads:  # which alone reports it
             self.tokens_per_byte = problems.attempt(tokens_per_byte, self.valid, run.eval_samples)
 
     def _initial_problems(self) -> list[str]:
@@ -131,24 +143,24 @@ class Job:
             ]
         return problems
 
-    def _folder_problems(self) -> list[str]:
+    def _folder_problems(self, folder: RunFolder) -> list[str]:
         run, run_dir = self.run, self.run_dir
-        if run.resume and self.folder.began is None:
+        if run.resume and folder.began is None:
             return [f"{run_dir} holds no run to resume; check --run_dir or leave --resume out."]
         if run.resume and not self.candidates:
             return [
                 f"{run_dir} holds no complete checkpoint to resume from; give --auto_resume alone, which then begins "
                 "at step 0, or choose another --run_dir."
             ]
-        if self.folder.began is not None and not self.is_resuming:
+        if folder.began is not None and not self.is_resuming:
             return [f"{run_dir} holds another run; choose another --run_dir, or continue it with --resume."]
-        if self.folder.is_foreign():
+        if folder.is_foreign():
             return [f"{run_dir} exists already and holds no run; choose another --run_dir."]
         files = [parent for parent in run_dir.parents if parent.exists() and not parent.is_dir()]
         return [f"{run_dir} cannot be made, since {file} is a file; choose another --run_dir." for file in files]
 
-    def _check_same_run(self, began: dict[str, Any]) -> None:
-        """Raises UserError if the run that `began` so would have other losses."""
+    def _check_same_run(self, began: dict[str, Any], last: dict[str, Any]) -> None:
+        """Raises UserError if the run that `began` so, and had the record `last`, would have other losses."""
         started_from, init_from = began.get("run", {}).get("init_from"), self.run.init_from
         # Once there is a checkpoint it may be left out.
         if started_from != init_from and (init_from or not self.candidates):
@@ -156,7 +168,7 @@ class Job:
                 f"{self.run_dir} was started with init_from {json.dumps(started_from)}, not {json.dumps(init_from)}; "
                 "give the same again, or choose another --run_dir."
             )
-        before, now = _decisive(self.folder.last_record()), _decisive(self.record())
+        before, now = _decisive(last), _decisive(self.record())
         changed = [key for key in now if before.get(key) != now[key]]
         if self.run.resume and changed == ["optimization"]:
             others = _part(now["optimization"], before["optimization"])
@@ -233,6 +245,7 @@ class Job:
 
     def enter_folder(self, first: int, checkpoint: Path | None) -> None:
         """Record the start, or the resume from `checkpoint`, in the run folder. On rank 0."""
+        assert self.folder
         self.folder.enter(
             {"step": first, "checkpoint": checkpoint and checkpoint.name, **self.record()}, self.tokenizer
         )

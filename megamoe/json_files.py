@@ -45,7 +45,11 @@ def read_regular(path: Path, wanted: str) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError for a missing file, bad syntax, a key given twice with different values, and
     for what this module keeps out."""
-    data = read_regular(path, "a JSON file")
+    return parse_json(read_regular(path, "a JSON file"), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `data`, which comes from `path`. Raises UserError as `read_json`."""
     try:
         value = json.loads(
             data.decode("utf-8"),

@@ -26,7 +26,6 @@ from megamoe.job import Job
 from megamoe.launch.exits import STOPPED, leave
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
-from megamoe.run_folder import lock
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.loop import Trainer
 from megamoe.training.sinks import Sink, open_sinks
@@ -49,7 +48,7 @@ def main() -> None:
         stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
         stack.callback(watch.close)
         try:
-            job = check(device, stack)
+            job = check(device)
             watch.collective_seconds = job.run.collective_timeout
             done = is_done(job) or run(job, rendezvous.store, position, stop)
             code = 0 if done else STOPPED
@@ -65,30 +64,16 @@ def main() -> None:
     leave(code)
 
 
-def check(device: torch.device, held: contextlib.ExitStack) -> Job:
-    """The job that the command line asks for. Problems of any rank end all of them together. Collective.
-
-    Args:
-        held: keeps the lock of the run folder, on rank 0.
-    """
+def check(device: torch.device) -> Job:
+    """The job that the command line asks for. Problems of any rank end all of them together. Collective."""
     job, problems = None, []
     try:
-        config = parse_run()
-        _lock(config.folder, held)
-        job = Job(config, dist.get_world_size(), device)
+        job = Job(parse_run(), dist.get_world_size(), device, leads=dist.get_rank() == 0)
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems)
     assert job
     return job
-
-
-def _lock(folder: Path, held: contextlib.ExitStack) -> None:
-    """On rank 0, see that no other run trains in a folder that exists, and keep others out of it. Raises UserError."""
-    if dist.get_rank() == 0 and folder.is_dir():
-        file = lock(folder)
-        if file:
-            held.enter_context(file)
 
 
 def is_done(job: Job) -> bool:
@@ -139,7 +124,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     sinks = enter(job, first, checkpoint) if dist.get_rank() == 0 else None
     writer = CheckpointWriter(
         train_step.engine,
-        job.folder.checkpoints,
+        job.run_dir / "checkpoints",
         job.record(),
         store=store,
         keep_last=config.keep_last,
@@ -151,6 +136,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     trainer = Trainer(
         train_step, job.data, job.shape, writer, seed=config.seed, position=position, stop=stop,
         deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), sinks=sinks,
+        folder_is_gone=job.folder.is_gone if job.folder else lambda: False,
     )  # fmt: skip
     try:
         return trainer.run(

@@ -19,26 +19,33 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
+from megamoe import disk
 from megamoe.errors import UserError, shown
-from megamoe.json_files import read_json
+from megamoe.json_files import parse_json, read_json
 
 LOCK = "lock"
 LEASE_SECONDS = 100  # after which a file server gives up the locks of a host that it does not hear of any more
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+MISSES, MISS_SECONDS = 3, 1.0  # a folder that a file server moves or mounts again is absent for a moment
 
 
 class RunFolder:
     """The folder of one run, which may not exist yet."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.began: dict[str, Any] | None = None  # how the run began
-        if self._start.is_file():
-            self.began = _checked(read_json(self._start), self._start)
+    def __init__(self, path: Path, waits: bool = False):
+        """Lock the folder of a run; the lock ends with the process, whatever ends that, and with this object.
 
-    @property
-    def _start(self) -> Path:
-        return self.path / "run.json"
+        Raises UserError where another process trains in it.
+
+        Args:
+            waits: for a process that may be about to exit, also on this host.
+        """
+        self.path = path
+        self._waits = waits
+        self._lock: IO[str] | None = None
+        if _start(path).is_file():
+            self._take_lock()
+        self.began = beginning(path)
 
     @property
     def _resumes(self) -> Path:
@@ -56,20 +63,20 @@ class RunFolder:
         return not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())
 
     def last_record(self) -> dict[str, Any]:
-        """The record of the last resume, or of the start."""
-        if self._resumes.is_file():
-            for line in reversed(self._resumes.read_bytes().splitlines()):
-                try:
-                    return _checked(json.loads(line), self._resumes)
-                except (ValueError, RecursionError):
-                    continue  # torn when the run was killed
-        return self.began or {}
+        """The record of the last resume, or of the start. Raises UserError."""
+        content = self._resumes.read_bytes() if self._resumes.is_file() else b""
+        lines = [line for line in content.splitlines() if line]
+        if not content.endswith(b"\n"):
+            lines = lines[:-1]  # torn when the run was killed
+        if not lines:
+            return self.began or {}
+        return _checked(parse_json(lines[-1], self._resumes), self._resumes)
 
     def enter(self, record: dict[str, Any], tokenizer: Path | None) -> None:
-        """Write the record of a start or a resume, in a folder that stays locked. On rank 0. Raises UserError."""
+        """Write the record of a start or a resume, in a folder that stays locked. Raises UserError."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._held = lock(self.path)
-        if self.began is None and self._start.is_file():
+        self._take_lock()
+        if self.began is None and _start(self.path).is_file():
             raise UserError(f"{self.path} has become another run's meanwhile; choose another --run_dir.")
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
         if self.began is not None:
@@ -78,13 +85,38 @@ class RunFolder:
             return
         if tokenizer:
             shutil.copyfile(tokenizer, self.path / "tokenizer.json")
-        partial = self.path / "run.json.partial"
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(partial, self._start)
+        disk.replace_file(_start(self.path), json.dumps(record, indent=2) + "\n")
+
+    def is_gone(self) -> bool:
+        """Whether it has been removed, and perhaps made again, since this process locked it."""
+        for attempt in range(MISSES):
+            if attempt:
+                time.sleep(MISS_SECONDS)
+            try:
+                found = os.stat(self.path / LOCK if self._lock else self.path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                return False  # nobody knows now
+            return self._lock is not None and not os.path.samestat(found, os.fstat(self._lock.fileno()))
+        return True
+
+    def _take_lock(self) -> None:
+        self._lock = self._lock or _lock(self.path, self._waits)
 
     def run_id(self) -> str | None:
         """Of the run in it, or a new one; None for a run that began before runs had ids."""
         return uuid.uuid4().hex if self.began is None else self.began.get("run_id")
+
+
+def _start(folder: Path) -> Path:
+    return folder / "run.json"
+
+
+def beginning(folder: Path) -> dict[str, Any] | None:
+    """How the run in a folder began; None where it holds none. Raises UserError."""
+    path = _start(folder)
+    return _checked(read_json(path), path) if path.is_file() else None
 
 
 def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -97,16 +129,14 @@ def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
     return record
 
 
-def lock(folder: Path) -> IO[str] | None:
-    """Lock an existing run folder; the lock ends with the process that holds it, whatever ends that, and with the file
-    that is returned.
-
-    None where the file system knows no locks, which is said. Raises UserError with the holder where there is one.
-    """
+def _lock(folder: Path, waits: bool) -> IO[str] | None:
+    """The locked file; None where the file system knows no locks, which is said. Raises UserError with the holder where
+    there is one."""
     try:
         file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the lock
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --run_dir.") from None
+    kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     deadline, said = time.monotonic() + LEASE_SECONDS, False
     while True:
         try:
@@ -120,8 +150,9 @@ def lock(folder: Path) -> IO[str] | None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
         file.seek(0)
-        holder = file.read().strip()
-        if f" on {socket.gethostname()}," in holder or time.monotonic() > deadline:
+        holder, _, its_kernel = file.read().strip().partition("; kernel ")
+        # The lock of a process of this kernel ends with it at once.
+        if (its_kernel == kernel and not waits) or time.monotonic() > deadline:
             raise UserError(
                 f"{folder} is in use by {holder or 'another run'}; wait for its end, or choose another --run_dir."
             )
@@ -129,8 +160,9 @@ def lock(folder: Path) -> IO[str] | None:
             print(f"waiting up to {LEASE_SECONDS} s for {folder}, in use by {holder}", file=sys.stderr, flush=True)
             said = True
         time.sleep(1)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.seek(0)
     file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}; kernel {kernel}\n")
     file.flush()
     return file

@@ -25,6 +25,7 @@ LAYERS = [
         "hardware",
         "json_files",
         "run_folder",
+        "disk",
     },
     {"data"},
     {"model"},

@@ -45,7 +45,7 @@ def run_and_hear(ranks, function, run):
 
 def done_here(run):
     """Whether a start would find nothing to do."""
-    return is_done(Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu")))
+    return is_done(Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_keeps_the_last_good_checkp
 
 def remove_folder_after_a_step(run):
     """Train with a run folder that is removed once step 2 is logged."""
-    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"))
+    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0)
     real = ConsoleSink.log_scalars
 
     def remove(self, kind, step, values):

@@ -14,11 +14,13 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megamoe.config import RunConfig
 from megamoe.data.corpus import SplitWriter
+from megamoe.errors import UserError
 from megamoe.job import Job
 from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import run as pretrain
+from megamoe.training.distributed import raise_on_any_rank
 from megamoe.training.sinks import read_log
 
 PRESET = {
@@ -74,8 +76,14 @@ def new_store(purpose: str) -> Store:
 
 
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Train as pretrain.py does, on this rank of a group that exists already; returns the log."""
-    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"))
+    """Train as pretrain.py does, on this rank of a group that exists already; returns the log. Exits with problems."""
+    job, problems = None, []
+    try:
+        job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0)
+    except UserError as error:
+        problems = error.problems
+    raise_on_any_rank(problems)
+    assert job
     pretrain(job, new_store("run"), Position(), StopRequest())
     dist.barrier()
     return read_log(job.run_dir)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe import cli
+from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import (
     FileRecord,
     Index,
@@ -77,9 +78,7 @@ def make_index(setup: Setup, run: dict[str, Any]) -> Index:
             tensors = {kind: TensorRecord(dtype="float32", offset=offsets[kind], sha256=hashes) for kind in offsets}
             slices.append(SliceRecord(name=one.name, start=one.start, count=one.count, tensors=tensors))
             offsets = {kind: offset + nbytes for kind, offset in offsets.items()}
-        files[f"rank_{rank:05d}.safetensors"] = FileRecord(
-            bytes=4096 + 12 * total, header=os.urandom(32).hex(), slices=slices
-        )
+        files[folders.rank_file(rank)] = FileRecord(bytes=4096 + 12 * total, header=os.urandom(32).hex(), slices=slices)
     return Index(
         save_id="0" * 32,
         run_id="0" * 32,

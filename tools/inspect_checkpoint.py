@@ -80,7 +80,10 @@ def main() -> None:
     parser = cli.Parser(description="Look into a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
     args = parser.parse()
-    checkpoint = folders.found_at(args.checkpoint)[0]
+    found = folders.found_at(args.checkpoint)
+    checkpoint = next(filter(folders.is_complete, found), found[0])
+    for newer in found[: found.index(checkpoint)]:
+        print(folders.passed_over(newer, verify.problems(newer)))
     if not checkpoint.exists():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a checkpoint.")
     print(checkpoint)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megamoe import cli
-from megamoe.checkpoint import folders
+from megamoe import cli, disk
 from megamoe.checkpoint.deepspeed_files import RankFiles
 from megamoe.checkpoint.export import output
 from megamoe.checkpoint.indexed_files import IndexedFiles
@@ -36,7 +35,7 @@ def main() -> None:
         folder.mkdir(parents=True)
         write_universal(source, run_record(checkpoint), folder / name)
         for pointer in ("latest", "latest_universal"):  # the second is DeepSpeed's name for it
-            folders.replace_file(folder / pointer, name)
+            disk.replace_file(folder / pointer, name)
         for file in ("run.json", "resumes.jsonl", "tokenizer.json"):
             if (run_dir / file).is_file():
                 shutil.copyfile(run_dir / file, partial / file)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.distributed import HashStore, Store
 
+PIECE_BYTES = 1 << 20  # the store breaks a connection over values of 8 MiB
 PAUSE_SECONDS = 0.02  # between two looks into the store; longer with time
 LONGEST_PAUSE_SECONDS = 0.5
 
@@ -26,7 +27,9 @@ class SaveExchange:
 
     def begin(self, save: int, plan: Any) -> None:
         """Tell the others of save number `save`. On rank 0."""
-        self._forget(save - 2)
+        if save > 2:  # every rank has taken part in the one before, and is done with that
+            self._delete(f"{save - 2}/plan")
+            self._delete(f"{save - 2}/outcome")
         self._set(f"{save}/plan", plan)
 
     def plan(self, save: int) -> Any:
@@ -39,7 +42,11 @@ class SaveExchange:
 
     def gather(self, save: int) -> list[Any]:
         """Wait for the parts of all ranks. On rank 0."""
-        return self._wait([f"{save}/part/{rank}" for rank in self._ranks])
+        keys = [f"{save}/part/{rank}" for rank in self._ranks]
+        parts = self._wait(keys)
+        for key in keys:
+            self._delete(key)
+        return parts
 
     def conclude(self, save: int, outcome: Any) -> None:
         """Tell the others how it ended. On rank 0."""
@@ -50,17 +57,25 @@ class SaveExchange:
         return self._wait([f"{save}/outcome"])[0]
 
     def _set(self, key: str, value: Any) -> None:
-        self._store.set(f"save/{key}", json.dumps(value))
+        text = json.dumps(value)
+        pieces = [text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES)]
+        for number, piece in enumerate(pieces):
+            self._store.set(f"save/{key}/{number}", piece)
+        self._store.set(f"save/{key}", str(len(pieces)))
+
+    def _get(self, key: str) -> Any:
+        count = int(self._store.get(f"save/{key}"))
+        return json.loads("".join(self._store.get(f"save/{key}/{number}").decode() for number in range(count)))
+
+    def _delete(self, key: str) -> None:
+        for number in range(int(self._store.get(f"save/{key}"))):
+            self._store.delete_key(f"save/{key}/{number}")
+        self._store.delete_key(f"save/{key}")
 
     def _wait(self, keys: list[str]) -> list[Any]:
-        keys = [f"save/{key}" for key in keys]
         pause = PAUSE_SECONDS
-        while not self._store.check(keys):  # a rank that died ends the job, see `launch/watch.py`
+        full = [f"save/{key}" for key in keys]
+        while not self._store.check(full):  # a rank that died ends the job, see `launch/watch.py`
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
-        return [json.loads(self._store.get(key)) for key in keys]
-
-    def _forget(self, save: int) -> None:
-        """Remove what was said about a save before the last, which every rank has taken part in."""
-        for key in (f"{save}/plan", f"{save}/outcome", *(f"{save}/part/{rank}" for rank in self._ranks)):
-            self._store.delete_key(f"save/{key}")
+        return [self._get(key) for key in keys]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import megamoe
-from megamoe.checkpoint import folders
+from megamoe import disk
 from megamoe.checkpoint.reader import Source
 from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
@@ -91,13 +91,13 @@ def output(out: Path) -> Iterator[Path]:
     """Where to write what becomes `out` once it is complete. Raises UserError if `out` exists."""
     if out.exists():
         raise UserError(f"{out} exists already; choose another output, or remove it.")
-    partial = out.with_name(out.name + folders.PARTIAL)
+    partial = out.with_name(out.name + disk.PARTIAL)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
         yield partial
         for path in [partial, *partial.rglob("*")]:
-            folders.flush(path)
+            disk.flush(path)
         os.replace(partial, out)
     except (SafetensorError, RuntimeError) as error:  # theirs and torch's form of an OSError
         raise UserError(f"{out} cannot be written ({error}); check that the disk has space.") from None

@@ -12,15 +12,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megamoe.run_folder import RunFolder
+from megamoe.disk import PARTIAL, flush
+from megamoe.run_folder import beginning
 
 INDEX, MANIFEST = "index.json", "manifest.json"  # the last to be written, and the first to be removed
 INDEX_END = b"}\n"  # of an index of which all has been written
-PARTIAL = ".partial"
+SCRIPT = "zero_to_fp32.py"
+FILE = re.compile(r"rank_[0-9]{5,}\.safetensors|zero_to_fp32\.py|index\.json")  # of megamoe's own form
 NAME = re.compile(r"step_(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")
 
 
@@ -43,6 +45,11 @@ def step_of(checkpoint: Path) -> int | None:
     return age.step if age else None
 
 
+def rank_file(rank: int) -> str:
+    """The name of a rank's file in a checkpoint."""
+    return f"rank_{rank:05d}.safetensors"
+
+
 def name_of(age: Age) -> str:
     """The name of a checkpoint's folder."""
     return f"step_{age.step}.{age.generation}" if age.generation else f"step_{age.step}"
@@ -52,8 +59,13 @@ def name_of(age: Age) -> str:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Every folder with a checkpoint's name in `folder`, complete or not, the newest first."""
-    found = [(age, path) for path in folder.glob("step_*") if (age := age_of(path)) and path.is_dir()]
+    """Every folder with a checkpoint's name in `folder`, complete or not, the newest first. Raises OSError where it
+    cannot be listed: that is not to be taken for an empty one."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = [(age, folder / one.name) for one in entries if (age := age_of(folder / one.name)) and one.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -63,12 +75,14 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def has_index(checkpoint: Path) -> bool:
-    """Whether it is complete in megamoe's own form: a kill can leave an index that ends early, which is none."""
+    """Whether it is complete in megamoe's own form: a kill can leave an index that ends early, which is none. Raises
+    OSError where that cannot be read."""
     try:
         with open(checkpoint / INDEX, "rb") as file:
-            file.seek(-len(INDEX_END), os.SEEK_END)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - len(INDEX_END), 0))
             return file.read() == INDEX_END
-    except OSError:  # absent, or shorter than that
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -84,7 +98,7 @@ def found_at(path: Path) -> list[Path]:
 
 def run_of(checkpoint: Path) -> dict[str, Any] | None:
     """How the run began in whose folder a checkpoint lies; None where it lies in none. Raises UserError."""
-    return RunFolder(checkpoint.absolute().parent.parent).began
+    return beginning(checkpoint.absolute().parent.parent)
 
 
 def passed_over(checkpoint: Path, problems: list[str]) -> str:
@@ -94,31 +108,6 @@ def passed_over(checkpoint: Path, problems: list[str]) -> str:
 
 
 # --- writing and removing -------------------------------------------------------------------------------------------
-
-
-def flush(path: Path) -> None:
-    """Wait until the disk has a file, or the entries of a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small new file to the disk."""
-    with open(path, "xb") as file:
-        file.write(data)
-    flush(path)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace the content of `path` atomically."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.unlink(missing_ok=True)
-    write_file(partial, text.encode())
-    os.replace(partial, path)
-    flush(path.parent)
 
 
 def discard(checkpoint: Path) -> None:
@@ -133,7 +122,7 @@ def discard(checkpoint: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what an interrupted save or removal has left in a folder of checkpoints."""
+    """Remove what an interrupted save or removal has left in a folder of checkpoints. Raises OSError."""
     for path in [*folder.glob(f"*{PARTIAL}"), *filter(_is_leftover, step_folders(folder))]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -142,15 +131,18 @@ def clean(folder: Path) -> None:
 
 
 def _is_leftover(checkpoint: Path) -> bool:
-    """Whether it has only files of an interrupted save or removal: not, say, a checkpoint that DeepSpeed wrote."""
-    ours = re.compile(r"rank_\d+\.safetensors|zero_to_fp32\.py|index\.json")
-    return not is_complete(checkpoint) and all(ours.fullmatch(path.name) for path in checkpoint.iterdir())
+    """Whether it has only files of an interrupted save or removal: not, say, a checkpoint that DeepSpeed wrote, nor an
+    index, which may be damaged or end early but is the operator's to remove."""
+    names = [entry.name for entry in os.scandir(checkpoint)]
+    return INDEX not in names and all(FILE.fullmatch(name) for name in names)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int, is_good: Callable[[Path], bool]) -> None:
+def prune(
+    folder: Path, keep_last: int, keep_every: int, is_good: Callable[[Path], bool], left_behind: Collection[Path] = ()
+) -> None:
     """Remove all but the `keep_last` (at least 1) newest checkpoints, those at multiples of `keep_every` steps, and the
-    newest that `is_good`."""
-    found = checkpoints(folder)
+    newest that `is_good`. Those that are `left_behind` stay and are not counted."""
+    found = [path for path in checkpoints(folder) if path not in left_behind]
     kept, rest = found[:keep_last], found[keep_last:]
     if rest and not any(map(is_good, kept)):
         good = next(filter(is_good, rest), None)

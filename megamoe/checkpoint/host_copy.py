@@ -19,29 +19,50 @@ class HostCopy:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
+        self._side: torch.cuda.Stream | None = None
+        self._said = False
 
-    def take(self, tensors: list[Tensor]) -> list[Tensor] | None:
-        """Copies of `tensors`; None if this host has too little memory for them. The next call overwrites them."""
+    def take(self, tensors: list[Tensor], ready: torch.cuda.Event | None) -> list[Tensor] | None:
+        """Copies of `tensors`; None if this host has too little memory for them. The next call overwrites them.
+
+        Args:
+            ready: on a GPU, recorded when the tensors had the values to be copied.
+        """
         if [(t.shape, t.dtype) for t in tensors] != [(b.shape, b.dtype) for b in self._buffers]:
             self._buffers = []
             ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
-            needed = sum(tensor.nbytes for tensor in tensors) * int(ranks_here)
+            needed = sum(map(_bytes_of_copy, tensors)) * int(ranks_here)
             if needed * MEMORY_FACTOR > available_memory():
+                self._say_no(needed)
                 return None
             try:
                 self._buffers = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
             except RuntimeError:  # memory that is free need not be free to be pinned
                 return None
-        on_gpu = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-        side = torch.cuda.Stream(on_gpu) if on_gpu else None  # parallel to the forward pass, not queued behind it
-        if side:
-            side.wait_stream(torch.cuda.current_stream(on_gpu))
-        with torch.cuda.stream(side):
+        if ready and self._side is None:
+            self._side = torch.cuda.Stream()  # parallel to the forward pass, not queued behind it
+        if self._side and ready:
+            self._side.wait_event(ready)
+        with torch.cuda.stream(self._side):
             for buffer, tensor in zip(self._buffers, tensors, strict=True):
                 buffer.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        if side:
-            side.synchronize()
+        if self._side:
+            self._side.synchronize()
         return self._buffers
+
+    def _say_no(self, needed: int) -> None:
+        if not self._said and dist.get_rank() == 0:
+            print(
+                f"no memory for copies of what is saved ({needed / 1e9:.1f} GB on this host): training waits for the "
+                "files of a checkpoint",
+                flush=True,
+            )
+        self._said = True
+
+
+def _bytes_of_copy(tensor: Tensor) -> int:
+    """torch takes pinned memory in powers of two."""
+    return 1 << max(tensor.nbytes - 1, 0).bit_length() if tensor.is_cuda else tensor.nbytes
 
 
 def available_memory() -> int:
@@ -52,6 +73,8 @@ def available_memory() -> int:
         folder = root / line.split(":", 2)[2].lstrip("/")
         for group in (folder, *folder.parents):
             with contextlib.suppress(OSError, ValueError):  # no limit there
-                used = int((group / "memory.current").read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # The system gives up cached files first.
+                used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
                 available = min(available, int((group / "memory.max").read_text()) - used)
     return available

@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megamoe import disk
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.slice_file import DTYPES, TensorRecord, number_of_blocks, sha256
 from megamoe.errors import UserError
-from megamoe.json_files import read_json
+from megamoe.json_files import parse_json
 from megamoe.optimizers import MASTERS
 
 BUFFER = "buffer"  # the kind of router statistics, where others are MASTERS and the optimizer's state tensors
-FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors|zero_to_fp32\.py")
 TENSOR_NAME = re.compile(r"[\w.]+")  # it may become the name of a file
 
 
@@ -160,7 +160,8 @@ class Index(_Part):
     def buffers(self) -> list[Range]:
         """Those of the router statistics."""
         pieces = [piece for record in self.files.values() for piece in record.slices if BUFFER in piece.tensors]
-        return [Range(piece.name, 0, piece.count) for piece in pieces]
+        names = dict.fromkeys(piece.name for piece in pieces)
+        return [Range(name, 0, math.prod(self.shapes[name])) for name in names]
 
     def _with_slices(self, slices: list[tuple[str, SliceRecord]]) -> Index:
         by_file: dict[str, list[SliceRecord]] = defaultdict(list)
@@ -173,7 +174,7 @@ class Index(_Part):
     def share(self, kinds: Collection[str], part: int, parts: int) -> Index:
         """A share of the tensors of these kinds and of the files without slices; all shares together have them all."""
         files = {}
-        for name, record in self.files.items():
+        for name, record in self.files.items() if kinds or part == 0 else ():
             if record.slices:
                 slices = [piece.only(kinds) for piece in record.slices[part::parts]]
                 if slices := [piece for piece in slices if piece.tensors]:
@@ -197,25 +198,31 @@ def write_index(checkpoint: Path, index: Index) -> None:
     There is no rename, so a file system that stores objects can do this too; an index that ends early is none. Raises
     OSError.
     """
-    folders.flush(checkpoint)
+    disk.flush(checkpoint)
     body = _canonical(index.model_dump())
-    folders.write_file(
-        checkpoint / folders.INDEX, f'{{"sha256": "{sha256(body.encode())}",\n"index": {body}}}\n'.encode()
-    )
-    folders.flush(checkpoint)
+    data = f'{{"sha256": "{sha256(body.encode())}",\n"index": {body}}}\n'.encode()
+    try:
+        disk.write_file(checkpoint / folders.INDEX, data)
+        disk.flush(checkpoint)
+    except FileExistsError:
+        raise
+    except Exception:  # it may be complete, but a save that failed is no checkpoint
+        (checkpoint / folders.INDEX).unlink(missing_ok=True)
+        raise
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_index(checkpoint: Path) -> Index:
-    """The index of a checkpoint, which is what was written and belongs to its folder. Raises UserError."""
+    """The index of a checkpoint, which is what was written and belongs to its folder. Raises UserError if it is not,
+    and OSError if it cannot be read now."""
     path = checkpoint / folders.INDEX
-    content = read_json(path)
+    content = parse_json(path.read_bytes(), path)
     body = content.get("index")
     if not isinstance(body, dict) or content.get("sha256") != sha256(_canonical(body).encode()):
         raise UserError(f"{path} is not as it was written, or not all of it; use an older checkpoint.")
@@ -245,7 +252,11 @@ def _misplaced(checkpoint: Path, index: Index) -> list[str]:
 
 def _inconsistencies(index: Index) -> list[str]:
     """What the index says that cannot be."""
-    problems = [f"{name!r} is no name of its files" for name in index.files if not FILE_NAME.fullmatch(name)]
+    problems = [
+        f"{name!r} is no name of its files"
+        for name in index.files
+        if not folders.FILE.fullmatch(name) or name == folders.INDEX
+    ]
     kinds_held = {kind for record in index.files.values() for piece in record.slices for kind in piece.tensors}
     names = {*index.shapes, *index.optimizer.state, *kinds_held}
     problems += [f"{name!r} is no name of a tensor" for name in sorted(names) if not TENSOR_NAME.fullmatch(name)]

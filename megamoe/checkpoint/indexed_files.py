@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, FileRecord, Index, SliceRecord
-from megamoe.checkpoint.slice_file import SliceFile, sha256
-from megamoe.errors import UserError
+from megamoe.checkpoint.slice_file import DamagedError, SliceFile, TensorRecord, sha256
 
 OPEN_FILES = 64
 
@@ -81,29 +80,39 @@ def problems(folder: Path, index: Index, part: int = 0, parts: int = 1) -> list[
 
     Args:
         part: look at this share only, of `parts`; the shares together cover every file.
+
+    Raises OSError where a file cannot be read now, which does not say that it is damaged.
     """
-    largest_first = sorted(index.files.items(), key=lambda item: -item[1].bytes)
-    # One after the other, so that shares stay even where there are fewer files than parts.
-    found = [
-        problem for name, record in largest_first for problem in _file_problems(folder / name, record, part, parts)
+    tensors = [
+        (name, tensor, piece.count)
+        for name, record in index.files.items()
+        for piece in record.slices
+        for tensor in piece.tensors.values()
     ]
+    share: dict[str, list[tuple[TensorRecord, int]]] = {}
+    for name, tensor, count in tensors[part::parts]:
+        share.setdefault(name, []).append((tensor, count))
+    if part == 0:  # with files in which there is no tensor
+        share = {name: share.get(name, []) for name in index.files}
+    found = [problem for name, some in share.items() for problem in _problems(folder / name, index.files[name], some)]
     return list(dict.fromkeys(found))
 
 
-def _file_problems(path: Path, record: FileRecord, part: int, parts: int) -> list[str]:
+def _problems(path: Path, record: FileRecord, tensors: list[tuple[TensorRecord, int]]) -> list[str]:
     try:
         if record.sha256 is not None:
-            return [] if part else _whole_file_problems(path, record)
+            return _whole_file_problems(path, record)
         file = SliceFile(path, record.bytes, record.header)
-        tensors = [(tensor, piece.count) for piece in record.slices for tensor in piece.tensors.values()]
-        return [problem for tensor, count in tensors[part::parts] for problem in file.problems(tensor, count)]
-    except UserError as error:
+        return [problem for tensor, count in tensors for problem in file.problems(tensor, count)]
+    except DamagedError as error:
         return error.problems
 
 
 def _whole_file_problems(path: Path, record: FileRecord) -> list[str]:
-    if not path.is_file():
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
         return [f"{path} is missing; bring it back, or use an older checkpoint."]
-    if path.stat().st_size != record.bytes or sha256(path.read_bytes()) != record.sha256:
+    if len(data) != record.bytes or sha256(data) != record.sha256:
         return [f"{path} has not the bytes with which it was saved; use an older checkpoint."]
     return []

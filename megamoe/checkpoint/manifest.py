@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
+from megamoe import disk
 from megamoe.checkpoint import folders
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
@@ -26,7 +27,7 @@ class FileRecord(TypedDict):
 
 def file_record(path: Path) -> FileRecord:
     """What a manifest says about a file that has been written."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def seal(folder: Path, about: dict[str, Any], files: dict[str, FileRecord]) -> None:
@@ -36,8 +37,8 @@ def seal(folder: Path, about: dict[str, Any], files: dict[str, FileRecord]) -> N
         about: what it says besides the files.
     """
     text = json.dumps({**about, "files": dict(sorted(files.items()))}, indent=1)
-    folders.write_file(folder / folders.MANIFEST, text.encode())
-    folders.flush(folder)
+    disk.write_file(folder / folders.MANIFEST, text.encode())
+    disk.flush(folder)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
@@ -91,12 +92,12 @@ def _difference(path: Path, record: FileRecord) -> str | None:
     size = path.stat().st_size
     if size != record["bytes"]:
         return f"{path} has {size:,} bytes, not the {record['bytes']:,} that were saved; use an older checkpoint."
-    if sha256(path) != record["sha256"]:
+    if file_sha256(path) != record["sha256"]:
         return f"{path} has not the SHA-256 with which it was saved: its bytes have changed; use an older checkpoint."
     return None
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     block = memoryview(bytearray(READ_BYTES))  # one for all: new memory for each costs as much as the hashing

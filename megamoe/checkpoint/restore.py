@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -29,11 +29,13 @@ from megamoe.model.names import plain_name
 from megamoe.optimizers import MASTERS, StateTensor
 
 
-class Found(NamedTuple):
-    """What one rank finds wrong with a checkpoint: bytes that are not those that were saved, and else."""
+@dataclass(frozen=True)
+class Found:
+    """What one rank finds wrong with a checkpoint, in sentences."""
 
-    damage: list[str]
-    others: list[str]
+    damage: list[str] = field(default_factory=list)  # bytes that are not those that were saved
+    misfit: list[str] = field(default_factory=list)  # with this engine
+    trouble: list[str] = field(default_factory=list)  # of a disk or network: it may be over soon
 
 
 def first_verified(checkpoints: list[Path]) -> Path | None:
@@ -42,7 +44,7 @@ def first_verified(checkpoints: list[Path]) -> Path | None:
     Collective. The ranks share the work; rank 0 prints which checkpoints were passed over. Raises UserError, on every
     rank, if all are damaged.
     """
-    return _first(checkpoints, lambda path: Found(verify.problems(path, dist.get_rank(), dist.get_world_size()), []))
+    return _first(checkpoints, lambda path: Found(verify.problems(path, dist.get_rank(), dist.get_world_size())))
 
 
 def restore_first_verified(
@@ -64,39 +66,53 @@ def restore_first_verified(
 
 
 def _first(checkpoints: list[Path], attempt: Callable[[Path], Found]) -> Path | None:
-    """The first path, as rank 0 has them, with which no rank's `attempt` finds anything wrong."""
+    """The first path, as rank 0 has them, with which no rank's `attempt` finds anything wrong. Raises UserError or
+    OSError, the same on every rank."""
     shared = [checkpoints]
     dist.broadcast_object_list(shared)
-    damaged: list[str] = []
+    damage: list[str] = []
     for checkpoint in shared[0]:
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, attempt(checkpoint))
-        damaged = list(dict.fromkeys(problem for found in parts for problem in found.damage))
-        others = list(dict.fromkeys(problem for found in parts for problem in found.others))
-        if others and not damaged:  # every byte is what was saved, so an older one would fare no better
-            raise UserError(*others)
-        if not damaged:
+        try:
+            found = attempt(checkpoint)
+        except OSError as error:
+            found = Found(trouble=[_sentence(error, checkpoint)])
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+        damage, misfit, trouble = (
+            list(dict.fromkeys(sentence for found in everywhere for sentence in getattr(found, kind)))
+            for kind in ("damage", "misfit", "trouble")
+        )
+        if trouble:  # an older one would be the wrong place to go on from
+            raise OSError(trouble[0])
+        if misfit and not damage:  # every byte is what was saved, so an older one would fare no better
+            raise UserError(*misfit)
+        if not damage:
             return checkpoint
         if dist.get_rank() == 0 and len(shared[0]) > 1:
-            print(folders.passed_over(checkpoint, damaged), flush=True)
-    if damaged:
-        raise UserError(*damaged)
+            print(folders.passed_over(checkpoint, damage), flush=True)
+    if damage:
+        raise UserError(*damage)
     return None
 
 
+def _sentence(error: OSError, checkpoint: Path) -> str:
+    return f"{error.filename or checkpoint} cannot be read now ({error.strerror or error})"
+
+
 def _restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> Found:
-    """Raises nothing: the others wait to hear of it. With problems, the engine's state is of no use. Collective."""
-    share, problems = _share_index(engine, checkpoint, weights_only)
-    if problems:
-        return Found(problems, [])
+    """With anything found, the engine's state is of no use. Raises nothing before all ranks have their shares, or the
+    others would wait. Collective."""
+    share = _share_index(engine, checkpoint, weights_only)
+    if isinstance(share, Found):
+        return share
     if share:
         source = IndexedFiles(checkpoint, share.index, share.buffers)
         found = _read(engine, checkpoint, lambda: source, weights_only)
-        return Found([*found.damage, *indexed_files.problems(checkpoint, share.unread)], found.others)
+        return replace(found, damage=[*found.damage, *indexed_files.problems(checkpoint, share.unread)])
     with ThreadPoolExecutor(1) as executor:
         verification = executor.submit(verify.problems, checkpoint, dist.get_rank(), dist.get_world_size())
         found = _read(engine, checkpoint, lambda: open_source(checkpoint), weights_only)
-    return Found([*found.damage, *verification.result()], found.others)
+    return replace(found, damage=[*found.damage, *verification.result()])
 
 
 @dataclass(frozen=True)
@@ -108,10 +124,9 @@ class Share:
     buffers: dict[str, Tensor]  # router statistics, the same for all
 
 
-def _share_index(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool
-) -> tuple[Share | None, list[str]]:
-    """This rank's share, or what is wrong with the index; neither where the checkpoint has another form. Collective."""
+def _share_index(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> Share | Found | None:
+    """This rank's share, or what rank 0 finds wrong with the index; None where the checkpoint has another form.
+    Collective."""
     wanted = [
         Range(piece.name, piece.start, piece.count) for piece in rank_state(engine).slices if MASTERS in piece.tensors
     ]
@@ -120,12 +135,14 @@ def _share_index(
     dist.gather_object(wanted, everywhere)
     answers: list[Any] | None = None
     if everywhere is not None:
-        answers = [(None, [])] * world_size
+        answers = [None] * world_size
         try:
             if folders.has_index(checkpoint):
-                answers = [(share, []) for share in _shares(checkpoint, everywhere, weights_only)]
+                answers = list(_shares(checkpoint, everywhere, weights_only))
         except UserError as error:
-            answers = [(None, error.problems)] * world_size
+            answers = [Found(damage=error.problems)] * world_size
+        except OSError as error:
+            answers = [Found(trouble=[_sentence(error, checkpoint)])] * world_size
     received: list[Any] = [None]
     dist.scatter_object_list(received, answers)
     return received[0]
@@ -147,12 +164,14 @@ def _read(
     try:
         _read_state(engine, source(), checkpoint, weights_only)
     except DamagedError as error:
-        return Found(error.problems, [])
+        return Found(damage=error.problems)
     except UserError as error:
-        return Found([], error.problems)
-    except Exception as error:  # damaged files fail in any way
-        return Found([], [f"{checkpoint} cannot be read ({error!r}); use an older checkpoint."])
-    return Found([], [])
+        return Found(misfit=error.problems)
+    except OSError:
+        raise
+    except Exception as error:  # damaged files of other forms fail in any way
+        return Found(misfit=[f"{checkpoint} cannot be read ({error!r}); use an older checkpoint."])
+    return Found()
 
 
 def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: Path, weights_only: bool) -> None:

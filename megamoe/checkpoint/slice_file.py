@@ -69,7 +69,7 @@ def write_tensors(
     """Write a new file of flat tensors, each (N,), in their order; returns the SHA-256 of its header, and what the
     index says about each tensor.
 
-    The bytes are not yet on the disk: see `folders.flush`. Raises OSError, also where `path` exists.
+    The bytes are not yet on the disk: see `disk.flush`. Raises OSError, also where `path` exists.
     """
     header = _header(tensors, metadata)
     records = {}
@@ -127,7 +127,7 @@ class SliceFile:
         Args:
             header: SHA-256 of its header, in which the id of the save stands.
 
-        Raises DamagedError if it is missing, or has another size or header.
+        Raises DamagedError if it is missing, or has another size or header; OSError if it cannot be read now.
         """
         self.path = path
         try:
@@ -136,10 +136,6 @@ class SliceFile:
             found = sha256(self._header(size))
         except FileNotFoundError:
             raise DamagedError(f"{path} is missing; bring it back, or use an older checkpoint.") from None
-        except OSError as error:
-            raise DamagedError(
-                f"{path} cannot be read ({error.strerror}); fix that, or use an older checkpoint."
-            ) from None
         if size != nbytes:
             raise DamagedError(
                 f"{path} has {size:,} bytes, not the {nbytes:,} that were saved; use an older checkpoint."
@@ -190,16 +186,11 @@ class SliceFile:
 
     def _read_block(self, record: TensorRecord, number: int, begin: int, target: memoryview) -> None:
         done = 0
-        try:
-            while done < len(target):
-                count = os.preadv(self._file.fileno(), [target[done:]], record.offset + begin + done)
-                if not count:
-                    raise OSError(0, "it is shorter than it was")
-                done += count
-        except OSError as error:
-            raise DamagedError(
-                f"{self.path} cannot be read ({error.strerror}); fix that, or use an older checkpoint."
-            ) from None
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done:]], record.offset + begin + done)
+            if not count:
+                break  # it is shorter than it was
+            done += count
         if sha256(target) != record.sha256[number]:
             raise DamagedError(
                 f"{self.path} has not the SHA-256 with which it was saved: its bytes have changed; use an older "

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistError, Store
 
+from megamoe import disk
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.engine_state import (
     RankState,
@@ -37,7 +39,6 @@ from megamoe.checkpoint.index import FileRecord, Index, SliceRecord, metadata, r
 from megamoe.checkpoint.slice_file import sha256, write_tensors
 from megamoe.errors import UserError
 
-SCRIPT = "zero_to_fp32.py"
 POLL_SECONDS = 0.1
 SLOW_DISK_BYTES_PER_SECOND = 100e6
 
@@ -50,6 +51,7 @@ class _Save:
     step: int
     state: RankState
     index: Index | None  # on rank 0: all but the files
+    ready: torch.cuda.Event | None  # on a GPU: the state has the values to be saved
     started: float
 
 
@@ -102,10 +104,14 @@ class CheckpointWriter:
         self._waited = 0.0
         self._last_seconds = 0.0  # that the last save took
         self._generation = 0
+        self._left_behind: list[Path] = []  # by a run that goes back: damaged, or not readable when it resumed
+        self._skipped: dict[str, int] = {}  # steps of each checkpoint's window
         if self.rank == 0:
             with contextlib.suppress(OSError):  # then leftovers stay, and no name of theirs is used again
                 folders.clean(folder)
-            self._generation = _generation(folder, resumed)
+            found = folders.step_folders(folder)
+            self._generation = _generation(found, resumed)
+            self._left_behind = found[: found.index(resumed)] if resumed in found else found
 
     @property
     def pending(self) -> bool:
@@ -131,10 +137,17 @@ class CheckpointWriter:
         self._failure = "the thread that saves has failed"  # until it says otherwise
         self._engine_is_free.clear()
         index = self._index(step, skipped) if self.rank == 0 else None
-        save = _Save(self._saves, step, rank_state(self.engine), index, started)
+        save = _Save(self._saves, step, rank_state(self.engine), index, self._event(), started)
         self._thread = threading.Thread(target=self._work, args=(save, None if hold else self._host_copy), daemon=True)
         self._thread.start()
         self._waited = time.perf_counter() - started
+
+    def _event(self) -> torch.cuda.Event | None:
+        if self.engine.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
     def before_update(self) -> None:
         """Call before every optimizer step: waits until the state that is being saved may change."""
@@ -163,6 +176,8 @@ class CheckpointWriter:
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _work(self, save: _Save, host_copy: HostCopy | None) -> None:
+        if save.ready:
+            torch.cuda.set_device(self.engine.device)  # a new thread's is the first, where it would take memory
         try:
             part = self._write(save, host_copy)
             self._exchange.post(save.number, part)
@@ -183,33 +198,26 @@ class CheckpointWriter:
     def _write(self, save: _Save, host_copy: HostCopy | None) -> dict[str, Any]:
         """Write this rank's file; returns its part of the index, or the error: the other ranks wait for it, so nothing
         is raised but DistError."""
-        error = None
-        tensors = save.state.tensors
-        try:
-            copied = host_copy.take(tensors) if host_copy else None
-            if copied is not None:
-                tensors = copied
-                self._engine_is_free.set()
-        except Exception as problem:
-            error = problem
         if save.index:
-            plan = self._begin(save.index)
-            self._exchange.begin(save.number, plan)
-        else:
-            plan = self._exchange.plan(save.number)
+            self._exchange.begin(save.number, self._begin(save.index))
         try:
-            if error:
-                raise error
+            tensors = host_copy.take(save.state.tensors, save.ready) if host_copy else None
+            if tensors is not None:
+                self._engine_is_free.set()
+            plan = self._exchange.plan(save.number)
             if plan["error"]:
                 return {"error": plan["error"]}
+            tensors = save.state.tensors if tensors is None else tensors
             return self._write_file(Path(plan["checkpoint"]), plan["save_id"], save.state, tensors)
-        except Exception as problem:
-            return {"error": str(problem) or repr(problem)}
+        except DistError:
+            raise
+        except Exception as error:
+            return {"error": str(error) or repr(error)}
         finally:
             self._engine_is_free.set()
 
     def _write_file(self, checkpoint: Path, save_id: str, state: RankState, tensors: list[Tensor]) -> dict[str, Any]:
-        file = f"rank_{self.rank:05d}.safetensors"
+        file = folders.rank_file(self.rank)
         flat = {
             f"{kind}/{piece.name}": tensors[number][piece.offset : piece.offset + piece.count]
             for kind in dict.fromkeys(kind for piece in state.slices for kind in piece.tensors)  # one after the other
@@ -217,7 +225,7 @@ class CheckpointWriter:
             if (number := piece.tensors.get(kind)) is not None
         }
         header, records = write_tensors(checkpoint / file, flat, metadata(save_id, file))
-        folders.flush(checkpoint / file)
+        disk.flush(checkpoint / file)
         slices = [
             SliceRecord(
                 name=piece.name, start=piece.start, count=piece.count,
@@ -268,19 +276,19 @@ class CheckpointWriter:
             files = {part["file"]: FileRecord(**part["record"]) for part in parts}
             for part in parts:
                 path = checkpoint / part["file"]
-                size = part["record"]["bytes"]
-                if part["save_id"] != index.save_id or not path.is_file() or path.stat().st_size != size:
+                if part["save_id"] != index.save_id or _size(path) != part["record"]["bytes"]:
                     return (
                         f"rank 0 does not see {path} as its rank wrote it; put the run on a file system that all hosts "
                         "share"
                     )
-            files[SCRIPT] = _add_script(checkpoint)
+            files[folders.SCRIPT] = _add_script(checkpoint)
             shapes = {name: shape for part in parts for name, shape in part["shapes"].items()}
             write_index(checkpoint, index.model_copy(update={"files": files, "shapes": shapes}))
         except Exception as error:
             return str(error) or repr(error)
+        self._skipped[checkpoint.name] = index.training.skipped_in_window
         with contextlib.suppress(OSError):  # only other programs read it
-            folders.replace_file(self.folder / "latest", checkpoint.name)
+            disk.replace_file(self.folder / "latest", checkpoint.name)
         self._size = sum(record.bytes for record in files.values())
         return None
 
@@ -288,9 +296,18 @@ class CheckpointWriter:
         if self._failure or not self.keep_last:
             return
         try:
-            folders.prune(self.folder, self.keep_last, self.keep_every, _is_good)
+            folders.prune(self.folder, self.keep_last, self.keep_every, self._is_good, self._left_behind)
         except OSError as error:
             print(f"error: old checkpoints in {self.folder} cannot be removed ({error}).", file=sys.stderr, flush=True)
+
+    def _is_good(self, checkpoint: Path) -> bool:
+        """Whether no step of its window was skipped for a gradient that is not finite."""
+        if checkpoint.name not in self._skipped and folders.has_index(checkpoint):
+            try:
+                self._skipped[checkpoint.name] = read_index(checkpoint).training.skipped_in_window
+            except UserError:
+                return False
+        return self._skipped.get(checkpoint.name, 0) == 0  # other forms do not say
 
     def _report(self, save: _Save) -> None:
         checkpoint = self._checkpoint(save.step)
@@ -303,7 +320,8 @@ class CheckpointWriter:
             return
         older = None
         with contextlib.suppress(OSError):  # of a file system in trouble
-            folders.clean(self.folder)
+            if checkpoint.is_dir():
+                folders.discard(checkpoint)
             older = next(iter(folders.checkpoints(self.folder)), None)
         print(
             f"error: {checkpoint} was NOT saved ({self._failure}); "
@@ -314,25 +332,22 @@ class CheckpointWriter:
         )
 
 
-def _generation(folder: Path, resumed: Path | None) -> int:
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _generation(found: list[Path], resumed: Path | None) -> int:
     """Of the checkpoints to come: one more where there are newer ones than that from which the run resumes."""
-    ages = [age for path in folders.step_folders(folder) if (age := folders.age_of(path))]
-    age = folders.age_of(resumed) if resumed else None
-    newest = max(ages, default=None)
+    newest = folders.age_of(found[0]) if found else None
     if newest is None:
         return 0
-    return newest.generation if newest == age else newest.generation + 1
+    return newest.generation if found[0] == resumed else newest.generation + 1
 
 
 def _add_script(checkpoint: Path) -> FileRecord:
-    data = Path(__file__).with_name(SCRIPT).read_bytes()
-    folders.write_file(checkpoint / SCRIPT, data)
+    data = Path(__file__).with_name(folders.SCRIPT).read_bytes()
+    disk.write_file(checkpoint / folders.SCRIPT, data)
     return FileRecord(bytes=len(data), sha256=sha256(data))
-
-
-def _is_good(checkpoint: Path) -> bool:
-    """Whether no step of its window was skipped for a gradient that is not finite."""
-    try:
-        return read_index(checkpoint).training.skipped_in_window == 0
-    except UserError:
-        return (checkpoint / folders.MANIFEST).is_file()  # a form that does not say

@@ -73,6 +73,7 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
     )
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         _read_gradients_once(engine.optimizer)
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
         if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
             _make_one_moment(engine.optimizer.optimizer)
     if engine.device.type == "cpu":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.data.batches import BatchShape, TrainData
+from megamoe.launch.exits import FAILED, REFUSED
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position
 from megamoe.training.balancing import Balance
@@ -38,6 +40,7 @@ class Trainer:
         deadline: Deadline,
         evaluator: Evaluator | None,
         sinks: Sink | None,
+        folder_is_gone: Callable[[], bool],
     ):
         """
         Args:
@@ -48,6 +51,7 @@ class Trainer:
             deadline: the run saves and leaves before it.
             evaluator: None trains without evaluation.
             sinks: on rank 0 only.
+            folder_is_gone: whether the run folder has been removed; on rank 0, False elsewhere.
         """
         self.train_step = train_step
         self.data = data
@@ -59,8 +63,10 @@ class Trainer:
         self.deadline = deadline
         self.evaluator = evaluator
         self.sinks = sinks
+        self._folder_is_gone = folder_is_gone
         self.metrics = StepMetrics(train_step, shape)
-        self.skipped = SkippedSteps(lowers_scale=train_step.engine.optimizer.loss_scaler.dynamic)
+        self.skipped = SkippedSteps()
+        self._window = 0  # steps skipped before the save that is pending
         self.rank = dist.get_rank()
         position.follow(train_step.model.layers)
 
@@ -99,11 +105,9 @@ class Trainer:
             if self.evaluator and (_due(step, eval_every) or step == last):
                 self._evaluate(self.evaluator, step)
             if self.writer.pending and not writing:
-                self.writer.complete()
+                self._complete()
             if _due(step, save_every) or final:
-                self.writer.save(step, hold=final, skipped=self.skipped.take_window())
-            if final and not self.writer.complete():
-                sys.exit(1)  # rank 0 has said why
+                self._save(step, final)
             if final and step < last:
                 why = "by a signal" if asked else "before the time limit"
                 self._say(step, f"stopped {why} after step {step}; continue with --resume")
@@ -111,12 +115,26 @@ class Trainer:
             longest = max(longest, time.perf_counter() - started)
         return True
 
-    def _folder_is_gone(self) -> bool:
-        return self.rank == 0 and not self.writer.folder.parent.is_dir()
+    def _save(self, step: int, final: bool) -> None:
+        """Begin to save, and if it is the `final` one, end it or exit."""
+        if self.writer.pending:
+            self._complete()
+        self._window = self.skipped.window
+        self.writer.save(step, hold=final, skipped=self._window)
+        if final and not self._complete():
+            (is_gone,) = on_any_rank(self._folder_is_gone(), device=self.train_step.device)
+            self._check(step, is_gone)
+            sys.exit(FAILED)  # rank 0 has said why
+
+    def _complete(self) -> bool:
+        """Wait for the save. Returns whether it is a checkpoint."""
+        is_saved = self.writer.complete()
+        if is_saved:
+            self.skipped.forget(self._window)
+        return is_saved
 
     def _check(self, step: int, folder_is_gone: bool) -> None:
         """Warn, or end all ranks, where going on makes no sense."""
-        self.skipped.count(self.train_step.engine.was_step_applied())
         warning, error = self.skipped.warning(), self.skipped.error()
         if folder_is_gone:
             error = f"{self.writer.folder.parent} has been removed while the run trained in it; start again"
@@ -128,7 +146,13 @@ class Trainer:
             self.writer.complete()
         if self.rank == 0:
             print(f"error: after step {step}: {error}.", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(REFUSED)
+
+    def _count_skipped(self) -> None:
+        engine = self.train_step.engine
+        scaler = engine.optimizer.loss_scaler
+        lowers_scale = scaler.dynamic and scaler.cur_scale > scaler.min_scale
+        self.skipped.count(was_applied=engine.was_step_applied() or lowers_scale)
 
     def _train(self, step: int) -> Balance | None:
         """One optimizer step on this rank's micro-batches."""
@@ -138,7 +162,9 @@ class Trainer:
         self.metrics.add_loss(loss)
         self.position.at("optimizer step")
         self.writer.before_update()
-        return self.train_step.update()
+        balance = self.train_step.update()
+        self._count_skipped()
+        return balance
 
     def _seed_step(self, step: int) -> None:
         """Dropout and jitter follow from (seed, rank, step): a resumed run draws what it would have drawn."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ class SinkGroup(Sink):
             self._call(sink, "open", run_dir, first_step)
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        for sink in list(self._broken) if self._run_dir.is_dir() else ():  # TensorBoard would make it again
+        for sink in list(self._broken) if os.path.isdir(self._run_dir) else ():  # TensorBoard would make it again
             self._call(sink, "close")
             self._broken.discard(sink)
             self._call(sink, "open", self._run_dir, step - 1)

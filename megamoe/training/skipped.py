@@ -7,30 +7,20 @@ END_AFTER = 20
 
 
 class SkippedSteps:
-    """Counts them, in a row and since the last save."""
+    """Counts them, in a row and since the last checkpoint."""
 
-    def __init__(self, lowers_scale: bool):
-        """
-        Args:
-            lowers_scale: a skipped step lowers a dynamic loss scale, as fp16 needs now and then; such steps do not
-                count. DeepSpeed itself ends a run whose scale cannot be lowered any more.
-        """
-        self._counts = not lowers_scale
+    def __init__(self) -> None:
         self._in_a_row = 0
-        self._in_window = 0
+        self.window = 0  # steps since the last checkpoint
 
     def count(self, was_applied: bool) -> None:
-        """Count one step."""
-        if self._counts and not was_applied:
-            self._in_a_row += 1
-            self._in_window += 1
-        else:
-            self._in_a_row = 0
+        """Count one step. One that only lowers a dynamic loss scale, as fp16 needs now and then, counts as applied."""
+        self._in_a_row = 0 if was_applied else self._in_a_row + 1
+        self.window += not was_applied
 
-    def take_window(self) -> int:
-        """Steps skipped since the last call."""
-        count, self._in_window = self._in_window, 0
-        return count
+    def forget(self, count: int) -> None:
+        """So many steps of the window are said by a checkpoint."""
+        self.window -= count
 
     def warning(self) -> str | None:
         """What to say of them now, if anything."""

@@ -17,6 +17,7 @@ from engines import make, save, train, writer_for
 from ranks import run_ranks, start_ranks
 from toy import SHIPPED, ds_config, losses, train_here, write_inputs
 
+from megamoe import disk
 from megamoe.checkpoint import folders, slice_file, verify
 from megamoe.json_files import read_json
 from megamoe.training.sinks import read_log
@@ -147,15 +148,15 @@ class KillAt:
         self.left = nth
         self.half = half
         self.patch = patch
-        for owner, name in ((folders, "flush"), (folders.os, "replace"), (Path, "mkdir"), (Path, "unlink")):
+        for owner, name in ((disk, "flush"), (disk.os, "replace"), (Path, "mkdir"), (Path, "unlink")):
             patch.setattr(owner, name, self.counted(getattr(owner, name)))
         patch.setattr(
             slice_file, "_write", self.counted(slice_file._write, lambda file, data: file.write(data[: len(data) // 2]))
         )
         patch.setattr(
-            folders,
+            disk,
             "write_file",
-            self.counted(folders.write_file, lambda path, data: path.write_bytes(data[: len(data) // 2])),
+            self.counted(disk.write_file, lambda path, data: path.write_bytes(data[: len(data) // 2])),
         )
         patch.setattr(folders.shutil, "rmtree", self.counted(folders.shutil.rmtree))
         patch.setattr(builtins, "open", self.counted_open(builtins.open))

@@ -1,6 +1,7 @@
 """Names and order of a run's checkpoints, and their removal, whenever it is cut off."""
 
 import builtins
+import contextlib
 import errno
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 
 import pytest
 
+from megamoe import disk
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.folders import Age
 
@@ -145,6 +147,35 @@ def test_retention_goes_by_age_and_not_by_step_and_leaves_what_is_not_complete(t
     assert sorted(names(tmp_path.iterdir())) == ["step_7.1", "step_8.1", "step_9.1"]
 
 
+def test_a_folder_that_cannot_be_listed_or_an_index_that_cannot_be_read_now_is_no_absent_one(tmp_path, monkeypatch):
+    write(tmp_path, "step_1")
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    for module, name in ((os, "scandir"), (builtins, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            with pytest.raises(OSError, match="Input/output error"):
+                folders.checkpoints(tmp_path)
+            with contextlib.suppress(OSError):
+                folders.clean(tmp_path)
+    assert names(folders.checkpoints(tmp_path)) == ["step_1"]
+
+
+def test_a_folder_whose_index_is_damaged_is_not_cleaned_away(tmp_path):
+    write(tmp_path, "step_1")
+    (tmp_path / "step_1" / "index.json").write_text("{")
+    folders.clean(tmp_path)
+    assert names(folders.step_folders(tmp_path)) == ["step_1"]
+
+
+def test_checkpoints_that_are_left_behind_stay_and_do_not_count(tmp_path):
+    paths = [write(tmp_path, name) for name in ("step_1", "step_2", "step_3", "step_2.1")]
+    folders.prune(tmp_path, 2, 0, lambda path: True, left_behind=paths[2:3])
+    assert names(folders.checkpoints(tmp_path)) == ["step_2.1", "step_3", "step_2"]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nobody handles it."""
 
@@ -208,11 +239,11 @@ def test_a_file_that_is_replaced_is_the_old_or_the_new_one(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             raised = interrupt(patch, at, error)
             try:
-                folders.replace_file(tmp_path / "latest", "step_2")
+                disk.replace_file(tmp_path / "latest", "step_2")
             except (Killed, OSError):
                 assert raised
         assert (tmp_path / "latest").read_text() in ("step_1", "step_2")
-        folders.replace_file(tmp_path / "latest", "step_3")  # what was left does not stand in the way
+        disk.replace_file(tmp_path / "latest", "step_3")  # what was left does not stand in the way
         assert (tmp_path / "latest").read_text() == "step_3"
         assert names(tmp_path.iterdir()) == ["latest"]
         if not raised:

@@ -91,7 +91,7 @@ def test_a_manifest_without_sizes_or_digests_is_refused(tmp_path, text):
 
 def test_a_file_that_the_disk_cannot_give_is_a_problem_and_no_trace(tmp_path, monkeypatch):
     checkpoint = write(tmp_path / "step_5")
-    monkeypatch.setattr(manifest, "sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     found = problems(checkpoint)
     assert len(found) == 3
     assert all("cannot be read (Input/output error)" in problem for problem in found)

@@ -17,9 +17,9 @@ def train_while_saving(folder, ep_size, background):
     """Save after steps 2 and 4, training on at once, with a copy that takes longer than a step's forward pass."""
     real = HostCopy.take
 
-    def slow(self, state):
+    def slow(self, *args):
         time.sleep(0.5)
-        return real(self, state)
+        return real(self, *args)
 
     engine = make(ep_size)
     writer = writer_for(engine, folder, background=background)
@@ -180,7 +180,7 @@ def go_back_and_save(folder):
 def test_a_step_that_is_saved_again_goes_to_a_new_folder_and_is_the_newest(tmp_path):
     folder = tmp_path / "checkpoints"
     run_ranks(1, go_back_and_save, folder)
-    assert [path.name for path in folders.checkpoints(folder)] == ["step_3.1", "step_2.1", "step_3"]
+    assert [path.name for path in folders.checkpoints(folder)] == ["step_3.1", "step_2.1", "step_3", "step_2", "step_1"]
     assert (folder / "latest").read_text() == "step_3.1"
     assert read_index(folder / "step_3.1").parent == "step_1"
 
