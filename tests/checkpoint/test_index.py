@@ -11,6 +11,7 @@ import pytest
 from indexed import BIAS, KINDS, RANKS, SHAPES, flip_bit, rewrite_index, values, write
 from refusals import has, refusal, refusals, sentences
 
+from megamoe import disk
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.index import Range, read_index, write_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
@@ -273,6 +274,29 @@ def test_an_index_that_cannot_be_read_now_is_not_called_damaged(checkpoint):
     for function in (folders.has_index, read_index):
         with pytest.raises(OSError, match="symbolic links"):
             function(checkpoint)
+
+
+def test_an_index_whose_flush_fails_is_none(tmp_path, saved, monkeypatch):
+    (tmp_path / "step_3").mkdir()
+    real, calls = disk.flush, []
+
+    def fail_at_last(path):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(disk, "flush", fail_at_last)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_index(tmp_path / "step_3", saved[1])
+    assert not folders.is_complete(tmp_path / "step_3")
+
+
+def test_a_number_that_no_reader_takes_is_not_written(tmp_path, saved):
+    (tmp_path / "step_3").mkdir()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_index(tmp_path / "step_3", saved[1].model_copy(update={"run": {"rate": float("nan")}}))
+    assert list((tmp_path / "step_3").iterdir()) == []
 
 
 # --- its parts ------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from engines import load_and_train, make, same_state, save, train, train_and_save, writer_for
 from indexed import flip_bit
@@ -363,3 +365,28 @@ def save_one_of_another_run(folder):
     writer.record["run_id"] = "another"
     writer.save(9, hold=True)
     assert writer.complete()
+
+
+def restore_from_a_disk_in_trouble(newest_first):
+    """What becomes of a resume for which rank 1's disk gives nothing at the moment."""
+    engine = make(2, seed=99)
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    with pytest.MonkeyPatch.context() as patching:
+        if dist.get_rank() == 1:
+            patching.setattr(os, "preadv", fail)
+        try:
+            restore_first_verified(engine, newest_first)
+        except OSError as error:
+            return str(error)
+    return None
+
+
+def test_a_disk_in_trouble_ends_a_resume_on_all_ranks_and_does_not_send_it_to_an_older_checkpoint(tmp_path):
+    for step in (2, 3):
+        run_ranks(2, train_and_save, tmp_path / str(step), 2, 2, step)
+    paths = [tmp_path / "3" / "step_3", tmp_path / "2" / "step_2"]
+    said = run_ranks(2, restore_from_a_disk_in_trouble, paths)
+    assert said == [f"{paths[0]} cannot be read now (Input/output error)"] * 2
