@@ -38,11 +38,11 @@ run_launcher() {
   trap 'stop_launcher "$pattern" "$host"' INT TERM HUP USR1
   while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal interrupts wait
   wait "$launcher" || code=$?
-  case $code/$(cat "$MEGAMOE_EXIT_NOTE") in
-  0/0) ;;
-  0/75) code=75 ;; # torchrun's ranks exit with 0 when they were asked to stop
-  0/*) code=1 ;; # what DeepSpeed returns when its launch.py is killed
-  1/[1-9]*) code=$(cat "$MEGAMOE_EXIT_NOTE") ;; # what torchrun returns for any code of a rank
+  case $1:$code/$(cat "$MEGAMOE_EXIT_NOTE") in
+  *:0/0) ;;
+  torchrun:0/75) code=75 ;; # its ranks exit with 0 when they were asked to stop
+  *:0/*) code=1 ;; # what DeepSpeed returns when its launch.py is killed, though the ranks may have saved and left by now
+  *:1/[1-9]*) code=$(cat "$MEGAMOE_EXIT_NOTE") ;; # what torchrun returns for any code of a rank
   esac
   trap - INT TERM HUP USR1
   [[ -z $asking ]] || kill "$asking" 2> /dev/null || true

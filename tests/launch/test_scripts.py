@@ -115,7 +115,7 @@ def ranks_that_leave(folder, code, note):
 CODES = [
     (0, "0", 0, False),
     (0, "", 1, True),  # DeepSpeed's launch.py was killed
-    (0, "75", 75, False),  # torchrun's ranks were asked to stop
+    (0, "75", 1, True),  # the same, and the ranks have saved and left before the script has looked
     (1, "", 1, True),
     (1, "1", 1, True),
     (1, "2", 2, False),  # torchrun's own 1 for a rank's 2
@@ -146,6 +146,18 @@ def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(lau
     line = f"error: the ranks exited with code {code}; if no line above says why, they were killed (out of memory?); "
     assert (f"{line}resume with --resume.\n" in said) == restarted
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".exit")] == []
+
+
+@pytest.mark.parametrize(
+    ("launcher", "note", "code"), [(0, "0", 0), (0, "75", 75), (0, "", 1), (1, "2", 2), (1, "76", 76), (1, "", 1)]
+)
+def test_under_torchrun_the_script_returns_the_code_of_its_ranks(launcher, note, code, tmp_path):
+    programs = {
+        "torchrun": ranks_that_leave(tmp_path, launcher, note),
+        "python": "#!/bin/sh\necho h1:29400 10.0.0.1 true\n",  # preflight
+    }
+    settings = {"HOSTS": "1", "RANKS": "2", "ENDPOINT": "h1:29400"}
+    assert run_script(tmp_path, programs, str(SCRIPTS / "multi_node_torchrun.sh"), **settings)[:2] == (code, 1)
 
 
 @pytest.mark.parametrize(
