@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from torch.distributed import HashStore, Store
+from torch.distributed import HashStore, PrefixStore, Store
 
 PIECE_BYTES = 1 << 20  # the store breaks a connection over values of 8 MiB
 PAUSE_SECONDS = 0.02  # between two looks into the store; longer with time
@@ -21,7 +21,9 @@ class SaveExchange:
         Args:
             store: that all ranks share; None for a single rank.
         """
-        self._store = store or HashStore()
+        store = store or HashStore()
+        number = store.add(f"exchange/{rank}", 1)  # the same on every rank, for each makes the same ones
+        self._store = PrefixStore(f"exchange/{number}", store)
         self._rank = rank
         self._ranks = range(world_size)
 
@@ -60,22 +62,21 @@ class SaveExchange:
         text = json.dumps(value)
         pieces = [text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES)]
         for number, piece in enumerate(pieces):
-            self._store.set(f"save/{key}/{number}", piece)
-        self._store.set(f"save/{key}", str(len(pieces)))
+            self._store.set(f"{key}/{number}", piece)
+        self._store.set(key, str(len(pieces)))
 
     def _get(self, key: str) -> Any:
-        count = int(self._store.get(f"save/{key}"))
-        return json.loads("".join(self._store.get(f"save/{key}/{number}").decode() for number in range(count)))
+        count = int(self._store.get(key))
+        return json.loads("".join(self._store.get(f"{key}/{number}").decode() for number in range(count)))
 
     def _delete(self, key: str) -> None:
-        for number in range(int(self._store.get(f"save/{key}"))):
-            self._store.delete_key(f"save/{key}/{number}")
-        self._store.delete_key(f"save/{key}")
+        for number in range(int(self._store.get(key))):
+            self._store.delete_key(f"{key}/{number}")
+        self._store.delete_key(key)
 
     def _wait(self, keys: list[str]) -> list[Any]:
         pause = PAUSE_SECONDS
-        full = [f"save/{key}" for key in keys]
-        while not self._store.check(full):  # a rank that died ends the job, see `launch/watch.py`
+        while not self._store.check(keys):  # a rank that died ends the job, see `launch/watch.py`
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
         return [self._get(key) for key in keys]

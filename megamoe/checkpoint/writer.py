@@ -51,6 +51,7 @@ class _Save:
     step: int
     state: RankState
     index: Index | None  # on rank 0: all but the files
+    is_held: bool  # training waits for its end
     ready: torch.cuda.Event | None  # on a GPU: the state has the values to be saved
     started: float
 
@@ -137,7 +138,7 @@ class CheckpointWriter:
         self._failure = "the thread that saves has failed"  # until it says otherwise
         self._engine_is_free.clear()
         index = self._index(step, skipped) if self.rank == 0 else None
-        save = _Save(self._saves, step, rank_state(self.engine), index, self._event(), started)
+        save = _Save(self._saves, step, rank_state(self.engine), index, hold, self._event(), started)
         self._thread = threading.Thread(target=self._work, args=(save, None if hold else self._host_copy), daemon=True)
         self._thread.start()
         self._waited = time.perf_counter() - started
@@ -314,7 +315,7 @@ class CheckpointWriter:
         if self._failure is None:
             print(
                 f"saved {checkpoint}: {self._size / 1e9:.3f} GB in {self._last_seconds:.1f} s, of which training "
-                f"waited {self._waited:.2f} s",
+                f"waited {self._last_seconds if save.is_held else self._waited:.2f} s",
                 flush=True,
             )
             return

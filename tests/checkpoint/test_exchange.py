@@ -46,3 +46,11 @@ def test_a_single_rank_needs_no_store():
     assert exchange.gather(1) == ["part"]
     exchange.conclude(1, "failed")
     assert exchange.outcome(1) == "failed"
+
+
+def test_a_second_writer_on_the_same_store_does_not_hear_the_first(exchanges):
+    (first, second), store = exchanges
+    first.begin(1, "an old plan")
+    again = SaveExchange(store, 0, 2)
+    again.begin(1, "a new plan")
+    assert SaveExchange(second._store.underlying_store, 1, 2).plan(1) == "a new plan"
