@@ -31,7 +31,8 @@ def load():
         sys.exit("torch waits like this without an end")
     file = open(lock, "x")
     print("begun", flush=True)
-    time.sleep(float(sys.argv[2]))
+    if sys.argv[2] == "hold":
+        sys.stdin.readline()
     lock.unlink()
     (folder / "cpu_adam.so").touch()
 operators.QUIET_SECONDS, operators.MOST_SECONDS = 0, 30
@@ -44,10 +45,12 @@ print("done", flush=True)
 def start(tmp_path):
     processes = []
 
-    def compiler(seconds):
+    def compiler(how=""):
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}  # or DeepSpeed says that it finds no other
-        words = [sys.executable, "-c", COMPILER, str(tmp_path), str(seconds)]
-        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment))
+        words = [sys.executable, "-c", COMPILER, str(tmp_path), how]
+        processes.append(
+            subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
         return processes[-1]
 
     yield compiler
@@ -65,23 +68,25 @@ def read_until(process, text):
 
 
 def test_a_lock_whose_holder_was_killed_is_removed_by_the_next_start(start, tmp_path):
-    killed = start(60)
+    killed = start("hold")
     read_until(killed, "begun")
     killed.kill()
     killed.wait()
     assert (tmp_path / "lock").exists()
-    after = start(0)
+    after = start()
     lines = read_until(after, "done")
     assert lines[0] == f"compiling cpu_adam, once on this host, in {tmp_path}; this takes minutes"
     assert not (tmp_path / "lock").exists()
 
 
 def test_a_start_says_for_whom_it_waits_and_goes_on_when_that_one_is_done(start):
-    first = start(2)
+    first = start("hold")
     read_until(first, "begun")
-    second = start(0)
+    second = start()
     waiting = second.stdout.readline()
     assert re.match(rf"waiting for process {first.pid} on \S+, which compiles cpu_adam in /", waiting)
+    first.stdin.write("\n")
+    first.stdin.flush()
     assert "compiling" not in "".join(read_until(second, "done"))  # it is compiled
 
 
@@ -113,7 +118,7 @@ def test_a_compiler_that_has_outlived_its_rank_is_waited_for(tmp_path, monkeypat
 def test_what_is_compiled_is_loaded_beside_others_that_load_it(start, tmp_path):
     with open(tmp_path / "holder", "a+") as file:
         fcntl.lockf(file, fcntl.LOCK_SH)
-        read_until(start(0), "done")
+        read_until(start(), "done")
 
 
 @pytest.mark.parametrize(
@@ -137,13 +142,13 @@ def operators_of(changes):
     """The operators that an engine has loaded in turn, and those that DeepSpeed has loaded in all."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    in_turn = []
+    in_turn, load_in_turn = [], operators.load_in_turn
 
-    def load_in_turn(name, folder, load):
+    def recorded(name, folder, load):
         in_turn.append(name)
-        load()
+        load_in_turn(name, folder, load)
 
-    operators.load_in_turn = load_in_turn
+    operators.load_in_turn = recorded
     make(1, **changes)
     return in_turn, list(OpBuilder._loaded_ops)
 
