@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from megamoe.errors import UserError, unknown_key
+from megamoe.errors import Problems, UserError, unknown_key
 
 
 class _Once(argparse.Action):
@@ -19,7 +19,7 @@ class _Once(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         given = parser.given
         if self.dest in given and given[self.dest] != values:
-            raise UserError(
+            parser.problems.append(
                 f"{option} is given twice, as {_shown(given[self.dest])} and as {_shown(values)}; keep one."
             )
         given[self.dest] = values
@@ -38,21 +38,34 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
         self.given: dict[str, Any] = {}
+        self.problems = Problems()
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; see --help.")
 
-    def parse(self, arguments: list[str] | None = None) -> argparse.Namespace:
-        """Parse `arguments` (default: the command line). Raises UserError."""
+    def parse(
+        self, arguments: list[str] | None = None, check: Callable[[argparse.Namespace], Any] | None = None
+    ) -> Any:
+        """Parse `arguments` (default: the command line). Raises one UserError with all problems.
+
+        Args:
+            check: raises UserError for what is wrong with the values; what it returns is returned instead of them.
+        """
+        words = sys.argv[1:] if arguments is None else arguments
         self.given.clear()
-        values, rest = self.parse_known_args(arguments)
-        unknown = [word.split("=")[0] for word in rest if word.startswith("-")]
-        if unknown:
-            known = [option for option in self._option_string_actions if option.startswith("--")]
-            raise UserError(*(unknown_key("command line", option, known) for option in unknown))
-        if rest:
-            raise UserError(f"command line: {rest[0]!r} belongs to no option; see --help.")
-        return values
+        self.problems = Problems(self._unknown_options(words))
+        values, rest = self.problems.attempt(self.parse_known_args, words) or (None, [])
+        if rest and not self.problems:
+            self.problems.append(f"command line: {rest[0]!r} belongs to no option; see --help.")
+        result = self.problems.attempt(check, values) if values and check else values
+        self.problems.refuse()
+        return result
+
+    def _unknown_options(self, words: list[str]) -> list[str]:
+        known = self._option_string_actions
+        options = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
+        shown = [option for option in known if option.startswith("--")]
+        return [unknown_key("command line", option, shown, "option") for option in options if option not in known]
 
 
 def add_fields(

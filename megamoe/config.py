@@ -7,15 +7,16 @@ at once, as sentences that name the value, the limit and the remedy.
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megamoe import cli
-from megamoe.errors import UserError, unknown_key
+from megamoe.errors import UserError, shown, unknown_key
+from megamoe.json_files import read_json
 
 PRESET_DIR = Path(__file__).parent / "presets"
 ROPE_SCALINGS = {
@@ -33,55 +34,46 @@ ROPE_SCALING_KEYS = {
 }.union(*ROPE_SCALINGS.values())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError for a missing file, bad syntax, or a key given twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        given: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in given and given[key] != value:
-                raise UserError(
-                    f'{path}: "{key}" is given twice, as {json.dumps(given[key])} and as {json.dumps(value)}; keep one.'
-                )
-            given[key] = value
-        return given
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file.") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); fix the syntax there.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where a JSON object of settings is needed.")
-    return value
-
-
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-class ModelConfig(BaseModel):
+# Limits far above any real model; they keep a slip of the pen from filling the memory.
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 2**18  # of all layers together
+MAX_SIZE = 2**24  # of a dimension
+
+
+class JsonModel(BaseModel):
+    """Settings of a JSON file: a number in quotes is none, and 1e4 is a whole number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class ModelConfig(JsonModel):
     """Shape of the decoder. Field names are Hugging Face's where it has one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0, le=MAX_SIZE)
     """Rows of the embedding, which is also the head. Token ids must be below it."""
-    hidden_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0, le=MAX_SIZE)
     """Width of the residual stream."""
-    intermediate_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, le=MAX_SIZE)
     """Width inside an expert."""
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
     """Decoder blocks."""
-    num_attention_heads: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0, le=MAX_SIZE)
     """Query heads."""
-    num_key_value_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0, le=MAX_SIZE)
     """Key/value heads; each serves num_attention_heads / num_key_value_heads query heads."""
-    head_dim: int = Field(ge=4, multiple_of=2)
+    head_dim: int = Field(ge=4, le=MAX_SIZE, multiple_of=2)
     """Size of one head; even, since RoPE turns pairs."""
-    num_latent_tokens: int = Field(ge=0)
+    num_latent_tokens: int = Field(ge=0, le=MAX_SIZE)
     """Learned, unrotated key/value positions before every sequence, per layer."""
-    max_position_embeddings: int = Field(gt=1)
+    max_position_embeddings: int = Field(gt=1, le=2**32)
     """Longest sequence the model is trained on, and the default sequence length of a run."""
     rope_theta: float = Field(default=10_000.0, gt=1)
     """Base of the rotary frequencies."""
@@ -91,7 +83,7 @@ class ModelConfig(BaseModel):
     """Hugging Face's form: {"rope_type": "linear" | "dynamic" | "yarn" | "llama3", "factor": ..., ...}."""
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in every RMSNorm."""
-    num_local_experts: int = Field(gt=0)
+    num_local_experts: int = Field(gt=0, le=MAX_EXPERTS)
     """Experts per layer (all of them, over all ranks; the name is Mixtral's)."""
     num_experts_per_tok: int = Field(gt=0)
     """Experts that each token is sent to (top-k)."""
@@ -123,6 +115,17 @@ class ModelConfig(BaseModel):
         top_k, experts = values.get("num_experts_per_tok"), values.get("num_local_experts")
         if _positive(top_k) and _positive(experts) and top_k > experts:
             problems.append(f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it.")
+        layers = values.get("num_hidden_layers")
+        if (
+            _positive(layers)
+            and _positive(experts)
+            and layers <= MAX_LAYERS
+            and layers * experts > MAX_EXPERTS >= experts
+        ):
+            problems.append(
+                f"num_hidden_layers {layers} x num_local_experts {experts} is {layers * experts:,} experts, above the "
+                f"limit of {MAX_EXPERTS:,}; lower one of them."
+            )
         return problems + _rope_scaling_problems(values.get("rope_scaling"))
 
     @model_validator(mode="after")
@@ -142,14 +145,14 @@ def _rope_scaling_problems(scaling: Any) -> list[str]:
         return []
     kind = scaling.get("rope_type")
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        return [f"rope_scaling: rope_type is {kind!r}; use one of {', '.join(ROPE_SCALINGS)}."]
-    problems = [unknown_key("rope_scaling", key, ROPE_SCALING_KEYS) for key in scaling.keys() - ROPE_SCALING_KEYS]
+        return [f"rope_scaling: rope_type is {shown(kind)}; use one of {', '.join(ROPE_SCALINGS)}."]
     missing = ROPE_SCALINGS[kind] - scaling.keys()
-    if missing:
-        problems.append(f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.')
+    problems = [f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.'] if missing else []
     for key, value in scaling.items():
-        if key != "rope_type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-            problems.append(f"rope_scaling: {key} is {json.dumps(value)}; give a number above 0.")
+        if key not in ROPE_SCALING_KEYS:
+            problems.append(unknown_key("rope_scaling", key, ROPE_SCALING_KEYS))
+        elif key != "rope_type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
+            problems.append(f"rope_scaling: {key} is {shown(value)}; give a number above 0.")
     return problems
 
 
@@ -161,15 +164,17 @@ def preset_names() -> list[str]:
 def load_preset(name: str) -> ModelConfig:
     """Load a shipped preset by name, or one of the user's by the path of its JSON file. Raises UserError."""
     path = Path(name) if name.endswith(".json") else PRESET_DIR / f"{name}.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"preset {name!r} does not exist; use one of {', '.join(preset_names())}, or the path of a .json file."
         )
     return validate(ModelConfig, read_json(path), str(path))
 
 
-def validate(model: type[Any], values: dict[str, Any], where: str) -> Any:
+def validate(model: type[Any], values: Any, where: str) -> Any:
     """Build a pydantic `model` from `values`; every problem becomes one sentence of a single UserError."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: is {shown(values)} where an object of settings is needed; change it.")
     known = list(model.model_fields)
     try:
         return model(**values)
@@ -192,7 +197,7 @@ def _sentence(detail: Any, where: str, known: list[str]) -> str:
     if detail["type"] == "value_error":
         return f"{where}: {key}: {detail['msg'].removeprefix('Value error, ')}"
     rule = detail["msg"].removeprefix("Input ")
-    return f'{where}: "{key}" is {json.dumps(detail["input"], default=str)}, but it {rule}; change it.'
+    return f'{where}: "{key}" is {shown(detail["input"])}, but it {rule}; change it.'
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -275,7 +280,7 @@ class RunConfig(BaseModel):
     steps: int | None = Field(
         default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
     )
-    seed: int = Field(default=1234, ge=0, description="seed of weights, order of samples, dropout and jitter")
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
     log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
     eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
     eval_samples: int = Field(default=256, gt=0, description="held-out samples used by an evaluation, at most")
@@ -302,7 +307,9 @@ def parse_run(arguments: list[str] | None = None) -> RunConfig:
     default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
     cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
     parser.add_argument("--local_rank", help="given by the launcher; not used")
-    values = vars(parser.parse(arguments))
-    values.pop("local_rank")
-    given = {name: value for name, value in values.items() if value is not None}
+    return parser.parse(arguments, _run_of)
+
+
+def _run_of(values: argparse.Namespace) -> RunConfig:
+    given = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
     return validate(RunConfig, given, "command line")

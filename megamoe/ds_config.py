@@ -1,54 +1,23 @@
 """The DeepSpeed JSON: what megamoe reads from it, and every check of it, against itself and against the other owners.
 
-A key that megamoe does not know is an error that names the nearest known one; DeepSpeed ignores what it does not know.
+`ds_keys.py` has its keys.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from megamoe.config import ModelConfig, RunConfig, validate
-from megamoe.errors import UserError, unknown_key
+from megamoe.config import JsonModel, ModelConfig, RunConfig, validate
+from megamoe.ds_keys import OPTIMIZER_PARAMS, is_number, key_problems, value_problems, why
+from megamoe.errors import UserError, shown, unknown_key
 from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
 from megamoe.topology import ExpertTopology
 
-# Known keys by section, "" being the top level; those of optimizer.params depend on the optimizer (`optimizers.py`).
-# What is not listed here, DeepSpeed checks itself.
-DS_KEYS: dict[str, set[str]] = {
-    "": {
-        "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-        "steps_per_print", "optimizer", "scheduler", "bf16", "fp16", "zero_optimization", "data_types",
-        "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio",
-        "comms_logger", "flops_profiler", "tensorboard", "wandb", "comet", "csv_monitor", "keep_in_fp32_modules"},
-    "optimizer": {"type", "params"},
-    "scheduler": {"type", "params"},
-    "scheduler.params": {"warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"},
-    "bf16": {
-        "enabled", "check_grad_overflow", "immediate_grad_update", "bf16_optimizer_states",
-        "bf16_master_weights_and_grads"},
-    "fp16": {
-        "enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis",
-        "consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"},
-    "zero_optimization": {
-        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_partitions",
-        "allgather_bucket_size", "overlap_comm", "round_robin_gradients", "offload_optimizer", "cpu_offload",
-        "elastic_checkpoint", "ignore_unused_parameters", "use_multi_rank_bucket_allreduce", "sub_group_size",
-        "load_from_fp32_weights"},
-    "zero_optimization.offload_optimizer": {
-        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio"},
-    "data_types": {"grad_accum_dtype"},
-    "tensorboard": {"enabled", "output_path", "job_name"},
-}  # fmt: skip
 
-
-class ScheduleConfig(BaseModel):
+class ScheduleConfig(JsonModel):
     """Numbers of the learning-rate schedule, under the names of DeepSpeed's WarmupDecayLR."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     warmup_max_lr: float = Field(gt=0)
     """Learning rate at the end of the warm-up."""
@@ -72,19 +41,19 @@ class ScheduleConfig(BaseModel):
 def read_schedule(ds: dict[str, Any], where: str) -> ScheduleConfig:
     """The schedule in a DeepSpeed JSON. Raises UserError."""
     section = ds.get("scheduler", {})
-    problems = _key_problems(section, "scheduler", where)
+    problems = key_problems(section, "scheduler", where)
     if problems:
         raise UserError(*problems)
     kind, params = section.get("type"), section.get("params", {})
     if kind != "WarmupDecayLR":
-        raise UserError(f'{where}: "scheduler" is {kind!r}; give {{"type": "WarmupDecayLR", "params": {{...}}}}.')
+        raise UserError(f'{where}: "scheduler" is {shown(kind)}; give {{"type": "WarmupDecayLR", "params": {{...}}}}.')
     return validate(ScheduleConfig, params, f"{where}: scheduler.params")
 
 
 def dtype_of(ds: dict[str, Any]) -> Literal["bf16", "fp16", "fp32"]:
     """Precision of weights and activations that a DeepSpeed JSON asks for."""
     for name in ("bf16", "fp16"):
-        if _section(ds, name).get("enabled"):
+        if section_of(ds, name).get("enabled"):
             return name  # type: ignore[return-value]
     return "fp32"
 
@@ -94,16 +63,15 @@ def batch_sizes(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
 
     Raises UserError if they are missing or disagree.
     """
-    total, micro, accumulation = (
-        ds.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    )
-    for key, value in (
-        ("train_batch_size", total),
-        ("train_micro_batch_size_per_gpu", micro),
-        ("gradient_accumulation_steps", accumulation),
-    ):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f'"{key}" is {json.dumps(value)}; give a whole number of at least 1.')
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, accumulation = given = [ds.get(key) for key in keys]
+    wrong = [
+        f'"{key}" is {shown(value)}{why(value)}; give a whole number of at least 1.'
+        for key, value in zip(keys, given, strict=True)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
+    ]
+    if wrong:
+        raise UserError(*wrong)
     if micro is None:
         if total is None:
             raise UserError('no batch size is given; add "train_micro_batch_size_per_gpu".')
@@ -121,7 +89,7 @@ def batch_sizes(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
 
 def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: bool) -> list[str]:
     """Everything in a DeepSpeed JSON that megamoe cannot run, one sentence each."""
-    problems = _key_problems(ds, "", where) + _zero_problems(ds, where) + _precision_problems(ds, where, on_cpu)
+    problems = key_problems(ds, "", where) + _zero_problems(ds, where) + _precision_problems(ds, where, on_cpu)
     try:
         batch_sizes(ds, world_size)
     except UserError as error:
@@ -132,8 +100,8 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
     else:
-        lr = _section(_section(ds, "optimizer"), "params").get("lr")
-        if lr is not None and lr != schedule.warmup_max_lr:
+        lr = section_of(section_of(ds, "optimizer"), "params").get("lr")
+        if is_number(lr) and lr != schedule.warmup_max_lr:
             problems.append(
                 f"{where}: the peak learning rate is given twice, as optimizer.params.lr {lr} and as "
                 f"scheduler.params.warmup_max_lr {schedule.warmup_max_lr}; leave optimizer.params.lr out."
@@ -144,18 +112,18 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
 def offloads_optimizer(ds: dict[str, Any]) -> bool:
     """Whether the optimizer's states and its step are the host's; DeepSpeed does the same under every device that it
     offloads to with ZeRO-1 and ZeRO-2."""
-    zero = _section(ds, "zero_optimization")
-    return bool(zero.get("cpu_offload")) or _section(zero, "offload_optimizer").get("device", "none") != "none"
+    zero = section_of(ds, "zero_optimization")
+    return bool(zero.get("cpu_offload")) or section_of(zero, "offload_optimizer").get("device", "none") != "none"
 
 
 def optimizer_of(ds: dict[str, Any]) -> OptimizerSpec | None:
     """The optimizer that a DeepSpeed JSON asks for; None where megamoe knows none of that name."""
-    return find_optimizer(_section(ds, "optimizer").get("type"))
+    return find_optimizer(section_of(ds, "optimizer").get("type"))
 
 
 def operator_builder(ds: dict[str, Any]) -> str | None:
     """Name of DeepSpeed's builder for the operator that it compiles for the optimizer; None where it takes torch's."""
-    spec, params = optimizer_of(ds), _section(_section(ds, "optimizer"), "params")
+    spec, params = optimizer_of(ds), section_of(section_of(ds, "optimizer"), "params")
     if not spec or not spec.builders or params.get("torch_adam"):
         return None
     return spec.builders[offloads_optimizer(ds)]
@@ -163,96 +131,88 @@ def operator_builder(ds: dict[str, Any]) -> str | None:
 
 def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
     problems = []
-    section = _section(ds, "optimizer")
-    kind, spec, params = section.get("type"), optimizer_of(ds), _section(section, "params")
+    section = section_of(ds, "optimizer")
+    kind, spec, params = section.get("type"), optimizer_of(ds), section_of(section, "params")
     if section.get("params", {}) != params:
-        problems.append(f'{where}: "optimizer.params" is {json.dumps(section["params"])}; give an object of settings.')
+        problems.append(f'{where}: "optimizer.params" is {shown(section["params"])}; give an object of settings.')
     if "optimizer" not in ds or (ds["optimizer"] == section and kind is None):
         key = '"optimizer.type"' if "optimizer" in ds else '"optimizer"'
         problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
     elif kind is not None and kind not in optimizer_names():
-        problems.append(f"{where}: optimizer.type is {json.dumps(kind)}; use one of {', '.join(optimizer_names())}.")
+        problems.append(f"{where}: optimizer.type is {shown(kind)}; use one of {', '.join(optimizer_names())}.")
     problems += _params_problems(spec, str(kind), params, where)
     if spec and spec.offloaded_on_cpu and on_cpu and not offloads_optimizer(ds):
         problems.append(
-            f"{where}: optimizer.type is {json.dumps(kind)}, which DeepSpeed runs on CPU only with its states "
+            f"{where}: optimizer.type is {shown(kind)}, which DeepSpeed runs on CPU only with its states "
             'offloaded; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'
         )
     betas = params.get("betas", [0.9, 0.999])
-    fits = isinstance(betas, list) and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas)
+    fits = isinstance(betas, list) and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
     if not fits or len(betas) != 2:
-        problems.append(f"{where}: optimizer.params.betas is {json.dumps(betas)}; give two numbers from 0 to below 1.")
+        problems.append(
+            f"{where}: optimizer.params.betas is {shown(betas)}{why(betas)}; give two numbers from 0 to below 1."
+        )
     clipping = ds.get("gradient_clipping", 1.0)
-    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
-        problems.append(f"{where}: gradient_clipping is {json.dumps(clipping)}; give a norm above 0, or 0 for none.")
-    dtype = _section(ds, "data_types").get("grad_accum_dtype")
+    if not is_number(clipping) or clipping < 0:
+        problems.append(
+            f"{where}: gradient_clipping is {shown(clipping)}{why(clipping)}; give a norm above 0, or 0 for none."
+        )
+    dtype = section_of(ds, "data_types").get("grad_accum_dtype")
     if dtype not in (None, "fp32", "bf16", "fp16"):
-        problems.append(f'{where}: data_types.grad_accum_dtype is {json.dumps(dtype)}; use "fp32", "bf16" or "fp16".')
+        problems.append(f'{where}: data_types.grad_accum_dtype is {shown(dtype)}; use "fp32", "bf16" or "fp16".')
     return problems
 
 
 def _params_problems(spec: OptimizerSpec | None, kind: str, params: dict[str, Any], where: str) -> list[str]:
-    """Settings that the optimizer does not take, or, where it is unknown, that none takes."""
+    """Settings that the optimizer does not take, or, where it is unknown, that none takes, and values of the wrong
+    kind."""
     problems = []
+    kinds = {key: kind for kind, keys in OPTIMIZER_PARAMS.items() for key in keys.split()}
     known = spec.params if spec else optimizer_params()
     unsaved = spec.unsaved_if if spec else unsaved_params()
     for key, value in params.items():
         if key in unsaved and value:
             problems.append(
-                f"{where}: optimizer.params.{key} is {json.dumps(value)}, which adds a state that is not saved; leave "
+                f"{where}: optimizer.params.{key} is {shown(value)}, which adds a state that is not saved; leave "
                 "it out."
             )
         elif key not in known and key in optimizer_params():
             problems.append(
-                f"{where}: optimizer.params.{key} is {json.dumps(value)}, which {kind} does not take; leave it out."
+                f"{where}: optimizer.params.{key} is {shown(value)}, which {kind} does not take; leave it out."
             )
         elif key not in known:
             problems.append(unknown_key(f"{where}: optimizer.params", key, known))
+        elif key in kinds:
+            problems += value_problems(kinds[key], f"optimizer.params.{key}", value, where)
     return problems
 
 
-def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+def section_of(values: dict[str, Any], key: str) -> dict[str, Any]:
     """The object under `key`; empty where there is none or it is no object, which is reported elsewhere."""
     section = values.get(key)
     return section if isinstance(section, dict) else {}
 
 
-def _key_problems(section: Any, name: str, where: str) -> list[str]:
-    known = DS_KEYS.get(name)
-    if known is None:
-        return []
-    if not isinstance(section, dict):
-        return [f'{where}: "{name}" is {json.dumps(section)}; give an object with {", ".join(sorted(known))}.']
-    problems = []
-    for key, value in section.items():
-        inner = f"{name}.{key}" if name else key
-        if key not in known:
-            problems.append(unknown_key(f"{where}: {name}" if name else where, key, known))
-        else:
-            problems += _key_problems(value, inner, where)
-    return problems
-
-
 def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
-    zero = _section(ds, "zero_optimization")
+    zero = section_of(ds, "zero_optimization")
     if ds.get("zero_optimization", {}) != zero:
         return []  # reported as no object
     stage = zero.get("stage", 0)
-    if stage not in (1, 2):
-        why = "DeepSpeed refuses ZeRO-3 with its MoE layer" if stage == 3 else "megamoe trains with ZeRO-1 or ZeRO-2"
-        return [f"{where}: zero_optimization.stage is {json.dumps(stage)}; {why}: set it to 1 or 2."]
+    if stage not in (1, 2) or isinstance(stage, bool):
+        reason = "DeepSpeed refuses ZeRO-3 with its MoE layer" if stage == 3 else "megamoe trains with ZeRO-1 or ZeRO-2"
+        return [f"{where}: zero_optimization.stage is {shown(stage)}; {reason}: set it to 1 or 2."]
     problems = [
         f"{where}: zero_optimization.{key} is false, but ZeRO-2 with experts needs it; set it to true."
         for key in ("contiguous_gradients", "reduce_scatter")
         if stage == 2 and zero.get(key) is False
     ]
     problems += [
-        f"{where}: zero_optimization.{key} is {json.dumps(zero[key])}, but then a checkpoint does not say which values "
+        f"{where}: zero_optimization.{key} is {shown(zero[key])}, but then a checkpoint does not say which values "
         "are whose, and could not be resumed on other ranks; leave it out."
         for key in ("round_robin_gradients", "elastic_checkpoint")
         if zero.get(key)
     ]
-    mixed = dtype_of(ds) == "bf16" and _section(ds, "data_types").get("grad_accum_dtype") == "fp32"
+    mixed = dtype_of(ds) == "bf16" and section_of(ds, "data_types").get("grad_accum_dtype") == "fp32"
     if stage == 1 and mixed and not offloads_optimizer(ds):
         problems.append(
             f'{where}: zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed '
@@ -263,18 +223,22 @@ def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
 
 
 def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
-    fp16, bf16 = _section(ds, "fp16"), _section(ds, "bf16")
+    fp16, bf16 = section_of(ds, "fp16"), section_of(ds, "bf16")
     problems = [
-        f"{where}: {name}.enabled is {json.dumps(section['enabled'])}; set it to true or false."
+        f"{where}: {name}.enabled is {shown(section['enabled'])}{why(section['enabled'])}; set it to true or false."
         for name, section in (("bf16", bf16), ("fp16", fp16))
         if not isinstance(section.get("enabled", False), bool)
     ]
-    if fp16.get("enabled") and bf16.get("enabled"):
+    if fp16.get("enabled") is True and bf16.get("enabled") is True:
         return [*problems, f"{where}: the precision is given twice, bf16 and fp16 are both enabled; disable one."]
     scale = fp16.get("loss_scale")
-    if fp16.get("enabled") and on_cpu and not (isinstance(scale, (int, float)) and scale > 0):
+    if scale is not None and not (is_number(scale) and (scale >= 0 or on_cpu)):
         problems.append(
-            f"{where}: fp16 on CPU has no loss scale (fp16.loss_scale is {json.dumps(scale)}); "
+            f"{where}: fp16.loss_scale is {shown(scale)}{why(scale)}; give a number above 0, or 0 for one that adapts."
+        )
+    elif fp16.get("enabled") and on_cpu and not (scale and scale > 0):
+        problems.append(
+            f"{where}: fp16 on CPU has no loss scale (fp16.loss_scale is {shown(scale)}); "
             "give a number above 0 there, or use bf16."
         )
     return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,9 +32,19 @@ class Problems(list[str]):
             raise UserError(*self)
 
 
-def unknown_key(where: str, key: str, known: Iterable[str]) -> str:
-    """Say that `key` is unknown in `where`, with the nearest known one where there is one."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f'{where}: unknown key "{key}"' + (
-        f'; did you mean "{near[0]}"?' if near else f"; known keys are {', '.join(sorted(known))}."
+def shown(value: Any, limit: int = 100) -> str:
+    """`value` as JSON writes it, in one line that can be printed and of about `limit` characters at most."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def unknown_key(where: str, key: str, known: Iterable[str], kind: str = "key") -> str:
+    """Say that `key` is unknown in `where`, with the nearest known one where there is one.
+
+    Args:
+        kind: what it is called.
+    """
+    near = difflib.get_close_matches(key[:100], list(known), n=1, cutoff=0.5)
+    return f"{where}: unknown {kind} {shown(key)}" + (
+        f'; did you mean "{near[0]}"?' if near else f"; known {kind}s are {', '.join(sorted(known))}."
     )

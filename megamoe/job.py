@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +13,19 @@ from typing import Any
 import torch
 
 import megamoe
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
-from megamoe.config import ModelConfig, RunConfig, load_preset, read_json
+from megamoe.config import ModelConfig, RunConfig, load_preset
 from megamoe.data.batches import BatchShape, TrainData
-from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
+from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.data.tokenizer import load_tokenizer
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import Problems, UserError
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
+from megamoe.run_folder import RunFolder
 from megamoe.training.engine import deepspeed_own_problems
-from megamoe.training.evaluation import Evaluator
+from megamoe.training.evaluation import Evaluator, tokens_per_byte
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
@@ -41,13 +42,15 @@ class Job:
     def __init__(self, run: RunConfig, world_size: int, device: torch.device):
         """Raises one UserError with all problems."""
         self.run = run
+        self.folder = RunFolder(run.folder)
         self.run_dir = run.folder
-        self._holds_run = (self.run_dir / "run.json").is_file()
-        self.is_resuming = run.resume or (run.auto_resume and self._holds_run)
+        began = self.folder.began
+        self.is_resuming = run.resume or (run.auto_resume and began is not None)
         # Checkpoints to resume from, and where there are none, weights to start from; in the order to try them.
-        self.candidates = manifest.candidates(self.run_dir / "checkpoints") if self.is_resuming else []
+        is_saved = self.is_resuming and any(folders.checkpoints(self.folder.checkpoints))
+        self.candidates = folders.step_folders(self.folder.checkpoints) if is_saved else []
         starts_from = Path(run.init_from) if run.init_from and not self.candidates else None
-        self.initial_weights = manifest.found_at(starts_from) if starts_from else []
+        self.initial_weights = folders.found_at(starts_from) if starts_from else []
 
         problems = Problems(self._folder_problems())
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
@@ -65,15 +68,16 @@ class Job:
         self.schedule = read_schedule(self.ds, run.ds_config)
         self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, self.seq_len)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
-        if self.is_resuming:
-            self._check_same_run(read_json(self.run_dir / "run.json"))
-        newest = manifest.step_of(self.candidates[0]) if self.candidates else 0
-        self.is_done = newest >= self.last_step
-        if self.is_done and not run.auto_resume:
-            raise UserError(
-                f"{self.run_dir} is at step {newest} already and the run ends at {self.last_step}; "
-                "give a larger --steps."
-            )
+        self.run_id = self.folder.run_id()
+        self.new_schedule: dict[str, Any] | None = None  # that the run resumes with
+        if began is not None:
+            self._check_same_run(began)
+
+    @property
+    def claims_to_be_done(self) -> bool:
+        """Whether a checkpoint has the name of the last step, or of a later one; its bytes are not looked at."""
+        saved = filter(folders.is_complete, self.candidates)
+        return any((folders.step_of(path) or 0) >= self.last_step for path in saved)
 
     @property
     def last_step(self) -> int:
@@ -94,7 +98,11 @@ class Job:
         has_held_out = (Path(run.data[0].path) / "valid.idx").is_file()
         self.valid_path = run.valid_data or (run.data[0].path if has_held_out else None)
         self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
-        problems += self._tokenizer_problems()
+        self.tokens_per_byte: float | None = None
+        wrong = self._tokenizer_problems()
+        problems += wrong
+        if self.valid and not wrong:
+            self.tokens_per_byte = problems.attempt(tokens_per_byte, self.valid, run.eval_samples)
 
     def _initial_problems(self) -> list[str]:
         """What keeps the weights to start from, or the newest of them that can be opened, from being this model's."""
@@ -107,41 +115,59 @@ class Job:
         return problems
 
     def _tokenizer_problems(self) -> list[str]:
-        """Corpora of a mix, and the held-out one, must have been made with one tokenizer, where it is known."""
-        paths = [source.path for source in self.run.data] + [self.valid_path or ""]
-        files = [path for path in (Path(path) / "tokenizer.json" for path in paths) if path.is_file()]
-        return [
-            f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one --tokenizer."
-            for path in dict.fromkeys(files)
-            if path.read_bytes() != files[0].read_bytes()
-        ]
+        """Corpora of a mix, and the held-out one, must have been made with one tokenizer that fits the model, where it
+        is known."""
+        places = [Path(source.path) for source in self.run.data]
+        if self.valid_path:
+            places.append(corpus_prefix(self.valid_path, "valid").parent)
+        files = list(dict.fromkeys(file for place in places if (file := place / "tokenizer.json").exists()))
+        problems = Problems()
+        if all([problems.attempt(load_tokenizer, file, self.model.vocab_size) for file in files]):
+            problems += [
+                f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one "
+                "--tokenizer."
+                for path in files[1:]
+                if path.read_bytes() != files[0].read_bytes()
+            ]
+        return problems
 
     def _folder_problems(self) -> list[str]:
-        if self.run.resume and not self._holds_run:
-            return [f"{self.run_dir} holds no run to resume; check --run_dir or leave --resume out."]
-        if self._holds_run and not self.is_resuming:
-            return [f"{self.run_dir} holds another run; choose another --run_dir, or continue it with --resume."]
-        if not self._holds_run and self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
-            return [f"{self.run_dir} exists already and holds no run; choose another --run_dir."]
-        files = [parent for parent in self.run_dir.parents if parent.exists() and not parent.is_dir()]
-        return [f"{self.run_dir} cannot be made, since {file} is a file; choose another --run_dir." for file in files]
+        run, run_dir = self.run, self.run_dir
+        if run.resume and self.folder.began is None:
+            return [f"{run_dir} holds no run to resume; check --run_dir or leave --resume out."]
+        if run.resume and not self.candidates:
+            return [
+                f"{run_dir} holds no complete checkpoint to resume from; give --auto_resume alone, which then begins "
+                "at step 0, or choose another --run_dir."
+            ]
+        if self.folder.began is not None and not self.is_resuming:
+            return [f"{run_dir} holds another run; choose another --run_dir, or continue it with --resume."]
+        if self.folder.is_foreign():
+            return [f"{run_dir} exists already and holds no run; choose another --run_dir."]
+        files = [parent for parent in run_dir.parents if parent.exists() and not parent.is_dir()]
+        return [f"{run_dir} cannot be made, since {file} is a file; choose another --run_dir." for file in files]
 
-    def _check_same_run(self, record: dict[str, Any]) -> None:
-        """Raises UserError if the run that left `record` would have other losses."""
-        started_from, init_from = record.get("run", {}).get("init_from"), self.run.init_from
+    def _check_same_run(self, began: dict[str, Any]) -> None:
+        """Raises UserError if the run that `began` so would have other losses."""
+        started_from, init_from = began.get("run", {}).get("init_from"), self.run.init_from
         # Once there is a checkpoint it may be left out.
         if started_from != init_from and (init_from or not self.candidates):
             raise UserError(
                 f"{self.run_dir} was started with init_from {json.dumps(started_from)}, not {json.dumps(init_from)}; "
                 "give the same again, or choose another --run_dir."
             )
-        before, now = _decisive(record), _decisive(self.record())
+        before, now = _decisive(self.folder.last_record()), _decisive(self.record())
         changed = [key for key in now if before.get(key) != now[key]]
+        if self.run.resume and changed == ["optimization"]:
+            others = _part(now["optimization"], before["optimization"])
+            if others.keys() <= {"scheduler"}:  # a longer run, or another decay: the optimizer's state fits still
+                self.new_schedule = others["scheduler"]
+                return
         if changed:
             raise UserError(
                 *(
                     f"{self.run_dir} holds a run with {key} {json.dumps(_part(before.get(key), now[key]))}, "
-                    f"not {json.dumps(_part(now[key], before.get(key)))}; {_remedy(key, before)}."
+                    f"not {json.dumps(_part(now[key], before.get(key)))}; {_remedy(key, before, now)}."
                     for key in changed
                 )
             )
@@ -150,6 +176,7 @@ class Job:
         """The resolved configuration and the versions: enough to repeat the run."""
         packages = ("torch", "deepspeed", "tokenizers", "numpy")
         return {
+            "run_id": self.run_id,
             "command": sys.argv,
             "preset": self.run.preset,
             "parameters": parameter_count(self.model),
@@ -179,7 +206,8 @@ class Job:
         return (
             f"{run.preset}: {parameter_count(self.model):,} parameters, {dtype_of(self.ds)}, "
             f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens per step; "
-            f"{self.describe_corpora()}; steps {first} to {self.last_step}; run folder {self.run_dir}"
+            f"{self.describe_corpora()}; {self._describe_held_out()}; steps {first} to {self.last_step}; "
+            f"run folder {self.run_dir}"
         )
 
     def describe_corpora(self) -> str:
@@ -190,6 +218,11 @@ class Job:
             for corpus, source in zip(self.corpora, self.run.data, strict=True)
         )
 
+    def _describe_held_out(self) -> str:
+        if not self.valid:
+            return "no held-out tokens, so nothing is evaluated (--valid_data gives some)"
+        return f"{self.valid.num_tokens:,} held-out tokens in {self.valid_path}"
+
     @property
     def tokenizer(self) -> Path | None:
         path = Path(self.run.data[0].path) / "tokenizer.json"
@@ -198,31 +231,29 @@ class Job:
     def _tokenizer_digest(self) -> str | None:
         return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest() if self.tokenizer else None
 
-    def create_folder(self) -> None:
-        """Make the run folder, with run.json and the tokenizer. On rank 0."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if self.tokenizer:
-            shutil.copyfile(self.tokenizer, self.run_dir / "tokenizer.json")
-        partial = self.run_dir / "run.json.partial"
-        partial.write_text(json.dumps(self.record(), indent=2) + "\n")
-        os.replace(partial, self.run_dir / "run.json")
+    def enter_folder(self, first: int, checkpoint: Path | None) -> None:
+        """Record the start, or the resume from `checkpoint`, in the run folder. On rank 0."""
+        self.folder.enter(
+            {"step": first, "checkpoint": checkpoint and checkpoint.name, **self.record()}, self.tokenizer
+        )
 
     def evaluator(self) -> Evaluator | None:
         if self.valid is None:
             return None
-        counts = corpus_counts(self.valid_path or "")
-        ratio = counts["valid"]["tokens"] / counts["valid"]["bytes"] if counts else None
-        return Evaluator(self.valid, self.run.eval_samples, ratio)
+        return Evaluator(self.valid, self.run.eval_samples, self.tokens_per_byte)
 
 
 def _decisive(record: dict[str, Any]) -> dict[str, Any]:
     """Of a run's record, what decides its losses. Where a corpus lies does not."""
     optimization = {key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION}
-    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in record.get("data", [])]
+    corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
+    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
     return {key: {**record, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
 
 
-def _remedy(key: str, before: dict[str, Any]) -> str:
+def _remedy(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    if key == "optimization" and _part(now[key], before[key]).keys() == {"scheduler"}:
+        return "give --resume to continue with the new schedule"
     if key == "samples_per_step":
         return (
             f'set "train_batch_size" to {before.get(key)} in the DeepSpeed JSON and leave '

@@ -7,15 +7,18 @@ field of RunConfig.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 from megamoe import cli
-from megamoe.checkpoint import manifest
-from megamoe.checkpoint.restore import restore_first_verified
+from megamoe.checkpoint import folders
+from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import parse_run
 from megamoe.errors import UserError
@@ -23,9 +26,10 @@ from megamoe.job import Job
 from megamoe.launch.exits import STOPPED, leave
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
+from megamoe.run_folder import lock
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.loop import Trainer
-from megamoe.training.sinks import open_sinks
+from megamoe.training.sinks import Sink, open_sinks
 from megamoe.training.step import TrainStep, build_train_step
 
 
@@ -45,9 +49,10 @@ def main() -> None:
         stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
         stack.callback(watch.close)
         try:
-            job = check(device)
+            job = check(device, stack)
             watch.collective_seconds = job.run.collective_timeout
-            code = 0 if job.is_done or run(job, position, stop) else STOPPED
+            done = is_done(job) or run(job, rendezvous.store, position, stop)
+            code = 0 if done else STOPPED
         except SystemExit as end:  # on all ranks
             code = int(end.code or 0)
         except Exception as error:  # on this rank
@@ -60,24 +65,65 @@ def main() -> None:
     leave(code)
 
 
-def check(device: torch.device) -> Job:
-    """The job that the command line asks for. Problems of any rank end all of them together. Collective."""
+def check(device: torch.device, held: contextlib.ExitStack) -> Job:
+    """The job that the command line asks for. Problems of any rank end all of them together. Collective.
+
+    Args:
+        held: keeps the lock of the run folder, on rank 0.
+    """
     job, problems = None, []
     try:
-        job = Job(parse_run(), dist.get_world_size(), device)
+        config = parse_run()
+        _lock(config.folder, held)
+        job = Job(config, dist.get_world_size(), device)
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems)
     assert job
-    if job.is_done and dist.get_rank() == 0:
-        print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
     return job
 
 
-def run(job: Job, position: Position, stop: StopRequest) -> bool:
+def _lock(folder: Path, held: contextlib.ExitStack) -> None:
+    """On rank 0, see that no other run trains in a folder that exists, and keep others out of it. Raises UserError."""
+    if dist.get_rank() == 0 and folder.is_dir():
+        file = lock(folder)
+        if file:
+            held.enter_context(file)
+
+
+def is_done(job: Job) -> bool:
+    """Whether a checkpoint of the last step, or a later one, is verified. Collective."""
+    claims = [job.claims_to_be_done]
+    dist.broadcast_object_list(claims)  # rank 0 decides
+    if not claims[0]:
+        return False
+    problems: list[str] = []
+    step = None
+    try:
+        newest = first_verified(job.candidates)
+        step = folders.step_of(newest) if newest else None
+        if newest in job.candidates:  # those before it need not be looked at again
+            job.candidates = job.candidates[job.candidates.index(newest) :]
+    except UserError as error:
+        problems = error.problems
+    if step is not None and step >= job.last_step and not job.run.auto_resume:
+        problems.append(
+            f"{job.run_dir} is at step {step} already and the run ends at {job.last_step}; raise total_num_steps in "
+            "the DeepSpeed JSON, and --steps if it is given, to train on."
+        )
+    raise_on_any_rank(problems)
+    if step is None or step < job.last_step:
+        return False
+    if dist.get_rank() == 0:
+        print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
+    return True
+
+
+def run(job: Job, store: Store | None, position: Position, stop: StopRequest) -> bool:
     """Build, restore, train. Returns whether the last step was reached. Collective.
 
     Args:
+        store: that all ranks share; None for a single rank.
         position: is told where this rank is.
         stop: asks for an end before the last step.
     """
@@ -88,22 +134,20 @@ def run(job: Job, position: Position, stop: StopRequest) -> bool:
             job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks
         )
     position.at("restoring")
-    first = restore(job, train_step)
+    checkpoint = restore(job, train_step)
+    first = (folders.step_of(checkpoint) or 0) if checkpoint else 0
+    sinks = enter(job, first, checkpoint) if dist.get_rank() == 0 else None
     writer = CheckpointWriter(
         train_step.engine,
-        job.run_dir / "checkpoints",
+        job.folder.checkpoints,
         job.record(),
+        store=store,
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         background=not config.foreground_save,
-        first=first,
+        resumed=checkpoint,
         waiting=lambda: position.at("saving"),
     )
-    sinks = None
-    if dist.get_rank() == 0:
-        job.create_folder()
-        sinks = open_sinks(job.run_dir, first)
-        sinks.log_text(first, job.describe(first))
     trainer = Trainer(
         train_step, job.data, job.shape, writer, seed=config.seed, position=position, stop=stop,
         deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), sinks=sinks,
@@ -114,14 +158,25 @@ def run(job: Job, position: Position, stop: StopRequest) -> bool:
             save_every=config.save_interval,
         )  # fmt: skip
     finally:
-        writer.close()
         if sinks:
             sinks.close()
 
 
-def restore(job: Job, train_step: TrainStep) -> int:
-    """Give the engine what the run starts from, if that is not drawn; returns the steps that are done. Problems of any
-    rank end all of them together. Collective."""
+def enter(job: Job, first: int, checkpoint: Path | None) -> Sink:
+    """Record the start or the resume in the run folder; returns the run's sinks, open. On rank 0."""
+    job.enter_folder(first, checkpoint)
+    sinks = open_sinks(job.run_dir, first)
+    sinks.log_text(first, job.describe(first))
+    if job.is_resuming and not checkpoint:
+        sinks.log_text(0, f"{job.run_dir} holds no complete checkpoint, so the run begins again at step 0")
+    if job.new_schedule:
+        sinks.log_text(first, f"the schedule changes after step {first}: {json.dumps(job.new_schedule)}")
+    return sinks
+
+
+def restore(job: Job, train_step: TrainStep) -> Path | None:
+    """Give the engine what the run starts from, if that is not drawn; returns the checkpoint that it resumes from.
+    Problems of any rank end all of them together. Collective."""
     checkpoint, problems = None, []
     try:
         checkpoint = restore_first_verified(train_step.engine, job.candidates)
@@ -130,7 +185,7 @@ def restore(job: Job, train_step: TrainStep) -> int:
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems)
-    return manifest.step_of(checkpoint) if checkpoint else 0
+    return checkpoint
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.distributed as dist
-from toy import PRESET, ds_config
+from toy import PRESET, ds_config, new_store
 
 from megamoe.checkpoint.reader import open_source
 from megamoe.checkpoint.restore import restore_first_verified
@@ -44,12 +44,15 @@ def train(engine, steps, first=0, writer=None):
     return losses
 
 
-def writer_for(engine, folder, ep_size, **options):
-    return CheckpointWriter(engine, folder, {"world_size": dist.get_world_size(), "ep_size": ep_size}, **options)
+def writer_for(engine, folder, **options):
+    store = new_store("writer")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    record = {"model": CONFIG.model_dump(), "deepspeed": {"gradient_clipping": engine.gradient_clipping()}}
+    return CheckpointWriter(engine, folder, record, store=store, **options)
 
 
-def save(engine, folder, ep_size, step):
-    writer = writer_for(engine, folder, ep_size)
+def save(engine, folder, step):
+    writer = writer_for(engine, folder)
     writer.save(step, hold=True)
     assert writer.complete()
 
@@ -58,7 +61,7 @@ def train_and_save(folder, ep_size, stage=2, steps=3, further=0, **ds_changes):
     """Returns the losses of the steps before the save, and of those behind it."""
     engine = make(ep_size, stage, **ds_changes)
     before = train(engine, steps)
-    save(engine, folder, ep_size, steps)
+    save(engine, folder, steps)
     return before, train(engine, further, steps)
 
 
@@ -68,7 +71,7 @@ def load_and_train(checkpoint, ep_size, stage=2, steps=0, resave=None, **ds_chan
     assert restore_first_verified(engine, [checkpoint]) == checkpoint
     state = engine.global_steps, engine.get_lr()
     if resave:
-        save(engine, resave, ep_size, engine.global_steps)
+        save(engine, resave, engine.global_steps)
     return state, train(engine, steps, engine.global_steps)
 
 

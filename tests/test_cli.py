@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+from refusals import has
 
 from megamoe import cli
 from megamoe.errors import UserError
@@ -63,7 +64,7 @@ def test_a_parser_forgets_the_command_line_before():
 
 def test_an_unknown_option_names_the_nearest():
     for words in (["--sede", "3"], ["--sede=3"]):
-        assert refusal(*words) == 'command line: unknown key "--sede"; did you mean "--seed"?'
+        assert refusal(*words) == 'command line: unknown option "--sede"; did you mean "--seed"?'
 
 
 def test_an_option_near_to_none_names_them_all():
@@ -75,6 +76,24 @@ def test_every_unknown_option_is_named_at_once():
     first, second = refusals("--sede", "3", "--stepps=4")
     assert "--seed" in first
     assert "--steps" in second
+
+
+def test_an_unknown_option_hides_no_other_problem_of_the_command_line():
+    problems = refusals("--stepps", "3", "--seed", "1", "--seed", "2", "--data")
+    assert len(problems) == 3
+    has(" ".join(problems), 'unknown option "--stepps"', "--seed is given twice", "--data: expected at least one")
+
+    def check(values):
+        raise UserError(f"steps is {values.steps}; raise it.", "the name is missing; give one.")
+
+    with pytest.raises(UserError) as caught:
+        parser().parse(["--sede", "3", "--steps", "0"], check)
+    assert len(caught.value.problems) == 3
+    has(str(caught.value), 'unknown option "--sede"', "steps is 0", "the name is missing")
+
+
+def test_what_checks_the_values_may_turn_them_into_something_else():
+    assert parser().parse(["--steps", "3"], lambda values: values.steps + 1) == 4
 
 
 def test_an_option_is_not_taken_by_its_beginning():

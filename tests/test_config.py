@@ -6,6 +6,7 @@ import pytest
 from refusals import has, only, refusals
 
 from megamoe.config import (
+    MAX_EXPERTS,
     PRESET_DIR,
     Corpus,
     ModelConfig,
@@ -13,7 +14,6 @@ from megamoe.config import (
     load_preset,
     parse_run,
     preset_names,
-    read_json,
     validate,
 )
 from megamoe.errors import UserError
@@ -85,36 +85,6 @@ def test_preset_names_are_the_files_that_ship():
     assert {"moe-680m", "tiny"} <= set(preset_names())
 
 
-# --- reading JSON ---
-
-
-def test_a_key_given_twice_with_different_values_is_refused_with_both(tmp_path):
-    path = tmp_path / "a.json"
-    for text in ('{"hidden_size": 64, "hidden_size": 128}', '{"scheduler": {"lr": 64, "lr": 128}}'):
-        path.write_text(text)
-        has(only(refusals(read_json, path)), str(path), "given twice", "64", "128", "keep one")
-
-
-def test_a_key_given_twice_with_the_same_value_is_fine(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"hidden_size": 64, "hidden_size": 64}')
-    assert read_json(path) == {"hidden_size": 64}
-
-
-def test_broken_json_is_refused_with_the_place(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{\n "a": 1,\n "b" 2}')
-    has(only(refusals(read_json, path)), str(path), "line 3", "fix")
-
-
-def test_a_json_file_that_is_missing_undecodable_or_no_object_is_refused(tmp_path):
-    has(only(refusals(read_json, tmp_path / "no.json")), "no.json", "cannot be read", "give the path")
-    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
-    has(only(refusals(read_json, tmp_path / "latin.json")), "latin.json", "0xe9")
-    (tmp_path / "list.json").write_text("[1, 2]")
-    has(only(refusals(read_json, tmp_path / "list.json")), "list.json", "list", "object")
-
-
 # --- the model ---
 
 
@@ -137,6 +107,42 @@ def test_a_missing_key_and_a_wrong_value_are_named():
     has(only(shape_refusals(head_dim=33)), '"head_dim"', "33", "multiple of 2")
     has(only(shape_refusals(expert_dropout=1)), '"expert_dropout"', "1", "less than 1")
     has(only(shape_refusals(router_score="softmx")), '"softmx"', "'softmax'", "'sigmoid'")
+
+
+SIZES = {key for key, value in ModelConfig(**shape()).model_dump().items() if type(value) is int}
+
+
+@pytest.mark.parametrize("key", sorted(SIZES - {"num_experts_per_tok"}))  # which num_local_experts bounds
+def test_sizes_far_above_any_real_model_are_refused_before_anything_is_made(key):
+    problems = shape_refusals(**{key: 10**12})
+    (found,) = (problem for problem in problems if f'"{key}" is 1000000000000' in problem)
+    has(found, "less than or equal to", "change it")
+
+
+def test_layers_times_experts_are_bounded_too():
+    problem = only(shape_refusals(num_hidden_layers=5000, num_local_experts=5000))
+    has(problem, "num_hidden_layers 5000 x num_local_experts 5000", "25,000,000", f"{MAX_EXPERTS:,}", "lower one")
+    validate(ModelConfig, shape(num_hidden_layers=126), "my.json")
+    validate(ModelConfig, shape(num_hidden_layers=61, num_local_experts=2048), "my.json")
+
+
+@pytest.mark.parametrize("value", ["64", True, None, 64.5, [64]])
+def test_a_size_that_is_no_whole_number_is_refused(value):
+    has(only(shape_refusals(hidden_size=value)), '"hidden_size"', json.dumps(value), "valid integer")
+
+
+def test_numbers_in_quotes_are_refused_and_1e2_is_a_whole_number():
+    has(only(shape_refusals(rms_norm_eps="1e-8")), '"rms_norm_eps"', '"1e-8"', "valid number")
+    assert validate(ModelConfig, shape(vocab_size=1e2), "my.json").vocab_size == 100
+
+
+def test_values_that_are_no_object_are_refused():
+    for values in ([], "tiny", 3, None):
+        has(only(refusals(validate, ModelConfig, values, "run.json: model")), "run.json: model", json.dumps(values))
+
+
+def test_a_very_long_value_is_cut_in_its_sentence():
+    assert len(only(shape_refusals(hidden_size="x" * 10**6))) < 400
 
 
 def test_heads_that_do_not_divide_and_too_many_choices_are_refused():
@@ -176,7 +182,7 @@ def test_llama3_rope_scaling_needs_its_four_numbers():
 
 @pytest.mark.parametrize("scaling", [{"rope_type": "yarm", "factor": 2}, {"type": "linear", "factor": 2}, {}])
 def test_an_unknown_rope_type_names_the_known_ones(scaling):
-    kind = repr(scaling.get("rope_type"))
+    kind = json.dumps(scaling.get("rope_type"))
     has(only(shape_refusals(rope_scaling=scaling)), "rope_type", kind, "linear", "dynamic", "yarn", "llama3")
 
 
@@ -254,7 +260,7 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
     ("words", "parts"),
     [
         ([], ['"ds_config" is missing']),
-        (["--ds_config", "a", "--stepz", "3"], ['unknown key "--stepz"', 'did you mean "--steps"']),
+        (["--ds_config", "a", "--stepz", "3"], ['unknown option "--stepz"', 'did you mean "--steps"']),
         (["--ds_config", "a", "--seed", "1", "--seed", "2"], ["--seed is given twice, as 1 and as 2"]),
         (["--ds_config", "a", "--steps", "many"], ['"steps" is "many"', "integer"]),
         (["--ds_config", "a", "--ep_size", "0"], ['"ep_size" is "0"', "greater than 0"]),
@@ -266,3 +272,12 @@ def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, part
         parse_run(words)
     (problem,) = caught.value.problems
     assert all(part in problem for part in parts), problem
+
+
+def test_an_unknown_option_comes_with_the_other_problems():
+    with pytest.raises(UserError) as caught:
+        parse_run(["--stepz", "3", "--seed", "x", "--ep_size", "0"])
+    said = caught.value.problems
+    parts = ['unknown option "--stepz"', '"ds_config" is missing', '"seed" is "x"', '"ep_size" is "0"']
+    assert len(said) == len(parts)
+    assert all(any(part in problem for problem in said) for part in parts), said

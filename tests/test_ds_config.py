@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
 from toy import PRESET
 
-from megamoe.config import ModelConfig, RunConfig, read_json
+from megamoe.config import ModelConfig, RunConfig
 from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 SCHEDULE = {"warmup_type": "linear", "warmup_max_lr": 0.002, "warmup_num_steps": 10, "total_num_steps": 100}
@@ -106,9 +108,8 @@ def test_an_unknown_key_of_the_schedule_names_the_nearest():
     [
         (ds_json(optimizer={"type": "AdamW", "params": {"weight_deacy": 0.1}}), "weight_deacy", "weight_decay"),
         (ds_json(zero_optimization={"stage": 2, "offload_optimizer": {"devise": "cpu"}}), "devise", "device"),
-        (ds_json(tensorboard={"enabeld": True}), "enabeld", "enabled"),
     ],
-    ids=["optimizer.params", "offload_optimizer", "tensorboard"],
+    ids=["optimizer.params", "offload_optimizer"],
 )
 def test_an_unknown_key_deeper_in_a_deepspeed_json_names_the_nearest(ds, wrong, right):
     has(only(ds_refusals(ds)), f'"{wrong}"', f'did you mean "{right}"?')
@@ -125,6 +126,91 @@ def test_params_that_are_no_object_are_refused(section, params):
     ds = ds_json()
     ds[section] = {**ds[section], "params": params}
     has(only(ds_refusals(ds)), section, "params", json.dumps(params), "object")
+
+
+HUGGING_FACE = {  # as its Trainer's documentation has it
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+             "min_loss_scale": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupDecayLR", "params": {
+        "warmup_type": "linear", "warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto",
+        "total_num_steps": "auto"}},
+    "zero_optimization": {"stage": 2, "allgather_partitions": True, "allgather_bucket_size": 2e8, "overlap_comm": True,
+                          "reduce_scatter": True, "reduce_bucket_size": "auto", "contiguous_gradients": True},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+AUTOS = (
+    "enabled", "lr", "betas", "eps", "weight_decay", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps",
+    "total_num_steps", "reduce_bucket_size", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_every_auto_of_hugging_faces_trainer_is_a_sentence_together_with_all_others(on_cpu):
+    problems = ds_refusals(HUGGING_FACE, on_cpu=on_cpu)
+    for name in AUTOS:
+        assert sum(bool(re.search(rf'[".]{name}"? is "auto"|: {name} is "auto"', text)) for text in problems) == 1, name
+    assert len(problems) == len(AUTOS) + on_cpu  # and fp16 on CPU without a loss scale
+    has(next(problem for problem in problems if ".eps" in problem), "Hugging Face's Trainer", "a number of at least 0")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("optimizer.params", "eps", "1e-8", ['"1e-8"', "in quotes", "a number of at least 0"]),
+        ("optimizer.params", "weight_decay", True, ["true", "a number"]),
+        ("optimizer.params", "weight_decay", None, ["null", "leave it out"]),
+        ("optimizer.params", "lr", "0.002", ['"0.002"', "in quotes"]),
+        ("optimizer.params", "betas", [True, 0.9], ["two numbers"]),
+        ("optimizer.params", "fused", "true", ['"true"', "in quotes", "true or false"]),
+        ("scheduler.params", "warmup_max_lr", "2e-3", ['"2e-3"', "number"]),
+        ("scheduler.params", "total_num_steps", "100", ['"100"', "integer"]),
+        ("scheduler.params", "warmup_num_steps", True, ["true", "integer"]),
+        ("zero_optimization", "reduce_bucket_size", "5e8", ['"5e8"', "whole number"]),
+        ("zero_optimization", "reduce_bucket_size", 0.5, ["0.5", "whole number"]),
+        ("zero_optimization", "overlap_comm", 1, ["1", "true or false"]),
+        ("zero_optimization", "stage", True, ["true", "1 or 2"]),
+        ("fp16", "loss_scale", "auto", ['"auto"', "Trainer"]),
+        ("fp16", "hysteresis", [2], ["[2]", "whole number"]),
+        ("", "gradient_clipping", "1.0", ['"1.0"', "in quotes", "norm"]),
+        ("", "steps_per_print", 0, ["0", "at least 1"]),
+        ("", "communication_data_type", 16, ["16", "a text"]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_a_sentence_with_what_to_give(section, key, value, words):
+    ds = json.loads(json.dumps(ds_json()))
+    place = ds
+    for name in filter(None, section.split(".")):
+        place = place.setdefault(name, {})
+    place[key] = value
+    has(only(ds_refusals(ds)), key, *words)
+
+
+def test_whole_numbers_may_be_written_as_5e8():
+    ds = with_schedule(total_num_steps=1e4, warmup_num_steps=1e3)
+    ds["zero_optimization"] = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": 5e8}
+    assert ds_refusals(ds) == []
+    assert read_schedule(ds, "ds.json").total_num_steps == 10_000
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "comet", "csv_monitor"])
+def test_deepspeeds_monitors_are_refused_with_where_the_losses_are(name):
+    for section in ({"enabled": True, "project": "x"}, {}, None, "auto"):
+        has(only(ds_refusals(ds_json(**{name: section}))), f'"{name}"', "tensorboard/", "log.jsonl", "leave it out")
+    assert ds_refusals(ds_json(**{name: {"enabled": False}})) == []
+
+
+def test_the_logger_of_collectives_and_checkpointed_activations_are_refused_with_what_to_use_instead():
+    has(only(ds_refusals(ds_json(comms_logger={"enabled": True}))), '"comms_logger"', "tools/plan.py", "leave it out")
+    activations = {"partition_activations": True, "number_checkpoints": None}
+    problem = only(ds_refusals(ds_json(activation_checkpointing=activations)))
+    has(problem, '"activation_checkpointing"', "--recompute_blocks", "leave it out")
 
 
 @pytest.mark.parametrize("key", ["round_robin_gradients", "elastic_checkpoint"])
@@ -176,6 +262,10 @@ def test_bf16_and_fp16_together_are_refused():
         has(problem, "given twice", "bf16", "fp16", "disable one")
 
 
+def test_an_auto_beside_the_other_precision_is_not_called_a_second_one():
+    has(only(ds_refusals(ds_json(fp16={"enabled": "auto", "loss_scale": 0}), on_cpu=False)), "fp16.enabled", '"auto"')
+
+
 def test_the_precision_is_that_of_the_enabled_section():
     assert dtype_of({"bf16": {"enabled": True}}) == "bf16"
     assert dtype_of({"fp16": {"enabled": True}, "bf16": {"enabled": False}}) == "fp16"
@@ -192,7 +282,7 @@ def test_a_missing_optimizer_or_scheduler_is_refused_with_what_to_add():
     has(only(ds_refusals(ds_json(optimizer=...))), '"optimizer"', "missing", "AdamW")
     has(only(ds_refusals(ds_json(scheduler=...))), '"scheduler"', "WarmupDecayLR")
     other = ds_json(scheduler={"type": "WarmupLR", "params": {}})
-    has(only(ds_refusals(other)), '"scheduler"', "'WarmupLR'", "WarmupDecayLR")
+    has(only(ds_refusals(other)), '"scheduler"', '"WarmupLR"', "WarmupDecayLR")
 
 
 def test_an_optimizer_without_a_type_is_refused():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
 
 from megamoe.config import RunConfig
@@ -28,14 +29,19 @@ def inputs(tmp_path):
     return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
 
 
+def write_tokenizer(folder, size=96):
+    vocabulary = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, size)}}
+    Tokenizer(models.WordLevel(vocabulary)).save(str(folder / "tokenizer.json"))
+
+
 def started(run, **changes):
     """A run folder as an earlier run left it, with a checkpoint at step 3."""
     folder = job(run).run_dir
-    job(run).create_folder()
+    job(run).enter_folder(0, None)
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, **changes}))
     (folder / "checkpoints" / "step_3").mkdir(parents=True)
-    (folder / "checkpoints" / "latest").write_text("step_3")
+    (folder / "checkpoints" / "step_3" / "index.json").write_text("{}\n")
 
 
 def test_problems_of_all_owners_come_together(inputs, tmp_path):
@@ -68,19 +74,52 @@ def test_another_run_is_not_written_over(inputs):
 
 @pytest.mark.parametrize("key", sorted(set(SAME_ON_RESUME) - {"data", "optimization"}))
 def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_both(inputs, key):
-    started(inputs, **{key: "another"})
+    another = {"num_hidden_layers": 9} if key == "model" else "another"
+    started(inputs, **{key: another})
     (problem,) = problems({**inputs, "resume": True})
-    assert f'{key} "another", not ' in problem
+    assert f"{key} {json.dumps(another)}, not " in problem
 
 
 @pytest.mark.parametrize(
     ("section", "value"),
-    [("optimizer", {"type": "Adam"}), ("gradient_clipping", 2.0), ("bf16", {"enabled": True}), ("scheduler", {})],
+    [("optimizer", {"type": "Adam"}), ("gradient_clipping", 2.0), ("bf16", {"enabled": True})],
 )
 def test_resuming_with_other_rules_of_optimization_is_refused(inputs, section, value):
     started(inputs, deepspeed={**ds_config(2), section: value})
     (problem,) = problems({**inputs, "resume": True})
     assert f'optimization {{"{section}": ' in problem
+
+
+def test_a_longer_schedule_is_welcome_on_resume_and_refused_with_that_advice_on_auto_resume(inputs, tmp_path):
+    started(inputs)
+    longer = ds_config(2)
+    longer["scheduler"]["params"]["total_num_steps"] = 80
+    (tmp_path / "ds.json").write_text(json.dumps(longer))
+    assert job({**inputs, "resume": True}).new_schedule == {"params": {"total_num_steps": 80}}
+    (problem,) = problems({**inputs, "auto_resume": True})
+    assert '"total_num_steps": 40' in problem
+    assert "give --resume to continue with the new schedule" in problem
+    longer["gradient_clipping"] = 9.0
+    (tmp_path / "ds.json").write_text(json.dumps(longer))
+    (problem,) = problems({**inputs, "resume": True})
+    assert "gradient_clipping" in problem
+
+
+def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record(inputs, tmp_path):
+    began = job({**inputs, "steps": 5})
+    began.enter_folder(0, None)
+    start = (tmp_path / "run" / "run.json").read_bytes()
+    (tmp_path / "run" / "checkpoints" / "step_3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_3" / "index.json").write_text("{}\n")
+    longer = ds_config(2)
+    longer["scheduler"]["params"]["total_num_steps"] = 80
+    (tmp_path / "ds.json").write_text(json.dumps(longer))
+    again = job({**inputs, "resume": True})
+    again.enter_folder(3, again.candidates[0])
+    assert (tmp_path / "run" / "run.json").read_bytes() == start
+    record = json.loads((tmp_path / "run" / "resumes.jsonl").read_text())
+    assert (record["step"], record["checkpoint"], record["run_id"]) == (3, "step_3", json.loads(start)["run_id"])
+    assert job({**inputs, "auto_resume": True}).candidates  # with the schedule of the last resume
 
 
 def test_resuming_with_another_corpus_is_refused_but_it_may_lie_elsewhere(inputs, tmp_path):
@@ -119,9 +158,9 @@ def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
     shutil.copytree(tmp_path / "corpus", tmp_path / "other")
     mix = {**inputs, "data": [str(tmp_path / "corpus"), str(tmp_path / "other")]}
     for name in ("corpus", "other"):
-        (tmp_path / name / "tokenizer.json").write_text('"the same"')
+        write_tokenizer(tmp_path / name)
     assert len(job(mix).corpora) == 2
-    (tmp_path / "other" / "tokenizer.json").write_text('"another"')
+    write_tokenizer(tmp_path / "other", size=80)
     (problem,) = problems(mix)
     assert all(str(tmp_path / name / "tokenizer.json") in problem for name in ("corpus", "other"))
 
@@ -129,7 +168,8 @@ def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"tensorboard": {"enabled": "maybe"}}, ["tensorboard.enabled", "'maybe'", "boolean"]),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, ["device", "'gpu'", "nvme"]),
+        ({"flops_profiler": {"enabled": "maybe"}}, ["DeepSpeed refuses", "'str'"]),  # a TypeError in its code
         ({"communication_data_type": "foo"}, ["DeepSpeed refuses"]),
     ],
 )
@@ -139,30 +179,34 @@ def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path, chang
     assert all(part in problem for part in parts), problem
 
 
-def test_resuming_goes_on_from_the_newest_checkpoint(inputs):
+def test_resuming_goes_on_from_the_newest_checkpoint_whatever_latest_says(inputs):
     started(inputs)
+    (Path(inputs["run_dir"]) / "checkpoints" / "latest").write_text("step_2")
     assert [path.name for path in job({**inputs, "resume": True}).candidates] == ["step_3"]
+
+
+def test_resuming_without_a_complete_checkpoint_is_refused_and_auto_resume_begins_again(inputs):
+    started(inputs)
+    (Path(inputs["run_dir"]) / "checkpoints" / "step_3" / "index.json").unlink()  # killed while it was written
+    (problem,) = problems({**inputs, "resume": True})
+    assert "holds no complete checkpoint to resume from; give --auto_resume" in problem
+    again = job({**inputs, "auto_resume": True})
+    assert again.is_resuming
+    assert again.candidates == []
 
 
 def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with_only(inputs):
     started(inputs)
     shutil.rmtree(job({**inputs, "resume": True}).run_dir / "checkpoints")
-    assert job({**inputs, "resume": True}).candidates == []
     record = json.loads((Path(inputs["run_dir"]) / "run.json").read_text())
     record["run"]["init_from"] = "old.pt"
     (Path(inputs["run_dir"]) / "run.json").write_text(json.dumps(record))
-    (problem,) = problems({**inputs, "resume": True})
+    (problem,) = problems({**inputs, "auto_resume": True})
     assert 'init_from "old.pt", not null; give the same again' in problem
     (Path(inputs["run_dir"]) / "checkpoints" / "step_3").mkdir(parents=True)
+    (Path(inputs["run_dir"]) / "checkpoints" / "step_3" / "index.json").write_text("{}\n")
     (problem,) = problems({**inputs, "resume": True, "init_from": "new.pt"})
     assert 'init_from "old.pt", not "new.pt"' in problem
-
-
-def test_resuming_a_run_that_is_done_is_refused_with_both_steps(inputs):
-    started(inputs)
-    (problem,) = problems({**inputs, "resume": True, "steps": 3})
-    assert "at step 3 already" in problem
-    assert "ends at 3" in problem
 
 
 def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one(inputs):
@@ -170,8 +214,8 @@ def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one
     started(inputs)
     again = job({**inputs, "auto_resume": True})
     assert [path.name for path in again.candidates] == ["step_3"]
-    assert not again.is_done
-    assert job({**inputs, "auto_resume": True, "steps": 3}).is_done
+    assert not again.claims_to_be_done
+    assert job({**inputs, "auto_resume": True, "steps": 3}).claims_to_be_done
 
 
 def test_auto_resume_does_not_go_on_with_another_run(inputs):
@@ -180,7 +224,38 @@ def test_auto_resume_does_not_go_on_with_another_run(inputs):
     assert "holds a run with seed" in problem
 
 
-def test_a_corpus_without_held_out_text_trains_without_evaluation(inputs, tmp_path):
+def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(inputs, tmp_path):
+    assert "nothing is evaluated" not in job(inputs).describe(0)
     for suffix in ("bin", "idx"):
         (tmp_path / "corpus" / f"valid.{suffix}").unlink()
-    assert job(inputs).evaluator() is None
+    unheld = job(inputs)
+    assert unheld.evaluator() is None
+    assert unheld.describe(0).count("so nothing is evaluated (--valid_data gives some)") == 1
+    assert "\n" not in unheld.describe(0)
+
+
+def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):
+    (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"valid": {"tokens": 600, "bytes": 1800}}))
+    for form in ("", "/valid", "/valid.bin"):
+        evaluator = job({**inputs, "valid_data": f"{tmp_path / 'corpus'}{form}"}).evaluator()
+        assert evaluator.tokens_per_byte == pytest.approx(1 / 3)
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_or_that_is_none_is_refused(inputs, tmp_path):
+    write_tokenizer(tmp_path / "corpus", size=97)
+    (problem,) = problems(inputs)
+    assert "tokenizer.json has token id 96, beyond the model's vocabulary of 96" in problem
+    (tmp_path / "corpus" / "tokenizer.json").write_text("{}")
+    (problem,) = problems(inputs)
+    assert "tokenizer.json cannot be read" in problem
+
+
+@pytest.mark.parametrize(
+    "change", [{"run": []}, {"deepspeed": "auto"}, {"data": {}}, {"data": [7]}, {"model": []}, {"seed": {}}], ids=str
+)
+def test_a_run_json_of_wrong_types_is_refused_in_a_sentence(inputs, change):
+    started(inputs)
+    file = Path(inputs["run_dir"]) / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    said = problems({**inputs, "resume": True})
+    assert any(key in problem and inputs["run_dir"] in problem for key in change for problem in said), said

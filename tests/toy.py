@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
 
-from megamoe.config import RunConfig, read_json
+from megamoe.config import RunConfig
 from megamoe.data.corpus import SplitWriter
 from megamoe.job import Job
+from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import run as pretrain
@@ -63,10 +66,17 @@ def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None
     }
 
 
+def new_store(purpose: str) -> Store:
+    """A store for the ranks of the group that exists already, as the rendezvous gives one to a run; each call gives
+    another."""
+    store = _get_default_store()
+    return PrefixStore(f"{purpose}/{store.add(f'{purpose}/{dist.get_rank()}', 1)}", store)
+
+
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Train as pretrain.py does, on this rank of a group that exists already; returns the log."""
     job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"))
-    pretrain(job, Position(), StopRequest())
+    pretrain(job, new_store("run"), Position(), StopRequest())
     dist.barrier()
     return read_log(job.run_dir)
 

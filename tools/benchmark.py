@@ -28,8 +28,9 @@ import torch
 from benchmark_contender import Machine, Turn, gemm_flops
 
 from megamoe import cli
-from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.config import ModelConfig, load_preset
 from megamoe.errors import Problems, UserError
+from megamoe.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 NAMES = {"megamoe": "megamoe", "stock": "DeepSpeed's MoE layer", "mixtral": "Mixtral of transformers"}

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from megamoe import cli
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config import load_preset, read_json
+from megamoe.config import load_preset
 from megamoe.data.batches import Batch
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
+from megamoe.json_files import read_json
 from megamoe.training.distributed import init_distributed
 from megamoe.training.step import build_train_step
 
@@ -63,7 +64,7 @@ class Bench:
         rendezvous, device = init_distributed()
         rank, world_size = rendezvous.rank_info.rank, rendezvous.rank_info.world_size
         config, ds = load_preset(preset), read_json(Path(ds_config))
-        self.folder = folder
+        self.folder, self.store = folder, rendezvous.store
         self.bare_file = folder / f"bare_{rank}.pt"
         self.train_step = build_train_step(config, {**ds, "gradient_accumulation_steps": 1}, ep_size=ep_size)
         self.engine = self.train_step.engine
@@ -95,8 +96,11 @@ class Bench:
             for tensor, other in zip(self.bare_state(), saved, strict=True):
                 tensor.copy_(other)
 
-    def writer(self, first: int) -> CheckpointWriter:
-        return CheckpointWriter(self.engine, self.folder / "checkpoints", self.record, keep_last=1, first=first)
+    def writer(self) -> CheckpointWriter:
+        resumed = next(iter(folders.checkpoints(self.folder / "checkpoints")), None)
+        return CheckpointWriter(
+            self.engine, self.folder / "checkpoints", self.record, store=self.store, keep_last=1, resumed=resumed
+        )
 
     def save(self, writer: CheckpointWriter, step: int) -> None:
         writer.save(step, hold=True)
@@ -112,8 +116,7 @@ class Bench:
         return lost + timed(writer.complete)
 
     def load(self) -> None:
-        candidates = manifest.candidates(self.folder / "checkpoints")
-        assert restore_first_verified(self.engine, candidates)
+        assert restore_first_verified(self.engine, folders.checkpoints(self.folder / "checkpoints"))
 
     def both_saves(self, writer: CheckpointWriter, step: int, bare_first: bool) -> dict[str, float]:
         """In turns, for a disk can take the first gigabytes faster than those that follow."""
@@ -123,15 +126,13 @@ class Bench:
 
     def round(self, step: int, background: bool) -> dict[str, float]:
         """Seconds of everything, once."""
-        writer = self.writer(first=3 * step - 1)  # or the last round's would stay
+        writer = self.writer()
         seconds = self.both_saves(writer, 3 * step, bare_first=step % 2 == 1)
-        writer.close()
         if background:
             for number, which in enumerate(("first", "later"), start=1):  # the first takes new memory for the copy
                 start = time.perf_counter()
                 seconds[f"lost to the {which} background save"] = self.background_save(writer, 3 * step + number)
                 seconds[f"the {which} background save"] = time.perf_counter() - start
-                writer.close()
         del writer  # and its copy of the state
         drop_from_cache(self.folder)
         seconds["bare load"] = timed(self.bare_load)

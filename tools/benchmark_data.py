@@ -8,6 +8,7 @@ and the seconds from the launch of a run to its first step, with everything comp
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -70,14 +71,18 @@ def seconds_to_first_step(corpus: str, ranks: int) -> float:
         )
 
 
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    if args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds}; give at least 1.")
+    return args
+
+
 def main() -> None:
     parser = cli.Parser(description="Time tokenising, reading samples, and starting a run.")
     parser.add_argument("text", type=Path, help="text, as prepare_data.py takes it")
     parser.add_argument("corpus", help="folder that prepare_data.py has made of it")
     parser.add_argument("--rounds", type=int, default=3, help="starts that are timed, on 1 and on 2 ranks in turns")
-    args = parser.parse()
-    if args.rounds < 1:
-        raise UserError(f"--rounds is {args.rounds}; give at least 1.")
+    args = parser.parse(check=check)
     tokenizer = Path(args.corpus) / "tokenizer.json"
     for cores, parallel in (("one core", "false"), (f"{len(os.sched_getaffinity(0))} cores", "true")):
         os.environ["TOKENIZERS_PARALLELISM"] = parallel

@@ -25,8 +25,8 @@ from megamoe.checkpoint.export import (
     write_safetensors,
     write_state_dict,
 )
-from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, model_problems, open_source
-from megamoe.config import ModelConfig, read_json, validate
+from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, model_problems, open_source, run_record
+from megamoe.config import ModelConfig, validate
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
 
@@ -46,14 +46,14 @@ def choose_format(out: Path, to: str | None) -> str:
 
 
 def model_config(checkpoint: Path) -> ModelConfig:
-    """The model's configuration, from the record in or next to a checkpoint. Raises UserError."""
-    path = next((p for p in (checkpoint / "run.json", checkpoint.parent.parent / "run.json") if p.is_file()), None)
-    if path is None:
+    """The model's configuration, from the record of its run. Raises UserError."""
+    model = run_record(checkpoint).get("model")
+    if not isinstance(model, dict):
         raise UserError(
-            f"{checkpoint} has no run.json, which holds the model's configuration; convert it to a .pt instead, "
-            "or put the run's run.json there."
+            f"{checkpoint} does not say what model it is of; convert it to a .pt instead, or put the run's run.json "
+            "there."
         )
-    return validate(ModelConfig, read_json(path).get("model", {}), f"{path}: model")
+    return validate(ModelConfig, model, f"{checkpoint}: model")
 
 
 def print_plan(groups: list[list[Entry]]) -> None:

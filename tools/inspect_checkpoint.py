@@ -12,10 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from megamoe import cli
-from megamoe.checkpoint import manifest
-from megamoe.checkpoint.reader import RankFiles, Source, open_source
-from megamoe.config import read_json
-from megamoe.errors import UserError
+from megamoe.checkpoint import folders, verify
+from megamoe.checkpoint.deepspeed_files import RankFiles
+from megamoe.checkpoint.indexed_files import IndexedFiles
+from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, Source, open_source, run_record
+from megamoe.checkpoint.unpickle import safe_load
+from megamoe.errors import Problems, UserError
 from megamoe.model.names import split_expert
 from megamoe.optimizers import MASTERS
 
@@ -29,24 +31,33 @@ def print_files(checkpoint: Path) -> None:
     print(f"size: {sum(map(sum, kinds.values())):,} bytes")
     for kind, sizes in kinds.items():
         print(f"  {len(sizes):5d} x {kind}: {sum(sizes):,} bytes")
-    damaged = manifest.problems(checkpoint)
+    damaged = verify.problems(checkpoint) or unsafe_problems(checkpoint)
     if damaged:
-        print("manifest: DAMAGED")
+        print("files: DAMAGED")
         raise UserError(*damaged)
-    saved = manifest.read_manifest(checkpoint)
-    print(f"manifest: verified, {len(saved['files'])} files" if saved else "manifest: none; nothing can be verified")
+    sealed = folders.is_complete(checkpoint)
+    print("files: verified" if sealed else "files: safe to open; nothing says what bytes they should have")
+
+
+def unsafe_problems(checkpoint: Path) -> list[str]:
+    """What would run code if it were opened by a loader that trusts it: each pickled file is opened by one that does
+    not."""
+    problems = Problems()
+    for path in [path for path in sorted(checkpoint.rglob("*")) if path.suffix in STATE_DICT_ENDINGS]:
+        problems.attempt(safe_load, path)
+    return problems
 
 
 def print_origin(checkpoint: Path, source: Source) -> None:
-    if isinstance(source, RankFiles):
+    if isinstance(source, (IndexedFiles, RankFiles)):
         print(f"topology: {source.world_size} ranks, ep_size {source.ep_size}, ZeRO-{source.zero_stage}")
     else:
         print("topology: any (Universal layout)" if source.has_optimizer else "topology: any (weights alone)")
     if source.has_optimizer:
         state = source.training_state()
         print(f"step: {state['global_steps']} ({state['skipped_steps']} skipped)")
-    if (checkpoint / "run.json").is_file():
-        record = read_json(checkpoint / "run.json")
+    record = run_record(checkpoint)
+    if record:
         versions = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
         print(f"run: preset {record.get('preset')}, seed {record.get('seed')}; {versions}")
     print(f"parameters: {sum(math.prod(shape) for shape in source.shapes.values()):,}")
@@ -69,7 +80,7 @@ def main() -> None:
     parser = cli.Parser(description="Look into a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
     args = parser.parse()
-    checkpoint = manifest.found_at(args.checkpoint)[0]
+    checkpoint = folders.found_at(args.checkpoint)[0]
     if not checkpoint.exists():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a checkpoint.")
     print(checkpoint)

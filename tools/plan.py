@@ -6,6 +6,7 @@ rank of that job also runs two steps on this machine's CPU, and what it takes is
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -16,7 +17,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simul
 
 from megamoe import cli
 from megamoe.config import RunConfig, validate
-from megamoe.errors import Problems, UserError
+from megamoe.errors import Problems
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import (
     GIB,
@@ -41,13 +42,17 @@ def parse(arguments: list[str] | None = None) -> tuple[RunConfig, PlanOptions, P
     cli.add_fields(parser, RunConfig, RUN_OPTIONS)
     cli.add_fields(parser, PlanOptions)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
-    values = vars(parser.parse(arguments))
+    return parser.parse(arguments, check)
+
+
+def check(args: argparse.Namespace) -> tuple[RunConfig, PlanOptions, Path | None]:
+    values = vars(args)
+    problems = Problems()
     file = values.pop("json")
     if file and not file.parent.is_dir():
-        raise UserError(f"--json is {file}, whose folder does not exist; make it first.")
+        problems.append(f"--json is {file}, whose folder does not exist; make it first.")
     given = {name: value for name, value in values.items() if value is not None}
     of_run = {name: given.pop(name) for name in RUN_OPTIONS if name in given}
-    problems = Problems()
     run = problems.attempt(validate, RunConfig, of_run, "command line")
     options = problems.attempt(validate, PlanOptions, given, "command line")
     problems.refuse()

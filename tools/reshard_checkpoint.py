@@ -2,7 +2,7 @@
 
 runs/b is a run folder with the newest checkpoint of runs/a in DeepSpeed's Universal layout. `pretrain.py --run_dir
 runs/b --resume` resumes from it, and DeepSpeed's own loader reads it at an ep_size of 1. A plain --resume reshards by
-itself; this pays where a great many ranks would each have to look into every rank's file.
+itself.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import shutil
 from pathlib import Path
 
 from megamoe import cli
-from megamoe.checkpoint import manifest
-from megamoe.checkpoint.export import output, write_universal
-from megamoe.checkpoint.reader import RankFiles, find_checkpoint, open_source
+from megamoe.checkpoint import folders
+from megamoe.checkpoint.deepspeed_files import RankFiles
+from megamoe.checkpoint.export import output
+from megamoe.checkpoint.indexed_files import IndexedFiles
+from megamoe.checkpoint.reader import find_checkpoint, open_source, run_record
+from megamoe.checkpoint.universal import write_universal
 from megamoe.errors import UserError
 
 
@@ -24,18 +27,19 @@ def main() -> None:
     args = parser.parse()
     checkpoint = find_checkpoint(args.checkpoint)
     source = open_source(checkpoint, open_files=1)
-    if not isinstance(source, RankFiles):
+    if not isinstance(source, (IndexedFiles, RankFiles)):
         raise UserError(f"{checkpoint} fits any number of ranks as it is; there is nothing to reshard.")
     name = f"step_{source.training_state()['global_steps']}"
     run_dir = checkpoint.parent.parent
     with output(args.out) as partial:
         folder = partial / "checkpoints"
-        write_universal(source, checkpoint, folder / name)
+        folder.mkdir(parents=True)
+        write_universal(source, run_record(checkpoint), folder / name)
         for pointer in ("latest", "latest_universal"):  # the second is DeepSpeed's name for it
-            manifest.replace_file(folder / pointer, name)
-        for file in (checkpoint / "run.json", run_dir / "run.json", run_dir / "tokenizer.json"):
-            if file.is_file():
-                shutil.copyfile(file, partial / file.name)
+            folders.replace_file(folder / pointer, name)
+        for file in ("run.json", "resumes.jsonl", "tokenizer.json"):
+            if (run_dir / file).is_file():
+                shutil.copyfile(run_dir / file, partial / file)
     folder = args.out / "checkpoints"
     print(f"wrote {folder / name} from {checkpoint}, saved by {source.world_size} ranks at ep_size {source.ep_size}")
 

@@ -3,7 +3,6 @@
     write_state_dict    one .pt file: torch.load(FILE, weights_only=True)
     write_safetensors   one .safetensors file, or a folder of shards with the usual index
     write_huggingface   a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    write_universal     DeepSpeed's Universal Checkpoint, optimizer included
 
 Each writes to OUT.partial and renames it, so an output is complete or absent.
 """
@@ -11,7 +10,6 @@ Each writes to OUT.partial and renames it, so an output is complete or absent.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -26,12 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import megamoe
-from megamoe.checkpoint import manifest
-from megamoe.checkpoint.reader import MAIN_FILE, RankFiles, Source
+from megamoe.checkpoint import folders
+from megamoe.checkpoint.reader import Source
 from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
 from megamoe.errors import UserError
-from megamoe.model.names import engine_name
 from megamoe.optimizers import MASTERS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,15 +91,15 @@ def output(out: Path) -> Iterator[Path]:
     """Where to write what becomes `out` once it is complete. Raises UserError if `out` exists."""
     if out.exists():
         raise UserError(f"{out} exists already; choose another output, or remove it.")
-    partial = out.with_name(out.name + manifest.PARTIAL)
+    partial = out.with_name(out.name + folders.PARTIAL)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
     try:
         yield partial
         for path in [partial, *partial.rglob("*")]:
-            manifest.flush(path)
+            folders.flush(path)
         os.replace(partial, out)
-    except SafetensorError as error:  # its form of an OSError
+    except (SafetensorError, RuntimeError) as error:  # theirs and torch's form of an OSError
         raise UserError(f"{out} cannot be written ({error}); check that the disk has space.") from None
     finally:
         _remove(partial)
@@ -119,7 +116,7 @@ def write_state_dict(source: Source, out: Path, dtype: torch.dtype) -> None:
     """One file that torch.load opens with weights_only; all of it is in memory before it is written."""
     with output(out) as partial:
         state = {entry.name: read_entry(source, entry) for entry in entries(source, dtype)}
-        manifest.write_hashed(partial, functools.partial(torch.save, state))
+        torch.save(state, partial)
 
 
 def write_safetensors(source: Source, out: Path, dtype: torch.dtype, shard_bytes: int) -> None:
@@ -205,43 +202,3 @@ def _write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict
         },
     )
     return {f"{kind}_id": end_of_text_id(loaded) for kind in special}
-
-
-def write_universal(source: RankFiles, checkpoint: Path, out: Path) -> None:
-    """DeepSpeed's Universal Checkpoint of the checkpoint at `checkpoint`, as `out`, with a manifest.
-
-    Expert ids in its names are those of the model, so DeepSpeed's own loader can use it at an ep_size of 1. At a larger
-    one it would look on every rank for experts 0 to E / ep_size - 1 by those names, since a native MoE layer names them
-    from 0 on each rank; megamoe's loader finds the right ones.
-    """
-    if not source.state_names:
-        raise UserError(f"{checkpoint} was saved before a step was applied, so there is nothing to reshard; resume it.")
-    step = source.training_state()["optimizer_step"]
-    with output(out) as partial:
-        files: dict[str, manifest.FileRecord] = {}
-
-        def save(name: str, value: Any) -> None:
-            path = partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files[name] = manifest.write_hashed(path, functools.partial(torch.save, value))
-
-        for name, shape in source.shapes.items():
-            folder = f"zero/{engine_name(name)}"
-            for kind in (MASTERS, *source.state_names):
-                # A copy: of a view, torch.save would write all that it looks into.
-                values = source.read(name, kind, 0, math.prod(shape)).view(shape).clone()
-                save(f"{folder}/{kind}.pt", {"param": values})
-            if step is not None:
-                save(f"{folder}/step.pt", step)
-        save("zero/optimizer_state.pt", source.common_optimizer_state())
-        for name in (MAIN_FILE, "run.json"):
-            if (checkpoint / name).is_file():
-                copied = functools.partial(_copy_file, checkpoint / name)
-                files[name] = manifest.write_hashed(partial / name, copied)
-        about = {"step": source.training_state()["global_steps"], "layout": "universal"}
-        manifest.seal(partial, about, files)
-
-
-def _copy_file(source: Path, target: Any) -> None:
-    with open(source, "rb") as file:
-        shutil.copyfileobj(file, target, manifest.READ_BYTES)

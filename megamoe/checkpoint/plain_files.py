@@ -31,6 +31,8 @@ class PlainFiles:
             for name, (shape, get) in (_safetensors if file.suffix == ".safetensors" else _state_dict)(file).items():
                 shapes[name], self._tensors[name] = shape, get
         if shapes.pop(HEAD, None):
+            if EMBEDDING not in shapes:
+                raise UserError(f"{files[0]}: has {HEAD} without {EMBEDDING}, which it is tied to; give both.")
             head, embedding = (self._tensors[name]() for name in (HEAD, EMBEDDING))
             if not torch.equal(head, embedding):
                 raise UserError(f"{files[0]}: lm_head.weight is not the embedding; this model ties the two.")

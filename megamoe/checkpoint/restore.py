@@ -1,25 +1,48 @@
 """Restore a training engine, or start one from weights alone, on any number of ranks with any ep_size.
 
 Every rank reads its own slices of masters and optimizer state, whatever the ranks and ep_size of the run that saved
-them, while the ranks together verify the checkpoint's bytes.
+them. Of megamoe's own form, rank 0 reads the index and gives each rank its part, so that a rank opens the files that
+hold its slices and no others; of other forms every rank opens all. The bytes are verified on the way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import folders, indexed_files, verify
+from megamoe.checkpoint.engine_state import optimizer_spec, rank_state
+from megamoe.checkpoint.index import Index, Range, read_index
+from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import Source, load_buffers, open_source
+from megamoe.checkpoint.slice_file import DamagedError
 from megamoe.errors import UserError
 from megamoe.model.names import plain_name
-from megamoe.optimizers import MASTERS, StateTensor, find_optimizer
+from megamoe.optimizers import MASTERS, StateTensor
+
+
+class Found(NamedTuple):
+    """What one rank finds wrong with a checkpoint: bytes that are not those that were saved, and else."""
+
+    damage: list[str]
+    others: list[str]
+
+
+def first_verified(checkpoints: list[Path]) -> Path | None:
+    """The first of `checkpoints`, as rank 0 has them, of which every byte is what was saved; None if there are none.
+
+    Collective. The ranks share the work; rank 0 prints which checkpoints were passed over. Raises UserError, on every
+    rank, if all are damaged.
+    """
+    return _first(checkpoints, lambda path: Found(verify.problems(path, dist.get_rank(), dist.get_world_size()), []))
 
 
 def restore_first_verified(
@@ -28,54 +51,122 @@ def restore_first_verified(
     """Restore the first of `checkpoints`, as rank 0 has them, that is verified, and return it; None if there are
     none.
 
-    Collective. The ranks share the verification, which runs while they read; rank 0 prints which checkpoints were
-    passed over. Raises UserError, on every rank, if all are damaged.
+    Collective. The ranks share the verification; rank 0 prints which checkpoints were passed over. Raises UserError, on
+    every rank, if all are damaged.
 
     Args:
         weights_only: leave all but weights and router statistics as they are.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    restored = _first(checkpoints, lambda path: _restore(engine, path, weights_only))
+    if restored:
+        engine.optimizer.update_lp_params()
+    return restored
+
+
+def _first(checkpoints: list[Path], attempt: Callable[[Path], Found]) -> Path | None:
+    """The first path, as rank 0 has them, with which no rank's `attempt` finds anything wrong."""
     shared = [checkpoints]
     dist.broadcast_object_list(shared)
-    found: list[str] = []
+    damaged: list[str] = []
     for checkpoint in shared[0]:
-        with ThreadPoolExecutor(1) as executor:
-            verification = executor.submit(manifest.problems, checkpoint, rank, world_size)
-            unreadable = _read_checkpoint(engine, checkpoint, weights_only)
-        parts: list[Any] = [None] * world_size
-        dist.all_gather_object(parts, (verification.result(), unreadable))
-        damaged, stumbled = (list(dict.fromkeys(p for part in parts for p in part[kind])) for kind in (0, 1))
-        if stumbled and not damaged:  # every byte is what was saved, so an older one would fare no better
-            raise UserError(*stumbled)
-        found = damaged
-        if not found:
-            engine.optimizer.update_lp_params()
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, attempt(checkpoint))
+        damaged = list(dict.fromkeys(problem for found in parts for problem in found.damage))
+        others = list(dict.fromkeys(problem for found in parts for problem in found.others))
+        if others and not damaged:  # every byte is what was saved, so an older one would fare no better
+            raise UserError(*others)
+        if not damaged:
             return checkpoint
-        if rank == 0 and len(shared[0]) > 1:
-            print(manifest.passed_over(checkpoint, found), flush=True)
-    if found:
-        raise UserError(*found)
+        if dist.get_rank() == 0 and len(shared[0]) > 1:
+            print(folders.passed_over(checkpoint, damaged), flush=True)
+    if damaged:
+        raise UserError(*damaged)
     return None
 
 
-def _read_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> list[str]:
-    """Returns why it cannot be read, if so; then the engine's state is of no use. Raises nothing: the other ranks wait
-    to hear of it."""
+def _restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> Found:
+    """Raises nothing: the others wait to hear of it. With problems, the engine's state is of no use. Collective."""
+    share, problems = _share_index(engine, checkpoint, weights_only)
+    if problems:
+        return Found(problems, [])
+    if share:
+        source = IndexedFiles(checkpoint, share.index, share.buffers)
+        found = _read(engine, checkpoint, lambda: source, weights_only)
+        return Found([*found.damage, *indexed_files.problems(checkpoint, share.unread)], found.others)
+    with ThreadPoolExecutor(1) as executor:
+        verification = executor.submit(verify.problems, checkpoint, dist.get_rank(), dist.get_world_size())
+        found = _read(engine, checkpoint, lambda: open_source(checkpoint), weights_only)
+    return Found([*found.damage, *verification.result()], found.others)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What rank 0 gives to one rank."""
+
+    index: Index  # of what it reads
+    unread: Index  # of what it only verifies
+    buffers: dict[str, Tensor]  # router statistics, the same for all
+
+
+def _share_index(
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool
+) -> tuple[Share | None, list[str]]:
+    """This rank's share, or what is wrong with the index; neither where the checkpoint has another form. Collective."""
+    wanted = [
+        Range(piece.name, piece.start, piece.count) for piece in rank_state(engine).slices if MASTERS in piece.tensors
+    ]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    everywhere: list[Any] | None = [None] * world_size if rank == 0 else None
+    dist.gather_object(wanted, everywhere)
+    answers: list[Any] | None = None
+    if everywhere is not None:
+        answers = [(None, [])] * world_size
+        try:
+            if folders.has_index(checkpoint):
+                answers = [(share, []) for share in _shares(checkpoint, everywhere, weights_only)]
+        except UserError as error:
+            answers = [(None, error.problems)] * world_size
+    received: list[Any] = [None]
+    dist.scatter_object_list(received, answers)
+    return received[0]
+
+
+def _shares(checkpoint: Path, wanted: list[list[Range]], weights_only: bool) -> list[Share]:
+    """By rank. Raises UserError."""
+    index = read_index(checkpoint)
+    buffers = IndexedFiles(checkpoint, index.parts([index.buffers])[0]).buffers
+    unread = index.optimizer.state if weights_only else []
+    return [
+        Share(part, index.share(unread, rank, len(wanted)), buffers) for rank, part in enumerate(index.parts(wanted))
+    ]
+
+
+def _read(
+    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, source: Callable[[], Source], weights_only: bool
+) -> Found:
     try:
-        _read_state(engine, open_source(checkpoint), weights_only)
+        _read_state(engine, source(), checkpoint, weights_only)
+    except DamagedError as error:
+        return Found(error.problems, [])
     except UserError as error:
-        return error.problems
+        return Found([], error.problems)
     except Exception as error:  # damaged files fail in any way
-        return [f"{checkpoint} cannot be read ({error!r}); use an older checkpoint."]
-    return []
+        return Found([], [f"{checkpoint} cannot be read ({error!r}); use an older checkpoint."])
+    return Found([], [])
 
 
-def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, weights_only: bool) -> None:
+def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: Path, weights_only: bool) -> None:
     """Read this rank's slices of masters and optimizer state, whatever the ranks and ep_size of the run that saved
     them."""
     zero = engine.optimizer
     training = {} if weights_only else source.training_state()
-    tensors = [] if weights_only else _state_tensors(engine.optimizer_name(), source, training)
+    step = folders.step_of(checkpoint)
+    if training and step is not None and step != training["global_steps"]:
+        raise DamagedError(
+            f"{checkpoint} holds the state of step {training['global_steps']}, not that of its name; use an older "
+            "checkpoint."
+        )
+    tensors = [] if weights_only else _state_tensors(engine, source, training)
     first_expert = engine.module.topology.first_expert
     names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
     state: dict[int, dict[str, Any]] = {}
@@ -99,12 +190,12 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, weights_only:
         _restore_training_state(engine, training)
 
 
-def _state_tensors(optimizer: str, source: Source, training: dict[str, Any]) -> list[StateTensor]:
+def _state_tensors(engine: deepspeed.DeepSpeedEngine, source: Source, training: dict[str, Any]) -> list[StateTensor]:
     """The optimizer's state tensors, which `source` holds; none where no step had been applied. Raises UserError."""
     if not source.state_names:
         return []
-    spec = find_optimizer(optimizer)
-    assert spec, "the checks of a run refuse what is not in the table"
+    optimizer = engine.optimizer_name()
+    spec = optimizer_spec(engine)
     if spec.counts_steps and training["optimizer_step"] is None:
         raise UserError(f"the checkpoint holds the state of {optimizer} without its step count; use an older one.")
     if spec.whole:
@@ -125,7 +216,8 @@ def _restore_training_state(engine: deepspeed.DeepSpeedEngine, training: dict[st
     engine.global_steps = training["global_steps"]
     engine.global_samples = training["global_samples"]
     engine.skipped_steps = training["skipped_steps"]
-    engine.optimizer.loss_scaler = training["loss_scaler"]
+    for name, value in training["loss_scaler"].items():
+        setattr(engine.optimizer.loss_scaler, name, value)
     # The rates of the optimizer's groups follow from the step; DeepSpeed's groups are others at another ep_size.
     scheduler = engine.lr_scheduler
     counts = {key: training["lr_scheduler"][key] for key in ("last_epoch", "_step_count")}

@@ -1,128 +1,56 @@
 """Save a training engine without holding it up.
 
-What is written is DeepSpeed's own format, so its loader reads it at the same topology. The way it is written is not:
-a copy in host memory, files by a thread of each rank, then one rename for all (see manifest.py).
+A thread of each rank copies the state to host memory, writes it into a file of its own, and posts its part of the
+index; rank 0's thread joins the parts and writes the index, which makes the folder a checkpoint (`index.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import json
-import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import DistError, Store
 
-from megamoe.checkpoint import manifest
-from megamoe.checkpoint.manifest import FileRecord
-from megamoe.model.names import engine_name, experts_prefix
-from megamoe.optimizers import find_optimizer
+from megamoe.checkpoint import folders
+from megamoe.checkpoint.engine_state import (
+    RankState,
+    optimizer_record,
+    optimizer_spec,
+    rank_state,
+    topology,
+    training_record,
+)
+from megamoe.checkpoint.exchange import SaveExchange
+from megamoe.checkpoint.folders import Age
+from megamoe.checkpoint.host_copy import HostCopy
+from megamoe.checkpoint.index import FileRecord, Index, SliceRecord, metadata, read_index, write_index
+from megamoe.checkpoint.slice_file import sha256, write_tensors
+from megamoe.errors import UserError
 
 SCRIPT = "zero_to_fp32.py"
-MEMORY_FACTOR = 1.25  # available memory over what the copies of a host's ranks take, at least
-SLACK_BYTES = 4096  # a tensor whose storage is larger by more than this is copied before it is written
-
-
 POLL_SECONDS = 0.1
 SLOW_DISK_BYTES_PER_SECOND = 100e6
 
 
-def engine_files(engine: deepspeed.DeepSpeedEngine) -> dict[str, Any]:
-    """What DeepSpeed would write on this rank, by file name; the tensors are the engine's own, where DeepSpeed copies
-    every expert first (`DeepSpeedEngine._save_moe_checkpoint`)."""
-    files: dict[str, Any] = {}
-    topology = engine.module.topology
-    if topology.replica == 0:
-        for layer, moe in enumerate(engine.module.moe_layers()):
-            for expert_id, expert in zip(topology.expert_ids, moe.local_experts, strict=True):
-                path = engine._get_expert_ckpt_name("", layer, expert_id, "", checkpoint_mp_rank=0)
-                prefix = f"{experts_prefix(layer)}.{expert_id}."
-                files[Path(path).name] = {
-                    engine_name(prefix + name): weight for name, weight in expert.state_dict().items()
-                }
-    if dist.get_rank() == 0:
-        weights = engine._get_non_moe_state_dict(engine.module.state_dict())
-        partitioned = engine.zero_optimization_partition_gradients()
-        common = engine._common_checkpoint_state(weights, zero_optimizer_state=True, save_frozen_param=partitioned)
-        files[Path(engine._get_ckpt_name("", "")).name] = {**common, "num_experts": engine.num_experts}
-    files[Path(engine._get_zero_ckpt_name("", "")).name] = {
-        "optimizer_state_dict": engine.optimizer.state_dict(),
-        "ds_config": engine.config,
-        "ds_version": deepspeed.__version__,
-    }
-    return files
+@dataclass(frozen=True)
+class _Save:
+    """One save, as the thread gets it."""
 
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of `value` with every tensor in its dicts, lists and tuples replaced."""
-    if isinstance(value, Tensor):
-        return function(value.detach())
-    if isinstance(value, dict):
-        return type(value)((key, _map_tensors(inner, function)) for key, inner in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(inner, function) for inner in value)
-    return copy.deepcopy(value)
-
-
-class HostCopy:
-    """Host memory for one state, kept from save to save: new memory costs more than the copying."""
-
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
-
-    def take(self, state: Any) -> Any | None:
-        """A copy of `state`; None if this host has too little memory for it. The next call overwrites it."""
-        tensors: list[Tensor] = []
-        _map_tensors(state, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        if [(t.shape, t.dtype) for t in tensors] != [(b.shape, b.dtype) for b in self._buffers]:
-            self._buffers = []
-            ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
-            needed = sum(tensor.nbytes for tensor in tensors) * int(ranks_here)
-            if needed * MEMORY_FACTOR > available_memory():
-                return None
-            try:
-                self._buffers = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
-            except RuntimeError:  # memory that is free need not be free to be pinned
-                return None
-        buffers = iter(self._buffers)
-        on_gpu = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
-        side = torch.cuda.Stream(on_gpu) if on_gpu else None  # parallel to the forward pass, not queued behind it
-        if side:
-            side.wait_stream(torch.cuda.current_stream(on_gpu))
-        with torch.cuda.stream(side):
-            copied = _map_tensors(state, lambda tensor: next(buffers).copy_(tensor, non_blocking=tensor.is_cuda))
-        if side:
-            side.synchronize()
-        return copied
-
-
-def available_memory() -> int:
-    """Bytes that this process could still take: of the host, and of the control groups that it is in."""
-    available = psutil.virtual_memory().available
-    root = Path("/sys/fs/cgroup")
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        folder = root / line.split(":", 2)[2].lstrip("/")
-        for group in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit there
-                used = int((group / "memory.current").read_text())
-                available = min(available, int((group / "memory.max").read_text()) - used)
-    return available
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The tensor without the rest of the buffer that it is a part of: torch.save writes complete storages."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes + SLACK_BYTES else tensor
+    number: int  # of this process
+    step: int
+    state: RankState
+    index: Index | None  # on rank 0: all but the files
+    started: float
 
 
 class CheckpointWriter:
@@ -138,20 +66,22 @@ class CheckpointWriter:
         folder: Path,
         record: dict[str, Any],
         *,
+        store: Store | None,
         keep_last: int = 0,
         keep_every: int = 0,
         background: bool = True,
-        first: int = 0,
+        resumed: Path | None = None,
         waiting: Callable[[], None] = lambda: None,
     ):
         """
         Args:
-            waiting: called repeatedly while training waits for files, so that the rank does not count as stalled.
-            record: of the run; goes into every checkpoint as run.json.
+            record: of the run; goes into every checkpoint's index, with its "run_id".
+            store: that all ranks share; None for a single rank.
             keep_last: newest checkpoints that stay; 0 keeps all.
             keep_every: checkpoints at multiples of this many steps stay too.
             background: copy the state and write while training continues, if the host has memory for the copy.
-            first: step that the run resumes from.
+            resumed: the checkpoint that the run resumes from.
+            waiting: called repeatedly while training waits for files, so that the rank does not count as stalled.
         """
         self.engine = engine
         self.folder = folder
@@ -159,51 +89,52 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.rank = dist.get_rank()
+        self._resumed = resumed
         self._waiting = waiting
+        self._exchange = SaveExchange(store, self.rank, dist.get_world_size())
         self._host_copy = HostCopy() if background else None
-        self._checkpoint: Path | None = None  # that is being written
+        self._saves = 0
         self._thread: threading.Thread | None = None
         self._engine_is_free = threading.Event()  # set while the thread does not read the engine's own tensors
         self._engine_is_free.set()
-        self._removal: threading.Thread | None = None  # of checkpoints that need not stay
-        self._records: dict[str, FileRecord] = {}
-        self._error: Exception | None = None
-        self._started = self._waited = 0.0
+        self._failure: str | None = None  # of the last save
+        self._size = 0  # in bytes
+        self._waited = 0.0
         self._last_seconds = 0.0  # that the last save took
-        # Checkpoints above the first step were passed over, or left behind: none of the last ones to keep.
-        self._stale = {step for step in map(manifest.step_of, manifest.checkpoints(folder)) if step > first}
+        self._generation = 0
         if self.rank == 0:
-            with contextlib.suppress(OSError):  # then saving fails, and says so
-                manifest.clean(folder)
-        dist.barrier()
+            with contextlib.suppress(OSError):  # then leftovers stay, and no name of theirs is used again
+                folders.clean(folder)
+            self._generation = _generation(folder, resumed)
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint is begun and not completed; the same on every rank."""
-        return self._checkpoint is not None
+        """Whether a save is begun and not completed; the same on every rank."""
+        return self._thread is not None
 
     @property
     def writing(self) -> bool:
         """Whether this rank's thread is still at it."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, hold: bool = False) -> None:
+    def save(self, step: int, hold: bool = False, skipped: int = 0) -> None:
         """Begin to save; `complete` ends it. Waits for the one before, if that is not complete.
 
         Args:
             hold: nothing is trained until it is complete, so that no copy is needed.
+            skipped: steps since the save before whose gradients were not finite.
         """
-        self._started = time.perf_counter()
+        started = time.perf_counter()
         if self.pending:
             self.complete()
-        self._checkpoint = self.folder / f"step_{step}"
-        self._records, self._error = {}, None
+        self._saves += 1
+        self._failure = "the thread that saves has failed"  # until it says otherwise
         self._engine_is_free.clear()
-        host_copy = None if hold else self._host_copy
-        work = (engine_files(self.engine), manifest.partial_of(self._checkpoint), host_copy)
-        self._thread = threading.Thread(target=self._work, args=work)
+        index = self._index(step, skipped) if self.rank == 0 else None
+        save = _Save(self._saves, step, rank_state(self.engine), index, started)
+        self._thread = threading.Thread(target=self._work, args=(save, None if hold else self._host_copy), daemon=True)
         self._thread.start()
-        self._waited = time.perf_counter() - self._started
+        self._waited = time.perf_counter() - started
 
     def before_update(self) -> None:
         """Call before every optimizer step: waits until the state that is being saved may change."""
@@ -213,119 +144,195 @@ class CheckpointWriter:
         self._waited += time.perf_counter() - start
 
     def complete(self) -> bool:
-        """Wait for every rank's files, then make them a checkpoint. Returns whether it was saved; if not, the older
+        """Wait for the end of the save. Returns whether it is a checkpoint, the same on every rank; if not, the older
         ones are as they were, and rank 0 has said why."""
-        assert self._checkpoint
         assert self._thread
-        waiting = time.perf_counter()
-        self._join(self._thread)
-        self.close()  # what is removed is not to be cleaned away at the same time
-        parts: list[Any] = [None] * dist.get_world_size()
-        error = None if self._error is None else str(self._error) or repr(self._error)
-        dist.all_gather_object(parts, (self._records, error))
-        files = {name: record for records, _ in parts for name, record in records.items()}
-        outcome = [next((error for _, error in parts if error), None)]
-        if self.rank == 0:
-            outcome[0] = outcome[0] or self._commit(self._checkpoint, files)
-        dist.broadcast_object_list(outcome)
-        self._waited += time.perf_counter() - waiting
-        if self.rank == 0:
-            if outcome[0]:
-                self._report_failure(self._checkpoint, outcome[0])
-            else:
-                self._report(self._checkpoint, sum(record["bytes"] for record in files.values()))
-        self._last_seconds = time.perf_counter() - self._started
-        self._checkpoint = self._thread = None
-        return not outcome[0]
+        while self._thread.is_alive():
+            self._waiting()
+            self._thread.join(POLL_SECONDS)
+        self._thread = None
+        return self._failure is None
 
     def expected_seconds(self) -> float:
         """What a save should take: as long as the last, or, before the first, this rank's state on a slow disk."""
         if self._last_seconds:
             return self._last_seconds
-        spec = find_optimizer(self.engine.optimizer_name())
-        assert spec, "the checks of a run refuse what is not in the table"
-        weights = sum(parameter.numel() for parameter in self.engine.module.parameters())
         masters = sum(part.numel() for part in self.engine.optimizer.single_partition_of_fp32_groups)
-        return (4 * weights + (4 + spec.state_bytes) * masters) / SLOW_DISK_BYTES_PER_SECOND
+        return (4 + optimizer_spec(self.engine).state_bytes) * masters / SLOW_DISK_BYTES_PER_SECOND
 
-    def _work(self, files: dict[str, Any], partial: Path, host_copy: HostCopy | None) -> None:
-        """The thread."""
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _work(self, save: _Save, host_copy: HostCopy | None) -> None:
         try:
-            copied = host_copy.take(files) if host_copy else None
-            if copied is not None:
-                self._engine_is_free.set()
-            self._write(files if copied is None else copied, partial)
-        except Exception as error:  # of any kind: nobody catches an exception of a thread
-            self._error = error
+            part = self._write(save, host_copy)
+            self._exchange.post(save.number, part)
+            if save.index:
+                self._failure = self._commit(save.number, save.index)
+                self._exchange.conclude(save.number, self._failure)
+                self._last_seconds = time.perf_counter() - save.started
+                self._report(save)
+                self._prune()
+            else:
+                self._failure = self._exchange.outcome(save.number)
+                self._last_seconds = time.perf_counter() - save.started
+        except DistError as error:  # rank 0 has died; `launch/watch.py` ends this one
+            self._failure = str(error)
         finally:
             self._engine_is_free.set()
 
-    def _write(self, files: dict[str, Any], partial: Path) -> None:
-        """Every file of this rank, and on rank 0 the files without tensors."""
-        partial.mkdir(parents=True, exist_ok=True)
-        for name, state in files.items():
-            compact = _map_tensors(state, _own_storage)
-            self._records[name] = manifest.write_hashed(partial / name, functools.partial(torch.save, compact))
-        if self.rank == 0:
-            script = Path(__file__).with_name(SCRIPT).read_bytes()
-            run = json.dumps(self.record, indent=2).encode()
-            for name, data in ((SCRIPT, script), ("run.json", run)):
-                self._records[name] = manifest.write_file(partial / name, data)
-        for name in self._records:
-            manifest.flush(partial / name)
-
-    def _commit(self, checkpoint: Path, files: dict[str, FileRecord]) -> str | None:
-        """On rank 0. Returns why it failed, if so: the other ranks wait to hear of it, so nothing is raised."""
+    def _write(self, save: _Save, host_copy: HostCopy | None) -> dict[str, Any]:
+        """Write this rank's file; returns its part of the index, or the error: the other ranks wait for it, so nothing
+        is raised but DistError."""
+        error = None
+        tensors = save.state.tensors
         try:
-            for name, record in files.items():
-                path = manifest.partial_of(checkpoint) / name
-                if not path.is_file() or path.stat().st_size != record["bytes"]:
+            copied = host_copy.take(tensors) if host_copy else None
+            if copied is not None:
+                tensors = copied
+                self._engine_is_free.set()
+        except Exception as problem:
+            error = problem
+        if save.index:
+            plan = self._begin(save.index)
+            self._exchange.begin(save.number, plan)
+        else:
+            plan = self._exchange.plan(save.number)
+        try:
+            if error:
+                raise error
+            if plan["error"]:
+                return {"error": plan["error"]}
+            return self._write_file(Path(plan["checkpoint"]), plan["save_id"], save.state, tensors)
+        except Exception as problem:
+            return {"error": str(problem) or repr(problem)}
+        finally:
+            self._engine_is_free.set()
+
+    def _write_file(self, checkpoint: Path, save_id: str, state: RankState, tensors: list[Tensor]) -> dict[str, Any]:
+        file = f"rank_{self.rank:05d}.safetensors"
+        flat = {
+            f"{kind}/{piece.name}": tensors[number][piece.offset : piece.offset + piece.count]
+            for kind in dict.fromkeys(kind for piece in state.slices for kind in piece.tensors)  # one after the other
+            for piece in state.slices
+            if (number := piece.tensors.get(kind)) is not None
+        }
+        header, records = write_tensors(checkpoint / file, flat, metadata(save_id, file))
+        folders.flush(checkpoint / file)
+        slices = [
+            SliceRecord(
+                name=piece.name, start=piece.start, count=piece.count,
+                tensors={kind: records[f"{kind}/{piece.name}"] for kind in piece.tensors},
+            )
+            for piece in state.slices
+        ]  # fmt: skip
+        record = FileRecord(bytes=(checkpoint / file).stat().st_size, header=header, slices=slices)
+        return {"save_id": save_id, "file": file, "record": record.model_dump(), "shapes": state.shapes}
+
+    # --- rank 0 -----------------------------------------------------------------------------------------------------
+
+    def _index(self, step: int, skipped: int) -> Index:
+        return Index(
+            save_id=uuid.uuid4().hex,
+            run_id=self.record.get("run_id"),
+            step=step,
+            parent=self._resumed.name if self._resumed else None,
+            topology=topology(self.engine),
+            training=training_record(self.engine, skipped),
+            optimizer=optimizer_record(self.engine),
+            run=self.record,
+            shapes={},
+            files={},
+        )
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / folders.name_of(Age(self._generation, step))
+
+    def _begin(self, index: Index) -> dict[str, Any]:
+        """Make the folder; returns what every rank has to know."""
+        checkpoint = self._checkpoint(index.step)
+        try:
+            self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that was removed is not made again
+            checkpoint.mkdir()
+        except OSError as error:
+            return {"error": str(error)}
+        return {"error": None, "checkpoint": str(checkpoint), "save_id": index.save_id}
+
+    def _commit(self, number: int, index: Index) -> str | None:
+        """Returns why it failed, if so: the other ranks wait to hear of it, so nothing is raised but DistError."""
+        parts = self._exchange.gather(number)
+        checkpoint = self._checkpoint(index.step)
+        try:
+            error = next((part["error"] for part in parts if "error" in part), None)
+            if error:
+                return error
+            files = {part["file"]: FileRecord(**part["record"]) for part in parts}
+            for part in parts:
+                path = checkpoint / part["file"]
+                size = part["record"]["bytes"]
+                if part["save_id"] != index.save_id or not path.is_file() or path.stat().st_size != size:
                     return (
-                        f"rank 0 does not see {path} as its rank wrote it; "
-                        "put the run on a file system that all hosts share"
+                        f"rank 0 does not see {path} as its rank wrote it; put the run on a file system that all hosts "
+                        "share"
                     )
-            about = {key: self.record[key] for key in ("world_size", "ep_size")}
-            manifest.commit(checkpoint, {"step": manifest.step_of(checkpoint), **about}, files)
+            files[SCRIPT] = _add_script(checkpoint)
+            shapes = {name: shape for part in parts for name, shape in part["shapes"].items()}
+            write_index(checkpoint, index.model_copy(update={"files": files, "shapes": shapes}))
         except Exception as error:
             return str(error) or repr(error)
-        self._stale.discard(manifest.step_of(checkpoint))
-        self._removal = threading.Thread(target=self._prune, args=(checkpoint,))
-        self._removal.start()
+        with contextlib.suppress(OSError):  # only other programs read it
+            folders.replace_file(self.folder / "latest", checkpoint.name)
+        self._size = sum(record.bytes for record in files.values())
         return None
 
-    def _prune(self, newest: Path) -> None:
-        """On a thread: removing large files takes a while."""
+    def _prune(self) -> None:
+        if self._failure or not self.keep_last:
+            return
         try:
-            manifest.prune(newest, self.keep_last, self.keep_every, self._stale)
+            folders.prune(self.folder, self.keep_last, self.keep_every, _is_good)
         except OSError as error:
             print(f"error: old checkpoints in {self.folder} cannot be removed ({error}).", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Wait until what need not stay is removed."""
-        if self._removal:
-            self._join(self._removal)
-
-    def _join(self, thread: threading.Thread) -> None:
-        while thread.is_alive():
-            self._waiting()
-            thread.join(POLL_SECONDS)
-
-    def _report(self, checkpoint: Path, size: int) -> None:
-        print(
-            f"saved {checkpoint}: {size / 1e9:.3f} GB in {time.perf_counter() - self._started:.1f} s, of which "
-            f"training waited {self._waited:.2f} s",
-            flush=True,
-        )
-
-    def _report_failure(self, checkpoint: Path, failure: str) -> None:
+    def _report(self, save: _Save) -> None:
+        checkpoint = self._checkpoint(save.step)
+        if self._failure is None:
+            print(
+                f"saved {checkpoint}: {self._size / 1e9:.3f} GB in {self._last_seconds:.1f} s, of which training "
+                f"waited {self._waited:.2f} s",
+                flush=True,
+            )
+            return
         older = None
         with contextlib.suppress(OSError):  # of a file system in trouble
-            manifest.clean(self.folder)
-            older = next(iter(manifest.candidates(self.folder)), None)
+            folders.clean(self.folder)
+            older = next(iter(folders.checkpoints(self.folder)), None)
         print(
-            f"error: {checkpoint} was NOT saved ({failure}); "
+            f"error: {checkpoint} was NOT saved ({self._failure}); "
             + (f"{older} is still the newest checkpoint" if older else "there is no older checkpoint")
             + "; check that the disk has space, and that every rank can write there.",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _generation(folder: Path, resumed: Path | None) -> int:
+    """Of the checkpoints to come: one more where there are newer ones than that from which the run resumes."""
+    ages = [age for path in folders.step_folders(folder) if (age := folders.age_of(path))]
+    age = folders.age_of(resumed) if resumed else None
+    newest = max(ages, default=None)
+    if newest is None:
+        return 0
+    return newest.generation if newest == age else newest.generation + 1
+
+
+def _add_script(checkpoint: Path) -> FileRecord:
+    data = Path(__file__).with_name(SCRIPT).read_bytes()
+    folders.write_file(checkpoint / SCRIPT, data)
+    return FileRecord(bytes=len(data), sha256=sha256(data))
+
+
+def _is_good(checkpoint: Path) -> bool:
+    """Whether no step of its window was skipped for a gradient that is not finite."""
+    try:
+        return read_index(checkpoint).training.skipped_in_window == 0
+    except UserError:
+        return (checkpoint / folders.MANIFEST).is_file()  # a form that does not say

@@ -6,6 +6,7 @@ A prepared folder holds train.bin/.idx, valid.bin/.idx where any text is held ou
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import itertools
@@ -25,8 +26,9 @@ from typing import IO, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from megamoe.data.tokenizer import end_of_text_id
+from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
 from megamoe.errors import UserError
+from megamoe.json_files import check_regular
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -44,13 +46,15 @@ Progress = Callable[[int], Any]  # called with the number of input bytes just re
 def input_files(path: Path) -> list[Path]:
     """The readable files at `path`: itself, or all in the folder below it, in order. Raises UserError if none."""
     suffixes = TEXT_SUFFIXES + JSONL_SUFFIXES
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"corpus {path} does not exist; give a text file, a folder, or JSON lines.")
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes))
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(suffixes))
     if not files:
         raise UserError(f"corpus {path} holds no file that ends in {', '.join(suffixes)}; give a folder that does.")
+    for file in files:
+        check_regular(file, "text")
     return files
 
 
@@ -79,7 +83,7 @@ def _json_lines(file: Path, stream: IO[bytes], text_key: str) -> Iterator[str]:
         place = f" in line {number}"
         try:
             record = json.loads(_decode(line, file, place))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number} is not JSON ({error}); fix or remove it.") from None
         text = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
@@ -223,26 +227,29 @@ def _batches(pieces: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[str
         yield batch
 
 
-def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out: Path) -> dict[str, dict[str, int]]:
+def write_corpus(
+    documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out: Path, end_of_text: str | None = None
+) -> dict[str, dict[str, int]]:
     """Encode ("train" or "valid", text) pairs into the folder `out`, which appears only when it is complete.
+
+    Args:
+        end_of_text: name of the token that ends a document; by default one that is known.
 
     Returns documents, tokens and bytes of each split. Raises UserError if `out` exists or there is no training text.
     """
     check_absent(out)
-    end_of_text = end_of_text_id(tokenizer)
+    end_id = end_of_text_id(tokenizer, end_of_text)
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
     # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
-    dtype = np.int16 if tokenizer.get_vocab_size() <= 1 << 15 else np.int32
+    dtype = np.int16 if vocabulary_of(tokenizer) <= 1 << 15 else np.int32
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         writers = {split: SplitWriter(partial / split, dtype) for split in ("train", "valid")}
         for batch in _batches(_pieces(documents)):
-            # The library encodes a batch on all cores.
-            encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
-            for (split, text, ends), encoding in zip(batch, encodings, strict=True):
-                ids = [*encoding.ids, end_of_text] if ends else encoding.ids
-                writers[split].add_piece(ids, len(text.encode()), ends)
+            encoded = encode(tokenizer, [text for _, text, _ in batch])
+            for (split, text, ends), ids in zip(batch, encoded, strict=True):
+                writers[split].add_piece([*ids, end_id] if ends else ids, len(text.encode()), ends)
         counts = {split: writer.close() for split, writer in writers.items()}
         if not counts["valid"]["tokens"]:
             for suffix in (".bin", ".idx"):
@@ -256,6 +263,11 @@ def write_corpus(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return counts
+
+
+def leftovers(out: Path) -> list[Path]:
+    """What a call that was killed has left of `out`; or what one that still runs is writing."""
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}-*"))
 
 
 def check_absent(out: Path) -> None:

@@ -5,16 +5,17 @@ PREFIX.bin has the tokens one after another, PREFIX.idx the header, the length a
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from megamoe.errors import UserError
+from megamoe.errors import UserError, shown
+from megamoe.json_files import check_regular, read_json
 
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, items, document starts
 IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_VERSION = 1  # of the layout; there is no other
 # What each dtype code may mean. DeepSpeed's table and Megatron-LM's agree up to 5; 8 is uint64 in one and uint16 in the
 # other, so the size of the .bin decides.
 IDX_DTYPES: dict[int, tuple[type, ...]] = {
@@ -60,21 +61,23 @@ class TokenCorpus:
 def _checked_dtype(prefix: Path) -> type:
     """The numpy type of the tokens, after checking that the .idx is complete and describes the .bin."""
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    missing = [str(path) for path in (bin_path, idx_path) if not path.is_file()]
+    missing = [str(path) for path in (bin_path, idx_path) if not path.exists()]
     if missing:
         raise UserError(f"corpus file {' and '.join(missing)} does not exist; make it with tools/prepare_data.py.")
+    bin_size, idx_size = (check_regular(path, "a .bin/.idx pair") for path in (bin_path, idx_path))
     with open(idx_path, "rb") as stream:
         header = stream.read(IDX_HEADER.size)
         if len(header) < IDX_HEADER.size or not header.startswith(IDX_MAGIC):
             raise UserError(f"{idx_path} is not a Megatron index; prepare the corpus again.")
-        _, _, dtype_code, items, documents = IDX_HEADER.unpack(header)
+        _, version, dtype_code, items, documents = IDX_HEADER.unpack(header)
+        if version != IDX_VERSION:
+            raise UserError(f"{idx_path} is of version {version}, not {IDX_VERSION}; prepare the corpus again.")
         expected = IDX_HEADER.size + items * (4 + 8) + documents * 8
-        if idx_path.stat().st_size != expected:
+        if idx_size != expected:
             raise UserError(
-                f"{idx_path} is {idx_path.stat().st_size} bytes, not the {expected} of its {items} items; "
-                "prepare the corpus again."
+                f"{idx_path} is {idx_size} bytes, not the {expected} of its {items} items; prepare the corpus again."
             )
-        if not items or not bin_path.stat().st_size:
+        if not items or not bin_size:
             raise UserError(f"corpus {prefix} is empty; give one with text in it.")
         stream.seek(IDX_HEADER.size + (items - 1) * 4)
         (last_size,) = struct.unpack("<i", stream.read(4))
@@ -84,20 +87,39 @@ def _checked_dtype(prefix: Path) -> type:
     if not candidates:
         raise UserError(f"{idx_path} has dtype code {dtype_code}, which is not one of integers; prepare it again.")
     described = [last_start + last_size * np.dtype(candidate).itemsize for candidate in candidates]
-    if bin_path.stat().st_size not in described:
+    if bin_size not in described or min(last_start, last_size) < 0:
         raise UserError(
-            f"{idx_path} describes {described[0]} bytes, but {bin_path} has {bin_path.stat().st_size}; "
+            f"{idx_path} describes {described[0]} bytes, but {bin_path} has {bin_size}; "
             "they belong to different corpora: prepare it again."
         )
-    return candidates[described.index(bin_path.stat().st_size)]
+    dtype = candidates[described.index(bin_size)]
+    if bin_size % np.dtype(dtype).itemsize:
+        raise UserError(
+            f"{bin_path} has {bin_size} bytes, no whole number of the {np.dtype(dtype).itemsize}-byte tokens that "
+            f"{idx_path} describes; prepare it again."
+        )
+    return dtype
 
 
 def corpus_prefix(path: str, split: str) -> Path:
-    """PATH/split for a prepared folder, or PATH itself where it is the prefix of a .bin/.idx pair."""
-    return Path(path) / split if Path(path).is_dir() else Path(path)
+    """PATH/split for a prepared folder; for a .bin/.idx pair its prefix, which PATH is, or is with either ending."""
+    given = Path(path)
+    if given.is_dir():
+        return given / split
+    return given.with_suffix("") if given.suffix in (".bin", ".idx") else given
 
 
-def corpus_counts(path: str) -> dict[str, dict[str, int]] | None:
-    """Documents, tokens and bytes by split of a prepared folder; None for corpora prepared elsewhere."""
-    file = Path(path) / "corpus.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def split_counts(prefix: Path) -> dict[str, int] | None:
+    """Documents, tokens and bytes of a split of a prepared folder; None for corpora prepared elsewhere. Raises
+    UserError."""
+    file = prefix.parent / "corpus.json"
+    counts = read_json(file).get(prefix.name) if file.exists() else None
+    if counts is None:
+        return None
+    numbers = [counts.get(key) for key in ("tokens", "bytes")] if isinstance(counts, dict) else [None]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers):
+        raise UserError(
+            f'{file}: "{prefix.name}" is {shown(counts)}, where "tokens" and "bytes" must be whole numbers above 0; '
+            "prepare the corpus again."
+        )
+    return counts

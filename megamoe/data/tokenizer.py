@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamoe.errors import UserError
+from megamoe.config import MAX_SIZE
+from megamoe.errors import UserError, shown
+from megamoe.json_files import read_regular
 
 END_OF_TEXT = "<|endoftext|>"
 # Names that published tokenizers give to the end of a document.
@@ -39,23 +42,66 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer.json. Raises UserError."""
-    if not path.is_file():
+def tokenizer_file(path: Path) -> Path:
+    """`path`, or the tokenizer.json in the folder `path`."""
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
+    """Load a tokenizer.json. Raises UserError.
+
+    Args:
+        vocab_size: of the model that is to read its tokens; by default, of any.
+    """
+    if not path.exists():
         raise UserError(f"tokenizer {path} does not exist; give the path of a tokenizer.json.")
+    data = read_regular(path, "a tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer {path} cannot be read ({error}); give a tokenizer.json of `tokenizers`.") from None
-    tokenizer.no_truncation()  # published files may cut or fill up every text to a model's length
-    tokenizer.no_padding()
+        tokenizer = Tokenizer.from_buffer(data)
+        tokenizer.no_truncation()  # published files may cut or fill up every text to a model's length
+        tokenizer.no_padding()
+        with contextlib.suppress(Exception):  # it need not know every word
+            tokenizer.encode("a", add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and where it panics what is no Exception
+        why = " ".join(str(error).split())
+        raise UserError(f"tokenizer {path} cannot be read ({why}); give a tokenizer.json of `tokenizers`.") from None
+    largest = vocabulary_of(tokenizer) - 1
+    if largest >= (vocab_size or MAX_SIZE):
+        raise UserError(
+            f"tokenizer {path} has token id {largest}, beyond {'the' if vocab_size else 'any'} model's vocabulary of "
+            f"{vocab_size or MAX_SIZE}; use the tokenizer that the preset is sized for, or raise its vocab_size."
+        )
     return tokenizer
 
 
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a document. Raises UserError if the tokenizer has none."""
-    for name in END_OF_TEXT_NAMES:
-        token_id = tokenizer.token_to_id(name)
+def vocabulary_of(tokenizer: Tokenizer) -> int:
+    """Vocabulary that a model of these tokens needs: the largest id and 1. There may be ids that no token has."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, on all cores. Raises UserError where the tokenizer does not know all of a text."""
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"the tokenizer cannot encode the text ({error}); use one that knows every text.") from None
+
+
+def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
+    """Id of the token that ends a document. Raises UserError if the tokenizer has none.
+
+    Args:
+        name: of that token; by default the first of END_OF_TEXT_NAMES that there is.
+    """
+    for known in [name] if name is not None else END_OF_TEXT_NAMES:
+        token_id = tokenizer.token_to_id(known)
         if token_id is not None:
             return token_id
-    raise UserError(f"the tokenizer has none of the end-of-text tokens {', '.join(END_OF_TEXT_NAMES)}; add one to it.")
+    if name is not None:
+        raise UserError(f"the tokenizer has no token {shown(name)} to end a text with; name one that it has.")
+    raise UserError(
+        f"the tokenizer has none of the end-of-text tokens {', '.join(END_OF_TEXT_NAMES)}; name its own with "
+        "--end_of_text, or add one of them to it."
+    )

@@ -11,10 +11,11 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from megamoe.config import ModelConfig, RunConfig, load_preset, read_json
+from megamoe.config import ModelConfig, RunConfig, load_preset
 from megamoe.ds_config import deepspeed_problems, run_problems
 from megamoe.errors import Problems
 from megamoe.hardware import DEVICES, Device, measured_bandwidth, measured_flops
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.sharding import Setup, read_setup, setup_problems

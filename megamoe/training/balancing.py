@@ -40,8 +40,9 @@ class LoadBalancer:
     def __init__(self, routers: list[Router], rate: float, rule: Literal["sign", "proportional"], decay: float):
         """
         Args:
-            rate: largest change of a bias in one step ("sign"), or the change at a load that is off by the mean
-                ("proportional"); in units of the score.
+            rate: change of a bias in one step ("sign"), or that at a load that is off by the mean ("proportional"),
+                before the mean of all changes is subtracted: with "sign" a bias moves by less than 2 * rate; in units
+                of the score.
             decay: of the running mean of the loads, per step.
         """
         self.routers = routers

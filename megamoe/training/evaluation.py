@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megamoe.data.batches import NO_LABEL, eval_batch
-from megamoe.data.token_files import TokenCorpus
+from megamoe.data.token_files import TokenCorpus, split_counts
+from megamoe.data.tokenizer import load_tokenizer
+
+DECODED = 256  # samples decoded at a time; a character may be torn where one ends
+
+
+def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
+    """Tokens of held-out text over its bytes: those that tools/prepare_data.py has counted, else those that the
+    tokenizer beside the corpus decodes its first `limit` samples to; None where there is neither. Raises UserError."""
+    counts = split_counts(corpus.prefix)
+    if counts:
+        return counts["tokens"] / counts["bytes"]
+    file = corpus.prefix.parent / "tokenizer.json"
+    if not file.exists():
+        return None
+    tokenizer = load_tokenizer(file, corpus.vocab_size)
+    limit = min(limit, corpus.num_samples)
+    size = 0
+    for start in range(0, limit, DECODED):
+        labels = [corpus.sample(index)[1:] for index in range(start, min(start + DECODED, limit))]
+        size += len(tokenizer.decode(np.concatenate(labels).tolist()).encode())
+    return limit * corpus.seq_len / size if size else None
 
 
 class Evaluator:

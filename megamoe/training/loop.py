@@ -18,6 +18,7 @@ from megamoe.training.distributed import on_any_rank
 from megamoe.training.evaluation import Evaluator
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.sinks import Sink
+from megamoe.training.skipped import SkippedSteps
 from megamoe.training.step import TrainStep
 
 
@@ -59,13 +60,15 @@ class Trainer:
         self.evaluator = evaluator
         self.sinks = sinks
         self.metrics = StepMetrics(train_step, shape)
+        self.skipped = SkippedSteps(lowers_scale=train_step.engine.optimizer.loss_scaler.dynamic)
         self.rank = dist.get_rank()
         position.follow(train_step.model.layers)
 
     def run(self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int) -> bool:
-        """Train steps first + 1 to last; returns whether the last one was reached, or the run was asked to stop before.
+        """Train steps first + 1 to last; returns whether the last one was reached, not a request to stop.
 
-        Intervals are in steps; 0 means only after the last step. Exits with code 2 if the last step cannot be saved.
+        Intervals are in steps; 0 means only after the last step. Exits with code 1 if the last step cannot be saved,
+        and with 2 where training cannot go on: see `SkippedSteps`, and a run folder that is gone.
         """
         if any(on_any_rank(self.stop.asked, device=self.train_step.device)):
             self._say(first, "stopped by a signal before the first step")
@@ -78,28 +81,54 @@ class Trainer:
             balance = self._train(step)
             # What stopping now would take, and as much again.
             needed = 2 * (longest + self.writer.expected_seconds())
+            logs = step % log_every == 0
             # This waits for the device, so the clock has the whole step.
-            flags = (self.stop.asked, self.deadline.within(needed), self.writer.writing)
-            asked, out_of_time, writing = on_any_rank(*flags, device=self.train_step.device)
+            flags = (
+                self.stop.asked,
+                self.deadline.within(needed),
+                self.writer.writing,
+                logs and self._folder_is_gone(),
+            )
+            asked, out_of_time, writing, is_gone = on_any_rank(*flags, device=self.train_step.device)
             self.metrics.add_seconds(time.perf_counter() - started)
 
             final = step == last or asked or out_of_time
-            if step % log_every == 0 or final:
+            if logs or final:
                 self._log(step, last, balance)
+            self._check(step, is_gone)
             if self.evaluator and (_due(step, eval_every) or step == last):
                 self._evaluate(self.evaluator, step)
             if self.writer.pending and not writing:
                 self.writer.complete()
             if _due(step, save_every) or final:
-                self.writer.save(step, hold=final)
+                self.writer.save(step, hold=final, skipped=self.skipped.take_window())
             if final and not self.writer.complete():
-                sys.exit(2)  # rank 0 has said why
+                sys.exit(1)  # rank 0 has said why
             if final and step < last:
                 why = "by a signal" if asked else "before the time limit"
                 self._say(step, f"stopped {why} after step {step}; continue with --resume")
                 return False
             longest = max(longest, time.perf_counter() - started)
         return True
+
+    def _folder_is_gone(self) -> bool:
+        return self.rank == 0 and not self.writer.folder.parent.is_dir()
+
+    def _check(self, step: int, folder_is_gone: bool) -> None:
+        """Warn, or end all ranks, where going on makes no sense."""
+        self.skipped.count(self.train_step.engine.was_step_applied())
+        warning, error = self.skipped.warning(), self.skipped.error()
+        if folder_is_gone:
+            error = f"{self.writer.folder.parent} has been removed while the run trained in it; start again"
+        if warning:
+            self._say(step, f"warning after step {step}: {warning}")
+        if not error:
+            return
+        if self.writer.pending:
+            self.writer.complete()
+        if self.rank == 0:
+            print(f"error: after step {step}: {error}.", file=sys.stderr, flush=True)
+        sys.exit(2)
 
     def _train(self, step: int) -> Balance | None:
         """One optimizer step on this rank's micro-batches."""

@@ -136,16 +136,25 @@ SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink)
 
 
 class SinkGroup(Sink):
-    """Hands everything to several sinks; one that fails is named once, and never ends the run."""
+    """Hands everything to several sinks; one that fails is named, opened again at the next scalars, and never ends the
+    run. What it has lost is counted."""
 
     def __init__(self, sinks: Sequence[Sink]):
         self._sinks = list(sinks)
-        self._failed: set[Sink] = set()
+        self._broken: set[Sink] = set()
+        self._named: set[Sink] = set()
+        self._lost = dict.fromkeys(self._sinks, 0)  # calls
 
     def open(self, run_dir: Path, first_step: int) -> None:
-        self._sinks = [sink for sink in self._sinks if self._call(sink, "open", run_dir, first_step)]
+        self._run_dir = run_dir
+        for sink in self._sinks:
+            self._call(sink, "open", run_dir, first_step)
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        for sink in list(self._broken) if self._run_dir.is_dir() else ():  # TensorBoard would make it again
+            self._call(sink, "close")
+            self._broken.discard(sink)
+            self._call(sink, "open", self._run_dir, step - 1)
         self._call_each("log_scalars", kind, step, values)
 
     def log_text(self, step: int, text: str) -> None:
@@ -156,26 +165,30 @@ class SinkGroup(Sink):
 
     def close(self) -> None:
         self._call_each("close")
+        for sink, lost in self._lost.items():
+            if lost:
+                _warn(f"{type(sink).__name__} has lost {lost} {'entry' if lost == 1 else 'entries'} of this run.")
 
     def _call_each(self, method: str, *args: Any) -> None:
         for sink in self._sinks:
             self._call(sink, method, *args)
 
-    def _call(self, sink: Sink, method: str, *args: Any) -> bool:
-        """Returns whether it worked."""
+    def _call(self, sink: Sink, method: str, *args: Any) -> None:
+        is_entry = method.startswith("log_")
         try:
-            getattr(sink, method)(*args)
+            if sink not in self._broken or not is_entry:
+                getattr(sink, method)(*args)
+                return
         except Exception as error:  # of whatever library a sink is made of
-            if sink not in self._failed:
-                self._failed.add(sink)
-                print(
-                    f"warning: {type(sink).__name__} failed ({error or repr(error)}); training continues, and what "
-                    "that sink should have logged is lost.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return False
-        return True
+            if sink not in self._named:
+                self._named.add(sink)
+                _warn(f"{type(sink).__name__} failed ({error or repr(error)}); training continues without its entries.")
+            self._broken.add(sink)
+        self._lost[sink] += is_entry
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def open_sinks(run_dir: Path, first_step: int) -> Sink:

@@ -1,23 +1,32 @@
-"""Reading weights from any form, and refusing what could run code or is damaged. Checkpoints of several ranks are in
-test_restore.py."""
+"""Reading weights from any form. The forms with an optimizer have tests of their own: test_indexed_files.py,
+test_deepspeed_files.py."""
 
+import json
 import os
-import pickle
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from form_1 import CHECKPOINT as BEFORE
+from form_1 import Malicious
+from indexed import flip_bit
 from ranks import run_ranks
-from refusals import has, only, refusal
-from safetensors.torch import save_file
+from refusals import has, only, refusal, sentences
+from safetensors.torch import load_file, save_file
 from toy import PRESET, ds_config, train_here, write_inputs
 
-from megamoe.checkpoint.reader import PlainFiles, find_checkpoint, load_weights, model_problems, open_source
-from megamoe.checkpoint.unpickle import safe_load
+from megamoe.checkpoint.deepspeed_files import RankFiles
+from megamoe.checkpoint.indexed_files import IndexedFiles
+from megamoe.checkpoint.reader import (
+    PlainFiles,
+    find_checkpoint,
+    load_weights,
+    model_problems,
+    open_source,
+    run_record,
+)
 from megamoe.config import ModelConfig
-from megamoe.errors import UserError
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import plain_name
 
@@ -33,11 +42,6 @@ def run_dir(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.fixture
-def checkpoint(run_dir, tmp_path):
-    return Path(shutil.copytree(run_dir / "checkpoints" / "step_4", tmp_path / "step_4"))
-
-
 def plain_state(dtype=torch.float32):
     model = Decoder(CONFIG, seed=1)
     for buffer in (router.selection_bias for router in model.routers()):
@@ -45,112 +49,39 @@ def plain_state(dtype=torch.float32):
     return {plain_name(name): tensor.detach().to(dtype).clone() for name, tensor in model.state_dict().items()}
 
 
-# --- safety ---------------------------------------------------------------------------------------------------------
+# --- what is there --------------------------------------------------------------------------------------------------
 
 
-class Malicious:
-    """Leaves a mark where it is unpickled without care."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
+def test_each_form_is_opened_by_its_reader(run_dir, tmp_path):
+    assert isinstance(open_source(run_dir / "checkpoints" / "step_4"), IndexedFiles)
+    assert isinstance(open_source(BEFORE), RankFiles)
+    torch.save(plain_state(), tmp_path / "w.pt")
+    assert isinstance(open_source(tmp_path / "w.pt"), PlainFiles)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"],
-)
-def test_a_planted_pickle_is_refused_by_name_and_does_not_run(checkpoint, tmp_path, name):
-    mark = tmp_path / "mark"
-    state = torch.load(checkpoint / name, weights_only=False)
-    state["ds_version"] = Malicious(mark)
-    torch.save(state, checkpoint / name)
-    has(refusal(open_source, checkpoint), str(checkpoint / name), "system", "do not open it")
-    assert not mark.exists()
-    torch.load(checkpoint / name, weights_only=False)  # the trap is real
-    assert mark.exists()
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_planted_pickle_in_plain_weights_is_refused_by_name(tmp_path, zipped):
-    path = tmp_path / "weights.pt"
-    if zipped:
-        torch.save({"x": Malicious(tmp_path / "mark")}, path)
-    else:
-        path.write_bytes(pickle.dumps({"x": Malicious(tmp_path / "mark")}))
-    problem = refusal(open_source, path)
-    has(problem, str(path))
-    assert "system" in problem or "damaged" in problem  # torch does not even look into what is no archive
-    assert not (tmp_path / "mark").exists()
+def test_any_reader_of_safetensors_finds_the_fp32_masters_and_moments_of_a_rank(run_dir):
+    checkpoint = run_dir / "checkpoints" / "step_4"
+    source = open_source(checkpoint)
+    joined = {}
+    for rank in range(2):
+        for name, values in load_file(checkpoint / f"rank_{rank:05d}.safetensors").items():
+            kind, _, parameter = name.partition("/")
+            assert kind in ("fp32", "exp_avg", "exp_avg_sq", "buffer")
+            joined.setdefault(kind, {}).setdefault(parameter, []).append(values)
+    assert joined["buffer"].keys() == source.buffers.keys()
+    for kind in ("fp32", "exp_avg", "exp_avg_sq"):
+        assert joined[kind].keys() == source.shapes.keys()
+        for name, pieces in joined[kind].items():
+            whole = source.read(name, kind, 0, torch.Size(source.shapes[name]).numel())
+            assert torch.equal(whole, torch.cat(pieces)) or torch.equal(whole, torch.cat(pieces[::-1]))
 
 
 def test_what_is_no_dict_of_tensors_is_refused(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "weights.pt")
     has(refusal(open_source, tmp_path / "weights.pt"), "no state_dict")
-
-
-# --- damage ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_ranks_file_is_named(checkpoint):
-    path = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    path.unlink()
-    has(refusal(open_source, checkpoint), path.name, "the file of rank 1")
-    has(refusal(find_checkpoint, checkpoint), str(path), "is missing")
-
-
-def test_a_truncated_file_is_named(checkpoint):
-    path = checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    os.truncate(path, path.stat().st_size // 2)
-    has(refusal(open_source, checkpoint), str(path), "damaged")
-    has(refusal(find_checkpoint, checkpoint), str(path), "bytes, not the")
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(checkpoint):
-    path = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    whole = path.read_bytes()
-    start = whole.index(b"optimizer_state_dict") - 20
-    draw = random.Random(0)
-    refused = 0
-    for _ in range(300):
-        data = bytearray(whole)
-        data[start + draw.randrange(4000)] ^= 1 << draw.randrange(8)
-        path.write_bytes(data)
-        try:
-            safe_load(path)
-        except UserError as error:
-            refused += 1
-            has(only(error.problems), str(path))
-    assert refused > 100
-
-
-def test_a_layout_that_does_not_say_which_values_are_whose_is_refused(checkpoint):
-    path = checkpoint / "mp_rank_00_model_states.pt"
-    state = torch.load(path, weights_only=True)
-    state["ds_config"]["zero_optimization"]["round_robin_gradients"] = True
-    torch.save(state, path)
-    has(refusal(open_source, checkpoint), "round_robin_gradients", "save it again without")
-
-
-@pytest.mark.parametrize("name", ["../../escaped", "layers/0", ""])
-def test_a_parameter_whose_name_leads_out_of_the_folder_is_refused(checkpoint, name):
-    path = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    state = torch.load(path, weights_only=False)
-    mapping = state["optimizer_state_dict"]["param_slice_mappings"][0]
-    mapping[name] = next(iter(mapping.values()))
-    torch.save(state, path)
-    has(refusal(open_source, checkpoint), str(path), repr(name), "is no name of one")
-
-
-def test_files_of_two_checkpoints_do_not_pass_for_one(checkpoint, run_dir, tmp_path):
-    run = write_inputs(tmp_path / "other", ds_config(2), {"hidden_size": 64})
-    run_ranks(2, train_here, {**run, "ep_size": 2, "steps": 1, "run_dir": str(tmp_path / "other" / "run")})
-    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    shutil.copyfile(tmp_path / "other" / "run" / "checkpoints" / "step_1" / name, checkpoint / name)
-    has(refusal(open_source, checkpoint), "not all of one checkpoint")
+    torch.save({"x": Malicious(tmp_path / "mark")}, tmp_path / "weights.pt")
+    has(refusal(open_source, tmp_path / "weights.pt"), "weights.pt", "system", "do not open it")
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_folder_of_something_else_says_what_can_be_given(tmp_path):
@@ -160,15 +91,54 @@ def test_a_folder_of_something_else_says_what_can_be_given(tmp_path):
     has(refusal(open_source, tmp_path), "not laid out", "ds_config")
 
 
-def test_the_newest_checkpoint_of_a_run_that_holds_is_found_with_a_line_for_each_passed_over(run_dir, tmp_path, capsys):
+def test_a_run_that_has_not_saved_yet_holds_no_checkpoint(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "checkpoints").mkdir()
+    has(refusal(open_source, find_checkpoint(tmp_path)), str(tmp_path), "holds no checkpoint and no weights")
+
+
+def test_the_newest_checkpoint_of_a_run_that_is_verified_is_found_with_a_line_for_each_passed_over(
+    run_dir, tmp_path, capsys
+):
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
     assert find_checkpoint(copy).name == "step_4"
-    (copy / "checkpoints" / "step_4" / "run.json").write_text("{}")
+    (copy / "checkpoints" / "latest").write_text("step_2")  # says nothing to us
+    assert find_checkpoint(copy).name == "step_4"
+    assert capsys.readouterr().out == ""
+    path = copy / "checkpoints" / "step_4" / "rank_00001.safetensors"
+    flip_bit(path, path.stat().st_size - 1)
     assert find_checkpoint(copy).name == "step_2"
-    assert only(capsys.readouterr().out.splitlines()).startswith(f"passed over {copy / 'checkpoints' / 'step_4'}: ")
-    (copy / "checkpoints" / "step_2" / "run.json").unlink()
+    assert only(capsys.readouterr().out.splitlines()).startswith(f"passed over {path.parent}: {path} has not the SHA")
+    shutil.copytree(copy / "checkpoints" / "step_2", copy / "checkpoints" / "step_2.1")
+    assert find_checkpoint(copy).name == "step_2.1"  # the run went back, and was here since
+    for name in ("step_2", "step_2.1"):
+        (copy / "checkpoints" / name / "rank_00000.safetensors").unlink()
+    capsys.readouterr()
     has(refusal(find_checkpoint, copy), "every checkpoint in", "is damaged")
+    assert len(sentences(capsys.readouterr().out.splitlines())) == 3
     has(refusal(find_checkpoint, tmp_path / "none"), "does not exist")
+    has(refusal(find_checkpoint, path.parent), str(path), "SHA-256")  # of one alone nothing is passed over
+
+
+def test_a_newest_folder_that_was_not_saved_completely_is_passed_over(run_dir, tmp_path, capsys):
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    shutil.copytree(copy / "checkpoints" / "step_4", copy / "checkpoints" / "step_6")
+    (copy / "checkpoints" / "step_6" / "index.json").unlink()
+    assert find_checkpoint(copy).name == "step_4"
+    has(only(capsys.readouterr().out.splitlines()), "passed over", "step_6 was not saved completely")
+    has(refusal(open_source, copy / "checkpoints" / "step_6"), "was not saved completely")
+
+
+def test_the_record_of_the_run_comes_from_the_checkpoint_or_from_its_run(run_dir, tmp_path):
+    record = run_record(run_dir / "checkpoints" / "step_4")
+    assert record["model"] == CONFIG.model_dump()
+    assert record["run_id"] == json.loads((run_dir / "run.json").read_text())["run_id"]
+    assert run_record(BEFORE) == json.loads((BEFORE / "run.json").read_text())
+    checkpoint = shutil.copytree(BEFORE, tmp_path / "run" / "checkpoints" / "step_3")
+    (checkpoint / "run.json").unlink()
+    assert run_record(checkpoint) == {}
+    (tmp_path / "run" / "run.json").write_text('{"seed": 3}')
+    assert run_record(checkpoint) == {"seed": 3}
 
 
 # --- plain weights --------------------------------------------------------------------------------------------------
@@ -210,6 +180,15 @@ def test_a_shard_that_the_index_names_and_is_missing_is_named(tmp_path):
     has(refusal(open_source, tmp_path), "b.safetensors", "missing")
 
 
+def test_a_shard_outside_the_folder_is_refused_though_it_is_there(tmp_path):
+    (tmp_path / "in" / "shards").mkdir(parents=True)
+    write_index(tmp_path / "in", plain_state())
+    save_file(plain_state(), tmp_path / "w.safetensors")
+    for name in ("../w.safetensors", "shards/../../w.safetensors", f"{tmp_path}/w.safetensors"):
+        (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        has(refusal(open_source, tmp_path / "in"), "index.json", name, "outside its folder", "again")
+
+
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
     write_index(tmp_path, plain_state())
@@ -220,6 +199,14 @@ def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
 def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
     torch.save({**plain_state(), "lm_head.weight": torch.zeros(96, 32)}, tmp_path / "w.pt")
     has(refusal(open_source, tmp_path / "w.pt"), "lm_head.weight is not the embedding")
+
+
+def test_a_head_without_the_embedding_that_it_is_tied_to_is_one_sentence(tmp_path):
+    state = plain_state()
+    head = state.pop("model.embed_tokens.weight")
+    torch.save({**state, "lm_head.weight": head}, tmp_path / "w.pt")
+    problem = refusal(open_source, tmp_path / "w.pt")
+    has(problem, "w.pt", "lm_head.weight without model.embed_tokens.weight", "tied", "give both")
 
 
 def test_a_torn_safetensors_file_is_one_sentence(tmp_path):
@@ -238,16 +225,6 @@ def test_weights_load_in_the_dtype_asked_for_and_router_statistics_in_fp32(run_d
         assert router.selection_bias.abs().sum() > 0
     whole = source.read("model.embed_tokens.weight", "fp32", 0, 96 * 32).view(96, 32)
     assert torch.equal(model.embed_tokens.weight, whole.bfloat16())
-
-
-def test_a_stretch_that_two_ranks_share_is_joined(run_dir):
-    source = open_source(run_dir / "checkpoints" / "step_4")
-    for name, shape in source.shapes.items():
-        count = torch.Size(shape).numel()
-        whole = source.read(name, "exp_avg", 0, count)
-        for start in range(0, count, 7):
-            part = source.read(name, "exp_avg", start, min(11, count - start))
-            assert torch.equal(part, whole[start : start + 11])
 
 
 # --- another model --------------------------------------------------------------------------------------------------
@@ -282,8 +259,3 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save({**plain_state(), "model.layers.0.moe.gate.weight": torch.zeros(1)}, tmp_path / "w.pt")
     problem = only(model_problems(open_source(tmp_path / "w.pt"), CONFIG, "w.pt"))
     has(problem, "w.pt has, beyond the model, model.layers.0.moe.gate.weight")
-
-
-def test_what_deepspeed_itself_puts_into_its_files_is_allowed(checkpoint):
-    for file in checkpoint.glob("*.pt"):
-        safe_load(file)

@@ -9,8 +9,9 @@ import torch
 from ranks import run_ranks
 from toy import train_here, write_inputs
 
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.export import write_state_dict
+from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.reader import find_checkpoint, model_problems, open_source
 from megamoe.config import load_preset
 
@@ -27,6 +28,10 @@ def resumed(folder, ranks, ep_size):
     }  # fmt: skip
     log = run_ranks(ranks, train_here, run)[0]["train"]
     assert [record["step"] for record in log] == [4, 5, 6, 7, 8]
+    found = folders.checkpoints(folder / "run" / "checkpoints")
+    assert [path.name for path in found] == ["step_8", "step_3"]
+    assert read_index(found[0]).parent == "step_3"  # the new form, beside the old one
+    assert find_checkpoint(folder / "run") == found[0]
     return [record["loss"] for record in log]
 
 
@@ -39,7 +44,7 @@ def test_it_resumes_with_the_losses_of_its_own_version_on_the_same_and_on_other_
 
 def test_it_is_verified_and_converts(tmp_path):
     checkpoint = find_checkpoint(BEFORE)
-    assert manifest.problems(checkpoint) == []
+    assert verify.problems(checkpoint) == []
     source = open_source(checkpoint)
     assert model_problems(source, load_preset(str(BEFORE / "preset.json")), "it") == []
     write_state_dict(source, tmp_path / "weights.pt", torch.float32)

@@ -3,7 +3,9 @@
 import gzip
 import itertools
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,6 +373,47 @@ def test_the_largest_id_of_a_vocabulary_fits_its_token_type(tmp_path, size, dtyp
     documents, dataset = items(tmp_path / "out", "train")
     assert documents == [[[1, size - 1, 0]]]
     assert dataset.dtype == dtype
+
+
+def test_ids_that_leave_gaps_fit_their_token_type(tmp_path):
+    gapped = Tokenizer(models.WordLevel({END_OF_TEXT: 0, "w": 40_000}))
+    made(["w"], gapped, tmp_path / "out")
+    documents, dataset = items(tmp_path / "out", "train")
+    assert documents == [[[40_000, 0]]]
+    assert dataset.dtype == np.int32
+
+
+def test_a_named_end_of_text_ends_each_document(tmp_path):
+    named = Tokenizer(models.WordLevel({END_OF_TEXT: 0, "w": 1, "<stop>": 2}))
+    write_corpus([("train", "w"), ("train", "w")], named, tmp_path / "out", "<stop>")
+    assert items(tmp_path / "out", "train")[0] == [[[1, 2]], [[1, 2]]]
+    has(refusal(write_corpus, [("train", "w")], named, tmp_path / "two", "<halt>"), '"<halt>"')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_text_that_is_a_pipe_or_of_the_kernel_is_refused_unopened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", Path("/dev/zero"), Path("/proc/kmsg")):
+        has(refusal(input_files, path), str(path), "not a regular file")
+    (tmp_path / "link.txt").symlink_to("/proc/kmsg")
+    has(refusal(input_files, tmp_path), "link.txt", "not a regular file")
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}"])
+def test_a_line_of_json_beyond_what_python_reads_is_refused_with_its_number(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    problem = refusal(read, tmp_path / "a.jsonl")
+    has(problem, "a.jsonl", "line 2", "not JSON")
+    assert len(problem) < 500
+
+
+def test_what_a_killed_call_has_left_is_found(tmp_path, tokenizer):
+    out = tmp_path / "o[u]t"
+    for name in (".o[u]t-abc", ".other-abc", "o[u]t-abc"):
+        (tmp_path / name).mkdir()
+    assert corpus.leftovers(out) == [tmp_path / ".o[u]t-abc"]
+    made(DOCUMENTS, tokenizer, out)  # it hinders nothing
+    assert corpus.leftovers(out) == [tmp_path / ".o[u]t-abc"]
 
 
 def test_a_corpus_of_no_training_text_is_refused_and_leaves_nothing(tmp_path, tokenizer):

@@ -1,6 +1,8 @@
 """Reading .bin/.idx files, whoever wrote them."""
 
 import itertools
+import json
+import os
 import struct
 
 import numpy as np
@@ -9,7 +11,7 @@ from corpora import HEADER, build, random_tokens
 from refusals import has, refusal
 
 from megamoe.data import token_files
-from megamoe.data.token_files import TokenCorpus, corpus_counts, corpus_prefix
+from megamoe.data.token_files import TokenCorpus, corpus_prefix, split_counts
 
 
 @pytest.mark.parametrize("count", [11, 13, 20, 21, 22, 99])
@@ -166,9 +168,57 @@ def test_the_start_is_checked_before_the_run_and_every_sample_when_it_is_read(tm
                 has(refusal(corpus.sample, index), "id 77", "vocabulary of 50")
 
 
+def test_an_index_of_another_version_is_refused(tmp_path):
+    prefix = build(tmp_path / "c", range(20))
+    whole = bytearray((tmp_path / "c.idx").read_bytes())
+    for version in (0, 2, 1 << 56):
+        whole[9:17] = struct.pack("<Q", version)
+        (tmp_path / "c.idx").write_bytes(whole)
+        has(refusal(TokenCorpus, prefix, 10, 50), f"{prefix}.idx", f"version {version}, not 1", "prepare")
+
+
+def test_items_that_are_no_whole_tokens_are_refused(tmp_path):
+    prefix = build(tmp_path / "c", range(20), np.int32, item=20)  # one item: its size, then its place
+    whole = bytearray((tmp_path / "c.idx").read_bytes())
+    for size, start in ((19, 2), (20, 2), (-1, 84)):
+        whole[HEADER : HEADER + 12] = struct.pack("<iq", size, start)
+        (tmp_path / "c.idx").write_bytes(whole)
+        (tmp_path / "c.bin").write_bytes(bytes(start + 4 * size))
+        has(refusal(TokenCorpus, prefix, 10, 50), f"{prefix}.idx", f"{prefix}.bin", "prepare it again")
+
+
+def test_a_corpus_that_is_a_pipe_is_refused_unopened(tmp_path):
+    prefix = build(tmp_path / "c", range(20))
+    for suffix in ("bin", "idx"):
+        file = tmp_path / f"c.{suffix}"
+        file.rename(tmp_path / "kept")
+        os.mkfifo(file)
+        has(refusal(TokenCorpus, prefix, 10, 50), str(file), "not a regular file")
+        (tmp_path / "kept").replace(file)
+
+
 def test_a_folder_holds_its_splits_and_anything_else_is_a_prefix(tmp_path):
     assert corpus_prefix(str(tmp_path), "valid") == tmp_path / "valid"
     assert corpus_prefix(str(tmp_path / "mine"), "train") == tmp_path / "mine"
-    assert corpus_counts(str(tmp_path)) is None
-    (tmp_path / "corpus.json").write_text('{"train": {"tokens": 3}}')
-    assert corpus_counts(str(tmp_path)) == {"train": {"tokens": 3}}
+
+
+@pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
+def test_a_prefix_may_be_given_with_either_ending(tmp_path, suffix):
+    build(tmp_path / "mine.v2", range(20))
+    prefix = corpus_prefix(f"{tmp_path / 'mine.v2'}{suffix}", "train")
+    assert prefix == tmp_path / "mine.v2"
+    assert TokenCorpus(prefix, 10, 50).num_tokens == 20
+
+
+def test_the_counts_of_a_split_are_those_beside_its_files(tmp_path):
+    assert split_counts(tmp_path / "valid") is None
+    counts = {"train": {"tokens": 3, "bytes": 9}}
+    (tmp_path / "corpus.json").write_text(json.dumps(counts))
+    assert split_counts(tmp_path / "train") == counts["train"]
+    assert split_counts(tmp_path / "valid") is None
+
+
+@pytest.mark.parametrize("counts", [7, [], {}, {"tokens": 3}, {"tokens": "3", "bytes": 9}, {"tokens": 3, "bytes": 0}])
+def test_counts_of_another_form_are_refused(tmp_path, counts):
+    (tmp_path / "corpus.json").write_text(json.dumps({"valid": counts}))
+    has(refusal(split_counts, tmp_path / "valid"), "corpus.json", '"valid"', "tokens", "bytes", "prepare the corpus")

@@ -1,11 +1,20 @@
 """Byte-level BPE: any text comes back, END_OF_TEXT is id 0, wrong files are refused."""
 
+import json
 import random
 
 import pytest
 from tokenizers import Tokenizer, models
 
-from megamoe.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, train_tokenizer
+from megamoe.data.tokenizer import (
+    END_OF_TEXT,
+    encode,
+    end_of_text_id,
+    load_tokenizer,
+    tokenizer_file,
+    train_tokenizer,
+    vocabulary_of,
+)
 from megamoe.errors import UserError
 
 # GPT-2 and ours, Llama 3, Llama 2 and Mistral, Gemma, ChatML models
@@ -118,6 +127,63 @@ def test_a_broken_tokenizer_is_refused(tmp_path, content):
     assert "cannot be read" in problem
 
 
+def test_a_folder_stands_for_the_tokenizer_in_it(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer_file(tmp_path) == tokenizer_file(tmp_path / "tokenizer.json") == tmp_path / "tokenizer.json"
+    assert load_tokenizer(tokenizer_file(tmp_path)).to_str() == tokenizer.to_str()
+    assert "tokenizer.json does not exist" in refusal(load_tokenizer, tokenizer_file(tmp_path.parent))
+
+
+def with_ids(path, **ids):
+    Tokenizer(models.WordLevel({END_OF_TEXT: 0, **ids})).save(str(path))
+    return path
+
+
+def test_the_vocabulary_reaches_to_the_largest_id_though_some_have_no_token(tmp_path):
+    assert vocabulary_of(load_tokenizer(with_ids(tmp_path / "t.json", a=1, z=40_000))) == 40_001
+    assert vocabulary_of(Tokenizer(models.BPE())) == 0
+
+
+def test_ids_beyond_the_models_vocabulary_or_any_are_refused(tmp_path):
+    path = with_ids(tmp_path / "t.json", a=95, b=96)
+    assert load_tokenizer(path, 97)
+    problem = refusal(load_tokenizer, path, 96)
+    assert all(part in problem for part in (str(path), "id 96", "the model's vocabulary of 96", "vocab_size"))
+    saved = json.loads(path.read_text())
+    saved["model"]["vocab"]["b"] = 2**32 - 1
+    path.write_text(json.dumps(saved))
+    problem = refusal(load_tokenizer, path)
+    assert all(part in problem for part in ("id 4294967295", "any model's vocabulary of 16777216"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    ],
+)
+def test_a_tokenizer_that_the_library_breaks_down_over_is_refused(tokenizer, tmp_path, change):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(tokenizer.to_str()), **change}))
+    assert "cannot be read" in refusal(load_tokenizer, path)
+
+
+def test_a_text_with_a_word_that_the_tokenizer_lacks_is_refused():
+    bare = Tokenizer(models.WordLevel({"word": 0}))
+    assert encode(bare, ["word", "word"]) == [[0], [0]]
+    assert "cannot encode the text" in refusal(encode, bare, ["word", "another"])
+
+
+def test_the_end_of_text_can_be_named(tokenizer):
+    named = Tokenizer(models.WordLevel({"word": 0, "<stop>": 3, END_OF_TEXT: 5}))
+    assert end_of_text_id(named, "<stop>") == 3
+    assert end_of_text_id(named) == 5
+    problem = refusal(end_of_text_id, named, "<halt>")
+    assert '"<halt>"' in problem
+    assert "name one" in problem
+
+
 @pytest.mark.parametrize("name", END_OF_TEXT_NAMES)
 def test_the_end_of_text_of_published_tokenizers_is_found(name):
     assert end_of_text_id(Tokenizer(models.WordLevel({"word": 0, name: 7}))) == 7
@@ -126,4 +192,5 @@ def test_the_end_of_text_of_published_tokenizers_is_found(name):
 def test_a_tokenizer_without_end_of_text_is_refused():
     problem = refusal(end_of_text_id, Tokenizer(models.WordLevel({"word": 0})))
     assert all(name in problem for name in END_OF_TEXT_NAMES)
+    assert "--end_of_text" in problem
     assert "add one" in problem

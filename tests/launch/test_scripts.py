@@ -157,11 +157,11 @@ def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(lau
     ],
 )
 def test_a_slurm_job_is_requeued_for_what_a_restart_can_cure(code, saves, requeued, tmp_path):
-    latest = tmp_path / "run" / "checkpoints" / "latest"
-    latest.parent.mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_5"
+    checkpoint.mkdir(parents=True)
     programs = {
         "python": f"#!/bin/sh\necho h1 127.0.0.1 1234 {tmp_path}/run\n",
-        "srun": f"#!/bin/sh\n{f'echo step_5 > {latest}' if saves else ':'}\nexit {code}\n",
+        "srun": f"#!/bin/sh\n{f'touch {checkpoint}/index.json' if saves else ':'}\nexit {code}\n",
         "squeue": "#!/bin/sh\necho RUNNING\n",
         "scontrol": f"#!/bin/sh\necho $* >> {tmp_path}/starts\n",
     }

@@ -13,7 +13,7 @@ import psutil
 from cluster import ROOT, Host, wait_for
 from toy import write_inputs
 
-from megamoe.config import read_json
+from megamoe.json_files import read_json
 from megamoe.training.sinks import read_log
 
 STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as in docs/launch.md

@@ -7,7 +7,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config
 
-from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.config import ModelConfig, load_preset
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
 from megamoe.planning import sharding
 from megamoe.planning.sharding import Group, elements_touched, parameter_groups, read_setup, setup_problems

@@ -10,7 +10,8 @@ import pytest
 from ranks import run_alone, run_ranks
 from toy import PRESET, SHIPPED
 
-from megamoe.config import ModelConfig, read_json
+from megamoe.config import ModelConfig
+from megamoe.json_files import read_json
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.simulate import measure, simulate

@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 from toy import PRESET, SHIPPED, ds_config
 
-from megamoe.config import ModelConfig, load_preset, read_json
+from megamoe.config import ModelConfig, load_preset
 from megamoe.hardware import DEVICES, Device
+from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, collectives, host_transfers, step_time

@@ -15,13 +15,16 @@ import inspect_checkpoint
 import pytest
 import reshard_checkpoint
 import torch
+from form_1 import RUN as BEFORE
+from form_1 import Malicious
 from ranks import run_ranks
 from refusals import has, only, sentences
+from tokenizers import Tokenizer
 from toy import PRESET, ds_config, train_here, write_inputs
 
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import manifest, verify
 from megamoe.checkpoint.export import write_state_dict
-from megamoe.checkpoint.reader import load_weights, open_source
+from megamoe.checkpoint.reader import find_checkpoint, load_weights, open_source
 from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.errors import UserError
@@ -126,21 +129,29 @@ def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tm
 
 
 def test_without_its_configuration_a_checkpoint_becomes_a_state_dict_but_no_hugging_face_model(call, run_dir, tmp_path):
-    checkpoint = tmp_path / "alone" / "step_4"
-    shutil.copytree(run_dir / "checkpoints" / "step_4", checkpoint)
+    checkpoint = shutil.copytree(BEFORE / "checkpoints" / "step_3", tmp_path / "alone" / "step_3")
     for name in ("run.json", "manifest.json"):
-        (checkpoint / name).unlink()
-    has(refuse(call, convert_checkpoint, checkpoint, tmp_path / "hf"), "has no run.json", "convert it to a .pt")
+        (checkpoint / name).unlink()  # as DeepSpeed alone leaves it
+    has(refuse(call, convert_checkpoint, checkpoint, tmp_path / "hf"), "does not say what model", "to a .pt")
     call(convert_checkpoint, checkpoint, tmp_path / "w.pt")
 
 
 def test_a_damaged_checkpoint_is_not_converted(call, run_dir, tmp_path):
-    path = run_dir / "checkpoints" / "step_4" / "mp_rank_00_model_states.pt"
+    path = run_dir / "checkpoints" / "step_4" / "rank_00001.safetensors"
     os.truncate(path, path.stat().st_size - 1)
     has(refuse(call, convert_checkpoint, path.parent, tmp_path / "w.pt"), str(path), "bytes, not the")
     lines = call(convert_checkpoint, run_dir, tmp_path / "w.pt")  # the run has an older one
     assert lines[0].startswith(f"passed over {path.parent}")
     assert "step_2 in " in lines[1]
+
+
+def test_a_newest_folder_that_was_not_saved_completely_is_passed_over(call, run_dir, tmp_path):
+    folder = shutil.copytree(run_dir / "checkpoints" / "step_4", run_dir / "checkpoints" / "step_6")
+    (folder / "index.json").unlink()
+    sample = ("--prompt", "to be", "--max_new_tokens", "4")
+    for words in ((convert_checkpoint, run_dir, tmp_path / "w.pt"), (generate, run_dir, *sample)):
+        has(call(*words)[0], f"passed over {folder}", "was not saved completely, for it has no index.json")
+    has(refuse(call, convert_checkpoint, folder, tmp_path / "v.pt"), "was not saved completely")
 
 
 # --- the script beside every checkpoint -----------------------------------------------------------------------------
@@ -162,7 +173,31 @@ def test_the_script_beside_every_checkpoint_makes_the_state_dict_that_the_tool_m
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
-    assert manifest.problems(script.parent) == []  # running it has left nothing there
+    assert verify.problems(script.parent) == []  # running it has left nothing there
+
+
+def deepspeeds_own(tmp_path):
+    """What DeepSpeed alone leaves: no manifest, and nothing about the run."""
+    checkpoint = shutil.copytree(BEFORE / "checkpoints" / "step_3", tmp_path / "deepspeed" / "step_3")
+    for name in ("run.json", "manifest.json", "zero_to_fp32.py"):
+        (checkpoint / name).unlink()
+    return checkpoint
+
+
+@pytest.mark.parametrize("form", ["form 2", "form 1", "DeepSpeed's own", "Universal"])
+def test_the_script_of_this_version_converts_every_form(call, run_dir, tmp_path, form):
+    script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
+    checkpoint = {"form 2": run_dir, "form 1": BEFORE, "Universal": tmp_path / "new"}.get(form)
+    if form == "Universal":
+        call(reshard_checkpoint, run_dir, checkpoint)
+    tool = SimpleNamespace(main=runpy.run_path(str(script))["main"])
+    call(tool, checkpoint or deepspeeds_own(tmp_path), tmp_path / "w.pt")
+    state = torch.load(tmp_path / "w.pt", weights_only=True)
+    masters = open_source(find_checkpoint(checkpoint or tmp_path / "deepspeed" / "step_3"))
+    assert state.keys() == masters.shapes.keys() | masters.buffers.keys()
+    for name, shape in masters.shapes.items():
+        assert state[name].shape == shape
+        assert torch.equal(state[name].flatten(), masters.read(name, "fp32", 0, state[name].numel()))
 
 
 def test_the_script_says_what_it_needs_where_megamoe_is_not_installed(run_dir):
@@ -205,11 +240,11 @@ def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_e
         text,
         str(checkpoint),
         f"size: {size:,} bytes",
-        "manifest: verified, ",
+        "files: verified",
         "2 ranks, ep_size 2, ZeRO-2",
         "step: 4 (0",
     )
-    has(text, f"parameters: {count:,}", "2 x zero_pp_rank_N_mp_rank_N_optim_states.pt", "deepspeed 0.")
+    has(text, f"parameters: {count:,}", "2 x rank_N.safetensors", "deepspeed 0.")
     model = Decoder(ModelConfig(**{**PRESET, "vocab_size": 300}))
     load_weights(model, open_source(checkpoint), torch.float64)
     for layer, moe in enumerate(model.moe_layers()):
@@ -230,11 +265,51 @@ def test_inspecting_works_on_plain_weights_and_on_the_universal_layout(call, run
 
 
 def test_inspecting_a_damaged_checkpoint_says_so_first(call, run_dir, capsys):
-    path = run_dir / "checkpoints" / "step_4" / "run.json"
-    path.write_text("{}")
-    has(refuse(call, inspect_checkpoint, run_dir), str(path), "bytes, not the")
-    assert "manifest: DAMAGED" in capsys.readouterr().out
+    path = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
+    path.write_text("import os")
+    has(refuse(call, inspect_checkpoint, run_dir), str(path), "has not the bytes")
+    assert "files: DAMAGED" in capsys.readouterr().out
     has(refuse(call, inspect_checkpoint, run_dir / "none"), "none does not exist")
+
+
+def test_inspecting_what_deepspeed_has_saved_says_that_nothing_can_be_compared(call, tmp_path):
+    lines = call(inspect_checkpoint, deepspeeds_own(tmp_path))
+    has("\n".join(lines), "files: safe to open; nothing says what bytes they should have", "2 ranks, ep_size 2, ZeRO-2")
+    has("\n".join(call(inspect_checkpoint, BEFORE)), "files: verified", "step: 3 (0", "2 ranks, ep_size 2, ZeRO-2")
+
+
+def plant(path, mark):
+    """Put what would run code into a file of torch.save, and vouch for it where there is a manifest."""
+    torch.save({"param": torch.zeros(1), "more": Malicious(mark)}, path)
+    checkpoint = next(folder for folder in path.parents if folder.name.startswith("step_"))
+    if (checkpoint / "manifest.json").is_file():
+        listed = json.loads((checkpoint / "manifest.json").read_text())
+        (checkpoint / "manifest.json").unlink()
+        files = {**listed.pop("files"), str(path.relative_to(checkpoint)): manifest.file_record(path)}
+        manifest.seal(checkpoint, listed, files)
+
+
+@pytest.mark.parametrize("form", ["form 1", "DeepSpeed's own", "Universal"])
+def test_inspecting_finds_code_in_any_file_that_a_loader_would_open(call, run_dir, tmp_path, form):
+    if form == "Universal":
+        call(reshard_checkpoint, run_dir, tmp_path / "new")
+        checkpoint = tmp_path / "new" / "checkpoints" / "step_4"
+        pieces = [sorted(checkpoint.glob(f"zero/*/{name}.pt"))[-1] for name in ("fp32", "exp_avg", "step")]
+        files = [*checkpoint.glob("*.pt"), *checkpoint.glob("zero/*.pt"), *pieces]
+    else:
+        whole = shutil.copytree(BEFORE / "checkpoints" / "step_3", tmp_path / "one" / "step_3")
+        checkpoint = whole if form == "form 1" else deepspeeds_own(tmp_path)
+        files = sorted(checkpoint.glob("*.pt"))
+        assert any("expert" in path.name for path in files)
+    assert len(files) >= 5
+    for path in files:
+        clean = shutil.copytree(checkpoint, tmp_path / "clean" / checkpoint.name)
+        plant(path, tmp_path / "mark")
+        has(refuse(call, inspect_checkpoint, checkpoint), str(path), "system", "do not open it")
+        assert not (tmp_path / "mark").exists()
+        shutil.rmtree(checkpoint)
+        shutil.copytree(clean, checkpoint)
+        shutil.rmtree(clean.parent)
 
 
 # --- generate -------------------------------------------------------------------------------------------------------
@@ -244,7 +319,7 @@ def test_generation_uses_the_newest_checkpoint_that_holds(call, run_dir):
     words = (generate, run_dir, "--prompt", "to be", "--max_new_tokens", "4")
     text = call(*words)
     assert len(text) >= 2
-    (run_dir / "checkpoints" / "step_4" / "run.json").write_text("{}")
+    (run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py").write_text("")
     assert call(*words)[0].startswith("passed over")
     shutil.rmtree(run_dir / "checkpoints")
     has(refuse(call, *words), "holds no checkpoint yet")
@@ -255,3 +330,31 @@ def test_the_model_of_run_json_must_be_that_of_the_checkpoint(call, run_dir):
     record["model"]["num_hidden_layers"] = 3
     (run_dir / "run.json").write_text(json.dumps(record))
     has(refuse(call, generate, run_dir), "num_hidden_layers 2, not 3")
+
+
+def test_wrong_options_of_generate_come_at_once(call, run_dir):
+    with pytest.raises(UserError) as caught:
+        call(generate, run_dir, "--num_samples", "0", "--top_p", "2", "--promt", "a")
+    assert len(sentences(caught.value.problems)) == 3
+    has(str(caught.value), "num_samples is 0", "top_p is 2", 'unknown option "--promt"')
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused_before_the_model_is_built(
+    call, run_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generate, "Decoder", None)
+    train_tokenizer(["to be or not to be, that is the question"] * 9, 320).save(str(tmp_path / "tokenizer.json"))
+    large = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    large.add_tokens([f"word{number}" for number in range(60)])
+    large.save(str(tmp_path / "tokenizer.json"))
+    has(refuse(call, generate, run_dir, "--tokenizer", tmp_path), "tokenizer.json", "the model's vocabulary of 300")
+    has(refuse(call, generate, run_dir, "--end_of_text", "<halt>"), '"<halt>"')
+
+
+@pytest.mark.parametrize("change", [{"model": []}, {"model": {"hidden_size": "64"}}, {"deepspeed": [1]}], ids=str)
+def test_a_run_json_of_wrong_types_is_refused_by_generate(call, run_dir, change):
+    record = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps({**record, **change}))
+    with pytest.raises(UserError) as caught:
+        call(generate, run_dir)
+    assert all(f"run.json: {key}" in problem for key in change for problem in sentences(caught.value.problems))

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import fetch_corpus
 import numpy as np
+import prepare_data
 import pytest
 import report
 from refusals import has, refusal
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megamoe import cli
 from megamoe.data.tokenizer import load_tokenizer
@@ -223,8 +225,6 @@ def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, te
 
 def prepare(monkeypatch, capsys, *words):
     """(exit code, lines on stderr that are problems) of prepare_data in this process."""
-    import prepare_data
-
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
     with pytest.raises(SystemExit) as caught:
         cli.run(prepare_data.main)
@@ -267,7 +267,9 @@ def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, text
         ((tmp_path / "none", "--out", out, "--vocab_size", 300), (str(tmp_path / "none"), "does not exist")),
         ((tmp_path / "bad", "--out", out, "--vocab_size", 300), (str(tmp_path / "bad"), "0xe9", "offset 3")),
         ((tmp_path / "empty.txt", "--out", out, "--vocab_size", 300), ("empty", "give")),
-        ((texts, "--out", out, "--vocab_sise", 300), ("--vocab_sise", "--vocab_size")),
+        ((texts, "--out", out, "--vocab_size", 300, "--text_kye", "a"), ("unknown option", "--text_kye", "--text_key")),
+        ((texts, "--out", out, "--vocab_size", 300, "--end_of_text", "</s>"), ("--end_of_text", "--tokenizer")),
+        (("/proc/kmsg", "--out", out, "--vocab_size", 300), ("/proc/kmsg", "not a regular file")),
         ((texts, "--out", out, "--vocab_size", 300, "--vocab_size", 301), ("--vocab_size", "300", "301")),
         ((texts, "--vocab_size", 300), ("--out",)),
     ]:
@@ -276,6 +278,48 @@ def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, text
         (problem,) = problems
         has(problem, *parts)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "empty.txt", "texts"]
+
+
+def test_all_problems_of_a_call_come_at_once(tmp_path, monkeypatch, capsys):
+    words = (tmp_path / "none", "--out", tmp_path, "--valid_fraction", 2, "--vocab_sise", 300)
+    code, problems = prepare(monkeypatch, capsys, *words)
+    assert code == 2
+    parts = ('unknown option "--vocab_sise"', "give either", "valid_fraction is 2", "exists already", "does not exist")
+    assert len(problems) == len(parts)
+    has(" ".join(problems), *parts)
+
+
+def test_a_tokenizer_may_be_given_by_its_folder_and_its_end_of_text_be_named(tmp_path, texts, monkeypatch, capsys):
+    vocabulary = {f"{word}": number for number, word in enumerate(["[UNK]", "</s>", "<stop>", "Chapter", "The"])}
+    words_only = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
+    words_only.save(str(tmp_path / "tokenizer.json"))
+    options = ("--tokenizer", tmp_path, "--valid_fraction", 0)
+    for name, more, end in (("one", (), 1), ("two", ("--end_of_text", "<stop>"), 2)):
+        assert prepare(monkeypatch, capsys, texts, "--out", tmp_path / name, *options, *more) == (0, [])
+        tokens = np.fromfile(tmp_path / name / "train.bin", dtype=np.int16)
+        assert tokens[0] == 3
+        assert np.flatnonzero(np.isin(tokens, (1, 2))).size == 4
+        assert tokens[-1] == end
+    code, (problem,) = prepare(
+        monkeypatch, capsys, texts, "--out", tmp_path / "three", *options, "--end_of_text", "<halt>"
+    )
+    assert code == 2
+    has(problem, '"<halt>"', "name one")
+    assert not (tmp_path / "three").exists()
+
+
+def test_what_a_killed_call_has_left_is_said_and_the_next_one_works(tmp_path, texts, monkeypatch, capsys):
+    (tmp_path / ".out-killed").mkdir()
+    (tmp_path / ".out-killed" / "train.bin").write_bytes(b"half")
+    monkeypatch.setattr(
+        sys, "argv", ["prepare_data.py", str(texts), "--out", str(tmp_path / "out"), "--vocab_size", "300"]
+    )
+    prepare_data.main()
+    said = capsys.readouterr().err
+    assert said.count(f"note: {tmp_path / '.out-killed'} is of a call that has not finished") == 1
+    assert (tmp_path / "out" / "train.bin").exists()
+    assert (tmp_path / ".out-killed" / "train.bin").read_bytes() == b"half"  # it may still run
 
 
 def test_an_out_inside_a_file_is_refused(texts, monkeypatch, capsys):

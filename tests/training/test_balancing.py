@@ -5,8 +5,9 @@ import torch
 from ranks import run_ranks
 from toy import PRESET, SHIPPED, ds_config
 
-from megamoe.config import ModelConfig, read_json
+from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
+from megamoe.json_files import read_json
 from megamoe.model.router import Router
 from megamoe.training.balancing import LoadBalancer, max_violation
 from megamoe.training.step import build_train_step

@@ -6,7 +6,7 @@ import pytest
 from ranks import run_ranks
 from toy import SHIPPED, train_here, write_inputs
 
-from megamoe.config import read_json
+from megamoe.json_files import read_json
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.json")))

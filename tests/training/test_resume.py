@@ -4,14 +4,14 @@ import contextlib
 import io
 import json
 import os
-import shutil
 
 import torch
 from ranks import run_ranks
 from toy import PRESET, SHIPPED, ds_config, losses, train_here, write_inputs
 
-from megamoe.config import read_json
+from megamoe.checkpoint.index import read_index
 from megamoe.errors import UserError
+from megamoe.json_files import read_json
 
 
 def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(tmp_path):
@@ -58,8 +58,10 @@ def test_a_run_resumes_on_other_ranks_and_another_ep_size_and_keeps_its_newest_c
     torch.testing.assert_close(losses(log), losses(whole), atol=1e-5, rtol=0)
     kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert kept == ["latest", "step_10", "step_3", "step_6", "step_9"]
-    assert json.loads((tmp_path / "cut" / "run.json").read_text())["world_size"] == 1
-    assert json.loads((tmp_path / "cut" / "checkpoints" / "step_6" / "run.json").read_text())["world_size"] == 2
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["world_size"] == 4
+    resumes = [json.loads(line) for line in (tmp_path / "cut" / "resumes.jsonl").read_text().splitlines() if line]
+    assert [(one["world_size"], one["checkpoint"]) for one in resumes] == [(2, "step_4"), (1, "step_7")]
+    assert read_index(tmp_path / "cut" / "checkpoints" / "step_6").topology.world_size == 2
 
 
 def test_ranks_that_would_change_the_samples_of_a_step_are_refused_with_the_way_out(tmp_path):
@@ -74,14 +76,15 @@ def test_a_resume_passes_over_a_damaged_checkpoint_and_refuses_if_none_holds(tmp
     run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "ep_size": 2, "save_interval": 2}
     whole = run_ranks(2, train_here, {**run, "steps": 6})[0]
     folder = tmp_path / "run" / "checkpoints"
-    os.truncate(next((folder / "step_6").glob("*rank_1_*optim_states.pt")), 100)
+    os.truncate(folder / "step_6" / "rank_00001.safetensors", 100)
     log = run_ranks(2, train_here, {**run, "steps": 8, "resume": True})[0]
     assert losses(log)[:6] == losses(whole)
-    for path in folder.glob("step_*/run.json"):
+    assert (folder / "latest").read_text() == "step_8.1"  # not among those that it has left behind
+    for path in folder.glob("step_*/rank_00000.safetensors"):
         path.unlink()
     problems, others = run_ranks(2, problems_of, {**run, "steps": 9, "resume": True})
     (last,) = [line for line in problems if line.startswith("error: ")]
-    assert "run.json is missing" in last
+    assert "rank_00000.safetensors is missing" in last
     assert others == []
 
 
@@ -99,8 +102,8 @@ def test_a_run_starts_from_the_weights_of_another_and_refuses_those_of_another_m
     assert any("hidden_size 32, not 64" in problem for problem in problems)
     assert any("num_attention_heads x head_dim 32, not 16" in problem for problem in problems)
     assert not (tmp_path / "third").exists()
-    os.truncate(tmp_path / "first" / "checkpoints" / "step_12" / "mp_rank_00_model_states.pt", 50)
-    shutil.copytree(tmp_path / "second" / "checkpoints" / "step_2", tmp_path / "first" / "checkpoints" / "step_2")
+    run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "first"), "steps": 14, "resume": True})
+    os.truncate(tmp_path / "first" / "checkpoints" / "step_14" / "rank_00000.safetensors", 50)
     again = run_ranks(2, train_here, {**start, "run_dir": str(tmp_path / "fourth")})[0]  # from the one that holds
     assert losses(again)[0] < losses(first)[0] - 0.5
     missing = run_ranks(1, problems_of, {**start, "init_from": "nowhere", "ep_size": 1})[0]

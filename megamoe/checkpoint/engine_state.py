@@ -1,0 +1,129 @@
+"""What of a training engine is saved: this rank's tensors as slices of parameters, and its counters.
+
+Weights in 16 bits are not: they are the fp32 masters, rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from torch import Tensor
+
+from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
+from megamoe.model.names import is_buffer, plain_name
+from megamoe.optimizers import MASTERS, Layout, OptimizerSpec, find_optimizer
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A stretch of one flattened parameter on this rank."""
+
+    name: str  # plain
+    start: int  # in the parameter
+    count: int
+    offset: int  # in its flat tensors
+    tensors: dict[str, int]  # number in `RankState.tensors` by kind
+
+
+@dataclass
+class RankState:
+    """The tensors that one rank saves: flat ones with many parameters each, so that they are copied at once."""
+
+    tensors: list[Tensor]
+    slices: list[Slice]
+    shapes: dict[str, list[int]]  # of the parameters that it has slices of
+
+
+def optimizer_spec(engine: deepspeed.DeepSpeedEngine) -> OptimizerSpec:
+    """The optimizer's entry in the table."""
+    spec = find_optimizer(engine.optimizer_name())
+    assert spec, "the checks of a run refuse what is not in the table"
+    return spec
+
+
+def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:
+    """The engine's own masters and optimizer state of this rank, and on rank 0 the router statistics."""
+    zero, kinds = engine.optimizer, _state_kinds(engine)
+    first_expert = engine.module.topology.first_expert
+    names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
+    tensors: list[Tensor] = []
+    slices = []
+    shapes = {names[parameter]: list(parameter.shape) for parameter in names if parameter.numel() == 0}
+    for group, master in enumerate(zero.single_partition_of_fp32_groups):
+        flat = {MASTERS: master.data, **{kind: zero.optimizer.state[master][kind] for kind in kinds}}
+        numbers = dict(zip(flat, range(len(tensors), len(tensors) + len(flat)), strict=True))
+        tensors += flat.values()
+        for parameter in zero.bit16_groups[group]:
+            mapping = parameter._hp_mapping
+            if mapping is not None:  # else its values are on other ranks
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                slices.append(Slice(names[parameter], there.start, there.numel, here.start, numbers))
+                shapes[names[parameter]] = list(parameter.shape)
+    if dist.get_rank() == 0:  # they are the same on every rank
+        for name, buffer in engine.module.named_buffers():
+            if is_buffer(name):
+                slices.append(Slice(plain_name(name), 0, buffer.numel(), 0, {BUFFER: len(tensors)}))
+                shapes[plain_name(name)] = list(buffer.shape)
+                tensors.append(buffer.flatten())
+    return RankState(tensors, slices, shapes)
+
+
+def _state_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    """Names of the optimizer's state tensors that are split as the masters are; none before the first applied step."""
+    state = engine.optimizer.optimizer.state
+    first = state.get(engine.optimizer.single_partition_of_fp32_groups[0], {})
+    return [
+        tensor.name
+        for tensor in optimizer_spec(engine).state
+        if tensor.layout is Layout.PARTITIONED and tensor.name in first
+    ]
+
+
+def topology(engine: deepspeed.DeepSpeedEngine) -> Topology:
+    """What the engine runs on."""
+    return Topology(
+        world_size=dist.get_world_size(),
+        ep_size=engine.module.topology.ep_size,
+        zero_stage=int(engine.zero_optimization_stage()),
+    )
+
+
+def training_record(engine: deepspeed.DeepSpeedEngine, skipped_in_window: int) -> TrainingRecord:
+    """The engine's counters."""
+    scheduler = engine.lr_scheduler.state_dict()
+    return TrainingRecord(
+        global_samples=engine.global_samples,
+        skipped_steps=engine.skipped_steps,
+        skipped_in_window=skipped_in_window,
+        scheduler=SchedulerPosition(last_epoch=scheduler["last_epoch"], step_count=scheduler["_step_count"]),
+        loss_scaler=_plain(vars(engine.optimizer.loss_scaler)),
+    )
+
+
+def optimizer_record(engine: deepspeed.DeepSpeedEngine) -> OptimizerRecord:
+    """The optimizer's step count and hyperparameters."""
+    optimizer = engine.optimizer.optimizer
+    step = optimizer.state.get(engine.optimizer.single_partition_of_fp32_groups[0], {}).get("step")
+    is_tensor = isinstance(step, Tensor)
+    return OptimizerRecord(
+        name=engine.optimizer_name(),
+        state=_state_kinds(engine),
+        step=step.item() if is_tensor else step,
+        step_dtype=str(step.dtype).removeprefix("torch.") if is_tensor else None,
+        groups=[_plain(group) for group in optimizer.param_groups],
+    )
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Those fields that JSON can hold."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
+    return {key: value for key, value in plain.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value)) and len(value) < 10
+    return value is None or isinstance(value, (bool, int, float, str))

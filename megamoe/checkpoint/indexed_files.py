@@ -1,0 +1,109 @@
+"""Read a checkpoint of megamoe's own form by its index: only the files and ranges that are asked for, each verified."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamoe.checkpoint.index import BUFFER, FileRecord, Index, SliceRecord
+from megamoe.checkpoint.slice_file import SliceFile, sha256
+from megamoe.errors import UserError
+
+OPEN_FILES = 64
+
+
+class IndexedFiles:
+    """A checkpoint, or as much of it as an index lists. What is read has the bytes that were saved: else UserError."""
+
+    has_optimizer = True
+
+    def __init__(self, folder: Path, index: Index, buffers: dict[str, Tensor] | None = None):
+        """
+        Args:
+            buffers: where they have been read already.
+        """
+        self.folder = folder
+        self.index = index
+        self.shapes = {name: tuple(shape) for name, shape in index.shapes.items()}
+        self._open = lru_cache(OPEN_FILES)(self._open_file)
+        self._slices: dict[str, list[tuple[str, SliceRecord]]] = {}
+        for file, record in index.files.items():
+            for piece in record.slices:
+                self._slices.setdefault(piece.name, []).append((file, piece))
+        for slices in self._slices.values():
+            slices.sort(key=lambda item: item[1].start)
+        self.buffers = buffers or {}
+        for one in index.buffers:
+            self.buffers[one.name] = self.read(one.name, BUFFER, 0, one.count).view(self.shapes.pop(one.name))
+        self.state_names = tuple(index.optimizer.state)
+        self.world_size, self.ep_size = index.topology.world_size, index.topology.ep_size
+        self.zero_stage = index.topology.zero_stage
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        parts = []
+        for file, piece in self._slices.get(name, ()):
+            first, last = max(start, piece.start), min(start + count, piece.start + piece.count)
+            if first < last:
+                record = piece.tensors[kind]
+                parts.append(self._open(file).read(record, piece.count, first - piece.start, last - first))
+        return (parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])).float()
+
+    def training_state(self) -> dict[str, Any]:
+        index = self.index
+        step: Any = index.optimizer.step
+        if step is not None:
+            dtype = index.optimizer.step_dtype
+            step = torch.tensor(step, dtype=getattr(torch, dtype)) if dtype else int(step)
+        return {
+            "global_steps": index.step,
+            "global_samples": index.training.global_samples,
+            "skipped_steps": index.training.skipped_steps,
+            "lr_scheduler": {
+                "last_epoch": index.training.scheduler.last_epoch,
+                "_step_count": index.training.scheduler.step_count,
+            },
+            "loss_scaler": index.training.loss_scaler,
+            "optimizer_step": step,
+            "groups": index.optimizer.groups,
+        }
+
+    def _open_file(self, name: str) -> SliceFile:
+        record = self.index.files[name]
+        return SliceFile(self.folder / name, record.bytes, record.header)
+
+
+def problems(folder: Path, index: Index, part: int = 0, parts: int = 1) -> list[str]:
+    """What keeps the files of a checkpoint from being those that were saved, one sentence each.
+
+    Args:
+        part: look at this share only, of `parts`; the shares together cover every file.
+    """
+    largest_first = sorted(index.files.items(), key=lambda item: -item[1].bytes)
+    # One after the other, so that shares stay even where there are fewer files than parts.
+    found = [
+        problem for name, record in largest_first for problem in _file_problems(folder / name, record, part, parts)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _file_problems(path: Path, record: FileRecord, part: int, parts: int) -> list[str]:
+    try:
+        if record.sha256 is not None:
+            return [] if part else _whole_file_problems(path, record)
+        file = SliceFile(path, record.bytes, record.header)
+        tensors = [(tensor, piece.count) for piece in record.slices for tensor in piece.tensors.values()]
+        return [problem for tensor, count in tensors[part::parts] for problem in file.problems(tensor, count)]
+    except UserError as error:
+        return error.problems
+
+
+def _whole_file_problems(path: Path, record: FileRecord) -> list[str]:
+    if not path.is_file():
+        return [f"{path} is missing; bring it back, or use an older checkpoint."]
+    if path.stat().st_size != record.bytes or sha256(path.read_bytes()) != record.sha256:
+        return [f"{path} has not the bytes with which it was saved; use an older checkpoint."]
+    return []

@@ -1,0 +1,213 @@
+"""One rank's file of a checkpoint: flat tensors in the safetensors container, hashed in blocks.
+
+Any safetensors reader opens such a file. It is written and read here, since the state must not be in memory twice, a
+reader takes ranges and has to know that their bytes are those that were saved, and a file that shrinks under a mapping
+would kill the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from megamoe.errors import UserError
+
+BLOCK_BYTES = 1 << 24
+MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+ALIGNMENT = 8  # of the first tensor
+# torch's name and the container's, of what an optimizer may keep.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int8": "I8", "uint8": "U8"}
+
+
+class TensorRecord(BaseModel):
+    """What the index says about one flat tensor of a rank's file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    """As torch names it."""
+    offset: int = Field(ge=0, lt=2**53)
+    """Of its first byte in the file."""
+    sha256: list[str]
+    """Of each block of at most BLOCK_BYTES of its bytes, in order."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return getattr(torch, self.dtype).itemsize
+
+
+def number_of_blocks(nbytes: int) -> int:
+    """Blocks that are hashed of a tensor of that size."""
+    return -(-nbytes // BLOCK_BYTES)
+
+
+def sha256(data: Any) -> str:
+    """SHA-256 of a buffer, as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[str, dict[str, TensorRecord]]:
+    """Write a new file of flat tensors, each (N,), in their order; returns the SHA-256 of its header, and what the
+    index says about each tensor.
+
+    The bytes are not yet on the disk: see `folders.flush`. Raises OSError, also where `path` exists.
+    """
+    header = _header(tensors, metadata)
+    records = {}
+    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        _write(file, memoryview(header))
+        offset = len(header)
+        for name, tensor in tensors.items():
+            hashes = []
+            for block in tensor.detach().split(BLOCK_BYTES // tensor.dtype.itemsize) if len(tensor) else ():
+                data = _as_bytes(block.contiguous().cpu())
+                hashed = hasher.submit(sha256, data)
+                _write(file, data)
+                hashes.append(hashed.result())
+            records[name] = TensorRecord(dtype=_dtype_name(tensor.dtype), offset=offset, sha256=hashes)
+            offset += tensor.nbytes
+    return sha256(header), records
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name, tensor in tensors.items():
+        entries[name] = {
+            "dtype": DTYPES[_dtype_name(tensor.dtype)],
+            "shape": [len(tensor)],
+            "data_offsets": [position, position + tensor.nbytes],
+        }
+        position += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: Any, data: memoryview) -> None:
+    while data:  # the kernel takes 2 GiB at most at a time, and less where a disk is nearly full
+        data = data[file.write(data) :]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class DamagedError(UserError):
+    """A file that is not as it was saved."""
+
+
+class SliceFile:
+    """A rank's file, open for reading; what is read is compared with the hashes of the index."""
+
+    def __init__(self, path: Path, nbytes: int, header: str):
+        """
+        Args:
+            header: SHA-256 of its header, in which the id of the save stands.
+
+        Raises DamagedError if it is missing, or has another size or header.
+        """
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
+            size = os.fstat(self._file.fileno()).st_size
+            found = sha256(self._header(size))
+        except FileNotFoundError:
+            raise DamagedError(f"{path} is missing; bring it back, or use an older checkpoint.") from None
+        except OSError as error:
+            raise DamagedError(
+                f"{path} cannot be read ({error.strerror}); fix that, or use an older checkpoint."
+            ) from None
+        if size != nbytes:
+            raise DamagedError(
+                f"{path} has {size:,} bytes, not the {nbytes:,} that were saved; use an older checkpoint."
+            )
+        if found != header:
+            raise DamagedError(
+                f"{path} is not the file that was saved here: its header has changed, or it is of another save; use an "
+                "older checkpoint."
+            )
+        self._buffer = memoryview(bytearray())
+
+    def _header(self, size: int) -> bytes:
+        length = self._file.read(8)
+        return length + self._file.read(min(int.from_bytes(length, "little"), size, MOST_HEADER_BYTES))
+
+    def read(self, record: TensorRecord, length: int, start: int, count: int) -> Tensor:
+        """Values `start` to `start` + `count` of a tensor of `length` values, (count,).
+
+        Raises DamagedError if a block that they lie in is not what was saved.
+        """
+        values = torch.empty(count, dtype=getattr(torch, record.dtype))
+        if not count:
+            return values
+        target, first = _as_bytes(values), start * record.itemsize
+        last = first + len(target)
+        for number, begin, end in _blocks(length * record.itemsize, first, last):
+            if first <= begin and end <= last:
+                self._read_block(record, number, begin, target[begin - first : end - first])
+                continue
+            if len(self._buffer) < end - begin:
+                self._buffer = memoryview(bytearray(end - begin))
+            block = self._buffer[: end - begin]
+            self._read_block(record, number, begin, block)
+            low, high = max(begin, first), min(end, last)
+            target[low - first : high - first] = block[low - begin : high - begin]
+        return values
+
+    def problems(self, record: TensorRecord, length: int) -> list[str]:
+        """What is wrong with the bytes of a tensor of `length` values."""
+        nbytes = length * record.itemsize
+        block = memoryview(bytearray(min(nbytes, BLOCK_BYTES)))
+        try:
+            for number, begin, end in _blocks(nbytes, 0, nbytes):
+                self._read_block(record, number, begin, block[: end - begin])
+        except DamagedError as error:
+            return error.problems
+        return []
+
+    def _read_block(self, record: TensorRecord, number: int, begin: int, target: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(target):
+                count = os.preadv(self._file.fileno(), [target[done:]], record.offset + begin + done)
+                if not count:
+                    raise OSError(0, "it is shorter than it was")
+                done += count
+        except OSError as error:
+            raise DamagedError(
+                f"{self.path} cannot be read ({error.strerror}); fix that, or use an older checkpoint."
+            ) from None
+        if sha256(target) != record.sha256[number]:
+            raise DamagedError(
+                f"{self.path} has not the SHA-256 with which it was saved: its bytes have changed; use an older "
+                "checkpoint."
+            )
+
+
+def _blocks(nbytes: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """(number, begin, end) in bytes of each block of a tensor of `nbytes` that bytes `first` to `last` touch."""
+    for number in range(first // BLOCK_BYTES, number_of_blocks(last)):
+        yield number, number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, nbytes)

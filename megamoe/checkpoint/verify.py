@@ -1,0 +1,42 @@
+"""Is a checkpoint what was saved? The one check for resuming, "done", converting and inspecting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megamoe.checkpoint import folders, indexed_files, manifest
+from megamoe.checkpoint.deepspeed_files import MAIN_FILE
+from megamoe.checkpoint.index import read_index
+from megamoe.errors import UserError
+
+
+def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What keeps a checkpoint from being what was saved, one sentence each, found by reading all of its bytes.
+
+    Args:
+        part: look at this share only, of `parts`; the shares together cover every file.
+    """
+    if not checkpoint.exists():
+        return [f"{checkpoint} does not exist; check the path, or use an older checkpoint."]
+    try:
+        if folders.has_index(checkpoint):
+            return indexed_files.problems(checkpoint, read_index(checkpoint), part, parts)
+        listed = manifest.read_manifest(checkpoint)
+        if listed is not None:
+            return manifest.file_problems(checkpoint, listed, part, parts)
+        problem = incomplete(checkpoint)
+    except UserError as error:
+        return error.problems
+    return [problem] if problem else []
+
+
+def incomplete(checkpoint: Path) -> str | None:
+    """Why a folder without index and manifest is no checkpoint; None where megamoe has not written it, so that nothing
+    can be verified. Raises UserError."""
+    if not checkpoint.is_dir() or folders.is_complete(checkpoint):
+        return None
+    in_run = folders.step_of(checkpoint) is not None and folders.run_of(checkpoint) is not None
+    of_form_1 = (checkpoint / "run.json").is_file() and (checkpoint / MAIN_FILE).is_file()
+    if in_run or of_form_1 or any(checkpoint.glob("rank_*.safetensors")):
+        return f"{checkpoint} was not saved completely, for it has no {folders.INDEX}; use an older checkpoint."
+    return None

@@ -1,0 +1,221 @@
+"""Names and order of a run's checkpoints, and their removal, whenever it is cut off."""
+
+import builtins
+import errno
+import os
+import random
+import shutil
+
+import pytest
+
+from megamoe.checkpoint import folders
+from megamoe.checkpoint.folders import Age
+
+
+def write(folder, name, complete="index.json"):
+    """A folder with the files that a checkpoint has."""
+    checkpoint = folder / name
+    checkpoint.mkdir(parents=True)
+    for file in ("rank_00000.safetensors", "rank_00001.safetensors", "zero_to_fp32.py"):
+        (checkpoint / file).write_bytes(b"some bytes")
+    if complete:
+        (checkpoint / complete).write_text("{}\n")
+    return checkpoint
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+# --- names and order ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_says_step_and_generation_and_comes_back(tmp_path):
+    for age, name in ((Age(0, 0), "step_0"), (Age(0, 2000), "step_2000"), (Age(3, 1000), "step_1000.3")):
+        assert folders.name_of(age) == name
+        assert folders.age_of(tmp_path / name) == age
+        assert folders.step_of(tmp_path / name) == age.step
+
+
+def test_nothing_else_is_a_checkpoints_name(tmp_path):
+    others = ("step_007", "step_3.0", "step_3.01", "step_3.old", "step_", "step_x", "xstep_1", "step_1.partial",
+              "step_-1", "step_1.", "step_١", "step_1١", "step_1\n", "step_" + "9" * 30, "latest")  # fmt: skip
+    for name in others:
+        assert folders.age_of(tmp_path / name) is None, name
+        assert folders.step_of(tmp_path / name) is None, name
+        (tmp_path / name).mkdir()
+    assert folders.step_folders(tmp_path) == []
+
+
+def test_the_newest_comes_first_by_generation_and_then_by_step(tmp_path):
+    order = ["step_7.2", "step_1500.1", "step_1001.1", "step_2000", "step_1000", "step_999", "step_0"]
+    for name in random.Random(0).sample(order, len(order)):
+        write(tmp_path, name)
+    write(tmp_path, "step_3.9", complete=None)
+    (tmp_path / "step_5.9").write_text("a file")
+    assert names(folders.step_folders(tmp_path)) == ["step_3.9", *order]
+    assert names(folders.checkpoints(tmp_path)) == order
+    assert folders.checkpoints(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize(("last", "complete"), [("index.json", True), ("manifest.json", True), (None, False)])
+def test_a_checkpoint_is_complete_once_its_index_or_its_manifest_is_there(tmp_path, last, complete):
+    assert folders.is_complete(write(tmp_path, "step_1", last)) is complete
+
+
+def test_what_is_found_at_a_path_is_a_runs_checkpoints_a_folder_of_them_or_the_path_itself(tmp_path):
+    for name in ("step_1", "step_2"):
+        write(tmp_path / "checkpoints", name)
+    write(tmp_path / "checkpoints", "step_3", complete=None)  # somebody has to say that it is passed over
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        assert names(folders.found_at(path)) == ["step_3", "step_2", "step_1"]
+    for path in (tmp_path / "checkpoints" / "step_1", tmp_path / "none"):
+        assert folders.found_at(path) == [path]
+
+
+def test_the_run_of_a_checkpoint_is_that_in_whose_folder_it_lies(tmp_path, monkeypatch):
+    checkpoint = write(tmp_path / "run" / "checkpoints", "step_1")
+    assert folders.run_of(checkpoint) is None
+    (tmp_path / "run" / "run.json").write_text('{"run_id": "one"}')
+    assert folders.run_of(checkpoint) == {"run_id": "one"}
+    monkeypatch.chdir(checkpoint)
+    assert folders.run_of(folders.Path("../step_1").resolve()) == {"run_id": "one"}
+
+
+def test_a_line_says_what_is_passed_over_and_why(tmp_path):
+    line = folders.passed_over(tmp_path / "step_2", ["it is damaged.", "it is worse.", "it is lost."])
+    assert line == f"passed over {tmp_path / 'step_2'}: it is damaged. (and 2 more)"
+    assert folders.passed_over(tmp_path / "step_2", ["it is damaged."]).endswith(": it is damaged.")
+
+
+# --- removing -------------------------------------------------------------------------------------------------------
+
+
+def test_cleaning_removes_what_a_save_has_left_and_nothing_else(tmp_path):
+    for name, complete in (("step_1", "index.json"), ("step_2", "manifest.json"), ("step_4", None)):
+        write(tmp_path, name, complete)
+    (tmp_path / "step_3").mkdir()  # as DeepSpeed alone writes it
+    (tmp_path / "step_3" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    (tmp_path / "step_5").mkdir()
+    write(tmp_path, "step_6.partial")  # of the version before
+    (tmp_path / "latest.partial").write_text("step_4")
+    (tmp_path / "notes").mkdir()
+    folders.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step_1", "step_2", "step_3"]
+    folders.clean(tmp_path / "nothing")
+
+
+def test_a_link_to_a_checkpoint_is_removed_alone(tmp_path):
+    elsewhere = write(tmp_path, "step_1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step_1").symlink_to(elsewhere)
+    folders.discard(tmp_path / "run" / "step_1")
+    assert list((tmp_path / "run").iterdir()) == []
+    assert folders.is_complete(elsewhere)
+    assert len(list(elsewhere.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "kept"),
+    [(1, 0, [6]), (2, 0, [5, 6]), (2, 3, [3, 5, 6]), (1, 2, [2, 4, 6]), (9, 1, [1, 2, 3, 4, 5, 6]), (6, 0, None)],
+)
+def test_retention_keeps_the_last_ones_and_every_nth(tmp_path, last, every, kept):
+    for step in range(1, 7):
+        write(tmp_path, f"step_{step}")
+    folders.prune(tmp_path, last, every, is_good=lambda path: True)
+    assert sorted(map(folders.step_of, tmp_path.iterdir())) == (kept or [1, 2, 3, 4, 5, 6])
+
+
+def test_retention_keeps_the_newest_good_one_where_the_last_ones_are_not(tmp_path):
+    for step in range(1, 7):
+        write(tmp_path, f"step_{step}")
+    folders.prune(tmp_path, 2, 0, is_good=lambda path: folders.step_of(path) in (1, 3))
+    assert sorted(map(folders.step_of, tmp_path.iterdir())) == [3, 5, 6]
+    folders.prune(tmp_path, 2, 0, is_good=lambda path: folders.step_of(path) in (3, 5))
+    assert sorted(map(folders.step_of, tmp_path.iterdir())) == [5, 6]
+    folders.prune(tmp_path, 1, 0, is_good=lambda path: False)
+    assert names(tmp_path.iterdir()) == ["step_6"]
+
+
+def test_retention_goes_by_age_and_not_by_step_and_leaves_what_is_not_complete(tmp_path):
+    for name in ("step_50", "step_7.1", "step_8.1"):
+        write(tmp_path, name)
+    write(tmp_path, "step_9.1", complete=None)  # is being written
+    folders.prune(tmp_path, 2, 0, is_good=lambda path: True)
+    assert sorted(names(tmp_path.iterdir())) == ["step_7.1", "step_8.1", "step_9.1"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody handles it."""
+
+
+CALLS = ((os, "fsync"), (os, "replace"), (os, "open"), (builtins, "open"), (os, "rmdir"), (os, "unlink"))
+
+
+def interrupt(monkeypatch, at, error):
+    """Let the `at`-th call to the file system raise `error`; returns a list that has it once it did."""
+    raised, count = [], [0]
+
+    def wrap(real):
+        def call(*args, **kwargs):
+            count[0] += 1
+            if count[0] == at:
+                raised.append(error)
+                raise error
+            return real(*args, **kwargs)
+
+        return call
+
+    for module, name in CALLS:
+        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
+    return raised
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.EIO, "Input/output error")], ids=["kill", "disk"])
+@pytest.mark.parametrize("complete", [folders.INDEX, folders.MANIFEST])
+def test_whenever_a_removal_is_cut_off_what_counts_as_a_checkpoint_has_all_of_its_files(
+    tmp_path, monkeypatch, error, complete
+):
+    moments = 0
+    for at in range(1, 100):
+        folder = tmp_path / str(at)
+        whole = {path.name for path in write(folder, "step_1", complete).iterdir()}
+        write(folder, "step_2")
+        with monkeypatch.context() as patch:
+            raised = interrupt(patch, at, error)
+            try:
+                folders.prune(folder, 1, 0, is_good=lambda path: True)
+            except (Killed, OSError):
+                assert raised
+        if not raised:
+            break
+        moments += 1
+        for checkpoint in folders.checkpoints(folder):
+            assert len(list(checkpoint.iterdir())) == len(whole)
+        assert "step_2" in names(folders.checkpoints(folder))
+        folders.clean(folder)
+        assert names(folders.step_folders(folder)) == names(folders.checkpoints(folder))
+        shutil.rmtree(folder)
+    assert moments > 5
+    assert names(folder.iterdir()) == ["step_2"]
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["kill", "full"])
+def test_a_file_that_is_replaced_is_the_old_or_the_new_one(tmp_path, monkeypatch, error):
+    moments = 0
+    for at in range(1, 100):
+        (tmp_path / "latest").write_text("step_1")
+        with monkeypatch.context() as patch:
+            raised = interrupt(patch, at, error)
+            try:
+                folders.replace_file(tmp_path / "latest", "step_2")
+            except (Killed, OSError):
+                assert raised
+        assert (tmp_path / "latest").read_text() in ("step_1", "step_2")
+        folders.replace_file(tmp_path / "latest", "step_3")  # what was left does not stand in the way
+        assert (tmp_path / "latest").read_text() == "step_3"
+        assert names(tmp_path.iterdir()) == ["latest"]
+        if not raised:
+            break
+        moments += 1
+    assert moments > 4

@@ -1,0 +1,335 @@
+"""The index: complete or none, of its own folder, and without contradictions."""
+
+import copy
+import json
+import math
+import os
+import random
+import shutil
+
+import pytest
+from indexed import BIAS, KINDS, RANKS, SHAPES, flip_bit, rewrite_index, values, write
+from refusals import has, refusal, refusals, sentences
+
+from megamoe.checkpoint import folders, verify
+from megamoe.checkpoint.index import Range, read_index, write_index
+from megamoe.checkpoint.indexed_files import IndexedFiles
+from megamoe.checkpoint.reader import open_source, run_record
+from megamoe.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    checkpoint = tmp_path_factory.mktemp("saved") / "step_3"
+    return checkpoint, write(checkpoint)
+
+
+@pytest.fixture
+def checkpoint(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "step_3")
+
+
+# --- complete or none -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_is_what_was_written(saved):
+    checkpoint, index = saved
+    assert folders.has_index(checkpoint)
+    assert read_index(checkpoint) == index
+    assert index.kinds == KINDS
+    assert not folders.has_index(checkpoint.parent)
+
+
+def test_an_index_that_exists_is_not_overwritten(checkpoint, saved):
+    with pytest.raises(FileExistsError):
+        write_index(checkpoint, saved[1])
+    assert read_index(checkpoint) == saved[1]
+
+
+def test_any_flipped_bit_of_the_index_is_found(checkpoint):
+    path, draw = checkpoint / "index.json", random.Random(0)
+    whole = path.read_bytes()
+    for byte in [*range(100), *draw.sample(range(len(whole)), 400), len(whole) - 2]:
+        flip_bit(path, byte, draw.randrange(8))
+        has(refusal(read_index, checkpoint), str(path))
+        path.write_bytes(whole)
+
+
+def test_an_index_of_which_a_part_is_written_is_none(checkpoint):
+    path = checkpoint / "index.json"
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole) - 2, 97), len(whole) - 2]:
+        path.write_bytes(whole[:length])
+        has(refusal(read_index, checkpoint), str(path))
+    path.write_bytes(whole[:-1])  # without the line break at its end
+    read_index(checkpoint)
+
+
+def test_an_index_of_a_later_version_says_what_to_do(checkpoint):
+    rewrite_index(checkpoint, lambda body: {**body, "version": 3, "more": 1})
+    has(refusal(read_index, checkpoint), "has version 3", "reads 2", "use a newer megamoe")
+
+
+# --- of its own folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [shutil.copytree, lambda a, b: b.symlink_to(a), lambda a, b: a.rename(b)])
+def test_a_checkpoint_that_is_copied_linked_or_moved_to_another_step_is_refused(checkpoint, tmp_path, way):
+    for name in ("step_6", "step_6.1"):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        (tmp_path / "new").mkdir()
+        whole = shutil.copytree(checkpoint, tmp_path / f"whole {name}" / "step_3")
+        way(whole, tmp_path / "new" / name)
+        problem = refusal(read_index, tmp_path / "new" / name)
+        has(problem, f"it is of step 3, but its folder is called {name}", "older checkpoint")
+
+
+def test_a_checkpoint_is_at_home_in_a_folder_of_another_name_or_in_another_generation(checkpoint, tmp_path, saved):
+    for name in ("mine", "step_3.4"):
+        assert read_index(checkpoint.rename(tmp_path / "moved")) == saved[1]
+        checkpoint = (tmp_path / "moved").rename(tmp_path / name)
+        assert read_index(checkpoint) == saved[1]
+
+
+@pytest.mark.parametrize(("of_index", "of_folder"), [("one", "two"), (None, "two"), ("one", None)])
+def test_a_checkpoint_of_another_run_is_refused_in_the_folder_of_a_run(tmp_path, of_index, of_folder):
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_3"
+    write(checkpoint, run_id=of_index)
+    read_index(checkpoint)  # lies in no run's folder
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"run_id": of_folder}))
+    has(refusal(read_index, checkpoint), f"it is of the run {of_index}", f"in the folder of the run {of_folder}")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"run_id": of_index}))
+    read_index(checkpoint)
+    read_index(shutil.copytree(checkpoint, tmp_path / "elsewhere" / "step_3"))
+
+
+# --- without contradictions -----------------------------------------------------------------------------------------
+
+
+def first_slice(body):
+    return body["files"]["rank_00000.safetensors"]["slices"][0]
+
+
+def put(target, key, value):
+    """A change of an index: `target` finds where in it."""
+
+    def change(body):
+        target(body)[key] = value
+
+    return change
+
+
+def whole(body):
+    return body
+
+
+def tensor(body):
+    return first_slice(body)["tensors"]["fp32"]
+
+
+CONTRADICTIONS = {
+    "no file": (lambda body: body["files"].pop("rank_00001.safetensors"), "do not hold each value"),
+    "no slice": (lambda body: body["files"]["rank_00001.safetensors"]["slices"].pop(), "do not hold each value"),
+    "a slice twice": (
+        lambda body: body["files"]["rank_00000.safetensors"]["slices"].append(first_slice(body)),
+        "do not hold each value",
+    ),
+    "overlap": (put(first_slice, "start", 1), "do not hold each value of the fp32 of model.a.weight once"),
+    "no moment": (lambda body: first_slice(body)["tensors"].pop("exp_avg"), "exp_avg of model.a.weight"),
+    "a larger shape": (lambda body: body["shapes"]["model.a.weight"].append(2), "do not hold each value"),
+    "no shape": (lambda body: body["shapes"].pop("model.a.weight"), "'model.a.weight', which has no shape"),
+    "a shape without values": (lambda body: body["shapes"].update({"model.c": [3]}), "do not hold each value"),
+    "beyond the file": (put(tensor, "offset", 2**40), "cannot hold the fp32 of model.a.weight"),
+    "too few hashes": (put(tensor, "sha256", []), "cannot hold the fp32"),
+    "too many hashes": (lambda body: tensor(body)["sha256"].append("0" * 64), "cannot hold the fp32"),
+    "a type of torch that is none of ours": (put(tensor, "dtype", "complex64"), "cannot hold the fp32"),
+    "a name of torch that is no type": (put(tensor, "dtype", "load"), "cannot hold the fp32"),
+    "out of the folder": (lambda body: body["files"].update({"../x.py": {"bytes": 1}}), "'../x.py' is no name"),
+    "an absolute file": (lambda body: body["files"].update({"/etc/passwd": {"bytes": 1}}), "'/etc/passwd' is no name"),
+    "a parameter with slashes": (lambda body: body["shapes"].update({"../../x": [0]}), "'../../x' is no name"),
+    "a state with slashes": (put(lambda body: body["optimizer"], "state", ["../x"]), "'../x' is no name"),
+    "a kind with slashes": (lambda body: first_slice(body)["tensors"].update({"a/b": tensor(body)}), "'a/b' is no"),
+    "a step without end": (put(lambda body: body["optimizer"], "step", 1e400), "Infinity is not finite"),
+    "a step that is no number": (put(lambda body: body["optimizer"], "step", float("nan")), "NaN is not finite"),
+    "a step of no type": (put(lambda body: body["optimizer"], "step_dtype", "load"), "'optimizer.step_dtype'"),
+    "a shape below zero": (put(lambda body: body["shapes"], "model.a.weight", [-7, -5]), "'shapes.model.a.weight.0'"),
+    "no hash of a header": (lambda body: body["files"]["rank_00000.safetensors"].pop("header"), "no SHA-256"),
+    "no hash of the script": (lambda body: body["files"]["zero_to_fp32.py"].pop("sha256"), "no SHA-256"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS)
+def test_an_index_that_contradicts_itself_is_refused_with_what_it_says(checkpoint, change):
+    change, says = CONTRADICTIONS[change]
+    rewrite_index(checkpoint, lambda body: change(body) and None)
+    problems = refusals(read_index, checkpoint)
+    assert len(problems) <= 3
+    assert all(str(checkpoint / "index.json") in problem for problem in problems)
+    has(problems[0], says)
+    assert sentences(verify.problems(checkpoint)) == problems
+
+
+HUGE = [-1, 2**63, 10**400, 1e400, -1e400, float("nan"), 0.5, "1", True, None, [], {}, [[1]], "load", "../x", "\n"]
+
+
+def places(value, path=()):
+    """Where in a nested value something stands."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from places(one, (*path, key))
+
+
+def mutate(body, draw):
+    """Change, remove, add or move one thing anywhere."""
+    spots = [path for path in places(body) if path and path[0] != "version"]
+    path = draw.choice(spots)
+    holder = body
+    for key in path[:-1]:
+        holder = holder[key]
+    kind = draw.randrange(4)
+    if kind == 0:
+        holder[path[-1]] = draw.choice(HUGE)
+    elif kind == 1:
+        del holder[path[-1]]
+    elif kind == 2 and isinstance(holder, dict):
+        holder[draw.choice(["x", "../x", "", "sha256", "model.a.weight", "\n"])] = holder.pop(path[-1])
+    else:
+        holder[path[-1]] = copy.deepcopy(read_at(body, draw.choice(spots)))
+
+
+def read_at(body, path):
+    for key in path:
+        body = body[key]
+    return body
+
+
+def problems_of(function, *args):
+    try:
+        function(*args)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def use_all(checkpoint):
+    """Everything that is read of a checkpoint, on the way of a resume and of the tools."""
+    problems = verify.problems(checkpoint)
+    if problems:
+        raise UserError(*problems)
+    source = open_source(checkpoint)
+    for name, shape in source.shapes.items():
+        for kind in ("fp32", *source.state_names):
+            assert source.read(name, kind, 0, math.prod(shape)).view(shape).numel() == math.prod(shape)
+    source.training_state()
+    run_record(checkpoint)
+    index = read_index(checkpoint)
+    for part in (*index.parts([[Range(name, 0, 5) for name in index.shapes]]), index.share(["fp32"], 0, 2)):
+        IndexedFiles(checkpoint, part)
+
+
+def test_a_malformed_index_is_refused_in_sentences_whatever_is_wrong_with_it(checkpoint):
+    draw = random.Random(0)
+    original = (checkpoint / "index.json").read_bytes()
+    refused = 0
+    for _ in range(1500):
+        body = json.loads(original)["index"]
+        for _ in range(draw.choice([1, 1, 3])):
+            mutate(body, draw)
+        rewrite_index(checkpoint, lambda _, body=body: body)
+        problems = problems_of(use_all, checkpoint)
+        refused += bool(sentences(problems))
+    assert 1000 < refused < 1500  # some changes, as of the run's record, are none of its business
+
+
+@pytest.mark.parametrize("depth", [100, 900, 960, 980, 990, 1000, 3000, 100_000])
+@pytest.mark.parametrize("where", ["run", "files"])
+def test_an_index_nested_without_end_is_one_sentence_or_read(checkpoint, depth, where):
+    path = checkpoint / "index.json"
+    body = json.loads(path.read_text())["index"]
+    body[where] = "HERE"
+    nested = json.dumps(body, sort_keys=True, separators=(",", ":")).replace(
+        '"HERE"', '{"a":' * depth + "1" + "}" * depth
+    )
+    digest = verify.indexed_files.sha256(nested.encode())
+    path.write_text(f'{{"sha256": "{digest}", "index": {nested}}}\n')
+    problems = sentences(problems_of(read_index, checkpoint))
+    assert problems or where == "run"
+    assert not problems or depth > 64 or where == "files"
+    assert all(len(problem) < 1000 for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b"null", b'{"index": 1}', b'{"index": {}, "sha256": 1}', b"\xff", b"1" * 9999]
+)
+def test_what_is_no_index_is_one_sentence(checkpoint, content):
+    (checkpoint / "index.json").write_bytes(content)
+    has(refusal(read_index, checkpoint), str(checkpoint / "index.json"))
+
+
+def test_an_index_that_cannot_be_opened_is_one_sentence(checkpoint):
+    (checkpoint / "index.json").unlink()
+    os.symlink("index.json", checkpoint / "index.json")
+    assert not folders.has_index(checkpoint)
+    has(refusal(read_index, checkpoint), "cannot be read")
+
+
+# --- its parts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_has_the_slices_that_hold_what_is_wanted(saved):
+    index = saved[1]
+    middle = 2 * 35 // 3  # where the second rank's slice of the first parameter begins
+    wanted = [
+        [Range("model.a.weight", 0, middle)],
+        [Range("model.a.weight", middle, 1), Range("model.norm.weight", 0, 3)],
+        [Range("model.a.weight", middle - 1, 2)],
+        [Range("model.a.weight", middle, 0), Range("model.none", 0, 9)],
+        [],
+    ]
+    parts = index.parts(wanted)
+    held = [
+        {(file, piece.name) for file, record in part.files.items() for piece in record.slices if piece.name != BIAS}
+        for part in parts
+    ]
+    first, second = "rank_00000.safetensors", "rank_00001.safetensors"
+    a, norm = "model.a.weight", "model.norm.weight"
+    assert held == [{(first, a)}, {(second, a), (first, norm), (second, norm)}, {(first, a), (second, a)}, set(), set()]
+    for part in parts:
+        assert part.save_id == index.save_id
+        assert set(part.files) <= {first, second}
+
+
+def test_the_shares_have_every_tensor_of_the_kinds_once_and_no_file_without_one(saved):
+    index = saved[1]
+    for kinds in (KINDS[1:], ["fp32", "buffer"], []):
+        shares = [index.share(kinds, part, 3) for part in range(3)]
+        found = [
+            (file, piece.name, kind)
+            for share in shares
+            for file, record in share.files.items()
+            for piece in record.slices
+            for kind in piece.tensors
+        ]
+        expected = [
+            (file, piece.name, kind)
+            for file, record in index.files.items()
+            for piece in record.slices
+            for kind in piece.tensors
+            if kind in kinds
+        ]
+        assert sorted(found) == sorted(expected)
+        assert len(expected) == (
+            len(kinds) and RANKS * len(SHAPES) * len(set(kinds) & set(KINDS)) + ("buffer" in kinds)
+        )
+        assert [("zero_to_fp32.py" in share.files) for share in shares] == [True, False, False]
+        assert all(
+            record.slices or file == "zero_to_fp32.py" for share in shares for file, record in share.files.items()
+        )
+
+
+def test_what_a_reader_finds_is_what_the_ranks_had(saved):
+    source = IndexedFiles(saved[0], saved[1])
+    for name, shape in SHAPES.items():
+        for kind in KINDS:
+            assert source.read(name, kind, 0, math.prod(shape)).tolist() == values(name, kind).tolist()

@@ -1,0 +1,231 @@
+"""A rank's file: any safetensors reader opens it, and every byte that is read is what was saved."""
+
+import builtins
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+
+import numpy as np
+import pytest
+import torch
+from indexed import flip_bit
+from refusals import has, only, refusal, sentences
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megamoe.checkpoint import slice_file
+from megamoe.checkpoint.slice_file import BLOCK_BYTES, DTYPES, DamagedError, SliceFile, write_tensors
+
+METADATA = {"format": "pt", "save": "0123", "file": "rank_00000.safetensors"}
+LENGTH = 9_000_001  # of the large tensors: 36 MB in fp32, which ends in a third block
+BLOCK = BLOCK_BYTES // 4  # values of fp32
+
+
+def small(draw=0):
+    """Tensors of every type that an optimizer may keep, and an empty one."""
+    generator = torch.Generator().manual_seed(draw)
+    whole = {
+        f"kind/{name}": (100 * torch.rand(37 + number, generator=generator)).to(getattr(torch, name))
+        for number, name in enumerate(DTYPES)
+    }
+    return {**whole, "kind/empty": torch.empty(0)}
+
+
+def write(path, tensors):
+    """Returns the records, and the file, open."""
+    header, records = write_tensors(path, tensors, METADATA)
+    return records, SliceFile(path, path.stat().st_size, header)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """(path, header, records, values as numpy has them) of a file with two large tensors."""
+    path = tmp_path_factory.mktemp("large") / "large.safetensors"
+    values = torch.randn(2, LENGTH, generator=torch.Generator().manual_seed(0))
+    tensors = {"fp32/x": values[0], "exp_avg/x": values[1].bfloat16()}
+    header, records = write_tensors(path, tensors, METADATA)
+    return path, header, records, {"fp32/x": values[0].numpy(), "exp_avg/x": tensors["exp_avg/x"].float().numpy()}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_safetensors_library_finds_the_values_by_kind_and_name_and_the_metadata(tmp_path):
+    tensors = small()
+    write(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as opened:
+        assert opened.metadata() == METADATA
+
+
+def test_a_record_says_where_the_bytes_are_and_their_hash_block_by_block(large):
+    path, header, records, values = large
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    assert header == hashlib.sha256(data[:end]).hexdigest()
+    assert end % 8 == 0  # so that the first tensor is aligned
+    assert json.loads(data[8:end])["__metadata__"] == METADATA
+    for record, itemsize in zip(records.values(), (4, 2), strict=True):
+        assert record.offset == end
+        end += itemsize * LENGTH
+        own = data[record.offset : end]
+        blocks = [own[start : start + 2**24] for start in range(0, len(own), 2**24)]
+        assert record.sha256 == [hashlib.sha256(block).hexdigest() for block in blocks]
+        assert len(blocks) == {4: 3, 2: 2}[itemsize]
+    assert end == len(data)
+    on_disk = np.frombuffer(data, np.float32, LENGTH, records["fp32/x"].offset)
+    assert np.array_equal(on_disk, values["fp32/x"])
+
+
+def test_a_file_that_exists_is_not_overwritten(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(FileExistsError):
+        write_tensors(tmp_path / "x", small(), METADATA)
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_slices_and_transposed_tensors_are_written_as_their_values_are(tmp_path):
+    whole = torch.arange(20.0).view(4, 5)
+    tensors = {"k/slice": whole.flatten()[3:9], "k/column": whole[:, 2], "k/parameter": torch.nn.Parameter(whole[1])}
+    records, file = write(tmp_path / "x", tensors)
+    for name, tensor in tensors.items():
+        assert file.read(records[name], len(tensor), 0, len(tensor)).tolist() == tensor.tolist()
+
+
+class Slow(io.FileIO):
+    """Takes a few bytes at a time, as a disk that is nearly full may."""
+
+    def write(self, data):
+        return super().write(memoryview(data)[:1000])
+
+
+def test_what_the_disk_takes_in_pieces_is_written_whole(tmp_path, monkeypatch):
+    real = builtins.open
+    monkeypatch.setattr(slice_file, "open", lambda path, mode, buffering: Slow(path, mode), raising=False)
+    tensors = {"k/x": torch.arange(5000.0)}
+    header, records = write_tensors(tmp_path / "x", tensors, METADATA)
+    monkeypatch.setattr(slice_file, "open", real)
+    file = SliceFile(tmp_path / "x", (tmp_path / "x").stat().st_size, header)
+    assert torch.equal(file.read(records["k/x"], 5000, 0, 5000), tensors["k/x"])
+
+
+def test_a_full_disk_is_an_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_tensors(tmp_path / "x", {"k/x": torch.zeros(5000)}, METADATA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def ranges(per_block):
+    """Ranges that begin and end at, before and behind the borders of the blocks; all; some at random."""
+    draw = random.Random(0)
+    borders = [0, 1, LENGTH - 1, LENGTH]
+    borders += [
+        at for block in range(1, -(-LENGTH // per_block)) for at in range(per_block * block - 1, per_block * block + 2)
+    ]
+    pairs = [(first, last) for first in borders for last in borders if first <= last]
+    pairs += [tuple(sorted(draw.choices(range(LENGTH), k=2))) for _ in range(5)]
+    pairs = draw.sample(pairs, 25)
+    return [*pairs, (0, LENGTH), (per_block, min(2 * per_block, LENGTH)), (per_block - 1, per_block + 1)]
+
+
+@pytest.mark.parametrize(("name", "per_block"), [("fp32/x", BLOCK), ("exp_avg/x", 2 * BLOCK)])
+def test_any_range_is_what_numpy_cuts_out_also_at_the_borders_of_blocks(large, name, per_block):
+    path, header, records, values = large
+    file = SliceFile(path, path.stat().st_size, header)
+    for first, last in ranges(per_block):
+        found = file.read(records[name], LENGTH, first, last - first)
+        assert np.array_equal(found.float().numpy(), values[name][first:last]), (first, last)
+    assert file.problems(records[name], LENGTH) == []
+
+
+def test_one_flipped_bit_is_found_by_who_reads_its_block_and_others_read_on(large, tmp_path):
+    path, header, records, values = large
+    size, record = path.stat().st_size, records["fp32/x"]
+    file = SliceFile(path, size, header)
+    at = record.offset + 4 * (BLOCK + 1000)  # in the second of three blocks
+    flip_bit(path, at, 6)
+    try:
+        has(only(sentences(file.problems(record, LENGTH))), str(path), "has not the SHA-256 with which it was saved")
+        assert file.problems(records["exp_avg/x"], LENGTH) == []
+        for first, count in ((0, BLOCK), (2 * BLOCK, LENGTH - 2 * BLOCK), (BLOCK - 5, 5), (2 * BLOCK, 1)):
+            assert np.array_equal(file.read(record, LENGTH, first, count).numpy(), values["fp32/x"][first:][:count])
+        for first, count in ((0, BLOCK + 1), (0, LENGTH), (2 * BLOCK - 1, 3), (BLOCK, BLOCK), (BLOCK + 5, 1)):
+            with pytest.raises(DamagedError, match="SHA-256"):
+                file.read(record, LENGTH, first, count)
+    finally:
+        flip_bit(path, at, 6)
+
+
+def test_any_flipped_bit_of_a_file_is_found(tmp_path):
+    path, draw = tmp_path / "x", random.Random(0)
+    tensors = small()
+    records, _ = write(path, tensors)
+    header, whole = hashlib.sha256(path.read_bytes()[: records["kind/float32"].offset]).hexdigest(), path.read_bytes()
+    for byte in range(0, len(whole), 2):
+        flip_bit(path, byte, draw.randrange(8))
+        problems = []
+        try:
+            file = SliceFile(path, len(whole), header)
+            for name, tensor in tensors.items():
+                problems += file.problems(records[name], len(tensor))
+        except DamagedError as error:
+            problems = error.problems
+        has(only(sentences(problems)), str(path))
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: os.truncate(path, 3000), "has 3,000 bytes, not the"),
+        (lambda path: os.truncate(path, 5), "has 5 bytes, not the"),
+        (lambda path: path.write_bytes(b""), "has 0 bytes, not the"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "bytes, not the"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read (Is a directory)"),
+        (lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "its header has changed"),
+        (lambda path: (path.unlink(), write_tensors(path, small(), {**METADATA, "save": "4567"})), "of another save"),
+    ],
+)
+def test_a_file_that_is_missing_truncated_or_another_is_named(tmp_path, damage, says):
+    path = tmp_path / "x"
+    header, _ = write_tensors(path, small(), METADATA)
+    size = path.stat().st_size
+    damage(path)
+    has(refusal(SliceFile, path, size, header), str(path), says, "use an older checkpoint")
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_a_sentence_and_no_trace(tmp_path):
+    records, file = write(tmp_path / "x", small())
+    os.truncate(tmp_path / "x", records["kind/float16"].offset + 3)
+    for attempt in (
+        lambda: file.read(records["kind/float16"], 39, 0, 39),
+        lambda: file.read(records["kind/int8"], 41, 5, 2),
+    ):
+        has(refusal(attempt), "cannot be read", "shorter")
+    has(only(file.problems(records["kind/int8"], 41)), "shorter")
+    assert file.read(records["kind/float32"], 37, 0, 37).tolist() == small()["kind/float32"].tolist()
+
+
+def test_a_file_that_the_disk_cannot_give_is_a_sentence(tmp_path, monkeypatch):
+    records, file = write(tmp_path / "x", small())
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    has(only(sentences(file.problems(records["kind/int8"], 41))), "cannot be read (Input/output error)")

@@ -1,0 +1,100 @@
+"""A small checkpoint of megamoe's own form, made without an engine; damage to it."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from megamoe.checkpoint import folders
+from megamoe.checkpoint.index import (
+    FileRecord,
+    Index,
+    OptimizerRecord,
+    SchedulerPosition,
+    SliceRecord,
+    Topology,
+    TrainingRecord,
+    metadata,
+    write_index,
+)
+from megamoe.checkpoint.slice_file import sha256, write_tensors
+
+SHAPES = {"model.a.weight": (7, 5), "model.b.weight": (11,), "model.norm.weight": (3,)}
+BIAS = "model.layers.0.moe.router.selection_bias"
+KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+RANKS = 2
+
+
+def values(name, kind, seed=0):
+    """What `write` puts there, flat."""
+    generator = torch.Generator().manual_seed(1000 * seed + 10 * [*SHAPES, BIAS].index(name) + len(kind))
+    return torch.randn(torch.Size(SHAPES.get(name, (4,))).numel(), generator=generator)
+
+
+def write(checkpoint: Path, seed=0, run_id=None) -> Index:
+    """Save it as two ranks do that share each parameter; returns its index."""
+    checkpoint.mkdir(parents=True)
+    save_id = f"{seed:032x}"
+    files = {}
+    for rank in range(RANKS):
+        pieces = [(name, range(*span), KINDS) for name in SHAPES if (span := _span(name, rank))]
+        if rank == 0:
+            pieces.append((BIAS, range(4), ("buffer",)))
+        file = f"rank_{rank:05d}.safetensors"
+        flat = {
+            f"{kind}/{name}": values(name, kind, seed)[span.start : span.stop]
+            for name, span, kinds in pieces
+            for kind in kinds
+        }
+        header, records = write_tensors(checkpoint / file, flat, metadata(save_id, file))
+        slices = [
+            SliceRecord(
+                name=name, start=span.start, count=len(span),
+                tensors={kind: records[f"{kind}/{name}"] for kind in kinds},
+            )
+            for name, span, kinds in pieces
+        ]  # fmt: skip
+        files[file] = FileRecord(bytes=(checkpoint / file).stat().st_size, header=header, slices=slices)
+    script = b"print('a script')\n"
+    (checkpoint / "zero_to_fp32.py").write_bytes(script)
+    files["zero_to_fp32.py"] = FileRecord(bytes=len(script), sha256=sha256(script))
+    index = Index(
+        save_id=save_id,
+        run_id=run_id,
+        step=folders.step_of(checkpoint) or 0,
+        parent=None,
+        topology=Topology(world_size=RANKS, ep_size=1, zero_stage=2),
+        training=TrainingRecord(
+            global_samples=8, skipped_steps=1, skipped_in_window=0,
+            scheduler=SchedulerPosition(last_epoch=2, step_count=3), loss_scaler={"cur_scale": 1.0, "dynamic": False},
+        ),
+        optimizer=OptimizerRecord(
+            name="adamw", state=list(KINDS[1:]), step=2.0, step_dtype="float32", groups=[{"lr": 0.1}]
+        ),
+        run={"preset": "made up"},
+        shapes={**{name: list(shape) for name, shape in SHAPES.items()}, BIAS: [4]},
+        files=files,
+    )  # fmt: skip
+    write_index(checkpoint, index)
+    return index
+
+
+def _span(name, rank):
+    count = len(values(name, "fp32"))
+    middle = 2 * count // 3
+    return (0, middle) if rank == 0 else (middle, count)
+
+
+def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def rewrite_index(checkpoint: Path, change) -> None:
+    """Let `change` change the content of the index, and give it the hash that it then has."""
+    path = checkpoint / "index.json"
+    body = json.loads(path.read_text())["index"]
+    body = change(body) or body
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps({"sha256": sha256(text.encode()), "index": body}) + "\n")

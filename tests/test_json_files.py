@@ -1,0 +1,296 @@
+"""The reader of JSON: what it lets through is safe for whoever reads it, everything else is one sentence."""
+
+import copy
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import plan
+import pytest
+import torch
+from refusals import has, refusal, sentences
+from tokenizers import Tokenizer, models
+from toy import PRESET, SHIPPED, ds_config, write_inputs
+
+from megamoe import cli, json_files
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.reader import open_source
+from megamoe.config import RunConfig, load_preset
+from megamoe.data.token_files import split_counts
+from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
+from megamoe.ds_config import batch_sizes, deepspeed_problems, read_schedule, run_problems
+from megamoe.errors import UserError
+from megamoe.job import Job
+from megamoe.json_files import MAX_DEPTH, check_regular, read_json
+from megamoe.training.engine import deepspeed_own_problems
+
+DEEP = 100_000
+MALFORMED = {
+    "nested objects": ('{"a":' * DEEP + "1" + "}" * DEEP, "deep"),
+    "nested lists": ('{"a": ' + "[" * DEEP + "]" * DEEP + "}", "deep"),
+    "half a surrogate pair": (r'{"a": ["x\ud800"]}', "surrogate"),
+    "half a surrogate pair in a key": (r'{"\udc00": 1}', "surrogate"),
+    "no UTF-8": (b'{"a": "\xe9"}', "0xe9"),
+    "a number of 5,000 digits": ('{"a": ' + "9" * 5000 + "}", "64 bits"),
+    "a number of 65 bits": ('{"a": -18446744073709551616}', "64 bits"),
+    "a number beyond floating point": ('{"a": 1e400}', "not finite"),
+    "NaN": ('{"a": NaN}', "NaN is not finite"),
+    "Infinity": ('{"a": {"b": -Infinity}}', "-Infinity is not finite"),
+    "an end too early": ('{"a": 1', "line 1"),
+    "two documents": ("{}{}", "Extra data"),
+    "nothing": ("", "not valid JSON"),
+    "null": ("null", "JSON object"),
+    "a text": ('"a"', "JSON object"),
+    "a control character": ('{"a": "\n"}', "control character"),
+    "zeros": (bytes(100), "not valid JSON"),
+}
+
+
+@pytest.fixture(params=MALFORMED)
+def malformed(request, tmp_path):
+    """A malformed file, and what the sentence about it must say."""
+    content, says = MALFORMED[request.param]
+    path = tmp_path / "broken.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path, says
+
+
+def test_a_malformed_json_is_one_short_sentence(malformed):
+    path, says = malformed
+    problem = refusal(read_json, path)
+    has(problem, str(path), says)
+    assert len(problem) < 500
+
+
+def test_a_malformed_tokenizer_is_one_sentence(malformed):
+    has(refusal(load_tokenizer, malformed[0]), str(malformed[0]), "cannot be read", "give a tokenizer.json")
+
+
+def test_nesting_is_accepted_up_to_the_limit(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}")
+    assert read_json(path)["a"] is not None
+    path.write_text('{"a": ' + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1) + "}")
+    has(refusal(read_json, path), f"deeper than {MAX_DEPTH} levels")
+
+
+def test_ordinary_documents_come_back_as_they_are(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"a": [1, -2.5, 1e-300, True, None, "é😀\n"], "b": {"c": 2**63 - 1, "d": {}}}
+    for ascii_only in (True, False):
+        path.write_text(json.dumps(value, ensure_ascii=ascii_only), encoding="utf-8")
+        assert read_json(path) == value
+
+
+def test_a_json_above_the_limit_of_its_size_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    with open(path, "r+b") as file:
+        file.truncate(json_files.MAX_BYTES + 1)  # a hole: it takes no space
+    has(refusal(read_json, path), f"{json_files.MAX_BYTES + 1:,} bytes", f"limit of {json_files.MAX_BYTES:,}")
+    has(refusal(load_tokenizer, path), "limit")
+
+
+def test_a_key_given_twice_with_different_values_is_refused_with_both(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('{"hidden_size": 64, "hidden_size": 128}', '{"scheduler": {"lr": 64, "lr": 128}}'):
+        path.write_text(text)
+        has(refusal(read_json, path), str(path), "given twice", "64", "128", "keep one")
+
+
+def test_a_key_given_twice_with_the_same_value_is_fine(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"hidden_size": 64, "hidden_size": 64}')
+    assert read_json(path) == {"hidden_size": 64}
+
+
+def test_broken_json_is_refused_with_the_place(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{\n "a": 1,\n "b" 2}')
+    has(refusal(read_json, path), str(path), "line 3", "fix")
+
+
+def test_a_json_file_that_is_missing_undecodable_or_no_object_is_refused(tmp_path):
+    has(refusal(read_json, tmp_path / "no.json"), "no.json", "cannot be read", "give the path")
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    has(refusal(read_json, tmp_path / "latin.json"), "latin.json", "0xe9")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    has(refusal(read_json, tmp_path / "list.json"), "list.json", "list", "object")
+
+
+# --- devices and pipes ---
+
+
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to("/dev/zero")
+    (tmp_path / "kernel.json").symlink_to("/proc/kmsg")
+
+    def opened(path, *args, **options):
+        raise AssertionError(f"{path} was opened")
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "read_bytes", opened)
+    for path in (tmp_path / "pipe.json", tmp_path / "link.json", tmp_path / "kernel.json", Path("/proc/kmsg")):
+        has(refusal(read_json, path), str(path), "not a regular file", "a JSON file")
+        has(refusal(load_tokenizer, path), str(path), "not a regular file", "tokenizer.json")
+    has(refusal(read_json, tmp_path), str(tmp_path), "is a folder")
+
+
+def test_a_file_that_a_process_has_open_is_regular(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with open(tmp_path / "a.json") as file:
+        assert check_regular(Path(f"/proc/self/fd/{file.fileno()}"), "a JSON file") == 2
+
+
+def test_a_preset_that_is_a_pipe_ends_the_planner_with_2(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe.json")
+    words = ["--gpus", "8", "--ds_config", str(SHIPPED / "zero2.json"), "--preset", str(tmp_path / "pipe.json")]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(plan.main)
+    assert caught.value.code == 2
+    has(capsys.readouterr().err, "error: ", "pipe.json", "not a regular file")
+
+
+# --- whatever a file holds, its consumers say what is wrong ---
+
+ATOMS = (
+    None, True, False, 0, 1, -1, 2, 3, 7, 10**12, 2**63 - 1, -0.5, 1e-8, 1e300, 1e-308, "", "auto", "1e-8", "true",
+    "cpu", "é😀", "a\nb", "x" * 300, "../x", "/etc/passwd", "\0",
+)  # fmt: skip
+
+
+def draw_value(draw, depth=3):
+    """Any JSON value, small ones most often."""
+    kind = draw.random()
+    if depth == 0 or kind < 0.7:
+        return draw.choice(ATOMS)
+    if kind < 0.85:
+        return [draw_value(draw, depth - 1) for _ in range(draw.randrange(4))]
+    return {str(draw.choice(ATOMS)): draw_value(draw, depth - 1) for _ in range(draw.randrange(4))}
+
+
+def places(value, above=()):
+    """The way to every value within `value`."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield (*above, key)
+        yield from places(child, (*above, key))
+
+
+def changed(draw, document):
+    """`document` with some values replaced, removed or added."""
+    document = copy.deepcopy(document)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        *way, last = draw.choice(list(places(document)) or [(str(draw.choice(ATOMS)),)])
+        place = document
+        for key in way:
+            place = place[key]
+        if isinstance(place, dict) and draw.random() < 0.2:
+            place.pop(last, None)
+        elif isinstance(place, dict) and draw.random() < 0.2:
+            place[draw.choice(("x", "a\nb", str(last) + "s"))] = draw_value(draw)
+        else:
+            place[last] = draw_value(draw)
+    return document
+
+
+def garbled(draw, text):
+    """The bytes of `text`, now and then with a few that do not belong."""
+    data = bytearray(text.encode())
+    if draw.random() < 0.15:
+        for _ in range(draw.choice((1, 3))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+    return bytes(data)
+
+
+def complaints(function, *args):
+    """What a UserError of the call says; nothing else may be raised."""
+    try:
+        function(*args)
+    except UserError as error:
+        return sentences(error.problems)
+    return []
+
+
+def random_files(folder, name, document, count, seed):
+    draw = random.Random(seed)
+    for _ in range(count):
+        (folder / name).write_bytes(garbled(draw, json.dumps(changed(draw, document), ensure_ascii=False)))
+        yield folder / name
+
+
+def check_ds(path):
+    ds = read_json(path)
+    found = deepspeed_problems(ds, "ds.json", 2, True)
+    sentences(found)
+    run = RunConfig(ds_config="ds.json", preset="tiny")
+    sentences(run_problems(run, load_preset("tiny"), ds, 2))
+    if not found:
+        read_schedule(ds, "ds.json")
+        batch_sizes(ds, 2)
+        sentences(deepspeed_own_problems(ds, "ds.json"))
+    else:
+        raise UserError(*found)
+
+
+def refused(files, check):
+    """Of the files, how many the check refuses."""
+    return sum(bool(complaints(check, path)) for path in files)
+
+
+def test_any_deepspeed_json_is_accepted_or_refused_in_sentences(tmp_path):
+    ds = {
+        **ds_config(2, 2),
+        "fp16": {"enabled": False, "loss_scale": 128, "hysteresis": 2},
+        "flops_profiler": {"enabled": False},
+        "communication_data_type": "fp32",
+    }
+    ds["zero_optimization"]["offload_optimizer"] = {"device": "none"}
+    assert 200 < refused(random_files(tmp_path, "ds.json", ds, 400, 1), check_ds) < 400
+
+
+def test_any_preset_is_accepted_or_refused_in_sentences(tmp_path):
+    preset = {
+        **PRESET,
+        "rope_theta": 1e4,
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+        "router_score": "softmax",
+    }
+    files = random_files(tmp_path, "preset.json", preset, 400, 2)
+    assert 200 < refused(files, lambda path: load_preset(str(path))) < 400
+
+
+def test_any_run_json_is_accepted_or_refused_in_sentences(tmp_path):
+    run = RunConfig(**write_inputs(tmp_path, ds_config(2)), run_dir=str(tmp_path / "run"), auto_resume=True)
+    cpu = torch.device("cpu")
+    first = Job(run.model_copy(update={"auto_resume": False}), 1, cpu)
+    first.enter_folder(0, None)
+    record = read_json(tmp_path / "run" / "run.json")
+    files = random_files(tmp_path / "run", "run.json", record, 100, 3)
+    assert 20 < refused(files, lambda _: Job(run, 1, cpu)) < 100
+
+
+def test_any_counts_index_or_manifest_is_accepted_or_refused_in_sentences(tmp_path):
+    counts = {split: {"documents": 3, "tokens": 600, "bytes": 1800} for split in ("train", "valid")}
+    files = random_files(tmp_path, "corpus.json", counts, 200, 4)
+    assert 20 < refused(files, lambda _: split_counts(tmp_path / "valid")) < 200
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    index = {"metadata": {"total_size": 4}, "weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model.bin"}}
+    files = random_files(tmp_path, "pytorch_model.bin.index.json", index, 200, 5)
+    assert 20 < refused(files, lambda _: open_source(tmp_path)) < 200
+
+    record = {"step": 3, "files": {"a.pt": {"bytes": 4, "sha256": "0" * 64}}}
+    files = random_files(tmp_path, "manifest.json", record, 200, 6)
+    assert 20 < refused(files, lambda _: manifest.read_manifest(tmp_path)) < 200
+
+
+def test_any_tokenizer_is_accepted_or_refused_in_sentences(tmp_path):
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, "a"))
+    documents = [json.loads(words.to_str()), json.loads(train_tokenizer(["ab"], 257).to_str())]
+    found = [refused(random_files(tmp_path, "t.json", document, 100, 7), load_tokenizer) for document in documents]
+    assert all(20 < count < 100 for count in found), found

@@ -1,0 +1,168 @@
+"""A run from start to end: when it is done, when it cannot go on, and what it resumes from."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from toy import ds_config, losses, new_store, train_here, write_inputs
+
+from megamoe.checkpoint.index import read_index
+from megamoe.config import RunConfig
+from megamoe.job import Job
+from megamoe.launch.stopping import StopRequest
+from megamoe.launch.watch import Position
+from megamoe.pretrain import is_done
+from megamoe.pretrain import run as pretrain
+from megamoe.training.sinks import ConsoleSink
+
+
+def flip_bit(path, position=-1):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def heard(function, *args):
+    """What the function returns, or the code it exits with, and what it prints on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            result = function(*args)
+        except SystemExit as end:
+            result = end.code
+    return result, out.getvalue()
+
+
+def run_and_hear(ranks, function, run):
+    """The results of all ranks, and what they print."""
+    results, said = zip(*run_ranks(ranks, heard, function, run), strict=True)
+    return list(results), "".join(said)
+
+
+def done_here(run):
+    """Whether a start would find nothing to do."""
+    return is_done(Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run that is done, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("done")
+    run = {**write_inputs(folder, ds_config(2)), "run_dir": str(folder / "run"), "steps": 4, "save_interval": 2}
+    run_ranks(2, train_here, {**run, "ep_size": 2})
+    return folder, {**run, "ep_size": 2}
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    """The same run, to be changed."""
+    folder, run = done
+    shutil.copytree(folder / "run", tmp_path / "run")
+    return {**run, "run_dir": str(tmp_path / "run"), "auto_resume": True}
+
+
+def test_a_run_whose_last_checkpoint_is_verified_is_done(copied):
+    results, said = run_and_hear(2, done_here, copied)
+    assert results == [True, True]
+    assert "is at its last step, 4, already" in said
+    results, said = run_and_hear(2, done_here, {**copied, "auto_resume": False, "resume": True})
+    assert results == [2, 2]
+    assert "at step 4 already and the run ends at 4; raise total_num_steps" in said
+
+
+@pytest.mark.parametrize("file", ["rank_00000.safetensors", "rank_00001.safetensors", "index.json"])
+def test_a_flipped_bit_in_the_newest_checkpoint_is_not_done_on_any_rank(copied, tmp_path, file):
+    flip_bit(tmp_path / "run" / "checkpoints" / "step_4" / file, -10)
+    results, said = run_and_hear(2, done_here, copied)
+    assert results == [False, False]
+    assert "passed over" in said
+
+
+def test_a_latest_that_names_an_absent_step_is_not_done(copied, tmp_path):
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_4")  # and latest still names it
+    assert run_ranks(2, done_here, copied) == [False, False]
+
+
+def test_a_checkpoint_that_was_killed_before_latest_counts(copied, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_2")
+    assert run_ranks(2, done_here, copied) == [True, True]
+
+
+def test_folders_that_were_exchanged_are_passed_over(copied, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_2").rename(checkpoints / "spare")
+    (checkpoints / "step_4").rename(checkpoints / "step_2")
+    (checkpoints / "spare").rename(checkpoints / "step_4")
+    results, said = run_and_hear(2, done_here, copied)
+    assert results == [2, 2]  # neither is what its name says
+    assert "is of step 2, but its folder is called step_4" in said
+
+
+def test_a_run_without_a_complete_checkpoint_begins_again_and_says_so(copied, tmp_path):
+    for path in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        (path / "index.json").unlink()
+    (log, _), said = run_and_hear(2, train_here, {**copied, "steps": 3})
+    assert "holds no complete checkpoint, so the run begins again at step 0" in said
+    assert [row["step"] for row in log["train"]] == [1, 2, 3]
+
+
+def test_a_run_that_is_done_is_extended_with_a_longer_schedule_and_says_so(tmp_path):
+    short = ds_config(2)
+    short["scheduler"]["params"].update(total_num_steps=6)
+    run = {**write_inputs(tmp_path, short), "run_dir": str(tmp_path / "run")}
+    run_ranks(1, train_here, run)
+    longer = ds_config(2)
+    longer["scheduler"]["params"].update(total_num_steps=12)
+    (tmp_path / "ds.json").write_text(json.dumps(longer))
+    (log,), said = run_and_hear(1, train_here, {**run, "resume": True})
+    assert 'the schedule changes after step 6: {"params": {"total_num_steps": 12}}' in said
+    rates = [row["lr"] for row in log["train"]]
+    peak = longer["scheduler"]["params"]["warmup_max_lr"]
+    assert rates[6:] == pytest.approx([peak * (12 - step) / 8 for step in range(7, 13)])
+    index = read_index(tmp_path / "run" / "checkpoints" / "step_12")
+    assert index.optimizer.step == 12  # Adam has gone on, not begun again
+    assert index.parent == "step_6"
+    assert losses(log)[6] < losses(log)[0]
+
+
+def test_a_run_that_diverges_ends_with_a_sentence_and_keeps_the_last_good_checkpoint(tmp_path):
+    ds = ds_config(2)
+    ds["scheduler"]["params"].update(warmup_max_lr=1e30, warmup_num_steps=3)
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "save_interval": 1, "keep_last": 2}
+    results, said = run_and_hear(2, train_here, run)
+    assert results == [2, 2]
+    assert said.count("the last 3 steps were skipped, for their gradients are not finite") == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "the last 20 steps were skipped" in line
+    assert "lower the peak learning rate" in line
+    kept = [read_index(path).training.skipped_in_window for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert kept.count(0) == 1
+    assert len(kept) == 3
+
+
+def remove_folder_after_a_step(run):
+    """Train with a run folder that is removed once step 2 is logged."""
+    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"))
+    real = ConsoleSink.log_scalars
+
+    def remove(self, kind, step, values):
+        real(self, kind, step, values)
+        if step == 2:
+            shutil.rmtree(job.run_dir)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConsoleSink, "log_scalars", remove)
+        pretrain(job, new_store("run"), Position(), StopRequest())
+
+
+def test_a_run_folder_that_is_removed_ends_all_ranks_with_one_sentence(tmp_path):
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+    results, said = run_and_hear(2, remove_folder_after_a_step, run)
+    assert results == [2, 2]
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"after step 3: {tmp_path / 'run'} has been removed while the run trained in it" in line
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,82 @@
+"""Every program in tools/ starts, and those that no other test runs do their work once, on something small."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import benchmark_checkpoint
+import benchmark_data
+import pytest
+from ranks import run_alone
+from refusals import has
+from toy import PRESET, SHIPPED
+
+from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus
+from megamoe.data.tokenizer import train_tokenizer
+
+TOOLS = sorted(path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_explains_itself(name, monkeypatch, capsys):
+    tool = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        tool.main()
+    assert caught.value.code == 0
+    has(capsys.readouterr().out, "usage: ", "--help")
+    assert len((tool.__doc__ or "").splitlines()[0]) > 20
+
+
+def save_and_load(words, said):
+    sys.argv = words
+    with open(said, "w") as file, contextlib.redirect_stdout(file):
+        benchmark_checkpoint.main()
+
+
+def test_saving_and_loading_are_timed_and_leave_nothing(tmp_path):
+    (tmp_path / "preset.json").write_text(json.dumps(PRESET))
+    words = [
+        "--out",
+        tmp_path / "out",
+        "--preset",
+        tmp_path / "preset.json",
+        "--ds_config",
+        SHIPPED / "zero2_fp32.json",
+    ]
+    words = ["benchmark_checkpoint.py", *map(str, words), "--rounds", "1", "--tokens", "16"]
+    run_alone(save_and_load, words, tmp_path / "said")
+    has((tmp_path / "said").read_text(), "bare save=", "load=", "x bare load", "peak memory of rank 0: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def text_and_corpus(tmp_path):
+    (tmp_path / "text.txt").write_text("The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 400)
+    documents = list(read_documents(input_files(tmp_path / "text.txt"), "text", lambda _: None))
+    write_corpus(split_documents(documents, 0), train_tokenizer(documents, 270), tmp_path / "corpus")
+    return tmp_path / "text.txt", tmp_path / "corpus"
+
+
+def test_tokenising_reading_and_starting_are_timed(text_and_corpus, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # which the tool changes
+    monkeypatch.setattr(benchmark_data, "ENOUGH", 50_000)
+    real, started = benchmark_data.seconds_to_first_step, []
+
+    def start(corpus, ranks):  # a run of one rank; that of two takes the time of the first
+        started.append(ranks)
+        return real(corpus, ranks) if ranks == 1 else 1.0
+
+    monkeypatch.setattr(benchmark_data, "seconds_to_first_step", start)
+    monkeypatch.setattr(sys, "argv", ["benchmark_data.py", *map(str, text_and_corpus), "--rounds", "1"])
+    benchmark_data.main()
+    said = capsys.readouterr().out
+    assert len(re.findall(r"tokenising on .*: [\d.]+ MB/s", said)) == 2
+    assert len(re.findall(r"reading a sample of (256|1024) tokens: [\d.]+ ms", said)) == 2
+    assert len(re.findall(r"to the first step, [12] rank\(s\): [\d.]+ s", said)) == 2
+    assert started == [1, 2]

@@ -1,0 +1,147 @@
+"""Measure the index of a checkpoint of any number of ranks, and how many files a resume opens, without those ranks.
+
+    python tools/benchmark_index.py --ranks 1024 --ep_size 64 --experts 128 --resume_on 512 --resume_ep_size 32
+
+The slices are those that DeepSpeed's ZeRO gives each rank, by the arithmetic of `planning/sharding.py`; the hashes are
+random. Prints bytes and seconds to write, to read and to share the index, and the files that a resumed rank opens.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megamoe import cli
+from megamoe.checkpoint.index import (
+    FileRecord,
+    Index,
+    OptimizerRecord,
+    Range,
+    SchedulerPosition,
+    SliceRecord,
+    Topology,
+    TrainingRecord,
+    read_index,
+    write_index,
+)
+from megamoe.checkpoint.slice_file import TensorRecord, number_of_blocks
+from megamoe.config import ModelConfig, load_preset
+from megamoe.errors import UserError
+from megamoe.json_files import read_json
+from megamoe.model.costs import parameter_shapes
+from megamoe.model.names import split_expert
+from megamoe.optimizers import MASTERS
+from megamoe.planning.sharding import Group, Setup, parameter_groups, read_setup
+from megamoe.topology import ExpertTopology
+
+STATE = ("exp_avg", "exp_avg_sq")
+VALUE_BYTES = 4
+
+
+def slices_of(setup: Setup, groups: list[Group], rank: int) -> Iterator[Range]:
+    """What a rank holds of each parameter."""
+    topology = setup.topology(rank)
+    for group in groups:
+        own = group.index(topology)
+        for name, size in group.sizes.items():
+            start = max(own * group.partition - group.starts[name], 0)
+            count = group.owners(name).get(own, 0)
+            if count and size:
+                yield Range(name_on(topology, name), start, count)
+
+
+def name_on(topology: ExpertTopology, name: str) -> str:
+    """The plain name of the parameter that has on this rank the place of `name` on the first."""
+    parts = split_expert(name)
+    return f"{parts.layer}.{topology.first_expert + parts.expert}.{parts.parameter}" if parts else name
+
+
+def make_index(setup: Setup, run: dict[str, Any]) -> Index:
+    """The index of a checkpoint that AdamW's run of this setup would save."""
+    groups = parameter_groups(setup)
+    files = {}
+    for rank in range(setup.world_size):
+        ranges = list(slices_of(setup, groups, rank))
+        total = sum(one.count for one in ranges)
+        offsets = {kind: 4096 + number * total * VALUE_BYTES for number, kind in enumerate((MASTERS, *STATE))}
+        slices = []
+        for one in ranges:
+            nbytes = one.count * VALUE_BYTES
+            hashes = [os.urandom(32).hex() for _ in range(number_of_blocks(nbytes))]
+            tensors = {kind: TensorRecord(dtype="float32", offset=offsets[kind], sha256=hashes) for kind in offsets}
+            slices.append(SliceRecord(name=one.name, start=one.start, count=one.count, tensors=tensors))
+            offsets = {kind: offset + nbytes for kind, offset in offsets.items()}
+        files[f"rank_{rank:05d}.safetensors"] = FileRecord(
+            bytes=4096 + 12 * total, header=os.urandom(32).hex(), slices=slices
+        )
+    return Index(
+        save_id="0" * 32,
+        run_id="0" * 32,
+        step=1000,
+        parent=None,
+        topology=Topology(world_size=setup.world_size, ep_size=setup.ep_size, zero_stage=setup.zero_stage),
+        training=TrainingRecord(
+            global_samples=0, skipped_steps=0, skipped_in_window=0, loss_scaler={},
+            scheduler=SchedulerPosition(last_epoch=1000, step_count=1001),
+        ),
+        optimizer=OptimizerRecord(name="adamw", state=list(STATE), step=1000, step_dtype=None, groups=[]),
+        run=run,
+        shapes={name: list(shape.values()) for name, shape in parameter_shapes(setup.model).items()},
+        files=files,
+    )  # fmt: skip
+
+
+def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return function(*args), time.perf_counter() - start
+
+
+def main() -> None:
+    parser = cli.Parser(description="Measure the index of a checkpoint of any number of ranks.")
+    parser.add_argument("--preset", default="moe-680m", help="model")
+    parser.add_argument("--experts", type=int, default=128, help="experts of a layer, instead of the preset's")
+    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
+    parser.add_argument("--ranks", type=int, default=1024, help="ranks that save")
+    parser.add_argument("--ep_size", type=int, default=64, help="ranks that share one set of experts")
+    parser.add_argument("--resume_on", type=int, help="ranks that resume; by default as many")
+    parser.add_argument("--resume_ep_size", type=int, help="their ep_size; by default the same")
+    args = parser.parse()
+    model: ModelConfig = load_preset(args.preset).model_copy(update={"num_local_experts": args.experts})
+    ds = read_json(Path(args.ds_config))
+    again, again_ep = args.resume_on or args.ranks, args.resume_ep_size or args.ep_size
+    problems = [
+        *ExpertTopology.problems(args.ep_size, args.experts, args.ranks, args.preset),
+        *ExpertTopology.problems(again_ep, args.experts, again, args.preset),
+    ]
+    if problems:
+        raise UserError(*problems)
+    setup = read_setup(model, ds, args.ranks, args.ep_size, model.max_position_embeddings, on_cpu=False)
+    index = make_index(setup, {"model": model.model_dump(), "deepspeed": ds})
+    with tempfile.TemporaryDirectory() as folder:
+        _, writing = timed(write_index, Path(folder), index)
+        size = (Path(folder) / "index.json").stat().st_size
+        read, reading = timed(read_index, Path(folder))
+    resumed = replace(setup, world_size=again, ep_size=again_ep)
+    groups = parameter_groups(resumed)
+    wanted = [list(slices_of(resumed, groups, rank)) for rank in range(again)]
+    parts, sharing = timed(read.parts, wanted)
+    opened = [len(part.files) for part in parts]
+    slices = sum(len(record.slices) for record in index.files.values())
+    print(
+        f"{args.ranks} ranks, ep_size {args.ep_size}, {args.experts} experts: {slices:,} slices in {args.ranks} files"
+    )
+    print(f"index: {size:,} bytes; written in {writing:.2f} s, read and checked in {reading:.2f} s")
+    print(
+        f"resumed on {again} ranks, ep_size {again_ep}: shared in {sharing:.2f} s; a rank opens "
+        f"{statistics.median(opened):g} files in the median, {max(opened)} at most"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
