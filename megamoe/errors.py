@@ -16,6 +16,10 @@ class UserError(Exception):
         self.problems = list(problems)
 
 
+class PeerError(UserError):
+    """Another rank or host is late, lost or out of reach, which a restart can cure: programs exit with code 1."""
+
+
 class Problems(list[str]):
     """Problems of one configuration, collected so that all are reported at once."""
 

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import NoReturn
 
-from megamoe.errors import UserError
+from megamoe.errors import PeerError, UserError
 
 FAILED = 1  # an error of the program, or of what it runs on: disk, network
 REFUSED = 2  # what the user must change
@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 def code_of(error: BaseException) -> int:
     """The code with which all ranks leave for `error` of one of them."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) and not isinstance(error, PeerError):
         return REFUSED
     return STOPPED if isinstance(error, Stopped) else FAILED
 
