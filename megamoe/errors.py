@@ -36,6 +36,11 @@ class Problems(list[str]):
             raise UserError(*self)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def shown(value: Any, limit: int = 100) -> str:
     """`value` as JSON writes it, in one line that can be printed and of about `limit` characters at most."""
     text = json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()

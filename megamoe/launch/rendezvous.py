@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from megamoe.errors import PeerError, UserError
+from megamoe.errors import PeerError, UserError, first_line
 from megamoe.launch.exchange import ask, open_store, serve
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RankInfo
@@ -59,11 +59,6 @@ def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS) -> Rendezvous:
             f"rank {rank_info.rank} on {here.host} has lost rank 0 at {rank_info.address}:{rank_info.port} during the "
             f"rendezvous ({first_line(error)}); see rank 0's output."
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _join(rank_info: RankInfo, here: Member, seconds: float) -> Rendezvous:
