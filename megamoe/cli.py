@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
-from megamoe.errors import Problems, UserError, unknown_key
+from megamoe.errors import PeerError, Problems, UserError, unknown_key
 
 
 class _Once(argparse.Action):
@@ -104,13 +104,14 @@ class Console:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main` and exit: 0, 130 after Ctrl-C, or 2 after printing the problems of a UserError or the file system."""
+    """Run `main` and exit: 0, 130 after Ctrl-C, 2 after printing the problems of a UserError or the file system, or 1
+    after those of a PeerError."""
     try:
         main()
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, PeerError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, head or less, has exited

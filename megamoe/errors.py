@@ -16,6 +16,10 @@ class UserError(Exception):
         self.problems = list(problems)
 
 
+class PeerError(UserError):
+    """Another rank or host is late, lost or out of reach, which a restart can cure: programs exit with code 1."""
+
+
 class Problems(list[str]):
     """Problems of one configuration, collected so that all are reported at once."""
 
@@ -30,6 +34,11 @@ class Problems(list[str]):
         """Raise one UserError with all of them, if there are any."""
         if self:
             raise UserError(*self)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def shown(value: Any, limit: int = 100) -> str:

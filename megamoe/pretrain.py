@@ -23,7 +23,7 @@ from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import parse_run
 from megamoe.errors import UserError
 from megamoe.job import Job
-from megamoe.launch.exits import STOPPED, leave
+from megamoe.launch.exits import STOPPED, code_of, leave, words_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
@@ -40,6 +40,22 @@ def main() -> None:
         leave(0)
     # The reader of our lines, a launcher or an ssh connection, may exit while the ranks still have to save.
     sys.stdout, sys.stderr = cli.Console(sys.stdout), cli.Console(sys.stderr)
+    try:
+        code = pretrain()
+    except BaseException as error:  # while no `Watch` tells the others of it
+        code = code_of(error)
+        if words := words_of(error):
+            print(words, file=sys.stderr)
+    # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
+    # process while it is taken down ("terminate called without an active exception"), and ranks would be slow enough to
+    # be ended by a launcher that has seen the first one exit.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave(code)
+
+
+def pretrain() -> int:
+    """A run from joining the other ranks to its end; returns this rank's exit code."""
     rendezvous, device = init_distributed()
     stop = StopRequest()  # until here a signal ends the process at once
     position = Position()
@@ -51,17 +67,11 @@ def main() -> None:
             job = check(device)
             watch.collective_seconds = job.run.collective_timeout
             done = is_done(job) or run(job, rendezvous.store, position, stop)
-            code = 0 if done else STOPPED
+            return 0 if done else STOPPED
         except SystemExit as end:  # on all ranks
-            code = int(end.code or 0)
+            return int(end.code or 0)
         except Exception as error:  # on this rank
             watch.fail(error)
-    # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
-    # process while it is taken down ("terminate called without an active exception"), and ranks would be slow enough to
-    # be ended by a launcher that has seen the first one exit.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    leave(code)
 
 
 def check(device: torch.device) -> Job:
@@ -175,4 +185,4 @@ def restore(job: Job, train_step: TrainStep) -> Path | None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

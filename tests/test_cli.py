@@ -7,7 +7,7 @@ import pytest
 from refusals import has
 
 from megamoe import cli
-from megamoe.errors import UserError
+from megamoe.errors import PeerError, UserError
 
 
 def parser():
@@ -124,6 +124,14 @@ def test_run_exits_with_2_and_one_line_for_each_problem(capsys):
     assert code == 2
     assert said.out == ""
     assert said.err == "error: the size is 3, above 2; lower it.\nerror: the name is empty; give one.\n"
+
+
+def test_run_exits_with_1_for_what_a_restart_can_cure(capsys):
+    def main():
+        raise PeerError("h2 cannot be reached; see that it is up.")
+
+    code, said = outcome(main, capsys)
+    assert (code, said.err) == (1, "error: h2 cannot be reached; see that it is up.\n")
 
 
 def test_a_wrong_command_line_ends_with_2_and_no_stack_trace(capsys):

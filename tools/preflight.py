@@ -5,9 +5,9 @@
     python tools/preflight.py slurm -- ...          in a Slurm job
     python tools/preflight.py endpoint HOST:PORT --hosts 2 -- ...       on each host, before torchrun
 
-Exits with code 2 and one sentence for each problem. Else the last line printed holds, for the first two, the name, the
-address and a free port of rank 0's host, and the run folder; for endpoint, the address and port where torchrun's agents
-join, this host's address, and whether the agents join on this host.
+Exits with one sentence for each problem and code 2; for endpoint 1, if hosts are only late or out of reach. Else the
+last line printed holds, for the first two, the name, the address and a free port of rank 0's host, and the run folder;
+for endpoint, the address and port where torchrun's agents join, this host's address, and whether they join here.
 """
 
 from __future__ import annotations

@@ -6,18 +6,18 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError, Store
 
 from megamoe.config import RunConfig
-from megamoe.errors import UserError
+from megamoe.errors import PeerError, UserError, first_line
 from megamoe.launch.exchange import ask, open_store, serve
 from megamoe.launch.network import address_towards, free_port, is_own
 from megamoe.launch.preflight import Report, marker_next_to, problems
-from megamoe.launch.rendezvous import first_line
+from megamoe.launch.rendezvous import raise_on
 
 ANSWER_SECONDS = 120  # the endpoint's host may have started later than this one, and so waits longer
 
@@ -50,7 +50,8 @@ class TorchrunSettings:
 def join(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> TorchrunSettings:
     """Join the other hosts, each of which calls this, and compare all reports.
 
-    Raises UserError on all of them for whatever is wrong with one.
+    Raises UserError on all of them for whatever is wrong with one; PeerError where hosts are only late, lost or out of
+    reach.
 
     Args:
         here: makes this host's report, given a file that the endpoint's host has made next to the run folder.
@@ -58,7 +59,7 @@ def join(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Torchr
     try:
         return _join(here, run, at)
     except DistError as error:
-        raise UserError(
+        raise PeerError(
             f"{socket.gethostname()} has lost {at} during the rendezvous ({first_line(error)}); see the script's "
             "output there."
         ) from None
@@ -80,8 +81,7 @@ def _join(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Torch
             answer = serve(store, number, report, expected, deadline, lambda records: _check(records, number, run, at))
         else:
             answer = ask(store, number, report, at.seconds + ANSWER_SECONDS)
-    if answer["problems"]:
-        raise UserError(*answer["problems"])
+    raise_on(answer)
     local = None if is_host else address_towards(at.host)
     return TorchrunSettings(answer["address"], answer["port"], local or answer["address"], is_host)
 
@@ -93,8 +93,9 @@ def _is_here(host: str, deadline: float) -> bool:
             return is_own(socket.gethostbyname(host))
         except OSError:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"{socket.gethostname()} cannot resolve {host}, the host of ENDPOINT; correct that name."
+                raise PeerError(
+                    f"{socket.gethostname()} cannot resolve {host}, the host of ENDPOINT; see that the name is right "
+                    "and that its name server answers."
                 ) from None
             time.sleep(1)
     return True
@@ -103,9 +104,10 @@ def _is_here(host: str, deadline: float) -> bool:
 def _open_store(at: Endpoint, is_host: bool) -> Store:
     try:
         return open_store(at.host, at.port, is_host, at.seconds)
-    except DistError:
-        why = "its port is in use" if is_host else f"it cannot be reached from here within {at.seconds:g} s"
-        raise UserError(
+    except DistError as error:
+        in_use = "EADDRINUSE" in str(error)
+        why = "its port is in use" if in_use else f"it cannot be reached from here within {at.seconds:g} s"
+        raise (UserError if in_use else PeerError)(
             f"{socket.gethostname()} cannot join at {at}: {why}; start the same line on every host, with an ENDPOINT "
             "that is free and that all can reach."
         ) from None
@@ -114,14 +116,16 @@ def _open_store(at: Endpoint, is_host: bool) -> Store:
 def _check(records: dict[int, Any], own: int, run: RunConfig, at: Endpoint) -> dict[str, Any]:
     """The endpoint's host's answer to the reports that have come."""
     reports = [Report(**records[number]) for number in sorted(records, key=lambda number: number != own)]
+    reports[0] = replace(reports[0], address=at.host)  # its own name may become known later than to the others
     found = problems(reports, run, {one.host: at.ranks for one in reports})
+    late = []
     if len(reports) < at.min_hosts:
         names = ", ".join(one.host for one in reports)
-        found.append(
+        late.append(
             f"{len(reports)} of {at.min_hosts} hosts have joined at {at} within {at.seconds:g} s ({names}); start the "
             "same line on the others."
         )
     # This host's own name can resolve to its loopback; the route to another host does not.
     others = [one.address for one in reports[1:] if one.address]
     address = (address_towards(others[0]) if others else None) or at.host
-    return {"problems": found, "address": address, "port": free_port()}
+    return {"late": late, "problems": found, "address": address, "port": free_port()}

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from megamoe.errors import UserError
+from torch.distributed import DistError
+
+from megamoe.errors import PeerError, UserError, first_line
 
 FAILED = 1  # an error of the program, or of what it runs on: disk, network
 REFUSED = 2  # what the user must change
@@ -22,10 +26,24 @@ class Stopped(Exception):
 
 
 def code_of(error: BaseException) -> int:
-    """The code with which all ranks leave for `error` of one of them."""
-    if isinstance(error, UserError):
+    """The code with which a rank leaves for `error`, and all others with it."""
+    if isinstance(error, UserError) and not isinstance(error, PeerError):
         return REFUSED
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
     return STOPPED if isinstance(error, Stopped) else FAILED
+
+
+def words_of(error: BaseException) -> str:
+    """What is said of `error`: a stack trace for a bug only."""
+    if isinstance(error, UserError):
+        return "\n".join(f"error: {problem}" for problem in error.problems)
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        return str(error)
+    if isinstance(error, (OSError, DistError)):
+        host = socket.gethostname()
+        return f"error: {host} failed ({first_line(error)}); see that its network and disks answer, and start again."
+    return "".join(traceback.format_exception(error)).rstrip()
 
 
 def leave(code: int) -> NoReturn:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from megamoe.errors import UserError
+from megamoe.errors import PeerError, UserError, first_line
 from megamoe.launch.exchange import ask, open_store, serve
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RankInfo
@@ -46,7 +46,8 @@ class Rendezvous:
 def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS) -> Rendezvous:
     """Wait for all ranks, and check that each came once and has rank 0's versions.
 
-    Raises UserError on every rank if not; only rank 0's has the sentences, which are the same for all.
+    Raises UserError on every rank if not, or PeerError if ranks are only late or lost. Only rank 0's error has the
+    sentences for what it has found, which are the same for all.
     """
     here = Member(socket.gethostname(), os.getpid(), pid_space(), versions())
     if rank_info.world_size == 1:
@@ -54,15 +55,10 @@ def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS) -> Rendezvous:
     try:
         return _join(rank_info, here, seconds)
     except DistError as error:
-        raise UserError(
+        raise PeerError(
             f"rank {rank_info.rank} on {here.host} has lost rank 0 at {rank_info.address}:{rank_info.port} during the "
             f"rendezvous ({first_line(error)}); see rank 0's output."
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _join(rank_info: RankInfo, here: Member, seconds: float) -> Rendezvous:
@@ -78,13 +74,23 @@ def _join(rank_info: RankInfo, here: Member, seconds: float) -> Rendezvous:
         ranks = range(rank_info.world_size)
         answer = serve(
             store, rank, asdict(here), ranks, deadline, lambda records: _check(rank_info, records),
-            exits=lambda given: bool(given["problems"]),
+            exits=lambda given: bool(given["late"] or given["problems"]),
         )  # fmt: skip
     else:
         answer = ask(store, rank, asdict(here), seconds + ANSWER_SECONDS)
-    if answer["problems"]:
-        raise UserError(*(answer["problems"] if rank == 0 else []))
+    raise_on(answer, says_why=rank == 0)
     return Rendezvous(rank_info, [Member(**member) for member in answer["members"]], store)
+
+
+def raise_on(answer: dict[str, Any], says_why: bool = True) -> None:
+    """Raise UserError for the `problems` in an answer and who is `late`, or PeerError where that is all.
+
+    Args:
+        says_why: whether the error has the sentences.
+    """
+    sentences = answer["late"] + answer["problems"]
+    if sentences:
+        raise (UserError if answer["problems"] else PeerError)(*(sentences if says_why else []))
 
 
 def _open_store(rank_info: RankInfo, host: str, seconds: float) -> Store:
@@ -103,7 +109,7 @@ def _open_store(rank_info: RankInfo, host: str, seconds: float) -> Store:
                 f"port {rank_info.port} is in use on {host}; give deepspeed a free --master_port, and the launch "
                 "scripts and torchrun a free MASTER_PORT or none."
             ) from None
-        raise UserError(
+        raise PeerError(
             f"rank {rank_info.rank} on {host} cannot reach rank 0 at {rank_info.address}:{rank_info.port} within "
             f"{seconds:.0f} s; see that rank 0 has started there, and that name and firewall let this host through."
         ) from None
@@ -112,15 +118,15 @@ def _open_store(rank_info: RankInfo, host: str, seconds: float) -> Store:
 def _check(rank_info: RankInfo, records: dict[int, Any]) -> dict[str, Any]:
     """Rank 0's answer to the members that have joined, by rank."""
     members = [Member(**record) for record in records.values()]
-    problems = []
+    late = []
     missing = [rank for rank in range(rank_info.world_size) if rank not in records]
     if missing:
         hosts = dict.fromkeys(member.host for member in members)
-        problems.append(
+        late.append(
             f"{len(members)} of {rank_info.world_size} ranks have joined at {rank_info.address}:{rank_info.port} in "
             f"time, from {', '.join(hosts)}; rank {', '.join(map(str, missing))} did not: see what their launcher "
             "prints on the other hosts."
         )
     by_host = {member.host: member.versions for member in reversed(members)}
-    problems += version_problems({member.host: by_host[member.host] for member in members})
-    return {"members": [asdict(member) for member in members], "problems": problems}
+    problems = version_problems({member.host: by_host[member.host] for member in members})
+    return {"members": [asdict(member) for member in members], "late": late, "problems": problems}

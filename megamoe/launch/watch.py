@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
-from megamoe.errors import UserError
+from megamoe.errors import UserError, first_line
 from megamoe.launch.exchange import wait_for_keys
-from megamoe.launch.exits import LOST, Stopped, code_of, leave
+from megamoe.launch.exits import LOST, Stopped, code_of, leave, words_of
 from megamoe.launch.holders import Holders, is_alive
-from megamoe.launch.rendezvous import Member, Rendezvous, first_line
+from megamoe.launch.rendezvous import Member, Rendezvous
 
 HEARTBEAT_SECONDS = 1.0
 SILENT_SECONDS = 30  # without a heartbeat: a host that lost its power or its network sends nothing
@@ -246,10 +246,8 @@ class Watch:
 
     def _words(self, error: Exception) -> str:
         """What all are told of an error: what a user can change and what a disk says needs no stack trace."""
-        if isinstance(error, UserError):
-            return "\n".join(f"error: {problem}" for problem in error.problems)
-        if isinstance(error, Stopped):
-            return str(error)
+        if isinstance(error, (UserError, Stopped)):
+            return words_of(error)
         failure = _failure(f"{self._names([self._rank])} failed in {self.position} ({first_line(error)})")
         return failure if isinstance(error, OSError) else "".join(traceback.format_exception(error)) + failure
 

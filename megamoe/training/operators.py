@@ -1,7 +1,9 @@
 """The operator that DeepSpeed compiles for an optimizer, loaded so that a killed start keeps no later one waiting.
 
 torch guards a compilation by a file, `lock`, which a killed process leaves behind, and waits for it without an end.
-So here a process that compiles holds a lock of the operating system, which ends with it, also on a shared file system.
+So here a process that compiles, or that loads what is compiled, holds a lock of the operating system, which ends with
+it, also on a shared file system. It tells whose torch's lock is. What one of us has left who died is removed at once.
+That of another program is left alone while its owner can be seen, or until it is 15 minutes old.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import socket
 import time
@@ -42,18 +45,24 @@ def load_operator(ds: dict[str, Any]) -> None:
 
 
 def load_in_turn(name: str, folder: Path, load: Callable[[], Any]) -> None:
-    """Call `load`, which compiles the operator in this folder or loads what is compiled, when nobody else compiles it.
+    """Call `load`, which compiles the operator in this folder alone, or loads what is compiled beside others.
 
-    Raises UserError after 15 minutes of one process that does.
+    Raises UserError after 15 minutes of one process that keeps it from that.
     """
     folder = folder.resolve()
-    wait = _Wait(f"compiles {name} in {folder}")
+    wait = _Wait(f"compiles or loads {name} in {folder}")
+    compiled = folder / f"{name}.so"
     with open(folder / "holder", "a+") as file:
-        while (holder := _take_turn(file, folder)) is not None:
+        while (holder := _take_turn(file, folder / "lock", compiled)) is not None:
             wait.go_on(holder)
-        if not (folder / f"{name}.so").exists():
+        if not compiled.exists():
             print(f"compiling {name}, once on this host, in {folder}; this takes minutes", flush=True)
-        load()
+        try:
+            load()
+        finally:
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            if _locked(file, fcntl.LOCK_EX):  # the last of us: none is left that could die
+                file.truncate(0)
 
 
 class _Wait:
@@ -62,42 +71,52 @@ class _Wait:
     def __init__(self, what: str):
         self._what = what  # they do
         self._holder = ""
-        self._since = self._say_at = 0.0
+        self._since = time.monotonic()
+        self._say_at = math.inf
 
     def go_on(self, holder: str) -> None:
         now = time.monotonic()
-        if holder != self._holder:
+        if holder and holder != self._holder:
             self._holder, self._since, self._say_at = holder, now, now + QUIET_SECONDS
         if now - self._since > MOST_SECONDS:
+            holder = self._holder or "another process"
             raise UserError(
                 f"{holder} {self._what} for {MOST_SECONDS / 60:.0f} minutes already, which is the limit; end that "
                 "process and start again."
             )
         if now > self._say_at:
-            print(f"waiting for {holder}, which {self._what}", flush=True)
+            print(f"waiting for {self._holder}, which {self._what}", flush=True)
             self._say_at = now + REPEAT_SECONDS
         time.sleep(POLL_SECONDS)
 
 
-def _take_turn(file: IO[str], folder: Path) -> str | None:
-    """Take the right to compile, or to load beside others what is compiled; else return who compiles."""
-    lock = folder / "lock"  # torch's
-    if _locked(file, fcntl.LOCK_EX):
-        other = _compiler_here(folder) if lock.exists() else None
-        if other is None:
-            lock.unlink(missing_ok=True)  # of a process that was killed
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            return None
-        holder = f"process {other} on this host"
-    elif _locked(file, fcntl.LOCK_SH) and not lock.exists():
-        return None
-    else:
-        file.seek(0)
-        holder = file.read() or "another process"
-    fcntl.lockf(file, fcntl.LOCK_UN)
-    return holder
+def _take_turn(file: IO[str], lock: Path, compiled: Path) -> str | None:
+    """Take the right to load beside others what is compiled, or to compile; else return who keeps it from us.
+
+    Returns "" where that is not known.
+
+    Args:
+        file: has a line for each of us that is in `load` or has died there.
+        lock: torch's. Nobody of us enters `load` while it is there, so as not to wait inside for one who has died.
+    """
+    loads = compiled.exists() and not lock.exists()
+    if not _locked(file, fcntl.LOCK_SH if loads else fcntl.LOCK_EX):
+        return _last_of_us(file)
+    if not loads:  # so none of us is in `load`, on any host
+        if lock.exists() and (holder := _foreign_holder(lock, is_ours=bool(_last_of_us(file)))):
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            return holder
+        lock.unlink(missing_ok=True)
+        file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return None
+
+
+def _last_of_us(file: IO[str]) -> str:
+    """Which of us was the last to enter `load`; "" if all have come out of it."""
+    file.seek(0)
+    return (file.read().splitlines() or [""])[-1]
 
 
 def _locked(file: IO[str], kind: int) -> bool:
@@ -114,12 +133,19 @@ def _locked(file: IO[str], kind: int) -> bool:
     return True
 
 
-def _compiler_here(folder: Path) -> int | None:
-    """A process of this host that compiles in the folder without our lock: it has torch's open, or is a compiler that
-    has outlived its rank."""
+def _foreign_holder(lock: Path, is_ours: bool) -> str | None:
+    """Who has torch's lock while none of us is in `load`; None where it is left from one who has died.
+
+    Args:
+        is_ours: whether one of us has died in `load`, so that it is the one who left the lock.
+    """
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
+            # It has the lock open, or is a compiler that has outlived its rank.
             opened = [file.path for file in process.open_files()]
-            if process.pid != os.getpid() and (process.cwd() == str(folder) or str(folder / "lock") in opened):
-                return process.pid
+            if process.pid != os.getpid() and (process.cwd() == str(lock.parent) or str(lock) in opened):
+                return f"process {process.pid} on this host"
+    with contextlib.suppress(FileNotFoundError):
+        if not is_ours and time.time() - lock.stat().st_mtime < MOST_SECONDS:
+            return "a process that cannot be seen from here"
     return None

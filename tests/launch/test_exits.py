@@ -3,16 +3,20 @@
 import errno
 import os
 import signal
+import socket
 import sys
+from functools import partial
 
 import pytest
 from ranks import start_processes
+from torch.distributed import DistError
 from toy import ds_config, write_inputs
 
-from megamoe import cli, pretrain
+from megamoe import pretrain
 from megamoe.errors import UserError
 from megamoe.launch import watch
-from megamoe.launch.exits import FAILED, LOST, REFUSED, leave
+from megamoe.launch.exits import FAILED, INTERRUPTED, LOST, REFUSED, leave
+from megamoe.training import distributed
 from megamoe.training.step import TrainStep
 
 KILLED = -signal.SIGKILL
@@ -62,7 +66,7 @@ def pretrain_with(fault, moment, failing, words, output):
     watch.HEARTBEAT_SECONDS, watch.DEAD_SECONDS, watch.READ_SECONDS = 0.2, 1, 1
     if int(os.environ["RANK"]) == failing:
         plant(fault, MOMENTS[moment])
-    cli.run(pretrain.main)
+    pretrain.main()
 
 
 def plant(fault, step):
@@ -123,3 +127,59 @@ def test_a_note_that_cannot_be_written_changes_no_code(tmp_path):
     (rank,) = start_processes(1, leave_with, 75, {"MEGAMOE_EXIT_NOTE": str(tmp_path / "gone" / "note")})
     rank.join(60)
     assert rank.exitcode == 75
+
+
+# --- before the ranks watch each other -------------------------------------------------------------------------------
+
+
+def launch_wrongly():
+    del os.environ["MASTER_PORT"]
+
+
+def await_a_rank_0_that_never_comes():
+    os.environ.update(RANK="1", WORLD_SIZE="2")
+    distributed.join = partial(distributed.join, seconds=0.1)
+
+
+def fail_to(error, name):
+    def fail(*args):
+        raise error
+
+    setattr(pretrain, name, fail)
+
+
+AT_THE_START = {
+    launch_wrongly: (REFUSED, "error: RANK is 0, but MASTER_PORT is not set; start megamoe by"),
+    await_a_rank_0_that_never_comes: (FAILED, "error: rank 1 on "),
+    partial(fail_to, OSError(errno.ENETUNREACH, "Network is unreachable"), "init_distributed"): (
+        FAILED,
+        f"error: {socket.gethostname()} failed ([Errno 101] Network is unreachable); see that its network and disks",
+    ),
+    partial(fail_to, DistError("Broken pipe\nat socket.cpp"), "Watch"): (
+        FAILED,
+        f"error: {socket.gethostname()} failed (Broken pipe); see that its network and disks answer, and start",
+    ),
+    partial(fail_to, KeyboardInterrupt(), "init_distributed"): (INTERRUPTED, ""),
+    partial(fail_to, KeyError("a bug"), "init_distributed"): (FAILED, "Traceback"),
+}
+
+
+def start_with(fault, output, note):
+    os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    os.environ["MEGAMOE_EXIT_NOTE"] = note
+    fault()
+    pretrain.main()
+
+
+@pytest.mark.parametrize("fault", AT_THE_START)
+def test_a_rank_that_fails_before_the_others_watch_it_says_why_and_leaves_its_code(fault, tmp_path):
+    output, note = tmp_path / "output", tmp_path / "note"
+    (rank,) = start_processes(1, start_with, fault, str(output), str(note))
+    rank.join(60)
+    code, words = AT_THE_START[fault]
+    said = output.read_text()
+    assert rank.exitcode == code, said
+    assert note.read_text() == f"{code}\n"
+    own = said[said.index(words) :]  # torch's log may come first
+    assert len(own.splitlines()) == bool(words) or "a bug" in own
+    assert ("Traceback" in said) == ("a bug" in said)

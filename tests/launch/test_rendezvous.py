@@ -3,16 +3,19 @@
 import re
 import socket
 import threading
+from dataclasses import replace
 
 from megamoe.errors import UserError
 from megamoe.launch import rendezvous
+from megamoe.launch.exchange import open_store
+from megamoe.launch.exits import FAILED, REFUSED, code_of
 from megamoe.launch.network import free_port
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import join
 
 
 def join_all(infos, seconds=30.0):
-    """What each of the ranks gets, a Rendezvous or a UserError; each on a thread of its own."""
+    """What each of the ranks gets, a Rendezvous or a UserError (a PeerError is one); each on a thread of its own."""
     answers = {}
 
     def one(place, info):
@@ -53,6 +56,7 @@ def test_ranks_that_do_not_join_are_named_once_and_all_exit():
     assert "2 of 4 ranks have joined" in first.problems[0]
     assert "rank 1, 3 did not" in first.problems[0]
     assert other.problems == []
+    assert code_of(first) == code_of(other) == FAILED  # which a restart can cure
 
 
 def test_a_rank_that_joins_twice_is_refused():
@@ -62,12 +66,30 @@ def test_a_rank_that_joins_twice_is_refused():
     assert len(refused) == 1
     assert "is not the first rank 1 to join" in refused[0].problems[0]
     assert len(first.members) == 2
+    assert code_of(refused[0]) == REFUSED
 
 
 def test_a_rank_0_that_does_not_join_is_reported_by_the_others():
     (answer,) = join_all(infos([1], 2), seconds=1)
     assert "rank 1 on " in answer.problems[0]
     assert "cannot reach rank 0 at 127.0.0.1:" in answer.problems[0]
+    assert code_of(answer) == FAILED
+
+
+def test_a_rank_0_whose_name_is_unknown_is_for_a_restart_to_cure():
+    (answer,) = join_all([replace(infos([1], 2)[0], address="rank-0.invalid")], seconds=0.1)
+    assert "cannot reach rank 0 at rank-0.invalid:" in answer.problems[0]
+    assert code_of(answer) == FAILED
+
+
+def test_a_rank_0_that_is_lost_during_the_rendezvous_is_for_a_restart_to_cure(monkeypatch):
+    monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0)
+    (info,) = infos([1], 2)
+    store = open_store(info.address, info.port, True, 5)  # which gives no answer
+    (answer,) = join_all([info], seconds=1)
+    assert "has lost rank 0 at 127.0.0.1:" in answer.problems[0]
+    assert code_of(answer) == FAILED
+    del store
 
 
 def test_a_busy_port_is_named():
@@ -80,6 +102,7 @@ def test_a_busy_port_is_named():
         f"port {port} is in use on {socket.gethostname()}; give deepspeed a free --master_port, and the launch scripts "
         "and torchrun a free MASTER_PORT or none."
     ]
+    assert code_of(answer) == REFUSED
 
 
 def test_a_rank_with_other_versions_is_named_with_its_host(monkeypatch):
@@ -88,7 +111,17 @@ def test_a_rank_with_other_versions_is_named_with_its_host(monkeypatch):
     versions = iter([{"torch": "2.13"}, {"torch": "2.12"}])
     monkeypatch.setattr(rendezvous, "versions", lambda: next(versions))
     answers = join_all(infos([0, 1], 2))
+    assert [code_of(answer) for answer in answers] == [REFUSED, REFUSED]
     (problem,) = [problem for answer in answers for problem in answer.problems]
     assert re.fullmatch(
         r"(h1|h2) has torch 2\.1[23], but (h1|h2) has 2\.1[23]; install the same on every host\.", problem
     )
+
+
+def test_other_versions_are_for_the_user_to_change_also_where_a_rank_is_late(monkeypatch):
+    names, versions = iter(["h1", "h2"]), iter([{"torch": "2.13"}, {"torch": "2.12"}])
+    monkeypatch.setattr(socket, "gethostname", lambda: next(names))
+    monkeypatch.setattr(rendezvous, "versions", lambda: next(versions))
+    answers = join_all(infos([0, 1], 3), seconds=2)
+    assert [code_of(answer) for answer in answers] == [REFUSED, REFUSED]
+    assert len(answers[0].problems) == 2

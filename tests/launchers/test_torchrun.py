@@ -36,7 +36,7 @@ def test_a_run_trains_over_both_hosts_to_its_last_step(start):
 def test_hosts_that_do_not_find_each_other_exit_with_an_error(start):
     (first,) = start(hosts=["h1"], JOIN_TIMEOUT="1")
     (second,) = start(hosts=["h2"], JOIN_TIMEOUT="1", ENDPOINT="h1:29401")
-    assert (first.wait(), second.wait()) == (2, 2)
+    assert (first.wait(), second.wait()) == (1, 1)  # which a restart can cure
     assert first.errors == [
         "error: 1 of 2 hosts have joined at h1:29400 within 1 s (h1); start the same line on the others."
     ]

@@ -1,6 +1,5 @@
 """The operators that DeepSpeed compiles: whoever was killed while it compiled keeps no later start waiting."""
 
-import fcntl
 import os
 import re
 import subprocess
@@ -18,10 +17,19 @@ OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 # Takes its turn to compile, which leaves torch's `lock` in the folder for as long as it takes.
 COMPILER = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 from megamoe.training import operators
 folder = pathlib.Path(sys.argv[1])
+def meet():
+    (folder / f"in-{os.getpid()}").touch()
+    for _ in range(200):
+        if len(list(folder.glob("in-*"))) == 3:
+            return
+        time.sleep(0.1)
+    sys.exit("the others do not load at the same time")
 def load():
+    if sys.argv[2] == "meet":
+        return meet()
     lock = folder / "lock"
     for _ in range(50):
         if not lock.exists():
@@ -31,9 +39,8 @@ def load():
         sys.exit("torch waits like this without an end")
     file = open(lock, "x")
     print("begun", flush=True)
-    until = time.monotonic() + float(sys.argv[2])
-    while time.monotonic() < until and not (folder / "go").exists():
-        time.sleep(0.05)
+    if sys.argv[2] == "hold":
+        sys.stdin.readline()
     lock.unlink()
     (folder / "cpu_adam.so").touch()
 operators.QUIET_SECONDS, operators.MOST_SECONDS = 0, 30
@@ -46,10 +53,12 @@ print("done", flush=True)
 def start(tmp_path):
     processes = []
 
-    def compiler(seconds):
+    def compiler(how=""):
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}  # or DeepSpeed says that it finds no other
-        words = [sys.executable, "-c", COMPILER, str(tmp_path), str(seconds)]
-        processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment))
+        words = [sys.executable, "-c", COMPILER, str(tmp_path), how]
+        processes.append(
+            subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
         return processes[-1]
 
     yield compiler
@@ -66,25 +75,30 @@ def read_until(process, text):
     return lines
 
 
-def test_a_lock_whose_holder_was_killed_is_removed_by_the_next_start(start, tmp_path):
-    killed = start(60)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_lock_whose_holder_was_killed_is_removed_by_the_next_start(compiled, start, tmp_path):
+    if compiled:  # it is killed while it loads that, or compiles anew
+        (tmp_path / "cpu_adam.so").touch()
+    killed = start("hold")
     read_until(killed, "begun")
     killed.kill()
     killed.wait()
     assert (tmp_path / "lock").exists()
-    after = start(0)
+    after = start()
     lines = read_until(after, "done")
-    assert lines[0] == f"compiling cpu_adam, once on this host, in {tmp_path}; this takes minutes"
+    compiling = [f"compiling cpu_adam, once on this host, in {tmp_path}; this takes minutes"]
+    assert lines == ["begun", "done"] if compiled else [*compiling, "begun", "done"]
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_start_says_for_whom_it_waits_and_goes_on_when_that_one_is_done(start, tmp_path):
-    first = start(60)
+def test_a_start_says_for_whom_it_waits_and_goes_on_when_that_one_is_done(start):
+    first = start("hold")
     read_until(first, "begun")
-    second = start(0)
+    second = start()
     waiting = second.stdout.readline()
-    (tmp_path / "go").touch()
-    assert re.match(rf"waiting for process {first.pid} on \S+, which compiles cpu_adam in /", waiting)
+    assert re.match(rf"waiting for process {first.pid} on \S+, which compiles or loads cpu_adam in /", waiting)
+    first.stdin.write("\n")
+    first.stdin.flush()
     assert "compiling" not in "".join(read_until(second, "done"))  # it is compiled
 
 
@@ -95,16 +109,21 @@ def test_a_lock_that_a_process_of_this_host_has_open_is_left_alone(tmp_path, mon
     words = [sys.executable, "-c", hold, str(tmp_path / "lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(UserError, match=f"process {other.pid} on this host compiles cpu_adam in .* already"):
+        with pytest.raises(
+            UserError, match=f"process {other.pid} on this host compiles or loads cpu_adam in .* already"
+        ):
             operators.load_in_turn("cpu_adam", tmp_path, pytest.fail)
         other.communicate(b"\n")
-    assert f"waiting for process {other.pid} on this host, which compiles cpu_adam in" in capsys.readouterr().out
+    assert (
+        f"waiting for process {other.pid} on this host, which compiles or loads cpu_adam in" in capsys.readouterr().out
+    )
     assert (tmp_path / "lock").exists()
 
 
 def test_a_compiler_that_has_outlived_its_rank_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(operators, "MOST_SECONDS", 0.5)
     (tmp_path / "lock").touch()
+    (tmp_path / "holder").write_text("process 1 on h1\n")  # the rank
     with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as ninja:
         with pytest.raises(UserError, match=f"process {ninja.pid} on this host"):
             operators.load_in_turn("cpu_adam", tmp_path, pytest.fail)
@@ -113,10 +132,24 @@ def test_a_compiler_that_has_outlived_its_rank_is_waited_for(tmp_path, monkeypat
     assert not (tmp_path / "lock").exists()
 
 
-def test_what_is_compiled_is_loaded_beside_others_that_load_it(start, tmp_path):
-    with open(tmp_path / "holder", "a+") as file:
-        fcntl.lockf(file, fcntl.LOCK_SH)
-        read_until(start(0), "done")
+def test_a_lock_of_another_program_that_cannot_be_seen_is_left_alone_until_it_is_old(start, tmp_path):
+    read_until(start(), "done")  # leaves nothing that would make the lock ours
+    lock = tmp_path / "lock"
+    lock.touch()
+    waits = start()
+    said = waits.stdout.readline()
+    assert said.startswith("waiting for a process that cannot be seen from here, which compiles or loads cpu_adam in /")
+    assert lock.exists()
+    os.utime(lock, (0, 0))
+    read_until(waits, "done")
+    assert not lock.exists()
+
+
+def test_all_ranks_load_what_is_compiled_at_the_same_time(start, tmp_path):
+    (tmp_path / "cpu_adam.so").touch()
+    for rank in [start("meet") for _ in range(3)]:
+        assert read_until(rank, "done") == ["done"]
+    assert (tmp_path / "holder").read_text() == ""
 
 
 @pytest.mark.parametrize(
@@ -140,13 +173,13 @@ def operators_of(changes):
     """The operators that an engine has loaded in turn, and those that DeepSpeed has loaded in all."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    in_turn = []
+    in_turn, load_in_turn = [], operators.load_in_turn
 
-    def load_in_turn(name, folder, load):
+    def recorded(name, folder, load):
         in_turn.append(name)
-        load()
+        load_in_turn(name, folder, load)
 
-    operators.load_in_turn = load_in_turn
+    operators.load_in_turn = recorded
     make(1, **changes)
     return in_turn, list(OpBuilder._loaded_ops)
 
