@@ -78,10 +78,10 @@ def plant(fault, step):
             fault()
         return train(*args)
 
-    def fail_in_check(*args):
+    def fail_in_check(*args, **options):
         if step == 0:
             fault()
-        return check(*args)
+        return check(*args, **options)
 
     TrainStep.forward_backward, pretrain.Job = fail_in_step, fail_in_check
 
