@@ -170,11 +170,11 @@ class Job:
             )
         before, now = _decisive(last), _decisive(self.record())
         changed = [key for key in now if before.get(key) != now[key]]
-        if self.run.resume and changed == ["optimization"]:
+        if self.run.resume and "optimization" in changed:
             others = _part(now["optimization"], before["optimization"])
             if others.keys() <= {"scheduler"}:  # a longer run, or another decay: the optimizer's state fits still
                 self.new_schedule = others["scheduler"]
-                return
+                changed.remove("optimization")
         if changed:
             raise UserError(
                 *(

@@ -110,7 +110,7 @@ def is_done(job: Job) -> bool:
     if step is None or step < job.last_step:
         return False
     if dist.get_rank() == 0:
-        print(f"{job.run_dir} is at its last step, {job.last_step}, already", flush=True)
+        print(f"{job.run_dir} is at its last step, {step}, already", flush=True)
     return True
 
 

@@ -74,7 +74,10 @@ class RunFolder:
 
     def enter(self, record: dict[str, Any], tokenizer: Path | None) -> None:
         """Write the record of a start or a resume, in a folder that stays locked. Raises UserError."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be made ({error.strerror}); choose another --run_dir.") from None
         self._take_lock()
         if self.began is None and _start(self.path).is_file():
             raise UserError(f"{self.path} has become another run's meanwhile; choose another --run_dir.")

@@ -58,6 +58,8 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
     The bytes of megamoe's own form are verified as they are read, those of others not at all. Raises UserError if it is
     none of these or cannot be read.
     """
+    if folders.FILE.fullmatch(path.name) and path.is_file():
+        raise UserError(f"{path} is one file of a checkpoint; give the folder, {path.parent}.")
     if path.is_file() and path.suffix in (".safetensors", *STATE_DICT_ENDINGS):
         return PlainFiles([path])
     if folders.has_index(path):
