@@ -52,12 +52,12 @@ USE = """
 import runpy, sys
 from pathlib import Path
 import megamoe
-from megamoe.checkpoint import export, writer
+from megamoe.checkpoint import export, folders, writer
 from megamoe.config import load_preset
 folder = Path(megamoe.__file__).parent
 print(folder, load_preset("moe-680m").num_hidden_layers)
 print([name for name in export.HUGGINGFACE_FILES if not (folder / name).is_file()])
-print(Path(writer.__file__).with_name(writer.SCRIPT).is_file())
+print(Path(writer.__file__).with_name(folders.SCRIPT).is_file())
 sys.argv = ["pretrain.py", "--help"]
 runpy.run_module("megamoe.pretrain", run_name="__main__")
 """
