@@ -159,8 +159,9 @@ def remove_folder_after_a_step(run):
         pretrain(job, new_store("run"), Position(), StopRequest())
 
 
-def test_a_run_folder_that_is_removed_ends_all_ranks_with_one_sentence(tmp_path):
-    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+@pytest.mark.parametrize("interval", [{"log_interval": 1, "save_interval": 0}, {"log_interval": 2, "save_interval": 3}])
+def test_a_run_folder_that_is_removed_ends_all_ranks_with_one_sentence(tmp_path, interval):
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), **interval}
     results, said = run_and_hear(2, remove_folder_after_a_step, run)
     assert results == [2, 2]
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]

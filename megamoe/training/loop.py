@@ -87,13 +87,13 @@ class Trainer:
             balance = self._train(step)
             # What stopping now would take, and as much again.
             needed = 2 * (longest + self.writer.expected_seconds())
-            logs = step % log_every == 0
+            logs, saves = step % log_every == 0, _due(step, save_every)
             # This waits for the device, so the clock has the whole step.
             flags = (
                 self.stop.asked,
                 self.deadline.within(needed),
                 self.writer.writing,
-                logs and self._folder_is_gone(),
+                (logs or saves) and self._folder_is_gone(),
             )
             asked, out_of_time, writing, is_gone = on_any_rank(*flags, device=self.train_step.device)
             self.metrics.add_seconds(time.perf_counter() - started)
@@ -106,7 +106,7 @@ class Trainer:
                 self._evaluate(self.evaluator, step)
             if self.writer.pending and not writing:
                 self._complete()
-            if _due(step, save_every) or final:
+            if saves or final:
                 self._save(step, final)
             if final and step < last:
                 why = "by a signal" if asked else "before the time limit"

@@ -96,7 +96,7 @@ def test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one(fault, failing
     output = tmp_path / "output"
     ranks = start_processes(2, pretrain_with, fault, moment, failing, words, str(output))
     for rank in ranks:
-        rank.join(60)
+        rank.join(240)  # an operator may be compiled first
     expected = dict.fromkeys([0, 1], TABLE[fault][1]) | {failing: TABLE[fault][0]}
     said = output.read_text()
     assert {number: rank.exitcode for number, rank in enumerate(ranks)} == expected, said
