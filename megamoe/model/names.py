@@ -52,11 +52,6 @@ def engine_name(name: str) -> str:
     return name.replace(".router.", ".deepspeed_moe.router.")
 
 
-def experts_prefix(layer: int) -> str:
-    """What the plain names of a layer's experts begin with; ".ID.PARAMETER" follows."""
-    return f"{PREFIX}layers.{layer}.moe.experts"
-
-
 def local_experts(experts: nn.Module) -> nn.ModuleList:
     """The modules of a rank's experts inside DeepSpeed's `Experts`."""
     return experts.deepspeed_experts  # type: ignore[return-value]
