@@ -26,6 +26,7 @@ LAYERS = [
         "json_files",
         "run_folder",
         "disk",
+        "host_values",
     },
     {"data"},
     {"model"},
