@@ -64,6 +64,10 @@ class ModelConfig(JsonModel):
     """Width of the residual stream."""
     intermediate_size: int = Field(gt=0, le=MAX_SIZE)
     """Width inside an expert."""
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
+    """Activation inside an expert."""
+    gated_mlp: bool = False
+    """Experts of three matrices: the activation of a gate multiplies what goes in (SwiGLU, GEGLU, ...)."""
     num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
     """Decoder blocks."""
     num_attention_heads: int = Field(gt=0, le=MAX_SIZE)

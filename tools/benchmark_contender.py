@@ -29,9 +29,9 @@ from megamoe.hardware import measured_bandwidth, memory_gib, peak_flops
 from megamoe.json_files import read_json
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.decoder import Decoder
-from megamoe.model.experts import Expert
+from megamoe.model.dropout import Dropout
+from megamoe.model.experts import ACTIVATIONS
 from megamoe.model.moe import MoE
-from megamoe.model.sections import ExpertSection, section
 from megamoe.topology import ExpertTopology
 from megamoe.training.distributed import init_distributed
 from megamoe.training.engine import build_engine
@@ -116,6 +116,24 @@ def build_engine_contender(
     return Contender(train_step.model, dtype, forward_backward, update, optimizer)
 
 
+class StockExpert(nn.Module):
+    """One expert, for DeepSpeed's own layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        outside, inside = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(outside, inside, bias=False) if config.gated_mlp else None
+        self.up_proj = nn.Linear(outside, inside, bias=False)
+        self.down_proj = nn.Linear(inside, outside, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout = Dropout(config.expert_dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(x)
+        inside = self.activation(self.gate_proj(x)) * up if self.gate_proj else self.activation(up)
+        return self.dropout(self.down_proj(inside))
+
+
 def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Decoder:
     """The decoder with DeepSpeed's own MoE layer in every block."""
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
@@ -123,7 +141,7 @@ def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Dec
     for block in model.layers:
         block.moe = deepspeed.moe.layer.MoE(
             config.hidden_size,
-            Expert(**section(ExpertSection, config)),
+            StockExpert(config),
             num_experts=config.num_local_experts,
             ep_size=ep_size,
             k=config.num_experts_per_tok,
@@ -214,7 +232,7 @@ def pieces_of(block: Any) -> Iterator[tuple[str, nn.Module]]:
     yield "moe", block.moe
     if isinstance(block.moe, MoE):
         yield "router", block.moe.router
-        yield from (("expert", expert) for expert in block.moe.local_experts)
+        yield "expert", block.moe.experts
 
 
 @contextmanager

@@ -5,15 +5,16 @@ Weights in 16 bits are not: they are the fp32 masters, rounded.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
-from megamoe.model.names import is_buffer, plain_name
+from megamoe.model.names import Part, is_buffer, plain_name, plain_parts
 from megamoe.optimizers import MASTERS, Layout, OptimizerSpec, find_optimizer
 
 
@@ -47,21 +48,18 @@ def optimizer_spec(engine: deepspeed.DeepSpeedEngine) -> OptimizerSpec:
 def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:
     """The engine's own masters and optimizer state of this rank, and on rank 0 the router statistics."""
     zero, kinds = engine.optimizer, _state_kinds(engine)
-    first_expert = engine.module.topology.first_expert
-    names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
     tensors: list[Tensor] = []
     slices = []
-    shapes = {names[parameter]: list(parameter.shape) for parameter in names if parameter.numel() == 0}
+    parts = plain_parts_of(engine)
+    shapes = {part.name: list(part.shape) for held in parts.values() for part in held if part.count == 0}
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
         flat = {MASTERS: master.data, **{kind: zero.optimizer.state[master][kind] for kind in kinds}}
         numbers = dict(zip(flat, range(len(tensors), len(tensors) + len(flat)), strict=True))
         tensors += flat.values()
         for parameter in zero.bit16_groups[group]:
-            mapping = parameter._hp_mapping
-            if mapping is not None:  # else its values are on other ranks
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                slices.append(Slice(names[parameter], there.start, there.numel, here.start, numbers))
-                shapes[names[parameter]] = list(parameter.shape)
+            for part, start, count, offset in stretches(parameter, parts[parameter]):
+                slices.append(Slice(part.name, start, count, offset, numbers))
+                shapes[part.name] = list(part.shape)
     if dist.get_rank() == 0:  # they are the same on every rank
         for name, buffer in engine.module.named_buffers():
             if is_buffer(name):
@@ -69,6 +67,28 @@ def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:
                 shapes[plain_name(name)] = list(buffer.shape)
                 tensors.append(buffer.flatten())
     return RankState(tensors, slices, shapes)
+
+
+def plain_parts_of(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, list[Part]]:
+    """The plain parameters that each of the engine's holds."""
+    first_expert = engine.module.topology.first_expert
+    return {
+        parameter: plain_parts(name, tuple(parameter.shape), first_expert)
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def stretches(parameter: Any, parts: list[Part]) -> Iterator[tuple[Part, int, int, int]]:
+    """What this rank's flat masters hold of each plain parameter in one of the engine's: (part, first value in it,
+    number of values, offset in the masters)."""
+    mapping = parameter._hp_mapping
+    if mapping is None:  # its values are on other ranks
+        return
+    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+    for part in parts:
+        first, last = max(there.start, part.start), min(there.start + there.numel, part.start + part.count)
+        if first < last:
+            yield part, first - part.start, last - first, here.start + first - there.start
 
 
 def _state_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:

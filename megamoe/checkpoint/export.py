@@ -36,7 +36,6 @@ HUGGINGFACE_FILES = (
     "huggingface/configuration_megamoe.py",
     "huggingface/modeling_megamoe.py",
     "model/attention.py",
-    "model/experts.py",
     "model/rope.py",
     "model/router.py",
     "model/sections.py",

@@ -26,7 +26,7 @@ from megamoe.config import ModelConfig
 from megamoe.errors import UserError, shown
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import expert_id, layer_id, plain_name
+from megamoe.model.names import expert_id, layer_id, plain_name, plain_parts
 from megamoe.optimizers import MASTERS
 
 STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
@@ -168,6 +168,8 @@ def load_buffers(model: nn.Module, source: Source) -> None:
 def load_weights(model: nn.Module, source: Source, dtype: torch.dtype) -> None:
     """Give a whole model (ep_size 1) the weights in `source`, in `dtype`, and the router statistics, in fp32."""
     for name, parameter in model.named_parameters():
-        values = source.read(plain_name(name), MASTERS, 0, parameter.numel())
-        parameter.data = values.view_as(parameter).to(dtype, copy=True)  # not the mapped file
+        values = torch.empty(parameter.shape, dtype=dtype)
+        for part in plain_parts(name, tuple(parameter.shape)):
+            values.view(-1)[part.start : part.start + part.count] = source.read(part.name, MASTERS, 0, part.count)
+        parameter.data = values
     load_buffers(model, source)

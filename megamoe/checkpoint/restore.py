@@ -19,13 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint import folders, indexed_files, verify
-from megamoe.checkpoint.engine_state import optimizer_spec, rank_state
+from megamoe.checkpoint.engine_state import optimizer_spec, plain_parts_of, rank_state, stretches
 from megamoe.checkpoint.index import Index, Range, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import Source, load_buffers, open_source
 from megamoe.checkpoint.slice_file import DamagedError
 from megamoe.errors import UserError
-from megamoe.model.names import plain_name
 from megamoe.optimizers import MASTERS, StateTensor
 
 
@@ -186,18 +185,14 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
             "checkpoint."
         )
     tensors = [] if weights_only else _state_tensors(engine, source, training)
-    first_expert = engine.module.topology.first_expert
-    names = {parameter: plain_name(name, first_expert) for name, parameter in engine.module.named_parameters()}
+    parts = plain_parts_of(engine)
     state: dict[int, dict[str, Any]] = {}
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
         state[group] = {one.name: torch.zeros_like(master.data, dtype=one.dtype) for one in tensors}
         for kind, flat in {MASTERS: master.data, **state[group]}.items():  # one after the other, as they lie in files
             for parameter in zero.bit16_groups[group]:
-                mapping = parameter._hp_mapping
-                if mapping is not None:  # else its values are on other ranks
-                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    values = source.read(names[parameter], kind, there.start, there.numel)
-                    flat[here.start : here.start + here.numel].copy_(values)
+                for part, start, count, offset in stretches(parameter, parts[parameter]):
+                    flat[offset : offset + count].copy_(source.read(part.name, kind, start, count))
         step = training.get("optimizer_step")
         if step is not None:  # each group counts its own
             state[group]["step"] = step.clone() if isinstance(step, Tensor) else step

@@ -29,6 +29,8 @@ class MegaMoeConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-5,
         num_local_experts: int = 8,
         num_experts_per_tok: int = 2,
+        hidden_act: str = "silu",
+        gated_mlp: bool = False,
         expert_dropout: float = 0.0,
         router_jitter_noise: float = 0.0,
         router_score: str = "softmax",
@@ -56,6 +58,8 @@ class MegaMoeConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.num_local_experts = num_local_experts
         self.num_experts_per_tok = num_experts_per_tok
+        self.hidden_act = hidden_act
+        self.gated_mlp = gated_mlp
         self.expert_dropout = expert_dropout
         self.router_jitter_noise = router_jitter_noise
         self.router_score = router_score

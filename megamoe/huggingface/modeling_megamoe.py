@@ -1,7 +1,7 @@
 """A megamoe decoder for transformers: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
 
-Attention, rotary embeddings, experts, router and the sections of the configuration that they take are megamoe's own
-files, exported next to this one; the experts run one after another on one device, without DeepSpeed.
+Attention, rotary embeddings, router and the sections of the configuration that they take are megamoe's own files,
+exported next to this one; the experts run one after another on one device, without DeepSpeed.
 
 Shape legend: B batch, T positions of this call, S positions so far, D hidden_size, K experts per token, V vocab_size.
 """
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import PrefixLatentAttention, attention_mask
 from .configuration_megamoe import MegaMoeConfig
-from .experts import Expert
 from .rope import Rotary, rope_frequencies, rotary_table
 from .router import Router
-from .sections import AttentionSection, ExpertSection, RouterSection, section
+from .sections import AttentionSection, RouterSection, section
 
 # The name under which this release of transformers hands a cache around.
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -43,18 +43,37 @@ class _TokenCache:
         return attention.with_latents(key, attention.k_proj), attention.with_latents(value, attention.v_proj)
 
 
+class MegaMoeExpert(nn.Module):
+    """Two projections with an activation between, gated or not, dropout on the output."""
+
+    def __init__(self, config: MegaMoeConfig):
+        super().__init__()
+        outside, inside = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(outside, inside, bias=False) if config.gated_mlp else None
+        self.up_proj = nn.Linear(outside, inside, bias=False)
+        self.down_proj = nn.Linear(inside, outside, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.expert_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, D) -> (rows, D)."""
+        up = self.up_proj(x)
+        inside = self.activation(self.gate_proj(x)) * up if self.gate_proj else self.activation(up)
+        return self.dropout(self.down_proj(inside))
+
+
 class MegaMoeExperts(nn.Module):
     """The router's K experts for every token, weighted."""
 
     def __init__(self, config: MegaMoeConfig):
         super().__init__()
         self.router = Router(**section(RouterSection, config))
-        self.experts = nn.ModuleList(Expert(**section(ExpertSection, config)) for _ in range(config.num_local_experts))
+        self.experts = nn.ModuleList(MegaMoeExpert(config) for _ in range(config.num_local_experts))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         rows = hidden_states.flatten(0, 1)
-        weights, expert_ids = self.router(rows)  # (B * T, K) each
+        weights, expert_ids, _ = self.router(rows)  # (B * T, K) each
         results = rows.new_zeros(*expert_ids.shape, rows.shape[1])
         for expert_id, expert in enumerate(self.experts):
             token, choice = (expert_ids == expert_id).nonzero(as_tuple=True)

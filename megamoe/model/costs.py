@@ -25,6 +25,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, dict[str, int]]:
         "moe.router.weight": {"num_local_experts": config.num_local_experts} | hidden,
     }
     for expert in range(config.num_local_experts):
+        if config.gated_mlp:
+            layer[f"moe.experts.{expert}.gate_proj.weight"] = inside | hidden
         layer[f"moe.experts.{expert}.up_proj.weight"] = inside | hidden
         layer[f"moe.experts.{expert}.down_proj.weight"] = hidden | inside
     layers = {
@@ -62,4 +64,4 @@ def _attention_weights(config: ModelConfig) -> int:
 
 
 def _expert_weights(config: ModelConfig) -> int:
-    return 2 * config.hidden_size * config.intermediate_size
+    return (3 if config.gated_mlp else 2) * config.hidden_size * config.intermediate_size

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megamoe.config import ModelConfig
 from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention_mask
-from megamoe.model.experts import Expert
+from megamoe.model.experts import StackedExperts
 from megamoe.model.loss import chunked_cross_entropy
 from megamoe.model.moe import MoE
-from megamoe.model.names import is_engine_expert, is_norm, is_residual_projection
+from megamoe.model.names import expert_id, is_norm, is_residual_projection, layer_id, plain_parts
 from megamoe.model.rope import Rotary, rope_frequencies, rotary_table
 from megamoe.model.router import Router
 from megamoe.model.sections import AttentionSection, ExpertSection, RouterSection, section
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = MoE(
             router=Router(**section(RouterSection, config)),
-            expert=Expert(**section(ExpertSection, config)),
+            experts=StackedExperts(num_experts=topology.experts_per_rank, **section(ExpertSection, config)),
             topology=topology,
             hidden_size=config.hidden_size,
         )
@@ -75,18 +75,18 @@ class Decoder(nn.Module):
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
 
-        def fill(name: str, weight: Tensor, generator: torch.Generator) -> None:
-            weight.normal_(0, residual_std if is_residual_projection(name) else std, generator=generator)
-
         shared = _generator(seed)
-        for name, weight in self.named_parameters():
-            if not is_norm(name) and not is_engine_expert(name):
-                fill(name, weight, shared)
-        for layer, moe in enumerate(self.moe_layers()):
-            for expert_id, expert in zip(self.topology.expert_ids, moe.local_experts, strict=True):
-                generator = _generator(seed, layer, expert_id)
-                for name, weight in expert.named_parameters():
-                    fill(name, weight, generator)
+        own: dict[tuple[int, int], torch.Generator] = {}  # an expert's, for its projections one after the other
+        for name, parameter in self.named_parameters():
+            for part in plain_parts(name, parameter.shape, self.topology.first_expert):
+                weight = parameter.flatten()[part.start : part.start + part.count].view(part.shape)
+                layer, expert = layer_id(part.name), expert_id(part.name)
+                if layer is None or expert is None:
+                    generator = shared
+                else:
+                    generator = own[layer, expert] = own.get((layer, expert)) or _generator(seed, layer, expert)
+                if not is_norm(part.name):
+                    weight.normal_(0, residual_std if is_residual_projection(part.name) else std, generator=generator)
 
     def moe_layers(self) -> list[MoE]:
         """The expert layer of each block, first block first."""

@@ -1,40 +1,69 @@
-"""One expert, and the dropout on its output.
+"""The experts of one layer that one rank holds, stacked: one parameter and one product for each projection.
 
-Shape legend: D hidden_size.
+Shape legend: E experts of this rank, D hidden_size, F intermediate_size, P rows, grouped by expert.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megamoe.model.dropout import Dropout
+from megamoe.model.products import grouped_linear
 
-class Dropout(nn.Dropout):
-    """torch's dropout, on CPU with a mask that is cheaper to draw.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
-    There torch draws one number for every element, on one thread: a quarter of an expert's forward pass. Sixteen
-    bits of a draw are enough for each: the probability is exact to 1/131,072.
+
+class StackedExperts(nn.Module):
+    """Two projections with an activation between, no biases, dropout on the output; gated, as in SwiGLU, or not.
+
+    Parameters:
+        gate_up: (E, 2F, D), of gated experts: the gate's rows, then those of the projection that it gates.
+        up: (E, F, D), of experts without a gate.
+        down: (E, D, F).
+
+    Source of the gate: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)  # evenly over all of int16
-        threshold = min(round(self.p * 2**16) - 2**15, 2**15 - 1)
-        return x * (numbers >= threshold).to(x.dtype).div_(1 - self.p)
-
-
-class Expert(nn.Module):
-    """Two projections with SiLU between, no gate, no biases, dropout on the output."""
-
-    def __init__(self, *, hidden_size: int, intermediate_size: int, expert_dropout: float = 0.0):
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu",
+        gated_mlp: bool = False,
+        expert_dropout: float = 0.0,
+    ):
         super().__init__()
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.activation = ACTIVATIONS[hidden_act]
+        self.gated = gated_mlp
+        if gated_mlp:
+            self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        else:
+            self.up = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.dropout = Dropout(expert_dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, D) -> (rows, D)."""
-        return self.dropout(self.down_proj(F.silu(self.up_proj(x))))
+    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """(P, D) -> (P, D).
+
+        Args:
+            ends: (E,) int32, where each expert's rows end; the last is P.
+        """
+        if self.gated:
+            gate, up = grouped_linear(rows, self.gate_up, ends).chunk(2, dim=-1)
+            inside = self.activation(gate) * up
+        else:
+            inside = self.activation(grouped_linear(rows, self.up, ends))
+        return self.dropout(grouped_linear(inside, self.down, ends))

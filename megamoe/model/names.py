@@ -1,19 +1,28 @@
 """Names of parameters and buffers: as the engine has them, and the plain ones under which they leave megamoe.
 
-engine  layers.3.moe.deepspeed_moe.experts.deepspeed_experts.1.up_proj.weight     expert ids of one rank
-plain   model.layers.3.moe.experts.5.up_proj.weight                               expert ids of the model
+engine  layers.3.moe.deepspeed_moe.experts.gate_up      (experts of one rank, 2F, D), or `up` (.., F, D) without a gate
+plain   model.layers.3.moe.experts.5.gate_proj.weight   (F, D), with the expert's id in the model
+        model.layers.3.moe.experts.5.up_proj.weight     (F, D)
 
+The engine stacks the experts of a rank, so one of its parameters is several plain ones, one after the other in memory.
 Every pattern of such a name is spelled here; `costs.py` lists the plain names themselves.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
-
-ENGINE_EXPERT = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.*)")
+# The plain projections of each stacked parameter, in their order within an expert.
+STACKED = {"gate_up": ("gate_proj", "up_proj"), "up": ("up_proj",), "down": ("down_proj",)}
+ENGINE_EXPERTS = re.compile(rf"(.*)\.deepspeed_moe\.experts\.({'|'.join(STACKED)})")
+# One parameter per expert, as DeepSpeed's own `Experts` has them, and megamoe had before it stacked them.
+UNSTACKED_EXPERT = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.*)")
 PLAIN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PREFIX = "model."
@@ -31,30 +40,85 @@ class ExpertName(NamedTuple):
     parameter: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """A plain parameter as a stretch of one of the engine's."""
+
+    name: str  # plain
+    start: int  # in the flattened parameter of the engine
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+def plain_parts(name: str, shape: tuple[int, ...], first_expert: int = 0) -> list[Part]:
+    """The plain parameters or the buffer that one of the engine's, of this name and shape, holds, in order.
+
+    Args:
+        first_expert: id in the model of the first expert on the rank that it is from.
+    """
+    stacked = ENGINE_EXPERTS.fullmatch(name)
+    if not stacked:
+        return [Part(plain_name(name, first_expert), 0, tuple(shape))]
+    layer, projections = f"{PREFIX}{stacked[1]}.experts", STACKED[stacked[2]]
+    experts, rows, columns = shape
+    part = (rows // len(projections), columns)
+    names = [f"{layer}.{first_expert + e}.{projection}.weight" for e in range(experts) for projection in projections]
+    return [Part(name, number * math.prod(part), part) for number, name in enumerate(names)]
+
+
 def plain_name(name: str, first_expert: int = 0) -> str:
-    """The plain name of an engine's parameter or buffer.
+    """The plain name of an engine's parameter or buffer that is one plain parameter.
 
     Args:
         first_expert: id in the model of the first expert on the rank that `name` comes from.
     """
-    expert = ENGINE_EXPERT.fullmatch(name)
+    expert = UNSTACKED_EXPERT.fullmatch(name)
     if expert:
         name = f"{expert[1]}.experts.{first_expert + int(expert[2])}.{expert[3]}"
     return PREFIX + name.replace(".deepspeed_moe.", ".")
 
 
+def engine_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
+    """The engine's parameters that hold the plain ones of these shapes, by name, each with what it holds.
+
+    Args:
+        shapes: by plain name; of the experts, those of one rank, or of all for an ep_size of 1.
+    """
+    gated = any(name.endswith(".gate_proj.weight") for name in shapes)
+    held: dict[str, list[str]] = defaultdict(list)
+    for name in shapes:
+        held[_parameter_name(name, gated)].append(name)
+    return {name: _stretches(sorted(plain, key=_place_in_stack), shapes) for name, plain in held.items()}
+
+
+def _parameter_name(name: str, gated: bool) -> str:
+    """The engine's name of the parameter that holds a plain one."""
+    parts = split_expert(name)
+    if not parts:
+        return engine_name(name)
+    projection = parts.parameter.removesuffix(".weight")
+    stack = projection.removesuffix("_proj") if projection == "down_proj" or not gated else "gate_up"
+    return f"{parts.layer.removeprefix(PREFIX).removesuffix('experts')}deepspeed_moe.experts.{stack}"
+
+
+def _place_in_stack(name: str) -> tuple[int, bool]:
+    """Sorts by expert, and the gate before the projection that it gates."""
+    parts = split_expert(name)
+    return (parts.expert, not parts.parameter.startswith("gate_proj")) if parts else (0, False)
+
+
+def _stretches(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
+    starts = itertools.accumulate((math.prod(shapes[name]) for name in names), initial=0)
+    return [Part(name, start, tuple(shapes[name])) for name, start in zip(names, starts, strict=False)]
+
+
 def engine_name(name: str) -> str:
-    """The engine's name, at an ep_size of 1, of a plain name."""
-    name = name.removeprefix(PREFIX)
-    expert = PLAIN_EXPERT.fullmatch(name)
-    if expert:
-        return f"{expert[1].removesuffix('experts')}deepspeed_moe.experts.deepspeed_experts.{expert[2]}.{expert[3]}"
-    return name.replace(".router.", ".deepspeed_moe.router.")
-
-
-def local_experts(experts: nn.Module) -> nn.ModuleList:
-    """The modules of a rank's experts inside DeepSpeed's `Experts`."""
-    return experts.deepspeed_experts  # type: ignore[return-value]
+    """The engine's name of a buffer, or of a parameter that is not an expert's, of a plain name."""
+    return name.removeprefix(PREFIX).replace(".router.", ".deepspeed_moe.router.")
 
 
 def split_expert(name: str) -> ExpertName | None:
@@ -102,5 +166,5 @@ def is_residual_projection(name: str) -> bool:
 
 
 def is_engine_expert(name: str) -> bool:
-    """Whether a parameter, by the engine's name, belongs to an expert."""
-    return ENGINE_EXPERT.fullmatch(name) is not None
+    """Whether a parameter, by the engine's name, belongs to experts."""
+    return ENGINE_EXPERTS.fullmatch(name) is not None

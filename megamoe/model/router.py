@@ -47,8 +47,8 @@ class Router(nn.Module):
         self.register_buffer("running_load", torch.full((num_local_experts,), 1.0 / num_local_experts))
         self.register_buffer("step_counts", torch.zeros(num_local_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Route tokens `x` (T, D); returns (combine weights (T, K), expert ids (T, K)).
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route tokens `x` (T, D); returns (combine weights (T, K), expert ids (T, K), slots per expert (E,) int64).
 
         Logits are at least fp32 whatever the dtype of `x`; the weights have the logits' dtype and sum to 1 over K.
         """
@@ -62,10 +62,11 @@ class Router(nn.Module):
         # The chosen scores divided by their sum, as a softmax of their logarithms: no score is too small for it.
         log_scores = F.logsigmoid(logits) if self.score == "sigmoid" else logits
         weights = log_scores.gather(-1, expert_ids).softmax(-1)
+        counts = count_ids(expert_ids.flatten(), self.step_counts.numel())
         # Inside a backward pass this forward is a recomputation: its slots were counted the first time.
         if self.training and torch._C._current_graph_task_id() == -1:
-            self.step_counts += count_ids(expert_ids.flatten(), self.step_counts.numel())
-        return weights, expert_ids
+            self.step_counts += counts
+        return weights, expert_ids, counts
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:

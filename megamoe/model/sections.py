@@ -21,10 +21,12 @@ class AttentionSection(TypedDict):
 
 
 class ExpertSection(TypedDict):
-    """What `Expert` takes."""
+    """What `StackedExperts` takes."""
 
     hidden_size: int
     intermediate_size: int
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"]
+    gated_mlp: bool
     expert_dropout: float
 
 

@@ -16,8 +16,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.loss import LOSS_CHUNK
-from megamoe.model.moe import CPU_ROW_MULTIPLE
 from megamoe.planning.buckets import Ledger, Reduction
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 

@@ -1,0 +1,69 @@
+"""The product of rows with the weights of their experts: one kernel for all experts where there is one.
+
+Shape legend: P rows, grouped by expert, E experts of this rank, I input and O output features.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megamoe.host_values import host_values
+
+Kernel = Literal["grouped_mm", "triton", "loop"]
+ALIGNMENT = 16  # bytes that a row of an operand must be a multiple of (torch.nn.functional.grouped_mm)
+
+
+def choose_kernel(capability: tuple[int, int] | None, dtype: torch.dtype, has_triton: bool) -> Kernel:
+    """The fastest correct product of this device and dtype.
+
+    Args:
+        capability: of a CUDA device; None elsewhere.
+
+    On GPUs `torch.nn.functional.grouped_mm` is one kernel for bf16 from sm_90 on; else it is a loop that reads the
+    device (aten/src/ATen/native/GroupedMMUtils.h). DeepSpeed's Triton kernel serves 16 bits from sm_80 on; in fp32 it
+    would round its operands to TF32. The loop is exact in any dtype, and reads the device once per product.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "loop"
+    if capability is None or (capability >= (9, 0) and dtype == torch.bfloat16):
+        return "grouped_mm"
+    if has_triton and capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16):
+        return "triton"
+    return "loop"
+
+
+@lru_cache
+def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
+    """`choose_kernel` for a device of this machine."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return choose_kernel(capability, dtype, importlib.util.find_spec("triton") is not None)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows (P, I) times each row's expert's weight, (P, O). An expert without rows gets a gradient of zeros.
+
+    Args:
+        weight: (E, O, I), as one expert's `nn.Linear` has it.
+        ends: (E,) int32, where each expert's rows end; the last is P.
+    """
+    kernel = kernel_for(rows.device, rows.dtype) if len(rows) else "loop"
+    if kernel == "grouped_mm":
+        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+    if kernel == "triton":
+        from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton
+
+        return group_gemm_triton(rows, weight, ends, trans_b=True)
+    return _loop(rows, weight, ends)
+
+
+def _loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    bounds = [0, *(host_values(ends)() if len(rows) else [0] * len(ends))]
+    blocks = rows.split([end - start for start, end in itertools.pairwise(bounds)])
+    return torch.cat([F.linear(block, one) for block, one in zip(blocks, weight.unbind(), strict=True)])
