@@ -30,17 +30,27 @@ CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ 
 class _TokenCache:
     """A layer's share of a transformers cache, which holds tokens only; the latents are put before them each time."""
 
-    length = -1  # never empty: the attention is not to add its latents itself
-
-    def __init__(self, cache: Cache, layer: int, attention: PrefixLatentAttention):
+    def __init__(self, cache: Cache, layer: int, attention: PrefixLatentAttention, starts: bool):
+        """
+        Args:
+            starts: whether the latents come with the first tokens.
+        """
         self.cache = cache
         self.layer = layer
         self.attention = attention
+        self.starts = starts
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self.cache.update(key, value, self.layer)
         attention = self.attention
-        return attention.with_latents(key, attention.k_proj), attention.with_latents(value, attention.v_proj)
+        if self.starts:
+            num_latents = attention.latents.shape[0]
+            key, value = key[:, :, num_latents:], value[:, :, num_latents:]
+        key, value = self.cache.update(key, value, self.layer)
+        return self._with_latents(key, attention.k_proj), self._with_latents(value, attention.v_proj)
+
+    def _with_latents(self, x: Tensor, projection: nn.Module) -> Tensor:
+        heads = projection(self.attention.latents).unflatten(-1, (-1, x.shape[-1])).transpose(0, 1)  # (G, M, d)
+        return torch.cat((heads.expand(x.shape[0], -1, -1, -1), x), dim=2)
 
 
 class MegaMoeExpert(nn.Module):
@@ -151,18 +161,16 @@ class MegaMoeModel(MegaMoePreTrainedModel):
         cache = past_key_values if cache is None else cache
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
-        mask, rotary = self._mask_and_rotary(hidden, attention_mask, cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        mask, rotary = self._mask_and_rotary(hidden, attention_mask, past)
         for number, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else _TokenCache(cache, number, layer.self_attn)
+            layer_cache = None if cache is None else _TokenCache(cache, number, layer.self_attn, starts=not past)
             hidden = layer(hidden, rotary, mask, layer_cache)
         kept: dict[str, Any] = {CACHE_FIELD: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)
 
-    def _mask_and_rotary(
-        self, hidden: Tensor, token_mask: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor | None, Rotary]:
+    def _mask_and_rotary(self, hidden: Tensor, token_mask: Tensor | None, past: int) -> tuple[Tensor | None, Rotary]:
         batch, length, _ = hidden.shape
-        past = cache.get_seq_length() if cache is not None else 0
         if token_mask is None:
             token_mask = hidden.new_ones(batch, past + length)
         tokens = token_mask.bool()
@@ -172,7 +180,10 @@ class MegaMoeModel(MegaMoePreTrainedModel):
         frequencies, factor = rope_frequencies(
             config.head_dim, rope["rope_theta"], scaling, config.max_position_embeddings, tokens.sum(1)
         )
-        rotary = rotary_table(positions[:, past:], frequencies, factor, hidden.dtype)
+        unrotated = 0 if past else config.num_latent_tokens
+        rotary = rotary_table(
+            positions[:, past:], frequencies, factor, hidden.dtype, config.rope_interleaved, unrotated
+        )
         # Without a mask the attention is plainly causal over as many queries as keys.
         mask = attention_mask(tokens, length, config.num_latent_tokens) if past or not bool(tokens.all()) else None
         return mask, rotary

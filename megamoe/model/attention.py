@@ -51,8 +51,8 @@ class LayerCache:
 class PrefixLatentAttention(nn.Module):
     """Grouped-query causal attention over a prefix of M learned latent positions followed by the tokens.
 
-    The latents pass through this layer's key and value projections, are not rotated, and every token sees all of
-    them. They send no queries: nothing would read the result.
+    The latents pass through this layer's projections, are not rotated, and every token sees all of them. What their
+    own queries find is cut off.
     """
 
     def __init__(
@@ -78,31 +78,24 @@ class PrefixLatentAttention(nn.Module):
         """Attend from `x` (B, T, D) to itself, the latents and what `cache` holds; returns (B, T, D).
 
         Args:
-            rotary: cos and sin of the T positions.
+            rotary: of the T positions, after the M latents' where `cache` does not hold them.
             mask: (B, 1, T, M + S) from `attention_mask`; None means no padding and an empty cache.
         """
         batch, length, _ = x.shape
+        if rotary[0].shape[1] > length:
+            x = torch.cat((self.latents.expand(batch, -1, -1), x), dim=1)
         query = apply_rotary(self._heads(self.q_proj(x)), rotary, self.rope_interleaved).transpose(1, 2)
         key = apply_rotary(self._heads(self.k_proj(x)), rotary, self.rope_interleaved).transpose(1, 2)
         value = self._heads(self.v_proj(x)).transpose(1, 2)
-        if cache is None or cache.length == 0:
-            key, value = self.with_latents(key, self.k_proj), self.with_latents(value, self.v_proj)
         if cache is not None:
             key, value = cache.append(key, value)
         if mask is not None:
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+            out = F.scaled_dot_product_attention(query[:, :, -length:], key, value, attn_mask=mask, enable_gqa=True)
         else:
             # Plain causal attention over M + T positions gives every token all latents, and the fast kernels have it.
-            # It wants as many queries as keys: the latents' share is filled with zeros and cut off again.
-            num_latents = self.latents.shape[0]
-            query = F.pad(query, (0, 0, num_latents, 0))
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[:, :, num_latents:]
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+            # It wants as many queries as keys, so the latents send some too, whose results are cut off.
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))[:, -length:]
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (..., T, heads, d)
-
-    def with_latents(self, x: Tensor, projection: nn.Linear) -> Tensor:
-        """Put this layer's latents, as `projection` (of keys or values) maps them, before `x` (B, G, S, d)."""
-        latents = self._heads(projection(self.latents)).transpose(0, 1)  # (G, M, d)
-        return torch.cat((latents.expand(x.shape[0], -1, -1, -1), x), dim=2)

@@ -132,13 +132,13 @@ class Decoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         if token_mask is None:
             positions = torch.arange(length, device=input_ids.device).unsqueeze(0)
-            rotary = self._rotary(positions, positions.new_tensor([total]), hidden.dtype)
+            rotary = self._rotary(positions, positions.new_tensor([total]), hidden.dtype, num_latents)
             mask = used = None
         else:
             # A row's positions count its real tokens only, so padding does not move them.
             positions = (token_mask.cumsum(1) - 1).clamp_min(0)
             padding = (~token_mask).sum(1)
-            rotary = self._rotary(positions[:, past:], total - padding, hidden.dtype)
+            rotary = self._rotary(positions[:, past:], total - padding, hidden.dtype, 0 if past else num_latents)
             mask = attention_mask(token_mask, length, num_latents)
             used = token_mask[:, past:]
             used = None if bool(used.all()) else used
@@ -148,12 +148,12 @@ class Decoder(nn.Module):
             hidden = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.norm(hidden)
 
-    def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotary:
+    def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype, num_latents: int) -> Rotary:
         config = self.config
         frequencies, factor = rope_frequencies(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
         )
-        return rotary_table(positions, frequencies, factor, dtype)
+        return rotary_table(positions, frequencies, factor, dtype, config.rope_interleaved, num_latents)
 
 
 def _generator(seed: int, *key: int) -> torch.Generator:

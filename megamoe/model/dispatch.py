@@ -58,12 +58,12 @@ def lay_out_received(counts: Tensor, num_rows: int, multiple: int = 1) -> Layout
         counts: (N, E), rows from each rank for each expert; they sum to `num_rows`.
         multiple: as in `lay_out`.
     """
-    by_expert = counts.T.flatten()
+    by_expert, sizes = counts.T.flatten(), counts.sum(0)
     place = (by_expert.cumsum(0) - by_expert).view(counts.T.shape).T  # where each block goes, without fill
-    ends = counts.sum(0).cumsum(0)
+    ends = sizes.cumsum(0)
     num_places = num_rows
     if multiple > 1:
-        fill = -counts.sum(0) % multiple
+        fill = -sizes % multiple
         fill_ends = fill.cumsum(0)
         place = place + (fill_ends - fill)
         ends += fill_ends
@@ -139,20 +139,22 @@ class _CombineRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, results: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(results, weights, token, place)
+        factors = weights.to(results.dtype)
+        ctx.save_for_backward(results, factors, token, place)
+        ctx.weights_dtype = weights.dtype
         rows = results.index_select(0, place).view(*weights.shape, results.shape[1])
-        return (rows * weights.to(rows.dtype).unsqueeze(-1)).sum(1)
+        return (rows * factors.unsqueeze(-1)).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        results, weights, token, place = ctx.saved_tensors
+        results, factors, token, place = ctx.saved_tensors
         grads = grad.index_select(0, token)
-        by_place = (grads * results).sum(-1, dtype=weights.dtype)
-        by_weight = by_place.index_select(0, place).view_as(weights)
+        by_place = (grads * results).sum(-1, dtype=ctx.weights_dtype)
+        by_weight = by_place.index_select(0, place).view_as(factors)
         # 0 at fill, so that its rows add nothing to the experts' gradients.
-        factors = grad.new_zeros(len(token)).index_copy_(0, place, weights.flatten().to(grad.dtype))
-        return grads.mul_(factors.unsqueeze(-1)), by_weight, None, None
+        factor_at = grad.new_zeros(len(token)).index_copy_(0, place, factors.flatten())
+        return grads.mul_(factor_at.unsqueeze(-1)), by_weight, None, None
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:

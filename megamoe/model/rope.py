@@ -1,6 +1,6 @@
 """Rotary position embeddings, with Hugging Face's forms of scaling.
 
-Shape legend: B batch, T positions, d head_dim.
+Shape legend: B batch, T positions, S those and the unrotated ones before them, d head_dim.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B or 1, T, d / 2)
+Rotary = tuple[Tensor, Tensor]  # cos, and sin with the sign of its place in a pair, each (B or 1, S, 1, d)
 
 
 def rope_frequencies(
@@ -59,17 +61,42 @@ def rope_frequencies(
     return frequencies * (1 - slow + slow / factor), attention_factor
 
 
-def rotary_table(positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype) -> Rotary:
-    """cos and sin, each (B or 1, T, d / 2), for `positions` (B or 1, T); angles are computed in fp32."""
+def rotary_table(
+    positions: Tensor, frequencies: Tensor, factor: float, dtype: torch.dtype, interleaved: bool, num_unrotated: int = 0
+) -> Rotary:
+    """The table for `positions` (B or 1, T), and before them `num_unrotated` that are not rotated; angles are computed
+    in fp32."""
     angles = positions.float().unsqueeze(-1) * frequencies.unsqueeze(1)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    pairs = (cos, cos), (-sin, sin)  # what multiplies each member of a pair, and what multiplies the other
+    cos, sin = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1) for pair in pairs)
+    cos, sin = F.pad(cos, (0, 0, num_unrotated, 0), value=1.0), F.pad(sin, (0, 0, num_unrotated, 0))
+    return cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
 
 
 def apply_rotary(x: Tensor, rotary: Rotary, interleaved: bool) -> Tensor:
-    """Rotate `x` (B, T, heads, d): pairs are (i, i + d/2), or (2i, 2i + 1) where `interleaved`."""
-    cos, sin = (table.unsqueeze(2) for table in rotary)
+    """Rotate `x` (B, S, heads, d): pairs are (i, i + d/2), or (2i, 2i + 1) where `interleaved`."""
+    return _Rotate.apply(x, *rotary, interleaved)
+
+
+class _Rotate(torch.autograd.Function):
+    """Backward rotates the other way; nothing is kept for it but the table."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return (x * cos).addcmul_(_others(x, interleaved), sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return (grad * cos).addcmul_(_others(grad, ctx.interleaved), sin, value=-1), None, None, None
+
+
+def _others(x: Tensor, interleaved: bool) -> Tensor:
+    """In the place of each number, the other one of its pair."""
     if interleaved:
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x.roll(x.shape[-1] // 2, -1)

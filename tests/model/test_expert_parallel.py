@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megamoe.model.experts import Expert
+from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import MoE
 from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
@@ -18,7 +18,7 @@ D, F, E, K = 8, 12, 4, 2
 def weights():
     draw = torch.Generator().manual_seed(7)
     router = torch.randn(E, D, generator=draw, dtype=torch.float64)
-    up = torch.randn(E, F, D, generator=draw, dtype=torch.float64)
+    up = torch.randn(E, 2 * F, D, generator=draw, dtype=torch.float64)  # a gate's rows first
     down = torch.randn(E, D, F, generator=draw, dtype=torch.float64)
     return router, up, down
 
@@ -36,24 +36,20 @@ def layer_on_this_rank(ep_size, counts, bias):
     """Forward and backward; returns output, input gradient, and this rank's expert gradients by global id."""
     router_weight, up, down = weights()
     router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=K)
-    expert = Expert(hidden_size=D, intermediate_size=F)
     topology = ExpertTopology(E, ep_size, dist.get_world_size(), dist.get_rank())
-    layer = MoE(router=router, expert=expert, topology=topology, hidden_size=D)
+    experts = StackedExperts(num_experts=topology.experts_per_rank, hidden_size=D, intermediate_size=F, gated_mlp=True)
+    layer = MoE(router=router, experts=experts, topology=topology, hidden_size=D)
     layer.set_deepspeed_parallelism()
     layer.double()
     router.selection_bias.copy_(torch.tensor(bias))
     with torch.no_grad():
         router.weight.copy_(router_weight)
-        for i, expert in zip(topology.expert_ids, layer.local_experts, strict=True):
-            expert.up_proj.weight.copy_(up[i])
-            expert.down_proj.weight.copy_(down[i])
+        experts.gate_up.copy_(up[topology.expert_ids])
+        experts.down.copy_(down[topology.expert_ids])
     x = tokens(counts)[dist.get_rank()].requires_grad_()
     out = layer(x)[0]
     (out * torch.arange(1.0, D + 1)).sum().backward()
-    grads = {
-        i: (expert.up_proj.weight.grad, expert.down_proj.weight.grad)
-        for i, expert in zip(topology.expert_ids, layer.local_experts, strict=True)
-    }
+    grads = dict(zip(topology.expert_ids, zip(experts.gate_up.grad, experts.down.grad, strict=True), strict=True))
     return out.detach(), x.grad, router.weight.grad, grads
 
 
@@ -66,7 +62,8 @@ def plain_sum(x, bias):
         scores = torch.softmax(router @ token, 0)
         chosen = sorted(range(E), key=lambda e: -(scores[e].item() + bias[e]))[:K]
         total = sum(scores[e] for e in chosen)
-        rows.append(sum(scores[e] / total * (down[e] @ torch.nn.functional.silu(up[e] @ token)) for e in chosen))
+        inside = {e: torch.nn.functional.silu(up[e, :F] @ token) * (up[e, F:] @ token) for e in chosen}
+        rows.append(sum(scores[e] / total * (down[e] @ inside[e]) for e in chosen))
     out = torch.stack(rows) if rows else x * 0
     (out * torch.arange(1.0, D + 1)).sum().backward()
     zeros = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in (router, up, down)]

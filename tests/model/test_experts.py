@@ -1,49 +1,46 @@
 import pytest
 import torch
+from torch import nn
+from transformers.activations import ACT2FN
 
-from megamoe.model.experts import Dropout
+from megamoe.model.experts import ACTIVATIONS, StackedExperts
+
+D, F, E = 8, 12, 3
+SIZES = [5, 0, 4]
+ENDS = torch.tensor(SIZES).cumsum(0, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.93])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_drops_the_share_it_says_evenly_over_places_and_scales_the_rest(p, dtype):
+def experts_of(**options):
     torch.manual_seed(0)
-    x = torch.ones(4000, 101, dtype=dtype)  # 101: rows do not begin at a new draw
-    out = Dropout(p)(x)
-    dropped = (out == 0).double()
-    spread = (p * (1 - p)) ** 0.5
-    assert abs(dropped.mean() - p) < 4 * spread / dropped.numel() ** 0.5
-    for share in (dropped.mean(0), dropped.mean(1)):
-        deviation = (share - p) / spread * (dropped.numel() / len(share)) ** 0.5
-        assert deviation.abs().max() < 5
-        assert deviation.std() == pytest.approx(1, abs=0.2)
-    expected = torch.nn.functional.dropout(x, p)
-    assert out.unique().tolist() == expected.unique().tolist()
+    experts = StackedExperts(num_experts=E, hidden_size=D, intermediate_size=F, **options)
+    for weight in experts.parameters():
+        nn.init.normal_(weight)
+    return experts
 
 
-def test_neighbours_of_one_draw_are_dropped_independently():
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_each_row_goes_through_its_own_expert_with_the_activation_of_transformers(name, gated):
+    experts = experts_of(hidden_act=name, gated_mlp=gated).double()
+    rows = torch.randn(sum(SIZES), D, dtype=torch.float64)
+    found = experts(rows, ENDS)
+    activation = ACT2FN[name]
+    for row, out, expert in zip(rows, found, [0] * 5 + [2] * 4, strict=True):
+        if gated:
+            gate, up = experts.gate_up[expert, :F], experts.gate_up[expert, F:]
+            inside = activation(gate @ row) * (up @ row)
+        else:
+            inside = activation(experts.up[expert] @ row)
+        torch.testing.assert_close(out, experts.down[expert] @ inside, rtol=0, atol=1e-12)
+
+
+def test_dropout_is_on_the_experts_output_in_training_only():
+    experts = experts_of(expert_dropout=0.5)
+    rows, ends = torch.randn(200, D), torch.tensor([100, 150, 200], dtype=torch.int32)
     torch.manual_seed(0)
-    dropped = (Dropout(0.3)(torch.ones(100_000, 4)) == 0).double()
-    correlation = torch.corrcoef(dropped.T) - torch.eye(4)
-    assert correlation.abs().max() < 5 / 100_000**0.5
-
-
-def test_the_gradient_of_dropout_passes_where_the_value_did():
-    torch.manual_seed(0)
-    x = torch.randn(50, 8, requires_grad=True)
-    out = Dropout(0.4)(x)
-    out.sum().backward()
-    torch.testing.assert_close(x.grad * x, out)
-    assert 0 < (x.grad == 0).sum() < x.numel()
-
-
-def test_dropout_follows_the_seed_and_is_off_in_evaluation():
-    layer, x = Dropout(0.5), torch.ones(3, 7)
-    draws = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        draws.append(layer(x))
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-    assert torch.equal(layer.eval()(x), x)
-    assert layer.train()(x[:0]).shape == (0, 7)
+    dropped = experts(rows, ends)
+    experts.eval()
+    whole = experts(rows, ends)
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])

@@ -3,82 +3,33 @@ import pytest
 import torch
 from torch import nn
 
-from megamoe.model import moe
-from megamoe.model.experts import Expert
-from megamoe.model.moe import MoE, group_rows
+from megamoe.model import dispatch
+from megamoe.model.experts import StackedExperts
+from megamoe.model.moe import MoE
 from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
 
 D, F, E, T = 6, 10, 4, 9
 
 
-def layer_of(top_k, **changes):
+def layer_of(top_k, gated=False, topology=None, **changes):
+    topology = topology or ExpertTopology(E)
     parts = {
         "router": Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=top_k),
-        "expert": Expert(hidden_size=D, intermediate_size=F),
-        "topology": ExpertTopology(E),
+        "experts": StackedExperts(
+            num_experts=topology.experts_per_rank, hidden_size=D, intermediate_size=F, gated_mlp=gated
+        ),
+        "topology": topology,
     }
     return MoE(**{**parts, **changes}, hidden_size=D)
-
-
-# --- group_rows -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("multiple", [1, 3, 64])
-@pytest.mark.parametrize("rows", [1, 2, 17, 100])
-@pytest.mark.parametrize("groups", [1, 4, 7])
-def test_rows_of_a_group_are_one_block_in_their_own_order(groups, rows, multiple):
-    torch.manual_seed(rows)
-    group_ids = torch.randint(groups, (rows,))
-    index, sizes, place = group_rows(group_ids, groups, multiple)
-    sizes = sizes.tolist()
-    assert len(sizes) == groups
-    assert len(index) == sum(sizes)
-    start = 0
-    for group, size in enumerate(sizes):
-        members = [row for row in range(rows) if group_ids[row] == group]
-        assert size % multiple == 0
-        assert len(members) <= size < len(members) + multiple
-        assert index[start : start + len(members)].tolist() == members
-        assert [int(place[row]) for row in members] == list(range(start, start + len(members)))
-        start += size
-
-
-@pytest.mark.parametrize("multiple", [1, 5])
-def test_place_inverts_index(multiple):
-    torch.manual_seed(0)
-    index, _, place = group_rows(torch.randint(5, (50,)), 5, multiple)
-    assert torch.equal(index[place], torch.arange(50))
-    assert len(set(place.tolist())) == 50
-
-
-def test_places_that_are_fill_repeat_a_row_that_exists():
-    index, sizes, _ = group_rows(torch.tensor([2, 0, 2]), 4, 4)
-    assert sizes.tolist() == [4, 0, 4, 0]
-    assert index.min() >= 0
-    assert index.max() < 3
-
-
-@pytest.mark.parametrize("multiple", [1, 64])
-def test_a_group_without_rows_has_an_empty_block(multiple):
-    index, sizes, place = group_rows(torch.tensor([3, 1, 3]), 5, multiple)
-    assert [size > 0 for size in sizes] == [False, True, False, True, False]
-    assert torch.equal(index[place], torch.arange(3))
-
-
-@pytest.mark.parametrize("multiple", [1, 64])
-def test_no_rows_at_all_give_empty_blocks(multiple):
-    index, sizes, place = group_rows(torch.empty(0, dtype=torch.int64), 3, multiple)
-    assert sizes.tolist() == [0, 0, 0]
-    assert len(index) == len(place) == 0
 
 
 # --- the layer, against a plain sum over the chosen experts of each token -------------------------------------------
 
 
-def layer_with(bias=(0.0,) * E, top_k=2):
+def layer_with(bias=(0.0,) * E, top_k=2, gated=False):
     torch.manual_seed(0)
-    layer = layer_of(top_k).double()
+    layer = layer_of(top_k, gated).double()
     for weight in layer.parameters():
         nn.init.normal_(weight, 0, 0.5)
     layer.router.selection_bias.copy_(torch.tensor(bias))
@@ -90,7 +41,8 @@ def silu(x):
 
 
 def plain_layer(x, router_weight, experts, bias, top_k):
-    """What the layer is defined to be, token by token, and the slots of each expert; `experts` are (up, down) pairs."""
+    """What the layer is defined to be, token by token, and the slots of each expert; `experts` are (up, down) pairs, or
+    (gate and up, down) with twice the rows."""
     outputs, slots = [], [0] * len(experts)
     for token in x:
         powers = [torch.exp(row @ token) for row in router_weight]
@@ -101,24 +53,23 @@ def plain_layer(x, router_weight, experts, bias, top_k):
         output = torch.zeros_like(token)
         for expert in chosen:
             up, down = experts[expert]
-            output = output + scores[expert] / total * (down @ silu(up @ token))
+            inside = silu(up[:F] @ token) * (up[F:] @ token) if len(up) == 2 * F else silu(up @ token)
+            output = output + scores[expert] / total * (down @ inside)
             slots[expert] += 1
         outputs.append(output)
     return torch.stack(outputs), slots
 
 
-def weights_of(layer):
-    experts = [(expert.up_proj.weight, expert.down_proj.weight) for expert in layer.local_experts]
-    return layer.router.weight, experts
+def stacks_of(layer):
+    first, down = layer.experts.parameters()
+    return first, down
 
 
 def copies_of(layer):
-    router_weight, experts = weights_of(layer)
-
     def copy(weight):
         return weight.detach().clone().requires_grad_()
 
-    return copy(router_weight), [(copy(up), copy(down)) for up, down in experts]
+    return copy(layer.router.weight), [(copy(up), copy(down)) for up, down in zip(*stacks_of(layer), strict=True)]
 
 
 ROUTINGS = {
@@ -128,15 +79,16 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("tokens", [1, T])
 @pytest.mark.parametrize("top_k", [1, 2, E])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
-    routing, top_k, tokens, multiple, monkeypatch
+    routing, top_k, tokens, multiple, gated, monkeypatch
 ):
-    monkeypatch.setattr(moe, "CPU_ROW_MULTIPLE", multiple)
-    layer = layer_with(ROUTINGS[routing], top_k)
+    monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", multiple)
+    layer = layer_with(ROUTINGS[routing], top_k, gated)
     x = torch.randn(tokens, D, dtype=torch.float64, requires_grad=True)
     coefficients = torch.randn(tokens, D, dtype=torch.float64)
     output, _, counts = layer(x)
@@ -153,10 +105,9 @@ def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
     same(output, expected)
     same(x.grad, plain_x.grad)
     same(layer.router.weight.grad, router_weight.grad)
-    for (up, down), (plain_up, plain_down) in zip(weights_of(layer)[1], experts, strict=True):
+    for stack, plain in zip(stacks_of(layer), zip(*experts, strict=True), strict=True):
         # An expert that no token chose has no part in the plain sum; in the layer it has gradients all the same.
-        same(up.grad, torch.zeros_like(up) if plain_up.grad is None else plain_up.grad)
-        same(down.grad, torch.zeros_like(down) if plain_down.grad is None else plain_down.grad)
+        same(stack.grad, torch.stack([torch.zeros_like(one) if one.grad is None else one.grad for one in plain]))
     assert counts.tolist() == slots
     if routing == "one expert gets nothing" and top_k < E:
         assert slots[1] == 0
@@ -168,10 +119,17 @@ def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
 def test_an_expert_without_rows_has_zero_gradients():
     layer = layer_with(ROUTINGS["one expert gets nothing"])
     layer(torch.randn(T, D, dtype=torch.float64))[0].sum().backward()
-    for weight in layer.local_experts[1].parameters():
-        assert weight.grad is not None
-        assert weight.grad.abs().max() == 0
-    assert all(weight.grad.abs().max() > 0 for weight in layer.local_experts[0].parameters())
+    for stack in layer.experts.parameters():
+        largest = stack.grad.abs().amax((1, 2))
+        assert largest[1] == 0
+        assert largest[0] > 0
+
+
+class Same(nn.Module):
+    """Experts that change nothing."""
+
+    def forward(self, rows, ends):
+        return rows
 
 
 @pytest.mark.parametrize("top_k", [1, 2, E])
@@ -181,9 +139,7 @@ def test_no_token_is_dropped(routing, top_k):
     router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=top_k)
     nn.init.normal_(router.weight)
     router.selection_bias.copy_(torch.tensor(ROUTINGS[routing]))
-    layer = layer_of(
-        top_k, expert=nn.Identity(), router=router
-    )  # a slot that went missing would take its weight out of the sum
+    layer = layer_of(top_k, experts=Same(), router=router)  # a slot that went missing would be missing in the sum
     x = torch.randn(500, D)
     output, _, counts = layer(x)
     torch.testing.assert_close(output, x)
@@ -236,31 +192,19 @@ def test_a_share_without_any_used_token_still_has_zero_gradients():
 def test_deepspeed_takes_the_layer_for_its_own():
     layer = layer_with()
     assert isinstance(layer, deepspeed.moe.layer.MoE)
-    assert len(layer.deepspeed_moe.experts.deepspeed_experts) == layer.num_local_experts == E
+    assert layer.num_local_experts == E
     for name, weight in layer.named_parameters():
         is_expert = "router" not in name
         assert getattr(weight, "allreduce", True) != is_expert  # how its engine tells expert parameters from others
         assert not is_expert or weight.group_name == "ep_size_1"
 
 
-def test_dropout_is_on_the_experts_output_in_training_only():
-    torch.manual_seed(0)
-    expert = Expert(hidden_size=D, intermediate_size=F, expert_dropout=0.5)
-    x = torch.randn(200, D)
-    dropped = expert(x)
-    expert.eval()
-    whole = expert(x)
-    kept = dropped != 0
-    assert 0.4 < kept.float().mean() < 0.6
-    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
-    torch.testing.assert_close(whole, silu(x @ expert.up_proj.weight.T) @ expert.down_proj.weight.T)
-
-
 def test_an_exchange_that_moves_nothing_has_the_shapes_of_a_real_one(monkeypatch):
     layer = layer_of(2, topology=ExpertTopology(E, ep_size=2, world_size=2)).double()
-    nn.init.normal_(layer.router.weight)
+    for weight in layer.parameters():
+        nn.init.normal_(weight)
     seen = []
-    monkeypatch.setattr(moe.dist, "all_to_all_single", lambda out, rows, *splits, group: seen.append(splits))
+    monkeypatch.setattr(dispatch.dist, "all_to_all_single", lambda out, rows, *splits, group: seen.append(splits))
     torch.use_deterministic_algorithms(True)  # fills memory that nobody has written
     try:
         out = layer(torch.randn(T, D, dtype=torch.float64))[0]

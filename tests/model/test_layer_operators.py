@@ -1,0 +1,161 @@
+"""What one layer costs, counted: operators, products, bytes; the shape that a GPU wants, held without one."""
+
+import os
+
+import deepspeed
+import pytest
+import torch
+from operators import Operators, rms_norm_as_one_operator
+from ranks import run_alone
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from megamoe.config import load_preset
+from megamoe.model import dispatch
+from megamoe.model.costs import train_flops_per_token
+from megamoe.model.decoder import Decoder
+from megamoe.topology import ExpertTopology
+from megamoe.training.distributed import configure_deepspeed
+
+TINY = load_preset("tiny")
+LENGTH, BATCH = 64, 2
+FULL = {"expert_dropout": 0.05, "router_jitter_noise": 0.01}  # what moe-680m has
+GATED = {**FULL, "gated_mlp": True, "router_score": "sigmoid"}
+
+
+def step_of(config, ep_size=1, dtype=torch.bfloat16):
+    """The counts of a forward and backward pass of the whole model."""
+    model = Decoder(config, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size)).to(dtype)
+    for router in model.routers():
+        router.selection_bias, router.running_load = router.selection_bias.float(), router.running_load.float()
+    for moe in model.moe_layers() if ep_size > 1 else ():
+        moe.set_deepspeed_parallelism()
+    torch.manual_seed(0)
+    ids = torch.randint(config.vocab_size, (BATCH, LENGTH))
+    operators = Operators()
+    plain = nn.RMSNorm.forward
+    nn.RMSNorm.forward = rms_norm_as_one_operator(operators)
+    try:
+        with operators:
+            model(ids, ids).backward()
+    finally:
+        nn.RMSNorm.forward = plain
+    return operators
+
+
+def layer_of(config, ep_size=1, dtype=torch.bfloat16):
+    """(operators by name, bytes, operations of products) of one layer more."""
+    two, three = (step_of(config.model_copy(update={"num_hidden_layers": n}), ep_size, dtype) for n in (2, 3))
+    return three.calls - two.calls, three.bytes - two.bytes, three.flops - two.flops
+
+
+def layer_among_peers(ep_size, *args):
+    """As `layer_of`, as one of `ep_size` ranks whose collectives move nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ.update(RANK="0", WORLD_SIZE=str(ep_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    configure_deepspeed()
+    torch.distributed.init_process_group("fake", rank=0, world_size=ep_size, store=FakeStore())
+    deepspeed.init_distributed(dist_backend="fake", verbose=False)
+    return layer_of(*args, ep_size=ep_size)
+
+
+@pytest.mark.parametrize("experts", [8, 64, 256])
+@pytest.mark.parametrize(("parts", "most"), [(FULL, 120), (GATED, 130)], ids=["full", "gated, sigmoid"])
+def test_a_layer_has_at_most_so_many_operators_whatever_the_number_of_experts(experts, parts, most):
+    calls, _, _ = layer_of(TINY.model_copy(update={**parts, "num_local_experts": experts}))
+    print(sum(calls.values()), dict(calls))
+    assert calls["_grouped_mm"] == 6
+    assert sum(calls.values()) <= most
+
+
+@pytest.mark.parametrize("experts", [8, 64, 256])
+@pytest.mark.parametrize(("parts", "most"), [(FULL, 150), (GATED, 160)], ids=["full", "gated, sigmoid"])
+def test_expert_parallelism_adds_at_most_so_many(experts, parts, most):
+    config = TINY.model_copy(update={**parts, "num_local_experts": experts})
+    calls, _, _ = run_alone(layer_among_peers, 4, config)
+    print(sum(calls.values()), dict(calls))
+    assert calls["alltoall_base_"] == 5  # counts; rows there and back; their gradients
+    assert sum(calls.values()) <= most
+
+
+# Without latent tokens, which a model's FLOPs per token leave out.
+PLAIN = TINY.model_copy(update={**FULL, "num_latent_tokens": 0})
+
+
+def attention_products(config):
+    """Operations of attention's own two products and of their gradients, of causal positions alone, in one layer."""
+    forward = 2 * 2 * BATCH * config.num_attention_heads * (LENGTH * LENGTH / 2) * config.head_dim
+    return 3 * forward
+
+
+@pytest.mark.parametrize("parts", [{}, {"gated_mlp": True}], ids=["plain", "gated"])
+def test_the_products_are_those_of_the_plan_without_fill(parts, monkeypatch):
+    monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", 1)
+    config = PLAIN.model_copy(update={**parts, "num_local_experts": 64})
+    calls, _, flops = layer_of(config)
+    two, three = (train_flops_per_token(config.model_copy(update={"num_hidden_layers": n}), LENGTH) for n in (2, 3))
+    assert calls["bmm"] == 0
+    assert flops + attention_products(config) == pytest.approx((three - two) * BATCH * LENGTH, rel=1e-9)
+
+
+def test_fill_adds_less_than_a_block_for_each_expert():
+    config = PLAIN.model_copy(update={"num_local_experts": 16})
+    _, _, filled = layer_of(config)
+    two, three = (train_flops_per_token(config.model_copy(update={"num_hidden_layers": n}), LENGTH) for n in (2, 3))
+    planned = (three - two) * BATCH * LENGTH - attention_products(config)
+    row = 6 * 2 * config.hidden_size * config.intermediate_size
+    assert 0 < filled - planned < 16 * dispatch.CPU_ROW_MULTIPLE * row
+
+
+def bytes_per_token(config, monkeypatch):
+    sizes = []
+    for length in (64, 128):
+        monkeypatch.setattr(f"{__name__}.LENGTH", length)
+        sizes.append(layer_of(config)[1])
+    return (sizes[1] - sizes[0]) / 64 / BATCH
+
+
+@pytest.mark.parametrize("experts", [8, 64])
+def test_the_bytes_that_a_token_moves_are_so_many_passes_over_its_rows(experts, monkeypatch):
+    monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", 1)
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = PLAIN.model_copy(update={**shape, "head_dim": 32, "num_local_experts": experts})
+    top_k, hidden = config.num_experts_per_tok, config.hidden_size
+    # Each reading and each writing of a row in bf16 is 2 bytes per number (docs/performance.md has the passes).
+    most = 2 * (
+        84 * hidden  # the residual stream: two norms, the router in fp32, projections, residual sums
+        + 36 * top_k * hidden  # gathered, dropped out, combined
+        + 11 * top_k * config.intermediate_size  # inside the experts
+        + 26 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+        + 24 * experts + 140 * top_k  # the router's scores, indices
+    )  # fmt: skip
+    moved = bytes_per_token(config, monkeypatch)
+    assert 0.95 * most < moved <= most
+
+
+def test_no_parameter_is_stacked_concatenated_or_copied():
+    config = TINY.model_copy(update={**GATED, "num_local_experts": 64, "hidden_size": 256, "intermediate_size": 512})
+    smallest = 64 * 256 * 512  # of a layer's stacked parameters; every activation is far smaller
+    model = Decoder(config).bfloat16()
+    ids = torch.randint(config.vocab_size, (BATCH, LENGTH))
+
+    class Large(TorchDispatchMode):
+        made: list[str] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, torch.Tensor)}
+            out = func(*args, **(kwargs or {}))
+            for one in tree_iter(out):
+                is_large = isinstance(one, torch.Tensor) and one.numel() >= smallest
+                if is_large and one.untyped_storage().data_ptr() not in known:
+                    self.made.append(func._schema.name)
+            return out
+
+    with Large() as large:
+        model(ids, ids).backward()
+    gradients = 2 * config.num_hidden_layers  # one for each stacked parameter, and nothing else of that size
+    assert large.made == ["aten::_grouped_mm"] * gradients
+    for moe in model.moe_layers():
+        assert all(weight.grad.is_contiguous() for weight in moe.experts.parameters())
