@@ -30,19 +30,19 @@ CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ 
 class _TokenCache:
     """A layer's share of a transformers cache, which holds tokens only; the latents are put before them each time."""
 
-    def __init__(self, cache: Cache, layer: int, attention: PrefixLatentAttention, starts: bool):
+    def __init__(self, cache: Cache, layer: int, attention: PrefixLatentAttention, length: int):
         """
         Args:
-            starts: whether the latents come with the first tokens.
+            length: tokens held; with the first ones the latents come too.
         """
         self.cache = cache
         self.layer = layer
         self.attention = attention
-        self.starts = starts
+        self.length = length
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         attention = self.attention
-        if self.starts:
+        if self.length == 0:
             num_latents = attention.latents.shape[0]
             key, value = key[:, :, num_latents:], value[:, :, num_latents:]
         key, value = self.cache.update(key, value, self.layer)
@@ -164,7 +164,7 @@ class MegaMoeModel(MegaMoePreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         mask, rotary = self._mask_and_rotary(hidden, attention_mask, past)
         for number, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else _TokenCache(cache, number, layer.self_attn, starts=not past)
+            layer_cache = None if cache is None else _TokenCache(cache, number, layer.self_attn, past)
             hidden = layer(hidden, rotary, mask, layer_cache)
         kept: dict[str, Any] = {CACHE_FIELD: cache}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), **kept)

@@ -78,11 +78,11 @@ class PrefixLatentAttention(nn.Module):
         """Attend from `x` (B, T, D) to itself, the latents and what `cache` holds; returns (B, T, D).
 
         Args:
-            rotary: of the T positions, after the M latents' where `cache` does not hold them.
+            rotary: of the T positions; before them M that are not rotated, where `cache` does not hold the latents yet.
             mask: (B, 1, T, M + S) from `attention_mask`; None means no padding and an empty cache.
         """
         batch, length, _ = x.shape
-        if rotary[0].shape[1] > length:
+        if len(self.latents) and (cache is None or cache.length == 0):
             x = torch.cat((self.latents.expand(batch, -1, -1), x), dim=1)
         query = apply_rotary(self._heads(self.q_proj(x)), rotary, self.rope_interleaved).transpose(1, 2)
         key = apply_rotary(self._heads(self.k_proj(x)), rotary, self.rope_interleaved).transpose(1, 2)

@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         if token_mask is None:
             positions = torch.arange(length, device=input_ids.device).unsqueeze(0)
-            rotary = self._rotary(positions, positions.new_tensor([total]), hidden.dtype, num_latents)
+            rotary = self._rotary(positions, positions.new_full((1,), total), hidden.dtype, num_latents)
             mask = used = None
         else:
             # A row's positions count its real tokens only, so padding does not move them.

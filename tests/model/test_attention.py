@@ -36,9 +36,10 @@ def attention(**changes):
     return layer
 
 
-def rotary_of(length):
+def rotary_of(length, num_latents=3):
     frequencies, factor = rope_frequencies(8, 100.0, None, 64, torch.tensor([length]))
-    return rotary_table(torch.arange(length).unsqueeze(0), frequencies, factor, torch.float64)
+    positions = torch.arange(length).unsqueeze(0)
+    return rotary_table(positions, frequencies, factor, torch.float64, False, num_latents)
 
 
 @pytest.mark.parametrize("num_latents", [0, 3])
@@ -46,7 +47,8 @@ def test_attention_without_a_mask_is_attention_with_a_mask_of_no_padding(num_lat
     layer = attention(num_latent_tokens=num_latents)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     mask = attention_mask(torch.ones(2, 5, dtype=torch.bool), 5, num_latents)
-    torch.testing.assert_close(layer(x, rotary_of(5)), layer(x, rotary_of(5), mask), rtol=0, atol=1e-12)
+    rotary = rotary_of(5, num_latents)
+    torch.testing.assert_close(layer(x, rotary), layer(x, rotary, mask), rtol=0, atol=1e-12)
 
 
 def test_the_first_token_sees_itself_and_every_latent_and_no_later_token():
@@ -100,6 +102,7 @@ def test_a_cache_takes_the_latents_once():
     for token in range(4):
         part = slice(token, token + 1)
         mask = attention_mask(torch.ones(1, token + 1, dtype=torch.bool), 1, 3)
-        out = layer(x[:, part], (cos[:, part], sin[:, part]), mask, cache)
+        rotated = slice(0 if token == 0 else 3 + token, 3 + token + 1)  # the latents come with the first token
+        out = layer(x[:, part], (cos[:, rotated], sin[:, rotated]), mask, cache)
         assert cache.length == 3 + token + 1
     torch.testing.assert_close(out[:, 0], layer(x, rotary_of(4))[:, 3], rtol=0, atol=1e-12)

@@ -63,7 +63,7 @@ def test_flops_of_a_token_by_hand():
 
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_planned_flops_are_those_of_a_training_step_but_for_what_is_not_of_use(top_k, monkeypatch):
-    monkeypatch.setattr(megamoe.model.moe, "CPU_ROW_MULTIPLE", 1)  # no fill rows
+    monkeypatch.setattr(megamoe.model.dispatch, "CPU_ROW_MULTIPLE", 1)  # no fill rows
     config = changed(num_experts_per_tok=top_k)
     batch, length, latents = 3, 40, config.num_latent_tokens
     model = Decoder(config)

@@ -9,6 +9,7 @@ import megamoe.model.decoder
 from megamoe.config import ModelConfig, load_preset
 from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder
+from megamoe.model.names import plain_parts
 from megamoe.topology import ExpertTopology
 
 # With theta 2^16 and 8 dimensions the frequencies 1, 2^-4, 2^-8, 2^-12 are exact, so fp32 angles are too.
@@ -111,8 +112,7 @@ def plain_experts(token, weights, name, bias):
     chosen = ranked[: SMALL.num_experts_per_tok]
     output = 0
     for expert in chosen:
-        up = weights[f"{name}.experts.deepspeed_experts.{expert}.up_proj.weight"]
-        down = weights[f"{name}.experts.deepspeed_experts.{expert}.down_proj.weight"]
+        up, down = weights[f"{name}.experts.up"][expert], weights[f"{name}.experts.down"][expert]
         inner = up @ token
         output = output + scores[expert] / sum(scores[e] for e in chosen) * (down @ (inner / (1 + (-inner).exp())))
     return output
@@ -271,24 +271,36 @@ def test_cached_rows_of_different_lengths_give_the_logits_they_give_alone():
 
 # --- initial weights ------------------------------------------------------------------------------------------------
 
-EXPERTS = ".deepspeed_experts."
+
+def plain_weights(model):
+    """The plain parameters by name."""
+    return {
+        part.name: weight.detach().flatten()[part.start : part.start + part.count].view(part.shape)
+        for name, weight in model.named_parameters()
+        for part in plain_parts(name, weight.shape, model.topology.first_expert)
+    }
 
 
 @pytest.mark.parametrize("ep_size", [2, 4])
 def test_initial_weights_are_the_same_for_every_ep_size(ep_size):
-    whole = dict(Decoder(SMALL, seed=5).named_parameters())
-    num_local = SMALL.num_local_experts // ep_size
+    whole = plain_weights(Decoder(SMALL, seed=5))
     seen = set()
     for ep_rank in range(ep_size):
         topology = ExpertTopology(SMALL.num_local_experts, ep_size, ep_size, ep_rank)
-        for name, weight in Decoder(SMALL, 5, topology).named_parameters():
-            if EXPERTS in name:
-                before, after = name.split(EXPERTS)
-                local_id, rest = after.split(".", 1)
-                name = f"{before}{EXPERTS}{ep_rank * num_local + int(local_id)}.{rest}"
+        for name, weight in plain_weights(Decoder(SMALL, 5, topology)).items():
             assert torch.equal(weight, whole[name]), name
             seen.add(name)
     assert seen == set(whole)
+
+
+def test_an_experts_projections_are_drawn_one_after_the_other():
+    weights = plain_weights(Decoder(SMALL.model_copy(update={"gated_mlp": True}), seed=5))
+    experts = [name for name in weights if ".layers.1.moe.experts.2." in name]
+    assert [name.split(".")[-2] for name in experts] == ["gate_proj", "up_proj", "down_proj"]
+    stream = megamoe.model.decoder._generator(5, 1, 2)
+    for name in experts:
+        std = SMALL.initializer_range / (math.sqrt(2 * SMALL.num_hidden_layers) if "down" in name else 1)
+        assert torch.equal(weights[name], torch.empty(weights[name].shape).normal_(0, std, generator=stream))
 
 
 def test_the_seed_decides_the_initial_weights():
@@ -301,7 +313,7 @@ def test_the_seed_decides_the_initial_weights():
 def initial_draws(model):
     """The first numbers of each drawn weight, on the common scale."""
     draws = {}
-    for name, weight in model.named_parameters():
+    for name, weight in plain_weights(model).items():
         if "norm" not in name:
             scale = (
                 math.sqrt(2 * SMALL.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
@@ -311,7 +323,7 @@ def initial_draws(model):
 
 
 def test_experts_start_different_from_each_other_and_in_each_layer():
-    draws = {name: draw for name, draw in initial_draws(Decoder(SMALL)).items() if EXPERTS in name}
+    draws = {name: draw for name, draw in initial_draws(Decoder(SMALL)).items() if ".experts." in name}
     assert len(draws) == 2 * SMALL.num_hidden_layers * SMALL.num_local_experts
     assert len(set(draws.values())) == len(draws)
 
@@ -329,7 +341,7 @@ def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers_and_
         "initializer_range": 0.05,
     })  # fmt: skip
     residual = 0
-    for name, weight in Decoder(config).named_parameters():
+    for name, weight in plain_weights(Decoder(config)).items():
         if "norm" in name:
             assert (weight == 1).all()
             continue
@@ -362,7 +374,7 @@ def test_no_labels_at_all_give_a_loss_of_0_and_zero_gradients():
 
 
 def test_the_loss_is_fp32_where_the_model_is_bf16():
-    model = Decoder(SMALL).bfloat16()
+    model = Decoder(SMALL.model_copy(update={"hidden_size": 16, "intermediate_size": 24})).bfloat16()
     ids, labels = some_ids(2, 7), some_ids(7, 2).T
     loss = model(ids, labels)
     assert loss.dtype == torch.float32

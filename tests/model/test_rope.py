@@ -38,6 +38,11 @@ def frequencies_for(scaling, *lengths):
     return rope_frequencies(HEAD_DIM, THETA, scaling, MAX_POSITIONS, torch.tensor(lengths))
 
 
+def table_of(positions, scaling, *lengths, interleaved=False, **options):
+    frequencies, factor = frequencies_for(scaling, *lengths)
+    return rotary_table(positions, frequencies, factor, torch.float32, interleaved, **options)
+
+
 @pytest.mark.parametrize("length", [5, MAX_POSITIONS, MAX_POSITIONS + 1, 500])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=named)
 def test_scaled_frequencies_are_those_of_transformers(scaling, length):
@@ -64,7 +69,7 @@ def test_rotation_of_halves_is_llamas(scaling):
     cos, sin = LlamaRotaryEmbedding(llama_config(scaling))(query, positions)
     expected = llama_rotary(query, key, cos, sin, unsqueeze_dim=2)
 
-    rotary = rotary_table(positions, *frequencies_for(scaling, length), torch.float32)
+    rotary = table_of(positions, scaling, length)
     torch.testing.assert_close(apply_rotary(query, rotary, False), expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(apply_rotary(key, rotary, False), expected[1], rtol=1e-4, atol=1e-4)
 
@@ -72,10 +77,31 @@ def test_rotation_of_halves_is_llamas(scaling):
 def test_rotation_of_neighbours_is_gptjs():
     torch.manual_seed(0)
     x = torch.randn(2, 30, 3, HEAD_DIM)
-    cos, sin = rotary_table(torch.arange(30).unsqueeze(0), *frequencies_for(None, 30), torch.float32)
-    expected = gptj_rotary(x, sin, cos)
-    torch.testing.assert_close(apply_rotary(x, (cos, sin), True), expected)
-    assert not torch.allclose(apply_rotary(x, (cos, sin), False), expected)
+    positions = torch.arange(30).unsqueeze(0)
+    angles = positions[0].float().unsqueeze(1) * frequencies_for(None, 30)[0]
+    expected = gptj_rotary(x, angles.sin().unsqueeze(0), angles.cos().unsqueeze(0))
+    torch.testing.assert_close(apply_rotary(x, table_of(positions, None, 30, interleaved=True), True), expected)
+    assert not torch.allclose(apply_rotary(x, table_of(positions, None, 30), False), expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_gradient_of_a_rotation_is_right(interleaved):
+    torch.manual_seed(0)
+    cos, sin = table_of(torch.arange(5).unsqueeze(0), None, 5, interleaved=interleaved, num_unrotated=2)
+    x = torch.randn(1, 7, 2, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    table = cos.double(), sin.double()
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table, interleaved), (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_stands_before_the_positions_is_not_rotated(interleaved):
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 3, HEAD_DIM)
+    positions = torch.arange(6).unsqueeze(0)
+    rotated = apply_rotary(x, table_of(positions, None, 6, interleaved=interleaved, num_unrotated=3), interleaved)
+    assert torch.equal(rotated[:, :3], x[:, :3])
+    alone = apply_rotary(x[:, 3:], table_of(positions, None, 6, interleaved=interleaved), interleaved)
+    assert torch.equal(rotated[:, 3:], alone)
 
 
 def test_each_row_is_rotated_by_its_own_positions_and_length():
@@ -83,17 +109,17 @@ def test_each_row_is_rotated_by_its_own_positions_and_length():
     scaling = {"rope_type": "dynamic", "factor": 3.0}
     x = torch.randn(2, 4, 1, HEAD_DIM)
     positions = torch.tensor([[0, 1, 2, 3], [196, 197, 198, 199]])
-    both = apply_rotary(x, rotary_table(positions, *frequencies_for(scaling, 4, 200), torch.float32), False)
+    both = apply_rotary(x, table_of(positions, scaling, 4, 200), False)
     for row, length in enumerate((4, 200)):
-        rotary = rotary_table(positions[row : row + 1], *frequencies_for(scaling, length), torch.float32)
+        rotary = table_of(positions[row : row + 1], scaling, length)
         torch.testing.assert_close(both[row : row + 1], apply_rotary(x[row : row + 1], rotary, False))
 
 
 def test_angles_are_taken_in_fp32_and_only_the_table_has_the_models_dtype():
     positions = torch.tensor([[0, 1, 1001]])
     frequencies, factor = frequencies_for(None, 1002)
-    fine = rotary_table(positions, frequencies, factor, torch.float32)
-    coarse = rotary_table(positions, frequencies, factor, torch.bfloat16)
+    fine = rotary_table(positions, frequencies, factor, torch.float32, False)
+    coarse = rotary_table(positions, frequencies, factor, torch.bfloat16, False)
     for exact, rounded in zip(fine, coarse, strict=True):
         assert rounded.dtype == torch.bfloat16
         torch.testing.assert_close(rounded, exact.to(torch.bfloat16), rtol=0, atol=0)

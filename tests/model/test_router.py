@@ -30,7 +30,7 @@ def test_selection_takes_the_largest_score_plus_bias_and_weights_take_the_scores
     bias = [0.0, 0.4, -0.3, 0.2, 0.1]
     router = router_with(bias, top_k=top_k, router_score=score).double()
     x = torch.randn(T, D, dtype=torch.float64)
-    weights, expert_ids = router(x)
+    weights, expert_ids, _ = router(x)
     differ = 0
     for token in range(T):
         scores = plain_scores(router.weight @ x[token], score)
@@ -47,7 +47,7 @@ def test_selection_takes_the_largest_score_plus_bias_and_weights_take_the_scores
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_weights_sum_to_1(score, top_k):
-    weights, _ = router_with(top_k=top_k, router_score=score)(torch.randn(T, D))
+    weights, *_ = router_with(top_k=top_k, router_score=score)(torch.randn(T, D))
     torch.testing.assert_close(weights.sum(-1), torch.ones(T))
 
 
@@ -58,7 +58,7 @@ def test_weights_sum_to_1(score, top_k):
 def test_weights_sum_to_1_where_the_scores_underflow(score, logits, bias):
     router = router_with(bias, dim=1, experts=4, router_score=score)
     router.weight.data = torch.tensor(logits).unsqueeze(1)
-    weights, _ = router(torch.ones(1, 1))
+    weights, *_ = router(torch.ones(1, 1))
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
 
 
@@ -66,7 +66,7 @@ def test_weights_sum_to_1_where_the_scores_underflow(score, logits, bias):
 def test_logits_are_fp32_where_tokens_and_weight_are_bf16(score):
     router = router_with(dim=64, router_score=score, top_k=E).bfloat16()
     x = torch.randn(T, 64).bfloat16()
-    weights, expert_ids = router(x)
+    weights, expert_ids, _ = router(x)
     assert weights.dtype == torch.float32
     logits = x.double() @ router.weight.double().T
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
@@ -78,7 +78,7 @@ def test_jitter_scales_the_input_within_its_bounds_in_training_only():
     router = router_with(dim=1, experts=2, router_jitter_noise=0.1)
     router.weight.data = torch.tensor([[1.0], [0.0]])
     x = torch.ones(2000, 1)
-    weights, _ = router(x)
+    weights, *_ = router(x)
     seen = (weights[:, 0] / weights[:, 1]).log().detach()  # the logit of expert 0, that is 1 times the jitter
     assert 0.9 <= seen.min() < 0.905
     assert 1.095 < seen.max() <= 1.1 + 1e-5
@@ -100,7 +100,7 @@ def test_counts_add_up_over_training_passes():
     router = router_with()
     expected = torch.zeros(E, dtype=torch.int64)
     for _ in range(3):
-        _, expert_ids = router(torch.randn(T, D))
+        _, expert_ids, _ = router(torch.randn(T, D))
         for expert in expert_ids.flatten().tolist():
             expected[expert] += 1
     assert torch.equal(router.step_counts, expected)
@@ -128,7 +128,7 @@ def test_a_recomputed_pass_is_not_counted_again(use_reentrant):
 @pytest.mark.parametrize("score", SCORES)
 def test_the_bias_is_no_parameter_and_gets_no_gradient(score):
     router = router_with([0.1, -0.1, 0.0, 0.2, -0.2], router_score=score)
-    weights, _ = router(torch.randn(T, D))
+    weights, *_ = router(torch.randn(T, D))
     weights.square().sum().backward()
     assert [name for name, _ in router.named_parameters()] == ["weight"]
     assert router.weight.grad.abs().sum() > 0

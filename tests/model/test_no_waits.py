@@ -1,0 +1,64 @@
+"""No layer waits for the device, but for the one read with which expert parallelism learns how many rows come."""
+
+import pytest
+import torch
+from fake_gpu import DEVICE, count_reads, fake_gpu, model_on_gpu
+from ranks import run_alone
+
+from megamoe.config import load_preset
+
+CONFIG = load_preset("tiny").model_copy(update={"expert_dropout": 0.05, "router_jitter_noise": 0.01})
+BATCH, LENGTH = 2, 64
+
+
+def reads_of_a_pass(config, ep_size, recompute_blocks=0):
+    with fake_gpu():
+        model = model_on_gpu(config, ep_size)
+        model.recompute_blocks = recompute_blocks
+        rows = BATCH * LENGTH * config.num_experts_per_tok
+        reads = count_reads([[rows // ep_size] * ep_size] * 2)
+        ids = torch.empty(BATCH, LENGTH, dtype=torch.int64, device=DEVICE)
+        loss = model(ids, ids)
+        assert loss.device.type == DEVICE
+        loss.backward()
+        for name, weight in model.named_parameters():
+            assert weight.grad is not None, name
+            assert weight.grad.device.type == DEVICE
+        return reads.count
+
+
+PARTS = {
+    "plain": {},
+    "gated, sigmoid": {"gated_mlp": True, "router_score": "sigmoid"},
+    "interleaved, scaled": {"rope_interleaved": True, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_a_pass_without_expert_parallelism_reads_nothing(parts):
+    assert run_alone(reads_of_a_pass, CONFIG.model_copy(update=parts), 1) == 0
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_a_pass_with_expert_parallelism_reads_once_per_layer(parts):
+    assert run_alone(reads_of_a_pass, CONFIG.model_copy(update=parts), 4) == CONFIG.num_hidden_layers
+
+
+def test_a_recomputed_block_reads_again():
+    assert run_alone(reads_of_a_pass, CONFIG, 4, 1) == CONFIG.num_hidden_layers + 1
+
+
+def reads_item():
+    with fake_gpu():
+        return torch.ones(1, device=DEVICE).item()
+
+
+def copies_to_the_host():
+    with fake_gpu():
+        return torch.ones(1, device=DEVICE).to("cpu").device.type
+
+
+@pytest.mark.parametrize("waits", [reads_item, copies_to_the_host])
+def test_what_waits_is_found(waits):
+    with pytest.raises(AssertionError, match=r"copies between|DataDependentOutput"):
+        run_alone(waits)
