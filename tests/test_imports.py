@@ -48,6 +48,7 @@ DEEPSPEED_MODULES = {
     "checkpoint.writer",
     "data.corpus",
     "model.moe",
+    "model.products",
     "training.distributed",
     "training.engine",
     "training.operators",

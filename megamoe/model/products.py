@@ -5,7 +5,6 @@ Shape legend: P rows, grouped by expert, E experts of this rank, I input and O o
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from functools import lru_cache
 from typing import Literal
@@ -43,7 +42,12 @@ def choose_kernel(capability: tuple[int, int] | None, dtype: torch.dtype, has_tr
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
     """`choose_kernel` for a device of this machine."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    return choose_kernel(capability, dtype, importlib.util.find_spec("triton") is not None)
+    has_triton = False
+    if capability:
+        from deepspeed.ops.triton_ops import is_triton_available
+
+        has_triton = is_triton_available()
+    return choose_kernel(capability, dtype, has_triton)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
