@@ -121,7 +121,7 @@ def main() -> None:
         data = open_data(args.corpus, 1024, corpora)
         for ranks in (1, 8, 1024):
             order, whole = (seconds * 1e3 for seconds in seconds_per_step(data, ranks, 1024))
-            print(f"a step's 2 samples of 1024 tokens, {corpora} corpora, {ranks} ranks: {whole:.3f} ms, "
+            print(f"corpora: {corpora}, ranks: {ranks}: a step of 2 samples of 1024 tokens: {whole:.3f} ms, "
                   f"of which their order {order:.3f} ms", flush=True)  # fmt: skip
     starts = [[seconds_to_first_step(args.corpus, ranks) for ranks in (1, 2)] for _ in range(args.rounds)]
     for ranks, times in zip((1, 2), zip(*starts, strict=True), strict=True):
