@@ -39,10 +39,11 @@ OPTIMIZATION = (
 class Job:
     """Everything about a run that can be checked before anything is built or written."""
 
-    def __init__(self, run: RunConfig, world_size: int, device: torch.device, leads: bool = True):
+    def __init__(self, run: RunConfig, world_size: int, device: torch.device, leads: bool = True, scans: bool = True):
         """
         Args:
             leads: this rank locks the run folder, and checks what the run resumes or starts from, for all ranks.
+            scans: this rank checks the tokens of the corpora, for all ranks of its host.
 
         Raises one UserError with all problems.
         """
@@ -64,7 +65,7 @@ class Job:
         if self.model:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
-            self._open_corpora(problems, leads)
+            self._open_corpora(problems, leads, scans)
         if not problems:
             problems += deepspeed_own_problems(self.ds, run.ds_config)
         problems.refuse()
@@ -99,11 +100,12 @@ class Job:
     def seq_len(self) -> int:
         return self.run.seq_len or self.model.max_position_embeddings
 
-    def _open_corpora(self, problems: Problems, leads: bool) -> None:
+    def _open_corpora(self, problems: Problems, leads: bool, scans: bool) -> None:
         """Open training and held-out corpora; what is wrong with them is added to `problems`."""
 
         def corpus(path: str, split: str) -> TokenCorpus:
-            return problems.attempt(TokenCorpus, corpus_prefix(path, split), self.seq_len, self.model.vocab_size)
+            prefix = corpus_prefix(path, split)
+            return problems.attempt(TokenCorpus, prefix, self.seq_len, self.model.vocab_size, scans)
 
         run = self.run
         self.corpora = [corpus(source.path, "train") for source in run.data]

@@ -78,7 +78,8 @@ def check(device: torch.device) -> Job:
     """The job that the command line asks for. Problems of any rank end all of them together. Collective."""
     job, problems = None, []
     try:
-        job = Job(parse_run(), dist.get_world_size(), device, leads=dist.get_rank() == 0)
+        is_first_on_host = os.environ["LOCAL_RANK"] == "0"  # which `init_distributed` has set
+        job = Job(parse_run(), dist.get_world_size(), device, dist.get_rank() == 0, is_first_on_host)
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems)
@@ -154,6 +155,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
             save_every=config.save_interval,
         )  # fmt: skip
     finally:
+        trainer.close()
         if sinks:
             sinks.close()
 

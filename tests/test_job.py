@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import refusals
 from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
 
@@ -56,6 +57,13 @@ def test_a_vocabulary_too_small_for_the_corpus_is_refused_before_training(inputs
     (tmp_path / "preset.json").write_text(json.dumps({**PRESET, "vocab_size": 50}))
     said = problems(inputs)
     assert any("beyond the model's vocabulary of 50" in problem for problem in said)
+
+
+def test_only_the_first_rank_of_a_host_reads_the_corpora_before_training(inputs, tmp_path):
+    (tmp_path / "preset.json").write_text(json.dumps({**PRESET, "vocab_size": 50}))
+    cpu = torch.device("cpu")
+    assert len(refusals(Job, RunConfig(**inputs), 2, cpu, False, True)) == 2  # training and held-out text
+    assert Job(RunConfig(**inputs), 2, cpu, False, False).data.corpora[0].num_tokens == 6000
 
 
 def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(inputs, tmp_path):

@@ -3,7 +3,8 @@
     python tools/benchmark_data.py data/plays data/shakespeare       text and the corpus made of it
 
 Prints bytes per second of tokenising with the corpus' tokenizer, on one core and on all; the time to read one sample;
-and the seconds from the launch of a run to its first step, with everything compiled already.
+the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; and the seconds
+from the launch of a run to its first step, with everything compiled already.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from megamoe import cli
 from megamoe.config import load_preset
-from megamoe.data.batches import TrainData
+from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.corpus import input_files, read_documents, write_corpus
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
@@ -40,14 +41,35 @@ def tokenising(text: Path, tokenizer: Path) -> tuple[int, float]:
         return size * times, time.perf_counter() - start
 
 
+def open_data(corpus: str, seq_len: int, corpora: int = 1) -> TrainData:
+    """The corpus as training reads it, once or as a mix of several."""
+    config = load_preset("moe-680m")
+    opened = TokenCorpus(corpus_prefix(corpus, "train"), seq_len, config.vocab_size)
+    return TrainData([opened] * corpora, [1.0 + number for number in range(corpora)], seed=1)
+
+
 def seconds_per_sample(corpus: str, seq_len: int, samples: int = 2000) -> float:
     """Seconds to read one sample of `seq_len` tokens, at its place in the order."""
-    config = load_preset("moe-680m")
-    data = TrainData([TokenCorpus(corpus_prefix(corpus, "train"), seq_len, config.vocab_size)], [1.0], seed=1)
+    data = open_data(corpus, seq_len)
     start = time.perf_counter()
     for first in range(0, samples, 2):
         data.batch(first, 2)
     return (time.perf_counter() - start) / samples
+
+
+def seconds_per_step(data: TrainData, ranks: int, seq_len: int, steps: int = 1000) -> tuple[float, float]:
+    """Seconds of one rank for a step's two samples, one step after the other: (to find them, to find and read them)."""
+    shape, rank = BatchShape(2, 1, ranks, seq_len), ranks // 2
+    start = time.perf_counter()
+    for step in range(1, steps + 1):
+        first = ((step - 1) * ranks + rank) * shape.micro_batch
+        for position in range(first, first + shape.micro_batch):
+            data.order.at(position)
+    middle = time.perf_counter()
+    for step in range(steps + 1, 2 * steps + 1):
+        for _ in data.step_batches(step, rank, shape):
+            pass
+    return (middle - start) / steps, (time.perf_counter() - middle) / steps
 
 
 def seconds_to_first_step(corpus: str, ranks: int) -> float:
@@ -95,6 +117,12 @@ def main() -> None:
         print(
             f"reading a sample of {seq_len} tokens: {seconds_per_sample(args.corpus, seq_len) * 1e3:.3f} ms", flush=True
         )
+    for corpora in (1, 5):
+        data = open_data(args.corpus, 1024, corpora)
+        for ranks in (1, 8, 1024):
+            order, whole = (seconds * 1e3 for seconds in seconds_per_step(data, ranks, 1024))
+            print(f"corpora: {corpora}, ranks: {ranks}: a step of 2 samples of 1024 tokens: {whole:.3f} ms, "
+                  f"of which their order {order:.3f} ms", flush=True)  # fmt: skip
     starts = [[seconds_to_first_step(args.corpus, ranks) for ranks in (1, 2)] for _ in range(args.rounds)]
     for ranks, times in zip((1, 2), zip(*starts, strict=True), strict=True):
         print(f"from launch to the first step, {ranks} rank(s): {statistics.median(times):.1f} s, measured "

@@ -20,10 +20,16 @@ class Batch:
     """One micro-batch of one rank."""
 
     input_ids: Tensor  # (micro-batch, seq_len) int64
-    labels: Tensor  # (micro-batch, seq_len) int64, the id that follows each position; NO_LABEL where none counts
+    # (micro-batch, seq_len + ahead) int64: [:, t] is the id that follows position t, [:, t + k] the one k further on;
+    # NO_LABEL where none counts, or the corpus has ended.
+    labels: Tensor
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies it while the host goes on."""
+        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; the copy does not hold up the host."""
+        """The same batch on `device`; the copy of a pinned batch does not hold up the host."""
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
@@ -49,19 +55,24 @@ class TrainData:
         self.corpora = corpora
         self.order = SampleOrder.of([corpus.num_samples for corpus in corpora], weights, seed)
 
-    def step_batches(self, step: int, rank: int, shape: BatchShape) -> Iterator[Batch]:
-        """The micro-batches of `rank` in optimizer step `step`, counted from 1.
+    def step_batches(self, step: int, rank: int, shape: BatchShape, ahead: int = 0) -> Iterator[Batch]:
+        """The micro-batches of `rank` in optimizer step `step`, counted from 1; `ahead` as for `batch`.
 
         A step's samples stand at consecutive positions: micro-batch by micro-batch, and in each rank by rank.
         """
         for micro in range(shape.accumulation):
             group = ((step - 1) * shape.accumulation + micro) * shape.world_size + rank
-            yield self.batch(group * shape.micro_batch, shape.micro_batch)
+            yield self.batch(group * shape.micro_batch, shape.micro_batch, ahead)
 
-    def batch(self, first: int, count: int) -> Batch:
-        """The samples at positions first .. first + count - 1."""
+    def batch(self, first: int, count: int, ahead: int = 0) -> Batch:
+        """The samples at positions first .. first + count - 1.
+
+        Args:
+            ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
+        """
         places = [self.order.at(position) for position in range(first, first + count)]
-        return _to_batch([self.corpora[corpus].sample(index) for corpus, index in places])
+        samples = [self.corpora[corpus].sample(index, ahead) for corpus, index in places]
+        return _to_batch(samples, self.corpora[0].seq_len, ahead)
 
 
 def eval_batch(corpus: TokenCorpus, first: int, count: int, limit: int) -> Batch:
@@ -69,11 +80,16 @@ def eval_batch(corpus: TokenCorpus, first: int, count: int, limit: int) -> Batch
 
     Every rank must run equally many forward passes, so the last ones are filled up with samples that do not count.
     """
-    batch = _to_batch([corpus.sample(index if index < limit else 0) for index in range(first, first + count)])
+    samples = [corpus.sample(index if index < limit else 0) for index in range(first, first + count)]
+    batch = _to_batch(samples, corpus.seq_len)
     batch.labels[max(limit - first, 0) :] = NO_LABEL
     return batch
 
 
-def _to_batch(samples: list[np.ndarray]) -> Batch:
-    tokens = torch.from_numpy(np.stack(samples))
-    return Batch(tokens[:, :-1].clone(), tokens[:, 1:].clone())  # memory of their own: labels may be overwritten
+def _to_batch(samples: list[np.ndarray], seq_len: int, ahead: int = 0) -> Batch:
+    tokens = np.full((len(samples), seq_len + 1 + ahead), NO_LABEL, dtype=np.int64)
+    for row, sample in zip(tokens, samples, strict=True):
+        row[: len(sample)] = sample
+    # Memory of their own: labels may be overwritten. Copied by numpy, for torch may start threads.
+    inputs, labels = tokens[:, :seq_len].copy(), tokens[:, 1:].copy()
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))

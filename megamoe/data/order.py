@@ -7,26 +7,32 @@ continues exactly where it was.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from typing import TypeVar
+
+import numpy as np
 
 from megamoe.errors import UserError
 
-MIX_BLOCK = 4096  # positions in which every corpus gets its exact share; weights are rounded to 1 / MIX_BLOCK
+MIX_HALF = 6  # bits of a half of a slot's number
+MIX_BLOCK = 1 << 2 * MIX_HALF  # positions in which every corpus gets its exact share, in units of 1 / MIX_BLOCK
 MASK64 = (1 << 64) - 1
+
+Number = TypeVar("Number", int, np.ndarray)  # a whole number of 64 bits, or an array of uint64
+
+
+def _stir(state: int, value: Number) -> Number:
+    """The next state of a hash of numbers, by the finalizer of splitmix64 (Steele et al., 2014)."""
+    mixed = (state + value + 0x9E3779B97F4A7C15) & MASK64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK64
+    return mixed ^ (mixed >> 31)
 
 
 def _mix(*values: int) -> int:
-    """A 64-bit hash of integers: the finalizer of splitmix64 (Steele et al., 2014), chained."""
-    state = 0
-    for value in values:
-        state = (state + value + 0x9E3779B97F4A7C15) & MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK64
-        state ^= state >> 31
-    return state
+    """A 64-bit hash of integers."""
+    return reduce(_stir, values, 0)
 
 
 def permute(index: int, size: int, *key: int) -> int:
@@ -36,15 +42,25 @@ def permute(index: int, size: int, *key: int) -> int:
     Arbitrary Finite Domains", 2002).
     """
     half = max(((size - 1).bit_length() + 1) // 2, 1)
-    mask = (1 << half) - 1
-    mixed_key = _mix(*key)
     while True:
-        left, right = index >> half, index & mask
-        for turn in range(4):
-            left, right = right, left ^ (_mix(mixed_key, turn, right) & mask)
-        index = left << half | right
+        index = _feistel(index, half, _turns(*key))
         if index < size:
             return index
+
+
+def _feistel(index: Number, half: int, turns: tuple[int, ...]) -> Number:
+    """A permutation of the numbers of 2 x `half` bits."""
+    mask = (1 << half) - 1
+    left, right = index >> half, index & mask
+    for turn in turns:
+        left, right = right, left ^ (_stir(turn, right) & mask)
+    return left << half | right
+
+
+@lru_cache(maxsize=64)  # a corpus has one for each epoch, a mix one for each block
+def _turns(*key: int) -> tuple[int, ...]:
+    """The hashes that the four turns of a permutation begin with."""
+    return tuple(_mix(_mix(*key), turn) for turn in range(4))
 
 
 @dataclass(frozen=True)
@@ -75,20 +91,18 @@ class SampleOrder:
 
     def at(self, position: int) -> tuple[int, int]:
         """(corpus, sample) at `position`, counted from 0."""
-        block, slot = divmod(position, MIX_BLOCK)
-        corpus, before = _mixed_block(self.shares, self.seed, block)[slot]
-        epoch, index = divmod(block * self.shares[corpus] + before, self.sizes[corpus])
+        corpus, earlier = 0, position  # positions of the same corpus before this one
+        if len(self.sizes) > 1:
+            block, slot = divmod(position, MIX_BLOCK)
+            corpora = _mixed_block(self.shares, self.seed, block)
+            corpus = int(corpora[slot])
+            earlier = block * self.shares[corpus] + int(np.count_nonzero(corpora[:slot] == corpus))
+        epoch, index = divmod(earlier, self.sizes[corpus])
         return corpus, permute(index, self.sizes[corpus], self.seed, corpus, epoch)
 
 
 @lru_cache(maxsize=4)  # a step reads neighbouring positions
-def _mixed_block(shares: tuple[int, ...], seed: int, block: int) -> list[tuple[int, int]]:
-    """For each position of a block: its corpus, and how many positions of the same corpus the block has before it."""
-    ends = list(itertools.accumulate(shares))
-    counts = [0] * len(shares)
-    places = []
-    for position in range(MIX_BLOCK):
-        corpus = bisect.bisect_right(ends, permute(position, MIX_BLOCK, seed, block))
-        places.append((corpus, counts[corpus]))
-        counts[corpus] += 1
-    return places
+def _mixed_block(shares: tuple[int, ...], seed: int, block: int) -> np.ndarray:
+    """The corpus at each position of a block, (MIX_BLOCK,) uint16."""
+    places = _feistel(np.arange(MIX_BLOCK, dtype=np.uint64), MIX_HALF, _turns(seed, block))
+    return np.repeat(np.arange(len(shares), dtype=np.uint16), shares)[places]

@@ -23,13 +23,18 @@ IDX_DTYPES: dict[int, tuple[type, ...]] = {
     6: (np.uint16,), 7: (np.uint32,), 8: (np.uint64, np.uint16),
 }  # fmt: skip
 SCAN = 1 << 27  # tokens whose ids are checked before a run starts; each batch is checked too
+SCAN_PIECE = 1 << 20  # tokens checked at a time
 
 
 class TokenCorpus:
     """The tokens of PREFIX.bin/.idx as one sequence, cut into samples of seq_len + 1 tokens that share their ends."""
 
-    def __init__(self, prefix: Path, seq_len: int, vocab_size: int):
-        """Raises UserError for missing, empty or mismatched files, under one sample, or ids beyond the vocabulary."""
+    def __init__(self, prefix: Path, seq_len: int, vocab_size: int, scan: bool = True):
+        """Raises UserError for missing, empty or mismatched files, under one sample, or ids beyond the vocabulary.
+
+        Args:
+            scan: read the first SCAN tokens and check their ids; of the ranks of a host, one needs to.
+        """
         self.prefix = prefix
         self.seq_len = seq_len
         self.vocab_size = vocab_size
@@ -41,21 +46,25 @@ class TokenCorpus:
                 f"corpus {prefix} has {self.num_tokens} tokens, less than one sample of {seq_len} + 1; "
                 "add text, lower --seq_len, or, for held-out text, prepare the corpus with --valid_fraction 0."
             )
-        self._read(0, min(self.num_tokens, SCAN))
+        stop = min(self.num_tokens, SCAN) if scan else 0
+        for start in range(0, stop, SCAN_PIECE):
+            self._read(start, min(start + SCAN_PIECE, stop))
 
-    def sample(self, index: int) -> np.ndarray:
-        """Token ids (seq_len + 1,) int64 of sample `index`."""
-        return self._read(index * self.seq_len, self.seq_len + 1)
+    def sample(self, index: int, ahead: int = 0) -> np.ndarray:
+        """Token ids (seq_len + 1 + ahead,) int64 of sample `index`; fewer where the corpus ends before."""
+        start = index * self.seq_len
+        return self._read(start, start + self.seq_len + 1 + ahead).astype(np.int64)
 
-    def _read(self, start: int, length: int) -> np.ndarray:
-        ids = self._tokens[start : start + length]
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Checked ids, in the file's own type."""
+        ids = self._tokens[start:stop]
         if ids.max() >= self.vocab_size or ids.min() < 0:
             bad = int(ids[(ids >= self.vocab_size) | (ids < 0)][0])
             raise UserError(
                 f"corpus {self.prefix} holds token id {bad}, beyond the model's vocabulary of {self.vocab_size}; "
                 "use the tokenizer that the preset is sized for, or raise the preset's vocab_size."
             )
-        return ids.astype(np.int64)
+        return ids
 
 
 def _checked_dtype(prefix: Path) -> type:

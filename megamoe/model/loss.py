@@ -5,6 +5,7 @@ Shape legend: N tokens, D hidden_size, V vocab_size, C tokens of a chunk.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,8 +14,17 @@ from torch.autograd.function import once_differentiable
 
 from megamoe.data.batches import NO_LABEL
 
-# The fp32 logits of a whole micro-batch would be the largest tensor of the step several times over.
-LOSS_CHUNK = 512  # tokens
+# Bytes of fp32 logits that are held at a time: those of a whole micro-batch would be the largest tensor of the step
+# several times over. On CPU these are 512 tokens of `moe-680m`, measured best; a GPU needs larger products.
+CPU_LOGITS = 96 * 2**20
+GPU_LOGITS = 2**30
+
+
+def loss_chunk(tokens: int, vocab_size: int, on_cpu: bool) -> int:
+    """Tokens whose logits are held at a time: the fewest chunks that CPU_LOGITS or GPU_LOGITS allow, equally long."""
+    most = max((CPU_LOGITS if on_cpu else GPU_LOGITS) // (4 * vocab_size), 1)
+    chunks = max(math.ceil(tokens / most), 1)
+    return max(math.ceil(tokens / chunks), 1)
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -40,8 +50,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else weight.new_empty(0)
         total = hidden.new_zeros((), dtype=wide)
-        for start in range(0, len(hidden), LOSS_CHUNK):
-            rows = slice(start, start + LOSS_CHUNK)
+        chunk = loss_chunk(len(hidden), len(weight), hidden.device.type == "cpu")
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
             total += _sum_of_losses(hidden[rows], weight, labels[rows], grads)
         count = (labels != NO_LABEL).sum().clamp_min(1)

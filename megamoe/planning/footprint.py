@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megamoe.model.dispatch import CPU_ROW_MULTIPLE
-from megamoe.model.loss import LOSS_CHUNK
+from megamoe.model.loss import loss_chunk
 from megamoe.planning.buckets import Ledger, Reduction
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 
@@ -175,7 +175,7 @@ def _forward(setup: Setup, layer: LayerBytes, ledger: Ledger) -> None:
     ledger.allocate("activations", layer.norm + layer.stream)
     # The loss: gradients of the head's weight in fp32 and of the hidden states, made chunk by chunk.
     weight = m.vocab_size * m.hidden_size
-    chunk = min(LOSS_CHUNK, setup.tokens) * m.vocab_size
+    chunk = loss_chunk(setup.tokens, m.vocab_size, setup.on_cpu) * m.vocab_size
     ledger.allocate("gradients of the head", 4 * weight + layer.stream)
     # In fp32, with what they were made of or what is made of them; then the product that is added to the gradient.
     ledger.transient("loss chunk", 4 * chunk + (s * chunk if s < 4 else 0))

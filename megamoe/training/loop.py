@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.data.batches import BatchShape, TrainData
+from megamoe.data.prefetch import Prefetcher
 from megamoe.launch.exits import FAILED, REFUSED
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position
@@ -54,7 +55,6 @@ class Trainer:
             folder_is_gone: whether the run folder has been removed; on rank 0, False elsewhere.
         """
         self.train_step = train_step
-        self.data = data
         self.shape = shape
         self.writer = writer
         self.seed = seed
@@ -68,6 +68,7 @@ class Trainer:
         self.skipped = SkippedSteps()
         self._window = 0  # steps skipped before the save that is pending
         self.rank = dist.get_rank()
+        self.batches = Prefetcher(lambda step: data.step_batches(step, self.rank, shape), train_step.device)
         position.follow(train_step.model.layers)
 
     def run(self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int) -> bool:
@@ -115,6 +116,10 @@ class Trainer:
             longest = max(longest, time.perf_counter() - started)
         return True
 
+    def close(self) -> None:
+        """End the thread that reads data."""
+        self.batches.close()
+
     def _save(self, step: int, final: bool) -> None:
         """Begin to save, and if it is the `final` one, end it or exit."""
         if self.writer.pending:
@@ -158,7 +163,7 @@ class Trainer:
         """One optimizer step on this rank's micro-batches."""
         self.position.at("reading data", step)
         self._seed_step(step)
-        loss = self.train_step.forward_backward(self.data.step_batches(step, self.rank, self.shape))
+        loss = self.train_step.forward_backward(self.batches.step(step))
         self.metrics.add_loss(loss)
         self.position.at("optimizer step")
         self.writer.before_update()

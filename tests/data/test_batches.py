@@ -29,6 +29,25 @@ def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
         assert labels[row].tolist() == tokens[1:]
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 3, 25])
+def test_labels_further_ahead_go_on_in_the_corpus_and_end_with_it(tmp_path, ahead):
+    tokens = random_tokens(34, 50).tolist()  # three samples, and three tokens that are in none
+    corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
+    data = TrainData([corpus], [1.0], seed=1)
+    batch = data.batch(0, 3, ahead)
+    assert batch.input_ids.shape == (3, 10)
+    assert batch.labels.shape == (3, 10 + ahead)
+    followed = [*tokens, *[-100] * 30]
+    for row in range(3):
+        start = 10 * data.order.at(row)[1]
+        assert batch.input_ids[row].tolist() == tokens[start : start + 10]
+        for further in range(ahead + 1):
+            expected = followed[start + 1 + further : start + 11 + further]
+            assert batch.labels[row, further : further + 10].tolist() == expected
+    (step,) = data.step_batches(1, 0, BatchShape(3, 1, 1, 10), ahead)
+    assert torch.equal(step.labels, batch.labels)
+
+
 def samples_of_step(source, step, micro_batch, accumulation, world_size):
     """The samples that all ranks together train on in one step."""
     rows, shape = [], BatchShape(micro_batch, accumulation, world_size, 10)

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -166,6 +167,41 @@ def test_the_start_is_checked_before_the_run_and_every_sample_when_it_is_read(tm
         for index in range(5):
             if 10 * index <= place <= 10 * index + 10:
                 has(refusal(corpus.sample, index), "id 77", "vocabulary of 50")
+
+
+def test_of_the_ranks_of_a_host_one_scans_and_all_check_what_they_read(tmp_path):
+    tokens = random_tokens(51, 50)
+    tokens[19] = 77
+    prefix = build(tmp_path / "c", tokens)
+    has(refusal(TokenCorpus, prefix, 10, 50, True), "id 77")
+    corpus = TokenCorpus(prefix, 10, 50, scan=False)
+    assert corpus.sample(0).tolist() == tokens[:11].tolist()
+    has(refusal(corpus.sample, 1), "id 77")
+
+
+@pytest.mark.parametrize("place", [0, 6, 7, 8, 13, 14, 19])
+def test_the_scan_leaves_no_token_between_its_pieces_out(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(token_files, "SCAN_PIECE", 7)
+    tokens = random_tokens(20, 50)
+    TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
+    tokens[place] = 77
+    has(refusal(TokenCorpus, build(tmp_path / "d", tokens), 10, 50), "id 77")
+
+
+def test_a_scan_takes_the_memory_of_a_piece(tmp_path):
+    prefix = megatron_corpus(tmp_path / "c", [np.zeros(3 * token_files.SCAN_PIECE)], 8, np.uint16)
+    tracemalloc.start()
+    TokenCorpus(prefix, 10, 50)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < token_files.SCAN_PIECE / 4
+
+
+def test_the_tokens_after_a_sample_are_given_as_far_as_there_are_any(tmp_path):
+    tokens = random_tokens(34, 50)
+    corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
+    assert corpus.sample(0, ahead=2).tolist() == tokens[:13].tolist()
+    assert corpus.sample(2, ahead=3).tolist() == corpus.sample(2, ahead=9).tolist() == tokens[20:34].tolist()
 
 
 def test_an_index_of_another_version_is_refused(tmp_path):

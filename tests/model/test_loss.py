@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import megamoe.model.loss
-from megamoe.model.loss import chunked_cross_entropy
+from megamoe.config import load_preset
+from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_cross_entropy, loss_chunk
 
 
 def head(dtype, tokens=14, hidden=6, vocab=11):
@@ -22,9 +25,28 @@ def plain(hidden, weight, labels, scale=1.0):
     return loss, hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize(("on_cpu", "most"), [(True, CPU_LOGITS), (False, GPU_LOGITS)])
+def test_chunks_are_as_few_as_the_bytes_of_their_logits_allow_and_equally_long(on_cpu, most):
+    for tokens in (1, 2, 511, 512, 513, 2048, 5461, 5462, 16_384, 100_003):
+        for vocab_size in (2, 300, 49_152, 163_840):
+            chunk = loss_chunk(tokens, vocab_size, on_cpu)
+            lengths = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
+            assert 4 * max(lengths) * vocab_size <= most
+            assert len(lengths) == 1 or 4 * vocab_size * math.ceil(tokens / (len(lengths) - 1)) > most
+            assert max(lengths) - min(lengths) < len(lengths)
+    assert loss_chunk(10, 2**40, on_cpu) == 1  # not even one token's fit
+    assert loss_chunk(0, 300, on_cpu) > 0
+
+
+def test_moe_680m_has_chunks_of_512_tokens_on_a_cpu_and_eight_times_as_many_on_a_gpu():
+    vocab_size = load_preset("moe-680m").vocab_size
+    assert [loss_chunk(tokens, vocab_size, True) for tokens in (2048, 8192)] == [512, 512]
+    assert [loss_chunk(tokens, vocab_size, False) for tokens in (2048, 8192, 16_384)] == [2048, 4096, 4096]
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 14, 512])
 def test_loss_and_gradients_are_those_of_all_logits_at_once(chunk, monkeypatch):
-    monkeypatch.setattr(megamoe.model.loss, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_: chunk)
     hidden, weight, labels = head(torch.float64)
     loss = chunked_cross_entropy(hidden, weight, labels)
     (loss * 3).backward()
@@ -78,7 +100,7 @@ def test_where_no_gradient_is_asked_for_none_is_computed(monkeypatch):
 
 
 def test_never_are_more_logits_held_than_those_of_a_chunk(monkeypatch):
-    monkeypatch.setattr(megamoe.model.loss, "LOSS_CHUNK", 4)
+    monkeypatch.setattr(megamoe.model.loss, "CPU_LOGITS", 4 * 4 * 64)
     seen = []
 
     class Sizes(torch.overrides.TorchFunctionMode):

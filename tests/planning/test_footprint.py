@@ -21,7 +21,7 @@ ALL = {**PRESET, "num_experts_per_tok": PRESET["num_local_experts"]}
 WEIGHTS = {**ALL, "vocab_size": 1000, "hidden_size": 96, "intermediate_size": 512}, 1, 8
 ACTIVATIONS = {**ALL, "vocab_size": 16, "max_position_embeddings": 256}, 2, 256
 EMBEDDING = {**ALL, "vocab_size": 20_000, "num_hidden_layers": 1}, 1, 8
-LOGITS = {**EMBEDDING[0], "max_position_embeddings": 600}, 1, 600  # a chunk and a part of one
+LOGITS = {**EMBEDDING[0], "max_position_embeddings": 1301}, 1, 1301  # two chunks, one of them a token longer
 SPARSE = {**PRESET, "num_local_experts": 8, "num_hidden_layers": 4, "max_position_embeddings": 512}, 2, 512
 
 

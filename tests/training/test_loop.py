@@ -1,6 +1,7 @@
 """Whole runs over several ranks: the same model for any split, and its evaluation."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,10 +9,19 @@ import torch
 from ranks import run_ranks
 from toy import PRESET, ds_config, losses, train_here, write_inputs
 
-from megamoe.config import ModelConfig
+from megamoe.config import ModelConfig, RunConfig
+from megamoe.data import token_files
+from megamoe.data.prefetch import THREAD
 from megamoe.data.token_files import TokenCorpus
+from megamoe.errors import UserError
+from megamoe.job import Job
+from megamoe.launch.stopping import StopRequest
+from megamoe.launch.watch import Position
 from megamoe.model.decoder import Decoder
+from megamoe.pretrain import run as pretrain
 from megamoe.training.evaluation import Evaluator
+from megamoe.training.sinks import read_log
+from megamoe.training.step import TrainStep
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +52,51 @@ def test_recomputed_blocks_leave_the_losses_of_two_ranks_as_they_are(tmp_path):
     runs = [{**run, "run_dir": str(tmp_path / str(blocks)), "recompute_blocks": blocks} for blocks in (0, 1)]
     stored, recomputed = [run_ranks(2, train_here, one)[0] for one in runs]
     assert losses(stored) == losses(recomputed)
+
+
+def train_past_the_scan(run):
+    """What a run raises whose corpora are scanned in their first 30 tokens only, and what threads of its data stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_files, "SCAN", 30)
+        with pytest.raises(UserError) as caught:
+            train_here(run)
+    return caught.value.problems, [one.name for one in threading.enumerate() if one.name.startswith(THREAD)]
+
+
+def test_an_id_beyond_the_vocabulary_ends_the_run_with_its_sentence_when_its_batch_comes(tmp_path):
+    run = {**write_inputs(tmp_path, ds_config(micro_batch=40)), "run_dir": str(tmp_path / "run")}
+    tokens = np.memmap(tmp_path / "corpus" / "train.bin", dtype=np.int16, mode="r+")
+    tokens[3000] = 96
+    tokens.flush()
+    ((problems, threads),) = run_ranks(1, train_past_the_scan, run)
+    assert len(problems) == 1
+    assert "holds token id 96, beyond the model's vocabulary of 96" in problems[0]
+    assert not threads
+    assert 1 <= len(read_log(tmp_path / "run")["train"]) < 10  # an epoch has 374 samples
+
+
+def stop_after_two_steps(run):
+    """Train until a request to stop comes in step 2; returns the log, and what threads of its data stay."""
+    stop = StopRequest()
+    real = TrainStep.update
+
+    def update(train_step):
+        stop.asked = train_step.engine.global_steps == 1
+        return real(train_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "update", update)
+        job = Job(RunConfig(**run), 1, torch.device("cpu"))
+        assert not pretrain(job, None, Position(), stop)
+    threads = [one.name for one in threading.enumerate() if one.name.startswith(THREAD)]
+    return read_log(job.run_dir), threads
+
+
+def test_a_run_that_is_asked_to_stop_leaves_no_thread_of_its_data(tmp_path):
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+    ((log, threads),) = run_ranks(1, stop_after_two_steps, run)
+    assert [row["step"] for row in log["train"]] == [1, 2]
+    assert not threads
 
 
 def evaluate_here(prefix, limit, micro_batch):

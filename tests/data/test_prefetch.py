@@ -1,0 +1,112 @@
+"""Batches made ahead of time."""
+
+import threading
+
+import pytest
+import torch
+from corpora import build, random_tokens
+
+from megamoe.data import prefetch
+from megamoe.data.batches import Batch, BatchShape, TrainData
+from megamoe.data.prefetch import Prefetcher
+from megamoe.data.token_files import TokenCorpus
+from megamoe.errors import UserError
+
+CPU = torch.device("cpu")
+SHAPE = BatchShape(micro_batch=2, accumulation=3, world_size=4, seq_len=10)
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith(prefetch.THREAD)]
+
+
+@pytest.fixture
+def start():
+    """Makes a Prefetcher that is closed after the test."""
+    started = []
+
+    def prefetcher(make, device=CPU):
+        started.append(Prefetcher(make, device))
+        return started[-1]
+
+    yield prefetcher
+    for one in started:
+        one.close()
+
+
+@pytest.mark.parametrize("first", [1, 7])
+def test_the_batches_are_those_of_the_data_in_order_from_any_step_on(tmp_path, start, first):
+    corpora = [TokenCorpus(build(tmp_path / f"c{number}", random_tokens(400, 50, number)), 10, 50) for number in (0, 1)]
+    data = TrainData(corpora, [2.0, 1.0], seed=3)
+    batches = start(lambda step: data.step_batches(step, 1, SHAPE))
+    for step in range(first, first + 5):
+        expected = list(data.step_batches(step, 1, SHAPE))
+        found = batches.step(step)
+        assert len(found) == len(expected) == 3
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.input_ids, other.input_ids)
+            assert torch.equal(one.labels, other.labels)
+
+
+def test_the_next_step_is_made_while_this_one_is_used_and_no_more_than_that(start):
+    made, next_is_made = [], threading.Event()
+
+    def make(step):
+        made.append((step, threading.current_thread()))
+        if step == 2:
+            next_is_made.set()
+        return []
+
+    batches = start(make)
+    assert not threads()
+    batches.step(1)
+    assert next_is_made.wait(60)
+    batches.close()  # which waits for whatever the thread still has to do
+    assert [step for step, _ in made] == [1, 2]
+    assert {thread for _, thread in made}.isdisjoint({threading.current_thread()})
+
+
+@pytest.mark.parametrize("error", [UserError("token id 77"), OSError(5, "Input/output error"), KeyError("a bug")])
+def test_an_error_is_raised_as_itself_at_the_step_that_it_belongs_to(start, error):
+    def make(step):
+        if step == 3:
+            raise error
+        return [step]
+
+    batches = start(make)
+    assert [batches.step(1), batches.step(2)] == [[1], [2]]
+    with pytest.raises(type(error)) as caught:
+        batches.step(3)
+    assert caught.value is error
+
+
+def test_an_error_in_a_step_that_is_never_asked_for_is_not_raised_and_no_thread_stays(start):
+    failed = threading.Event()
+
+    def make(step):
+        if step == 2:
+            failed.set()
+            raise UserError("token id 77")
+        return []
+
+    batches = start(make)
+    batches.step(1)
+    assert failed.wait(60)
+    batches.close()
+    assert not threads()
+
+
+def test_a_gpu_gets_pinned_batches_and_the_cpu_gets_them_as_they_are(start, monkeypatch):
+    batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 10)  # for want of a GPU
+    (pinned,) = start(lambda step: [batch], torch.device("cuda", 1)).step(1)
+    assert (pinned.input_ids.tolist(), pinned.labels.tolist()) == ([[10, 10]], [[11, 11]])
+    assert start(lambda step: [batch]).step(1) == [batch]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_batch_is_in_page_locked_memory(start):
+    batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    (pinned,) = start(lambda step: [batch], torch.device("cuda")).step(1)
+    assert pinned.input_ids.is_pinned()
+    assert pinned.labels.is_pinned()
