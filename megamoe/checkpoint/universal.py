@@ -69,15 +69,14 @@ def _parameter(source: IndexedFiles | RankFiles, name: str, parts: list[Part], k
 
 
 def _groups(training: dict[str, Any], num_parameters: int) -> list[dict[str, Any]]:
-    """Settings of the optimizer's groups. DeepSpeed's loader gives each group of an engine those at its place, and
-    passes over the groups that have none.
+    """Settings of the optimizer's groups, by place, as many as any engine has.
 
-    An engine can have more groups of experts than the one that was saved, since a rank can hold more experts, though
-    not more groups than parameters; all have the settings of the last one.
+    DeepSpeed's loader leaves a group of the engine without settings here as it is, weights and all. At a smaller
+    ep_size a rank has more experts, and perhaps more groups of them, though never more than parameters.
     """
     groups = [
         {key: tuple(value) if isinstance(value, list) else value for key, value in group.items() if key != "name"}
-        for group in training["groups"]  # the name of a group of experts has the ep_size in it
+        for group in training["groups"]  # the name of one of experts has the ep_size in it
     ]
     return groups + [groups[-1]] * (num_parameters - len(groups))
 
@@ -90,11 +89,12 @@ def _optimizer_state(
     dynamic = bool(fields.get("dynamic"))
     scaler = DynamicLossScaler.__new__(DynamicLossScaler) if dynamic else LossScaler()
     vars(scaler).update(fields, **({"dtype": torch.half} if dynamic else {}))
+    clipping = run.get("deepspeed", {}).get("gradient_clipping")
     return {
         "loss_scaler": scaler,
         "dynamic_loss_scale": dynamic,
         "overflow": False,
-        "clip_grad": run.get("deepspeed", {}).get("gradient_clipping", 0.0),
+        **({} if clipping is None else {"clip_grad": clipping}),  # else the engine keeps its own
         "zero_stage": source.zero_stage,
         "ds_version": deepspeed.__version__,  # whose layout this is
         "param_groups": groups,
@@ -109,9 +109,9 @@ def _main_state(
         "module": {engine_name(name): tensor for name, tensor in source.buffers.items()},
         "optimizer": None,
         "lr_scheduler": {
-            **training["lr_scheduler"],
+            **{key: training["lr_scheduler"][key] for key in ("last_epoch", "_step_count")},
             "_last_lr": [group["lr"] for group in groups],
-            "lr_lambdas": [None] * len(groups),
+            "lr_lambdas": [],  # the engine keeps its own
         },
         **{key: training[key] for key in ("global_steps", "global_samples", "skipped_steps")},
         "dp_world_size": source.world_size,
