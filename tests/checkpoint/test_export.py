@@ -309,14 +309,16 @@ WIDE = ModelConfig(**{**CONFIG.model_dump(), "hidden_size": 512, "intermediate_s
 MEASURE = """
 import sys, re
 from pathlib import Path
-from megamoe.checkpoint.export import *
+import torch
+from megamoe.checkpoint.export import write_safetensors
 from megamoe.checkpoint.reader import open_source
+from megamoe.checkpoint.universal import write_universal
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-source = open_source(Path(sys.argv[1]), open_files=1)
+source, out = open_source(Path(sys.argv[1]), open_files=1), Path(sys.argv[2])
 torch.randn(100, 100) @ torch.randn(100, 100)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
 before = peak()
-write_safetensors(source, Path(sys.argv[2]), torch.bfloat16, int(sys.argv[3]))
+exec(sys.argv[3])
 print(peak() - before)
 """
 
@@ -329,14 +331,31 @@ def save_wide(folder):
     save(train_step.engine, folder, 1)
 
 
-def test_converting_takes_no_more_memory_than_a_shard_and_a_tensor(tmp_path):
-    run_ranks(4, save_wide, tmp_path)
-    checkpoint, shard_bytes = tmp_path / "step_1", 8_000_000
-    everything = sum(path.stat().st_size for path in checkpoint.glob("rank_*.safetensors"))
-    tensor = 4 * max(math.prod(shape) for shape in open_source(checkpoint).shapes.values())
-    most = shard_bytes + 3 * tensor + BLOCK_BYTES  # a tensor as it is joined, and the block that is hashed
-    assert everything > 3 * most  # the bound is far from holding all of it
-    words = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "out"), str(shard_bytes)]
-    taken = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert taken < most
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(checkpoint of four ranks, bytes of its largest tensor)."""
+    folder = tmp_path_factory.mktemp("wide")
+    run_ranks(4, save_wide, folder)
+    return folder / "step_1", 4 * max(math.prod(shape) for shape in open_source(folder / "step_1").shapes.values())
+
+
+def memory_taken(checkpoint, out, call, most):
+    """Bytes that the call takes at its peak; `most` is far from holding the whole checkpoint."""
+    assert sum(path.stat().st_size for path in checkpoint.glob("rank_*.safetensors")) > 3 * most
+    words = [sys.executable, "-c", MEASURE, str(checkpoint), str(out), call]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def test_converting_takes_no_more_memory_than_a_shard_and_a_tensor(wide, tmp_path):
+    checkpoint, tensor = wide
+    most = 8_000_000 + 3 * tensor + BLOCK_BYTES  # a tensor as it is joined, and the block that is hashed
+    call = "write_safetensors(source, out, torch.bfloat16, 8_000_000)"
+    assert memory_taken(checkpoint, tmp_path / "out", call, most) < most
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
+
+
+def test_the_universal_layout_takes_no_more_memory_than_the_experts_of_one_layer_and_a_tensor(wide, tmp_path):
+    checkpoint, tensor = wide
+    most = WIDE.num_local_experts * tensor + 3 * tensor + BLOCK_BYTES
+    assert memory_taken(checkpoint, tmp_path / "out", "write_universal(source, {}, out)", most) < most
+    assert len(list((tmp_path / "out" / "zero").glob("*.experts.*"))) == 2 * WIDE.num_hidden_layers
