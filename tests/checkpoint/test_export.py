@@ -356,6 +356,6 @@ def test_converting_takes_no_more_memory_than_a_shard_and_a_tensor(wide, tmp_pat
 
 def test_the_universal_layout_takes_no_more_memory_than_the_experts_of_one_layer_and_a_tensor(wide, tmp_path):
     checkpoint, tensor = wide
-    most = WIDE.num_local_experts * tensor + 3 * tensor + BLOCK_BYTES
+    most = (WIDE.num_local_experts + 4) * tensor  # of two ranks, as it is joined
     assert memory_taken(checkpoint, tmp_path / "out", "write_universal(source, {}, out)", most) < most
     assert len(list((tmp_path / "out" / "zero").glob("*.experts.*"))) == 2 * WIDE.num_hidden_layers
