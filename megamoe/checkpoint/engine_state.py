@@ -5,8 +5,6 @@ Weights in 16 bits are not: they are the fp32 masters, rounded.
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
-from megamoe.model.names import Part, is_buffer, plain_name, plain_parts
+from megamoe.model.names import Part, is_buffer, plain_name, plain_parts, stretches
 from megamoe.optimizers import MASTERS, Layout, OptimizerSpec, find_optimizer
 
 
@@ -93,12 +91,9 @@ def _stretches(name: str, parameter: Any, first_expert: int) -> Iterator[Stretch
     if mapping is None:  # its values are on other ranks
         return
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-    end = there.start + there.numel
     parts = plain_parts(name, tuple(parameter.shape), first_expert)
-    first_held = bisect_right(parts, there.start, key=lambda part: part.start) - 1
-    for part in itertools.takewhile(lambda part: part.start < end, parts[first_held:]):
-        first, last = max(there.start, part.start), min(end, part.start + part.count)
-        yield Stretch(part, first - part.start, last - first, here.start + first - there.start)
+    for part, start, count in stretches(parts, there.start, there.numel):
+        yield Stretch(part, start, count, here.start + part.start + start - there.start)
 
 
 def _state_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:

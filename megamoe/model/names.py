@@ -13,8 +13,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,16 @@ def plain_parts(name: str, shape: tuple[int, ...], first_expert: int = 0) -> lis
     part = (rows // len(projections), columns)
     names = [f"{layer}.{first_expert + e}.{projection}.weight" for e in range(experts) for projection in projections]
     return [Part(name, number * math.prod(part), part) for number, name in enumerate(names)]
+
+
+def stretches(parts: list[Part], start: int, count: int) -> Iterator[tuple[Part, int, int]]:
+    """What `count` values of a flattened parameter of the engine, from `start` on, hold of its parts: (part, its first
+    value among them, number of values)."""
+    end = start + count
+    first_held = bisect_right(parts, start, key=lambda part: part.start) - 1
+    for part in itertools.takewhile(lambda part: part.start < end, parts[first_held:]):
+        first = max(start - part.start, 0)
+        yield part, first, min(end - part.start, part.count) - first
 
 
 def plain_name(name: str, first_expert: int = 0) -> str:
