@@ -15,7 +15,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,8 +72,8 @@ def plain_parts(name: str, shape: tuple[int, ...], first_expert: int = 0) -> lis
 
 
 def stretches(parts: list[Part], start: int, count: int) -> Iterator[tuple[Part, int, int]]:
-    """What `count` values of a flattened parameter of the engine, from `start` on, hold of its parts: (part, its first
-    value among them, number of values)."""
+    """What `count` values of a flattened parameter of the engine, from `start` on, are in its parts: (part, first value
+    in it, number of values)."""
     end = start + count
     first_held = bisect_right(parts, start, key=lambda part: part.start) - 1
     for part in itertools.takewhile(lambda part: part.start < end, parts[first_held:]):
@@ -99,7 +99,7 @@ def engine_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[P
     Args:
         shapes: by plain name; of the experts, those of one rank, or of all for an ep_size of 1.
     """
-    gated = any(name.endswith(".gate_proj.weight") for name in shapes)
+    gated = has_gates(shapes)
     place = {
         f"{projection}.weight": (stack, number)
         for stack in (("gate_up" if gated else "up"), "down")
@@ -120,6 +120,11 @@ def engine_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[P
 def _one_after_the_other(held: list[tuple[int, int, str]], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
     starts = itertools.accumulate((math.prod(shapes[name]) for *_, name in held), initial=0)
     return [Part(name, start, tuple(shapes[name])) for (*_, name), start in zip(held, starts, strict=False)]
+
+
+def has_gates(names: Iterable[str]) -> bool:
+    """Whether the experts of a model with these plain names are gated."""
+    return any(name.endswith(".gate_proj.weight") and split_expert(name) for name in names)
 
 
 def engine_shape(name: str, parts: list[Part]) -> tuple[int, ...]:

@@ -242,6 +242,7 @@ def test_weights_load_in_the_dtype_asked_for_and_router_statistics_in_fp32(run_d
         ({"num_local_experts": 2}, ["num_local_experts 4, not 2"]),
         ({"num_latent_tokens": 0}, ["num_latent_tokens 3, not 0"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads x head_dim 16, not 32"]),
+        ({"gated_mlp": True}, ["gated_mlp false, not true"]),
         ({"vocab_size": 1, "intermediate_size": 2}, ["vocab_size 96, not 1;", "intermediate_size 48, not 2;"]),
     ],
     ids=str,

@@ -17,6 +17,7 @@ from megamoe.model.names import (
     plain_name,
     plain_parts,
     same_expert_of_first_rank,
+    stretches,
 )
 from megamoe.topology import ExpertTopology
 
@@ -99,6 +100,17 @@ def test_a_part_is_the_weight_of_one_projection_of_one_expert():
         gate, up = values[expert].chunk(2)
         assert torch.equal(found[f"{layer}.{2 + expert}.gate_proj.weight"], gate)
         assert torch.equal(found[f"{layer}.{2 + expert}.up_proj.weight"], up)
+
+
+def test_the_values_of_any_stretch_are_found_in_their_parts():
+    parts = plain_parts("layers.0.moe.deepspeed_moe.experts.gate_up", (3, 4, 2))
+    at = [(part, value) for part in parts for value in range(part.count)]
+    for start in range(len(at)):
+        for count in range(1, len(at) - start + 1):
+            found = list(stretches(parts, start, count))
+            assert all(length for *_, length in found)
+            values = [(part, first + value) for part, first, length in found for value in range(length)]
+            assert values == at[start : start + count]
 
 
 def test_names_of_one_parameter_per_expert_have_the_plain_names_of_stacked_ones():
