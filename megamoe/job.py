@@ -259,11 +259,14 @@ class Job:
 
 
 def _decisive(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's record, what decides its losses. Where a corpus lies does not."""
+    """Of a run's record, what decides its losses. Where a corpus lies does not; a field of the model that is newer than
+    the record had its default."""
     optimization = {key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION}
     corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
     data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
-    return {key: {**record, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
+    defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
+    model = {"model": {**defaults, **record["model"]}} if "model" in record else {}
+    return {key: {**record, **model, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
 
 
 def _remedy(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:

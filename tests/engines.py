@@ -11,20 +11,22 @@ from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
+from megamoe.model.names import plain_parts
 from megamoe.optimizers import MASTERS
 from megamoe.training.step import TrainStep, balancer_of, build_train_step
 
 CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
+GATED = CONFIG.model_copy(update={"gated_mlp": True})
 EXPERTS = CONFIG.num_local_experts
 BATCH = 8  # samples a step, whatever the ranks
 
 
-def make(ep_size, stage=2, seed=0, **ds_changes):
+def make(ep_size, stage=2, seed=0, config=CONFIG, **ds_changes):
     """The engine of this rank."""
     ds = ds_config(BATCH // dist.get_world_size(), **ds_changes)
     ds["zero_optimization"]["stage"] = stage
     ds["scheduler"]["params"]["total_num_steps"] = 60
-    return build_train_step(CONFIG, ds, ep_size=ep_size, seed=seed).engine
+    return build_train_step(config, ds, ep_size=ep_size, seed=seed).engine
 
 
 def train(engine, steps, first=0, writer=None):
@@ -47,7 +49,10 @@ def train(engine, steps, first=0, writer=None):
 def writer_for(engine, folder, **options):
     store = new_store("writer")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    record = {"model": CONFIG.model_dump(), "deepspeed": {"gradient_clipping": engine.gradient_clipping()}}
+    record = {
+        "model": engine.module.config.model_dump(),
+        "deepspeed": {"gradient_clipping": engine.gradient_clipping()},
+    }
     return CheckpointWriter(engine, folder, record, store=store, **options)
 
 
@@ -75,6 +80,15 @@ def load_and_train(checkpoint, ep_size, stage=2, steps=0, resave=None, **ds_chan
     return state, train(engine, steps, engine.global_steps)
 
 
+def plain_state(model):
+    """Parameters and buffers of a model, or of a rank's part of it, by plain names, as views."""
+    return {
+        part.name: tensor.detach().flatten()[part.start : part.start + part.count].view(part.shape)
+        for name, tensor in model.state_dict().items()
+        for part in plain_parts(name, tuple(tensor.shape), model.topology.first_expert)
+    }
+
+
 def same_state(checkpoint, other):
     """Whether two checkpoints hold the same training state, to the bit."""
     one, two = open_source(checkpoint), open_source(other)
@@ -91,10 +105,3 @@ def same_state(checkpoint, other):
     for key in ("global_steps", "global_samples", "skipped_steps", "optimizer_step"):
         assert states[0][key] == states[1][key]
     assert states[0]["lr_scheduler"]["last_epoch"] == states[1]["lr_scheduler"]["last_epoch"]
-
-
-def save_by_deepspeed(folder, ep_size):
-    engine = make(ep_size)
-    train(engine, 3)
-    engine.save_checkpoint(str(folder), tag="step_3")
-    return train(engine, 5, 3)

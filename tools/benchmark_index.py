@@ -36,7 +36,7 @@ from megamoe.config import ModelConfig, load_preset
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import split_expert
+from megamoe.model.names import engine_parameters, engine_shape, expert_id, plain_parts, stretches
 from megamoe.optimizers import MASTERS
 from megamoe.planning.sharding import Group, Setup, parameter_groups, read_setup
 from megamoe.topology import ExpertTopology
@@ -45,30 +45,37 @@ STATE = ("exp_avg", "exp_avg_sq")
 VALUE_BYTES = 4
 
 
-def slices_of(setup: Setup, groups: list[Group], rank: int) -> Iterator[Range]:
-    """What a rank holds of each parameter."""
-    topology = setup.topology(rank)
+def slices_by_rank(setup: Setup) -> list[list[Range]]:
+    """What each rank holds of each parameter."""
+    groups, first = parameter_groups(setup), setup.topology().expert_ids
+    held = {name: shape for name, shape in plain_shapes(setup.model).items() if expert_id(name) in (None, *first)}
+    shapes = {name: engine_shape(name, parts) for name, parts in engine_parameters(held).items()}
+    return [list(_slices(setup.topology(rank), groups, shapes)) for rank in range(setup.world_size)]
+
+
+def plain_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape.values()) for name, shape in parameter_shapes(model).items()}
+
+
+def _slices(topology: ExpertTopology, groups: list[Group], shapes: dict[str, tuple[int, ...]]) -> Iterator[Range]:
+    """
+    Args:
+        shapes: of the engine's parameters.
+    """
     for group in groups:
         own = group.index(topology)
         for name, size in group.sizes.items():
             start = max(own * group.partition - group.starts[name], 0)
             count = group.owners(name).get(own, 0)
             if count and size:
-                yield Range(name_on(topology, name), start, count)
-
-
-def name_on(topology: ExpertTopology, name: str) -> str:
-    """The plain name of the parameter that has on this rank the place of `name` on the first."""
-    parts = split_expert(name)
-    return f"{parts.layer}.{topology.first_expert + parts.expert}.{parts.parameter}" if parts else name
+                parts = plain_parts(name, shapes[name], topology.first_expert)
+                yield from (Range(part.name, first, length) for part, first, length in stretches(parts, start, count))
 
 
 def make_index(setup: Setup, run: dict[str, Any]) -> Index:
     """The index of a checkpoint that AdamW's run of this setup would save."""
-    groups = parameter_groups(setup)
     files = {}
-    for rank in range(setup.world_size):
-        ranges = list(slices_of(setup, groups, rank))
+    for rank, ranges in enumerate(slices_by_rank(setup)):
         total = sum(one.count for one in ranges)
         offsets = {kind: 4096 + number * total * VALUE_BYTES for number, kind in enumerate((MASTERS, *STATE))}
         slices = []
@@ -91,7 +98,7 @@ def make_index(setup: Setup, run: dict[str, Any]) -> Index:
         ),
         optimizer=OptimizerRecord(name="adamw", state=list(STATE), step=1000, step_dtype=None, groups=[]),
         run=run,
-        shapes={name: list(shape.values()) for name, shape in parameter_shapes(setup.model).items()},
+        shapes={name: list(shape) for name, shape in plain_shapes(setup.model).items()},
         files=files,
     )  # fmt: skip
 
@@ -126,9 +133,7 @@ def main() -> None:
         _, writing = timed(write_index, Path(folder), index)
         size = (Path(folder) / "index.json").stat().st_size
         read, reading = timed(read_index, Path(folder))
-    resumed = replace(setup, world_size=again, ep_size=again_ep)
-    groups = parameter_groups(resumed)
-    wanted = [list(slices_of(resumed, groups, rank)) for rank in range(again)]
+    wanted = slices_by_rank(replace(setup, world_size=again, ep_size=again_ep))
     parts, sharing = timed(read.parts, wanted)
     opened = [len(part.files) for part in parts]
     slices = sum(len(record.slices) for record in index.files.values())

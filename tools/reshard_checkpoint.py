@@ -1,8 +1,7 @@
 """Reshard a checkpoint for any number of ranks in advance: `python tools/reshard_checkpoint.py runs/a runs/b`.
 
 runs/b is a run folder with the newest checkpoint of runs/a in DeepSpeed's Universal layout. `pretrain.py --run_dir
-runs/b --resume` resumes from it, and DeepSpeed's own loader reads it at an ep_size of 1. A plain --resume reshards by
-itself.
+runs/b --resume` resumes from it, and DeepSpeed's own loader reads it. A plain --resume reshards by itself.
 """
 
 from __future__ import annotations

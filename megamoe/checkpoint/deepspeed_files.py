@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megamoe.checkpoint.unpickle import safe_load
 from megamoe.errors import UserError
-from megamoe.model.names import engine_name, is_buffer, plain_name, same_expert_of_first_rank
+from megamoe.model.names import Part, is_buffer, plain_name, plain_parts, same_expert_of_first_rank
 from megamoe.optimizers import MASTERS
 from megamoe.topology import ExpertTopology
 
@@ -148,7 +148,8 @@ class RankFiles:
 
 
 class UniversalFiles:
-    """DeepSpeed's Universal Checkpoint, expert ids being those of the model."""
+    """DeepSpeed's Universal Checkpoint: all experts of a layer in one folder, or each in its own, by their ids in the
+    model."""
 
     has_optimizer = True
 
@@ -158,20 +159,27 @@ class UniversalFiles:
         self._main = safe_load(folder / MAIN_FILE)
         self._optimizer = safe_load(folder / "zero" / "optimizer_state.pt")
         names = [path.name for path in sorted((folder / "zero").iterdir()) if path.is_dir()]
-        self.shapes = {
-            plain_name(name): tuple(safe_load(folder / "zero" / name / f"{MASTERS}.pt")["param"].shape)
-            for name in names
-        }
+        # Experts of a layer, which come one after the other, are in one file.
+        self._parameter: Callable[[str, str], Tensor] = lru_cache(1)(self._open_parameter)
+        self._parts: dict[str, tuple[str, Part]] = {}  # by plain name, with the folder that it is in
+        for name in names:
+            shape = tuple(self._parameter(name, MASTERS).shape)
+            self._parts.update((part.name, (name, part)) for part in plain_parts(name, shape))
+        self.shapes = {name: part.shape for name, (_, part) in self._parts.items()}
         kinds = {path.stem for path in (folder / "zero" / names[0]).glob("*.pt")}
         self.state_names = tuple(sorted(kinds - {MASTERS, "step"}))
         self.buffers = _buffers(self._main)
 
+    def _open_parameter(self, name: str, kind: str) -> Tensor:
+        return safe_load(self.folder / "zero" / name / f"{kind}.pt")["param"]
+
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        file = self.folder / "zero" / engine_name(name) / f"{kind}.pt"
-        return safe_load(file)["param"].flatten()[start : start + count].float()
+        folder, part = self._parts[name]
+        return self._parameter(folder, kind).flatten()[part.start + start : part.start + start + count].float()
 
     def training_state(self) -> dict[str, Any]:
-        step = self.folder / "zero" / engine_name(next(iter(self.shapes))) / "step.pt"
+        folder, _ = next(iter(self._parts.values()))
+        step = self.folder / "zero" / folder / "step.pt"
         return {
             **_counters(self._main),
             "optimizer_step": safe_load(step) if step.is_file() else None,

@@ -11,10 +11,10 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
-from megamoe.model.names import Part, is_buffer, plain_name, plain_parts
+from megamoe.model.names import Part, is_buffer, plain_name, plain_parts, stretches
 from megamoe.optimizers import MASTERS, Layout, OptimizerSpec, find_optimizer
 
 
@@ -50,16 +50,13 @@ def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:
     zero, kinds = engine.optimizer, _state_kinds(engine)
     tensors: list[Tensor] = []
     slices = []
-    parts = plain_parts_of(engine)
-    shapes = {part.name: list(part.shape) for held in parts.values() for part in held if part.count == 0}
-    for group, master in enumerate(zero.single_partition_of_fp32_groups):
+    shapes = {plain_name(name): list(one.shape) for name, one in engine.module.named_parameters() if one.numel() == 0}
+    for master, held in zip(zero.single_partition_of_fp32_groups, stretches_by_group(engine), strict=True):
         flat = {MASTERS: master.data, **{kind: zero.optimizer.state[master][kind] for kind in kinds}}
         numbers = dict(zip(flat, range(len(tensors), len(tensors) + len(flat)), strict=True))
         tensors += flat.values()
-        for parameter in zero.bit16_groups[group]:
-            for part, start, count, offset in stretches(parameter, parts[parameter]):
-                slices.append(Slice(part.name, start, count, offset, numbers))
-                shapes[part.name] = list(part.shape)
+        slices += [Slice(one.part.name, one.start, one.count, one.offset, numbers) for one in held]
+        shapes.update((one.part.name, list(one.part.shape)) for one in held)
     if dist.get_rank() == 0:  # they are the same on every rank
         for name, buffer in engine.module.named_buffers():
             if is_buffer(name):
@@ -69,26 +66,34 @@ def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:
     return RankState(tensors, slices, shapes)
 
 
-def plain_parts_of(engine: deepspeed.DeepSpeedEngine) -> dict[nn.Parameter, list[Part]]:
-    """The plain parameters that each of the engine's holds."""
+@dataclass(frozen=True)
+class Stretch:
+    """What this rank's flat masters hold of a plain parameter."""
+
+    part: Part
+    start: int  # in the flattened plain parameter
+    count: int
+    offset: int  # in the masters of its group
+
+
+def stretches_by_group(engine: deepspeed.DeepSpeedEngine) -> list[list[Stretch]]:
+    """For each group of the optimizer what this rank holds, in the order of its masters."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
     first_expert = engine.module.topology.first_expert
-    return {
-        parameter: plain_parts(name, tuple(parameter.shape), first_expert)
-        for name, parameter in engine.module.named_parameters()
-    }
+    return [
+        [one for parameter in group for one in _stretches(names[parameter], parameter, first_expert)]
+        for group in engine.optimizer.bit16_groups
+    ]
 
 
-def stretches(parameter: Any, parts: list[Part]) -> Iterator[tuple[Part, int, int, int]]:
-    """What this rank's flat masters hold of each plain parameter in one of the engine's: (part, first value in it,
-    number of values, offset in the masters)."""
+def _stretches(name: str, parameter: Any, first_expert: int) -> Iterator[Stretch]:
     mapping = parameter._hp_mapping
     if mapping is None:  # its values are on other ranks
         return
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-    for part in parts:
-        first, last = max(there.start, part.start), min(there.start + there.numel, part.start + part.count)
-        if first < last:
-            yield part, first - part.start, last - first, here.start + first - there.start
+    parts = plain_parts(name, tuple(parameter.shape), first_expert)
+    for part, start, count in stretches(parts, there.start, there.numel):
+        yield Stretch(part, start, count, here.start + part.start + start - there.start)
 
 
 def _state_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:

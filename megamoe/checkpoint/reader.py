@@ -26,7 +26,7 @@ from megamoe.config import ModelConfig
 from megamoe.errors import UserError, shown
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import expert_id, layer_id, plain_name, plain_parts
+from megamoe.model.names import expert_id, has_gates, layer_id, plain_name, plain_parts
 from megamoe.optimizers import MASTERS
 
 STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
@@ -145,6 +145,9 @@ def model_problems(source: Source, config: ModelConfig, where: str) -> list[str]
             problems.setdefault(
                 field, f"{where} was made with {field} {len(ids)}, not {getattr(config, field)}; use the same preset."
             )
+    if has_gates(source.shapes) != config.gated_mlp:
+        made, expects = ("true", "false") if has_gates(source.shapes) else ("false", "true")
+        problems["gated_mlp"] = f"{where} was made with gated_mlp {made}, not {expects}; use the same preset."
     if not problems:
         strangers = [*(expected.keys() - source.shapes.keys()), *(source.shapes.keys() - expected.keys())]
         for name in sorted(strangers)[:1]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint import folders, indexed_files, verify
-from megamoe.checkpoint.engine_state import optimizer_spec, plain_parts_of, rank_state, stretches
+from megamoe.checkpoint.engine_state import optimizer_spec, rank_state, stretches_by_group
 from megamoe.checkpoint.index import Index, Range, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import Source, load_buffers, open_source
@@ -185,14 +185,14 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
             "checkpoint."
         )
     tensors = [] if weights_only else _state_tensors(engine, source, training)
-    parts = plain_parts_of(engine)
     state: dict[int, dict[str, Any]] = {}
+    held = stretches_by_group(engine)
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
         state[group] = {one.name: torch.zeros_like(master.data, dtype=one.dtype) for one in tensors}
         for kind, flat in {MASTERS: master.data, **state[group]}.items():  # one after the other, as they lie in files
-            for parameter in zero.bit16_groups[group]:
-                for part, start, count, offset in stretches(parameter, parts[parameter]):
-                    flat[offset : offset + count].copy_(source.read(part.name, kind, start, count))
+            for one in held[group]:
+                values = source.read(one.part.name, kind, one.start, one.count)
+                flat[one.offset : one.offset + one.count].copy_(values)
         step = training.get("optimizer_step")
         if step is not None:  # each group counts its own
             state[group]["step"] = step.clone() if isinstance(step, Tensor) else step

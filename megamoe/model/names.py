@@ -13,14 +13,15 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 # The plain projections of each stacked parameter, in their order within an expert.
 STACKED = {"gate_up": ("gate_proj", "up_proj"), "up": ("up_proj",), "down": ("down_proj",)}
-ENGINE_EXPERTS = re.compile(rf"(.*)\.deepspeed_moe\.experts\.({'|'.join(STACKED)})")
+STACKED_EXPERTS = re.compile(rf"(.*)\.deepspeed_moe\.experts\.({'|'.join(STACKED)})")
 # One parameter per expert, as DeepSpeed's own `Experts` has them, and megamoe had before it stacked them.
 UNSTACKED_EXPERT = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.*)")
 PLAIN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
@@ -55,12 +56,12 @@ class Part:
 
 
 def plain_parts(name: str, shape: tuple[int, ...], first_expert: int = 0) -> list[Part]:
-    """The plain parameters or the buffer that one of the engine's, of this name and shape, holds, in order.
+    """The plain parameters that one of the engine's, of this name and shape, holds, in order.
 
     Args:
         first_expert: id in the model of the first expert on the rank that it is from.
     """
-    stacked = ENGINE_EXPERTS.fullmatch(name)
+    stacked = STACKED_EXPERTS.fullmatch(name)
     if not stacked:
         return [Part(plain_name(name, first_expert), 0, tuple(shape))]
     layer, projections = f"{PREFIX}{stacked[1]}.experts", STACKED[stacked[2]]
@@ -70,8 +71,18 @@ def plain_parts(name: str, shape: tuple[int, ...], first_expert: int = 0) -> lis
     return [Part(name, number * math.prod(part), part) for number, name in enumerate(names)]
 
 
+def stretches(parts: list[Part], start: int, count: int) -> Iterator[tuple[Part, int, int]]:
+    """What `count` values of a flattened parameter of the engine, from `start` on, are in its parts: (part, first value
+    in it, number of values)."""
+    end = start + count
+    first_held = bisect_right(parts, start, key=lambda part: part.start) - 1
+    for part in itertools.takewhile(lambda part: part.start < end, parts[first_held:]):
+        first = max(start - part.start, 0)
+        yield part, first, min(end - part.start, part.count) - first
+
+
 def plain_name(name: str, first_expert: int = 0) -> str:
-    """The plain name of an engine's parameter or buffer that is one plain parameter.
+    """The plain name of an engine's buffer, or of a parameter that is not stacked.
 
     Args:
         first_expert: id in the model of the first expert on the rank that `name` comes from.
@@ -83,42 +94,56 @@ def plain_name(name: str, first_expert: int = 0) -> str:
 
 
 def engine_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
-    """The engine's parameters that hold the plain ones of these shapes, by name, each with what it holds.
+    """The engine's parameters that hold the plain ones of these shapes, by name, each with what it holds, in order.
 
     Args:
         shapes: by plain name; of the experts, those of one rank, or of all for an ep_size of 1.
     """
-    gated = any(name.endswith(".gate_proj.weight") for name in shapes)
-    held: dict[str, list[str]] = defaultdict(list)
+    gated = has_gates(shapes)
+    place = {
+        f"{projection}.weight": (stack, number)
+        for stack in (("gate_up" if gated else "up"), "down")
+        for number, projection in enumerate(STACKED[stack])
+    }
+    held: dict[str, list[tuple[int, int, str]]] = defaultdict(list)  # (expert, place within it, plain name)
     for name in shapes:
-        held[_parameter_name(name, gated)].append(name)
-    return {name: _stretches(sorted(plain, key=_place_in_stack), shapes) for name, plain in held.items()}
+        parts = split_expert(name)
+        if parts and parts.parameter in place:
+            stack, number = place[parts.parameter]
+            layer = parts.layer.removeprefix(PREFIX).removesuffix(".experts")
+            held[f"{layer}.deepspeed_moe.experts.{stack}"].append((parts.expert, number, name))
+        else:
+            held[engine_name(name)].append((0, 0, name))
+    return {name: _one_after_the_other(sorted(plain), shapes) for name, plain in held.items()}
 
 
-def _parameter_name(name: str, gated: bool) -> str:
-    """The engine's name of the parameter that holds a plain one."""
-    parts = split_expert(name)
-    if not parts:
-        return engine_name(name)
-    projection = parts.parameter.removesuffix(".weight")
-    stack = projection.removesuffix("_proj") if projection == "down_proj" or not gated else "gate_up"
-    return f"{parts.layer.removeprefix(PREFIX).removesuffix('experts')}deepspeed_moe.experts.{stack}"
+def _one_after_the_other(held: list[tuple[int, int, str]], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
+    starts = itertools.accumulate((math.prod(shapes[name]) for *_, name in held), initial=0)
+    return [Part(name, start, tuple(shapes[name])) for (*_, name), start in zip(held, starts, strict=False)]
 
 
-def _place_in_stack(name: str) -> tuple[int, bool]:
-    """Sorts by expert, and the gate before the projection that it gates."""
-    parts = split_expert(name)
-    return (parts.expert, not parts.parameter.startswith("gate_proj")) if parts else (0, False)
+def has_gates(names: Iterable[str]) -> bool:
+    """Whether the experts of a model with these plain names are gated."""
+    return any(name.endswith(".gate_proj.weight") and split_expert(name) for name in names)
 
 
-def _stretches(names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
-    starts = itertools.accumulate((math.prod(shapes[name]) for name in names), initial=0)
-    return [Part(name, start, tuple(shapes[name])) for name, start in zip(names, starts, strict=False)]
+def engine_shape(name: str, parts: list[Part]) -> tuple[int, ...]:
+    """The shape of an engine's parameter that holds these: of experts, (experts, rows, columns)."""
+    stacked = STACKED_EXPERTS.fullmatch(name)
+    if not stacked:
+        return parts[0].shape
+    projections = len(STACKED[stacked[2]])
+    rows, columns = parts[0].shape
+    return len(parts) // projections, projections * rows, columns
 
 
 def engine_name(name: str) -> str:
-    """The engine's name of a buffer, or of a parameter that is not an expert's, of a plain name."""
-    return name.removeprefix(PREFIX).replace(".router.", ".deepspeed_moe.router.")
+    """The engine's name of a plain one that it does not stack."""
+    name = name.removeprefix(PREFIX)
+    expert = PLAIN_EXPERT.fullmatch(name)
+    if expert:  # of another kind than megamoe's: as in DeepSpeed's own `Experts`
+        return f"{expert[1].removesuffix('experts')}deepspeed_moe.experts.deepspeed_experts.{expert[2]}.{expert[3]}"
+    return name.replace(".router.", ".deepspeed_moe.router.")
 
 
 def split_expert(name: str) -> ExpertName | None:
@@ -167,4 +192,4 @@ def is_residual_projection(name: str) -> bool:
 
 def is_engine_expert(name: str) -> bool:
     """Whether a parameter, by the engine's name, belongs to experts."""
-    return ENGINE_EXPERTS.fullmatch(name) is not None
+    return STACKED_EXPERTS.fullmatch(name) is not None

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from engines import CONFIG, make, save, train
+from engines import CONFIG, GATED, make, plain_state, save, train
 from ranks import run_ranks
 from refusals import has, refusal
 from safetensors.torch import load_file
@@ -23,24 +23,25 @@ from megamoe.checkpoint.export import (
     write_safetensors,
     write_state_dict,
 )
-from megamoe.checkpoint.reader import load_weights, open_source
+from megamoe.checkpoint.reader import load_weights, open_source, run_record
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.slice_file import BLOCK_BYTES
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.model.decoder import Decoder
+from megamoe.model.experts import ACTIVATIONS
 from megamoe.model.generation import generate
-from megamoe.model.names import is_buffer, plain_name
+from megamoe.model.names import is_buffer
 from megamoe.training.step import build_train_step
 
 IDS = torch.randint(CONFIG.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
 FP32 = torch.float32
 
 
-def train_save_and_ask(folder, ep_size):
+def train_save_and_ask(folder, ep_size, config):
     """Logits of the training model itself, after the steps that are saved."""
-    engine = make(ep_size)
+    engine = make(ep_size, config=config)
     train(engine, 6)
     save(engine, folder, 6)
     engine.module.eval()
@@ -48,23 +49,28 @@ def train_save_and_ask(folder, ep_size):
         return engine.module(IDS)
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[(1, CONFIG), (2, GATED)], ids=["ep_size 1", "ep_size 2, gated"])
 def trained(request, tmp_path_factory):
-    """(checkpoint, logits of the training model) for ep_size 1 and 2."""
-    folder = tmp_path_factory.mktemp(f"ep_{request.param}")
-    logits, other_rank = run_ranks(2, train_save_and_ask, folder, request.param)
+    """(checkpoint, logits of the training model)."""
+    folder = tmp_path_factory.mktemp("trained")
+    logits, other_rank = run_ranks(2, train_save_and_ask, folder, *request.param)
     assert torch.equal(logits, other_rank)
     return folder / "step_6", logits
 
 
-def decoder_of(source, dtype=FP32):
-    model = Decoder(CONFIG)
-    load_weights(model, source, dtype)
+def config_of(checkpoint):
+    return ModelConfig(**run_record(checkpoint)["model"])
+
+
+def decoder_of(path, config):
+    model = Decoder(config)
+    load_weights(model, open_source(path), FP32)
     return model.eval()
 
 
-def huggingface(checkpoint, out, dtype=FP32, tokenizer=None, config=CONFIG, shard_bytes=10**9):
-    write_huggingface(open_source(checkpoint, open_files=1), out, dtype, shard_bytes, config, tokenizer)
+def huggingface(checkpoint, out, dtype=FP32, tokenizer=None, config=None, shard_bytes=10**9):
+    source = open_source(checkpoint, open_files=1)
+    write_huggingface(source, out, dtype, shard_bytes, config or config_of(checkpoint), tokenizer)
     return out
 
 
@@ -107,15 +113,15 @@ def test_plain_weights_give_the_training_models_logits(trained, tmp_path, form):
         assert set(index["weight_map"].values()) == {path.name for path in files}
         state = {name: load_file(out / file)[name] for name, file in index["weight_map"].items()}
         assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
-    names = {plain_name(name) for name in Decoder(CONFIG).state_dict()}
-    assert state.keys() == names
-    torch.testing.assert_close(decoder_of(open_source(out))(IDS), logits, atol=1e-6, rtol=0)
+    config = config_of(checkpoint)
+    assert state.keys() == plain_state(Decoder(config)).keys()
+    torch.testing.assert_close(decoder_of(out, config)(IDS), logits, atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
 def test_padding_on_either_side_and_the_cache_give_what_the_decoder_gives(trained, tmp_path):
     checkpoint, _ = trained
-    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(open_source(checkpoint))
+    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(checkpoint, config_of(checkpoint))
     real = torch.ones(3, 12, dtype=torch.bool)
     real[0, :5] = False
     real[1, 9:] = False
@@ -140,27 +146,54 @@ def test_every_rope_and_router_of_a_preset_survives_the_export(trained, tmp_path
     rope = {"rope_type": scaling, "factor": 2.0, "original_max_position_embeddings": 8}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if scaling == "llama3" else {}
     changes = {"rope_scaling": rope, "rope_interleaved": scaling == "yarn", "router_score": "sigmoid"}
-    config = CONFIG.model_copy(update={**changes, "rope_theta": 500.0})
     checkpoint, before = trained
-    decoder = Decoder(config)
-    load_weights(decoder, open_source(checkpoint), FP32)
-    expected = decoder.eval()(IDS)
+    config = config_of(checkpoint).model_copy(update={**changes, "rope_theta": 500.0})
+    expected = decoder_of(checkpoint, config)(IDS)
     model = load(huggingface(checkpoint, tmp_path / "hf", config=config))
     torch.testing.assert_close(model(IDS).logits, expected, atol=1e-6, rtol=0)
     assert (expected - before).abs().max() > 1e-3  # the changes matter
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@torch.no_grad()
+def test_every_activation_gated_or_not_survives_the_export(tmp_path, activation, gated):
+    config = CONFIG.model_copy(update={"hidden_act": activation, "gated_mlp": gated, "initializer_range": 0.3})
+    decoder = Decoder(config, seed=1).eval()
+    expected = decoder(IDS)
+    torch.save({name: tensor.clone() for name, tensor in plain_state(decoder).items()}, tmp_path / "w.pt")
+    folder = huggingface(tmp_path / "w.pt", tmp_path / "hf", config=config)
+    torch.testing.assert_close(load(folder)(IDS).logits, expected, atol=1e-4, rtol=0)
+    assert torch.equal(decoder_of(folder, config)(IDS), expected)
+    other = config.model_copy(update={"hidden_act": "relu" if activation != "relu" else "silu"})
+    assert (decoder_of(folder, other)(IDS) - expected).abs().max() > 0.1  # the activation matters
+
+
+@pytest.mark.parametrize("trained", [(1, CONFIG)], indirect=True, ids=["ep_size 1"])
+@torch.no_grad()
+def test_the_config_of_an_export_from_before_experts_had_gates_still_loads(trained, tmp_path):
+    checkpoint, logits = trained
+    folder = huggingface(checkpoint, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    del config["hidden_act"], config["gated_mlp"]
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(load(folder)(IDS).logits, logits, atol=1e-6, rtol=0)
+
+
 def test_loss_and_gradients_of_the_hugging_face_model_are_the_decoders(trained, tmp_path):
     checkpoint, _ = trained
-    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(open_source(checkpoint))
+    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(checkpoint, config_of(checkpoint))
     ours, theirs = decoder(IDS[:, :-1], IDS[:, 1:]), model(IDS, labels=IDS).loss
     assert theirs.item() == pytest.approx(ours.item(), abs=1e-5)
     ours.backward()
     theirs.backward()
     grads = {name: weight.grad for name, weight in model.named_parameters()}
-    for name, weight in decoder.named_parameters():
-        grad = grads[plain_name(name)]
-        torch.testing.assert_close(torch.zeros_like(weight) if grad is None else grad, weight.grad, atol=1e-5, rtol=0)
+    for weight in decoder.parameters():
+        weight.data = weight.grad
+    for name, expected in plain_state(decoder).items():
+        if not is_buffer(name):
+            grad = torch.zeros_like(expected) if grads[name] is None else grads[name]
+            torch.testing.assert_close(grad, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -186,12 +219,13 @@ def test_a_model_saved_again_by_transformers_comes_back(trained, tmp_path):
     checkpoint, logits = trained
     load(huggingface(checkpoint, tmp_path / "hf")).save_pretrained(tmp_path / "again")
     with torch.no_grad():
-        torch.testing.assert_close(decoder_of(open_source(tmp_path / "again"))(IDS), logits, atol=1e-6, rtol=0)
+        decoder = decoder_of(tmp_path / "again", config_of(checkpoint))
+        torch.testing.assert_close(decoder(IDS), logits, atol=1e-6, rtol=0)
 
 
-def ask_after_init_from(paths, ep_size):
+def ask_after_init_from(paths, ep_size, config):
     """Logits and masters after starting from each of the paths in turn."""
-    engine = make(ep_size, seed=5)
+    engine = make(ep_size, seed=5, config=config)
     answers = []
     for path in paths:
         for master in engine.optimizer.single_partition_of_fp32_groups:
@@ -205,7 +239,6 @@ def ask_after_init_from(paths, ep_size):
     return answers
 
 
-@pytest.mark.parametrize("trained", [2], indirect=True)
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_plain_weights_start_a_run_at_any_ep_size_with_every_expert_on_its_rank(trained, tmp_path, ep_size):
     checkpoint, logits = trained
@@ -214,7 +247,7 @@ def test_plain_weights_start_a_run_at_any_ep_size_with_every_expert_on_its_rank(
     write_state_dict(source, paths[1], FP32)
     write_safetensors(source, paths[2], FP32, 10**9)
     huggingface(checkpoint, paths[3], shard_bytes=30_000)
-    for answers in run_ranks(4, ask_after_init_from, paths, ep_size):
+    for answers in run_ranks(4, ask_after_init_from, paths, ep_size, config_of(checkpoint)):
         (_, masters), *_ = answers
         for found, same_masters in answers:
             torch.testing.assert_close(found, logits, atol=1e-6, rtol=0)
@@ -276,14 +309,16 @@ WIDE = ModelConfig(**{**CONFIG.model_dump(), "hidden_size": 512, "intermediate_s
 MEASURE = """
 import sys, re
 from pathlib import Path
-from megamoe.checkpoint.export import *
+import torch
+from megamoe.checkpoint.export import write_safetensors
 from megamoe.checkpoint.reader import open_source
+from megamoe.checkpoint.universal import write_universal
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-source = open_source(Path(sys.argv[1]), open_files=1)
+source, out = open_source(Path(sys.argv[1]), open_files=1), Path(sys.argv[2])
 torch.randn(100, 100) @ torch.randn(100, 100)
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
 before = peak()
-write_safetensors(source, Path(sys.argv[2]), torch.bfloat16, int(sys.argv[3]))
+exec(sys.argv[3])
 print(peak() - before)
 """
 
@@ -296,14 +331,31 @@ def save_wide(folder):
     save(train_step.engine, folder, 1)
 
 
-def test_converting_takes_no_more_memory_than_a_shard_and_a_tensor(tmp_path):
-    run_ranks(4, save_wide, tmp_path)
-    checkpoint, shard_bytes = tmp_path / "step_1", 8_000_000
-    everything = sum(path.stat().st_size for path in checkpoint.glob("rank_*.safetensors"))
-    tensor = 4 * max(math.prod(shape) for shape in open_source(checkpoint).shapes.values())
-    most = shard_bytes + 3 * tensor + BLOCK_BYTES  # a tensor as it is joined, and the block that is hashed
-    assert everything > 3 * most  # the bound is far from holding all of it
-    words = [sys.executable, "-c", MEASURE, str(checkpoint), str(tmp_path / "out"), str(shard_bytes)]
-    taken = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert taken < most
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(checkpoint of four ranks, bytes of its largest tensor)."""
+    folder = tmp_path_factory.mktemp("wide")
+    run_ranks(4, save_wide, folder)
+    return folder / "step_1", 4 * max(math.prod(shape) for shape in open_source(folder / "step_1").shapes.values())
+
+
+def memory_taken(checkpoint, out, call, most):
+    """Bytes that the call takes at its peak; `most` is far from holding the whole checkpoint."""
+    assert sum(path.stat().st_size for path in checkpoint.glob("rank_*.safetensors")) > 3 * most
+    words = [sys.executable, "-c", MEASURE, str(checkpoint), str(out), call]
+    return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def test_converting_takes_no_more_memory_than_a_shard_and_a_tensor(wide, tmp_path):
+    checkpoint, tensor = wide
+    most = 8_000_000 + 3 * tensor + BLOCK_BYTES  # a tensor as it is joined, and the block that is hashed
+    call = "write_safetensors(source, out, torch.bfloat16, 8_000_000)"
+    assert memory_taken(checkpoint, tmp_path / "out", call, most) < most
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 5
+
+
+def test_the_universal_layout_takes_no_more_memory_than_the_experts_of_one_layer_and_a_tensor(wide, tmp_path):
+    checkpoint, tensor = wide
+    most = (WIDE.num_local_experts + 4) * tensor  # of two ranks, as it is joined
+    assert memory_taken(checkpoint, tmp_path / "out", "write_universal(source, {}, out)", most) < most
+    assert len(list((tmp_path / "out" / "zero").glob("*.experts.*"))) == 2 * WIDE.num_hidden_layers

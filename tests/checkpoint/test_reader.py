@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import plain_state
 from form_1 import CHECKPOINT as BEFORE
 from form_1 import Malicious
 from indexed import flip_bit
@@ -28,7 +29,6 @@ from megamoe.checkpoint.reader import (
 )
 from megamoe.config import ModelConfig
 from megamoe.model.decoder import Decoder
-from megamoe.model.names import plain_name
 
 CONFIG = ModelConfig(**PRESET)
 
@@ -42,11 +42,11 @@ def run_dir(tmp_path_factory):
     return folder / "run"
 
 
-def plain_state(dtype=torch.float32):
+def weights():
     model = Decoder(CONFIG, seed=1)
     for buffer in (router.selection_bias for router in model.routers()):
         buffer.copy_(torch.rand(4))
-    return {plain_name(name): tensor.detach().to(dtype).clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in plain_state(model).items()}
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def plain_state(dtype=torch.float32):
 def test_each_form_is_opened_by_its_reader(run_dir, tmp_path):
     assert isinstance(open_source(run_dir / "checkpoints" / "step_4"), IndexedFiles)
     assert isinstance(open_source(BEFORE), RankFiles)
-    torch.save(plain_state(), tmp_path / "w.pt")
+    torch.save(weights(), tmp_path / "w.pt")
     assert isinstance(open_source(tmp_path / "w.pt"), PlainFiles)
 
 
@@ -155,7 +155,7 @@ def write_index(folder, state):
 
 @pytest.mark.parametrize("form", ["pt", "safetensors", "index", "tied head"])
 def test_plain_weights_of_every_form_load_into_a_model(tmp_path, form):
-    state, path = plain_state(), tmp_path
+    state, path = weights(), tmp_path
     if form == "pt":
         torch.save(state, path := tmp_path / "w.pt")
     elif form == "safetensors":
@@ -169,21 +169,21 @@ def test_plain_weights_of_every_form_load_into_a_model(tmp_path, form):
     assert model_problems(source, CONFIG, "it") == []
     model = Decoder(CONFIG)
     load_weights(model, source, torch.float32)
-    assert {plain_name(name): tensor.tolist() for name, tensor in model.state_dict().items()} == {
-        name: tensor.tolist() for name, tensor in state.items()
-    }
+    loaded = plain_state(model)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
 
 
 def test_a_shard_that_the_index_names_and_is_missing_is_named(tmp_path):
-    write_index(tmp_path, plain_state())
+    write_index(tmp_path, weights())
     (tmp_path / "b.safetensors").unlink()
     has(refusal(open_source, tmp_path), "b.safetensors", "missing")
 
 
 def test_a_shard_outside_the_folder_is_refused_though_it_is_there(tmp_path):
     (tmp_path / "in" / "shards").mkdir(parents=True)
-    write_index(tmp_path / "in", plain_state())
-    save_file(plain_state(), tmp_path / "w.safetensors")
+    write_index(tmp_path / "in", weights())
+    save_file(weights(), tmp_path / "w.safetensors")
     for name in ("../w.safetensors", "shards/../../w.safetensors", f"{tmp_path}/w.safetensors"):
         (tmp_path / "in" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         has(refusal(open_source, tmp_path / "in"), "index.json", name, "outside its folder", "again")
@@ -191,18 +191,18 @@ def test_a_shard_outside_the_folder_is_refused_though_it_is_there(tmp_path):
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
-    write_index(tmp_path, plain_state())
+    write_index(tmp_path, weights())
     (tmp_path / "model.safetensors.index.json").write_text(index)
     has(refusal(open_source, tmp_path), "has no weight_map")
 
 
 def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
-    torch.save({**plain_state(), "lm_head.weight": torch.zeros(96, 32)}, tmp_path / "w.pt")
+    torch.save({**weights(), "lm_head.weight": torch.zeros(96, 32)}, tmp_path / "w.pt")
     has(refusal(open_source, tmp_path / "w.pt"), "lm_head.weight is not the embedding")
 
 
 def test_a_head_without_the_embedding_that_it_is_tied_to_is_one_sentence(tmp_path):
-    state = plain_state()
+    state = weights()
     head = state.pop("model.embed_tokens.weight")
     torch.save({**state, "lm_head.weight": head}, tmp_path / "w.pt")
     problem = refusal(open_source, tmp_path / "w.pt")
@@ -210,7 +210,7 @@ def test_a_head_without_the_embedding_that_it_is_tied_to_is_one_sentence(tmp_pat
 
 
 def test_a_torn_safetensors_file_is_one_sentence(tmp_path):
-    save_file(plain_state(), tmp_path / "w.safetensors")
+    save_file(weights(), tmp_path / "w.safetensors")
     os.truncate(tmp_path / "w.safetensors", 1000)
     has(refusal(open_source, tmp_path / "w.safetensors"), "w.safetensors", "cannot be read")
 
@@ -242,6 +242,7 @@ def test_weights_load_in_the_dtype_asked_for_and_router_statistics_in_fp32(run_d
         ({"num_local_experts": 2}, ["num_local_experts 4, not 2"]),
         ({"num_latent_tokens": 0}, ["num_latent_tokens 3, not 0"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads x head_dim 16, not 32"]),
+        ({"gated_mlp": True}, ["gated_mlp false, not true"]),
         ({"vocab_size": 1, "intermediate_size": 2}, ["vocab_size 96, not 1;", "intermediate_size 48, not 2;"]),
     ],
     ids=str,
@@ -256,6 +257,6 @@ def test_a_checkpoint_of_another_shape_is_refused_with_each_field_that_differs(r
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
-    torch.save({**plain_state(), "model.layers.0.moe.gate.weight": torch.zeros(1)}, tmp_path / "w.pt")
+    torch.save({**weights(), "model.layers.0.moe.gate.weight": torch.zeros(1)}, tmp_path / "w.pt")
     problem = only(model_problems(open_source(tmp_path / "w.pt"), CONFIG, "w.pt"))
     has(problem, "w.pt has, beyond the model, model.layers.0.moe.gate.weight")

@@ -2,57 +2,61 @@
 
 import json
 import math
+import re
 import shutil
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
-from engines import load_and_train, make, same_state, save, train
-from form_1 import seal
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from engines import CONFIG, EXPERTS, GATED, load_and_train, make, plain_state, same_state, save, train
+from form_1 import make_for_deepspeed, seal
 from indexed import KINDS, SHAPES, values, write
 from ranks import run_ranks
 from refusals import has, refusal
 
 from megamoe.checkpoint import manifest, verify
-from megamoe.checkpoint.index import read_index
+from megamoe.checkpoint.engine_state import rank_state
+from megamoe.checkpoint.index import BUFFER, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import load_buffers, open_source, run_record
 from megamoe.checkpoint.universal import write_universal
+from megamoe.optimizers import MASTERS
+
+TRAINED = {"form 1": (make_for_deepspeed, CONFIG), "form 2": (make, CONFIG), "form 2, gated": (make, GATED)}
 
 
-def save_twice(folder):
-    """Save the same engine by DeepSpeed and by megamoe; returns the losses of the five steps that follow."""
-    engine = make(2)
+def train_and_save(folder, make_engine, config):
+    """Save at step 3, in form 1 what DeepSpeed can save; returns the losses of the five steps that follow."""
+    engine = make_engine(2, config=config)
     train(engine, 3)
-    engine.save_checkpoint(str(folder / "1"), tag="step_3")
-    save(engine, folder / "2", 3)
+    if make_engine is make_for_deepspeed:
+        engine.save_checkpoint(str(folder), tag="step_3")
+    else:
+        save(engine, folder, 3)
     return train(engine, 5, 3)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folders of forms 1 and 2, saved at step 3 by 4 ranks x ep_size 2, with the losses of the 5 steps after."""
-    folder = tmp_path_factory.mktemp("trained")
-    losses = run_ranks(4, save_twice, folder)[0]
-    seal(folder / "1" / "step_3", run_record(folder / "2" / "step_3"))
-    return folder, losses
-
-
-@pytest.fixture(scope="module", params=["1", "2"], ids=["form 1", "form 2"])
-def universal(request, trained):
-    """Made of a checkpoint of that form, which comes along."""
-    checkpoint = trained[0] / request.param / "step_3"
-    out = trained[0] / f"of {request.param}" / "step_3"
+@pytest.fixture(scope="module", params=TRAINED)
+def universal(request, tmp_path_factory):
+    """(out, checkpoint, config, losses): made of a checkpoint that 4 ranks x ep_size 2 have saved at step 3, with the
+    losses of the 5 steps after."""
+    folder = tmp_path_factory.mktemp("universal")
+    make_engine, config = TRAINED[request.param]
+    losses = run_ranks(4, train_and_save, folder, make_engine, config)[0]
+    checkpoint, out = folder / "step_3", folder / "out" / "step_3"
+    if request.param == "form 1":
+        seal(checkpoint, {"model": config.model_dump()})
     write_universal(open_source(checkpoint, open_files=1), run_record(checkpoint), out)
     (out.parent / "latest_universal").write_text("step_3")
-    return out, checkpoint
+    return out, checkpoint, config, losses
 
 
 def test_the_universal_layout_holds_the_same_state_and_a_manifest_that_verifies(universal):
-    out, checkpoint = universal
+    out, checkpoint, _, _ = universal
     same_state(checkpoint, out)
     assert verify.problems(out) == []
-    # fp32, two moments and step of each parameter; beside them the main file, that of the optimizer and the record.
-    assert len(manifest.read_manifest(out)["files"]) == len(open_source(out).shapes) * 4 + 3
     assert run_record(out) == run_record(checkpoint)
     assert run_record(out)["model"]
     values = 3 * 4 * sum(math.prod(shape) for shape in open_source(out).shapes.values())
@@ -60,26 +64,111 @@ def test_the_universal_layout_holds_the_same_state_and_a_manifest_that_verifies(
     assert sum(path.stat().st_size for path in files) < values + 4096 * len(files)  # each value once
 
 
+def test_it_has_a_folder_for_each_parameter_of_an_engine_that_holds_all_experts_with_deepspeeds_marks(universal):
+    out, _, config, _ = universal
+    shapes = run_ranks(1, shapes_of_engine, config)[0]
+    assert {path.name for path in (out / "zero").iterdir() if path.is_dir()} == shapes.keys()
+    # fp32, two moments and step of each; beside them the main file, that of the optimizer and the record.
+    assert len(manifest.read_manifest(out)["files"]) == len(shapes) * 4 + 3
+    for name, shape in shapes.items():
+        for kind in KINDS:
+            saved = torch.load(out / "zero" / name / f"{kind}.pt", weights_only=True)
+            assert saved.pop("param").shape == shape
+            assert saved == ({"is_expert_param": True, "ep_num_experts": EXPERTS} if len(shape) == 3 else {})
+
+
+def shapes_of_engine(config):
+    return {name: one.shape for name, one in make(1, config=config).module.named_parameters()}
+
+
 @pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 2)])
-def test_the_universal_layout_goes_on_at_any_ep_size(trained, universal, ranks, ep_size):
-    _, resumed = run_ranks(ranks, load_and_train, universal[0], ep_size, 2, 5)[0]
-    torch.testing.assert_close(resumed, trained[1], atol=1e-5, rtol=0)
+def test_the_universal_layout_goes_on_at_any_ep_size(universal, ranks, ep_size):
+    out, _, config, losses = universal
+    _, resumed = run_ranks(ranks, load_and_train_as, config, out, ep_size)[0]
+    torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
 
 
-def load_by_deepspeed(folder, tag, steps):
-    engine = make(1, seed=99, checkpoint={"load_universal": True})
-    path, _ = engine.load_checkpoint(str(folder), tag=tag)
+def load_and_train_as(config, checkpoint, ep_size):
+    return load_and_train(checkpoint, ep_size, steps=5, config=config)
+
+
+def one_folder_per_expert(universal, out):
+    """As the versions before the experts were stacked wrote it."""
+    shutil.copytree(universal, out)
+    for folder in (out / "zero").glob("*.experts.*"):
+        for path in folder.iterdir():
+            content = torch.load(path, weights_only=True)
+            for expert in range(EXPERTS):
+                name = re.sub(r"experts\.(\w+)$", rf"experts.deepspeed_experts.{expert}.\1_proj.weight", folder.name)
+                (out / "zero" / name).mkdir(exist_ok=True)
+                one = content if path.stem == "step" else {"param": content["param"][expert].clone()}
+                torch.save(one, out / "zero" / name / path.name)
+        shutil.rmtree(folder)
+    (out / "manifest.json").unlink()  # it names the folders
+    (out / "run.json").unlink()  # else it would be missing
+    return out
+
+
+@pytest.mark.parametrize("universal", ["form 2"], indirect=True)
+def test_one_with_a_folder_for_each_expert_as_versions_before_wrote_it_is_read(universal, tmp_path):
+    out, checkpoint, config, losses = universal
+    before = one_folder_per_expert(out, tmp_path / "step_3")
+    assert len(list((before / "zero").glob("*.deepspeed_experts.*"))) == 2 * 2 * EXPERTS
+    same_state(checkpoint, before)
+    _, resumed = run_ranks(2, load_and_train_as, config, before, 2)[0]
+    torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
+
+
+# --- DeepSpeed's own loader -----------------------------------------------------------------------------------------
+
+SPLIT = "megamoe.training.engine.split_params_into_different_moe_groups_for_optimizer"
+
+
+def load_by_deepspeed(folder, checkpoint, config, ep_size, most):
+    """What this rank then holds, compared with `checkpoint`; returns the rates, and the losses of five more steps.
+
+    Args:
+        most: elements in a group of experts.
+    """
+    split = partial(split_params_into_different_moe_groups_for_optimizer, max_group_size=most)
+    with patch(SPLIT, split):
+        engine = make(ep_size, seed=99, config=config, checkpoint={"load_universal": True})
+    path, _ = engine.load_checkpoint(str(folder), tag="step_3")
     assert path
-    load_buffers(engine.module, open_source(folder / tag))  # DeepSpeed restores none from it
-    return engine.get_lr(), train(engine, steps, engine.global_steps)
+    source = open_source(checkpoint)
+    state = rank_state(engine)
+    for piece in state.slices:
+        for kind, number in piece.tensors.items():
+            if kind != BUFFER:
+                held = state.tensors[number][piece.offset : piece.offset + piece.count]
+                assert torch.equal(held, source.read(piece.name, kind, piece.start, piece.count)), (piece.name, kind)
+    for name, weight in plain_state(engine.module).items():
+        if name in source.shapes:
+            assert torch.equal(weight.flatten(), source.read(name, MASTERS, 0, weight.numel())), name
+    kinds = {kind for piece in state.slices for kind in piece.tensors}
+    load_buffers(engine.module, source)  # DeepSpeed restores none from it
+    names = [group["name"] for group in engine.optimizer.param_groups]
+    return kinds - {BUFFER}, names, engine.get_lr(), train(engine, 5, engine.global_steps)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_deepspeeds_own_universal_loader_reads_it_at_an_ep_size_of_1(trained, universal, ranks):
-    rates, resumed = run_ranks(ranks, load_by_deepspeed, universal[0].parent, "step_3", 5)[0]
-    assert rates == pytest.approx([0.0075] * len(rates))  # 3/4 of the way up to 1e-2
-    torch.testing.assert_close(resumed, trained[1], atol=1e-5, rtol=0)
-    assert trained[1][0] - trained[1][-1] > 0.1  # it learns, so the losses can tell
+@pytest.mark.parametrize(
+    ("ranks", "ep_size", "most"),
+    [(1, 1, 2**27), (2, 2, 2**27), (4, 4, 2**27), (1, 1, 25_000)],
+    ids=["1", "2", "4", "1, with more groups than were saved"],
+)
+def test_deepspeeds_own_universal_loader_gives_every_rank_its_experts_to_the_bit(universal, ranks, ep_size, most):
+    out, checkpoint, config, losses = universal
+    results = run_ranks(ranks, load_by_deepspeed, out.parent, checkpoint, config, ep_size, most)
+    for kinds, names, rates, resumed in results:
+        assert kinds == set(KINDS)
+        assert set(names) == {"decayed", "undecayed", f"ep_size_{ep_size}"}
+        assert len(names) > 3 if most == 25_000 else len(names) == 3
+        assert rates == pytest.approx([0.0075] * len(rates))  # 3/4 of the way up to 1e-2
+        torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
+    assert losses[0] - losses[-1] > 0.1  # it learns, so the losses can tell
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_universal_checkpoint_is_found(universal, tmp_path):

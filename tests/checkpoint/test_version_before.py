@@ -1,4 +1,4 @@
-"""A run folder that the version before the packages has written still resumes, converts and is verified."""
+"""Run folders that versions before this one have written still resume, convert and are verified."""
 
 import json
 import shutil
@@ -15,15 +15,20 @@ from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.reader import find_checkpoint, model_problems, open_source
 from megamoe.config import load_preset
 
-BEFORE = Path(__file__).parent / "run_before_packages"
+VERSIONS = ["packages", "stacking"]  # what each came before
 
 
-def resumed(folder, ranks, ep_size):
+@pytest.fixture(params=VERSIONS, ids=[f"before {name}" for name in VERSIONS])
+def before(request):
+    return Path(__file__).parent / f"run_before_{request.param}"
+
+
+def resumed(before, folder, ranks, ep_size):
     """Losses of the five steps after the checkpoint."""
-    shutil.copytree(BEFORE, folder / "run")
+    shutil.copytree(before, folder / "run")
     inputs = write_inputs(folder, {})  # for the corpus
     run = {
-        **inputs, "ds_config": str(BEFORE / "ds.json"), "preset": str(BEFORE / "preset.json"), "ep_size": ep_size,
+        **inputs, "ds_config": str(before / "ds.json"), "preset": str(before / "preset.json"), "ep_size": ep_size,
         "run_dir": str(folder / "run"), "steps": 8, "resume": True,
     }  # fmt: skip
     log = run_ranks(ranks, train_here, run)[0]["train"]
@@ -36,17 +41,17 @@ def resumed(folder, ranks, ep_size):
 
 
 @pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (1, 1)])
-def test_it_resumes_with_the_losses_of_its_own_version_on_the_same_and_on_other_ranks(tmp_path, ranks, ep_size):
-    expected = json.loads((BEFORE / "losses.json").read_text())
-    torch.testing.assert_close(resumed(tmp_path, ranks, ep_size), expected, atol=1e-5, rtol=0)
+def test_it_resumes_with_the_losses_of_its_own_version_on_the_same_and_on_other_ranks(before, tmp_path, ranks, ep_size):
+    expected = json.loads((before / "losses.json").read_text())
+    torch.testing.assert_close(resumed(before, tmp_path, ranks, ep_size), expected, atol=1e-5, rtol=0)
     assert expected[0] - expected[-1] > 0.1  # it learns, so the losses can tell
 
 
-def test_it_is_verified_and_converts(tmp_path):
-    checkpoint = find_checkpoint(BEFORE)
+def test_it_is_verified_and_converts(before, tmp_path):
+    checkpoint = find_checkpoint(before)
     assert verify.problems(checkpoint) == []
     source = open_source(checkpoint)
-    assert model_problems(source, load_preset(str(BEFORE / "preset.json")), "it") == []
+    assert model_problems(source, load_preset(str(before / "preset.json")), "it") == []
     write_state_dict(source, tmp_path / "weights.pt", torch.float32)
     state = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert {name: tuple(state[name].shape) for name in source.shapes} == source.shapes

@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -7,42 +8,124 @@ from toy import PRESET
 from megamoe.config import ModelConfig
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.decoder import Decoder
-from megamoe.model.names import engine_name, is_buffer, plain_name, same_expert_of_first_rank
+from megamoe.model.names import (
+    engine_name,
+    engine_parameters,
+    engine_shape,
+    is_buffer,
+    is_engine_expert,
+    plain_name,
+    plain_parts,
+    same_expert_of_first_rank,
+    stretches,
+)
 from megamoe.topology import ExpertTopology
 
-CONFIG = ModelConfig(**PRESET)
+CONFIGS = [ModelConfig(**PRESET), ModelConfig(**PRESET, gated_mlp=True)]
+EXPERTS = CONFIGS[0].num_local_experts
+SPLITS = [(config, ep_size) for config in CONFIGS for ep_size in (1, 2, 4)]
+every_model = pytest.mark.parametrize("config", CONFIGS, ids=["plain", "gated"])
+every_split = pytest.mark.parametrize(
+    ("config", "ep_size"), SPLITS, ids=lambda value: getattr(value, "gated_mlp", value)
+)
 
 
-def engine_state(ep_size=1):
+def engine(config, ep_size=1, rank=0):
+    """The model of a rank, without values."""
     with torch.device("meta"):
-        return Decoder(CONFIG, topology=ExpertTopology(CONFIG.num_local_experts, ep_size, ep_size)).state_dict()
+        return Decoder(config, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size, rank))
 
 
-def test_plain_names_are_those_of_the_plan_and_have_nothing_of_deepspeed():
-    names = {plain_name(name) for name in engine_state() if not is_buffer(name)}
-    assert names == parameter_shapes(CONFIG).keys()
-    assert not any("deepspeed" in name for name in names)
+def shapes_and_parts(model):
+    return {
+        name: (tuple(one.shape), plain_parts(name, tuple(one.shape), model.topology.first_expert))
+        for name, one in model.named_parameters()
+    }
 
 
-def test_a_plain_name_leads_back_to_the_engines():
-    for name in engine_state():
-        assert engine_name(plain_name(name)) == name
+@every_model
+def test_plain_names_and_shapes_are_those_of_the_plan_and_have_nothing_of_deepspeed(config):
+    parts = [part for _, held in shapes_and_parts(engine(config)).values() for part in held]
+    found = {part.name: part.shape for part in parts}
+    assert len(found) == len(parts)
+    assert found == {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()}
+    assert not any("deepspeed" in name for name in found)
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 4])
-def test_the_ranks_of_an_expert_parallel_group_hold_every_expert_once(ep_size):
-    experts_per_rank = CONFIG.num_local_experts // ep_size
-    local = [name for name in engine_state(ep_size) if "deepspeed_experts" in name]
-    names = [plain_name(name, rank * experts_per_rank) for rank in range(ep_size) for name in local]
-    assert len(names) == len(set(names))
-    assert set(names) == {name for name in parameter_shapes(CONFIG) if ".experts." in name}
+@every_split
+def test_the_parts_cover_each_parameter_once_and_in_order(config, ep_size):
+    for shape, parts in shapes_and_parts(engine(config, ep_size)).values():
+        position = 0
+        for part in parts:
+            assert part.start == position
+            assert part.count == math.prod(part.shape)
+            position += part.count
+        assert position == math.prod(shape)
+
+
+@every_split
+def test_plain_shapes_lead_back_to_the_parameters_of_the_engine(config, ep_size):
     for rank in range(ep_size):
-        for name in local:
-            first = same_expert_of_first_rank(plain_name(name, rank * experts_per_rank), experts_per_rank)
-            assert first == plain_name(name)
+        expected = shapes_and_parts(engine(config, ep_size, rank))
+        plain = {part.name: part.shape for _, parts in expected.values() for part in parts}
+        found = engine_parameters(plain)
+        assert {name: (engine_shape(name, parts), parts) for name, parts in found.items()} == expected
+        assert engine_parameters(dict(reversed(plain.items()))) == found  # whatever their order
 
 
-def test_only_the_routers_statistics_are_buffers():
-    found = {re.sub(r"\d+", "N", name) for name in engine_state() if is_buffer(name)}
+@every_split
+def test_the_ranks_of_an_expert_parallel_group_hold_every_expert_once(config, ep_size):
+    names = []
+    for rank in range(ep_size):
+        held = shapes_and_parts(engine(config, ep_size, rank))
+        local = [part.name for name, (_, parts) in held.items() if is_engine_expert(name) for part in parts]
+        first = shapes_and_parts(engine(config, ep_size))
+        there = [part.name for name, (_, parts) in first.items() if is_engine_expert(name) for part in parts]
+        assert [same_expert_of_first_rank(name, EXPERTS // ep_size) for name in local] == there
+        names += local
+    assert len(names) == len(set(names))
+    assert set(names) == {name for name in parameter_shapes(config) if ".experts." in name}
+
+
+def test_a_part_is_the_weight_of_one_projection_of_one_expert():
+    config = CONFIGS[1]
+    shape = (2, 2 * config.intermediate_size, config.hidden_size)
+    parts = plain_parts("layers.3.moe.deepspeed_moe.experts.gate_up", shape, first_expert=2)
+    layer = "model.layers.3.moe.experts"
+    projections = [f"{layer}.{expert}.{one}.weight" for expert in (2, 3) for one in ("gate_proj", "up_proj")]
+    assert [part.name for part in parts] == projections
+    values = torch.arange(math.prod(shape)).view(shape)
+    found = {part.name: values.flatten()[part.start : part.start + part.count].view(part.shape) for part in parts}
+    for expert in range(2):
+        gate, up = values[expert].chunk(2)
+        assert torch.equal(found[f"{layer}.{2 + expert}.gate_proj.weight"], gate)
+        assert torch.equal(found[f"{layer}.{2 + expert}.up_proj.weight"], up)
+
+
+def test_the_values_of_any_stretch_are_found_in_their_parts():
+    parts = plain_parts("layers.0.moe.deepspeed_moe.experts.gate_up", (3, 4, 2))
+    at = [(part, value) for part in parts for value in range(part.count)]
+    for start in range(len(at)):
+        for count in range(1, len(at) - start + 1):
+            found = list(stretches(parts, start, count))
+            assert all(length for *_, length in found)
+            values = [(part, first + value) for part, first, length in found for value in range(length)]
+            assert values == at[start : start + count]
+
+
+def test_names_of_one_parameter_per_expert_have_the_plain_names_of_stacked_ones():
+    engines = "layers.1.moe.deepspeed_moe.experts.deepspeed_experts.1.up_proj.weight"
+    plain = "model.layers.1.moe.experts.3.up_proj.weight"
+    assert plain_name(engines, first_expert=2) == plain
+    assert [part.name for part in plain_parts(engines, (4, 2), first_expert=2)] == [plain]
+    foreign = {"model.layers.1.mlp.experts.3.fc1.weight": (2, 2)}  # projections that megamoe does not have
+    assert list(engine_parameters(foreign)) == ["layers.1.mlp.deepspeed_moe.experts.deepspeed_experts.3.fc1.weight"]
+
+
+def test_a_plain_buffer_leads_back_to_the_engines_and_only_the_routers_statistics_are_buffers():
+    found = [name for name in engine(CONFIGS[0]).state_dict() if is_buffer(name)]
     assert {name.rpartition(".")[2] for name in found} == {"selection_bias", "running_load"}
-    assert all(is_buffer(plain_name(name)) for name in engine_state() if is_buffer(name))
+    assert len({re.sub(r"\d+", "N", name) for name in found}) == 2
+    for name in found:
+        assert is_buffer(plain_name(name))
+        assert engine_name(plain_name(name)) == name

@@ -2,29 +2,31 @@
 
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from engines import CONFIG, train_and_save
+from engines import CONFIG, GATED, train_and_save
 from ranks import run_ranks
 from toy import ds_config
 
 from megamoe.checkpoint.index import BUFFER, read_index
-from megamoe.planning.sharding import parameter_groups, read_setup
+from megamoe.planning.sharding import read_setup
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "benchmark_index.py"
 
 
-@pytest.mark.parametrize(("ranks", "ep_size"), [(2, 2), (4, 2)])
-def test_its_slices_are_those_that_an_engine_saves(tmp_path, ranks, ep_size):
-    run_ranks(ranks, train_and_save, tmp_path / "checkpoints", ep_size)
+@pytest.mark.parametrize(("ranks", "ep_size", "config"), [(2, 2, CONFIG), (4, 2, GATED)], ids=["2", "4, gated"])
+def test_its_slices_are_those_that_an_engine_saves(tmp_path, ranks, ep_size, config):
+    run_ranks(ranks, partial(train_and_save, config=config), tmp_path / "checkpoints", ep_size)
     saved = read_index(tmp_path / "checkpoints" / "step_3")
-    setup = read_setup(CONFIG, ds_config(1), ranks, ep_size, 16, on_cpu=True)
-    slices_of = runpy.run_path(str(TOOL))["slices_of"]
-    for rank in range(ranks):
-        expected = {(one.name, one.start, one.count) for one in slices_of(setup, parameter_groups(setup), rank)}
-        slices = saved.files[f"rank_{rank:05d}.safetensors"].slices
-        assert {(one.name, one.start, one.count) for one in slices if BUFFER not in one.tensors} == expected
+    setup = read_setup(config, ds_config(1), ranks, ep_size, 16, on_cpu=True)
+    slices_by_rank = runpy.run_path(str(TOOL))["slices_by_rank"]
+    for rank, expected in enumerate(slices_by_rank(setup)):
+        slices = [one for one in saved.files[f"rank_{rank:05d}.safetensors"].slices if BUFFER not in one.tensors]
+        assert [(one.name, one.start, one.count) for one in slices] == [
+            (one.name, one.start, one.count) for one in expected
+        ]
 
 
 def test_it_says_how_many_files_a_rank_opens(monkeypatch, capsys):

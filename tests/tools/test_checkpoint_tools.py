@@ -248,7 +248,7 @@ def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_e
     model = Decoder(ModelConfig(**{**PRESET, "vocab_size": 300}))
     load_weights(model, open_source(checkpoint), torch.float64)
     for layer, moe in enumerate(model.moe_layers()):
-        norms = [torch.cat([weight.flatten() for weight in e.parameters()]).norm().item() for e in moe.local_experts]
+        norms = torch.cat([weight.flatten(1) for weight in moe.experts.parameters()], dim=1).norm(dim=1).tolist()
         (row,) = [line for line in lines if f"model.layers.{layer}.moe" in line]
         assert row.split()[1:] == [f"{norm:.3f}" for norm in norms]
 
