@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from megamoe.config import JsonModel, ModelConfig, RunConfig, validate
@@ -14,6 +15,9 @@ from megamoe.ds_keys import OPTIMIZER_PARAMS, is_number, key_problems, value_pro
 from megamoe.errors import UserError, shown, unknown_key
 from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
 from megamoe.topology import ExpertTopology
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROW_ALIGNMENT = 16  # bytes that a row of each operand is a multiple of (torch.nn.functional.grouped_mm)
 
 
 class ScheduleConfig(JsonModel):
@@ -260,6 +264,7 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
             "give at most that many."
         )
+    problems += _row_problems(model, dtype_of(ds), run.preset)
     try:
         total = read_schedule(ds, run.ds_config).total_num_steps
     except UserError:
@@ -270,3 +275,14 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             "lower --steps or raise total_num_steps."
         )
     return problems
+
+
+def _row_problems(model: ModelConfig, dtype: str, preset: str) -> list[str]:
+    """Widths that the experts' products cannot have."""
+    multiple = ROW_ALIGNMENT // DTYPES[dtype].itemsize
+    return [
+        f"{name} is {width} in {preset}, but the experts' products in {dtype} need rows of a multiple of "
+        f"{ROW_ALIGNMENT} bytes; make it a multiple of {multiple}."
+        for name, width in (("hidden_size", model.hidden_size), ("intermediate_size", model.intermediate_size))
+        if width % multiple
+    ]

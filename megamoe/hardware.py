@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,6 +35,7 @@ class Device:
     between: float  # bytes/s to other nodes, its own share of the node's network
     host: float  # bytes/s to the host's memory
     host_memory_rate: float  # bytes/s of the host's memory, its own share
+    capability: tuple[int, int] | None = field(default=None, kw_only=True)  # of CUDA
 
     def flops(self, weight_bytes: int) -> float:
         """Peak FLOP/s for weights of 2 or 4 bytes."""
@@ -45,13 +46,14 @@ class Device:
 # generation 4 for A100 and 5 for the others) and of DGX A100, H100, H200 and B200: one adapter of 200 Gb/s per GPU in
 # the first, of 400 Gb/s in the others; of two processors with 8 memory channels each (DDR4-3200, DDR5-4800, DDR5-4800,
 # DDR5-5600) an eighth for each GPU. The host's rates are assumed to be reached by all GPUs of a node at once.
+# CUDA's capabilities: https://developer.nvidia.com/cuda-gpus.
 DEVICES = {
-    name.lower(): Device(name, *KNOWN_PEAKS[name], *rates)
-    for name, *rates in (
-        ("A100", 80 * 2**30, 2.039e12, 300e9, 25e9, 32e9, 51.2e9),
-        ("H100", 79.6 * 2**30, 3.35e12, 450e9, 50e9, 64e9, 76.8e9),
-        ("H200", 140.4 * 2**30, 4.8e12, 450e9, 50e9, 64e9, 76.8e9),
-        ("B200", 179 * 2**30, 8e12, 900e9, 50e9, 64e9, 89.6e9),
+    name.lower(): Device(name, *KNOWN_PEAKS[name], *rates, capability=capability)
+    for name, capability, rates in (
+        ("A100", (8, 0), (80 * 2**30, 2.039e12, 300e9, 25e9, 32e9, 51.2e9)),
+        ("H100", (9, 0), (79.6 * 2**30, 3.35e12, 450e9, 50e9, 64e9, 76.8e9)),
+        ("H200", (9, 0), (140.4 * 2**30, 4.8e12, 450e9, 50e9, 64e9, 76.8e9)),
+        ("B200", (10, 0), (179 * 2**30, 8e12, 900e9, 50e9, 64e9, 89.6e9)),
     )
 }
 

@@ -19,10 +19,11 @@ from megamoe.config import ModelConfig, RunConfig, load_preset
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
-from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
+from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
+from megamoe.model.products import DESCRIPTIONS, kernel_for
 from megamoe.run_folder import RunFolder
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.evaluation import Evaluator, tokens_per_byte
@@ -47,7 +48,7 @@ class Job:
 
         Raises one UserError with all problems.
         """
-        self.run = run
+        self.run, self.device = run, device
         self.run_dir = run.folder
         problems = Problems()
         self.folder: RunFolder | None = problems.attempt(RunFolder, run.folder, run.auto_resume) if leads else None
@@ -223,6 +224,11 @@ class Job:
             f"{self.describe_corpora()}; {self._describe_held_out()}; steps {first} to {self.last_step}; "
             f"run folder {self.run_dir}"
         )
+
+    def describe_products(self) -> str | None:
+        """What multiplies rows with their experts' weights on this device, where it is not the fastest way."""
+        kernel = kernel_for(self.device, DTYPES[dtype_of(self.ds)])
+        return None if kernel == "grouped_mm" else f"the experts' products are {DESCRIPTIONS[kernel]}"
 
     def describe_corpora(self) -> str:
         """Tokens and place of each corpus and, in a mix, its weight."""

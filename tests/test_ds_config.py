@@ -6,14 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
 from toy import PRESET
 
 from megamoe.config import ModelConfig, RunConfig
-from megamoe.ds_config import batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
+from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
+from megamoe.model.products import grouped_linear
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 SCHEDULE = {"warmup_type": "linear", "warmup_max_lr": 0.002, "warmup_num_steps": 10, "total_num_steps": 100}
@@ -395,11 +397,10 @@ def test_a_missing_or_impossible_batch_size_is_refused():
 # --- between the three ---
 
 
-def between(world_size=1, experts=4, ds=None, **options):
+def between(world_size=1, experts=4, ds=None, widths=(32, 48), **options):
     run = RunConfig(ds_config="ds.json", preset="mine", **options)
-    return sentences(
-        run_problems(run, ModelConfig(**{**PRESET, "num_local_experts": experts}), ds or ds_json(), world_size)
-    )
+    sizes = {"num_local_experts": experts, "hidden_size": widths[0], "intermediate_size": widths[1]}
+    return sentences(run_problems(run, ModelConfig(**{**PRESET, **sizes}), ds or ds_json(), world_size))
 
 
 def test_ep_size_must_divide_ranks_and_experts():
@@ -427,3 +428,27 @@ def test_more_blocks_to_recompute_than_there_are_are_refused():
 
 def test_all_problems_between_the_three_come_at_once():
     assert len(between(world_size=4, experts=4, ep_size=3, steps=101)) == 3
+
+
+def product_is_possible(dtype, hidden, inside):
+    weight = torch.ones(2, inside, hidden, dtype=dtype, requires_grad=True)
+    rows, ends = torch.ones(6, hidden, dtype=dtype), torch.tensor([4, 6], dtype=torch.int32)
+    try:
+        grouped_linear(rows, weight, ends).exp().sum().backward()
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("widths", [(32, 48), (36, 48), (32, 44), (34, 48), (32, 50), (33, 49)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_widths_that_the_experts_products_cannot_have_are_refused(dtype, widths):
+    ds = ds_json(**{"bf16": ..., dtype: {"enabled": True}} if dtype != "bf16" else {})
+    problems = between(ds=ds, widths=widths)
+    multiple = 4 if dtype == "fp32" else 8
+    names = ("hidden_size", "intermediate_size")
+    wrong = [(name, width) for name, width in zip(names, widths, strict=True) if width % multiple]
+    assert len(problems) == len(wrong)
+    for problem, (name, width) in zip(problems, wrong, strict=True):
+        has(problem, f"{name} is {width} in mine", dtype, "multiple of 16 bytes", f"a multiple of {multiple}.")
+    assert product_is_possible(DTYPES[dtype], *widths) == (not wrong)

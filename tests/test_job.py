@@ -10,6 +10,7 @@ from refusals import refusals
 from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
 
+import megamoe.job
 from megamoe.config import RunConfig
 from megamoe.errors import UserError
 from megamoe.job import SAME_ON_RESUME, Job
@@ -240,6 +241,17 @@ def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(in
     assert unheld.evaluator() is None
     assert unheld.describe(0).count("so nothing is evaluated (--valid_data gives some)") == 1
     assert "\n" not in unheld.describe(0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"), [("grouped_mm", None), ("triton", "Triton"), ("loop", "waits for the device")]
+)
+def test_experts_products_other_than_torchs_one_kernel_are_said(inputs, monkeypatch, kernel, said):
+    asked = []
+    monkeypatch.setattr(megamoe.job, "kernel_for", lambda *of: asked.append(of) or kernel)
+    line = job(inputs).describe_products()
+    assert (said in line and line.startswith("the experts' products are ")) if said else line is None
+    assert asked == [(torch.device("cpu"), torch.float32)]
 
 
 def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):

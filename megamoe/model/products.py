@@ -16,7 +16,11 @@ from torch import Tensor
 from megamoe.host_values import host_values
 
 Kernel = Literal["grouped_mm", "triton", "loop"]
-ALIGNMENT = 16  # bytes that a row of an operand must be a multiple of (torch.nn.functional.grouped_mm)
+DESCRIPTIONS: dict[Kernel, str] = {
+    "grouped_mm": "one kernel for all experts (torch.nn.functional.grouped_mm)",
+    "triton": "one kernel for all experts (DeepSpeed's, in Triton)",
+    "loop": "a loop over the experts, which waits for the device in every layer",
+}
 
 
 def choose_kernel(capability: tuple[int, int] | None, dtype: torch.dtype, has_triton: bool) -> Kernel:

@@ -12,13 +12,13 @@ weight.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
-from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.loss import loss_chunk
+from megamoe.model.names import EMBEDDING, engine_name
 from megamoe.planning.buckets import Ledger, Reduction
+from megamoe.planning.expert_layer import ExpertBytes, expert_bytes, experts_backward
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 
 # --- what autograd keeps of a layer ---------------------------------------------------------------------------------
@@ -34,17 +34,19 @@ class LayerBytes:
     attention_backward: int
     router: int
     router_backward: int
-    dispatch: int  # indices of the rows' way there and back, and the rows as the experts see them
-    hidden: int  # inside the experts
-    returned: int  # the experts' results, for the gradient of the combine weights
-    result: int  # one tensor of the rows as the experts see them
-    moving: int  # temporaries of forward while rows are exchanged and the experts run
+    experts: ExpertBytes
+    callers: int  # temporaries of forward that the running calls keep
     stream: int  # one tensor of the residual stream
 
     @property
     def kept(self) -> int:
         """From forward to backward."""
-        return 2 * self.norm + self.attention + self.router + self.dispatch + self.hidden + self.returned
+        return 2 * self.norm + self.attention + self.router + self.experts.kept
+
+    @property
+    def moving(self) -> int:
+        """Temporaries of forward while rows are exchanged and the experts run."""
+        return self.callers + self.experts.moving
 
 
 def layer_bytes(setup: Setup) -> LayerBytes:
@@ -59,21 +61,11 @@ def layer_bytes(setup: Setup) -> LayerBytes:
     # Cutting the latents' queries off leaves a view, of which the output projection takes a copy.
     cut = s * n * m.num_attention_heads * m.head_dim if m.num_latent_tokens else 0
 
-    per_expert = setup.rows // setup.experts_per_rank
-    if setup.on_cpu and m.num_experts_per_tok == m.num_local_experts:
-        per_expert = math.ceil(per_expert / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE
-    elif setup.on_cpu:
-        per_expert += (CPU_ROW_MULTIPLE - 1) // 2  # counts differ from expert to expert: the mean of the fill
-    filled = per_expert * setup.experts_per_rank
-    rows, result = s * setup.rows * m.hidden_size, s * filled * m.hidden_size
-    index = 8 * (filled + setup.rows) + (16 * setup.rows if setup.ep_size > 1 else 0)
-    dropped = (s if setup.on_cpu else 1) * filled * m.hidden_size if m.expert_dropout else 0
-
     scores = 4 * n * m.num_local_experts * (3 if m.router_score == "sigmoid" else 1)
-    choices = n * m.num_experts_per_tok * (8 + 4 + (s if s < 4 else 0))  # ids, weights, weights as rows have them
+    choices = n * m.num_experts_per_tok * (8 + 4)  # ids, weights
     router_weight = 4 * m.num_local_experts * m.hidden_size if s < 4 else 0
-    # Under bf16, what enters the layer and what enters the experts are kept by nobody but the running call.
-    callers = 2 * stream if setup.on_cpu else stream
+    # Under 16 bits, what enters the block, its experts' norm and its experts is kept by the running calls alone.
+    callers = 0 if s == 4 else 3 * stream if setup.on_cpu else stream
     return LayerBytes(
         # On CPU, RMSNorm is made of operations in fp32; on a GPU it is one kernel that keeps its input.
         norm=2 * wide + 4 * n if setup.on_cpu else stream + 4 * n,
@@ -82,11 +74,8 @@ def layer_bytes(setup: Setup) -> LayerBytes:
         attention_backward=2 * query + 2 * key + cut,
         router=(2 if m.router_jitter_noise else 1) * wide + scores + choices + router_weight,
         router_backward=(2 if m.router_jitter_noise else 1) * wide,
-        dispatch=index + result,
-        hidden=2 * s * filled * m.intermediate_size + dropped,
-        returned=rows,
-        result=result,
-        moving=(2 * result if setup.ep_size == 1 else 4 * rows) + (callers if s < 4 else 0),
+        experts=expert_bytes(setup),
+        callers=callers,
         stream=stream,
     )
 
@@ -194,33 +183,41 @@ def _backward(
     ledger.free("gradients of the head", ledger.held["gradients of the head"])
     ledger.free("activations", layer.stream)
     reduction.start(first, boundary)
-    reduction.ready("model.norm.weight")
+    reduction.ready(engine_name("model.norm.weight"))
     _norm_backward(layer, ledger)
     for number in reversed(range(m.num_hidden_layers)):
         if number < setup.recompute_blocks:
             ledger.allocate("activations", layer.kept - layer.stream)
             ledger.transient("temporaries", layer.moving)
-        _experts_backward(setup, layer, ledger, reduction, f"model.layers.{number}.moe.experts")
-        name = f"model.layers.{number}"
-        ledger.transient("temporaries", layer.router_backward)
-        ledger.free("activations", layer.router)
-        reduction.ready(f"{name}.moe.router.weight")
-        reduction.ready(f"{name}.post_attention_layernorm.weight")
-        _norm_backward(layer, ledger)
-        reduction.ready(f"{name}.self_attn.o_proj.weight")
-        ledger.transient("temporaries", layer.attention_backward)
-        ledger.free("activations", layer.attention)
-        if m.num_latent_tokens:
-            reduction.ready(f"{name}.self_attn.latents")
-        for projection in ("v_proj", "k_proj", "q_proj"):
-            reduction.ready(f"{name}.self_attn.{projection}.weight")
-        reduction.ready(f"{name}.input_layernorm.weight")
-        _norm_backward(layer, ledger)
+        experts_backward(setup, layer.experts, ledger, reduction, number)
+        _rest_of_block_backward(setup, layer, ledger, reduction, number)
     ledger.transient("gradients", 2 * embedding)
     ledger.free("gradients of activations", layer.stream)
     ledger.free("activations", ledger.held["activations"])
     ledger.free("gradients", embedding)
-    reduction.ready("model.embed_tokens.weight")
+    reduction.ready(engine_name(EMBEDDING))
+
+
+def _rest_of_block_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, number: int) -> None:
+    """Router, norms and attention."""
+
+    def ready(name: str) -> None:
+        reduction.ready(engine_name(f"model.layers.{number}.{name}"))
+
+    ledger.transient("temporaries", layer.router_backward)
+    ledger.free("activations", layer.router)
+    ready("moe.router.weight")
+    ready("post_attention_layernorm.weight")
+    _norm_backward(layer, ledger)
+    ready("self_attn.o_proj.weight")
+    ledger.transient("temporaries", layer.attention_backward)
+    ledger.free("activations", layer.attention)
+    if setup.model.num_latent_tokens:
+        ready("self_attn.latents")
+    for projection in ("v_proj", "k_proj", "q_proj"):
+        ready(f"self_attn.{projection}.weight")
+    ready("input_layernorm.weight")
+    _norm_backward(layer, ledger)
 
 
 def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
@@ -228,29 +225,6 @@ def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
     ledger.free("activations", layer.norm // 2)
     ledger.transient("temporaries", layer.norm_backward)
     ledger.free("activations", layer.norm - layer.norm // 2)
-
-
-def _experts_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, name: str) -> None:
-    """From the gradient of a layer's output to that of the experts' input."""
-    m, s, count = setup.model, setup.weight_bytes, setup.experts_per_rank
-    ledger.transient("temporaries", 2 * layer.returned)  # gradients of the weighted rows, and products for the weights'
-    ledger.free("activations", layer.returned)
-    ledger.transient("temporaries", layer.result + layer.returned)  # rows going back to their experts
-    ledger.allocate("gradients of activations", layer.result)
-    hidden = setup.weight_bytes * m.intermediate_size * (layer.result // (s * m.hidden_size) // count)
-    for expert in reversed(range(count)):
-        weight = s * m.intermediate_size * m.hidden_size
-        ledger.transient("temporaries", hidden + weight)
-        reduction.ready(f"{name}.{expert}.down_proj.weight")
-        ledger.transient("temporaries", 2 * hidden)
-        ledger.free("activations", layer.hidden // count)
-        ledger.transient("temporaries", hidden + weight)
-        reduction.ready(f"{name}.{expert}.up_proj.weight")
-        ledger.allocate("gradients of activations", layer.result // count)
-    ledger.free("gradients of activations", layer.result)
-    ledger.free("activations", layer.dispatch + layer.hidden % count)
-    ledger.transient("temporaries", layer.result)
-    ledger.free("gradients of activations", layer.result // count * count)
 
 
 def _step(setup: Setup, reduction: Reduction) -> None:

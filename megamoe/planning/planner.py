@@ -12,11 +12,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from megamoe.config import ModelConfig, RunConfig, load_preset
-from megamoe.ds_config import deepspeed_problems, run_problems
+from megamoe.ds_config import DTYPES, deepspeed_problems, dtype_of, run_problems
 from megamoe.errors import Problems
 from megamoe.hardware import DEVICES, Device, measured_bandwidth, measured_flops
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
+from megamoe.model.products import DESCRIPTIONS, choose_kernel
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.sharding import Setup, read_setup, setup_problems
 from megamoe.planning.simulate import Measured
@@ -89,8 +90,10 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     problems.refuse()
 
     seq_len = run.seq_len or model.max_position_embeddings
-    setup = read_setup(model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks)
     device = this_machine(ranks) if on_cpu else DEVICES[options.device]
+    # torch for CUDA comes with Triton.
+    kernel = choose_kernel(device.capability, DTYPES[dtype_of(ds)], has_triton=True)
+    setup = read_setup(model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel)
     per_node = ranks if on_cpu else options.gpus_per_node
     times = step_time(setup, device, per_node, options.efficiency, options.link_efficiency)
     return Plan(run, options, ds, setup, device, per_node, footprint(setup), collectives(setup), times)
@@ -119,6 +122,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"Forward and backward reach {options.efficiency:.0%} of the peak (--efficiency), collectives "
         f"{options.link_efficiency:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "
         f"({LATENCY_BETWEEN * 1e6:.0f} us between nodes) for each call.",
+        f"The experts' products are {DESCRIPTIONS[plan.setup.kernel]}"
+        + ("; what that takes is not in the time." if plan.setup.kernel == "loop" else "."),
         "Every expert gets equally many rows. Reducing gradients hides behind the backward pass where overlap_comm is "
         "set; everything else waits.",
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
@@ -177,7 +182,7 @@ def totals(bytes_held: Footprint) -> dict[str, int]:
 
 def comparison(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
     """Bytes that the simulated rank took, next to those of the arithmetic for a CPU."""
-    setup = replace(plan.setup, on_cpu=True)
+    setup = replace(plan.setup, on_cpu=True, kernel="grouped_mm")
     return {
         name: {"predicted": size, "measured": getattr(measured, name)}
         for name, size in totals(footprint(setup)).items()

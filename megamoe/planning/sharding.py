@@ -9,12 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from megamoe.config import ModelConfig
-from megamoe.ds_config import batch_sizes, dtype_of, offloads_optimizer, optimizer_of
+from megamoe.ds_config import DTYPES, batch_sizes, dtype_of, offloads_optimizer, optimizer_of
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import expert_id, is_undecayed
+from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, is_undecayed
+from megamoe.model.products import Kernel
 from megamoe.topology import ExpertTopology
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
 FLAT_ALIGNMENT = 2
 # Most elements of an expert group (max_group_size of split_params_into_different_moe_groups_for_optimizer).
@@ -43,6 +43,7 @@ class Setup:
     check_overflow: bool  # an offloaded optimizer asks all ranks for overflows before each step
     on_cpu: bool
     recompute_blocks: int = 0  # blocks of which backward recomputes the activations
+    kernel: Kernel = "grouped_mm"  # of the experts' products
 
     @property
     def tokens(self) -> int:
@@ -124,6 +125,7 @@ def read_setup(
     seq_len: int,
     on_cpu: bool,
     recompute_blocks: int = 0,
+    kernel: Kernel = "grouped_mm",
 ) -> Setup:
     """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
     micro_batch, accumulation = batch_sizes(ds, world_size)
@@ -137,10 +139,10 @@ def read_setup(
         micro_batch=micro_batch,
         accumulation=accumulation,
         seq_len=seq_len,
-        weight_bytes=BYTES[dtype],
+        weight_bytes=DTYPES[dtype].itemsize,
         state_bytes=optimizer.state_bytes,
-        sum_bytes=BYTES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype],
-        wire_bytes=BYTES[ds.get("communication_data_type") or dtype],
+        sum_bytes=DTYPES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype].itemsize,
+        wire_bytes=DTYPES[ds.get("communication_data_type") or dtype].itemsize,
         zero_stage=zero["stage"],
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
         overlap=bool(zero.get("overlap_comm")),
@@ -149,6 +151,7 @@ def read_setup(
         check_overflow=dtype == "fp16" or (dtype == "bf16" and ds["bf16"].get("check_grad_overflow", True)),
         on_cpu=on_cpu,
         recompute_blocks=recompute_blocks,
+        kernel=kernel,
     )
 
 
@@ -159,7 +162,7 @@ def read_setup(
 class Group:
     """Parameters that DeepSpeed flattens together and splits evenly over `ranks` data-parallel ranks."""
 
-    sizes: dict[str, int]  # elements on this rank, by name, in the order of the flat tensor
+    sizes: dict[str, int]  # elements on this rank, by the engine's name, in the order of the flat tensor
     ranks: int
     expert: bool
 
@@ -199,22 +202,20 @@ def elements_touched(setup: Setup, groups: list[Group], rank: int = 0) -> int:
 def parameter_groups(setup: Setup) -> list[Group]:
     """The groups that `engine.parameter_groups` makes, as the first rank holds them."""
     topology = setup.topology()
+    held = {
+        name: tuple(shape.values())
+        for name, shape in parameter_shapes(setup.model).items()
+        if expert_id(name) is None or expert_id(name) in topology.expert_ids
+    }
     shared: dict[str, int] = {}
     undecayed: dict[str, int] = {}
     experts: dict[str, int] = {}
-    for name, shape in parameter_shapes(setup.model).items():
-        size = math.prod(shape.values())
-        expert = expert_id(name)
-        if expert is not None:
-            if expert in topology.expert_ids:
-                experts[name] = size
-        elif is_undecayed(name):
-            undecayed[name] = size
-        else:
-            shared[name] = size
-    pieces: list[dict[str, int]] = [{}]
+    for name, parts in engine_parameters(held).items():
+        kind = experts if is_engine_expert(name) else undecayed if is_undecayed(name) else shared
+        kind[name] = sum(part.count for part in parts)
+    pieces: list[dict[str, int]] = []
     for name, size in experts.items():
-        if sum(pieces[-1].values()) + size > EXPERT_GROUP:
+        if not pieces or sum(pieces[-1].values()) + size > EXPERT_GROUP:
             pieces.append({})
         pieces[-1][name] = size
     return [

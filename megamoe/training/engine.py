@@ -34,12 +34,13 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (undecayed if is_undecayed(name) else decayed).append(parameter)
-    return split_params_into_different_moe_groups_for_optimizer(
+    groups = split_params_into_different_moe_groups_for_optimizer(
         [
             {"name": "decayed", "params": decayed},
             {"name": "undecayed", "params": undecayed, "weight_decay": 0.0},
         ]
     )
+    return [group for group in groups if group["params"]]  # DeepSpeed leaves one empty before a too large parameter
 
 
 def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig) -> deepspeed.DeepSpeedEngine:

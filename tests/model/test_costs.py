@@ -1,12 +1,15 @@
+import math
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import megamoe.model.moe
 from megamoe.config import ModelConfig, load_preset, preset_names
-from megamoe.model.costs import parameter_count, train_flops_per_token
+from megamoe.model import dispatch
+from megamoe.model.costs import parameter_count, parameter_shapes, train_flops_per_token
 from megamoe.model.decoder import Decoder
+from megamoe.model.names import plain_parts
 
 SMALL = ModelConfig(
     vocab_size=100,
@@ -41,11 +44,21 @@ def count(config):
         {"num_key_value_heads": 1, "head_dim": 6},
         {"num_local_experts": 1, "num_experts_per_tok": 1},
         {"num_hidden_layers": 1, "intermediate_size": 7, "vocab_size": 11},
+        {"gated_mlp": True},
     ],
     ids=str,
 )
 def test_the_planned_parameters_are_those_of_the_built_model(changes):
-    assert parameter_count(changed(**changes)) == count(changed(**changes))
+    config = changed(**changes)
+    with torch.device("meta"):
+        model = Decoder(config)
+    built = {
+        part.name: part.shape
+        for name, parameter in model.named_parameters()
+        for part in plain_parts(name, parameter.shape)
+    }
+    assert {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()} == built
+    assert parameter_count(config) == count(config)
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -61,20 +74,29 @@ def test_flops_of_a_token_by_hand():
     assert train_flops_per_token(load_preset("moe-680m"), 1024) == 6 * (24 * (attention + experts) + 768 * 49_152)
 
 
+def grouped_flops(left, right, *_, **__):
+    """Of rows by their groups' weights, and of rows by rows, one product for each group; torch counts neither."""
+    return 2 * math.prod(left) * right[-1]
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 6])
-def test_planned_flops_are_those_of_a_training_step_but_for_what_is_not_of_use(top_k, monkeypatch):
-    monkeypatch.setattr(megamoe.model.dispatch, "CPU_ROW_MULTIPLE", 1)  # no fill rows
-    config = changed(num_experts_per_tok=top_k)
+@pytest.mark.parametrize("gated", [False, True])
+def test_planned_flops_are_those_of_a_training_step_but_for_what_is_not_of_use(gated, top_k, monkeypatch):
+    monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", 1)  # no fill rows
+    config = changed(num_experts_per_tok=top_k, gated_mlp=gated)
     batch, length, latents = 3, 40, config.num_latent_tokens
     model = Decoder(config)
     ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the one whose products are counted
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the one whose products are counted
         model(ids, ids).backward()
 
     heads = config.num_attention_heads * config.head_dim
     square = batch * (latents + length) ** 2  # computed: latents query too, and nothing is left out for the mask
     planned = batch * length * (length / 2 + latents)
     extra = 6 * config.num_hidden_layers * 2 * heads * (square - planned)
-    shared = config.num_key_value_heads * config.head_dim
-    extra += 6 * config.num_hidden_layers * 2 * latents * shared * config.hidden_size  # keys and values of the latents
+    # The latents' queries, keys, values and results, in every row; but nothing flows back to their results, and so the
+    # gradients by what made these are products of zeros.
+    projected = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * config.hidden_size
+    extra += 6 * config.num_hidden_layers * batch * latents * projected
     assert counter.get_total_flops() == batch * length * train_flops_per_token(config, length) + extra

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from unittest import mock
 
 import pytest
 from ranks import run_ranks
@@ -10,6 +11,7 @@ from toy import PRESET, SHIPPED
 
 from megamoe.config import ModelConfig
 from megamoe.json_files import read_json
+from megamoe.model import products
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.simulate import measure
@@ -65,6 +67,8 @@ DEEP = {**ACTIVATIONS[0], "num_hidden_layers": 6}, *ACTIVATIONS[1:]
 OTHER_MODELS = {
     "all": {"expert_dropout": 0.1, "router_jitter_noise": 0.01, "router_score": "sigmoid"},
     "none": {"num_latent_tokens": 0},
+    "gated": {"gated_mlp": True, "hidden_act": "gelu", "intermediate_size": 128},
+    "ReLU": {"hidden_act": "relu", "intermediate_size": 256},
 }
 RECIPES_ON_ONE = {f"{name}, weights": case(WEIGHTS, ds) for name, ds in (RECIPES | ACCUMULATED).items()}
 SHAPES_ON_ONE = {
@@ -88,6 +92,9 @@ ON_TWO = {
     "offload, bf16 sums, accumulated": case(WEIGHTS, ACCUMULATED["offload, bf16 sums, accumulated"], ep_size=2),
     **{f"activations, ep_size {ep_size}": case(ACTIVATIONS, config("zero2"), ep_size) for ep_size in (1, 2)},
     "recomputed": case(DEEP, config("zero2"), ep_size=2, recompute_blocks=4),
+    **{f"{name}, ep_size 2": case(({**ACTIVATIONS[0], **change, "expert_dropout": 0.1}, *ACTIVATIONS[1:]),
+                                  config("zero2"), ep_size=2)
+       for name, change in OTHER_MODELS.items()},
 }  # fmt: skip
 ON_FOUR = {"bf16, fp32 sums": case(WEIGHTS, RECIPES["bf16, fp32 sums"], ep_size=2)}
 # Cases that are measured together, in one group of so many ranks.
@@ -127,6 +134,22 @@ def test_predicted_bytes_and_payload_are_those_of_a_real_step(group, name):
         assert payload == real.payload, rank
 
 
+def measure_with_a_loop(values):
+    """With the products of GPUs for which neither torch nor DeepSpeed has one kernel."""
+    with mock.patch.object(products, "kernel_for", return_value="loop"):
+        return measure(*values)
+
+
+def test_a_loop_over_the_experts_joins_the_gradients_of_each():
+    layer = {**ALL, "vocab_size": 16, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1}, 1, 8
+    values = case(layer, config("zero2_fp32"))
+    (real,) = run_ranks(1, measure_with_a_loop, values)
+    model, ds, ep_size, seq_len, _ = values
+    setup = read_setup(model, ds, 1, ep_size, seq_len, True, kernel="loop")
+    assert footprint(setup).peak.total() == pytest.approx(real.peak, rel=0.002)
+    assert footprint(setup).peak.total() > 1.02 * footprint(replace(setup, kernel="grouped_mm")).peak.total()
+
+
 @pytest.mark.parametrize(("group", "name"), CASES, ids=IDS)
 def test_the_shapes_are_made_mostly_of_what_they_are_named_for(group, name):
     peak, (model, *_) = footprint(setup_of(group, name)).peak, GROUPS[group][1][name]
@@ -155,4 +178,5 @@ def test_recomputed_blocks_keep_fewer_activations():
 def test_a_moment_less_is_all_that_tells_lion_from_adamw():
     adamw, lion = (measured(0)[0][f"{name}, weights"] for name in ("offload", "Lion, offload"))
     masters = footprint(setup_of(0, "offload, weights")).between["fp32 masters"]
-    assert adamw.between - lion.between == adamw.peak - lion.peak == masters
+    for one, other in ((adamw.between, lion.between), (adamw.peak, lion.peak)):
+        assert one - other == pytest.approx(masters, rel=1e-3)  # some bytes of garbage may be left

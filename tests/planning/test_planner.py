@@ -15,7 +15,7 @@ from megamoe.errors import UserError
 from megamoe.hardware import KNOWN_PEAKS, measured_bandwidth, measured_flops
 from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
-from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, make_plan, this_machine
+from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, assumptions, make_plan, this_machine
 from megamoe.planning.traffic import step_time
 
 ZERO2 = str(SHIPPED / "zero2.json")
@@ -151,6 +151,22 @@ def test_a_device_has_the_peak_that_mfu_is_measured_by(name):
     plan = planned(device=name.lower())
     assert (plan.device.flops(2), plan.device.flops(4)) == KNOWN_PEAKS[name]
     assert plan.time.mfu == pytest.approx(0.4 * plan.time.compute / plan.time.seconds)
+
+
+@pytest.mark.parametrize(
+    ("device", "ds", "kernel", "said"),
+    [
+        ("h100", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
+        ("b200", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
+        ("a100", "zero2", "triton", "Triton"),
+        ("h100", "zero2_fp32", "loop", "waits for the device in every layer"),
+    ],
+)
+def test_what_the_experts_products_are_is_said(device, ds, kernel, said):
+    plan = planned(device=device, ds_config=str(SHIPPED / f"{ds}.json"))
+    assert plan.setup.kernel == kernel
+    (sentence,) = [sentence for sentence in assumptions(plan) if "experts' products" in sentence]
+    assert said in sentence
 
 
 def test_more_ranks_in_a_node_make_the_links_faster():

@@ -1,7 +1,9 @@
 import inspect
 import math
+from functools import partial
 
 import pytest
+import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
@@ -10,8 +12,11 @@ from toy import PRESET, SHIPPED, ds_config
 from megamoe.config import ModelConfig, load_preset
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
+from megamoe.model.decoder import Decoder
 from megamoe.planning import sharding
 from megamoe.planning.sharding import Group, elements_touched, parameter_groups, read_setup, setup_problems
+from megamoe.topology import ExpertTopology
+from megamoe.training import engine
 
 CONFIG = ModelConfig(**PRESET)
 
@@ -50,6 +55,23 @@ def test_groups_hold_every_weight_of_a_rank_once(ep_size):
     assert {group.ranks for group in groups if group.expert} == {8 // ep_size}
     assert all(sum(group.sizes.values()) <= sharding.EXPERT_GROUP for group in groups if group.expert)
     assert sum(group.expert for group in groups) == {1: 4, 2: 2, 4: 1, 8: 1}[ep_size]  # 604 million over 179 million
+
+
+@pytest.mark.parametrize("limit", [1000, 6144, 13_000, sharding.EXPERT_GROUP])
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_groups_are_those_that_the_optimizer_is_given(gated, ep_size, limit, monkeypatch):
+    config = CONFIG.model_copy(update={"gated_mlp": gated})
+    split = partial(split_params_into_different_moe_groups_for_optimizer, max_group_size=limit)
+    monkeypatch.setattr(engine, "split_params_into_different_moe_groups_for_optimizer", split)
+    monkeypatch.setattr(sharding, "EXPERT_GROUP", limit)
+    with torch.device("meta"):
+        model = Decoder(config, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    given = [[(names[one], one.numel()) for one in group["params"]] for group in engine.parameter_groups(model)]
+    assert [
+        list(group.sizes.items()) for group in parameter_groups(setup_of(ds_config(2), ep_size, ep_size, config))
+    ] == given
 
 
 @pytest.mark.parametrize("ep_size", [1, 2, 4])

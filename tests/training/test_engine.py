@@ -1,17 +1,20 @@
 """Joining the other ranks, and what the optimizer is given."""
 
 import os
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from engines import BATCH, CONFIG, make
+from engines import BATCH, CONFIG, load_and_train, make, train_and_save
 from ranks import run_new_ranks, run_ranks
 from toy import PRESET
 
 from megamoe.config import ModelConfig
 from megamoe.model.decoder import Decoder
+from megamoe.training import engine as module
 from megamoe.training.engine import parameter_groups
 
 
@@ -37,6 +40,23 @@ def test_norms_and_latents_have_no_weight_decay_and_every_parameter_is_in_one_gr
     }
     assert undecayed == {name for name in names.values() if "norm" in name or "latents" in name}
     assert all("experts" in names[p] for group in groups if group.get("moe") for p in group["params"])
+
+
+def resumed_with_groups_of(size, folder):
+    """(the experts' groups, losses of two steps and of two more behind a save, of the two again after a resume)."""
+    split = partial(module.split_params_into_different_moe_groups_for_optimizer, max_group_size=size)
+    with mock.patch.object(module, "split_params_into_different_moe_groups_for_optimizer", split):
+        groups = [len(group["params"]) for group in parameter_groups(make(2).module) if group.get("moe")]
+        before, after = train_and_save(folder, 2, steps=2, further=2)
+        return groups, before + after, load_and_train(folder / "step_2", 2, steps=2)[1]
+
+
+def test_experts_larger_than_a_group_may_be_train_and_resume(tmp_path):
+    whole, *_ = run_ranks(2, resumed_with_groups_of, 178_956_971, tmp_path / "whole")
+    split, *_ = run_ranks(2, resumed_with_groups_of, 1000, tmp_path / "split")  # a stack has 6,144 numbers
+    assert (whole[0], split[0]) == ([4], [1, 1, 1, 1])
+    assert split[1] == pytest.approx(whole[1], rel=1e-6)
+    assert split[1][2:] == split[2]
 
 
 def norms_of_ours_and_deepspeeds(stage, changes, factor):
