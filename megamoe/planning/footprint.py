@@ -58,8 +58,6 @@ def layer_bytes(setup: Setup) -> LayerBytes:
     query = s * positions * m.num_attention_heads * m.head_dim
     key = s * positions * m.num_key_value_heads * m.head_dim
     log_sum_exp = 4 * positions * m.num_attention_heads
-    # Cutting the latents' queries off leaves a view, of which the output projection takes a copy.
-    cut = s * n * m.num_attention_heads * m.head_dim if m.num_latent_tokens else 0
 
     scores = 4 * n * m.num_local_experts * (3 if m.router_score == "sigmoid" else 1)
     choices = n * m.num_experts_per_tok * (8 + 4)  # ids, weights
@@ -70,8 +68,8 @@ def layer_bytes(setup: Setup) -> LayerBytes:
         # On CPU, RMSNorm is made of operations in fp32; on a GPU it is one kernel that keeps its input.
         norm=2 * wide + 4 * n if setup.on_cpu else stream + 4 * n,
         norm_backward=5 * wide if setup.on_cpu else 2 * stream,
-        attention=stream + 2 * query + 2 * key + log_sum_exp + cut,
-        attention_backward=2 * query + 2 * key + cut,
+        attention=s * positions * m.hidden_size + 2 * query + 2 * key + log_sum_exp,
+        attention_backward=2 * query + 2 * key,
         router=(2 if m.router_jitter_noise else 1) * wide + scores + choices + router_weight,
         router_backward=(2 if m.router_jitter_noise else 1) * wide,
         experts=expert_bytes(setup),
