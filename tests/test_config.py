@@ -58,6 +58,8 @@ def test_the_default_preset_is_the_designed_model():
         "vocab_size": 49152,
         "hidden_size": 768,
         "intermediate_size": 2048,
+        "hidden_act": "silu",
+        "gated_mlp": False,
         "num_hidden_layers": 24,
         "num_attention_heads": 12,
         "num_key_value_heads": 4,

@@ -55,6 +55,7 @@ class Reduction:
         self.kept_before = 0  # and of those before it
         self.waiting: list[str] = []  # parameters whose gradients are in the bucket
         self.filled = 0  # elements of the bucket
+        self.left = 0  # bytes of gradients that were reduced where they are, and are still referred to
 
     def size(self, name: str) -> int:
         return self.groups[self.group_of[name]].sizes[name]
@@ -101,12 +102,25 @@ class Reduction:
             if setup.offload:
                 self.send_to_host(name)
             if self.size(name) > setup.bucket:
-                ledger.free("gradients", self.size(name) * setup.weight_bytes)
+                self.leave(name)
             if not setup.offload and not self.setup.sums_apart and not self.kept and self.owned[name]:
                 # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
                 self.kept = self.whole
                 ledger.allocate("gradients owned", self.kept)
         self.waiting, self.filled = [], 0
+
+    def leave(self, name: str) -> None:
+        """A gradient too large for a bucket is reduced. Where it is neither cleared nor replaced by a copy, it stays to
+        the end of backward (reduce_ipg_grads, copy_grads_in_partition)."""
+        setup, size = self.setup, self.size(name) * self.setup.weight_bytes
+        if setup.zero_stage == 1:
+            stays = not self.owned[name]
+        else:
+            stays = self.owned[name] > 0 and (not self.boundary if setup.offload else setup.sums_apart)
+        if stays:
+            self.left += size
+        else:
+            self.ledger.free("gradients", size)
 
     def send_to_host(self, name: str) -> None:
         """Copy what this rank owns of a gradient into the host's fp32 gradients (copy_grads_in_partition)."""
@@ -157,6 +171,8 @@ class Reduction:
                     self.reduce_later(name)
         self.flush()
         ledger.free("reduction buckets", ledger.held["reduction buckets"])
+        ledger.free("gradients", self.left)
+        self.left = 0
         if self.kept_before:
             ledger.free("gradients owned", self.kept)  # added to those of the passes before
         self.kept_before, self.kept = self.kept_before or self.kept, 0

@@ -19,7 +19,7 @@ from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
 from megamoe.model.products import DESCRIPTIONS, choose_kernel
 from megamoe.planning.footprint import Footprint, footprint
-from megamoe.planning.sharding import Setup, read_setup, setup_problems
+from megamoe.planning.sharding import Setup, parameter_groups, read_setup, setup_problems
 from megamoe.planning.simulate import Measured
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, StepTime, collectives, step_time
 
@@ -129,6 +129,12 @@ def assumptions(plan: Plan) -> list[str]:
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
         "fragments come on top.",
     ]
+    largest = max(size for group in parameter_groups(plan.setup) for size in group.sizes.values())
+    if largest > plan.setup.bucket:
+        found.append(
+            f"zero_optimization.reduce_bucket_size is {plan.setup.bucket:,}, below the {largest:,} numbers of the "
+            "largest parameter: a gradient above it is reduced on its own, and may stay to the end of backward."
+        )
     if plan.setup.offload:
         found.append(
             f"Offloaded optimizer: {device.host / 1e9:.4g} GB/s each way between device and host, of which "

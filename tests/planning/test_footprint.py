@@ -54,6 +54,21 @@ RECIPES = {
     "offload": config("zero2_offload"),
     "Lion, offload": config("zero2_lion"),
 }
+BELOW_A_STACK = {
+    f"bucket below a stack, {name}": config(ds, 100_000, **zero)
+    for name, ds, zero in (
+        ("ZeRO-2", "zero2", {}),
+        ("ZeRO-2, no overlap", "zero2", {"overlap_comm": False}),
+        ("bf16 sums", "tiny", {}),
+        ("ZeRO-1", "zero1", {}),
+        ("ZeRO-1, no overlap", "zero1", {"overlap_comm": False}),
+        ("reduced to each", "zero2", {"use_multi_rank_bucket_allreduce": False}),
+        ("offload", "zero2_offload", {}),
+        ("offload, accumulated", "zero2_offload", {"accumulation": 2}),
+        ("accumulated", "zero2", {"accumulation": 2}),
+        ("ZeRO-1, accumulated", "zero1", {"accumulation": 2}),
+    )
+}
 OFFLOAD_BF16 = {**config("zero2_offload"), "data_types": {}}
 ACCUMULATED = {
     "zero2, accumulated": config("zero2", accumulation=2),
@@ -70,7 +85,7 @@ OTHER_MODELS = {
     "gated": {"gated_mlp": True, "hidden_act": "gelu", "intermediate_size": 128},
     "ReLU": {"hidden_act": "relu", "intermediate_size": 256},
 }
-RECIPES_ON_ONE = {f"{name}, weights": case(WEIGHTS, ds) for name, ds in (RECIPES | ACCUMULATED).items()}
+RECIPES_ON_ONE = {f"{name}, weights": case(WEIGHTS, ds) for name, ds in (RECIPES | BELOW_A_STACK | ACCUMULATED).items()}
 SHAPES_ON_ONE = {
     **{f"{name}, activations": case(ACTIVATIONS, ds) for name, ds in list(RECIPES.items())[::3]},
     **{name: case(({**ACTIVATIONS[0], **change}, *ACTIVATIONS[1:]), config("zero2"))
@@ -90,6 +105,7 @@ ON_TWO = {
        for name in (
            "bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "fp32 on the wire", "offload", "Lion, offload")},
     "offload, bf16 sums, accumulated": case(WEIGHTS, ACCUMULATED["offload, bf16 sums, accumulated"], ep_size=2),
+    **{name: case(WEIGHTS, ds) for name, ds in BELOW_A_STACK.items()},
     **{f"activations, ep_size {ep_size}": case(ACTIVATIONS, config("zero2"), ep_size) for ep_size in (1, 2)},
     "recomputed": case(DEEP, config("zero2"), ep_size=2, recompute_blocks=4),
     **{f"{name}, ep_size 2": case(({**ACTIVATIONS[0], **change, "expert_dropout": 0.1}, *ACTIVATIONS[1:]),
@@ -129,7 +145,7 @@ def test_predicted_bytes_and_payload_are_those_of_a_real_step(group, name):
     for rank, found in enumerate(measured(group)):
         real, predicted = found[name], footprint(setup, rank)
         assert predicted.between.total() == pytest.approx(real.between, rel=0.005), rank
-        assert predicted.peak.total() == pytest.approx(real.peak, rel=0.02), rank
+        assert predicted.peak.total() == pytest.approx(real.peak, rel=0.01), rank
         assert predicted.forward.total() == pytest.approx(real.forward, rel=off), rank
         assert payload == real.payload, rank
 

@@ -6,13 +6,14 @@ from functools import partial
 import plan as tool
 import psutil
 import pytest
-from refusals import has, sentences
+from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config
 
 from megamoe import cli
 from megamoe.config import RunConfig
 from megamoe.errors import UserError
 from megamoe.hardware import KNOWN_PEAKS, measured_bandwidth, measured_flops
+from megamoe.json_files import read_json
 from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
 from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, assumptions, make_plan, this_machine
@@ -167,6 +168,22 @@ def test_what_the_experts_products_are_is_said(device, ds, kernel, said):
     assert plan.setup.kernel == kernel
     (sentence,) = [sentence for sentence in assumptions(plan) if "experts' products" in sentence]
     assert said in sentence
+
+
+def said_of_buckets(path):
+    return [sentence for sentence in assumptions(planned(ds_config=str(path))) if "reduce_bucket_size" in sentence]
+
+
+def test_gradients_larger_than_a_bucket_are_said(tmp_path):
+    ds = read_json(SHIPPED / "zero2.json")
+    ds["zero_optimization"]["reduce_bucket_size"] = 768 * 49_152 - 1  # the embedding has one number more
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    has(only(said_of_buckets(tmp_path / "ds.json")), "37,748,735", "37,748,736", "end of backward")
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_the_shipped_buckets_have_room_for_every_gradient(path):
+    assert said_of_buckets(path) == []
 
 
 def test_more_ranks_in_a_node_make_the_links_faster():
