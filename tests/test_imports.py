@@ -51,6 +51,7 @@ DEEPSPEED_MODULES = {
     "training.distributed",
     "training.engine",
     "training.operators",
+    "training.zero_step",
 }
 
 
