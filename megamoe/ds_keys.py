@@ -44,7 +44,7 @@ DS_KEYS: dict[str, dict[Kind, str]] = {
         COUNT: "steps_per_print",
         ABOVE_0: "gradient_predivide_factor",
         TEXT: "communication_data_type",
-        OBJECT: "aio flops_profiler",
+        OBJECT: "aio flops_profiler timers",
         RULED: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping "
         "optimizer scheduler bf16 fp16 zero_optimization data_types keep_in_fp32_modules comms_logger tensorboard "
         "wandb comet csv_monitor activation_checkpointing",
@@ -76,6 +76,8 @@ DS_KEYS: dict[str, dict[Kind, str]] = {
         TEXT: "device nvme_path",
     },
     "data_types": {RULED: "grad_accum_dtype"},
+    "timers": {OBJECT: "throughput"},
+    "timers.throughput": {FLAG: "enabled synchronized"},
 }  # fmt: skip
 OPTIMIZER_PARAMS = {
     NUMBER: "lr eps weight_decay alpha",

@@ -91,6 +91,7 @@ def test_a_plain_deepspeed_json_has_no_problem():
         ("bf16", "enabeld", "enabled"),
         ("fp16", "loss_scaling", "loss_scale"),
         ("data_types", "grad_acum_dtype", "grad_accum_dtype"),
+        ("timers", "throughputs", "throughput"),
     ],
 )
 def test_an_unknown_key_in_a_deepspeed_json_names_the_nearest(section, wrong, right):
@@ -225,6 +226,11 @@ def test_the_optimizer_that_deepspeed_takes_for_zero_1_with_fp32_sums_of_bf16_gr
     has(only(ds_refusals(ds_json(**mixed))), "stage is 1 with bf16", "use stage 2")
     assert ds_refusals(ds_json(**{**mixed, "data_types": {}})) == []
     assert ds_refusals(ds_json(**{**mixed, "zero_optimization": {"stage": 2}})) == []
+
+
+def test_deepspeeds_own_timer_can_be_asked_for():
+    assert ds_refusals(ds_json(timers={"throughput": {"enabled": True, "synchronized": False}})) == []
+    has(only(ds_refusals(ds_json(timers={"throughput": {"enabled": 1}}))), "timers.throughput.enabled is 1", "true")
 
 
 def test_a_third_moment_of_adam_is_refused():

@@ -52,6 +52,7 @@ DEEPSPEED_MODULES = {
     "training.distributed",
     "training.engine",
     "training.operators",
+    "training.zero_step",
 }
 
 

@@ -71,7 +71,7 @@ class Bench:
         ids = torch.randint(config.vocab_size, (1, tokens), device=device)
         self.batch = Batch(ids, ids)
         self.forward_backward()
-        self.engine.step()
+        self.train_step.update()
         if rank == 0:
             folder.mkdir(parents=True)
         dist.barrier()
@@ -108,9 +108,9 @@ class Bench:
 
     def background_save(self, writer: CheckpointWriter, step: int) -> float:
         """Save alongside training steps; returns the seconds that training lost by it, the slower step included."""
-        alone = timed(self.forward_backward) + timed(self.engine.step)
+        alone = timed(self.forward_backward) + timed(self.train_step.update)
         lost = timed(writer.save, step) + timed(self.forward_backward) + timed(writer.before_update)
-        lost += timed(self.engine.step) - alone
+        lost += timed(self.train_step.update) - alone
         while writer.writing:
             time.sleep(0.01)
         return lost + timed(writer.complete)

@@ -226,13 +226,9 @@ def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
 
 
 def _step(setup: Setup, reduction: Reduction) -> None:
-    ledger, groups = reduction.ledger, reduction.groups
-    for number, group in enumerate(groups):
-        if setup.sums_apart or setup.offload:
-            continue
-        # A flat copy of the rank's share, then one in fp32.
-        parts = sum(owned > 0 for name, owned in reduction.owned.items() if reduction.group_of[name] == number)
-        flat = setup.weight_bytes * group.partition if parts > 1 else 0
-        ledger.transient("flat gradients", flat + (4 * group.partition if setup.weight_bytes < 4 else 0))
+    ledger = reduction.ledger
+    for group in reduction.groups:
+        if not setup.sums_apart and not setup.offload:
+            ledger.transient("flat gradients", 4 * group.partition)  # the rank's share in fp32, scaled
     ledger.free("gradients owned", ledger.held["gradients owned"])
     ledger.free("gradient partition", ledger.held["gradient partition"])

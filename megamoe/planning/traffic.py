@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megamoe.hardware import Device
 from megamoe.model.costs import train_flops_per_token
 from megamoe.planning.sharding import Setup, elements_touched, parameter_groups
+from megamoe.training.step_sums import SCALARS
 
 # Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
 # usual for the smallest messages.
@@ -55,8 +56,8 @@ class Collective:
 
 
 def collectives(setup: Setup) -> list[Collective]:
-    """Every collective of one step: forward and backward passes, the optimizer's step and the balancer's. Exact in
-    bytes if the experts get equally many rows from and on every rank; calls of the gradients are at the least."""
+    """Every collective of one step: forward and backward passes and the optimizer's step. Exact in bytes if the experts
+    get equally many rows from and on every rank; calls of the gradients are at the least."""
     m, passes = setup.model, setup.accumulation
     found = []
     if setup.ep_size > 1:
@@ -89,14 +90,15 @@ def collectives(setup: Setup) -> list[Collective]:
         payload = reductions * elements * setup.wire_bytes
         found.append(Collective(purpose, kind, ranks, stride, calls, payload, hidden=setup.overlap))
     world = setup.world_size
-    found.append(Collective("norm of the gradient", "all_reduce", world, 1, len(groups), 4 * len(groups)))
-    expert_groups = sum(group.expert for group in groups)
-    scalars = 4 * expert_groups
-    found.append(
-        Collective("norm of the experts' gradient", "all_reduce", replicas, replica_stride, expert_groups, scalars)
-    )
-    if setup.offload and setup.check_overflow:
-        found.append(Collective("overflow in any gradient", "all_reduce", world, 1, 1, 1))
+    if setup.offload:
+        expert_groups = sum(group.expert for group in groups)
+        for purpose, ranks, stride, calls in (
+            ("norm of the gradient", world, 1, len(groups)),
+            ("norm of the experts' gradient", replicas, replica_stride, expert_groups),
+        ):
+            found.append(Collective(purpose, "all_reduce", ranks, stride, calls, 4 * calls))
+        if setup.check_overflow:
+            found.append(Collective("overflow in any gradient", "all_reduce", world, 1, 1, 1))
     for purpose, expert, ranks, stride in (
         ("updated shared weights", False, world, 1),
         ("updated experts", True, replicas, replica_stride),
@@ -104,8 +106,8 @@ def collectives(setup: Setup) -> list[Collective]:
         sizes = [group.partition * group.ranks * setup.weight_bytes for group in groups if group.expert == expert]
         if ranks > 1:
             found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes)))
-    loads = 8 * m.num_hidden_layers * m.num_local_experts
-    found.append(Collective("expert loads of the balancer", "all_reduce", world, 1, 1, loads))
+    small = 8 * (SCALARS + m.num_hidden_layers * m.num_local_experts)
+    found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small))
     return found
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.model.router import Router
@@ -27,15 +26,28 @@ def max_violation(loads: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Balance:
-    """What one optimizer step saw. `counts` (L, E): slots per layer and expert over all ranks and micro-batches."""
+    """What one optimizer step saw, on the host."""
 
-    counts: Tensor
-    batch_max_vio: Tensor  # (L,), of the counts
-    running_max_vio: Tensor  # (L,), of the running loads
+    counts: Tensor  # (L, E) int64: slots per layer and expert over all ranks and micro-batches
+    running_loads: Tensor  # (L, E) fp32: running means of the shares, this step included
+
+    @property
+    def batch_max_vio(self) -> Tensor:
+        """(L,), of the counts."""
+        return max_violation(self.counts)
+
+    @property
+    def running_max_vio(self) -> Tensor:
+        """(L,), of the running loads."""
+        return max_violation(self.running_loads)
 
 
 class LoadBalancer:
-    """Moves the selection bias of every router after a step, identically on every rank."""
+    """Moves the selection bias of every router after a step, identically on every rank, and never waits for the device.
+
+    In a step: `take_counts`, sum them over all ranks, `next_loads` of the sums, and `apply` these unless the step is
+    skipped.
+    """
 
     def __init__(self, routers: list[Router], rate: float, rule: Literal["sign", "proportional"], decay: float):
         """
@@ -50,28 +62,25 @@ class LoadBalancer:
         self.rule = rule
         self.decay = decay
 
-    @torch.no_grad()
-    def step(self, applied: bool) -> Balance | None:
-        """Close an optimizer step. Collective: every rank calls it, with the same `applied`.
-
-        A skipped step moves nothing and forgets its counts; None comes back.
-        """
+    def take_counts(self) -> Tensor:
+        """(L, E) int64: slots that this rank has routed since the last call."""
         counts = torch.stack([router.step_counts for router in self.routers])
-        for router in self.routers:
-            router.step_counts.zero_()
-        if not applied:
-            return None
-        if dist.is_initialized():
-            dist.all_reduce(counts)  # one for all layers, over the whole data-parallel world
-        loads = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+        torch._foreach_zero_([router.step_counts for router in self.routers])
+        return counts
+
+    def next_loads(self, counts: Tensor) -> Tensor:
+        """(L, E) fp32: the running loads after a step with these counts (L, E) over all ranks."""
+        loads = counts.float() / counts.sum(-1, keepdim=True).clamp_min(1).float()
         running = torch.stack([router.running_load for router in self.routers])
-        running = self.decay * running + (1 - self.decay) * loads
+        return self.decay * running + (1 - self.decay) * loads
+
+    @torch.no_grad()
+    def apply(self, running: Tensor) -> None:
+        """Take (L, E) `running` for the running loads, and move the biases by them."""
         delta = self.rate * self._direction(running)
         delta -= delta.mean(-1, keepdim=True)
-        for router, new_load, change in zip(self.routers, running, delta, strict=True):
-            router.running_load.copy_(new_load)
-            router.selection_bias += change
-        return Balance(counts, max_violation(counts), max_violation(running))
+        torch._foreach_copy_([router.running_load for router in self.routers], list(running))
+        torch._foreach_add_([router.selection_bias for router in self.routers], list(delta))
 
     def _direction(self, running: Tensor) -> Tensor:
         shortage = 1 - running * running.shape[-1]  # (mean - load) / mean

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from megamoe.ds_config import ScheduleConfig
 from megamoe.model.names import is_undecayed
 from megamoe.training import cpu
 from megamoe.training.operators import load_operator
 from megamoe.training.schedule import learning_rate
-
-NORM_PIECE = 2**18  # elements
+from megamoe.training.zero_step import GivenNormOptimizer
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -52,6 +48,7 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
     ds = copy.deepcopy(ds)
     ds.pop("scheduler", None)
     ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
+    ds.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice per micro-batch
     # The group's learning rate is the peak; LambdaLR multiplies it by the schedule's share.
     ds["optimizer"].setdefault("params", {})["lr"] = schedule.warmup_max_lr
 
@@ -73,7 +70,8 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
     )
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        _read_gradients_once(engine.optimizer)
+        if not engine.optimizer.cpu_offload:
+            engine.optimizer.__class__ = GivenNormOptimizer
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
         if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
             _make_one_moment(engine.optimizer.optimizer)
@@ -88,31 +86,6 @@ def _make_one_moment(optimizer: DeepSpeedCPULion) -> None:
     for group in optimizer.param_groups:
         for master in group["params"]:
             optimizer.state[master] = {"step": 0, "exp_avg": torch.zeros_like(master)}
-
-
-def _read_gradients_once(optimizer: DeepSpeedZeroOptimizer) -> None:
-    """Let the norm be all that looks at the gradients between backward and update.
-
-    DeepSpeed reads them twice for infinities and copies each to fp64 for its norm, which together takes longer than
-    AdamW itself. But a norm shows what is not finite, and `step()` skips the update for such a norm as it does for an
-    overflow; and a norm in fp32 is what torch clips by.
-    """
-    if optimizer.cpu_offload or not optimizer.compute_grad_norm:
-        return
-    optimizer.check_overflow = lambda partition_gradients=True: None
-    optimizer.get_grad_norm_direct = partial(_gradient_norm, optimizer)
-
-
-def _gradient_norm(optimizer: DeepSpeedZeroOptimizer, gradients: Sequence[Tensor], _: Any) -> Tensor:
-    """Norm of a group's gradients over all ranks, of which each holds a part; -1, DeepSpeed's sign for a norm that is
-    not finite, where one of them is not. Collective."""
-    # On CPU torch adds up squares one after the other, and loses the small ones among millions.
-    pieces = [piece for one in gradients for piece in one.flatten().split(NORM_PIECE if one.is_cpu else one.numel())]
-    norms = [torch.linalg.vector_norm(one, dtype=torch.promote_types(one.dtype, torch.float32)) for one in pieces]
-    total = torch.stack(norms).square().sum().float() if norms else torch.zeros(())  # padding is zeros and adds none
-    total = total.to(optimizer.device)
-    dist.all_reduce(total, group=optimizer.dp_process_group)
-    return torch.where(total.isfinite(), total.sqrt(), -1.0)
 
 
 def deepspeed_own_problems(ds: dict[str, Any], where: str) -> list[str]:

@@ -22,7 +22,8 @@ from megamoe.training.evaluation import Evaluator
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.sinks import Sink
 from megamoe.training.skipped import SkippedSteps
-from megamoe.training.step import TrainStep
+from megamoe.training.step import StepResult, TrainStep
+from megamoe.training.step_sums import Flags
 
 
 class Trainer:
@@ -85,23 +86,17 @@ class Trainer:
         longest = 0.0  # seconds from one step's end to the next
         for step in range(first + 1, last + 1):
             started = time.perf_counter()
-            balance = self._train(step)
+            logs, saves = step % log_every == 0, _due(step, save_every)
             # What stopping now would take, and as much again.
             needed = 2 * (longest + self.writer.expected_seconds())
-            logs, saves = step % log_every == 0, _due(step, save_every)
-            # This waits for the device, so the clock has the whole step.
-            flags = (
-                self.stop.asked,
-                self.deadline.within(needed),
-                self.writer.writing,
-                (logs or saves) and self._folder_is_gone(),
-            )
-            asked, out_of_time, writing, is_gone = on_any_rank(*flags, device=self.train_step.device)
-            self.metrics.add_seconds(time.perf_counter() - started)
+            result = self._train(step, needed, looks_at_folder=logs or saves)
+            asked, out_of_time, writing, is_gone = result.flags
+            # The update may still run on the device; the next step waits for it.
+            self.metrics.add(result, time.perf_counter() - started)
 
             final = step == last or asked or out_of_time
             if logs or final:
-                self._log(step, last, balance)
+                self._log(step, last, result.balance)
             self._check(step, is_gone)
             if self.evaluator and (_due(step, eval_every) or step == last):
                 self._evaluate(self.evaluator, step)
@@ -153,23 +148,32 @@ class Trainer:
             print(f"error: after step {step}: {error}.", file=sys.stderr, flush=True)
         sys.exit(REFUSED)
 
-    def _count_skipped(self) -> None:
-        engine = self.train_step.engine
-        scaler = engine.optimizer.loss_scaler
+    def _count_skipped(self, applied: bool) -> None:
+        scaler = self.train_step.engine.optimizer.loss_scaler
         lowers_scale = scaler.dynamic and scaler.cur_scale > scaler.min_scale
-        self.skipped.count(was_applied=engine.was_step_applied() or lowers_scale)
+        self.skipped.count(was_applied=applied or lowers_scale)
 
-    def _train(self, step: int) -> Balance | None:
-        """One optimizer step on this rank's micro-batches."""
+    def _train(self, step: int, needed: float, looks_at_folder: bool) -> StepResult:
+        """One optimizer step on this rank's micro-batches.
+
+        Args:
+            needed: seconds that stopping after it takes.
+        """
         self.position.at("reading data", step)
         self._seed_step(step)
-        loss = self.train_step.forward_backward(self.batches.step(step))
-        self.metrics.add_loss(loss)
+        self.train_step.forward_backward(self.batches.step(step))
         self.position.at("optimizer step")
         self.writer.before_update()
-        balance = self.train_step.update()
-        self._count_skipped()
-        return balance
+        result = self.train_step.update(
+            Flags(
+                stop_asked=self.stop.asked,
+                out_of_time=self.deadline.within(needed),
+                writing=self.writer.writing,
+                folder_is_gone=looks_at_folder and self._folder_is_gone(),
+            )
+        )
+        self._count_skipped(result.applied)
+        return result
 
     def _seed_step(self, step: int) -> None:
         """Dropout and jitter follow from (seed, rank, step): a resumed run draws what it would have drawn."""
@@ -177,9 +181,8 @@ class Trainer:
         torch.manual_seed(int(state[0]))
 
     def _log(self, step: int, last: int, balance: Balance | None) -> None:
-        self.metrics.reduce()
         if self.sinks:
-            self.sinks.log_scalars("train", step, self.metrics.values(step, last, balance))
+            self.sinks.log_scalars("train", step, self.metrics.values(step, last))
             if balance:
                 self.sinks.log_expert_loads(step, balance.counts)
         self.metrics.restart(step)

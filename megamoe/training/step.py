@@ -4,11 +4,11 @@ benchmarks and the tests."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
@@ -17,10 +17,27 @@ from megamoe.model.decoder import Decoder
 from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer
 from megamoe.training.engine import build_engine
+from megamoe.training.step_sums import NO_FLAGS, Flags, StepSums
+from megamoe.training.zero_step import GivenNormOptimizer, norm_of
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step has come to, over all ranks."""
+
+    loss: float  # mean, in nats
+    grad_norm: float  # before clipping; infinite where a gradient is not finite
+    applied: bool  # False where DeepSpeed has skipped the update for a gradient that is not finite
+    flags: Flags  # whether any rank has set them
+    balance: Balance | None  # None if skipped, or without routers
 
 
 class TrainStep:
-    """An engine with its balancer, and the order in which a step calls them. Every rank makes the same calls."""
+    """An engine with its balancer, and the order in which a step calls them. Every rank makes the same calls.
+
+    A step is `forward_backward`, which gathers gradients, losses and the routers' counts, then `update`, which takes
+    them: one all-reduce for all that is small, and one read by the host.
+    """
 
     def __init__(self, engine: Any, balancer: LoadBalancer | None):
         """
@@ -32,33 +49,53 @@ class TrainStep:
         self.model = engine.module
         self.device: torch.device = engine.device
         self.balancer = balancer
+        self._losses = torch.zeros((), device=self.device)  # sum since the last update
 
-    def forward_backward(self, batches: Iterable[Batch], passed: Callable[[str], None] = lambda phase: None) -> Tensor:
-        """Run this rank's micro-batches of one step, as many as the engine accumulates; returns the mean of their
-        losses, on the device.
+    def forward_backward(self, batches: Iterable[Batch], passed: Callable[[str], None] = lambda phase: None) -> None:
+        """Run this rank's micro-batches of one step, as many as the engine accumulates.
 
         Args:
             passed: called after every "forward" and "backward".
         """
-        total = torch.zeros((), device=self.device)
         for batch in batches:
             on_device = batch.to(self.device)
             loss = self.engine(on_device.input_ids, on_device.labels)
             passed("forward")
             self.engine.backward(loss)
-            total += loss.detach()
+            self._losses += loss.detach()
             del loss
             passed("backward")
             if not self.engine.is_gradient_accumulation_boundary():
                 self.engine.step()  # DeepSpeed counts micro-batches by this call; nothing is applied yet
-        return total / self.engine.gradient_accumulation_steps()
 
-    def update(self) -> Balance | None:
-        """Apply the gradients and move the balancing bias. Returns what the balancer measured; None where DeepSpeed
-        has skipped the step for a gradient that is not finite."""
+    def update(self, flags: Flags = NO_FLAGS) -> StepResult:
+        """Apply the gradients, clipped, and move the balancing bias; or skip both where a gradient is not finite.
+
+        Args:
+            flags: of this rank.
+        """
+        optimizer = self.engine.optimizer
+        knows_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
+        counts = self.balancer.take_counts() if self.balancer else self._losses.new_zeros(0, 0)
+        sums = StepSums(optimizer.sum_of_squares() if knows_norm else 0.0, self._losses, flags, counts)
+        running = self.balancer.next_loads(sums.counts) if self.balancer else counts
+        told = sums.read(running)
+
+        if knows_norm:
+            optimizer.scaled_norm = norm_of(told.squares)
         self.engine.step()
         applied = self.engine.was_step_applied()
-        return self.balancer.step(applied) if self.balancer else None
+        if self.balancer and applied:
+            self.balancer.apply(running)
+
+        self._losses.zero_()
+        return StepResult(
+            loss=told.losses / self.engine.gradient_accumulation_steps() / dist.get_world_size(),
+            grad_norm=float(self.engine.get_global_grad_norm()),
+            applied=applied,
+            flags=told.flags,
+            balance=Balance(told.counts, told.running_loads) if self.balancer and applied else None,
+        )
 
 
 def build_train_step(

@@ -9,7 +9,7 @@ from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
 from megamoe.json_files import read_json
 from megamoe.model.router import Router
-from megamoe.training.balancing import LoadBalancer, max_violation
+from megamoe.training.balancing import Balance, LoadBalancer, max_violation
 from megamoe.training.step import build_train_step
 
 CONFIG = ModelConfig(**PRESET, router_bias_rate=0.01)
@@ -40,6 +40,14 @@ def routers_that_counted(*counts):
     return routers
 
 
+def step(balancer):
+    """An applied step of the only rank."""
+    counts = balancer.take_counts()
+    running = balancer.next_loads(counts)
+    balancer.apply(running)
+    return Balance(counts, running)
+
+
 # Shares [.75 .125 .125 0] and [0 .125 .25 .625]; the running mean starts at 1/4 and takes a tenth of them.
 COUNTS = [6, 1, 1, 0], [0, 1, 2, 5]
 RUNNING = [[0.3, 0.2375, 0.2375, 0.225], [0.225, 0.2375, 0.25, 0.2875]]
@@ -47,7 +55,7 @@ RUNNING = [[0.3, 0.2375, 0.2375, 0.225], [0.225, 0.2375, 0.25, 0.2875]]
 
 def test_a_step_takes_a_tenth_of_the_batch_into_the_running_mean():
     routers = routers_that_counted(*COUNTS)
-    balance = LoadBalancer(routers, 0.01, "sign", 0.9).step(True)
+    balance = step(LoadBalancer(routers, 0.01, "sign", 0.9))
     for router, running in zip(routers, RUNNING, strict=True):
         torch.testing.assert_close(router.running_load, torch.tensor(running))
         assert router.step_counts.tolist() == [0, 0, 0, 0]
@@ -65,7 +73,7 @@ def test_a_step_takes_a_tenth_of_the_batch_into_the_running_mean():
 )
 def test_the_bias_moves_toward_the_underloaded_with_the_mean_taken_out(rule, shares):
     (router,) = routers_that_counted(COUNTS[0])
-    LoadBalancer([router], 0.01, rule, 0.9).step(True)
+    step(LoadBalancer([router], 0.01, rule, 0.9))
     mean = sum(shares) / 4
     torch.testing.assert_close(router.selection_bias, torch.tensor([0.01 * (share - mean) for share in shares]))
     assert router.selection_bias.sum().item() == pytest.approx(0, abs=1e-8)
@@ -74,9 +82,9 @@ def test_the_bias_moves_toward_the_underloaded_with_the_mean_taken_out(rule, sha
 def test_the_bias_follows_the_running_load_and_not_the_batch():
     (router,) = routers_that_counted([6, 1, 1, 0])
     balancer = LoadBalancer([router], 0.01, "sign", 0.9)
-    balancer.step(True)
+    step(balancer)
     router.step_counts += torch.tensor([1, 2, 2, 3])  # for once expert 0 is given too little
-    balancer.step(True)
+    step(balancer)
     # running [.2825 .23875 .23875 .24]: expert 0 is still above 1/4, so both steps moved alike
     torch.testing.assert_close(router.running_load, torch.tensor([0.2825, 0.23875, 0.23875, 0.24]))
     torch.testing.assert_close(router.selection_bias, torch.tensor([-0.03, 0.01, 0.01, 0.01]))
@@ -84,17 +92,17 @@ def test_the_bias_follows_the_running_load_and_not_the_batch():
 
 def test_each_layer_has_its_own_statistics_and_bias():
     routers = routers_that_counted(*COUNTS)
-    LoadBalancer(routers, 0.01, "proportional", 0.9).step(True)
+    step(LoadBalancer(routers, 0.01, "proportional", 0.9))
     torch.testing.assert_close(routers[0].selection_bias, torch.tensor([-0.002, 0.0005, 0.0005, 0.001]))
     torch.testing.assert_close(
         routers[1].selection_bias, torch.tensor([0.001, 0.0005, 0.0, -0.0015]), rtol=0, atol=1e-8
     )
 
 
-def test_a_skipped_step_moves_nothing_and_forgets_its_counts():
+def test_counts_are_taken_once_and_move_nothing_until_they_are_applied():
     (router,) = routers_that_counted(COUNTS[0])
     balancer = LoadBalancer([router], 0.01, "sign", 0.9)
-    assert balancer.step(False) is None
+    balancer.next_loads(balancer.take_counts())
     assert router.selection_bias.tolist() == [0, 0, 0, 0]
     assert router.running_load.tolist() == [0.25] * 4
     assert router.step_counts.tolist() == [0, 0, 0, 0]
@@ -123,7 +131,7 @@ def test_a_badly_skewed_router_comes_into_balance(score, rule, rate, favoured):
         tokens[:, 0] = 1
         with torch.no_grad():
             router(tokens)
-        history.append(balancer.step(True))
+        history.append(step(balancer))
     assert history[0].batch_max_vio > 2.9  # an expert is given nearly every token; all of them would be 8 / 2 - 1 = 3
     assert all(balance.running_max_vio < 0.2 for balance in history[-50:])
 
@@ -143,10 +151,10 @@ def statistics(engine):
 def three_steps(ds, ep_size):
     train_step = build_train_step(CONFIG, ds, ep_size=ep_size)
     own, reported = [], []
-    for step in range(3):
-        train_step.forward_backward([Batch(tokens(step), tokens(step + 1))])
+    for number in range(3):
+        train_step.forward_backward([Batch(tokens(number), tokens(number + 1))])
         own.append(torch.stack([router.step_counts.clone() for router in train_step.model.routers()]))
-        reported.append(train_step.update().counts)
+        reported.append(train_step.update().balance.counts)
     return statistics(train_step.engine), own, reported
 
 
@@ -179,7 +187,7 @@ def evaluate_and_skip(ds):
     engine.train()
     counted_in_evaluation = sum(int(router.step_counts.sum()) for router in engine.module.routers())
     engine.backward(engine(tokens(0), tokens(1)) * (torch.inf if torch.distributed.get_rank() == 0 else 1.0))
-    balance = train_step.update()
+    balance = train_step.update().balance
     left = sum(int(router.step_counts.sum()) for router in engine.module.routers())
     return before, statistics(engine), counted_in_evaluation, balance, left, engine.skipped_steps, engine.get_lr()[0]
 

@@ -7,8 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from engines import BATCH, CONFIG, load_and_train, make, train_and_save
+from engines import load_and_train, make, train_and_save
 from ranks import run_new_ranks, run_ranks
 from toy import PRESET
 
@@ -59,61 +58,14 @@ def test_experts_larger_than_a_group_may_be_train_and_resume(tmp_path):
     assert split[1][2:] == split[2]
 
 
-def norms_of_ours_and_deepspeeds(stage, changes, factor):
-    """(norms of the groups, DeepSpeed's own of the same gradients, steps skipped and global norm after the step)."""
-    engine = make(2, stage, **changes)
-    optimizer = engine.optimizer
-    torch.manual_seed(torch.distributed.get_rank())
-    ids = torch.randint(CONFIG.vocab_size, (BATCH // 2, 16))
-    engine.backward(engine(ids, ids) * (factor if torch.distributed.get_rank() == 0 else 1.0))
-    seen = []
-    ours = optimizer.get_grad_norm_direct
-
-    def compared(gradients, params):
-        gradients = list(gradients)
-        theirs = DeepSpeedZeroOptimizer.get_grad_norm_direct(optimizer, gradients, params)
-        seen.append((ours(gradients, params).item(), theirs.item()))
-        return ours(gradients, params)
-
-    optimizer.get_grad_norm_direct = compared
-    engine.step()
-    return seen, engine.skipped_steps, float(engine.get_global_grad_norm())
+def throughput_timer(**changes):
+    return make(1, **changes).tput_timer.config.enabled
 
 
-@pytest.mark.parametrize(
-    ("stage", "changes"),
-    [
-        (1, {"bf16": {"enabled": True}}),
-        (2, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
-        (2, {}),
-    ],
-)
-def test_the_norm_of_gradients_is_deepspeeds_in_fp64(stage, changes):
-    first, second = run_ranks(2, norms_of_ours_and_deepspeeds, stage, changes, 1.0)
-    assert first == second
-    seen, skipped, norm = first
-    assert skipped == 0
-    assert norm > 0
-    assert len(seen) == 3  # shared with decay, shared without, experts
-    for ours, theirs in seen:
-        assert ours == pytest.approx(theirs, rel=1e-6)
+def test_the_timer_that_waits_for_the_device_is_off_unless_it_is_asked_for():
+    assert run_ranks(1, throughput_timer) == [False]
+    assert run_ranks(1, timed_throughput) == [True]
 
 
-def norm_of(value, size):
-    engine = make(1)
-    optimizer = engine.optimizer
-    return optimizer.get_grad_norm_direct([torch.full((size,), value)], []).item()
-
-
-def test_the_norm_of_many_small_values_loses_none():
-    (norm,) = run_ranks(1, norm_of, 0.001, 2**25)
-    assert norm == pytest.approx(0.001 * 2**12.5, rel=2e-4)
-
-
-@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
-@pytest.mark.parametrize("dtype", [{"bf16": {"enabled": True}}, {}])
-def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_update(factor, dtype):
-    for seen, skipped, _ in run_ranks(2, norms_of_ours_and_deepspeeds, 2, dtype, factor):
-        assert -1 in {ours for ours, _ in seen}
-        assert [ours for ours, _ in seen] == [theirs for _, theirs in seen]
-        assert skipped == 1
+def timed_throughput():
+    return throughput_timer(timers={"throughput": {"enabled": True, "synchronized": False}})

@@ -6,6 +6,7 @@ from torch import nn
 from megamoe.ds_config import ScheduleConfig
 from megamoe.training.engine import build_engine
 from megamoe.training.schedule import learning_rate
+from megamoe.training.step import TrainStep
 
 # Step and learning rate as the original training run printed them.
 LOGGED = {
@@ -62,12 +63,13 @@ def engine_rates():
     }
     schedule = ScheduleConfig(warmup_type="linear", warmup_max_lr=1.5e-3, warmup_num_steps=1000, total_num_steps=10_000)
     engine = build_engine(OneWeight(), ds, schedule)
+    train_step = TrainStep(engine, None)
     printed, moved = {}, []
     for step in range(1, max(LOGGED) + 1):
         if step <= 250 or any(logged - 3 < step <= logged for logged in LOGGED):
             before = engine.module.weight.item()
             engine.backward(engine(torch.ones(1)))
-            engine.step()
+            train_step.update()
             moved.append(before - engine.module.weight.item())
         else:
             engine.lr_scheduler.step()  # what a real step does last

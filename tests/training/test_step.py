@@ -1,0 +1,141 @@
+"""The protocol of a step: what it tells, how often the host reads the device, how often ranks meet."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import PRESET, ds_config, train_here, write_inputs
+
+import megamoe
+from megamoe.config import ModelConfig
+from megamoe.data.batches import Batch
+from megamoe.host_values import host_values
+from megamoe.training import step_sums
+from megamoe.training.loop import Trainer
+from megamoe.training.step import build_train_step
+from megamoe.training.step_sums import Flags
+
+FOLDER = str(Path(megamoe.__file__).parent)
+# Operations whose result, or its shape, the host has to know: on a GPU it waits for them.
+READS = ["_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "bincount"]
+METHODS = ("tolist", "numpy", "cpu")  # of torch.Tensor; those of a CPU tensor call no operation
+
+
+def caller():
+    """The innermost function of megamoe that has led here, as "package/module.py:function"."""
+    frame = sys._getframe(1)
+    while frame and not frame.f_code.co_filename.startswith(FOLDER):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).relative_to(FOLDER)}:{frame.f_code.co_name}" if frame else "?"
+
+
+class Watcher(TorchDispatchMode):
+    """Counts reads of tensors by the host, all-reduces and calls of `host_values`, by who asks for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.all_reduces, self.host_values = Counter(), Counter(), Counter()
+        self._patches = [patch.object(step_sums, "host_values", self._host_values)]
+        for name in METHODS:
+            self._patches.append(patch.object(torch.Tensor, name, self._counted(getattr(torch.Tensor, name))))
+
+    def __enter__(self):
+        for one in self._patches:
+            one.start()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        for one in self._patches:
+            one.stop()
+        return super().__exit__(*args)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if name in READS:
+            self.reads[caller()] += 1
+        if name == "allreduce_":
+            self.all_reduces[caller()] += 1
+        return func(*args, **(kwargs or {}))
+
+    def _counted(self, method):
+        def call(tensor, *args, **kwargs):
+            self.reads[caller()] += 1
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    def _host_values(self, values):
+        self.host_values[caller()] += 1
+        return host_values(values)
+
+
+def watched(run):
+    watcher = Watcher()
+    plain = Trainer.run
+
+    def run_watched(trainer, *args, **kwargs):
+        with watcher:
+            return plain(trainer, *args, **kwargs)
+
+    with patch.object(Trainer, "run", run_watched):
+        train_here(run)
+    return watcher.reads, watcher.all_reduces, watcher.host_values
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", [{}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}])
+def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_path, stage, dtype):
+    ds = ds_config(2, accumulation=2, gradient_clipping=0.01, **dtype)
+    ds["zero_optimization"].update(stage=stage, reduce_bucket_size=5000)
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "ep_size": 2, "steps": 5}
+    results = run_ranks(2, watched, {**run, "log_interval": 2, "save_interval": 2})
+    for reads, all_reduces, waits in results:
+        assert waits == {"training/step_sums.py:read": 5}
+        # Elsewhere: the layer, which on CPU lays out its rows on the host; a save; what looks at numbers of the host.
+        others = ("model/moe.py", "model/dispatch.py", "checkpoint/", "training/metrics.py", "training/sinks.py")
+        assert {who: count for who, count in reads.items() if not who.startswith(others)} == {
+            "training/step_sums.py:read": 5,
+            "training/distributed.py:on_any_rank": 1,  # before the first step
+            "training/evaluation.py:run": 1,  # after the last
+        }
+        assert all_reduces.pop("training/step.py:forward_backward") >= 5 * 2  # gradients
+        assert all_reduces == {
+            "training/step_sums.py:__init__": 5,
+            "training/distributed.py:on_any_rank": 1,
+            "training/evaluation.py:run": 1,
+        }
+
+
+def one_step(own_flags):
+    rank = torch.distributed.get_rank()
+    train_step = build_train_step(ModelConfig(**PRESET), ds_config(2, accumulation=2), ep_size=2)
+    generator = torch.Generator().manual_seed(rank)
+    batches = [Batch(*torch.randint(PRESET["vocab_size"], (2, 2, 16), generator=generator)) for _ in range(2)]
+    with torch.no_grad():
+        train_step.model.eval()
+        losses = [train_step.model(batch.input_ids, batch.labels).item() for batch in batches]
+        train_step.model.train()
+    results = []
+    for _ in range(2):  # the second knows nothing of the first
+        train_step.forward_backward(batches)
+        results.append(train_step.update(own_flags[rank]))
+        own_flags = [Flags(), Flags()]
+    return losses, results
+
+
+def test_a_step_tells_the_mean_loss_of_all_ranks_and_the_flags_of_any():
+    flags = [Flags(writing=True), Flags(stop_asked=True, writing=True)]
+    everywhere = run_ranks(2, one_step, flags)
+    losses = [loss for own, _ in everywhere for loss in own]
+    for _, (first, second) in everywhere:
+        assert first.loss == pytest.approx(sum(losses) / 4, abs=1e-6)
+        assert second.loss == pytest.approx(first.loss, abs=1e-3)  # the first learning rate is 0; the bias moves
+        assert first.flags == Flags(stop_asked=True, writing=True)
+        assert second.flags == Flags()
+        assert first.balance.counts.tolist() != [[0] * PRESET["num_local_experts"]] * PRESET["num_hidden_layers"]
+    assert everywhere[0][1][0].balance.running_loads.equal(everywhere[1][1][0].balance.running_loads)

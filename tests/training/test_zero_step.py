@@ -1,0 +1,163 @@
+"""The step of the ZeRO optimizer, compared with DeepSpeed's own."""
+
+import itertools
+from unittest.mock import patch
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from engines import BATCH, CONFIG
+from engines import make as make_engine
+from ranks import run_ranks
+
+from megamoe.data.batches import Batch
+from megamoe.training.step import TrainStep, balancer_of
+from megamoe.training.zero_step import GivenNormOptimizer, norm_of
+
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "loss_scale": 128}}
+GROWING = {"enabled": True, "loss_scale": 0, "initial_scale_power": 7, "loss_scale_window": 2}
+SUMS_APART = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def batches(step, accumulation=1):
+    generator = torch.Generator().manual_seed(100 * step + torch.distributed.get_rank())
+    shape = accumulation, BATCH // torch.distributed.get_world_size(), 17
+    ids = torch.randint(4, shape, generator=generator).cumsum(-1) % CONFIG.vocab_size
+    return [Batch(one[:, :-1], one[:, 1:]) for one in ids]
+
+
+def make(*args, **changes):
+    # DeepSpeed does not ask torch, which has every operation in fp16, but for the speed of the processor.
+    with patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
+        return make_engine(*args, **changes)
+
+
+def train_step_of(engine):
+    return TrainStep(engine, balancer_of(engine.module))
+
+
+def norms(ep_size, stage, changes):
+    """(as the sums of squares of all ranks have it, as DeepSpeed has it in fp64) of the same gradients."""
+    engine = make(ep_size, stage, **changes)
+    assert type(engine.optimizer) is GivenNormOptimizer
+    train_step_of(engine).forward_backward(batches(0))
+    squares = engine.optimizer.sum_of_squares()
+    torch.distributed.all_reduce(squares)
+    theirs = DeepSpeedZeroOptimizer.scaled_global_norm(engine.optimizer)
+    return norm_of(squares.item()), float(theirs)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4])
+@pytest.mark.parametrize(("stage", "changes"), [(1, BF16), (2, {**BF16, **SUMS_APART}), (2, {}), (2, FP16)])
+def test_the_norm_of_all_ranks_is_deepspeeds_for_any_ep_size(stage, changes, ep_size):
+    results = run_ranks(4, norms, ep_size, stage, changes)
+    ours, theirs = results[0]
+    assert ours > 0
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert set(results) == {results[0]}
+
+
+def two_steps(changes, stage, accumulation, own):
+    """Losses and norms, by DeepSpeed's `own` step or by ours; then the gradients that its optimizer was given.
+
+    The first step has a learning rate of 0, so the second has the same weights.
+    """
+    engine = make(2, stage, gradient_accumulation_steps=accumulation, **changes)
+    if own:
+        engine.optimizer.__class__ = DeepSpeedZeroOptimizer
+    inner, given = engine.optimizer.optimizer, []
+    plain = inner.step
+
+    def step():
+        given.extend(group["params"][0].grad.clone() for group in inner.param_groups)
+        plain()
+
+    inner.step = step
+    train_step, values = train_step_of(engine), []
+    for number in range(2):
+        train_step.forward_backward(batches(number, accumulation))
+        result = train_step.update()
+        assert result.applied
+        values.append((result.loss, result.grad_norm))
+    return torch.tensor(values), given
+
+
+CASES = {
+    "ZeRO-1": (1, {}),
+    "ZeRO-2": (2, {}),
+    "no clipping": (2, {"gradient_clipping": 0}),
+    "clipping": (2, {"gradient_clipping": 0.01}),
+    "bf16": (1, {**BF16, "gradient_clipping": 0.01}),
+    "bf16, sums in fp32": (2, {**BF16, **SUMS_APART, "gradient_clipping": 0.01}),
+    "fp16": (2, FP16),
+    "fp16, clipping": (2, {**FP16, "gradient_clipping": 0.01}),
+    "fp16, a scale that grows": (
+        2,
+        {"fp16": GROWING},
+    ),
+    "fp16, ZeRO-1, sums in fp32": (1, {**FP16, **SUMS_APART, "gradient_clipping": 0.01}),
+    "ZeRO-1 without buffers": (1, {"zero_optimization": {"contiguous_gradients": False}}),
+    "fp16, no clipping, sums in fp32": (2, {**FP16, **SUMS_APART, "gradient_clipping": 0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_norm_and_clipped_gradients_are_those_of_deepspeeds_own_step(case):
+    stage, changes = CASES[case]
+    (ours, here), (theirs, there) = (run_ranks(2, two_steps, changes, stage, 2, own)[1] for own in (False, True))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert len(here) == len(there) == 2 * 3  # shared with decay, shared without, experts
+    for one, other in zip(here, there, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+def factor_of_one_rank(stage, changes, factor):
+    engine = make(2, stage, **changes)
+    before = [part.detach().clone() for part in engine.optimizer.single_partition_of_fp32_groups]
+    train_step = train_step_of(engine)
+    (batch,) = batches(0)
+    factor = factor if torch.distributed.get_rank() == 0 else 1.0
+    engine.backward(engine(batch.input_ids, batch.labels) * factor)
+    result = train_step.update()
+    after = engine.optimizer.single_partition_of_fp32_groups
+    kept = all(itertools.starmap(torch.equal, zip(before, after, strict=True)))
+    return result.applied, result.grad_norm, kept, engine.skipped_steps
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+@pytest.mark.parametrize(("stage", "changes"), [(1, BF16), (2, {**BF16, **SUMS_APART}), (2, {}), (2, FP16)])
+def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_the_update(stage, changes, factor):
+    expected = (False, torch.inf, True, 1)
+    assert run_ranks(2, factor_of_one_rank, stage, changes, factor) == [expected, expected]
+
+
+def norm_of_equal_values(value, size):
+    engine = make(1)
+    engine.optimizer.averaged_gradients = {0: [torch.full((size,), value)]}
+    return norm_of(engine.optimizer.sum_of_squares().item())
+
+
+def test_the_norm_of_many_small_values_loses_none():
+    (norm,) = run_ranks(1, norm_of_equal_values, 0.001, 2**25)
+    assert norm == pytest.approx(0.001 * 2**12.5, rel=2e-4)
+
+
+def losses_and_norms(zero):
+    engine = make(2, gradient_clipping=0.01, zero_optimization=zero)
+    train_step = train_step_of(engine)
+    results = []
+    for step in range(3):
+        train_step.forward_backward(batches(step))
+        results.append(train_step.update())
+    return type(engine.optimizer), [(result.loss, result.grad_norm) for result in results]
+
+
+def test_an_offloaded_optimizer_computes_its_own_norm():
+    zero = {"stage": 2, "contiguous_gradients": True, "reduce_scatter": True}
+    offload = {**zero, "offload_optimizer": {"device": "cpu"}}
+    (ours, here), (theirs, there) = (run_ranks(2, losses_and_norms, one)[0] for one in (zero, offload))
+    assert (ours, theirs) == (GivenNormOptimizer, DeepSpeedZeroOptimizer)
+    torch.testing.assert_close(torch.tensor(here), torch.tensor(there), rtol=1e-5, atol=1e-6)
