@@ -123,7 +123,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"{options.link_efficiency:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "
         f"({LATENCY_BETWEEN * 1e6:.0f} us between nodes) for each call.",
         f"The experts' products are {DESCRIPTIONS[plan.setup.kernel]}"
-        + ("; what that takes is not in the time." if plan.setup.kernel == "loop" else "."),
+        + ("; these waits are not in the predicted time." if plan.setup.kernel == "loop" else "."),
         "Every expert gets equally many rows. Reducing gradients hides behind the backward pass where overlap_comm is "
         "set; everything else waits.",
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
