@@ -74,11 +74,14 @@ class DroplessDispatch(nn.Module):
         rows = gather_rows(x, token, layout.place)
         send, receive = splits()  # the one wait of a layer
 
-        received = all_to_all(rows, send, receive, self.ep_group)
-        here = lay_out_received(receive_counts, len(received), row_multiple(x.device))
-        results = self.experts(gather_rows(received, here.row, here.place), here.ends)
-        returned = all_to_all(pick_rows(results, here.place), receive, send, self.ep_group)
-        return combine_rows(returned, weights, token, layout.place)
+        # One name for the rows on their way, so that none outlive their use.
+        rows = all_to_all(rows, send, receive, self.ep_group)
+        here = lay_out_received(receive_counts, len(rows), row_multiple(x.device))
+        rows = gather_rows(rows, here.row, here.place)
+        rows = self.experts(rows, here.ends)
+        rows = pick_rows(rows, here.place)
+        rows = all_to_all(rows, receive, send, self.ep_group)
+        return combine_rows(rows, weights, token, layout.place)
 
 
 class MoE(deepspeed.moe.layer.MoE):

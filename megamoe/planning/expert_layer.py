@@ -51,8 +51,8 @@ def expert_bytes(setup: Setup) -> ExpertBytes:
     returned = rows if exchanged else result
     # In int64, kept: the token at each place, the place of each row; and with an exchange, the place where it is run.
     indices = 8 * (3 * setup.rows if exchanged else places + setup.rows)
-    # What has a name until the layer returns: rows at each place; with an exchange, rows sent and received, results.
-    named = 8 * places + (8 * setup.rows + 2 * rows + result if exchanged else 0)
+    # What has a name until the layer returns: the rows at each place.
+    named = 8 * places + (8 * setup.rows if exchanged else 0)
     moving = max(
         # The results of each token, weighted, and their sum.
         2 * rows + s * setup.tokens * m.hidden_size,

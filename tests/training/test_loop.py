@@ -78,14 +78,14 @@ def test_an_id_beyond_the_vocabulary_ends_the_run_with_its_sentence_when_its_bat
 def stop_after_two_steps(run):
     """Train until a request to stop comes in step 2; returns the log, and what threads of its data stay."""
     stop = StopRequest()
-    real = TrainStep.update
+    real = TrainStep.forward_backward
 
-    def update(train_step):
+    def forward_backward(train_step, batches):
         stop.asked = train_step.engine.global_steps == 1
-        return real(train_step)
+        real(train_step, batches)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainStep, "update", update)
+        patch.setattr(TrainStep, "forward_backward", forward_backward)
         job = Job(RunConfig(**run), 1, torch.device("cpu"))
         assert not pretrain(job, None, Position(), stop)
     threads = [one.name for one in threading.enumerate() if one.name.startswith(THREAD)]
