@@ -71,7 +71,7 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
     )
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         if not engine.optimizer.cpu_offload:
-            engine.optimizer.__class__ = GivenNormOptimizer
+            engine.optimizer.__class__ = GivenNormOptimizer  # the engine takes no class for it
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
         if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
             _make_one_moment(engine.optimizer.optimizer)
