@@ -1,4 +1,4 @@
-"""How the host reads what the device has computed: every wait for the device in a training step is a call of this."""
+"""How the host reads what the device has computed: every read in a training step is a call of this."""
 
 from __future__ import annotations
 

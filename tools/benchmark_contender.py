@@ -21,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megamoe.checkpoint.export import DTYPES
 from megamoe.config import ModelConfig, load_preset
 from megamoe.data.batches import Batch
-from megamoe.ds_config import dtype_of, read_schedule
+from megamoe.ds_config import DTYPES, dtype_of, read_schedule
 from megamoe.hardware import measured_bandwidth, memory_gib, peak_flops
 from megamoe.json_files import read_json
 from megamoe.model.costs import train_flops_per_token

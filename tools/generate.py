@@ -12,11 +12,10 @@ import torch
 
 from megamoe import cli
 from megamoe.checkpoint import folders
-from megamoe.checkpoint.export import DTYPES
 from megamoe.checkpoint.reader import find_checkpoint, load_weights, model_problems, open_source
 from megamoe.config import ModelConfig, validate
 from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file
-from megamoe.ds_config import dtype_of
+from megamoe.ds_config import DTYPES, dtype_of
 from megamoe.errors import Problems, UserError, shown
 from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder

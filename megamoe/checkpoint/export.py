@@ -28,10 +28,10 @@ from megamoe import disk
 from megamoe.checkpoint.reader import Source
 from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
+from megamoe.ds_config import DTYPES as DTYPES  # where zero_to_fp32.py in saved checkpoints looks for it
 from megamoe.errors import UserError
 from megamoe.optimizers import MASTERS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HUGGINGFACE_FILES = (
     "huggingface/configuration_megamoe.py",
     "huggingface/modeling_megamoe.py",

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 # On CPU, oneDNN builds a kernel for every new matrix shape, and routing makes new shapes every step. Blocks rounded up
 # to a multiple of this many rows recur. The fill is never more than this per expert.
-CPU_ROW_MULTIPLE = 64
+CPU_ROW_MULTIPLE = 32
 
 
 def row_multiple(device: torch.device) -> int:

@@ -6,6 +6,7 @@ Shape legend: P rows, grouped by expert, E experts of this rank, I input and O o
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megamoe.ds_config import ROW_ALIGNMENT
 from megamoe.host_values import host_values
 
 Kernel = Literal["grouped_mm", "triton", "loop"]
@@ -29,13 +31,13 @@ def choose_kernel(capability: tuple[int, int] | None, dtype: torch.dtype, has_tr
     Args:
         capability: of a CUDA device; None elsewhere.
 
-    On GPUs `torch.nn.functional.grouped_mm` is one kernel for bf16 from sm_90 on; else it is a loop that reads the
-    device (aten/src/ATen/native/GroupedMMUtils.h). DeepSpeed's Triton kernel serves 16 bits from sm_80 on; in fp32 it
-    would round its operands to TF32. The loop is exact in any dtype, and reads the device once per product.
+    On GPUs `torch.nn.functional.grouped_mm` is one kernel for bf16 on sm_9x and sm_10x; else it is a loop that reads
+    the device (aten/src/ATen/native/GroupedMMUtils.h). DeepSpeed's Triton kernel serves 16 bits from sm_80 on; in fp32
+    it would round its operands to TF32. The loop is exact in any dtype, and reads the device once per product.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "loop"
-    if capability is None or (capability >= (9, 0) and dtype == torch.bfloat16):
+    if capability is None or (capability[0] in (9, 10) and dtype == torch.bfloat16):
         return "grouped_mm"
     if has_triton and capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16):
         return "triton"
@@ -44,8 +46,10 @@ def choose_kernel(capability: tuple[int, int] | None, dtype: torch.dtype, has_tr
 
 @lru_cache
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """`choose_kernel` for a device of this machine."""
+    """`choose_kernel` for a device of this host."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if torch.version.hip:
+        capability = (8, 0)  # torch loops on AMD's GPUs, whatever number they give; Triton runs there
     has_triton = False
     if capability:
         from deepspeed.ops.triton_ops import is_triton_available
@@ -57,11 +61,16 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows (P, I) times each row's expert's weight, (P, O). An expert without rows gets a gradient of zeros.
 
+    A loop where rows are not multiples of ROW_ALIGNMENT bytes, which a run refuses but an older model may have.
+
     Args:
         weight: (E, O, I), as one expert's `nn.Linear` has it.
         ends: (E,) int32, where each expert's rows end; the last is P.
     """
-    kernel = kernel_for(rows.device, rows.dtype) if len(rows) else "loop"
+    kernel = kernel_for(rows.device, rows.dtype)
+    width = math.gcd(*weight.shape[1:]) * rows.dtype.itemsize
+    if not len(rows) or width % ROW_ALIGNMENT:
+        kernel = "loop"
     if kernel == "grouped_mm":
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     if kernel == "triton":

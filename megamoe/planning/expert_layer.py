@@ -97,7 +97,7 @@ def experts_backward(setup: Setup, experts: ExpertBytes, ledger: Ledger, reducti
     if experts.mask:
         ledger.transient(TEMPORARIES, experts.result)
         ledger.free(ACTIVATIONS, experts.mask)
-    is_relu = experts.hidden == experts.inside  # which keeps what the product keeps
+    is_relu = setup.model.hidden_act == "relu" and not setup.model.gated_mlp  # keeps its output, as the product does
     _product_backward(setup, ledger, reduction, down, experts.inside, experts.result, 0 if is_relu else experts.inside)
     _activation_backward(setup.model, experts, ledger, experts.inside if is_relu else experts.hidden - experts.inside)
     gradient = 2 * experts.inside if setup.model.gated_mlp else experts.inside
