@@ -155,7 +155,6 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
             save_every=config.save_interval,
         )  # fmt: skip
     finally:
-        trainer.close()
         if sinks:
             sinks.close()
 

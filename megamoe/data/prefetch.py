@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 
 import torch
 
@@ -15,7 +16,8 @@ THREAD = "batches"
 class Prefetcher:
     """The batches of step after step, made one step ahead. At most those of two steps are in memory.
 
-    The thread starts with the first step and ends with `close`.
+    A context manager: the thread starts with the first step and ends with the context. A normal end waits for what the
+    thread still makes. An error does not, so that it is reported at once: what the thread reads may never come.
     """
 
     def __init__(self, make: Callable[[int], Iterable[Batch]], device: torch.device):
@@ -27,17 +29,31 @@ class Prefetcher:
         self._make = make
         self._pins = device.type != "cpu"
         self._thread = ThreadPoolExecutor(1, THREAD)
-        self._coming: dict[int, Future[list[Batch]]] = {}
+        self._next: tuple[int, Future[list[Batch]]] | None = None  # the step and its batches
 
     def step(self, step: int) -> list[Batch]:
-        """The batches of `step`, while the thread goes on to those of the next. Raises what making them has raised."""
-        batches = self._coming.pop(step, None) or self._thread.submit(self._batches, step)
-        self._coming = {step + 1: self._thread.submit(self._batches, step + 1)}
+        """The batches of `step`, while the thread goes on to those of the next. Waits for them where they are not made
+        yet; raises what making them has raised."""
+        batches = self._future_of(step)
+        self._next = step + 1, self._thread.submit(self._batches, step + 1)
         return batches.result()
+
+    def _future_of(self, step: int) -> Future[list[Batch]]:
+        """The batches of `step`, which the thread makes already, or from now on in place of others."""
+        if self._next:
+            number, batches = self._next
+            if number == step:
+                return batches
+            batches.cancel()
+        return self._thread.submit(self._batches, step)
 
     def _batches(self, step: int) -> list[Batch]:
         return [batch.pin_memory() if self._pins else batch for batch in self._make(step)]
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=error is None, cancel_futures=True)

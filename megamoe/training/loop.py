@@ -73,7 +73,8 @@ class Trainer:
         position.follow(train_step.model.layers)
 
     def run(self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int) -> bool:
-        """Train steps first + 1 to last; returns whether the last one was reached, not a request to stop.
+        """Train steps first + 1 to last; returns whether the last one was reached, not a request to stop. To be
+        called once: the thread that reads data ends with it.
 
         Intervals are in steps; 0 means only after the last step. Exits with code 1 if the last step cannot be saved,
         and with 2 where training cannot go on: see `SkippedSteps`, and a run folder that is gone.
@@ -84,36 +85,33 @@ class Trainer:
         self.train_step.model.train()
         self.metrics.restart(first)
         longest = 0.0  # seconds from one step's end to the next
-        for step in range(first + 1, last + 1):
-            started = time.perf_counter()
-            logs, saves = step % log_every == 0, _due(step, save_every)
-            # What stopping now would take, and as much again.
-            needed = 2 * (longest + self.writer.expected_seconds())
-            result = self._train(step, needed, looks_at_folder=logs or saves)
-            asked, out_of_time, writing, is_gone = result.flags
-            # The update may still run on the device; the next step waits for it.
-            self.metrics.add(result, time.perf_counter() - started)
+        with self.batches:
+            for step in range(first + 1, last + 1):
+                started = time.perf_counter()
+                logs, saves = step % log_every == 0, _due(step, save_every)
+                # What stopping now would take, and as much again.
+                needed = 2 * (longest + self.writer.expected_seconds())
+                result = self._train(step, needed, looks_at_folder=logs or saves)
+                asked, out_of_time, writing, is_gone = result.flags
+                # The update may still run on the device; the next step waits for it.
+                self.metrics.add(result, time.perf_counter() - started)
 
-            final = step == last or asked or out_of_time
-            if logs or final:
-                self._log(step, last, result.balance)
-            self._check(step, is_gone)
-            if self.evaluator and (_due(step, eval_every) or step == last):
-                self._evaluate(self.evaluator, step)
-            if self.writer.pending and not writing:
-                self._complete()
-            if saves or final:
-                self._save(step, final)
-            if final and step < last:
-                why = "by a signal" if asked else "before the time limit"
-                self._say(step, f"stopped {why} after step {step}; continue with --resume")
-                return False
-            longest = max(longest, time.perf_counter() - started)
+                final = step == last or asked or out_of_time
+                if logs or final:
+                    self._log(step, last, result.balance)
+                self._check(step, is_gone)
+                if self.evaluator and (_due(step, eval_every) or step == last):
+                    self._evaluate(self.evaluator, step)
+                if self.writer.pending and not writing:
+                    self._complete()
+                if saves or final:
+                    self._save(step, final)
+                if final and step < last:
+                    why = "by a signal" if asked else "before the time limit"
+                    self._say(step, f"stopped {why} after step {step}; continue with --resume")
+                    return False
+                longest = max(longest, time.perf_counter() - started)
         return True
-
-    def close(self) -> None:
-        """End the thread that reads data."""
-        self.batches.close()
 
     def _save(self, step: int, final: bool) -> None:
         """Begin to save, and if it is the `final` one, end it or exit."""

@@ -17,7 +17,7 @@ from megamoe.model.decoder import Decoder
 from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer
 from megamoe.training.engine import build_engine
-from megamoe.training.step_sums import NO_FLAGS, Flags, StepSums
+from megamoe.training.step_sums import NO_FLAGS, Flags, sum_over_ranks
 from megamoe.training.zero_step import GivenNormOptimizer, norm_of
 
 
@@ -70,19 +70,20 @@ class TrainStep:
 
     def update(self, flags: Flags = NO_FLAGS) -> StepResult:
         """Apply the gradients, clipped, and move the balancing bias; or skip both where a gradient is not finite.
+        Collective, after `forward_backward` of this step.
 
         Args:
             flags: of this rank.
         """
         optimizer = self.engine.optimizer
-        knows_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
+        takes_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
         counts = self.balancer.take_counts() if self.balancer else self._losses.new_zeros(0, 0)
-        sums = StepSums(optimizer.sum_of_squares() if knows_norm else 0.0, self._losses, flags, counts)
+        sums = sum_over_ranks(optimizer.sum_of_squares() if takes_norm else 0.0, self._losses, flags, counts)
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
-        told = sums.read(running)
+        on_host = sums.read(running)
 
-        if knows_norm:
-            optimizer.scaled_norm = norm_of(told.squares)
+        if takes_norm:
+            optimizer.give_norm(norm_of(on_host.squares))
         self.engine.step()
         applied = self.engine.was_step_applied()
         if self.balancer and applied:
@@ -90,11 +91,11 @@ class TrainStep:
 
         self._losses.zero_()
         return StepResult(
-            loss=told.losses / self.engine.gradient_accumulation_steps() / dist.get_world_size(),
+            loss=on_host.losses / self.engine.gradient_accumulation_steps() / dist.get_world_size(),
             grad_norm=float(self.engine.get_global_grad_norm()),
             applied=applied,
-            flags=told.flags,
-            balance=Balance(told.counts, told.running_loads) if self.balancer and applied else None,
+            flags=on_host.flags,
+            balance=Balance(on_host.counts, on_host.running_loads) if self.balancer and applied else None,
         )
 
 

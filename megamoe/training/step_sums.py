@@ -32,41 +32,42 @@ SCALARS = 2 + len(Flags._fields)  # numbers before the counts
 class HostSums:
     """The sums over all ranks, on the host."""
 
-    squares: float
-    losses: float
-    flags: Flags
+    squares: float  # of the gradients times the loss scale; NaN or infinite where one is not finite
+    losses: float  # of all micro-batches, in nats
+    flags: Flags  # whether any rank has set them
     counts: Tensor  # (L, E) int64
     running_loads: Tensor  # (L, E) fp32, as given to `read`
 
 
+@dataclass(frozen=True)
 class StepSums:
     """The sums over all ranks, on the device."""
 
-    def __init__(self, squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor):
-        """Collective.
-
-        Args:
-            squares: sum of the squares of the gradients that this rank owns.
-            losses: (), sum over this rank's micro-batches.
-            counts: (L, E) int64, of this rank's routers.
-        """
-        scalars = torch.zeros(SCALARS, dtype=torch.float64, device=losses.device)
-        scalars[0], scalars[1] = squares, losses
-        for index, is_set in enumerate(flags, start=2):
-            if is_set:
-                scalars[index] = 1  # a number in a kernel; a tensor from the host would wait for the device
-        self._sums = torch.cat((scalars, counts.flatten()))  # fp64 is exact for counts
-        self._shape = counts.shape
-        dist.all_reduce(self._sums)
-
-    @property
-    def counts(self) -> Tensor:
-        """(L, E) fp64, of all routers."""
-        return self._sums[SCALARS:].view(self._shape)
+    scalars: Tensor  # (SCALARS,) fp64: squares, losses, flags
+    counts: Tensor  # (L, E) fp64, of all routers
 
     def read(self, running_loads: Tensor) -> HostSums:
         """Everything on the host, and (L, E) `running_loads` with it: the one wait of a step for the device."""
-        values = host_values(torch.cat((self._sums, running_loads.flatten())))()
+        values = host_values(torch.cat((self.scalars, self.counts.flatten(), running_loads.flatten())))()
         squares, losses, *flags = values[:SCALARS]
-        counts, running = torch.tensor(values[SCALARS:], dtype=torch.float64).view(2, *self._shape)
+        counts, running = torch.tensor(values[SCALARS:], dtype=torch.float64).view(2, *self.counts.shape)
         return HostSums(squares, losses, Flags(*(flag > 0 for flag in flags)), counts.long(), running.float())
+
+
+def sum_over_ranks(squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor) -> StepSums:
+    """Sum what each rank gives, by one all-reduce. Collective; does not wait for the device.
+
+    Args:
+        squares: (), sum of the squares of the gradients that this rank owns, times the loss scale.
+        losses: (), in nats, sum over this rank's micro-batches.
+        flags: of this rank.
+        counts: (L, E) int64, slots that this rank's routers have given each expert.
+    """
+    scalars = torch.zeros(SCALARS, dtype=torch.float64, device=losses.device)
+    scalars[0], scalars[1] = squares, losses
+    for index, is_set in enumerate(flags, start=2):
+        if is_set:
+            scalars[index] = 1  # a number in a kernel; a tensor from the host would wait for the device
+    sums = torch.cat((scalars, counts.flatten()))  # fp64 is exact for counts
+    dist.all_reduce(sums)
+    return StepSums(sums[:SCALARS], sums[SCALARS:].view(counts.shape))

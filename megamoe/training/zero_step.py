@@ -8,6 +8,8 @@ the second copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +19,26 @@ from torch import Tensor
 NORM_PIECE = 2**18  # elements
 
 
-class GivenNormOptimizer(DeepSpeedZeroOptimizer):
-    """DeepSpeed's ZeRO optimizer for states on the device, which is given the norm and does not read the device."""
+@dataclass(frozen=True)
+class ScaledNorm:
+    """The norm of the gradients of all ranks."""
 
-    scaled_norm: float  # of the gradient over all ranks, times the loss scale; infinite where it is not finite
+    norm: float  # times `scale`; infinite where a gradient is not finite
+    scale: float  # the loss scale that the gradients have
+
+
+class GivenNormOptimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's ZeRO optimizer for states on the device, which is given the norm and does not read the device.
+
+    Every step: after the last backward pass `sum_of_squares`, then `give_norm`, then `step`.
+    """
+
+    # Of the class: an optimizer of DeepSpeed's becomes one of these after it is built.
+    _given: ScaledNorm | None = None  # from `give_norm` to the end of `step`
+    _unscaled: Tensor | None = None  # a group's flat gradient, until DeepSpeed asks to unscale it
 
     def sum_of_squares(self) -> Tensor:
-        """Of the gradients that this rank owns, times the loss scale: () fp64.
+        """Of the gradients that this rank owns, each times the loss scale: () fp64.
 
         Ranks own disjoint parts of shared weights, replicas disjoint parts of an expert, and other ranks have other
         experts: the sum over all ranks is the square of the norm.
@@ -34,42 +49,69 @@ class GivenNormOptimizer(DeepSpeedZeroOptimizer):
         norms = torch._foreach_norm(pieces, 2, torch.promote_types(pieces[0].dtype, torch.float32))
         return torch.stack(norms).double().square().sum()
 
+    def give_norm(self, scaled_norm: float) -> None:
+        """Set the norm for the next `step`.
+
+        Args:
+            scaled_norm: the root of `sum_of_squares` summed over all ranks, see `norm_of`.
+        """
+        # The scale of these gradients: DeepSpeed's step sets that of the next ones before it unscales.
+        self._given = ScaledNorm(scaled_norm, self.loss_scale)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Apply the gradients, or skip the update for a norm that is not finite.
+
+        Raises AssertionError without a norm that `give_norm` has set since the last step, and where DeepSpeed does not
+        call what is replaced here.
+        """
+        assert self._given, "a step needs the norm of its gradients: call give_norm before"
+        try:
+            super().step(closure)
+            assert self._unscaled is None, "DeepSpeed's step no longer calls unscale_and_clip_grads"
+        finally:
+            self._given = self._unscaled = None
+
     # --- called by DeepSpeed's step(), in this order ----------------------------------------------------------------
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Nothing: the norm shows what is not finite, and `step` skips the update for such a norm."""
 
     def scaled_global_norm(self, norm_type: int = 2) -> float:
-        """The norm that was given; a Python number, so that no use of it reads the device."""
-        return self.scaled_norm
+        """The norm that was given, times the loss scale; a Python number, so that no use of it reads the device."""
+        assert self._given
+        return self._given.norm
 
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor:
-        """A group's gradients as one flat tensor, unscaled and clipped."""
+        """A group's gradients, unscaled and clipped: (partition_size of the group,) fp32."""
         flat = super()._get_preflattened_grad_partition(group_idx)
         if flat is None:
             flat = torch.empty_like(self.single_partition_of_fp32_groups[group_idx])
             gradients = _flat_gradients(self.averaged_gradients[group_idx])
             torch._foreach_copy_(flat.split([len(one) for one in gradients]), gradients)
         scale = self._scale_of_update()
-        return flat if scale == 1 else flat.mul_(scale)
+        self._unscaled = flat if scale == 1 else flat.mul_(scale)
+        return self._unscaled
 
     def unscale_and_clip_grads(self, grad_groups_flat: Any, total_norm: Any) -> None:
-        """Nothing: the flat gradients are unscaled and clipped already."""
+        """Nothing: the flat gradient is unscaled and clipped already. Raises AssertionError for any other."""
+        (flat,) = grad_groups_flat
+        assert flat is self._unscaled, "DeepSpeed's step no longer calls _get_preflattened_grad_partition"
+        self._unscaled = None  # DeepSpeed frees it after the update
 
     def _scale_of_update(self) -> float:
         """What the gradients are multiplied by, as DeepSpeed's `unscale_and_clip_grads` has it."""
-        clip = 1.0
-        if self.clip_grad > 0:
-            clip = max((self.scaled_norm / self.loss_scale + 1e-6) / self.clip_grad, 1.0)
-        return 1 / (clip * self.loss_scale)
+        assert self._given
+        norm, scale = self._given.norm, self._given.scale
+        clip = max((norm / scale + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
+        return 1 / (clip * scale)
 
 
 def _flat_gradients(group: Any) -> list[Tensor]:
-    """A group's gradients, of which this rank owns all that they hold."""
+    """A group's gradients, each flat, of which this rank owns all that they hold."""
     flat = getattr(group, "flat_partition", None)  # of gradients that are summed in another precision
     return [gradient.flatten() for gradient in group] if flat is None else [flat]
 
 
 def norm_of(sum_of_squares: float) -> float:
-    """As DeepSpeed says it: infinite where a gradient is not finite."""
+    """The norm, infinite where a gradient is not finite. The sum is NaN or infinite there."""
     return math.sqrt(sum_of_squares) if math.isfinite(sum_of_squares) else math.inf

@@ -1,6 +1,8 @@
 """Batches made ahead of time."""
 
+import contextlib
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -22,16 +24,9 @@ def threads():
 
 @pytest.fixture
 def start():
-    """Makes a Prefetcher that is closed after the test."""
-    started = []
-
-    def prefetcher(make, device=CPU):
-        started.append(Prefetcher(make, device))
-        return started[-1]
-
-    yield prefetcher
-    for one in started:
-        one.close()
+    """Makes a Prefetcher that ends with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda make, device=CPU: stack.enter_context(Prefetcher(make, device))
 
 
 @pytest.mark.parametrize("first", [1, 7])
@@ -48,7 +43,7 @@ def test_the_batches_are_those_of_the_data_in_order_from_any_step_on(tmp_path, s
             assert torch.equal(one.labels, other.labels)
 
 
-def test_the_next_step_is_made_while_this_one_is_used_and_no_more_than_that(start):
+def test_the_next_step_is_made_while_this_one_is_used_and_no_more_than_that():
     made, next_is_made = [], threading.Event()
 
     def make(step):
@@ -57,11 +52,10 @@ def test_the_next_step_is_made_while_this_one_is_used_and_no_more_than_that(star
             next_is_made.set()
         return []
 
-    batches = start(make)
-    assert not threads()
-    batches.step(1)
-    assert next_is_made.wait(60)
-    batches.close()  # which waits for whatever the thread still has to do
+    with Prefetcher(make, CPU) as batches:  # whose end waits for whatever the thread still has to do
+        assert not threads()
+        batches.step(1)
+        assert next_is_made.wait(60)
     assert [step for step, _ in made] == [1, 2]
     assert {thread for _, thread in made}.isdisjoint({threading.current_thread()})
 
@@ -80,7 +74,7 @@ def test_an_error_is_raised_as_itself_at_the_step_that_it_belongs_to(start, erro
     assert caught.value is error
 
 
-def test_an_error_in_a_step_that_is_never_asked_for_is_not_raised_and_no_thread_stays(start):
+def test_an_error_in_a_step_that_is_never_asked_for_is_not_raised_and_no_thread_stays():
     failed = threading.Event()
 
     def make(step):
@@ -89,11 +83,56 @@ def test_an_error_in_a_step_that_is_never_asked_for_is_not_raised_and_no_thread_
             raise UserError("token id 77")
         return []
 
-    batches = start(make)
-    batches.step(1)
-    assert failed.wait(60)
-    batches.close()
+    with Prefetcher(make, CPU) as batches:
+        batches.step(1)
+        assert failed.wait(60)
     assert not threads()
+
+
+def test_an_error_does_not_wait_for_what_the_thread_makes():
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def make(step):
+        if step == 2:
+            begun.set()
+            goes_on.wait(60)
+        return []
+
+    def fail_in_step_1():
+        with Prefetcher(make, CPU) as batches:
+            batches.step(1)
+            assert begun.wait(60)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_in_step_1()
+    assert threads()
+    goes_on.set()
+    for thread in threads():
+        thread.join(60)
+    assert not threads()
+
+
+class OnlyAsked:
+    """Stands for the pool: makes at once what is `asked`, and has not begun with the rest."""
+
+    def __init__(self, asked):
+        self.asked, self.futures = asked, {}
+
+    def submit(self, make, step):
+        self.futures[step] = Future()
+        if step in self.asked:
+            self.futures[step].set_result(make(step))
+        return self.futures[step]
+
+
+def test_batches_that_another_step_makes_useless_are_not_made(monkeypatch):
+    pool = OnlyAsked({1, 7})
+    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", lambda *_: pool)
+    batches = Prefetcher(lambda step: [step], CPU)
+    assert [batches.step(1), batches.step(7)] == [[1], [7]]
+    assert pool.futures[2].cancelled()
+    assert not pool.futures[8].cancelled()
 
 
 def test_a_gpu_gets_pinned_batches_and_the_cpu_gets_them_as_they_are(start, monkeypatch):

@@ -54,13 +54,21 @@ def test_recomputed_blocks_leave_the_losses_of_two_ranks_as_they_are(tmp_path):
     assert losses(stored) == losses(recomputed)
 
 
+def threads_of_data():
+    """Names of those that stay after a run."""
+    threads = [one for one in threading.enumerate() if one.name.startswith(THREAD)]
+    for one in threads:
+        one.join(60)  # a run that fails does not wait for what its thread reads
+    return [one.name for one in threads if one.is_alive()]
+
+
 def train_past_the_scan(run):
     """What a run raises whose corpora are scanned in their first 30 tokens only, and what threads of its data stay."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_files, "SCAN", 30)
         with pytest.raises(UserError) as caught:
             train_here(run)
-    return caught.value.problems, [one.name for one in threading.enumerate() if one.name.startswith(THREAD)]
+    return caught.value.problems, threads_of_data()
 
 
 def test_an_id_beyond_the_vocabulary_ends_the_run_with_its_sentence_when_its_batch_comes(tmp_path):

@@ -7,14 +7,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from operators import Operators
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import PRESET, ds_config, train_here, write_inputs
+from toy import PRESET, SHIPPED, ds_config, train_here, write_inputs
 
 import megamoe
-from megamoe.config import ModelConfig
+from megamoe.config import ModelConfig, load_preset
 from megamoe.data.batches import Batch
 from megamoe.host_values import host_values
+from megamoe.json_files import read_json
 from megamoe.training import step_sums
 from megamoe.training.loop import Trainer
 from megamoe.training.step import build_train_step
@@ -105,7 +107,7 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
         }
         assert all_reduces.pop("training/step.py:forward_backward") >= 5 * 2  # gradients
         assert all_reduces == {
-            "training/step_sums.py:__init__": 5,
+            "training/step_sums.py:sum_over_ranks": 5,
             "training/distributed.py:on_any_rank": 1,
             "training/evaluation.py:run": 1,
         }
@@ -139,3 +141,31 @@ def test_a_step_tells_the_mean_loss_of_all_ranks_and_the_flags_of_any():
         assert second.flags == Flags()
         assert first.balance.counts.tolist() != [[0] * PRESET["num_local_experts"]] * PRESET["num_hidden_layers"]
     assert everywhere[0][1][0].balance.running_loads.equal(everywhere[1][1][0].balance.running_loads)
+
+
+def operators_of_an_update(experts, recipe, sums):
+    """By name, of the third step of `tiny`, whose gradients are clipped."""
+    config = load_preset("tiny").model_copy(update={"num_local_experts": experts})
+    ds = read_json(SHIPPED / recipe)
+    ds.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.01)
+    if sums:
+        ds["data_types"] = {"grad_accum_dtype": sums}
+    train_step = build_train_step(config, ds)
+    assert len(list(train_step.model.parameters())) == 42
+    ids = torch.arange(64).unsqueeze(0)
+    for _ in range(3):
+        train_step.forward_backward([Batch(ids, ids)])
+        with Operators() as operators:
+            assert train_step.update().grad_norm > 0.01
+    return operators.calls
+
+
+@pytest.mark.parametrize("experts", [8, 64])
+@pytest.mark.parametrize(
+    ("recipe", "sums", "most"), [("zero2.json", None, 60), ("zero2.json", "bf16", 65), ("zero2_fp32.json", None, 65)]
+)
+def test_an_update_has_at_most_so_many_operators_whatever_the_number_of_experts(recipe, sums, most, experts):
+    (calls,) = run_ranks(1, operators_of_an_update, experts, recipe, sums)
+    print(sum(calls.values()), dict(calls))
+    assert calls["allreduce_"] == 1
+    assert sum(calls.values()) <= most

@@ -17,7 +17,7 @@ from megamoe.training.zero_step import GivenNormOptimizer, norm_of
 
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "loss_scale": 128}}
-GROWING = {"enabled": True, "loss_scale": 0, "initial_scale_power": 7, "loss_scale_window": 2}
+GROWING = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 7, "loss_scale_window": 1}}
 SUMS_APART = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -60,7 +60,8 @@ def test_the_norm_of_all_ranks_is_deepspeeds_for_any_ep_size(stage, changes, ep_
 
 
 def two_steps(changes, stage, accumulation, own):
-    """Losses and norms, by DeepSpeed's `own` step or by ours; then the gradients that its optimizer was given.
+    """Losses and norms, by DeepSpeed's `own` step or by ours; then the gradients that its optimizer was given, and the
+    loss scale after the last step.
 
     The first step has a learning rate of 0, so the second has the same weights.
     """
@@ -81,7 +82,7 @@ def two_steps(changes, stage, accumulation, own):
         result = train_step.update()
         assert result.applied
         values.append((result.loss, result.grad_norm))
-    return torch.tensor(values), given
+    return torch.tensor(values), given, engine.optimizer.loss_scale
 
 
 CASES = {
@@ -93,10 +94,6 @@ CASES = {
     "bf16, sums in fp32": (2, {**BF16, **SUMS_APART, "gradient_clipping": 0.01}),
     "fp16": (2, FP16),
     "fp16, clipping": (2, {**FP16, "gradient_clipping": 0.01}),
-    "fp16, a scale that grows": (
-        2,
-        {"fp16": GROWING},
-    ),
     "fp16, ZeRO-1, sums in fp32": (1, {**FP16, **SUMS_APART, "gradient_clipping": 0.01}),
     "ZeRO-1 without buffers": (1, {"zero_optimization": {"contiguous_gradients": False}}),
     "fp16, no clipping, sums in fp32": (2, {**FP16, **SUMS_APART, "gradient_clipping": 0}),
@@ -106,12 +103,63 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_norm_and_clipped_gradients_are_those_of_deepspeeds_own_step(case):
     stage, changes = CASES[case]
-    (ours, here), (theirs, there) = (run_ranks(2, two_steps, changes, stage, 2, own)[1] for own in (False, True))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    ours, theirs = (run_ranks(2, two_steps, changes, stage, 2, own)[1] for own in (False, True))
+    assert_same_steps(ours, theirs)
+
+
+def assert_same_steps(ours, theirs):
+    (values, here, _), (other_values, there, _) = ours, theirs
+    torch.testing.assert_close(values, other_values, rtol=1e-6, atol=0)
     assert len(here) == len(there) == 2 * 3  # shared with decay, shared without, experts
     for one, other in zip(here, there, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("clipping", [0, 0.01])
+@pytest.mark.parametrize("sums", [{}, SUMS_APART], ids=["sums in fp16", "sums in fp32"])
+def test_a_step_after_which_the_scale_grows_has_the_gradients_of_a_static_scale(sums, clipping):
+    # DeepSpeed's own step divides by the scale of the next step, so the one compared with has a static scale.
+    growing, static = ({**scale, **sums, "gradient_clipping": clipping} for scale in (GROWING, FP16))
+    ours = run_ranks(2, two_steps, growing, 2, 2, False)[1]
+    theirs = run_ranks(2, two_steps, static, 2, 2, True)[1]
+    assert (ours[2], theirs[2]) == (256, 128)
+    assert_same_steps(ours, theirs)
+
+
+def step_without_update():
+    train_step = train_step_of(make(1))
+    train_step.forward_backward(batches(0))
+    train_step.update()
+    train_step.forward_backward(batches(1))
+    with pytest.raises(AssertionError, match="a step needs the norm of its gradients"):
+        train_step.engine.step()
+
+
+def test_a_step_takes_no_norm_of_a_step_before():
+    run_ranks(1, step_without_update)
+
+
+HOOKS = {
+    "_get_preflattened_grad_partition": DeepSpeedZeroOptimizer._get_preflattened_grad_partition,
+    "unscale_and_clip_grads": lambda *_: None,
+}
+
+
+def step_without(hook):
+    """A step of a DeepSpeed that does not call what stands for `hook`."""
+    train_step = train_step_of(make(1, gradient_clipping=0.01))
+    train_step.forward_backward(batches(0))
+    with (
+        patch.object(GivenNormOptimizer, hook, HOOKS[hook]),
+        pytest.raises(AssertionError, match="DeepSpeed's step no longer calls " + hook),
+    ):
+        train_step.update()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_replaced_part_that_is_not_called_raises(hook):
+    run_ranks(1, step_without, hook)
 
 
 def factor_of_one_rank(stage, changes, factor):
