@@ -64,10 +64,12 @@ def sum_over_ranks(squares: Tensor | float, losses: Tensor, flags: Flags, counts
         counts: (L, E) int64, slots that this rank's routers have given each expert.
     """
     scalars = torch.zeros(SCALARS, dtype=torch.float64, device=losses.device)
-    scalars[0], scalars[1] = squares, losses
+    # A number is filled in, for `scalars[0] = number` would copy it from the host and wait for the device.
+    scalars[0].copy_(squares) if isinstance(squares, Tensor) else scalars[0].fill_(squares)
+    scalars[1].copy_(losses)
     for index, is_set in enumerate(flags, start=2):
         if is_set:
-            scalars[index] = 1  # a number in a kernel; a tensor from the host would wait for the device
+            scalars[index].fill_(1)
     sums = torch.cat((scalars, counts.flatten()))  # fp64 is exact for counts
     dist.all_reduce(sums)
     return StepSums(sums[:SCALARS], sums[SCALARS:].view(counts.shape))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class GivenNormOptimizer(DeepSpeedZeroOptimizer):
     """
 
     # Of the class: an optimizer of DeepSpeed's becomes one of these after it is built.
+    overlap_comm: bool
     _given: ScaledNorm | None = None  # from `give_norm` to the end of `step`
     _unscaled: Tensor | None = None  # a group's flat gradient, until DeepSpeed asks to unscale it
 
@@ -70,6 +72,22 @@ class GivenNormOptimizer(DeepSpeedZeroOptimizer):
             assert self._unscaled is None, "DeepSpeed's step no longer calls unscale_and_clip_grads"
         finally:
             self._given = self._unscaled = None
+
+    # --- called by DeepSpeed's engine at the end of a backward pass --------------------------------------------------
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """As DeepSpeed's, but with `overlap_comm` the device waits for the reductions, where there the host waits for
+        the device."""
+        overlaps, accelerator = self.overlap_comm, get_accelerator()
+        if overlaps and not accelerator.resolves_data_dependency():
+            self.reduce_ipg_grads()
+            accelerator.current_stream().wait_stream(self.reduction_stream)
+            self._clear_previous_reduced_grads()
+            self.overlap_comm = False  # for what follows there is nothing to wait for
+        try:
+            super().independent_gradient_partition_epilogue()
+        finally:
+            self.overlap_comm = overlaps
 
     # --- called by DeepSpeed's step(), in this order ----------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The step of the ZeRO optimizer, compared with DeepSpeed's own."""
 
 import itertools
-from unittest.mock import patch
+from contextlib import nullcontext
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_the_norm_of_all_ranks_is_deepspeeds_for_any_ep_size(stage, changes, ep_
     assert set(results) == {results[0]}
 
 
-def two_steps(changes, stage, accumulation, own):
+def two_steps(changes, stage, accumulation, own, reduction_stream=None):
     """Losses and norms, by DeepSpeed's `own` step or by ours; then the gradients that its optimizer was given, and the
     loss scale after the last step.
 
@@ -68,6 +69,7 @@ def two_steps(changes, stage, accumulation, own):
     engine = make(2, stage, gradient_accumulation_steps=accumulation, **changes)
     if own:
         engine.optimizer.__class__ = DeepSpeedZeroOptimizer
+    engine.optimizer.reduction_stream = reduction_stream
     inner, given = engine.optimizer.optimizer, []
     plain = inner.step
 
@@ -105,6 +107,33 @@ def test_norm_and_clipped_gradients_are_those_of_deepspeeds_own_step(case):
     stage, changes = CASES[case]
     ours, theirs = (run_ranks(2, two_steps, changes, stage, 2, own)[1] for own in (False, True))
     assert_same_steps(ours, theirs)
+
+
+def two_steps_behind_the_host(stage, own):
+    """As `two_steps`, on a device with streams, as far as DeepSpeed can tell; then how often the host waits for the
+    device, and how often a stream for another."""
+    accelerator, waits, stream = get_accelerator(), [], MagicMock()
+    changes = {"zero_optimization": {"overlap_comm": True}}
+    with (
+        patch.object(accelerator, "resolves_data_dependency", lambda: False),
+        patch.object(accelerator, "synchronize", lambda *_: waits.append(1)),
+        patch.object(accelerator, "current_stream", lambda *_: stream),
+        patch.object(accelerator, "stream", lambda _: nullcontext()),
+        patch.object(torch.Tensor, "record_stream", lambda *_: None),
+    ):
+        results = two_steps(changes, stage, 2, own, reduction_stream=stream)
+    return results, len(waits), stream.wait_stream.call_count
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_streams_wait_for_the_reductions_of_a_backward_pass_and_the_host_does_not(stage):
+    (results, waits, ordered), (theirs, their_waits, _) = (
+        run_ranks(2, two_steps_behind_the_host, stage, own)[1] for own in (False, True)
+    )
+    assert their_waits > 0
+    assert waits == 0
+    assert ordered > 0
+    assert_same_steps(results, theirs)
 
 
 def assert_same_steps(ours, theirs):
