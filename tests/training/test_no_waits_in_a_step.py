@@ -1,0 +1,42 @@
+"""What a step does between backward and the optimizer's update reads the device once, and mixes no devices."""
+
+import pytest
+import torch
+from fake_gpu import DEVICE, HostReads, fake_gpu, model_on_gpu
+from ranks import run_alone
+
+from megamoe.config import load_preset
+from megamoe.training import step_sums
+from megamoe.training.balancing import Balance
+from megamoe.training.step import balancer_of
+from megamoe.training.step_sums import SCALARS, Flags, sum_over_ranks
+from megamoe.training.zero_step import GivenNormOptimizer
+
+CONFIG = load_preset("tiny")
+
+
+def reads_of_a_step(rule):
+    numbers = CONFIG.num_hidden_layers * CONFIG.num_local_experts
+    reads = step_sums.host_values = HostReads([1.0] * (SCALARS + 2 * numbers))
+    with fake_gpu():
+        model = model_on_gpu(CONFIG.model_copy(update={"router_bias_rule": rule}), ep_size=2)
+        optimizer = object.__new__(GivenNormOptimizer)
+        optimizer.averaged_gradients = {
+            0: [torch.empty(size, dtype=torch.bfloat16, device=DEVICE) for size in (7, 100_000)],
+            1: [torch.empty(3, 5, dtype=torch.float32, device=DEVICE)],
+        }
+        balancer, loss = balancer_of(model), torch.zeros((), device=DEVICE)
+        sums = sum_over_ranks(optimizer.sum_of_squares(), loss, Flags(stop_asked=True), balancer.take_counts())
+        running = balancer.next_loads(sums.counts)
+        on_host = sums.read(running)
+        balancer.apply(running)
+        assert on_host.squares == 1.0
+        assert on_host.flags == Flags(True, True, True, True)
+        balance = Balance(on_host.counts, on_host.running_loads)
+        assert {balance.batch_max_vio.device.type, balance.running_max_vio.device.type} == {"cpu"}
+        return reads.count
+
+
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
+def test_norm_losses_flags_and_balance_come_in_one_read(rule):
+    assert run_alone(reads_of_a_step, rule) == 1
