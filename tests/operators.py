@@ -19,13 +19,12 @@ VIEWS = {
 
 
 class Operators(TorchDispatchMode):
-    """Operators by name, the bytes of the tensors that they read and write, and the operations of their products."""
+    """Operators by name, and the bytes of the tensors that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.bytes = 0
-        self.flops = 0
         self._paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,12 +38,6 @@ class Operators(TorchDispatchMode):
         self.calls[name] += 1
         tensors = [one for one in tree_iter((args, kwargs, out)) if isinstance(one, Tensor)]
         self.bytes += sum(one.numel() * one.element_size() for one in tensors)
-        if name in ("mm", "bmm", "_grouped_mm"):
-            # 2 multiply-adds of each of the rows with each number of the other operand; of a product of transposed
-            # rows, in which every group has its own rows, each row counts once too.
-            one, other = args[:2]
-            pairs = one.numel() * other.shape[-1]
-            self.flops += 2 * pairs
 
     def as_one(self, name: str, function: Any) -> Any:
         """`function`, counted as one operator."""

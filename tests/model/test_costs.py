@@ -79,24 +79,39 @@ def grouped_flops(left, right, *_, **__):
     return 2 * math.prod(left) * right[-1]
 
 
+BATCH, LENGTH = 3, 40
+
+
+def flops_of_a_step(config):
+    """Of the products that torch dispatches, forward and backward."""
+    ids = torch.randint(config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the one whose products are counted
+        Decoder(config)(ids, ids).backward()
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 @pytest.mark.parametrize("gated", [False, True])
 def test_planned_flops_are_those_of_a_training_step_but_for_what_is_not_of_use(gated, top_k, monkeypatch):
     monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", 1)  # no fill rows
     config = changed(num_experts_per_tok=top_k, gated_mlp=gated)
-    batch, length, latents = 3, 40, config.num_latent_tokens
-    model = Decoder(config)
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the one whose products are counted
-        model(ids, ids).backward()
-
+    latents = config.num_latent_tokens
     heads = config.num_attention_heads * config.head_dim
-    square = batch * (latents + length) ** 2  # computed: latents query too, and nothing is left out for the mask
-    planned = batch * length * (length / 2 + latents)
+    square = BATCH * (latents + LENGTH) ** 2  # computed: latents query too, and nothing is left out for the mask
+    planned = BATCH * LENGTH * (LENGTH / 2 + latents)
     extra = 6 * config.num_hidden_layers * 2 * heads * (square - planned)
     # The latents' queries, keys, values and results, in every row; but nothing flows back to their results, and so the
     # gradients by what made these are products of zeros.
     projected = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * config.hidden_size
-    extra += 6 * config.num_hidden_layers * batch * latents * projected
-    assert counter.get_total_flops() == batch * length * train_flops_per_token(config, length) + extra
+    extra += 6 * config.num_hidden_layers * BATCH * latents * projected
+    assert flops_of_a_step(config) == BATCH * LENGTH * train_flops_per_token(config, LENGTH) + extra
+
+
+def test_fill_adds_less_than_a_block_of_rows_for_each_expert(monkeypatch):
+    config = changed()
+    filled = flops_of_a_step(config)
+    block = dispatch.CPU_ROW_MULTIPLE * config.num_local_experts * config.num_hidden_layers
+    monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", 1)
+    row = 6 * 2 * config.hidden_size * config.intermediate_size
+    assert 0 < filled - flops_of_a_step(config) < block * row
