@@ -13,7 +13,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megamoe.launch.network import free_port
 from megamoe.launch.stopping import REQUESTS
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
@@ -42,12 +42,6 @@ _context.set_forkserver_preload(
 TIMEOUT = 480  # seconds: a hang is a failure; an operator that DeepSpeed compiles first takes minutes on busy cores
 GRACE = 20  # seconds for the other ranks to fail once one has
 CALLS = 30  # that a process serves: an engine that is gone leaves threads and files of its groups behind
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

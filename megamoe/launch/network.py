@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import socket
 
 import psutil
 
 
+LISTENING_PORTS = range(20_000, 32_768)  # below those that Linux gives to connections (ip_local_port_range)
+
+
 def free_port() -> int:
-    """A TCP port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A TCP port that is free, and that no connection is given before a server listens on it."""
+    draw = random.SystemRandom()  # not seeded: two processes must not draw the same ports
+    while not is_free(port := draw.choice(LISTENING_PORTS)):
+        pass
+    return port
 
 
 def is_free(port: int) -> bool:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from cluster import ROOT
-from ranks import free_port
+from megamoe.launch.network import free_port
 from runs import BIN, LOST, STOPPED, Run, ThisHost, inputs
 from toy import ds_config
 
