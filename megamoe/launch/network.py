@@ -7,7 +7,6 @@ import socket
 
 import psutil
 
-
 LISTENING_PORTS = range(20_000, 32_768)  # below those that Linux gives to connections (ip_local_port_range)
 
 

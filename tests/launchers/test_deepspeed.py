@@ -11,12 +11,12 @@ import psutil
 import pytest
 import torch
 from cluster import ROOT
-from megamoe.launch.network import free_port
 from runs import BIN, LOST, STOPPED, Run, ThisHost, inputs
 from toy import ds_config
 
 from megamoe.checkpoint.reader import find_checkpoint, load_weights, open_source
 from megamoe.config import ModelConfig
+from megamoe.launch.network import free_port
 from megamoe.model.decoder import Decoder
 
 
