@@ -36,6 +36,7 @@ class Device:
     host: float  # bytes/s to the host's memory
     host_memory_rate: float  # bytes/s of the host's memory, its own share
     capability: tuple[int, int] | None = field(default=None, kw_only=True)  # of CUDA
+    multiprocessors: int = field(default=0, kw_only=True)  # each takes a tile of a product at a time; 0 on CPU
 
     def flops(self, weight_bytes: int) -> float:
         """Peak FLOP/s for weights of 2 or 4 bytes."""
@@ -48,12 +49,12 @@ class Device:
 # DDR5-5600) an eighth for each GPU. The host's rates are assumed to be reached by all GPUs of a node at once.
 # CUDA's capabilities: https://developer.nvidia.com/cuda-gpus.
 DEVICES = {
-    name.lower(): Device(name, *KNOWN_PEAKS[name], *rates, capability=capability)
-    for name, capability, rates in (
-        ("A100", (8, 0), (80 * 2**30, 2.039e12, 300e9, 25e9, 32e9, 51.2e9)),
-        ("H100", (9, 0), (79.6 * 2**30, 3.35e12, 450e9, 50e9, 64e9, 76.8e9)),
-        ("H200", (9, 0), (140.4 * 2**30, 4.8e12, 450e9, 50e9, 64e9, 76.8e9)),
-        ("B200", (10, 0), (179 * 2**30, 8e12, 900e9, 50e9, 64e9, 89.6e9)),
+    name.lower(): Device(name, *KNOWN_PEAKS[name], *rates, capability=capability, multiprocessors=multiprocessors)
+    for name, capability, multiprocessors, rates in (
+        ("A100", (8, 0), 108, (80 * 2**30, 2.039e12, 300e9, 25e9, 32e9, 51.2e9)),
+        ("H100", (9, 0), 132, (79.6 * 2**30, 3.35e12, 450e9, 50e9, 64e9, 76.8e9)),
+        ("H200", (9, 0), 132, (140.4 * 2**30, 4.8e12, 450e9, 50e9, 64e9, 76.8e9)),
+        ("B200", (10, 0), 148, (179 * 2**30, 8e12, 900e9, 50e9, 64e9, 89.6e9)),
     )
 }
 

@@ -41,30 +41,31 @@ def expert_bytes(setup: Setup) -> ExpertBytes:
     """Bytes of a layer's experts under balance."""
     m, s = setup.model, setup.weight_bytes
     exchanged = setup.ep_size > 1
-    places = _places(setup)
+    filled = places(setup)
     rows, result, inside = (
         s * count * width
-        for count, width in ((setup.rows, m.hidden_size), (places, m.hidden_size), (places, m.intermediate_size))
+        for count, width in ((setup.rows, m.hidden_size), (filled, m.hidden_size), (filled, m.intermediate_size))
     )
     hidden = inside * _tensors_inside(m)
-    mask = (s if setup.on_cpu else 1) * places * m.hidden_size if m.expert_dropout else 0
+    mask = (s if setup.on_cpu else 1) * filled * m.hidden_size if m.expert_dropout else 0
     returned = rows if exchanged else result
     # In int64, kept: the token at each place, the place of each row; and with an exchange, the place where it is run.
-    indices = 8 * (3 * setup.rows if exchanged else places + setup.rows)
+    indices = 8 * (3 * setup.rows if exchanged else filled + setup.rows)
     # What has a name until the layer returns: the rows at each place.
-    named = 8 * places + (8 * setup.rows if exchanged else 0)
+    named = 8 * filled + (8 * setup.rows if exchanged else 0)
     moving = max(
         # The results of each token, weighted, and their sum.
         2 * rows + s * setup.tokens * m.hidden_size,
         # Dropout's input and its random numbers, before the results have come back.
-        result + 2 * places * m.hidden_size - (returned if exchanged else 0) if mask and setup.on_cpu else 0,
+        result + 2 * filled * m.hidden_size - (returned if exchanged else 0) if mask and setup.on_cpu else 0,
         # ReLU's input and output, before there are results.
         2 * inside - hidden - mask - returned - (result if exchanged else 0),
     )
     return ExpertBytes(rows, result, inside, indices, hidden, mask, returned, moving + named)
 
 
-def _places(setup: Setup) -> int:
+def places(setup: Setup) -> int:
+    """Places of rows at a layer's experts on this rank, fill included."""
     m, per_expert = setup.model, setup.rows // setup.experts_per_rank
     if setup.on_cpu and m.num_experts_per_tok == m.num_local_experts:
         per_expert = math.ceil(per_expert / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE

@@ -44,6 +44,7 @@ class Setup:
     on_cpu: bool
     recompute_blocks: int = 0  # blocks of which backward recomputes the activations
     kernel: Kernel = "grouped_mm"  # of the experts' products
+    compiled: bool = False  # regions of a block as one kernel each
 
     @property
     def tokens(self) -> int:
@@ -126,6 +127,7 @@ def read_setup(
     on_cpu: bool,
     recompute_blocks: int = 0,
     kernel: Kernel = "grouped_mm",
+    compiled: bool = False,
 ) -> Setup:
     """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
     micro_batch, accumulation = batch_sizes(ds, world_size)
@@ -152,6 +154,7 @@ def read_setup(
         on_cpu=on_cpu,
         recompute_blocks=recompute_blocks,
         kernel=kernel,
+        compiled=compiled,
     )
 
 

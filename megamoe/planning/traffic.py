@@ -1,4 +1,4 @@
-"""Communication and time of a training step, by arithmetic: every collective with its payload, its way and its time.
+"""Communication of a training step, by arithmetic: every collective with its payload, its way and its time.
 
 Payload is the buffer that one rank hands to the collective or, from an all-gather, gets. What of it a rank sends over
 the links inside its node and between nodes follows from algorithms that take each node as one (reduce or gather inside,
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from megamoe.hardware import Device
-from megamoe.model.costs import train_flops_per_token
 from megamoe.planning.sharding import Setup, elements_touched, parameter_groups
 from megamoe.training.step_sums import SCALARS
 
 # Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
 # usual for the smallest messages.
 LATENCY_INSIDE, LATENCY_BETWEEN = 15e-6, 40e-6
+
+PhaseName = Literal["forward", "backward", "reduction", "update"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Collective:
     stride: int  # between neighbours of the group
     calls: int
     payload: int  # bytes on this rank, all calls together
-    hidden: bool = False  # runs during the backward pass
+    phase: PhaseName  # of the step; a reduction may hide behind backward
 
     def nodes(self, gpus_per_node: int) -> tuple[int, int]:
         """(members of the group in one node, nodes of the group)."""
@@ -63,16 +65,16 @@ def collectives(setup: Setup) -> list[Collective]:
     if setup.ep_size > 1:
         rows = setup.weight_bytes * setup.rows * m.hidden_size
 
-        def exchange(purpose: str, blocks: int, calls: int, size: int) -> Collective:
+        def exchange(purpose: str, blocks: int, calls: int, size: int, phase: PhaseName = "forward") -> Collective:
             calls *= blocks * passes
-            return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size)
+            return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size, phase)
 
         blocks = m.num_hidden_layers
         forward_blocks = blocks + setup.recompute_blocks
         found += [
             exchange("rows per expert", forward_blocks, 1, 8 * m.num_local_experts),
             exchange("rows to experts and back, forward", forward_blocks, 2, rows),
-            exchange("rows to experts and back, backward", blocks, 2, rows),
+            exchange("rows to experts and back, backward", blocks, 2, rows, "backward"),
         ]
     groups = parameter_groups(setup)
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once per step.
@@ -88,7 +90,7 @@ def collectives(setup: Setup) -> list[Collective]:
         buckets = math.ceil(elements / setup.bucket)
         calls = reductions * (buckets if setup.all_reduce else buckets + ranks - 1)
         payload = reductions * elements * setup.wire_bytes
-        found.append(Collective(purpose, kind, ranks, stride, calls, payload, hidden=setup.overlap))
+        found.append(Collective(purpose, kind, ranks, stride, calls, payload, "reduction"))
     world = setup.world_size
     if setup.offload:
         expert_groups = sum(group.expert for group in groups)
@@ -96,45 +98,25 @@ def collectives(setup: Setup) -> list[Collective]:
             ("norm of the gradient", world, 1, len(groups)),
             ("norm of the experts' gradient", replicas, replica_stride, expert_groups),
         ):
-            found.append(Collective(purpose, "all_reduce", ranks, stride, calls, 4 * calls))
+            found.append(Collective(purpose, "all_reduce", ranks, stride, calls, 4 * calls, "update"))
         if setup.check_overflow:
-            found.append(Collective("overflow in any gradient", "all_reduce", world, 1, 1, 1))
+            found.append(Collective("overflow in any gradient", "all_reduce", world, 1, 1, 1, "update"))
     for purpose, expert, ranks, stride in (
         ("updated shared weights", False, world, 1),
         ("updated experts", True, replicas, replica_stride),
     ):
         sizes = [group.partition * group.ranks * setup.weight_bytes for group in groups if group.expert == expert]
         if ranks > 1:
-            found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes)))
+            found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes), "update"))
     small = 8 * (SCALARS + m.num_hidden_layers * m.num_local_experts)
-    found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small))
+    found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
     return found
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """Predicted seconds of a step and their parts."""
-
-    compute: float  # forward and backward
-    optimizer: float
-    communication: float  # that nothing hides
-    host: float  # transfers to and from the host's memory
-    tokens: int  # in a step over all ranks
-    mfu: float
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.optimizer + self.communication + self.host
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-
 def update_bytes(setup: Setup) -> int:
-    """Bytes that the optimizer's step reads and writes for each weight of a rank's share: master and state both ways,
-    the gradient in fp32, the new weight."""
-    return 2 * (4 + setup.state_bytes) + 4 + setup.weight_bytes
+    """Bytes that an update reads and writes for each weight of a rank's share: the gradient in fp32 for the norm,
+    both ways to be clipped, and to be applied; master and state both ways; the master again, for the new weight."""
+    return 4 * 4 + 2 * (4 + setup.state_bytes) + 4 + setup.weight_bytes
 
 
 def host_transfers(setup: Setup) -> tuple[int, int]:
@@ -148,34 +130,3 @@ def host_transfers(setup: Setup) -> tuple[int, int]:
         whole = setup.weight_bytes * elements_touched(setup, groups)
         sent, got = sent + setup.accumulation * whole, got + (setup.accumulation - 1) * whole
     return sent, got
-
-
-def step_time(setup: Setup, device: Device, gpus_per_node: int, efficiency: float, link_efficiency: float) -> StepTime:
-    """Time of a step on `device`.
-
-    Args:
-        efficiency: share of the device's peak that forward and backward reach.
-        link_efficiency: share of the links' rates that collectives and transfers to the host reach.
-
-    Gradients are reduced during the backward pass where `overlap_comm` is set; all else waits.
-    """
-    tokens = setup.tokens * setup.accumulation
-    flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
-    peak = device.flops(setup.weight_bytes)
-    head = 6.0 * setup.model.vocab_size * setup.model.hidden_size * tokens
-    forward = flops / 3  # of which the recomputed blocks' part comes again
-    again = (flops - head) / 3 * setup.recompute_blocks / setup.model.num_hidden_layers
-    compute = (flops + again) / (peak * efficiency)
-    backward = compute * (flops + again - forward) / (flops + again)
-    if setup.zero_stage == 1:  # reduces during the last backward pass of a step
-        backward /= setup.accumulation
-    share = sum(group.partition for group in parameter_groups(setup))
-    optimizer = update_bytes(setup) * share / (device.host_memory_rate if setup.offload else device.memory_rate)
-    host = sum(host_transfers(setup)) / device.host / link_efficiency
-    waiting = hidden = 0.0
-    for collective in collectives(setup):
-        seconds = collective.seconds(device, gpus_per_node, link_efficiency)
-        hidden, waiting = hidden + seconds * collective.hidden, waiting + seconds * (not collective.hidden)
-    communication = waiting + max(0.0, hidden - backward)
-    total = compute + optimizer + communication + host
-    return StepTime(compute, optimizer, communication, host, tokens * setup.world_size, flops / (total * peak))

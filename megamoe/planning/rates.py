@@ -1,0 +1,73 @@
+"""What is reached of a device's data sheet, and how long a product of any shape takes. All of it is assumed for GPUs
+until one is measured; docs/scale.md says what each number rests on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megamoe.hardware import Device
+from megamoe.planning.layer import Product
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of a device's rates, and seconds that the host takes."""
+
+    products: float  # share of the peak FLOP/s that the largest products reach
+    attention: float  # share of the peak FLOP/s, for heads far wider than ATTENTION_WIDTH
+    memory: float  # share of the memory's rate
+    links: float  # share of the links' rates
+    operator: float  # seconds of the host for each operator
+    parameter: float  # seconds of the host, beyond operators, for each gradient that DeepSpeed takes
+    wait: float  # seconds from the end of what the host waits for to the device's next operator
+
+
+GPU = Rates(products=0.8, attention=0.45, memory=0.9, links=0.7, operator=6e-6, parameter=30e-6, wait=20e-6)
+CPU = Rates(products=1.0, attention=0.3, memory=1.0, links=0.7, operator=20e-6, parameter=30e-6, wait=0.0)
+
+# A multiprocessor computes a tile of the result at a time, in steps along the inner dimension. Rows and columns of the
+# tiles that libraries choose from, and how often they split the inner dimension of a product with few tiles.
+TILES = ((128, 256), (256, 128), (128, 128))
+SPLITS = (1, 2, 4, 8)
+# torch's grouped product on sm_9x has one of two tiles, by the size of a group (aten/src/ATen/native/cuda/GroupMM.cu).
+GROUPED_TILE, SMALL_GROUPED_TILE, SMALL_GROUP = (128, 256), (64, 128), 128
+PROLOGUE = 192  # steps along the inner dimension that filling and draining a tile's pipeline take: three stages of 64
+KERNEL = 2e-6  # seconds that a kernel takes at the least
+# Width of a head at which a score's exponential, which no matrix unit computes, takes as long as its products.
+ATTENTION_WIDTH = 64
+
+
+def product_seconds(product: Product, device: Device, rates: Rates, itemsize: int) -> float:
+    """Seconds of all calls of a product on `device`: the longer of its tiles and of its bytes."""
+    moved = product.bytes(itemsize) / (device.memory_rate * rates.memory)
+    peak = device.flops(itemsize) * rates.products
+    if not device.multiprocessors:
+        return product.flops / peak + product.calls * moved
+    computed = _seconds_of_tiles(product, device.multiprocessors, peak / device.multiprocessors)
+    return product.calls * (KERNEL + max(moved, computed))
+
+
+def _seconds_of_tiles(product: Product, multiprocessors: int, rate: float) -> float:
+    """Of one call, with the best of the tiles that there are.
+
+    Args:
+        rate: FLOP/s of a multiprocessor.
+    """
+    if product.groups > 1:
+        is_small = min(product.rows, product.columns) <= SMALL_GROUP
+        choices = [(SMALL_GROUPED_TILE if is_small else GROUPED_TILE, 1)]
+    else:
+        choices = [(tile, split) for tile in TILES for split in SPLITS]
+    return min(
+        math.ceil(product.groups * math.ceil(product.rows / high) * math.ceil(product.columns / wide) * split
+                  / multiprocessors)
+        * 2 * high * wide * (product.inside / split + PROLOGUE) / rate
+        for (high, wide), split in choices
+    )  # fmt: skip
+
+
+def attention_seconds(flops: float, head_dim: int, device: Device, rates: Rates, itemsize: int) -> float:
+    """Seconds of attention's scores and sums."""
+    reached = rates.attention * head_dim / (head_dim + ATTENTION_WIDTH)
+    return flops / (device.flops(itemsize) * reached)

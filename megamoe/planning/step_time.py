@@ -1,0 +1,208 @@
+"""Predicted time of a training step, by arithmetic: phases one after the other, and what limits each.
+
+In a phase the host gives the device operators while the device runs those before: the phase takes the longer of both.
+A CPU is its own host, so there both add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megamoe.hardware import Device
+from megamoe.model.costs import train_flops_per_token
+from megamoe.model.loss import loss_chunk
+from megamoe.planning.layer import Product, attention_flops, layer_bytes, layer_operators, layer_products
+from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
+from megamoe.planning.sharding import Setup, parameter_groups
+from megamoe.planning.traffic import collectives, host_transfers, update_bytes
+
+Part = Literal[
+    "launches", "waits", "products", "attention", "memory", "exchange", "gradients", "optimizer", "weights", "transfers"
+]
+
+# Operators outside of the layers, of a micro-batch and of an update (of the optimizer, clipping and balancing).
+FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 35, 18, 51
+# Operators for each gradient that DeepSpeed takes: to its bucket; with sums in fp32, from there to fp32 and added.
+GRADIENT_OPERATORS, SUM_OPERATORS = 2, 2
+# Passes over a gradient there: copied to the bucket, from there to a flat copy, divided, all-reduced, copied back.
+GRADIENT_PASSES = 14
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step, in seconds."""
+
+    name: str
+    launches: float  # of the host
+    device: Counter[Part]  # what the device does or waits for
+    waits: float = 0.0  # the device, for the host
+    is_serial: bool = False  # the device is the host
+
+    @property
+    def parts(self) -> Counter[Part]:
+        """The phase's seconds by what decides them."""
+        if self.is_serial:
+            return Counter({"launches": self.launches, "waits": self.waits}) + self.device
+        is_host_bound = self.launches > self.device.total()
+        parts: Counter[Part] = Counter({"launches": self.launches}) if is_host_bound else Counter(self.device)
+        return parts + Counter({"waits": self.waits})
+
+    @property
+    def seconds(self) -> float:
+        return self.parts.total()
+
+    @property
+    def limit(self) -> Part | None:
+        """What takes most of it; None where it takes no time."""
+        return max(self.parts, key=self.parts.__getitem__, default=None)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of a step."""
+
+    phases: list[Phase]
+    tokens: int  # in a step over all ranks
+    mfu: float
+
+    @property
+    def parts(self) -> Counter[Part]:
+        return sum((phase.parts for phase in self.phases), Counter())
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def limit(self) -> Part:
+        """What takes most of the step."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def step_time(setup: Setup, device: Device, gpus_per_node: int, rates: Rates) -> StepTime:
+    """Predicted time of a step on `device`."""
+    return _Step(setup, device, gpus_per_node, rates).time()
+
+
+class _Step:
+    """The arithmetic of one step; what its methods return is for all of the step's micro-batches."""
+
+    def __init__(self, setup: Setup, device: Device, gpus_per_node: int, rates: Rates):
+        self.setup, self.device, self.rates = setup, device, rates
+        self.groups = parameter_groups(setup)
+        self.operators = layer_operators(setup)
+        self.collectives: Counter[str] = Counter()  # seconds by phase
+        for one in collectives(setup):
+            self.collectives[one.phase] += one.seconds(device, gpus_per_node, rates.links)
+
+    def time(self) -> StepTime:
+        setup = self.setup
+        backward = self.backward()
+        phases = [self.forward(), self.loss(), backward, self.reduction(backward.seconds), self.update()]
+        tokens = setup.tokens * setup.accumulation
+        flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
+        peak = self.device.flops(setup.weight_bytes)
+        seconds = sum(phase.seconds for phase in phases)
+        return StepTime(phases, tokens * setup.world_size, flops / (seconds * peak))
+
+    def forward(self) -> Phase:
+        layers = self.setup.model.num_hidden_layers
+        device = self.layers(layers, layer_products(self.setup), "forward")
+        device["exchange"] = self.collectives["forward"]
+        operators = layers * self.operators.forward + FORWARD_OPERATORS
+        # The recomputed blocks' exchange is counted here too.
+        waits = layers + self.setup.recompute_blocks
+        return self.phase("forward", operators, device, waits * self.waits_of_a_layer())
+
+    def waits_of_a_layer(self) -> int:
+        """How often the host waits for the device in a forward pass: for the rows that come, in each looped product."""
+        return (self.setup.ep_size > 1) + 2 * (self.setup.kernel == "loop")
+
+    def loss(self) -> Phase:
+        """Head and loss, whose gradients are computed with it."""
+        setup, m, s = self.setup, self.setup.model, self.setup.weight_bytes
+        chunk = loss_chunk(setup.tokens, m.vocab_size, setup.on_cpu)
+        chunks = math.ceil(setup.tokens / chunk)
+        head = Product(chunk, m.vocab_size, m.hidden_size, calls=chunks)
+        # Logits become fp32, then probabilities, then their gradient, in place; the weight's gradient is added up in
+        # fp32 and scaled.
+        logits, weight = (2 * s + 40) * setup.tokens * m.vocab_size, (8 + s) * chunks + 14
+        moved = logits + weight * m.vocab_size * m.hidden_size
+        device = self.device_parts([head, *head.backward()], moved, CHUNK_OPERATORS * chunks)
+        return self.phase("head and loss", CHUNK_OPERATORS * chunks, device)
+
+    def backward(self) -> Phase:
+        setup = self.setup
+        layers, again = setup.model.num_hidden_layers, setup.recompute_blocks
+        products = layer_products(setup)
+        device = self.layers(layers, [one for product in products for one in product.backward()], "backward")
+        device += self.layers(again, products, "forward")
+        device["exchange"] += self.collectives["backward"]
+        # To the bucket; then what the rank owns, to fp32 and added to its sum.
+        gradients = sum(len(group.sizes) for group in self.groups)
+        whole = sum(sum(group.sizes.values()) for group in self.groups)
+        owned = sum(group.partition for group in self.groups)
+        s = setup.weight_bytes
+        moved = GRADIENT_PASSES * s * whole + (s + 16 if setup.sums_apart else 2 * s) * owned
+        device["memory"] += setup.accumulation * moved / self.memory_rate
+        per_gradient = GRADIENT_OPERATORS + SUM_OPERATORS * setup.sums_apart
+        operators = layers * self.operators.backward + again * self.operators.forward
+        operators += BACKWARD_OPERATORS + gradients * per_gradient
+        phase = self.phase("backward", operators, device)
+        return replace(phase, launches=phase.launches + setup.accumulation * gradients * self.rates.parameter)
+
+    def reduction(self, backward: float) -> Phase:
+        """What of the gradients' reduction does not hide behind the backward pass."""
+        setup, seconds = self.setup, self.collectives["reduction"]
+        if setup.overlap:  # ZeRO-1 reduces during the last backward pass of a step alone
+            seconds -= backward / (setup.accumulation if setup.zero_stage == 1 else 1)
+        return Phase("gradients, not hidden", 0.0, Counter({"gradients": max(seconds, 0.0)}))
+
+    def update(self) -> Phase:
+        setup = self.setup
+        share = sum(group.partition for group in self.groups)
+        rate = self.device.host_memory_rate if setup.offload else self.memory_rate
+        device: Counter[Part] = Counter({
+            "optimizer": update_bytes(setup) * share / rate,
+            "transfers": sum(host_transfers(setup)) / self.device.host / self.rates.links,
+            "weights": self.collectives["update"],
+        })  # fmt: skip
+        return Phase("update", UPDATE_OPERATORS * self.rates.operator, device, self.rates.wait, setup.on_cpu)
+
+    # --- what phases are made of ------------------------------------------------------------------------------------
+
+    @property
+    def memory_rate(self) -> float:
+        return self.device.memory_rate * self.rates.memory
+
+    def phase(self, name: str, operators: float, device: Counter[Part], waits: float = 0) -> Phase:
+        """Args are of one micro-batch, but for `device`."""
+        passes, rates = self.setup.accumulation, self.rates
+        seconds = passes * operators * rates.operator
+        return Phase(name, seconds, device, passes * waits * rates.wait, self.setup.on_cpu)
+
+    def layers(self, count: int, products: list[Product], way: Literal["forward", "backward"]) -> Counter[Part]:
+        """The device's seconds in `count` layers, one way."""
+        operators, moved = getattr(self.operators, way), getattr(layer_bytes(self.setup), way)
+        device = self.device_parts(products, moved, operators)
+        setup, flops = self.setup, getattr(attention_flops(self.setup), way)
+        seconds = attention_seconds(flops, setup.model.head_dim, self.device, self.rates, setup.weight_bytes)
+        device["attention"] = setup.accumulation * seconds
+        return Counter({part: count * seconds for part, seconds in device.items()})
+
+    def device_parts(self, products: list[Product], moved: float, operators: float) -> Counter[Part]:
+        """The device's seconds for some products and for `moved` bytes of other operators."""
+        others = operators - sum(product.calls for product in products)
+        least = KERNEL * max(others, 0) if self.device.multiprocessors else 0.0
+        seconds = sum(
+            product_seconds(product, self.device, self.rates, self.setup.weight_bytes) for product in products
+        )
+        passes = self.setup.accumulation
+        return Counter({"products": passes * seconds, "memory": passes * (least + moved / self.memory_rate)})
