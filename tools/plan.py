@@ -1,7 +1,8 @@
 """Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
 
-Prints the bytes that a rank needs, what it sends to whom, and the time of a step, by arithmetic. With --simulate, one
-rank of that job also runs two steps on this machine's CPU, and what it takes is printed next to what was predicted.
+Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted by arithmetic. With
+--best, micro-batch, accumulation, ep_size and recomputed blocks are those with most tokens/s. With --simulate, one rank
+of that job also runs two steps on this machine's CPU, and what it takes is printed next to what was predicted.
 """
 
 from __future__ import annotations
@@ -19,19 +20,9 @@ from megamoe import cli
 from megamoe.config import RunConfig, validate
 from megamoe.errors import Problems
 from megamoe.model.costs import parameter_count
-from megamoe.planning.planner import (
-    GIB,
-    MIB,
-    RUN_OPTIONS,
-    Plan,
-    PlanOptions,
-    as_json,
-    assumptions,
-    comparison,
-    make_plan,
-    payloads,
-    totals,
-)
+from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
+from megamoe.planning.report import ADVICE, LIMITS, as_json, assumptions, comparison, payloads, totals
+from megamoe.planning.search import MARGIN
 from megamoe.planning.simulate import Measured, simulate
 from megamoe.training.sinks import duration
 
@@ -59,7 +50,8 @@ def check(args: argparse.Namespace) -> tuple[RunConfig, PlanOptions, Path | None
     return run, options, file
 
 
-UNITS = {"GiB": GIB, "MiB": MIB, "KiB": 2**10}
+UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
+BEST = 5  # splits that --best prints
 
 
 def size(count: float) -> str:
@@ -70,7 +62,7 @@ def size(count: float) -> str:
 def print_memory(plan: Plan) -> None:
     phases = totals(plan.footprint)
     peak = max(("forward", "backward", "step"), key=lambda phase: phases[phase])
-    print(f"\nmemory per rank, at the peak ({peak})")
+    print(f"\npredicted memory per rank, at the peak ({peak})")
     for kind, count in plan.footprint.peak.items():
         if count:
             print(f"  {kind:32s}{size(count)}")
@@ -78,18 +70,18 @@ def print_memory(plan: Plan) -> None:
     print(f"  {'total':32s}{size(phases['peak'])}  {verdict} in {plan.device.memory / GIB:.1f} GiB")
     print(f"  {'between two steps':32s}{size(phases['between'])}")
     if plan.footprint.host:
-        print("\nhost memory per rank, all the time")
+        print("\npredicted host memory per rank, all the time")
         for kind, count in plan.footprint.host.items():
             print(f"  {kind:32s}{size(count)}")
         print(f"  {'total':32s}{size(plan.footprint.host.total())}")
 
 
 def print_communication(plan: Plan) -> None:
-    print("\ncommunication per rank and step")
+    print("\npredicted communication per rank and step")
     print(f"  {'':48s}{'ranks':>6s}{'calls':>7s}{'payload':>14s}{'sent in node':>14s}{'to others':>14s}{'ms':>9s}")
     for one in plan.collectives:
         inside, between = one.sent(plan.gpus_per_node)
-        milliseconds = 1e3 * one.seconds(plan.device, plan.gpus_per_node, plan.options.link_efficiency)
+        milliseconds = 1e3 * one.seconds(plan.device, plan.gpus_per_node, plan.rates.links)
         print(
             f"  {one.purpose + ' (' + one.kind + ')':48s}{one.ranks:6d}{one.calls:7d} {size(one.payload)} "
             f"{size(inside)} {size(between)}{milliseconds:9.2f}"
@@ -97,19 +89,31 @@ def print_communication(plan: Plan) -> None:
 
 
 def print_time(plan: Plan) -> None:
-    times = plan.time
-    print("\ntime per step")
-    for name, seconds in (
-        ("forward and backward", times.compute),
-        ("optimizer", times.optimizer),
-        ("communication that nothing hides", times.communication),
-        *([("transfers to and from the host", times.host)] if plan.setup.offload else []),
-        ("step", times.seconds),
-    ):
-        print(f"  {name:38s}{1e3 * seconds:12.2f} ms")
-    rate = times.tokens_per_second
-    print(f"  {times.tokens:,} tokens per step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens per day, "
-          f"MFU {times.mfu:.1%}; a billion tokens in {duration(1e9 / rate)}")  # fmt: skip
+    time = plan.time
+    print(f"\n{'predicted time per step, ms':24s}{'step':>12s}{'host':>9s}{'device':>9s}  limited by")
+    for phase in time.phases:
+        columns = (phase.seconds, phase.launches, phase.device_seconds)
+        milliseconds = "".join(f"{1e3 * seconds:9.2f}" for seconds in columns)
+        print(f"  {phase.name:25s}{milliseconds}  {LIMITS[phase.limit] if phase.limit else ''}".rstrip())
+    print(f"  {'step':25s}{1e3 * time.seconds:9.2f}")
+    rate = time.tokens_per_second
+    print(f"  predicted: {time.tokens:,} tokens per step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens per day, "
+          f"MFU {time.mfu:.1%}; a billion tokens in {duration(1e9 / rate)}")  # fmt: skip
+    share = time.parts[time.limit] / time.seconds
+    print(f"  limited by {LIMITS[time.limit]} ({share:.0%} of the step): {ADVICE[time.limit]}")
+
+
+def print_choices(plan: Plan) -> None:
+    print(f"\nbest predicted of {len(plan.choices)} splits that leave {MARGIN:.0%} of the memory free")
+    print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>11s}{'memory':>14s}"
+          f"{'tokens/s':>13s}{'MFU':>7s}  limited by")  # fmt: skip
+    for one in plan.choices[:BEST]:
+        setup, time = one.setup, one.time
+        print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{setup.recompute_blocks:11d} "
+              f"{size(one.memory)}{time.tokens_per_second:13,.0f}{time.mfu:7.1%}  {LIMITS[time.limit]}")  # fmt: skip
+    keys = ", ".join(f'"{key}": {value}' for key, value in batch_keys(plan.setup).items())
+    print(f"  set --ep_size {plan.setup.ep_size} --recompute_blocks {plan.setup.recompute_blocks}, and in "
+          f"{plan.run.ds_config}: {keys}")  # fmt: skip
 
 
 def print_simulated(plan: Plan, measured: Measured) -> None:
@@ -129,6 +133,8 @@ def main() -> None:
         f"{plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; "
         f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"
     )
+    if plan.choices:
+        print_choices(plan)
     print_memory(plan)
     print_communication(plan)
     print_time(plan)

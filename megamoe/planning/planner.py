@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megamoe.config import ModelConfig, RunConfig, load_preset
 from megamoe.ds_config import DTYPES, deepspeed_problems, dtype_of, run_problems
-from megamoe.errors import Problems
+from megamoe.errors import Problems, UserError
 from megamoe.hardware import DEVICES, Device, measured_bandwidth, measured_flops
 from megamoe.json_files import read_json
-from megamoe.model.costs import parameter_count
-from megamoe.model.products import DESCRIPTIONS, choose_kernel
+from megamoe.model.products import choose_kernel
 from megamoe.planning.footprint import Footprint, footprint
-from megamoe.planning.sharding import Setup, parameter_groups, read_setup, setup_problems
-from megamoe.planning.simulate import Measured
-from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, StepTime, collectives, step_time
+from megamoe.planning.rates import CPU, GPU, Rates
+from megamoe.planning.search import MARGIN, Choice, best_choices
+from megamoe.planning.sharding import Setup, read_setup, setup_problems
+from megamoe.planning.step_time import StepTime, step_time
+from megamoe.planning.traffic import Collective, collectives
 
 GIB = 2**30
-MIB = 2**20
 
 
 RUN_OPTIONS = ("ds_config", "preset", "ep_size", "seq_len", "recompute_blocks")  # of a run that its plan depends on
@@ -42,11 +42,25 @@ class PlanOptions(BaseModel):
         default=None, gt=0, description="samples per rank and forward pass; by default the DeepSpeed JSON's"
     )
     gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
-    efficiency: float = Field(
-        default=0.4, gt=0, le=1, description="share of the peak FLOP/s that forward and backward reach (assumed)"
+    efficiency: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description=f"share of the peak FLOP/s that the largest products reach (assumed: {GPU.products:g} on a GPU)",
     )
     link_efficiency: float = Field(
-        default=0.7, gt=0, le=1, description="share of the links' rates that collectives reach (assumed)"
+        default=GPU.links, gt=0, le=1, description="share of the links' rates that collectives reach (assumed)"
+    )
+    launch_us: float | None = Field(
+        default=None,
+        gt=0,
+        description="microseconds that the host needs for an operator "
+        f"(assumed: {1e6 * GPU.operator:g} for a GPU, {1e6 * CPU.operator:g} with the operator itself on CPU)",
+    )
+    compiled: bool = Field(default=False, description="plan blocks whose regions are compiled")
+    best: bool = Field(
+        default=False,
+        description="search for the micro-batch, accumulation, ep_size and recomputed blocks with most tokens/s",
     )
     simulate: bool = Field(
         default=False, description="also run one rank on this machine's CPU, and compare what it takes"
@@ -55,7 +69,7 @@ class PlanOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan."""
+    """A checked plan; what it says of bytes and times is predicted."""
 
     run: RunConfig
     options: PlanOptions
@@ -63,9 +77,20 @@ class Plan:
     setup: Setup
     device: Device
     gpus_per_node: int  # all of them, where they share this machine
-    footprint: Footprint
-    collectives: list[Collective]
-    time: StepTime
+    rates: Rates
+    choices: list[Choice]  # of a search, best first
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        return footprint(self.setup)
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        return collectives(self.setup)
+
+    @cached_property
+    def time(self) -> StepTime:
+        return step_time(self.setup, self.device, self.gpus_per_node, self.rates)
 
     @property
     def fits(self) -> bool:
@@ -87,16 +112,56 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
         problems += run_problems(run, model, ds or {}, ranks)
     if not on_cpu and options.device not in DEVICES:
         problems.append(f"device is {options.device!r}; use one of {', '.join(DEVICES)}, cpu.")
+    if options.best:
+        given = {
+            "ep_size": run.ep_size > 1,
+            "recompute_blocks": run.recompute_blocks,
+            "micro_batch": options.micro_batch,
+        }
+        problems += [f"--best chooses {name} itself; leave --{name} out." for name, value in given.items() if value]
     problems.refuse()
 
     seq_len = run.seq_len or model.max_position_embeddings
     device = this_machine(ranks) if on_cpu else DEVICES[options.device]
     # torch for CUDA comes with Triton.
     kernel = choose_kernel(device.capability, DTYPES[dtype_of(ds)], has_triton=True)
-    setup = read_setup(model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel)
-    per_node = ranks if on_cpu else options.gpus_per_node
-    times = step_time(setup, device, per_node, options.efficiency, options.link_efficiency)
-    return Plan(run, options, ds, setup, device, per_node, footprint(setup), collectives(setup), times)
+    setup = read_setup(
+        model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, options.compiled
+    )  # fmt: skip
+    per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
+    choices = _search(setup, device, per_node, rates, ds) if options.best else []
+    if choices:
+        setup = choices[0].setup
+        ds |= batch_keys(setup)
+    return Plan(run, options, ds, setup, device, per_node, rates, choices)
+
+
+def rates_of(options: PlanOptions) -> Rates:
+    """What is assumed, with what the options say instead."""
+    rates = replace(CPU if options.device == "cpu" else GPU, links=options.link_efficiency)
+    if options.efficiency:
+        rates = replace(rates, products=options.efficiency)
+    return replace(rates, operator=options.launch_us / 1e6) if options.launch_us else rates
+
+
+def batch_keys(setup: Setup) -> dict[str, int]:
+    """The keys of the DeepSpeed JSON for the batch of a rank."""
+    return {
+        "train_micro_batch_size_per_gpu": setup.micro_batch,
+        "gradient_accumulation_steps": setup.accumulation,
+    }
+
+
+def _search(setup: Setup, device: Device, per_node: int, rates: Rates, ds: dict[str, Any]) -> list[Choice]:
+    samples = ds.get("train_batch_size")
+    choices = best_choices(setup, device, per_node, rates, samples)
+    if not choices:
+        kept = f" with {samples} samples per step" if samples else ""
+        raise UserError(
+            f"nothing{kept} fits in {(1 - MARGIN) * device.memory / GIB:.1f} GiB on {setup.world_size} ranks; use more "
+            "ranks or a shorter --seq_len."
+        )
+    return choices
 
 
 def this_machine(ranks: int) -> Device:
@@ -106,101 +171,3 @@ def this_machine(ranks: int) -> Device:
     rate = measured_bandwidth(cpu) / ranks
     half, single = (measured_flops(cpu, dtype) / ranks for dtype in (torch.bfloat16, torch.float32))
     return Device("CPU", half, single, psutil.virtual_memory().total / ranks, rate, rate / 2, rate / 2, rate / 2, rate)
-
-
-# --- in sentences and as JSON --------------------------------------------------------------------------------------
-
-
-def assumptions(plan: Plan) -> list[str]:
-    """What the figures rest on, one sentence each."""
-    options, device = plan.options, plan.device
-    rates = "rates measured now" if options.device == "cpu" else "rates of the data sheet"
-    found = [
-        f"{device.name}: {rates}, {device.flops(plan.setup.weight_bytes) / 1e12:.4g} TFLOP/s dense, "
-        f"{device.memory / GIB:.4g} GiB, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
-        f"{plan.gpus_per_node} and {device.between / 1e9:.4g} GB/s per GPU between nodes.",
-        f"Forward and backward reach {options.efficiency:.0%} of the peak (--efficiency), collectives "
-        f"{options.link_efficiency:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "
-        f"({LATENCY_BETWEEN * 1e6:.0f} us between nodes) for each call.",
-        f"The experts' products are {DESCRIPTIONS[plan.setup.kernel]}"
-        + ("; these waits are not in the predicted time." if plan.setup.kernel == "loop" else "."),
-        "Every expert gets equally many rows. Reducing gradients hides behind the backward pass where overlap_comm is "
-        "set; everything else waits.",
-        "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
-        "fragments come on top.",
-    ]
-    largest = max(size for group in parameter_groups(plan.setup) for size in group.sizes.values())
-    if largest > plan.setup.bucket:
-        found.append(
-            f"zero_optimization.reduce_bucket_size is {plan.setup.bucket:,}, below the {largest:,} numbers of the "
-            "largest parameter: a gradient above it is reduced on its own, and may stay to the end of backward."
-        )
-    if plan.setup.offload:
-        found.append(
-            f"Offloaded optimizer: {device.host / 1e9:.4g} GB/s each way between device and host, of which "
-            f"{options.link_efficiency:.0%} are reached, and {device.host_memory_rate / 1e9:.4g} GB/s of host memory "
-            "per rank, which bound its step; transfers hide behind nothing."
-        )
-    return found
-
-
-def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
-    """The plan as an object for a JSON file; sizes in bytes, times in seconds."""
-    setup = {key: value for key, value in asdict(plan.setup).items() if key != "model"}
-    peak = plan.footprint.peak
-    record: dict[str, Any] = {
-        "preset": plan.run.preset,
-        "parameters": parameter_count(plan.setup.model),
-        "setup": setup,
-        "device": asdict(plan.device),
-        "assumptions": assumptions(plan),
-        "memory": {
-            "peak": {kind: size for kind, size in peak.items() if size},
-            "totals": totals(plan.footprint),
-            "host": dict(plan.footprint.host),
-            "fits": plan.fits,
-        },
-        "communication": [
-            {
-                **asdict(one),
-                **dict(zip(("sent_inside", "sent_between"), one.sent(plan.gpus_per_node), strict=True)),
-                "seconds": one.seconds(plan.device, plan.gpus_per_node, plan.options.link_efficiency),
-            }
-            for one in plan.collectives
-        ],
-        "time": {
-            **asdict(plan.time),
-            "step": plan.time.seconds,
-            "tokens_per_second": plan.time.tokens_per_second,
-            "tokens_per_day": plan.time.tokens_per_second * 86_400,
-        },
-    }
-    if measured:
-        record["simulated"] = {"memory": comparison(plan, measured), "payload": payloads(plan, measured)}
-    return record
-
-
-def totals(bytes_held: Footprint) -> dict[str, int]:
-    """Bytes of each phase of a step at its peak, and at that of the step."""
-    phases = {name: getattr(bytes_held, name).total() for name in ("between", "forward", "backward", "step")}
-    return {**phases, "peak": bytes_held.peak.total()}
-
-
-def comparison(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
-    """Bytes that the simulated rank took, next to those of the arithmetic for a CPU."""
-    setup = replace(plan.setup, on_cpu=True, kernel="grouped_mm")
-    return {
-        name: {"predicted": size, "measured": getattr(measured, name)}
-        for name, size in totals(footprint(setup)).items()
-    }
-
-
-def payloads(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
-    """Payload by kind of collective and ranks of its group."""
-    predicted: Counter[tuple[str, int]] = Counter()
-    for one in plan.collectives:
-        predicted[one.kind, one.ranks] += one.payload
-    return {
-        f"{kind} over {ranks}": {"predicted": predicted[kind, ranks], "measured": measured.payload[kind, ranks]}
-        for kind, ranks in sorted(predicted.keys() | measured.payload.keys())
-    }

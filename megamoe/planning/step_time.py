@@ -7,9 +7,8 @@ A CPU is its own host, so there both add up.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from megamoe.hardware import Device
 from megamoe.model.costs import train_flops_per_token
@@ -17,11 +16,21 @@ from megamoe.model.loss import loss_chunk
 from megamoe.planning.layer import Product, attention_flops, layer_bytes, layer_operators, layer_products
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
-from megamoe.planning.traffic import collectives, host_transfers, update_bytes
+from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
 
 Part = Literal[
     "launches", "waits", "products", "attention", "memory", "exchange", "gradients", "optimizer", "weights", "transfers"
 ]
+
+Parts = dict[Part, float]  # seconds
+
+
+def added(*parts: Parts) -> Parts:
+    """All of them, without what takes no time."""
+    kinds = dict.fromkeys(kind for one in parts for kind in one)
+    sums = {kind: sum(one.get(kind, 0.0) for one in parts) for kind in kinds}
+    return {kind: seconds for kind, seconds in sums.items() if seconds}
+
 
 # Operators outside of the layers, of a micro-batch and of an update (of the optimizer, clipping and balancing).
 FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 35, 18, 51
@@ -37,22 +46,24 @@ class Phase:
 
     name: str
     launches: float  # of the host
-    device: Counter[Part]  # what the device does or waits for
+    device: Parts  # what the device does or waits for
     waits: float = 0.0  # the device, for the host
     is_serial: bool = False  # the device is the host
 
     @property
-    def parts(self) -> Counter[Part]:
+    def device_seconds(self) -> float:
+        return sum(self.device.values())
+
+    @property
+    def parts(self) -> Parts:
         """The phase's seconds by what decides them."""
-        if self.is_serial:
-            return Counter({"launches": self.launches, "waits": self.waits}) + self.device
-        is_host_bound = self.launches > self.device.total()
-        parts: Counter[Part] = Counter({"launches": self.launches}) if is_host_bound else Counter(self.device)
-        return parts + Counter({"waits": self.waits})
+        is_host_bound = self.launches > self.device_seconds
+        launches: Parts = {"launches": self.launches if self.is_serial or is_host_bound else 0.0, "waits": self.waits}
+        return added(launches, self.device if self.is_serial or not is_host_bound else {})
 
     @property
     def seconds(self) -> float:
-        return self.parts.total()
+        return sum(self.parts.values())
 
     @property
     def limit(self) -> Part | None:
@@ -69,8 +80,8 @@ class StepTime:
     mfu: float
 
     @property
-    def parts(self) -> Counter[Part]:
-        return sum((phase.parts for phase in self.phases), Counter())
+    def parts(self) -> Parts:
+        return added(*(phase.parts for phase in self.phases))
 
     @property
     def seconds(self) -> float:
@@ -98,7 +109,7 @@ class _Step:
         self.setup, self.device, self.rates = setup, device, rates
         self.groups = parameter_groups(setup)
         self.operators = layer_operators(setup)
-        self.collectives: Counter[str] = Counter()  # seconds by phase
+        self.collectives = dict.fromkeys(get_args(PhaseName), 0.0)  # seconds
         for one in collectives(setup):
             self.collectives[one.phase] += one.seconds(device, gpus_per_node, rates.links)
 
@@ -142,9 +153,11 @@ class _Step:
         setup = self.setup
         layers, again = setup.model.num_hidden_layers, setup.recompute_blocks
         products = layer_products(setup)
-        device = self.layers(layers, [one for product in products for one in product.backward()], "backward")
-        device += self.layers(again, products, "forward")
-        device["exchange"] += self.collectives["backward"]
+        device = added(
+            self.layers(layers, [one for product in products for one in product.backward()], "backward"),
+            self.layers(again, products, "forward"),
+            {"exchange": self.collectives["backward"]},
+        )
         # To the bucket; then what the rank owns, to fp32 and added to its sum.
         gradients = sum(len(group.sizes) for group in self.groups)
         whole = sum(sum(group.sizes.values()) for group in self.groups)
@@ -163,17 +176,17 @@ class _Step:
         setup, seconds = self.setup, self.collectives["reduction"]
         if setup.overlap:  # ZeRO-1 reduces during the last backward pass of a step alone
             seconds -= backward / (setup.accumulation if setup.zero_stage == 1 else 1)
-        return Phase("gradients, not hidden", 0.0, Counter({"gradients": max(seconds, 0.0)}))
+        return Phase("gradients, not hidden", 0.0, {"gradients": max(seconds, 0.0)})
 
     def update(self) -> Phase:
         setup = self.setup
         share = sum(group.partition for group in self.groups)
         rate = self.device.host_memory_rate if setup.offload else self.memory_rate
-        device: Counter[Part] = Counter({
+        device: Parts = {
             "optimizer": update_bytes(setup) * share / rate,
             "transfers": sum(host_transfers(setup)) / self.device.host / self.rates.links,
             "weights": self.collectives["update"],
-        })  # fmt: skip
+        }
         return Phase("update", UPDATE_OPERATORS * self.rates.operator, device, self.rates.wait, setup.on_cpu)
 
     # --- what phases are made of ------------------------------------------------------------------------------------
@@ -182,22 +195,22 @@ class _Step:
     def memory_rate(self) -> float:
         return self.device.memory_rate * self.rates.memory
 
-    def phase(self, name: str, operators: float, device: Counter[Part], waits: float = 0) -> Phase:
+    def phase(self, name: str, operators: float, device: Parts, waits: float = 0) -> Phase:
         """Args are of one micro-batch, but for `device`."""
         passes, rates = self.setup.accumulation, self.rates
         seconds = passes * operators * rates.operator
         return Phase(name, seconds, device, passes * waits * rates.wait, self.setup.on_cpu)
 
-    def layers(self, count: int, products: list[Product], way: Literal["forward", "backward"]) -> Counter[Part]:
+    def layers(self, count: int, products: list[Product], way: Literal["forward", "backward"]) -> Parts:
         """The device's seconds in `count` layers, one way."""
         operators, moved = getattr(self.operators, way), getattr(layer_bytes(self.setup), way)
         device = self.device_parts(products, moved, operators)
         setup, flops = self.setup, getattr(attention_flops(self.setup), way)
         seconds = attention_seconds(flops, setup.model.head_dim, self.device, self.rates, setup.weight_bytes)
         device["attention"] = setup.accumulation * seconds
-        return Counter({part: count * seconds for part, seconds in device.items()})
+        return {part: count * seconds for part, seconds in device.items()}
 
-    def device_parts(self, products: list[Product], moved: float, operators: float) -> Counter[Part]:
+    def device_parts(self, products: list[Product], moved: float, operators: float) -> Parts:
         """The device's seconds for some products and for `moved` bytes of other operators."""
         others = operators - sum(product.calls for product in products)
         least = KERNEL * max(others, 0) if self.device.multiprocessors else 0.0
@@ -205,4 +218,4 @@ class _Step:
             product_seconds(product, self.device, self.rates, self.setup.weight_bytes) for product in products
         )
         passes = self.setup.accumulation
-        return Counter({"products": passes * seconds, "memory": passes * (least + moved / self.memory_rate)})
+        return {"products": passes * seconds, "memory": passes * (least + moved / self.memory_rate)}

@@ -1,0 +1,178 @@
+"""A plan in sentences and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, replace
+from typing import Any
+
+from megamoe.model.costs import parameter_count
+from megamoe.model.products import DESCRIPTIONS
+from megamoe.planning.footprint import Footprint, footprint
+from megamoe.planning.planner import GIB, Plan, batch_keys
+from megamoe.planning.search import Choice
+from megamoe.planning.sharding import parameter_groups
+from megamoe.planning.simulate import Measured
+from megamoe.planning.step_time import Part, StepTime
+from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE
+
+# What limits a step, and what to change.
+LIMITS: dict[Part, str] = {
+    "launches": "the host, which launches operators",
+    "waits": "waits of the host for the device",
+    "products": "matrix products",
+    "attention": "attention",
+    "memory": "memory traffic of operators other than products",
+    "exchange": "the exchange of rows between ranks",
+    "gradients": "the reduction of gradients",
+    "optimizer": "memory traffic of the optimizer",
+    "weights": "gathering the updated weights",
+    "transfers": "transfers to and from the host's memory",
+}
+ADVICE: dict[Part, str] = {
+    "launches": "give a forward pass more tokens (micro-batch), or compile (--compiled)",
+    "waits": "give a forward pass more tokens (micro-batch), or train in bf16 on a GPU with one kernel for all experts",
+    "products": "little is left to gain but wider experts or more tokens per expert (a smaller ep_size or more tokens)",
+    "attention": "shorten the sequences, or widen the heads",
+    "memory": "compile (--compiled); else a wider model has fewer bytes per operation",
+    "exchange": "lower ep_size, and keep it within a node",
+    "gradients": "raise the micro-batch; with accumulation use ZeRO-1, which reduces once per step",
+    "optimizer": "accumulate over more micro-batches, or use more ranks",
+    "weights": "accumulate over more micro-batches, or raise ep_size",
+    "transfers": "keep the optimizer on the device, or accumulate over more micro-batches",
+}
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What the figures rest on, one sentence each."""
+    options, device, rates = plan.options, plan.device, plan.rates
+    sheet = "rates measured now" if options.device == "cpu" else "rates of the data sheet"
+    found = [
+        f"{device.name}: {sheet}, {device.flops(plan.setup.weight_bytes) / 1e12:.4g} TFLOP/s dense, "
+        f"{device.memory / GIB:.4g} GiB, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
+        f"{plan.gpus_per_node} and {device.between / 1e9:.4g} GB/s per GPU between nodes.",
+        f"The largest products reach {rates.products:.0%} of the peak (--efficiency), smaller ones what their tiles "
+        f"and bytes allow, other operators {rates.memory:.0%} of the memory's {device.memory_rate / 1e12:.3g} TB/s, "
+        f"collectives {rates.links:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "
+        f"({LATENCY_BETWEEN * 1e6:.0f} us between nodes) for each call.",
+        f"The host needs {1e6 * rates.operator:g} us for an operator (--launch_us), {1e6 * rates.parameter:g} us more "
+        f"for each gradient that DeepSpeed takes, and {1e6 * rates.wait:g} us after the device for what it waits for.",
+        f"The experts' products are {DESCRIPTIONS[plan.setup.kernel]}.",
+        "Every expert gets equally many rows. Reducing gradients hides behind the backward pass where overlap_comm is "
+        "set; everything else waits.",
+        "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
+        "fragments come on top.",
+    ]
+    largest = max(size for group in parameter_groups(plan.setup) for size in group.sizes.values())
+    if largest > plan.setup.bucket:
+        found.append(
+            f"zero_optimization.reduce_bucket_size is {plan.setup.bucket:,}, below the {largest:,} numbers of the "
+            "largest parameter: a gradient above it is reduced on its own, and may stay to the end of backward."
+        )
+    if plan.setup.offload:
+        found.append(
+            f"Offloaded optimizer: {device.host / 1e9:.4g} GB/s each way between device and host, of which "
+            f"{options.link_efficiency:.0%} are reached, and {device.host_memory_rate / 1e9:.4g} GB/s of host memory "
+            "per rank, which bound its step; transfers hide behind nothing."
+        )
+    return found
+
+
+def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
+    """The plan as an object for a JSON file; sizes in bytes, times in seconds."""
+    setup = {key: value for key, value in asdict(plan.setup).items() if key != "model"}
+    peak = plan.footprint.peak
+    record: dict[str, Any] = {
+        "preset": plan.run.preset,
+        "parameters": parameter_count(plan.setup.model),
+        "setup": setup,
+        "device": asdict(plan.device),
+        "rates": asdict(plan.rates),
+        "assumptions": assumptions(plan),
+        "predicted": {
+            "memory": {
+                "peak": {kind: size for kind, size in peak.items() if size},
+                "totals": totals(plan.footprint),
+                "host": dict(plan.footprint.host),
+                "fits": plan.fits,
+            },
+            "communication": [
+                {
+                    **asdict(one),
+                    **dict(zip(("sent_inside", "sent_between"), one.sent(plan.gpus_per_node), strict=True)),
+                    "seconds": one.seconds(plan.device, plan.gpus_per_node, plan.rates.links),
+                }
+                for one in plan.collectives
+            ],
+            "time": time_as_json(plan.time),
+        },
+    }
+    if plan.choices:
+        record["best"] = [choice_as_json(choice) for choice in plan.choices]
+    if measured:
+        record["simulated"] = {"memory": comparison(plan, measured), "payload": payloads(plan, measured)}
+    return record
+
+
+def time_as_json(time: StepTime) -> dict[str, Any]:
+    return {
+        "phases": [
+            {
+                "name": phase.name,
+                "seconds": phase.seconds,
+                "launches": phase.launches,
+                "device": phase.device,
+                "waits": phase.waits,
+                "limit": phase.limit,
+            }
+            for phase in time.phases
+        ],
+        "parts": time.parts,
+        "limit": time.limit,
+        "advice": ADVICE[time.limit],
+        "step": time.seconds,
+        "tokens": time.tokens,
+        "tokens_per_second": time.tokens_per_second,
+        "tokens_per_day": time.tokens_per_second * 86_400,
+        "mfu": time.mfu,
+    }
+
+
+def choice_as_json(choice: Choice) -> dict[str, Any]:
+    """A split as options and keys of the DeepSpeed JSON, with what is predicted of it."""
+    return {
+        "options": {"ep_size": choice.setup.ep_size, "recompute_blocks": choice.setup.recompute_blocks},
+        "ds_config": batch_keys(choice.setup),
+        "predicted": {
+            "memory": choice.memory,
+            "tokens_per_second": choice.time.tokens_per_second,
+            "mfu": choice.time.mfu,
+            "limit": choice.time.limit,
+        },
+    }
+
+
+def totals(bytes_held: Footprint) -> dict[str, int]:
+    """Bytes of each phase of a step at its peak, and at that of the step."""
+    phases = {name: getattr(bytes_held, name).total() for name in ("between", "forward", "backward", "step")}
+    return {**phases, "peak": bytes_held.peak.total()}
+
+
+def comparison(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
+    """Bytes that the simulated rank took, next to those of the arithmetic for a CPU."""
+    setup = replace(plan.setup, on_cpu=True, kernel="grouped_mm")
+    return {
+        name: {"predicted": size, "measured": getattr(measured, name)}
+        for name, size in totals(footprint(setup)).items()
+    }
+
+
+def payloads(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
+    """Payload by kind of collective and ranks of its group."""
+    predicted: Counter[tuple[str, int]] = Counter()
+    for one in plan.collectives:
+        predicted[one.kind, one.ranks] += one.payload
+    return {
+        f"{kind} over {ranks}": {"predicted": predicted[kind, ranks], "measured": measured.payload[kind, ranks]}
+        for kind, ranks in sorted(predicted.keys() | measured.payload.keys())
+    }

@@ -1,0 +1,79 @@
+"""The best split of a step on given GPUs: micro-batch, accumulation, `ep_size` and recomputed blocks, by prediction."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megamoe.hardware import Device
+from megamoe.planning.footprint import footprint
+from megamoe.planning.rates import Rates
+from megamoe.planning.sharding import Setup
+from megamoe.planning.step_time import StepTime, step_time
+from megamoe.topology import ExpertTopology
+
+# Share of the device's memory that is left to its context, the communication library and the allocator's fragments.
+MARGIN = 0.1
+MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A split that fits."""
+
+    setup: Setup
+    memory: int  # bytes at the peak
+    time: StepTime
+
+
+def best_choices(
+    setup: Setup, device: Device, gpus_per_node: int, rates: Rates, samples: int | None = None
+) -> list[Choice]:
+    """Every split that fits, with the fewest recomputed blocks that do, most tokens/s first.
+
+    Args:
+        samples: of a step over all ranks, which accumulation keeps; None keeps the accumulation of `setup`.
+    """
+    found = []
+    for ep_size in _ep_sizes(setup):
+        for micro_batch, accumulation in _batches(setup, samples):
+            split = replace(setup, ep_size=ep_size, micro_batch=micro_batch, accumulation=accumulation)
+            blocks = _fewest_recomputed(split, device)
+            if blocks is None:
+                break  # nor do more samples fit
+            split = replace(split, recompute_blocks=blocks)
+            found.append(Choice(split, _memory(split), step_time(split, device, gpus_per_node, rates)))
+    return sorted(found, key=lambda choice: choice.time.tokens_per_second, reverse=True)
+
+
+def _ep_sizes(setup: Setup) -> Iterator[int]:
+    experts, ranks = setup.model.num_local_experts, setup.world_size
+    return (size for size in range(1, experts + 1) if not ExpertTopology.problems(size, experts, ranks, ""))
+
+
+def _batches(setup: Setup, samples: int | None) -> Iterator[tuple[int, int]]:
+    """(micro-batch, accumulation)."""
+    for micro_batch in MICRO_BATCHES:
+        if samples is None:
+            yield micro_batch, setup.accumulation
+        elif samples % (micro_batch * setup.world_size) == 0:
+            yield micro_batch, samples // (micro_batch * setup.world_size)
+
+
+def _fewest_recomputed(setup: Setup, device: Device) -> int | None:
+    """Blocks to recompute so that the step fits; None if it does not even with all of them."""
+    most, limit = setup.model.num_hidden_layers, device.memory * (1 - MARGIN)
+
+    def fits(blocks: int) -> bool:
+        return _memory(replace(setup, recompute_blocks=blocks)) <= limit
+
+    if fits(0):
+        return 0
+    blocks = bisect_left(range(most), True, 1, key=fits)
+    return blocks if blocks < most or fits(most) else None
+
+
+def _memory(setup: Setup) -> int:
+    # From the third micro-batch on they are all alike.
+    return footprint(replace(setup, accumulation=min(setup.accumulation, 3))).peak.total()
