@@ -37,13 +37,16 @@ KERNEL = 2e-6  # seconds that a kernel takes at the least
 # Width of a head at which a score's exponential, which no matrix unit computes, takes as long as its products.
 ATTENTION_WIDTH = 64
 
+# On CPU, operands are read and written into another layout, and a core does not compute while it waits for memory.
+PACKING = 3
+
 
 def product_seconds(product: Product, device: Device, rates: Rates, itemsize: int) -> float:
-    """Seconds of all calls of a product on `device`: the longer of its tiles and of its bytes."""
+    """Seconds of all calls of a product: on a GPU the longer of its tiles and of its bytes, on CPU both."""
     moved = product.bytes(itemsize) / (device.memory_rate * rates.memory)
     peak = device.flops(itemsize) * rates.products
     if not device.multiprocessors:
-        return product.flops / peak + product.calls * moved
+        return product.flops / peak + product.calls * PACKING * moved
     computed = _seconds_of_tiles(product, device.multiprocessors, peak / device.multiprocessors)
     return product.calls * (KERNEL + max(moved, computed))
 

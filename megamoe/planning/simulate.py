@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +68,20 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
     return Measured(between, peaks["forward"], peaks["backward"], peaks["step"], collectives.payload)
 
 
+@contextmanager
+def one_rank_of(world_size: int) -> Iterator[None]:
+    """Makes this process rank 0 of a job whose other ranks do not exist; it can join no other group afterwards."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    configure_deepspeed()
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def simulate(
     config: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int, recompute_blocks: int = 0
 ) -> Measured:
@@ -73,12 +89,5 @@ def simulate(
 
     Every peer seems to send what this rank sends, so the experts of this rank get as many rows as the rank sends away.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    os.environ.update(RANK="0", WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    configure_deepspeed()
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
+    with one_rank_of(world_size):
         return measure(config, ds, ep_size, seq_len, recompute_blocks)
-    finally:
-        dist.destroy_process_group()

@@ -153,18 +153,17 @@ class _Step:
         setup = self.setup
         layers, again = setup.model.num_hidden_layers, setup.recompute_blocks
         products = layer_products(setup)
-        device = added(
-            self.layers(layers, [one for product in products for one in product.backward()], "backward"),
-            self.layers(again, products, "forward"),
-            {"exchange": self.collectives["backward"]},
-        )
         # To the bucket; then what the rank owns, to fp32 and added to its sum.
         gradients = sum(len(group.sizes) for group in self.groups)
         whole = sum(sum(group.sizes.values()) for group in self.groups)
         owned = sum(group.partition for group in self.groups)
         s = setup.weight_bytes
         moved = GRADIENT_PASSES * s * whole + (s + 16 if setup.sums_apart else 2 * s) * owned
-        device["memory"] += setup.accumulation * moved / self.memory_rate
+        device = added(
+            self.layers(layers, [one for product in products for one in product.backward()], "backward"),
+            self.layers(again, products, "forward"),
+            {"memory": setup.accumulation * moved / self.memory_rate, "exchange": self.collectives["backward"]},
+        )
         per_gradient = GRADIENT_OPERATORS + SUM_OPERATORS * setup.sums_apart
         operators = layers * self.operators.backward + again * self.operators.forward
         operators += BACKWARD_OPERATORS + gradients * per_gradient
