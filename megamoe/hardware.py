@@ -59,24 +59,57 @@ DEVICES = {
 }
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+@dataclass(frozen=True)
+class Peak:
+    """What MFU is the share of."""
+
+    flops: float  # FLOP/s of one device
+    is_measured: bool  # there is no data sheet for it here
+
+    def __str__(self) -> str:
+        source = "measured, of square matrix products" if self.is_measured else "of the data sheet"
+        return f"{self.flops / 1e12:.3g} TFLOP/s per rank, {source}"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     """Peak FLOP/s of `device` for `dtype`: from the data sheet where the name is known, else measured."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, (half, single) in KNOWN_PEAKS.items():
             if re.search(rf"\b{known}(?!\d)", name):
-                return single if dtype == torch.float32 else half
-    return measured_flops(device, dtype)
+                return Peak(single if dtype == torch.float32 else half, is_measured=False)
+    return Peak(measured_flops(device, dtype), is_measured=True)
 
 
-def measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 8) -> float:
-    """FLOP/s of the fastest of some square matrix products on `device`, with the threads this process has."""
+# Sides of the square products that are measured: on CPU the first; on a GPU, which is far from its peak there, twice
+# the size again and again while the rate grows. The largest takes under 1 GiB in fp32, and a second on a slow GPU.
+SMALLEST_SQUARE, LARGEST_SQUARE = 1024, 8192
+GROWS = 1.02  # a rate that has not grown by this factor has stopped growing
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest square matrix products on `device`, with the threads that this process has."""
+    size, rate = SMALLEST_SQUARE, square_flops(device, dtype, SMALLEST_SQUARE)
+    while device.type != "cpu" and size < LARGEST_SQUARE:
+        size *= 2
+        before = rate
+        try:
+            rate = max(before, square_flops(device, dtype, size))
+        except torch.OutOfMemoryError:  # a model has the memory already
+            break
+        if rate < GROWS * before:
+            break
+    return rate
+
+
+def square_flops(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 8) -> float:
+    """FLOP/s of the fastest of some products of two square matrices."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
         b = a @ a
-        b.sum().item()  # waits for the device
+        b[-1, -1].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

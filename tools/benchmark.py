@@ -151,12 +151,13 @@ def print_summary(entries: list[Entry], turns: list[list[Turn]]) -> None:
         for name in ("gemm_flops", "peak_flops", "bandwidth")
     ]
     machine, tokens = machines[0], turns[0][0].tokens
+    mfu = "MFU of a measured peak" if machine.peak_is_measured else "MFU"
     print(
         f"\n{machine.device}, {machine.dtype}: matrix products at the model's shapes {rates[0] / 1e12:.3g} TFLOP/s, "
-        f"{'square ones' if machine.device == 'CPU' else 'peak'} {rates[1] / 1e12:.3g} TFLOP/s, "
+        f"peak {rates[1] / 1e12:.3g} TFLOP/s{' (measured, of square products)' if machine.peak_is_measured else ''}, "
         f"memory {rates[2] / 1e9:.3g} GB/s\n\n"
         f"| {tokens:,} tokens per step | tokens/s, median and measured | speed-up of {entries[0]} over this row "
-        "| forward and backward, share of the rate of products | step, MFU | optimizer step against bare AdamW "
+        f"| forward and backward, share of the rate of products | step, {mfu} | optimizer step against bare AdamW "
         "| memory per rank |\n"
         "|---|---|---|---|---|---|---|"
     )

@@ -262,10 +262,11 @@ class Machine:
     """What the devices of all ranks reach together, all of them at work."""
 
     gemm_flops: float  # on the model's own shapes
-    peak_flops: float  # the data sheet's where the device is known, else of a square product
+    peak_flops: float  # the data sheet's where the device is known, else measured of square products
     bandwidth: float  # bytes/s
     device: str
     dtype: str
+    peak_is_measured: bool = False  # a version before does not say
 
 
 @dataclass
@@ -312,7 +313,9 @@ def measure_machine(
     peak, bandwidth = peak_flops(device, dtype), measured_bandwidth(device)
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return Machine(ranks * gemm, ranks * peak, ranks * bandwidth, name, str(dtype).removeprefix("torch."))
+    return Machine(
+        ranks * gemm, ranks * peak.flops, ranks * bandwidth, name, str(dtype).removeprefix("torch."), peak.is_measured
+    )
 
 
 def restart_peak(device: torch.device) -> None:

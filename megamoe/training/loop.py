@@ -82,6 +82,7 @@ class Trainer:
         if any(on_any_rank(self.stop.asked, device=self.train_step.device)):
             self._say(first, "stopped by a signal before the first step")
             return False
+        self._say(first, f"mfu is the share of {self.metrics.peak}")
         self.train_step.model.train()
         self.metrics.restart(first)
         longest = 0.0  # seconds from one step's end to the next

@@ -21,7 +21,7 @@ class StepMetrics:
         weight = next(train_step.model.parameters())
         tokens = shape.samples * shape.seq_len
         self._step_flops = train_flops_per_token(train_step.model.config, shape.seq_len) * tokens
-        self._peak_flops = peak_flops(self._device, weight.dtype) * shape.world_size
+        self.peak = peak_flops(self._device, weight.dtype)
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -48,7 +48,7 @@ class StepMetrics:
             "loss": self._losses / steps,
             "lr": self._engine.get_lr()[0],
             "tokens_per_second": rate * self._shape.samples * self._shape.seq_len,
-            "mfu": rate * self._step_flops / self._peak_flops,
+            "mfu": rate * self._step_flops / (self.peak.flops * self._shape.world_size),
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
             "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
