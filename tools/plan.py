@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
@@ -96,11 +97,12 @@ def print_time(plan: Plan) -> None:
         milliseconds = "".join(f"{1e3 * seconds:9.2f}" for seconds in columns)
         print(f"  {phase.name:25s}{milliseconds}  {LIMITS[phase.limit] if phase.limit else ''}".rstrip())
     print(f"  {'step':25s}{1e3 * time.seconds:9.2f}")
+    for part, seconds in sorted(time.parts.items(), key=itemgetter(1), reverse=True):
+        print(f"    {LIMITS[part]:50s}{1e3 * seconds:9.2f} {seconds / time.seconds:5.0%}")
     rate = time.tokens_per_second
     print(f"  predicted: {time.tokens:,} tokens per step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens per day, "
           f"MFU {time.mfu:.1%}; a billion tokens in {duration(1e9 / rate)}")  # fmt: skip
-    share = time.parts[time.limit] / time.seconds
-    print(f"  limited by {LIMITS[time.limit]} ({share:.0%} of the step): {ADVICE[time.limit]}")
+    print(f"  limited by {LIMITS[time.limit]}: {ADVICE[time.limit]}")
 
 
 def print_choices(plan: Plan) -> None:

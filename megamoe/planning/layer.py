@@ -33,7 +33,7 @@ class BothWays:
 # hand; neither has been counted yet.
 COMPILED_OPERATORS, COMPILED_BYTES = BothWays(30, 40), 0.5
 # Of one RMSNorm beyond those of the one kernel that a GPU has: torch makes it of others, in fp32.
-NORM_OPERATORS_ON_CPU, NORM_PASSES_ON_CPU = BothWays(7, 14), BothWays(9, 24)
+NORM_OPERATORS_ON_CPU, NORM_PASSES_ON_CPU = BothWays(7, 16), BothWays(9, 24)
 
 
 def layer_operators(setup: Setup) -> BothWays:
@@ -137,7 +137,7 @@ def layer_bytes(setup: Setup) -> BothWays:
         (4 * hidden, NORM_PASSES_ON_CPU * 2, setup.on_cpu),
         (s * chosen, BothWays(6, 10), True),  # gathered, weighted, summed
         (s * chosen, dropout, m.expert_dropout > 0),
-        (s * chosen, BothWays(4, 5), exchanged),  # laid out by expert once more
+        (s * chosen, BothWays(4, 7), exchanged),  # laid out by expert once more
         (s * inside, BothWays(5, 13) if m.gated_mlp else BothWays(2, 3), True),  # activation
         (s * heads, BothWays(7, 7), True),  # rotated
     ]

@@ -1,7 +1,7 @@
 import json
 import sys
 from dataclasses import replace
-from functools import partial
+from typing import get_args
 
 import plan as tool
 import psutil
@@ -10,14 +10,18 @@ from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config
 
 from megamoe import cli
-from megamoe.config import RunConfig
+from megamoe.config import RunConfig, load_preset
 from megamoe.errors import UserError
-from megamoe.hardware import KNOWN_PEAKS, measured_bandwidth, measured_flops
+from megamoe.hardware import KNOWN_PEAKS
 from megamoe.json_files import read_json
+from megamoe.model.costs import train_flops_per_token
 from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
-from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, assumptions, make_plan, this_machine
-from megamoe.planning.traffic import step_time
+from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, make_plan, rates_of, this_machine
+from megamoe.planning.rates import CPU, GPU
+from megamoe.planning.report import ADVICE, LIMITS, assumptions
+from megamoe.planning.search import MARGIN
+from megamoe.planning.step_time import Part, step_time
 
 ZERO2 = str(SHIPPED / "zero2.json")
 
@@ -91,14 +95,20 @@ def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
     code, out, problems = run(monkeypatch, capsys, *options)
     assert (code, problems) == (0, [])
     record = json.loads(file.read_text())
-    assert sum(record["memory"]["peak"].values()) == record["memory"]["totals"]["peak"]
-    assert record["memory"]["totals"]["peak"] == planned(gpus=1024).footprint.peak.total()
-    for kind in record["memory"]["peak"]:
+    memory, time = record["predicted"]["memory"], record["predicted"]["time"]
+    assert sum(memory["peak"].values()) == memory["totals"]["peak"]
+    assert memory["totals"]["peak"] == planned(gpus=1024).footprint.peak.total()
+    for kind in memory["peak"]:
         assert f"  {kind} " in out
-    for one in record["communication"]:
+    for one in record["predicted"]["communication"]:
         assert f"{one['purpose']} ({one['kind']})" in out
-    assert f"{record['time']['tokens_per_second']:,.0f} tokens/s" in out
-    assert record["time"]["tokens_per_day"] == 86_400 * record["time"]["tokens_per_second"]
+    assert f"{time['tokens_per_second']:,.0f} tokens/s" in out
+    assert time["tokens_per_day"] == 86_400 * time["tokens_per_second"]
+    for phase in time["phases"]:
+        assert f"  {phase['name']} " in out
+    assert sum(phase["seconds"] for phase in time["phases"]) == pytest.approx(time["step"])
+    assert f"limited by {LIMITS[time['limit']]}" in out
+    assert time["advice"] == ADVICE[time["limit"]]
     for sentence in record["assumptions"]:
         assert sentence in out
     assert "simulated" not in record
@@ -115,10 +125,12 @@ def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeyp
         assert on_host.footprint.host[kind] == on_device.footprint.peak[kind] > 0
         assert kind not in on_host.footprint.peak
     assert on_host.footprint.between.total() < on_device.footprint.between.total()
-    assert json.loads((tmp_path / "plan.json").read_text())["memory"]["host"] == dict(on_host.footprint.host)
+    assert json.loads((tmp_path / "plan.json").read_text())["predicted"]["memory"]["host"] == dict(
+        on_host.footprint.host
+    )
     below = out[out.index("host memory per rank") :]
     assert all(f"  {kind} " in below for kind in on_host.footprint.host)
-    assert "transfers to and from the host" in out
+    assert LIMITS["transfers"] in out
     assert "64 GB/s each way between device and host" in out
 
 
@@ -151,7 +163,8 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys):
 def test_a_device_has_the_peak_that_mfu_is_measured_by(name):
     plan = planned(device=name.lower())
     assert (plan.device.flops(2), plan.device.flops(4)) == KNOWN_PEAKS[name]
-    assert plan.time.mfu == pytest.approx(0.4 * plan.time.compute / plan.time.seconds)
+    flops = train_flops_per_token(plan.setup.model, 1024) * 2048
+    assert plan.time.mfu == pytest.approx(flops / KNOWN_PEAKS[name][0] / plan.time.seconds)
 
 
 @pytest.mark.parametrize(
@@ -188,21 +201,73 @@ def test_the_shipped_buckets_have_room_for_every_gradient(path):
 
 def test_more_ranks_in_a_node_make_the_links_faster():
     apart, together = planned(gpus_per_node=4), planned(gpus_per_node=16)
-    assert apart.time.communication > planned().time.communication > together.time.communication
-    assert apart.time.compute == together.time.compute
+    exchange = [plan.time.phases[0].device["exchange"] for plan in (apart, planned(), together)]
+    assert exchange[0] > exchange[1] == exchange[2]
+    assert apart.time.seconds > planned().time.seconds > together.time.seconds
 
 
 def test_on_this_machine_all_ranks_share_its_memory_and_its_rate(monkeypatch):
-    monkeypatch.setattr(planner, "measured_flops", partial(measured_flops, size=128))
-    monkeypatch.setattr(planner, "measured_bandwidth", partial(measured_bandwidth, size=2**22))
+    monkeypatch.setattr(planner, "measured_flops", lambda device, dtype: 1e12)
+    monkeypatch.setattr(planner, "measured_bandwidth", lambda device: 1e10)
     alone, shared = this_machine(1), this_machine(4)
     assert shared.memory == psutil.virtual_memory().total / 4 == alone.memory / 4
-    assert alone.half_flops > 1e9
-    assert alone.inside > 1e8
+    assert (shared.half_flops, shared.memory_rate) == (1e12 / 4, 1e10 / 4)
     plan = planned(device="cpu", preset="tiny", gpus=16)
     assert plan.gpus_per_node == 16
     assert plan.setup.on_cpu
-    assert plan.time == step_time(plan.setup, plan.device, 16, 0.4, 0.7)
+    assert plan.time == step_time(plan.setup, plan.device, 16, CPU)
+
+
+def test_options_take_the_place_of_what_is_assumed():
+    assert rates_of(PlanOptions(gpus=1)) == GPU
+    given = PlanOptions(gpus=1, efficiency=0.5, link_efficiency=0.6, launch_us=10)
+    assert rates_of(given) == replace(GPU, products=0.5, links=0.6, operator=1e-5)
+    assert planned(launch_us=60).time.seconds > 2 * planned().time.seconds
+
+
+def test_compiled_blocks_launch_less():
+    eager, compiled = planned(), planned(compiled=True)
+    assert compiled.time.phases[0].launches < eager.time.phases[0].launches
+    assert compiled.time.seconds < eager.time.seconds
+
+
+def test_every_limit_is_said_with_what_to_change():
+    assert set(LIMITS) == set(ADVICE) == set(get_args(Part))
+
+
+def test_the_best_split_is_planned_and_said(tmp_path, monkeypatch, capsys):
+    options = ("--gpus", 8, "--best", "--ds_config", ZERO2, "--json", tmp_path / "plan.json")
+    code, out, problems = run(monkeypatch, capsys, *options)
+    assert (code, problems) == (0, [])
+    record = json.loads((tmp_path / "plan.json").read_text())
+    best, plan = record["best"][0], record["predicted"]
+    assert best["predicted"]["tokens_per_second"] == plan["time"]["tokens_per_second"]
+    assert best["predicted"]["memory"] == plan["memory"]["totals"]["peak"] <= (1 - MARGIN) * 79.6 * 2**30
+    keys = best["ds_config"]
+    assert f'"train_micro_batch_size_per_gpu": {keys["train_micro_batch_size_per_gpu"]}' in out
+    assert f"--ep_size {best['options']['ep_size']} --recompute_blocks {best['options']['recompute_blocks']}" in out
+    again = planned(
+        gpus=8, micro_batch=keys["train_micro_batch_size_per_gpu"], **best["options"]
+    )  # fmt: skip
+    assert again.time.tokens_per_second == best["predicted"]["tokens_per_second"]
+
+
+def test_a_search_is_given_nothing_that_it_chooses(monkeypatch, capsys):
+    options = ("--gpus", 8, "--best", "--ep_size", 8, "--micro_batch", 2, "--recompute_blocks", 3)
+    code, _, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *options)
+    assert code == 2
+    assert len(sentences(problems)) == 3
+    has(" ".join(problems), "--ep_size", "--micro_batch", "--recompute_blocks")
+
+
+def test_a_search_in_which_nothing_fits_says_so(tmp_path):
+    ds = read_json(SHIPPED / "zero2.json") | {"train_batch_size": 512}
+    ds.pop("train_micro_batch_size_per_gpu")
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    wide = tmp_path / "wide.json"
+    wide.write_text(load_preset("moe-680m").model_copy(update={"hidden_size": 12288}).model_dump_json())
+    with pytest.raises(UserError, match=r"nothing with 512 samples per step fits in 71\.6 GiB on 2 ranks"):
+        planned(gpus=2, ep_size=1, best=True, preset=str(wide), ds_config=str(tmp_path / "ds.json"))
 
 
 @pytest.mark.parametrize(("stage", "overlap"), [(1, True), (1, False), (2, True), (2, False)])

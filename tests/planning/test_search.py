@@ -1,0 +1,61 @@
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from toy import SHIPPED
+
+from megamoe.config import load_preset
+from megamoe.hardware import DEVICES
+from megamoe.json_files import read_json
+from megamoe.planning.footprint import footprint
+from megamoe.planning.rates import GPU
+from megamoe.planning.search import MARGIN, MICRO_BATCHES, best_choices
+from megamoe.planning.sharding import read_setup
+from megamoe.planning.step_time import step_time
+
+SETUP = read_setup(load_preset("tiny"), read_json(SHIPPED / "zero2.json"), 8, 1, 256, False)
+
+
+def memory(setup):
+    return footprint(setup).peak.total()
+
+
+SMALL = replace(DEVICES["h100"], memory=1.01 / (1 - MARGIN) * memory(replace(SETUP, micro_batch=6)))
+
+
+@pytest.mark.parametrize("samples", [None, 96])
+def test_it_finds_what_trying_everything_finds(samples):
+    def batches():
+        for micro_batch in MICRO_BATCHES:
+            if samples is None or samples % (8 * micro_batch) == 0:
+                yield micro_batch, samples // (8 * micro_batch) if samples else SETUP.accumulation
+
+    tried = [
+        replace(SETUP, ep_size=ep_size, micro_batch=micro_batch, accumulation=accumulation, recompute_blocks=blocks)
+        for ep_size, (micro_batch, accumulation), blocks in product((1, 2, 4, 8), batches(), range(5))
+    ]
+    fitting = [setup for setup in tried if memory(setup) <= (1 - MARGIN) * SMALL.memory]
+    assert len(fitting) < len(tried)
+    best = max(step_time(setup, SMALL, 8, GPU).tokens_per_second for setup in fitting)
+    found = best_choices(SETUP, SMALL, 8, GPU, samples)
+    assert found[0].time.tokens_per_second == best
+    rates = [choice.time.tokens_per_second for choice in found]
+    assert rates == sorted(rates, reverse=True)
+    for choice in found:
+        assert choice.memory == memory(choice.setup) <= (1 - MARGIN) * SMALL.memory
+        if samples:
+            assert choice.setup.micro_batch * choice.setup.accumulation * 8 == samples
+
+
+def test_no_block_is_recomputed_in_vain():
+    found = [choice for choice in best_choices(SETUP, SMALL, 8, GPU) if choice.setup.recompute_blocks]
+    assert found
+    for choice in found:
+        assert (
+            memory(replace(choice.setup, recompute_blocks=choice.setup.recompute_blocks - 1))
+            > (1 - MARGIN) * SMALL.memory
+        )
+
+
+def test_nothing_is_found_where_nothing_fits():
+    assert best_choices(SETUP, replace(SMALL, memory=2**20), 8, GPU) == []
