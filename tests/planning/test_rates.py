@@ -1,0 +1,67 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from megamoe.hardware import DEVICES, Device
+from megamoe.planning.layer import Product
+from megamoe.planning.rates import GPU, KERNEL, PACKING, attention_seconds, product_seconds
+
+H100 = DEVICES["h100"]
+TILE = 128 * 256
+
+
+def share(product):
+    """Of the peak FLOP/s of an H100 in bf16."""
+    return product.flops / product_seconds(product, H100, GPU, 2) / H100.half_flops
+
+
+def test_the_largest_products_come_near_the_share_that_is_assumed():
+    assert 0.74 < share(Product(16384, 16384, 16384)) < GPU.products
+
+
+def test_the_share_grows_with_the_size():
+    shares = [share(Product(size, size, size)) for size in (256, 512, 1024, 2048, 4096)]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.05
+
+
+def test_a_wave_of_tiles_takes_as_long_as_a_full_one():
+    # Two groups of two columns of tiles: 33 tiles high is one for each of 132 multiprocessors.
+    one, two, full = (
+        product_seconds(Product(rows, 512, 8192, groups=2), H100, GPU, 2) - KERNEL
+        for rows in (33 * 128, 33 * 128 + 1, 66 * 128)
+    )
+    assert two == pytest.approx(2 * one)
+    assert two == pytest.approx(full)
+
+
+def test_the_inner_dimension_of_few_tiles_is_split():
+    deep = product_seconds(Product(256, 256, 2**16), H100, GPU, 2)
+    in_one_piece = 2 * TILE * 2**16 / (H100.half_flops * GPU.products / 132)
+    assert deep < in_one_piece / 4
+
+
+def test_small_groups_are_slow():
+    few, many = Product(4096, 2048, 768, groups=2), Product(64, 2048, 768, groups=128)
+    assert few.flops == many.flops
+    assert share(many) < share(few) / 2
+
+
+def test_a_product_takes_at_least_its_bytes():
+    one = Product(1, 8192, 8192)
+    assert product_seconds(one, H100, GPU, 2) > one.bytes(2) / H100.memory_rate
+
+
+def test_on_cpu_bytes_and_operations_add_up():
+    cpu = Device("CPU", 4e11, 1e11, 1e10, 2e10, 1e9, 1e9, 1e9, 1e9)
+    one = Product(100, 200, 300, groups=2, calls=3)
+    expected = one.flops / (4e11 * 0.5) + 3 * PACKING * one.bytes(2) / 2e10
+    assert product_seconds(one, cpu, replace(GPU, products=0.5, memory=1.0), 2) == pytest.approx(expected)
+
+
+def test_attention_is_faster_with_wider_heads():
+    narrow, wide, widest = (attention_seconds(1e12, width, H100, GPU, 2) for width in (64, 128, 2**30))
+    assert narrow > wide > widest
+    assert narrow == pytest.approx(2 * widest)
+    assert math.isclose(widest, 1e12 / (H100.half_flops * GPU.attention), rel_tol=1e-6)

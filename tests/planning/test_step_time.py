@@ -1,0 +1,163 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from operators import Operators
+from ranks import run_ranks
+from toy import PRESET, SHIPPED, ds_config
+
+from megamoe.config import ModelConfig, load_preset
+from megamoe.data.batches import Batch
+from megamoe.hardware import DEVICES, Device
+from megamoe.json_files import read_json
+from megamoe.model.costs import train_flops_per_token
+from megamoe.model.decoder import Decoder
+from megamoe.planning.layer import layer_operators
+from megamoe.planning.rates import GPU, Rates
+from megamoe.planning.sharding import read_setup
+from megamoe.planning.step_time import (
+    BACKWARD_OPERATORS,
+    FORWARD_OPERATORS,
+    GRADIENT_OPERATORS,
+    GRADIENT_PASSES,
+    SUM_OPERATORS,
+    Phase,
+    step_time,
+)
+from megamoe.planning.traffic import collectives
+from megamoe.training.step import build_train_step
+
+SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
+FULL = read_setup(load_preset("moe-680m"), read_json(SHIPPED / "zero2.json"), 1, 1, 1024, False)
+SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
+# Only what a test changes takes time.
+IDEAL = Rates(math.inf, math.inf, math.inf, links=1.0, operator=0.0, parameter=0.0, wait=0.0)
+
+
+def phases(setup, device=DEVICES["h100"], rates=GPU):
+    return {phase.name: phase for phase in step_time(setup, device, 8, rates).phases}
+
+
+def test_a_phase_takes_the_longer_of_host_and_device_and_what_waits():
+    phase = Phase("test", 3.0, {"products": 2.0, "memory": 2.5}, waits=0.5)
+    assert (phase.seconds, phase.limit) == (5.0, "memory")
+    assert phase.parts == {"products": 2.0, "memory": 2.5, "waits": 0.5}
+    slow_host = replace(phase, launches=6.0)
+    assert slow_host.parts == {"launches": 6.0, "waits": 0.5}
+    assert slow_host.limit == "launches"
+    assert replace(phase, is_serial=True).seconds == 3.0 + 4.5 + 0.5
+    assert Phase("nothing", 0.0, {}).limit is None
+
+
+def test_the_parts_of_a_step_are_all_of_it():
+    for setup in (SETUP, FULL, replace(FULL, on_cpu=True), replace(FULL, recompute_blocks=5, accumulation=3)):
+        time = step_time(setup, DEVICES["h100"], 8, GPU)
+        assert sum(time.parts.values()) == pytest.approx(time.seconds)
+        flops = train_flops_per_token(setup.model, setup.seq_len) * time.tokens / setup.world_size
+        peak = DEVICES["h100"].flops(setup.weight_bytes)
+        assert time.mfu == pytest.approx(flops / peak / time.seconds)
+
+
+def test_the_host_launches_what_is_counted():
+    rates = replace(IDEAL, operator=1.0)
+    found, counted = phases(FULL, rates=rates), layer_operators(FULL)
+    assert found["forward"].launches == 24 * counted.forward + FORWARD_OPERATORS
+    gradients = 2 + 24 * 10  # embedding, last norm, and the parameters of 24 layers
+    per_gradient = GRADIENT_OPERATORS + SUM_OPERATORS
+    assert found["backward"].launches == 24 * counted.backward + BACKWARD_OPERATORS + gradients * per_gradient
+    assert phases(FULL, rates=replace(IDEAL, parameter=1.0))["backward"].launches == gradients
+    twice = phases(replace(FULL, accumulation=2), rates=rates)
+    assert twice["forward"].launches == 2 * found["forward"].launches
+    assert twice["update"].launches == found["update"].launches
+
+
+def of_a_layer_more(recipe, sums):
+    """(operators of a micro-batch, bytes of a gradient's element beyond the model's own) of a larger model."""
+    found = []
+    for layers, width in ((2, 256), (3, 512)):
+        config = load_preset("tiny").model_copy(update={"num_hidden_layers": layers, "intermediate_size": width})
+        ds = {**ds_config(1), **read_json(SHIPPED / recipe), "train_micro_batch_size_per_gpu": 1}
+        ds |= {"data_types": {"grad_accum_dtype": sums}} if sums else {}
+        train_step = build_train_step(config, ds)
+        ids = Batch(*[torch.arange(64).unsqueeze(0)] * 2)
+        for _ in range(2):
+            whole = Operators()
+            with whole:
+                train_step.forward_backward([ids])
+            train_step.update()
+        plain = Decoder(config).to(next(train_step.model.parameters()).dtype)
+        for router in plain.routers():
+            router.selection_bias, router.running_load = router.selection_bias.float(), router.running_load.float()
+        alone = Operators()
+        with alone:
+            plain(ids.input_ids, ids.labels).backward()
+        elements = sum(one.numel() for one in plain.parameters())
+        found.append((whole.calls.total(), whole.bytes - alone.bytes, elements))
+    (few, small, some), (many, large, more) = found
+    return many - few, (large - small) / (more - some)
+
+
+@pytest.mark.parametrize(("recipe", "sums"), [("zero2.json", None), ("zero2.json", "bf16")])
+def test_what_deepspeed_does_with_a_gradient_is_counted(recipe, sums):
+    ((operators, moved),) = run_ranks(1, of_a_layer_more, recipe, sums)
+    setup = replace(FULL, model=load_preset("tiny"), on_cpu=True)
+    apart = sums is None  # fp32 sums
+    counted = layer_operators(setup)
+    per_gradient = GRADIENT_OPERATORS + SUM_OPERATORS * apart
+    assert operators == pytest.approx(counted.forward + counted.backward + 10 * per_gradient, abs=2)
+    assert moved == pytest.approx(GRADIENT_PASSES * 2 + (2 + 16 if apart else 4), rel=0.01)
+
+
+def test_an_update_takes_as_long_as_its_bytes():
+    weights, rates = 679_809_792, replace(IDEAL, memory=1.0)
+    assert phases(FULL, rates=rates)["update"].seconds == pytest.approx(46 * weights / 3.35e12, rel=1e-4)
+    lion = replace(FULL, state_bytes=4)
+    assert phases(lion, rates=rates)["update"].seconds == pytest.approx(38 * weights / 3.35e12, rel=1e-4)
+
+
+def test_an_offloaded_optimizer_waits_for_the_host():
+    setup = read_setup(load_preset("moe-680m"), read_json(SHIPPED / "zero2_offload.json"), 1, 1, 1024, False)
+    weights = 679_809_792
+    update = phases(setup, rates=replace(IDEAL, links=0.5))["update"]
+    assert update.device["transfers"] == pytest.approx((4 + 2) * weights / (64e9 * 0.5), rel=1e-4)
+    assert update.device["optimizer"] == pytest.approx(46 * weights / 76.8e9, rel=1e-4)
+    assert phases(FULL)["update"].device["transfers"] == 0
+
+
+def test_recomputed_blocks_cost_their_forward_pass_again():
+    half = replace(FULL, recompute_blocks=12)
+    plain, again = phases(FULL), phases(half)
+    for part in ("products", "attention", "memory"):
+        more = again["backward"].device[part] - plain["backward"].device[part]
+        assert more == pytest.approx(plain["forward"].device[part] / 2)
+    assert again["forward"] == plain["forward"]
+
+
+def hidden(setup, device):
+    """Seconds of reducing gradients that backward hides."""
+    shown = [phases(replace(setup, overlap=overlap), device)["gradients, not hidden"] for overlap in (True, False)]
+    return shown[1].seconds - shown[0].seconds
+
+
+def test_reducing_gradients_hides_behind_the_backward_pass():
+    fast = replace(SLOW, inside=1e9, between=1e9)
+    for device, hides_all in ((fast, True), (SLOW, False)):
+        reduced = sum(one.seconds(device, 8, GPU.links) for one in collectives(SETUP) if one.phase == "reduction")
+        backward = phases(SETUP, device)["backward"].seconds
+        assert (reduced < backward) == hides_all
+        assert hidden(SETUP, device) == pytest.approx(min(reduced, backward))
+
+
+def test_zero_1_hides_what_it_reduces_behind_one_micro_batch_only():
+    setup = replace(SETUP, accumulation=4, zero_stage=1)
+    assert hidden(setup, SLOW) == pytest.approx(phases(setup, SLOW)["backward"].seconds / 4)
+
+
+def test_the_host_waits_once_for_rows_and_for_each_looped_product():
+    rates = replace(IDEAL, wait=1.0)
+    waits = [
+        phases(replace(FULL, world_size=8, ep_size=ep_size, kernel=kernel), rates=rates)["forward"].waits
+        for ep_size, kernel in ((1, "grouped_mm"), (8, "grouped_mm"), (1, "loop"), (8, "loop"))
+    ]
+    assert waits == [0, 24, 48, 72]
