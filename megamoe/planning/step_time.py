@@ -33,7 +33,7 @@ def added(*parts: Parts) -> Parts:
 
 
 # Operators outside of the layers, of a micro-batch and of an update (of the optimizer, clipping and balancing).
-FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 35, 18, 51
+FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 26, 18, 51
 # Operators for each gradient that DeepSpeed takes: to its bucket; with sums in fp32, from there to fp32 and added.
 GRADIENT_OPERATORS, SUM_OPERATORS = 2, 2
 # Passes over a gradient there: copied to the bucket, from there to a flat copy, divided, all-reduced, copied back.

@@ -13,7 +13,7 @@ from megamoe.hardware import DEVICES, Device
 from megamoe.json_files import read_json
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.decoder import Decoder
-from megamoe.planning.layer import layer_operators
+from megamoe.planning.layer import NORM_OPERATORS_ON_CPU, layer_operators
 from megamoe.planning.rates import GPU, Rates
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import (
@@ -72,8 +72,9 @@ def test_the_host_launches_what_is_counted():
     assert twice["update"].launches == found["update"].launches
 
 
-def of_a_layer_more(recipe, sums):
-    """(operators of a micro-batch, bytes of a gradient's element beyond the model's own) of a larger model."""
+def of_deepspeed(recipe, sums):
+    """Operators of a micro-batch, how many more with a third layer, and bytes for each element of a gradient beyond the
+    model's own."""
     found = []
     for layers, width in ((2, 256), (3, 512)):
         config = load_preset("tiny").model_copy(update={"num_hidden_layers": layers, "intermediate_size": width})
@@ -95,14 +96,19 @@ def of_a_layer_more(recipe, sums):
         elements = sum(one.numel() for one in plain.parameters())
         found.append((whole.calls.total(), whole.bytes - alone.bytes, elements))
     (few, small, some), (many, large, more) = found
-    return many - few, (large - small) / (more - some)
+    return few, many - few, (large - small) / (more - some)
 
 
 @pytest.mark.parametrize(("recipe", "sums"), [("zero2.json", None), ("zero2.json", "bf16")])
 def test_what_deepspeed_does_with_a_gradient_is_counted(recipe, sums):
-    ((operators, moved),) = run_ranks(1, of_a_layer_more, recipe, sums)
-    setup = replace(FULL, model=load_preset("tiny"), on_cpu=True)
+    ((whole, operators, moved),) = run_ranks(1, of_deepspeed, recipe, sums)
     apart = sums is None  # fp32 sums
+    tiny = load_preset("tiny").model_copy(update={"num_hidden_layers": 2})
+    setup = replace(FULL, model=tiny, micro_batch=1, seq_len=64, sum_bytes=4 if apart else 2, on_cpu=True)
+    of_phase = phases(setup, rates=replace(IDEAL, operator=1.0))
+    planned = sum(of_phase[name].launches for name in ("forward", "head and loss", "backward"))
+    last_norm = NORM_OPERATORS_ON_CPU.forward + NORM_OPERATORS_ON_CPU.backward
+    assert whole == pytest.approx(planned + last_norm, rel=0.01)
     counted = layer_operators(setup)
     per_gradient = GRADIENT_OPERATORS + SUM_OPERATORS * apart
     assert operators == pytest.approx(counted.forward + counted.backward + 10 * per_gradient, abs=2)
