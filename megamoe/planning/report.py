@@ -30,11 +30,11 @@ LIMITS: dict[Part, str] = {
     "transfers": "transfers to and from the host's memory",
 }
 ADVICE: dict[Part, str] = {
-    "launches": "give a forward pass more tokens (micro-batch), or compile (--compiled)",
+    "launches": "give a forward pass more tokens (micro-batch), or compile (--compile)",
     "waits": "give a forward pass more tokens (micro-batch), or train in bf16 on a GPU with one kernel for all experts",
     "products": "little is left to gain but wider experts or more tokens per expert (a smaller ep_size or more tokens)",
     "attention": "shorten the sequences, or widen the heads",
-    "memory": "compile (--compiled); else a wider model has fewer bytes per operation",
+    "memory": "compile (--compile); else a wider model has fewer bytes per operation",
     "exchange": "lower ep_size, and keep it within a node",
     "gradients": "raise the micro-batch; with accumulation use ZeRO-1, which reduces once per step",
     "optimizer": "accumulate over more micro-batches, or use more ranks",

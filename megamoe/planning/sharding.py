@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from megamoe.config import ModelConfig
@@ -204,11 +204,21 @@ def elements_touched(setup: Setup, groups: list[Group], rank: int = 0) -> int:
 
 def parameter_groups(setup: Setup) -> list[Group]:
     """The groups that `engine.parameter_groups` makes, as the first rank holds them."""
-    topology = setup.topology()
+    # No parameter depends on what is left out, a dictionary, which could not be part of a key.
+    return list(_groups(setup.model.model_copy(update={"rope_scaling": None}), setup.topology(), EXPERT_GROUP))
+
+
+@lru_cache  # a search asks for the same ones hundreds of times
+def _groups(model: ModelConfig, topology: ExpertTopology, largest: int) -> tuple[Group, ...]:
+    """
+    Args:
+        largest: elements of an expert group at the most.
+    """
+    here = set(topology.expert_ids)
     held = {
         name: tuple(shape.values())
-        for name, shape in parameter_shapes(setup.model).items()
-        if expert_id(name) is None or expert_id(name) in topology.expert_ids
+        for name, shape in parameter_shapes(model).items()
+        if (expert := expert_id(name)) is None or expert in here
     }
     shared: dict[str, int] = {}
     undecayed: dict[str, int] = {}
@@ -218,11 +228,11 @@ def parameter_groups(setup: Setup) -> list[Group]:
         kind[name] = sum(part.count for part in parts)
     pieces: list[dict[str, int]] = []
     for name, size in experts.items():
-        if not pieces or sum(pieces[-1].values()) + size > EXPERT_GROUP:
+        if not pieces or sum(pieces[-1].values()) + size > largest:
             pieces.append({})
         pieces[-1][name] = size
-    return [
-        Group(shared, setup.world_size, False),
-        Group(undecayed, setup.world_size, False),
+    return (
+        Group(shared, topology.world_size, False),
+        Group(undecayed, topology.world_size, False),
         *(Group(piece, topology.replicas, True) for piece in pieces),
-    ]
+    )

@@ -226,7 +226,7 @@ def test_options_take_the_place_of_what_is_assumed():
 
 
 def test_compiled_blocks_launch_less():
-    eager, compiled = planned(), planned(compiled=True)
+    eager, compiled = planned(), planned(compile=True)
     assert compiled.time.phases[0].launches < eager.time.phases[0].launches
     assert compiled.time.seconds < eager.time.seconds
 
