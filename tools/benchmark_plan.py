@@ -3,9 +3,9 @@
     python tools/benchmark_plan.py --json plan.json          nine rounds, two minutes on one core
 
 One process trains all five models on one thread, a step of each in turn and in alternating order, and takes the time of
-the process, so other load on the host hardly matters. Four constants (the rates of products, of attention and of
-memory, and the time of an operator) are fitted to the phases of the steps of `tiny` and `small`. What they predict of
-the others is printed as a ratio to the step of `small`, next to the median of the ratios measured in each round.
+the process, so other load on the host hardly matters. Three constants (the rates of products and of memory, and the
+time of an operator) are fitted to the phases of the steps of `tiny` and `small`. What they predict of the others is
+printed as a ratio to the step of `small`, next to the median of the ratios measured in each round.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megamoe.errors import Problems, UserError
 from megamoe.hardware import Device
 from megamoe.json_files import read_json
 from megamoe.planning.planner import this_machine
-from megamoe.planning.rates import Rates
+from megamoe.planning.rates import CPU, Rates
 from megamoe.planning.sharding import Setup, read_setup
 from megamoe.planning.simulate import one_rank_of
 from megamoe.planning.step_time import step_time
@@ -45,9 +45,14 @@ ROOT = Path(__file__).parents[1]
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
 # The phases that are measured, as the planner's that each holds.
 PHASES = (("forward", "head and loss"), ("backward",), ("update",))
-# Rates at which nothing takes time, and the one of them that each fitted constant changes.
+# Rates at which nothing takes time, and what each fitted constant is at 1. Attention follows the products: two models
+# tell too little of it apart.
 IDEAL = Rates(products=math.inf, attention=math.inf, memory=math.inf, links=1.0, operator=0.0, parameter=0.0, wait=0.0)
-CONSTANTS = ("products", "attention", "memory", "operator")
+CONSTANTS = {
+    "products": replace(IDEAL, products=1.0, attention=CPU.attention / CPU.products),
+    "memory": replace(IDEAL, memory=1.0),
+    "operator": replace(IDEAL, operator=1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -132,17 +137,17 @@ def fit(setups: list[Setup], measured: list[list[float]], device: Device) -> Rat
     Args:
         measured: seconds of each phase, for each of `setups`.
     """
-    alone = [replace(IDEAL, **{name: 1.0}) for name in CONSTANTS]  # whose seconds are proportional to one constant
     rows, target = [], [value for values in measured for value in values]
     for setup in setups:
-        rows += list(zip(*(phases(setup, device, rates) for rates in alone), strict=True))
+        rows += list(zip(*(phases(setup, device, rates) for rates in CONSTANTS.values()), strict=True))
     matrix = torch.tensor(rows, dtype=torch.float64) / torch.tensor(target, dtype=torch.float64).unsqueeze(1)
     factors = torch.linalg.lstsq(matrix, torch.ones(len(rows), 1, dtype=torch.float64)).solution.flatten().tolist()
     if min(factors) <= 0:
         found = ", ".join(f"{name} {factor:.3g}" for name, factor in zip(CONSTANTS, factors, strict=True))
         raise UserError(f"the measured steps give a constant that is not positive ({found}); give more --rounds.")
-    shares = {name: 1 / factor for name, factor in zip(CONSTANTS, factors, strict=True)}
-    return replace(IDEAL, **{**shares, "operator": factors[-1]})
+    products, memory, operator = factors
+    attention = CONSTANTS["products"].attention / products
+    return replace(IDEAL, products=1 / products, attention=attention, memory=1 / memory, operator=operator)
 
 
 def ratios(steps: dict[str, list[float]], over: str) -> dict[str, float]:
@@ -174,8 +179,8 @@ def main() -> None:
 
     print(
         f"fitted: products {rates.products * device.half_flops / 1e9:.0f} GFLOP/s, "
-        f"memory {rates.memory * device.memory_rate / 1e9:.1f} GB/s, operator {1e6 * rates.operator:.1f} us, "
-        f"attention {rates.attention:.2f} and memory {rates.memory:.2f} of the rates measured alone\n\n"
+        f"memory {rates.memory * device.memory_rate / 1e9:.1f} GB/s, {rates.products:.2f} and {rates.memory:.2f} of "
+        f"the rates measured alone; operator {1e6 * rates.operator:.1f} us\n\n"
         f"| step over that of {base} | measured | predicted | off |\n|---|---|---|---|"
     )
     for name in predicted:

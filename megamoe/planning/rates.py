@@ -26,7 +26,7 @@ class Rates:
 GPU = Rates(products=0.8, attention=0.45, memory=0.9, links=0.7, operator=6e-6, parameter=30e-6, wait=20e-6)
 # Fitted by tools/benchmark_plan.py, as shares of the rates of a square product and of a copy. An operator's time is
 # that of running a small one; DeepSpeed's is in it.
-CPU = Rates(products=0.75, attention=0.3, memory=1.1, links=0.7, operator=30e-6, parameter=0.0, wait=0.0)
+CPU = Rates(products=0.75, attention=0.3, memory=1.2, links=0.7, operator=30e-6, parameter=0.0, wait=0.0)
 
 # A multiprocessor computes a tile of the result at a time, in steps along the inner dimension. Rows and columns of the
 # tiles that libraries choose from, and how often they split the inner dimension of a product with few tiles.
@@ -39,8 +39,9 @@ KERNEL = 2e-6  # seconds that a kernel takes at the least
 # Width of a head at which a score's exponential, which no matrix unit computes, takes as long as its products.
 ATTENTION_WIDTH = 64
 
-# On CPU, operands are read and written into another layout, and a core does not compute while it waits for memory.
-PACKING = 3
+# On CPU, operands are read and written into another layout, and a core does not compute while it waits for memory; each
+# group is a call of its own, of 7 us where an operator takes 30.
+PACKING, GROUP = 3, 0.25
 
 
 def product_seconds(product: Product, device: Device, rates: Rates, itemsize: int) -> float:
@@ -48,7 +49,8 @@ def product_seconds(product: Product, device: Device, rates: Rates, itemsize: in
     moved = product.bytes(itemsize) / (device.memory_rate * rates.memory)
     peak = device.flops(itemsize) * rates.products
     if not device.multiprocessors:
-        return product.flops / peak + product.calls * PACKING * moved
+        called = GROUP * product.groups * rates.operator
+        return product.flops / peak + product.calls * (PACKING * moved + called)
     computed = _seconds_of_tiles(product, device.multiprocessors, peak / device.multiprocessors)
     return product.calls * (KERNEL + max(moved, computed))
 

@@ -19,7 +19,17 @@ from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
 
 Part = Literal[
-    "launches", "waits", "products", "attention", "memory", "exchange", "gradients", "optimizer", "weights", "transfers"
+    "launches",
+    "waits",
+    "products",
+    "attention",
+    "memory",
+    "copies",
+    "exchange",
+    "gradients",
+    "optimizer",
+    "weights",
+    "transfers",
 ]
 
 Parts = dict[Part, float]  # seconds
@@ -36,8 +46,17 @@ def added(*parts: Parts) -> Parts:
 FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 26, 18, 51
 # Operators for each gradient that DeepSpeed takes: to its bucket; with sums in fp32, from there to fp32 and added.
 GRADIENT_OPERATORS, SUM_OPERATORS = 2, 2
-# Passes over a gradient there: copied to the bucket, from there to a flat copy, divided, all-reduced, copied back.
-GRADIENT_PASSES = 14
+
+
+def gradient_bytes(setup: Setup, whole: int, owned: int) -> int:
+    """Bytes that DeepSpeed reads and writes to gather the gradients of a backward pass.
+
+    Args:
+        whole: weights on this rank, whose gradients go to a bucket, from there to a flat copy, and are divided.
+        owned: weights of the rank's share, copied back; then to fp32 and added to a sum, or copied once more.
+    """
+    s = setup.weight_bytes
+    return 6 * s * whole + (3 * s + 20 if setup.sums_apart else 4 * s) * owned
 
 
 @dataclass(frozen=True)
@@ -153,16 +172,14 @@ class _Step:
         setup = self.setup
         layers, again = setup.model.num_hidden_layers, setup.recompute_blocks
         products = layer_products(setup)
-        # To the bucket; then what the rank owns, to fp32 and added to its sum.
         gradients = sum(len(group.sizes) for group in self.groups)
         whole = sum(sum(group.sizes.values()) for group in self.groups)
         owned = sum(group.partition for group in self.groups)
-        s = setup.weight_bytes
-        moved = GRADIENT_PASSES * s * whole + (s + 16 if setup.sums_apart else 2 * s) * owned
+        copied = setup.accumulation * gradient_bytes(setup, whole, owned) / self.memory_rate
         device = added(
             self.layers(layers, [one for product in products for one in product.backward()], "backward"),
             self.layers(again, products, "forward"),
-            {"memory": setup.accumulation * moved / self.memory_rate, "exchange": self.collectives["backward"]},
+            {"copies": copied, "exchange": self.collectives["backward"]},
         )
         per_gradient = GRADIENT_OPERATORS + SUM_OPERATORS * setup.sums_apart
         operators = layers * self.operators.backward + again * self.operators.forward

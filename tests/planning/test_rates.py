@@ -5,7 +5,7 @@ import pytest
 
 from megamoe.hardware import DEVICES, Device
 from megamoe.planning.layer import Product
-from megamoe.planning.rates import GPU, KERNEL, PACKING, attention_seconds, product_seconds
+from megamoe.planning.rates import GPU, GROUP, KERNEL, PACKING, attention_seconds, product_seconds
 
 H100 = DEVICES["h100"]
 TILE = 128 * 256
@@ -56,7 +56,7 @@ def test_a_product_takes_at_least_its_bytes():
 def test_on_cpu_bytes_and_operations_add_up():
     cpu = Device("CPU", 4e11, 1e11, 1e10, 2e10, 1e9, 1e9, 1e9, 1e9)
     one = Product(100, 200, 300, groups=2, calls=3)
-    expected = one.flops / (4e11 * 0.5) + 3 * PACKING * one.bytes(2) / 2e10
+    expected = one.flops / (4e11 * 0.5) + 3 * (PACKING * one.bytes(2) / 2e10 + 2 * GROUP * GPU.operator)
     assert product_seconds(one, cpu, replace(GPU, products=0.5, memory=1.0), 2) == pytest.approx(expected)
 
 

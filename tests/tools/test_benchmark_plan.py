@@ -11,10 +11,13 @@ from megamoe.config import ModelConfig
 from megamoe.errors import UserError
 from megamoe.hardware import Device
 from megamoe.json_files import read_json
+from megamoe.planning import rates
 
 DS = read_json(SHIPPED / "zero2.json")
 CPU = Device("CPU", 4e11, 1e11, 1e10, 2e10, 1e9, 1e9, 1e9, 1e9)
-RATES = replace(tool.IDEAL, products=0.7, attention=0.2, memory=1.5, operator=3e-5)
+RATES = replace(
+    tool.IDEAL, products=0.7, attention=0.7 * rates.CPU.attention / rates.CPU.products, memory=1.5, operator=3e-5
+)
 
 
 def setups():
