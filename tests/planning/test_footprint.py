@@ -50,7 +50,7 @@ RECIPES = {
     "fp32": config("zero2_fp32"),
     "ZeRO-1": config("zero1"),
     "ZeRO-1, no overlap": config("zero1", overlap_comm=False),
-    "fp32 on the wire": {**config("zero2"), "communication_data_type": "fp32"},
+    "bf16 on the wire": {**config("zero2"), "communication_data_type": "bf16"},
     "reduced to each": config("zero2", use_multi_rank_bucket_allreduce=False),
     "offload": config("zero2_offload"),
     "Lion, offload": config("zero2_lion"),
@@ -104,7 +104,7 @@ ON_TWO = {
        for name in ("bf16, fp32 sums", "bf16, bf16 sums", "fp32", "ZeRO-1", "offload", "Lion, offload")},
     **{f"{name}, ep_size 2": case(WEIGHTS, RECIPES[name], ep_size=2)
        for name in (
-           "bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "fp32 on the wire", "offload", "Lion, offload")},
+           "bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "bf16 on the wire", "offload", "Lion, offload")},
     "offload, bf16 sums, accumulated": case(WEIGHTS, ACCUMULATED["offload, bf16 sums, accumulated"], ep_size=2),
     **{name: case(WEIGHTS, ds) for name, ds in BELOW_A_STACK.items()},
     **{f"activations, ep_size {ep_size}": case(ACTIVATIONS, config("zero2"), ep_size) for ep_size in (1, 2)},
