@@ -44,19 +44,26 @@ def added(*parts: Parts) -> Parts:
 
 # Operators outside of the layers, of a micro-batch and of an update (of the optimizer, clipping and balancing).
 FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 26, 18, 51
-# Operators for each gradient that DeepSpeed takes: to its bucket; with sums in fp32, from there to fp32 and added.
-GRADIENT_OPERATORS, SUM_OPERATORS = 2, 2
+
+
+def gradient_operators(setup: Setup) -> int:
+    """Operators for each gradient that DeepSpeed gathers: to its bucket, and back; with sums in fp32 it is added to one,
+    after a cast if it was reduced in another precision."""
+    return 2 + setup.sums_apart * (1 + (setup.wire_bytes < 4))
 
 
 def gradient_bytes(setup: Setup, whole: int, owned: int) -> int:
     """Bytes that DeepSpeed reads and writes to gather the gradients of a backward pass.
 
     Args:
-        whole: weights on this rank, whose gradients go to a bucket, from there to a flat copy, and are divided.
-        owned: weights of the rank's share, copied back; then to fp32 and added to a sum, or copied once more.
+        whole: weights on this rank, whose gradients go to a bucket, from there to a flat copy, and are divided; then to
+            another precision and back if they are reduced in one.
+        owned: weights of the rank's share, copied back; then added to sums in fp32, or copied once more.
     """
-    s = setup.weight_bytes
-    return 6 * s * whole + (3 * s + 20 if setup.sums_apart else 4 * s) * owned
+    s, wire = setup.weight_bytes, setup.wire_bytes
+    of_whole = 6 * s + (2 * (s + wire) if wire != s else 0)
+    summed = 16 + (wire + 4 if wire < 4 else 0)
+    return of_whole * whole + (s + wire + (summed if setup.sums_apart else 2 * s)) * owned
 
 
 @dataclass(frozen=True)
@@ -181,9 +188,8 @@ class _Step:
             self.layers(again, products, "forward"),
             {"copies": copied, "exchange": self.collectives["backward"]},
         )
-        per_gradient = GRADIENT_OPERATORS + SUM_OPERATORS * setup.sums_apart
         operators = layers * self.operators.backward + again * self.operators.forward
-        operators += BACKWARD_OPERATORS + gradients * per_gradient
+        operators += BACKWARD_OPERATORS + gradients * gradient_operators(setup)
         phase = self.phase("backward", operators, device)
         return replace(phase, launches=phase.launches + setup.accumulation * gradients * self.rates.parameter)
 
