@@ -47,8 +47,8 @@ FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 2
 
 
 def gradient_operators(setup: Setup) -> int:
-    """Operators for each gradient that DeepSpeed gathers: to its bucket, and back; with sums in fp32 it is added to one,
-    after a cast if it was reduced in another precision."""
+    """Operators for each gradient that DeepSpeed gathers: to its bucket, and back; with sums in fp32 it is added to
+    one, after a cast if it was reduced in another precision."""
     return 2 + setup.sums_apart * (1 + (setup.wire_bytes < 4))
 
 
