@@ -182,16 +182,17 @@ class _Step:
         gradients = sum(len(group.sizes) for group in self.groups)
         whole = sum(sum(group.sizes.values()) for group in self.groups)
         owned = sum(group.partition for group in self.groups)
-        copied = setup.accumulation * gradient_bytes(setup, whole, owned) / self.memory_rate
+        gathered = setup.accumulation if setup.zero_stage == 2 else 1  # times
+        copied = gathered * gradient_bytes(setup, whole, owned) / self.memory_rate
         device = added(
             self.layers(layers, [one for product in products for one in product.backward()], "backward"),
             self.layers(again, products, "forward"),
             {"copies": copied, "exchange": self.collectives["backward"]},
         )
         operators = layers * self.operators.backward + again * self.operators.forward
-        operators += BACKWARD_OPERATORS + gradients * gradient_operators(setup)
-        phase = self.phase("backward", operators, device)
-        return replace(phase, launches=phase.launches + setup.accumulation * gradients * self.rates.parameter)
+        phase = self.phase("backward", operators + BACKWARD_OPERATORS, device)
+        of_gradient = gradient_operators(setup) * self.rates.operator + self.rates.parameter
+        return replace(phase, launches=phase.launches + gathered * gradients * of_gradient)
 
     def reduction(self, backward: float) -> Phase:
         """What of the gradients' reduction does not hide behind the backward pass."""

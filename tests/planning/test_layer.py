@@ -111,6 +111,13 @@ def test_the_bytes_counted_are_those_that_operators_read_and_write(changes, ep_s
     assert counted.backward == pytest.approx(moved.backward, rel=0.04)
 
 
+def test_in_fp32_nothing_is_cast():
+    # On a GPU, where RMSNorm is one kernel in any precision.
+    setup = setup_of(FULL, 1, 4, on_cpu=False)
+    operators, _ = run_alone(dispatched, setup)
+    assert operators == layer_operators(setup)
+
+
 def test_a_loop_has_a_product_for_each_expert():
     setup = setup_of(BARE, 1, 2, on_cpu=False)
     loop = type(setup)(**{**vars(setup), "kernel": "loop"})

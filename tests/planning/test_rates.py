@@ -26,11 +26,11 @@ def test_the_share_grows_with_the_size():
     assert shares[0] < 0.05
 
 
-def test_a_wave_of_tiles_takes_as_long_as_a_full_one():
-    # Two groups of two columns of tiles: 33 tiles high is one for each of 132 multiprocessors.
+def test_a_row_more_is_a_tile_more_and_a_tile_more_a_wave():
+    # Two groups, 8 tiles wide: 8 tiles high they are 128 tiles for 132 multiprocessors, 9 high 144, 16 high 256.
     one, two, full = (
-        product_seconds(Product(rows, 512, 8192, groups=2), H100, GPU, 2) - KERNEL
-        for rows in (33 * 128, 33 * 128 + 1, 66 * 128)
+        product_seconds(Product(rows, 2048, 8192, groups=2), H100, GPU, 2) - KERNEL
+        for rows in (8 * 128, 8 * 128 + 1, 16 * 128)
     )
     assert two == pytest.approx(2 * one)
     assert two == pytest.approx(full)

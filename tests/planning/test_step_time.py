@@ -117,6 +117,15 @@ def test_what_deepspeed_does_with_a_gradient_is_counted(sums, wire):
     assert moved == pytest.approx(gradient_bytes(setup, 1, 1) + shown_too, rel=0.01)
 
 
+def test_zero_1_gathers_gradients_once_in_a_step():
+    once = phases(FULL)["backward"].device["copies"]
+    for stage, times in ((1, 1), (2, 4)):
+        setup = replace(FULL, accumulation=4, zero_stage=stage)
+        assert phases(setup)["backward"].device["copies"] == pytest.approx(times * once)
+        host = phases(setup, rates=replace(IDEAL, parameter=1.0))["backward"].launches
+        assert host == times * (2 + 24 * 10)
+
+
 def test_an_update_takes_as_long_as_its_bytes():
     weights, rates = 679_809_792, replace(IDEAL, memory=1.0)
     assert phases(FULL, rates=rates)["update"].seconds == pytest.approx(46 * weights / 3.35e12, rel=1e-4)
