@@ -143,7 +143,7 @@ def test_a_gpu_gets_pinned_batches_and_the_cpu_gets_them_as_they_are(start, monk
     assert start(lambda step: [batch]).step(1) == [batch]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu(1)
 def test_a_batch_is_in_page_locked_memory(start):
     batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
     (pinned,) = start(lambda step: [batch], torch.device("cuda")).step(1)

@@ -1,6 +1,9 @@
+import copy
+
 import deepspeed.moe.layer
 import pytest
 import torch
+from devices import DEVICES, assert_near, rounded
 from torch import nn
 
 from megamoe.model import dispatch
@@ -9,7 +12,7 @@ from megamoe.model.moe import MoE
 from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
 
-D, F, E, T = 6, 10, 4, 9
+D, F, E, T = 8, 16, 4, 9
 
 
 def layer_of(top_k, gated=False, topology=None, **changes):
@@ -114,6 +117,28 @@ def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
     if routing == "all tokens to the same experts":
         assert slots[3] == tokens
         assert sum(slot > 0 for slot in slots) == top_k
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_layer_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(device, dtype, routing, gated):
+    exact = rounded(layer_with(ROUTINGS[routing], gated=gated), dtype)
+    layer = copy.deepcopy(exact).to(device, dtype)
+    x, grad = torch.randn(2, 100, D).to(dtype).double().unbind()
+    x.requires_grad_()
+    expected, _, slots = exact(x)
+    expected.backward(grad)
+
+    low = x.detach().to(device, dtype).requires_grad_()
+    output, _, counts = layer(low)
+    output.backward(grad.to(device, dtype))
+    assert torch.equal(counts.cpu(), slots)
+    assert_near(output, expected, dtype, "output")
+    assert_near(low.grad, x.grad, dtype, "gradient of the input")
+    for (name, found), one in zip(layer.named_parameters(), exact.parameters(), strict=True):
+        assert_near(found.grad, one.grad, dtype, name)
 
 
 def test_an_expert_without_rows_has_zero_gradients():
