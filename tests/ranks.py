@@ -24,6 +24,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from megamoe.launch.network import free_port
 from megamoe.launch.stopping import REQUESTS
@@ -79,6 +80,11 @@ def start_processes(
 ) -> list[BaseProcess]:
     """Start `function(*args)` in new processes with the environment of ranks, for the function to join them."""
     return [_start(device, _as_rank, environment, function, args) for environment in _environments(world_size)]
+
+
+def this_device() -> torch.device:
+    """The device of a rank."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def run_alone(function: Callable[..., Any], *args: Any) -> Any:
