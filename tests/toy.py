@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
+from ranks import this_device
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -79,7 +79,7 @@ def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Train as pretrain.py does, on this rank of a group that exists already; returns the log. Exits with problems."""
     job, problems = None, []
     try:
-        job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0)
+        job = Job(RunConfig(**run), dist.get_world_size(), this_device(), dist.get_rank() == 0)
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems)

@@ -38,8 +38,13 @@ class ThisHost:
 
     name = "here"
 
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
     def spawn(self, output: Path, *command: str, **variables: str) -> subprocess.Popen:
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **variables}
+        environment = {
+            **os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": self.device, **variables
+        }  # fmt: skip
         with open(output, "w") as file:
             return subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
