@@ -138,7 +138,7 @@ def take_turns(
     cases: dict[str, Entry], ds_config: str, rounds: int, steps: int, pieces: bool, profile: bool
 ) -> list[list[Turn]]:
     """The turns of each case, `rounds` for each of its sizes. A step more of the first round is timed piece by piece
-    with `pieces`, and profiled with `profile`."""
+    with `pieces`; one of the smallest size is profiled with `profile`."""
     turns: dict[str, list[Turn]] = {name: [] for name in cases}
     for number in range(rounds):
         for name in list(cases) if number % 2 == 0 else reversed(list(cases)):
@@ -208,9 +208,9 @@ def seconds_by_piece(turn: Turn) -> dict[str, float]:
     }
 
 
-def print_sizes(names: list[str], turns: list[list[Turn]]) -> None:
+def table_of_sizes(names: list[str], turns: list[list[Turn]]) -> str:
     """A row for each size of a step, a column for each case."""
-    print(f"\n| tokens per step | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    lines = [f"| tokens per step | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for tokens in sorted({turn.tokens for own in turns for turn in own}):
         cells = []
         for own in turns:
@@ -219,25 +219,29 @@ def print_sizes(names: list[str], turns: list[list[Turn]]) -> None:
                 median(same, name) if same else 0 for name in ("tokens_per_second", "mfu", "memory_gib")
             )
             cells.append(f"{rate:,.0f} tokens/s, {mfu:.1%} MFU, {memory:.1f} GiB" if same else "out of memory")
-        print(f"| {tokens:,} | {' | '.join(cells)} |")
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def print_profiles(names: list[str], turns: list[list[Turn]]) -> None:
+def table_of_profiles(names: list[str], turns: list[list[Turn]]) -> str:
     """A row for each step that was profiled."""
-    print(
-        "\n| a profiled step | tokens | seconds | kernels | device busy | gaps, the largest | waits of the host "
-        "| host per kernel |\n|---|---|---|---|---|---|---|---|"
-    )
+    lines = [
+        "| a profiled step | tokens | step | kernels | device busy | gaps, the largest | waits of the host "
+        "| copies to the host | host per kernel |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, own in zip(names, turns, strict=True):
         for turn in own:
             if seen := turn.profile:
-                print(
-                    f"| {name} | {turn.tokens:,} | {seen.seconds:.4f} | {seen.kernels:,} "
+                before = f" before {seen.after_largest_gap}" if seen.after_largest_gap else ""
+                lines.append(
+                    f"| {name} | {turn.tokens:,} | {seen.seconds * 1e3:.2f} ms | {seen.kernels:,} "
                     f"| {seen.busy / seen.seconds:.0%} | {seen.gaps.seconds * 1e3:.2f} ms, "
-                    f"{seen.largest_gap * 1e3:.2f} ms {seen.after_largest_gap and 'before ' + seen.after_largest_gap} "
-                    f"| {seen.all_waits.count}, {seen.all_waits.seconds * 1e3:.2f} ms "
+                    f"{seen.largest_gap * 1e3:.2f} ms{before} "
+                    f"| {seen.all_waits.count}, {seen.all_waits.seconds * 1e3:.2f} ms | {seen.copies_to_host.count} "
                     f"| {seen.host_per_kernel * 1e6:.1f} us |"
                 )
+    return "\n".join(lines)
 
 
 def print_pieces(names: list[str], turns: list[list[Turn]]) -> None:
@@ -305,7 +309,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")
     parser.add_argument("--steps", type=int, default=2, help="steps timed in a turn, after two that are not")
-    parser.add_argument("--profile", action="store_true", help="profile one more step of each size")
+    parser.add_argument("--profile", action="store_true", help="profile one more step of the smallest size")
     parser.add_argument("--growth", action="store_true", help="measure how a step grows instead")
     parser.add_argument("--json", type=Path, help="file to write all measurements to")
     args = parser.parse()
@@ -321,9 +325,9 @@ def main() -> None:
         print_summary(list(cases.values()), turns)
         print_pieces(list(cases), turns)
     else:
-        print_sizes(list(cases), turns)
+        print(f"\n{table_of_sizes(list(cases), turns)}")
     if args.profile:
-        print_profiles(list(cases), turns)
+        print(f"\n{table_of_profiles(list(cases), turns)}")
     if args.json:
         seen = {name: [asdict(turn) for turn in own] for name, own in zip(cases, turns, strict=True)}
         args.json.write_text(json.dumps(seen, indent=2))

@@ -283,7 +283,7 @@ class Turn:
     bare_update: list[float]  # within update: torch's optimizer
     memory_gib: float  # at most, in the steps
     pieces: dict[str, float] = field(default_factory=dict)  # seconds in one step that was timed piece by piece
-    profile: StepProfile | None = None  # of one more step
+    profile: StepProfile | None = None  # of one more step of the smallest size
 
     @property
     def step_seconds(self) -> float:
@@ -385,7 +385,7 @@ def take_turn(
         with timed_pieces(contender.model, clock):
             step(clock)
         turn.pieces = clock.seconds
-    if args.profile:
+    if args.profile and samples == args.samples[0]:
 
         def plain_step() -> None:
             contender.forward_backward(ids)

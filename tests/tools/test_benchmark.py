@@ -201,9 +201,8 @@ def test_steps_of_several_sizes_are_timed_and_profiled_by_one_start(tmp_path, mo
     ((small, large),) = json.loads((tmp_path / "seen.json").read_text()).values()
     length = PRESET["max_position_embeddings"]
     assert (small["tokens"], large["tokens"]) == (2 * length, 4 * length)
-    assert small["profile"]["operators"] == pytest.approx(large["profile"]["operators"], rel=0.05)
     assert small["profile"]["operators"] > 100
-    assert small["profile"]["seconds"] > 0
+    assert large["profile"] is None
     said = capsys.readouterr().out
     has(said, f"| {2 * length} | ", f"| {4 * length} | ", f"| megamoe, 1 rank | {2 * length} | ")
 
@@ -231,9 +230,9 @@ def test_sizes_end_where_memory_does_and_any_other_end_is_an_error(stderr, fits,
         has(capsys.readouterr().err, stderr)
 
 
-def test_a_size_that_did_not_fit_is_in_the_table(capsys):
-    benchmark.print_sizes(["ours", "theirs"], [[turn(tokens=100), turn(tokens=200)], [turn(tokens=100)]])
-    first, second = capsys.readouterr().out.splitlines()[-2:]
+def test_a_size_that_did_not_fit_is_in_the_table():
+    ours, theirs = [turn(tokens=100), turn(tokens=200)], [turn(tokens=100)]
+    first, second = benchmark.table_of_sizes(["ours", "theirs"], [ours, theirs]).splitlines()[-2:]
     assert first == "| 100 | 40 tokens/s, 20.0% MFU, 1.0 GiB | 40 tokens/s, 20.0% MFU, 1.0 GiB |"
     assert second == "| 200 | 80 tokens/s, 20.0% MFU, 1.0 GiB | out of memory |"
 
