@@ -20,6 +20,7 @@ from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import run as pretrain
+from megamoe.training.determinism import make_deterministic
 from megamoe.training.distributed import raise_on_any_rank
 from megamoe.training.sinks import read_log
 
@@ -77,6 +78,8 @@ def new_store(purpose: str) -> Store:
 
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Train as pretrain.py does, on this rank of a group that exists already; returns the log. Exits with problems."""
+    if run.get("deterministic"):
+        make_deterministic()
     job, problems = None, []
     try:
         job = Job(RunConfig(**run), dist.get_world_size(), this_device(), dist.get_rank() == 0)

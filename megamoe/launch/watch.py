@@ -26,7 +26,7 @@ from torch.distributed import DistError, Store
 
 from megamoe.errors import UserError, first_line
 from megamoe.launch.exchange import wait_for_keys
-from megamoe.launch.exits import LOST, Stopped, code_of, leave, words_of
+from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, words_of
 from megamoe.launch.holders import Holders, is_alive
 from megamoe.launch.rendezvous import Member, Rendezvous
 
@@ -134,8 +134,9 @@ class Watch:
         except DistError:
             pass  # rank 0 has exited, which does no harm now
 
-    def fail(self, error: Exception) -> NoReturn:
-        """End this process for `error`, and all others with the same exit code: see `code_of`.
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process for `error`, and all others with the same exit code: see `code_of`. Says why, tells the
+        others, aborts the collectives that still run, and leaves, in this order.
 
         A rank that dies breaks its connections, which the others see as an error of a collective: then it is named, and
         the code is `LOST`.
@@ -146,7 +147,10 @@ class Watch:
             self._closing.set()
             code = self._report(self._words(error), code_of(error))
         except DistError:
+            if not isinstance(error, RuntimeError):  # which the loss of rank 0 explains
+                print(self._words(error), file=sys.stderr, flush=True)
             self._exit_without_store()
+        end_groups(failed=True)
         leave(code)
 
     # --- the two threads --------------------------------------------------------------------------------------------
@@ -244,7 +248,7 @@ class Watch:
             for host, some in by_host.items()
         )
 
-    def _words(self, error: Exception) -> str:
+    def _words(self, error: BaseException) -> str:
         """What all are told of an error: what a user can change and what a disk says needs no stack trace."""
         if isinstance(error, (UserError, Stopped)):
             return words_of(error)

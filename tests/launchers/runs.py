@@ -36,10 +36,9 @@ def inputs(folder: Path, steps: int, *more: str) -> list[str]:
 class ThisHost:
     """The host of the tests, where runs on a single host are started."""
 
-    name = "here"
-
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", name: str = "here") -> None:
         self.device = device
+        self.name = name
 
     def spawn(self, output: Path, *command: str, **variables: str) -> subprocess.Popen:
         environment = {

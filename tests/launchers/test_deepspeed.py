@@ -137,6 +137,22 @@ def test_stalled_ranks_end_and_print_where_each_of_them_is(launch, device):
     assert run.wait(60) == LOST, run.said
 
 
+@pytest.mark.gpu(2)  # on the CPU, tests/training/test_distributed.py shows which device a rank takes
+def test_ranks_that_each_see_a_gpu_of_their_own_train_together(tmp_path):
+    words = [str(BIN / "python"), str(ROOT / "megamoe" / "pretrain.py"), *inputs(tmp_path, 4, "--ep_size", "2")]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    runs = []
+    try:
+        for rank in "01":
+            own = {"RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": rank}
+            runs.append(Run(ThisHost("cuda", f"rank-{rank}"), tmp_path, words, {**shared, **own}))
+        assert [run.wait(200) for run in runs] == [0, 0], runs[0].said + runs[1].said
+    finally:
+        for run in runs:
+            run.end()
+    assert runs[0].last_step == 4
+
+
 def test_a_rank_without_a_launcher_saves_and_exits_before_its_time_limit(tmp_path):
     words = [str(BIN / "python"), str(ROOT / "megamoe" / "pretrain.py")]
     run = Run(ThisHost(), tmp_path, [*words, *inputs(tmp_path, 100_000, "--time_limit", "0:00:20")])
