@@ -126,7 +126,7 @@ def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
 def test_the_layer_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(device, dtype, routing, gated):
     exact = rounded(layer_with(ROUTINGS[routing], gated=gated), dtype)
     layer = copy.deepcopy(exact).to(device, dtype)
-    x, grad = torch.randn(2, 100, D).to(dtype).double().unbind()
+    x, grad = torch.randn(2, 1000, D).to(dtype).double().unbind()
     x.requires_grad_()
     expected, _, slots = exact(x)
     expected.backward(grad)
