@@ -4,12 +4,13 @@ Being a subclass of `deepspeed.moe.layer.MoE`, the engine treats it as its own: 
 expert-data-parallel ranks. Only the way tokens travel differs: every token reaches its K experts, blocks are as long as
 the routing makes them, and ranks exchange exactly that many rows.
 
-Shape legend: T tokens on this rank, D hidden_size, E experts, K choices.
+Shape legend: T tokens on this rank, D hidden_size, E experts, K choices, P places, fill included.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import deepspeed.moe.layer
 import torch
@@ -30,6 +31,17 @@ from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
 
 
+Experts = Callable[[Tensor, Tensor], Tensor]  # (rows (P, D) by expert, ends (E,)) -> (P, D)
+
+
+class Results(NamedTuple):
+    """What the experts gave for the tokens of this rank, by expert."""
+
+    rows: Tensor  # (P, D)
+    token: Tensor  # (P,): the token at each place
+    place: Tensor  # (T * K,): the places of each token's results
+
+
 class DroplessDispatch(nn.Module):
     """Sends every token to its experts and brings the weighted results back; stands in for DeepSpeed's MOELayer."""
 
@@ -46,21 +58,32 @@ class DroplessDispatch(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) -> (the experts' weighted sum (T, D), tokens routed to each expert (E,) int64)."""
         weights, expert_ids, counts = self.router(x)  # (T, K), (T, K), (E,)
-        run = self._local if self.topology.ep_size == 1 else self._exchange
-        return run(x, weights, expert_ids.flatten(), counts), counts
+        results = self.run_experts(x, expert_ids, counts, self.experts)
+        return combine_rows(results.rows, weights, results.token, results.place), counts
 
-    def _local(self, x: Tensor, weights: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
-        """All experts are here.
+    def run_experts(self, x: Tensor, expert_ids: Tensor, counts: Tensor, experts: Experts) -> Results:
+        """The results of the chosen experts, and the routing counted for the balancer.
 
         Args:
-            slots: (T * K,), the expert of each slot.
+            x: (T, D).
+            expert_ids: (T, K).
+            counts: (E,), slots routed to each expert.
+            experts: of this rank.
         """
-        layout = lay_out(slots, counts, row_multiple(x.device))
-        token = layout.row // weights.shape[1]
-        results = self.experts(gather_rows(x, token, layout.place), layout.ends)
-        return combine_rows(results, weights, token, layout.place)
+        # Inside a backward pass this is a recomputation: its slots were counted the first time.
+        if self.training and torch._C._current_graph_task_id() == -1:
+            self.router.step_counts += counts
+        run = self._local if self.topology.ep_size == 1 else self._exchange
+        return run(x, expert_ids, counts, experts)
 
-    def _exchange(self, x: Tensor, weights: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
+    def _local(self, x: Tensor, expert_ids: Tensor, counts: Tensor, experts: Experts) -> Results:
+        """All experts are here."""
+        layout = lay_out(expert_ids.flatten(), counts, row_multiple(x.device))
+        token = layout.row // expert_ids.shape[1]
+        rows = experts(gather_rows(x, token, layout.place), layout.ends)
+        return Results(rows, token, layout.place)
+
+    def _exchange(self, x: Tensor, expert_ids: Tensor, counts: Tensor, experts: Experts) -> Results:
         """Send each slot's row to the rank of its expert, run it there, and bring the result back."""
         send_counts = counts.view(self.topology.ep_size, self.topology.experts_per_rank)
         # A fake process group may leave it as it is (torch's did before it copied): there, every peer seems to send
@@ -69,8 +92,8 @@ class DroplessDispatch(nn.Module):
         dist.all_to_all_single(receive_counts, send_counts, group=self.ep_group)
         splits = host_values(torch.stack((send_counts, receive_counts)).sum(-1))
         # What does not need them is done while they are on their way.
-        layout = lay_out(slots, counts)
-        token = layout.row // weights.shape[1]
+        layout = lay_out(expert_ids.flatten(), counts)
+        token = layout.row // expert_ids.shape[1]
         rows = gather_rows(x, token, layout.place)
         send, receive = splits()  # the one wait of a layer
 
@@ -78,10 +101,10 @@ class DroplessDispatch(nn.Module):
         rows = all_to_all(rows, send, receive, self.ep_group)
         here = lay_out_received(receive_counts, len(rows), row_multiple(x.device))
         rows = gather_rows(rows, here.row, here.place)
-        rows = self.experts(rows, here.ends)
+        rows = experts(rows, here.ends)
         rows = pick_rows(rows, here.place)
         rows = all_to_all(rows, receive, send, self.ep_group)
-        return combine_rows(rows, weights, token, layout.place)
+        return Results(rows, token, layout.place)
 
 
 class MoE(deepspeed.moe.layer.MoE):
