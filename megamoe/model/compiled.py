@@ -1,11 +1,11 @@
-"""A block whose work between the experts' products and exchanges is compiled: three regions, which all blocks share.
+"""A block whose work around the experts' products is compiled: regions without a break, which all blocks share.
 
-On a GPU every operator is a kernel whose launch the host pays for and whose operands pass through memory; a region has
-few of both. Products of experts and collectives stay outside, for their row counts change with every batch, and each of
-them is one kernel or one call already.
+On a GPU every operator is a kernel that the host has to launch and whose operands pass through memory; a region needs
+few of both. The experts' products and the exchange between ranks stay outside: each is one kernel or one call already,
+of as many rows as the routing makes.
 
-Shape legend: B batch, S positions, T tokens (B * S), D hidden_size, K choices, E experts, F intermediate_size, P places,
-fill included.
+Shape legend: B batch, S positions, T tokens (B * S), D hidden_size, K choices, E experts, P places, fill included,
+F intermediate_size.
 """
 
 from __future__ import annotations
@@ -15,47 +15,57 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import patch_dynamo_config
 from torch._dynamo.decorators import mark_unbacked
 
 from megamoe.model.dispatch import combine_rows
-from megamoe.model.moe import Results
+from megamoe.model.moe import Placed
 from megamoe.model.rope import Rotary
 
 
 class CompiledBlock:
-    """Runs any block of one model in training. Compilation begins with the first call, takes seconds for each region,
-    and is not repeated for other blocks or row counts.
+    """Runs the blocks of one model in training. A region is compiled at its first call, which takes seconds, and serves
+    all blocks and numbers of rows.
 
-    Random numbers are drawn as without compilation, from torch's generator, so only rounding differs.
+    Random numbers are drawn as without it, from torch's generator: the results differ by rounding alone.
     """
 
     def __init__(self) -> None:
-        self._attend_and_route = _compiled(attend_and_route)
-        self._activate = _compiled(lambda block, projected: block.moe.experts.activate(projected))
-        self._combine = _compiled(combine)
+        self._before_experts = _compiled(before_experts)
+        self._activate = _compiled(activate)
+        self._after_experts = _compiled(after_experts)
 
     def __call__(self, block: Any, x: Tensor, rotary: Rotary) -> Tensor:
-        """What `block` gives for `x` (B, S, D) without padding or cache: (B, S, D)."""
+        """(B, S, D) -> (B, S, D), as `block` without padding or cache."""
+        dispatch = block.moe.deepspeed_moe
 
         def experts(rows: Tensor, ends: Tensor) -> Tensor:
-            return block.moe.experts(rows, ends, lambda projected: self._activate(block, _any_rows(projected)))
+            if not dispatch.experts.gated:  # an activation alone is one operator, cheaper than the call of a region
+                return dispatch.experts(rows, ends)
+            return dispatch.experts(rows, ends, lambda inside: self._activate(dispatch.experts, _any_rows(inside)))
 
-        x, rows, weights, expert_ids, counts = self._attend_and_route(block, x, rotary)
-        results = block.moe.deepspeed_moe.run_experts(rows, expert_ids, counts, experts)
-        return self._combine(x, weights, Results(_any_rows(results.rows), _any_rows(results.token), results.place))
+        x, weights, counts, placed = self._before_experts(block, x, rotary)
+        results = dispatch.run_experts(placed, dispatch.announce(counts), experts)
+        return self._after_experts(x, _any_rows(results), weights, _any_rows(placed.token), placed.place)
 
 
-def attend_and_route(block: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
-    """All before the experts: x with attention added (B, S, D), its normed rows (T, D), and the routing of these:
-    weights (T, K), expert ids (T, K), counts (E,)."""
+def before_experts(block: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Placed]:
+    """x (B, S, D) with attention added, the weights (T, K) and counts (E,) of the routing, and the rows by expert."""
     x = x + block.self_attn(block.input_layernorm(x), rotary)
     rows = block.post_attention_layernorm(x).flatten(0, 1)
-    return x, rows, *block.moe.router(rows)
+    weights, expert_ids, counts = block.moe.router(rows)
+    with patch_dynamo_config(capture_scalar_outputs=True):  # the fill of rows on CPU, which the host reads
+        return x, weights, counts, block.moe.deepspeed_moe.place(rows, expert_ids, counts)
 
 
-def combine(x: Tensor, weights: Tensor, results: Results) -> Tensor:
-    """All after the experts: x (B, S, D) plus their weighted results."""
-    return x + combine_rows(results.rows, weights, results.token, results.place).view_as(x)
+def activate(experts: Any, inside: Tensor) -> Tensor:
+    """What lies between the products of gated experts, (P, 2F) -> (P, F)."""
+    return experts.activate(inside)
+
+
+def after_experts(x: Tensor, results: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
+    """x (B, S, D) with the weighted results (P, D) added; the other arguments as in `combine_rows`."""
+    return x + combine_rows(results, weights, token, place).view_as(x)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,6 +73,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _any_rows(x: Tensor) -> Tensor:
-    """`x`, for a region to take any number of its rows, 0 and 1 included, for the same."""
+    """`x`, marked so that what is compiled for it takes any number of rows, 0 and 1 included."""
     mark_unbacked(x, 0)
     return x

@@ -62,8 +62,8 @@ class StackedExperts(nn.Module):
             ends: (E,) int32, where each expert's rows end; the last is P.
             activate: what runs instead of the method of this name.
         """
-        projected = grouped_linear(rows, self.gate_up if self.gated else self.up, ends)
-        inside = (activate or self.activate)(projected)
+        weight = self.gate_up if self.gated else self.up
+        inside = (activate or self.activate)(grouped_linear(rows, weight, ends))
         return self.dropout(grouped_linear(inside, self.down, ends))
 
     def activate(self, projected: Tensor) -> Tensor:

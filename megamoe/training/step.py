@@ -100,7 +100,13 @@ class TrainStep:
 
 
 def build_train_step(
-    config: ModelConfig, ds: dict[str, Any], *, ep_size: int = 1, seed: int = 0, recompute_blocks: int = 0, compiled: bool = False
+    config: ModelConfig,
+    ds: dict[str, Any],
+    *,
+    ep_size: int = 1,
+    seed: int = 0,
+    recompute_blocks: int = 0,
+    compiled: bool = False,
 ) -> TrainStep:
     """Build model, engine and balancer on this rank of the process group.
 
