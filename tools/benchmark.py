@@ -33,7 +33,12 @@ from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"megamoe": "megamoe", "stock": "DeepSpeed's MoE layer", "mixtral": "Mixtral of transformers"}
+NAMES = {
+    "megamoe": "megamoe",
+    "compiled": "megamoe compiled",
+    "stock": "DeepSpeed's MoE layer",
+    "mixtral": "Mixtral of transformers",
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def take_turns(cases: dict[str, Entry], ds_config: str, rounds: int, steps: int,
     turns: dict[str, list[Turn]] = {name: [] for name in cases}
     for number in range(rounds):
         for name in list(cases) if number % 2 == 0 else reversed(list(cases)):
-            look_inside = pieces and number == 0 and cases[name].contender != "mixtral"
+            look_inside = pieces and number == 0 and cases[name].contender in ("megamoe", "stock")
             turns[name].append(take_turn(cases[name], ds_config, steps, look_inside))
             rate = turns[name][-1].tokens_per_second
             print(f"round {number + 1}, {name}: {rate:.1f} tokens/s", file=sys.stderr, flush=True)
@@ -243,10 +248,10 @@ def main() -> None:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=["megamoe:1", "megamoe:2", "stock:1", "mixtral:1"],
+        default=["megamoe:1", "compiled:1", "megamoe:2", "stock:1", "mixtral:1"],
         metavar="NAME:RANKS[@CHECKOUT]",
-        help="NAME is megamoe, stock (DeepSpeed's layer) or mixtral; @CHECKOUT runs another checkout's "
-        "megamoe and benchmark_contender.py; the first is compared with the others",
+        help="NAME is megamoe, compiled (megamoe with --compile), stock (DeepSpeed's layer) or mixtral; @CHECKOUT "
+        "runs another checkout's megamoe and benchmark_contender.py; the first is compared with the others",
     )
     parser.add_argument("--samples", type=int, default=2, help="sequences per step, over all ranks (not the JSON's)")
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")

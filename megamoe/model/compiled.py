@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo import patch_dynamo_config
-from torch._dynamo.decorators import mark_unbacked
 
 from megamoe.model.dispatch import combine_rows
 from megamoe.model.moe import Placed
@@ -54,7 +52,9 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tenso
     x = x + block.self_attn(block.input_layernorm(x), rotary)
     rows = block.post_attention_layernorm(x).flatten(0, 1)
     weights, expert_ids, counts = block.moe.router(rows)
-    with patch_dynamo_config(capture_scalar_outputs=True):  # the fill of rows on CPU, which the host reads
+    with torch._dynamo.patch_dynamo_config(
+        capture_scalar_outputs=True
+    ):  # the fill of rows on CPU, which the host reads
         return x, weights, counts, block.moe.deepspeed_moe.place(rows, expert_ids, counts)
 
 
@@ -68,11 +68,31 @@ def after_experts(x: Tensor, results: Tensor, weights: Tensor, token: Tensor, pl
     return x + combine_rows(results, weights, token, place).view_as(x)
 
 
+def compiler_problems(device: torch.device) -> list[str]:
+    """What this host lacks to compile for a device, one sentence each."""
+    if device.type != "cpu":
+        from torch.utils._triton import has_triton_package
+
+        if has_triton_package():
+            return []
+        return ["--compile needs Triton on a GPU, which cannot be imported; install it, or leave --compile out."]
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return [
+            "--compile needs a C++ compiler on CPU, and g++ does not run; install it, set CXX, or leave --compile out."
+        ]
+    return []
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, options={"fallback_random": True})
 
 
 def _any_rows(x: Tensor) -> Tensor:
     """`x`, marked so that what is compiled for it takes any number of rows, 0 and 1 included."""
-    mark_unbacked(x, 0)
+    torch._dynamo.decorators.mark_unbacked(x, 0)
     return x

@@ -41,7 +41,7 @@ class Block(nn.Module):
             topology=topology,
             hidden_size=config.hidden_size,
         )
-        self.compiled: CompiledBlock | None = None  # what training runs instead of `forward`, see `Decoder.compile`
+        self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
 
     def forward(
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None, cache: LayerCache | None
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
                     weight.normal_(0, residual_std if is_residual_projection(part.name) else std, generator=generator)
 
     def compile_blocks(self) -> None:
-        """Have all blocks train by one `CompiledBlock`. Without values: compilation begins with the first batch."""
+        """Let all blocks train as one `CompiledBlock`, which compiles when the first batch comes."""
         compiled = CompiledBlock()
         for block in self.layers:
             cast(Block, block).compiled = compiled
