@@ -37,7 +37,12 @@ from megamoe.json_files import read_json
 ROOT = Path(__file__).parents[1]
 TURNS = TypeAdapter(list[Turn])
 OUT_OF_MEMORY = "out of memory"  # in what torch and NCCL raise
-NAMES = {"megamoe": "megamoe", "stock": "DeepSpeed's MoE layer", "mixtral": "Mixtral of transformers"}
+NAMES = {
+    "megamoe": "megamoe",
+    "compiled": "megamoe compiled",
+    "stock": "DeepSpeed's MoE layer",
+    "mixtral": "Mixtral of transformers",
+}
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def take_turns(
     for number in range(rounds):
         for name in list(cases) if number % 2 == 0 else reversed(list(cases)):
             entry, flags = cases[name], ["--profile"] * profile
-            if pieces and entry.contender != "mixtral":
+            if pieces and entry.contender in ("megamoe", "stock"):
                 flags.append("--pieces")
             found = take_turn(entry, ds_config, steps, *(flags if number == 0 else ()))
             turns[name] += found
@@ -299,10 +304,10 @@ def main() -> None:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=["megamoe:1", "megamoe:2", "stock:1", "mixtral:1"],
+        default=["megamoe:1", "compiled:1", "megamoe:2", "stock:1", "mixtral:1"],
         metavar="NAME:RANKS[@CHECKOUT]",
-        help="NAME is megamoe, stock (DeepSpeed's layer) or mixtral; @CHECKOUT runs another checkout's "
-        "megamoe and benchmark_contender.py; the first is compared with the others",
+        help="NAME is megamoe, compiled (megamoe with --compile), stock (DeepSpeed's layer) or mixtral; @CHECKOUT "
+        "runs another checkout's megamoe and benchmark_contender.py; the first is compared with the others",
     )
     parser.add_argument(
         "--samples", type=int, nargs="+", default=[2], help="sequences per step, over all ranks (not the JSON's)"

@@ -2,8 +2,9 @@
 
 With several sizes of a step, one after the other; memory may end before the last.
 
-Contenders: "megamoe", "stock" (the same model with DeepSpeed's own MoE layer, drop_tokens=False) and "mixtral"
-(transformers' MixtralForCausalLM of the same size and FLOPs, torch's fused AdamW, no DeepSpeed).
+Contenders: "megamoe", "compiled" (megamoe with compiled blocks), "stock" (the same model with DeepSpeed's own MoE
+layer, drop_tokens=False) and "mixtral" (transformers' MixtralForCausalLM of the same size and FLOPs, torch's fused
+AdamW, no DeepSpeed).
 """
 
 from __future__ import annotations
@@ -93,17 +94,23 @@ class Clock:
 
 
 def build_engine_contender(
-    config: ModelConfig, ds_config: str, ep_size: int, samples: int, recompute_blocks: int, stock: bool
+    config: ModelConfig,
+    ds_config: str,
+    ep_size: int,
+    samples: int,
+    recompute_blocks: int,
+    stock: bool,
+    compiled: bool = False,
 ) -> Contender:
-    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it. A
-    step has `samples` sequences on a rank, whatever the JSON says."""
+    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it,
+    `compiled` compiles its blocks. A step has `samples` sequences on a rank, whatever the JSON says."""
     ds = {**read_json(Path(ds_config)), "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1}
     ds.pop("train_batch_size", None)
     if stock:
         model = stock_model(config, ep_size, recompute_blocks)
         train_step = TrainStep(build_engine(model, ds, read_schedule(ds, ds_config)), balancer=None)
     else:
-        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
+        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks, compiled=compiled)
     optimizer = train_step.engine.optimizer
     while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -343,8 +350,10 @@ def run(args: argparse.Namespace) -> Iterator[Turn]:
     if args.contender == "mixtral":
         contender = build_mixtral(config, args.ds_config, device)
     else:
-        stock = args.contender == "stock"
-        contender = build_engine_contender(config, args.ds_config, args.ep_size, samples, args.recompute_blocks, stock)
+        contender = build_engine_contender(
+            config, args.ds_config, args.ep_size, samples, args.recompute_blocks,
+            stock=args.contender == "stock", compiled=args.contender == "compiled",
+        )  # fmt: skip
     for samples in args.samples:
         yield take_turn(contender, config, samples, args, device)
 
@@ -397,7 +406,7 @@ def take_turn(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One turn of one contender; benchmark.py starts it.")
-    parser.add_argument("contender", choices=("megamoe", "stock", "mixtral"))
+    parser.add_argument("contender", choices=("megamoe", "compiled", "stock", "mixtral"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", required=True)
     parser.add_argument("--ds_config", required=True)

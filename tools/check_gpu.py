@@ -33,7 +33,7 @@ from megamoe.errors import UserError
 from megamoe.launch.versions import versions
 
 SAMPLES = (2, 4, 8, 16, 32, 64)  # per step
-CONTENDERS = ("megamoe:1", "stock:1", "mixtral:1")
+CONTENDERS = ("megamoe:1", "compiled:1", "stock:1", "mixtral:1")
 STEPS = 3  # timed, of each size
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Chooses K experts for every token and counts, in training, how many tokens each expert was given.
+    """Chooses K experts for every token. Whoever calls it keeps, in training, how many slots each expert was given.
 
     Buffers (DeepSpeed keeps them in fp32 under bf16, and leaves them in the file of the non-expert weights because no
     name on their path but DeepSpeed's own contains "expert"):
@@ -63,9 +63,6 @@ class Router(nn.Module):
         log_scores = F.logsigmoid(logits) if self.score == "sigmoid" else logits
         weights = log_scores.gather(-1, expert_ids).softmax(-1)
         counts = count_ids(expert_ids.flatten(), self.step_counts.numel())
-        # Inside a backward pass this forward is a recomputation: its slots were counted the first time.
-        if self.training and torch._C._current_graph_task_id() == -1:
-            self.step_counts += counts
         return weights, expert_ids, counts
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from devices import DEVICES, assert_near, rounded
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megamoe.model import dispatch
 from megamoe.model.experts import StackedExperts
@@ -212,6 +213,35 @@ def test_a_share_without_any_used_token_still_has_zero_gradients():
     assert output.abs().max() == 0
     assert counts.tolist() == [0] * E
     assert all(weight.grad is not None and weight.grad.abs().max() == 0 for weight in layer.parameters())
+
+
+# --- the slots counted for the balancer -----------------------------------------------------------------------------
+
+
+def test_counts_add_up_over_training_passes_and_evaluation_counts_nothing():
+    layer = layer_with()
+    expected = torch.zeros(E, dtype=torch.int64)
+    for _ in range(3):
+        expected += layer(torch.randn(T, D, dtype=torch.float64))[2]
+    layer.eval()
+    layer(torch.randn(T, D, dtype=torch.float64))
+    assert torch.equal(layer.router.step_counts, expected)
+    assert expected.sum() == 3 * T * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_pass_is_not_counted_again(use_reentrant):
+    layer = layer_with()
+    runs = []
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    for passes in (1, 2):
+        x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+        checkpoint(lambda x: layer(x)[0], x, use_reentrant=use_reentrant).square().sum().backward()
+        assert len(runs) == 2 * passes  # it did run again
+        assert layer.router.step_counts.sum() == passes * T * 2
+
+
+# --- as DeepSpeed's -------------------------------------------------------------------------------------------------
 
 
 def test_deepspeed_takes_the_layer_for_its_own():
