@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from devices import DEVICES
+from devices import on_gpus
 from operators import Operators
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -159,8 +159,8 @@ def ids_of(step):
     return torch.randint(4, (2, 17), generator=generator).cumsum(-1) % PRESET["vocab_size"]
 
 
-def losses_and_norms(ds):
-    train_step = build_train_step(STILL, ds)
+def losses_and_norms(ds, compiled):
+    train_step = build_train_step(STILL, ds, compiled=compiled)
     results = []
     for step in range(STEPS):
         ids = ids_of(step)
@@ -191,14 +191,20 @@ def losses_and_norms_in_float64(ds):
     return losses, norms
 
 
-@pytest.mark.parametrize(("dtype", "share"), [("fp32", 1e-5), ("bf16", 0.01)])
-@pytest.mark.parametrize("device", DEVICES)
-def test_steps_in_fp32_and_bf16_have_the_losses_and_norms_of_torchs_adamw_in_float64(device, dtype, share):
+@pytest.mark.parametrize(
+    ("device", "dtype", "compiled"),
+    [
+        *(("cpu", dtype, False) for dtype in ("fp32", "bf16")),  # compiled there: tests/model/test_compiled.py
+        *(on_gpus(1, "cuda", dtype, compiled) for dtype in ("fp32", "bf16") for compiled in (False, True)),
+    ],
+)
+def test_steps_in_fp32_and_bf16_have_the_losses_and_norms_of_torchs_adamw_in_float64(device, dtype, compiled):
     ds = ds_config(2, gradient_clipping=0.5)
     if dtype == "bf16":
         ds |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    ((losses, norms),) = run_ranks(1, losses_and_norms, ds, device=device)
+    ((losses, norms),) = run_ranks(1, losses_and_norms, ds, compiled, device=device)
     exact_losses, exact_norms = losses_and_norms_in_float64(ds)
+    share = {"fp32": 1e-5, "bf16": 0.01}[dtype]
     assert losses == pytest.approx(exact_losses, rel=share)
     assert norms == pytest.approx(exact_norms, rel=share)
     assert exact_losses[-1] < exact_losses[1]
