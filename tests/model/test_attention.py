@@ -45,7 +45,7 @@ def rotary_of(length, num_latents=3, dtype=torch.float64):
     return rotary_table(positions, frequencies, factor, dtype, False, num_latents)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(device, dtype):
     exact = rounded(attention(), dtype)

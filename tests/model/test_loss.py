@@ -54,7 +54,9 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(chunk, monkeypatch):
     torch.testing.assert_close((loss, hidden.grad, weight.grad), plain(hidden, weight, labels, 3), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_loss_is_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, dtype, rtol):
     hidden, weight, labels = head(dtype, device=device)

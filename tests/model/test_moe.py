@@ -122,7 +122,7 @@ def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_layer_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(device, dtype, routing, gated):
     exact = rounded(layer_with(ROUTINGS[routing], gated=gated), dtype)

@@ -32,7 +32,7 @@ def test_the_product_is_one_kernel_where_there_is_a_correct_one(capability, dtyp
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("out", [24, 21])  # 21: rows that no kernel takes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradient(sizes, out, dtype, device):
     torch.manual_seed(0)

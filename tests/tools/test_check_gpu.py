@@ -85,7 +85,11 @@ def test_a_check_for_which_there_are_too_few_gpus_is_listed_as_not_run(no_gpu):
     (check,) = check_gpu.run_checks("tests/data/test_prefetch.py")
     assert check.name == "tests.data.test_prefetch.test_a_batch_is_in_page_locked_memory"
     assert check.result == "not run: needs 1 GPU"
-    has(refusal(lambda: check_gpu.run_checks("tests/test_imports.py")), "no check")
+
+
+def test_checks_that_do_not_start_are_an_error(monkeypatch):
+    monkeypatch.setattr(check_gpu.subprocess, "run", lambda words, cwd: subprocess.CompletedProcess(words, 4))
+    has(refusal(check_gpu.run_checks), "code 4", "no check")
 
 
 def turn(tokens, profile=None):
