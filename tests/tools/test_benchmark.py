@@ -208,16 +208,21 @@ def test_steps_of_several_sizes_are_timed_and_profiled_by_one_start(tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("stderr", "fits"), [("torch.OutOfMemoryError: CUDA out of memory.", True), ("KeyError", False)]
+    ("samples", "stderr", "fits"),
+    [
+        ((1, 2, 4, 8), "torch.OutOfMemoryError: CUDA out of memory.", True),
+        ((1, 2, 4, 8), "KeyError", False),
+        ((4,), "torch.OutOfMemoryError: CUDA out of memory.", False),
+    ],
 )
-def test_sizes_end_where_memory_does_and_any_other_end_is_an_error(stderr, fits, monkeypatch, capsys):
-    def fail_at_the_third(command, **options):
+def test_sizes_end_where_memory_does_and_any_other_end_is_an_error(samples, stderr, fits, monkeypatch, capsys):
+    def fail_at_four_samples(command, **options):
         out = next(word for word in command if word.endswith("turn.json"))
-        Path(out).write_text(json.dumps([asdict(turn(tokens=size)) for size in (100, 200)]))
+        Path(out).write_text(json.dumps([asdict(turn(tokens=100 * size)) for size in samples if size < 4]))
         return subprocess.CompletedProcess(command, 1, stderr=stderr)
 
-    monkeypatch.setattr(benchmark.subprocess, "run", fail_at_the_third)
-    cases = {"ours": benchmark.Entry("megamoe", 1, "tiny", (1, 2, 4, 8), 100)}
+    monkeypatch.setattr(benchmark.subprocess, "run", fail_at_four_samples)
+    cases = {"ours": benchmark.Entry("megamoe", 1, "tiny", samples, 100)}
 
     def turns():
         return benchmark.take_turns(cases, RECIPE, 1, 1, pieces=False, profile=False)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import check_gpu
 import pytest
@@ -23,7 +24,7 @@ EXPECTED = {
     "launch/test_exits.py::test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one": 4,
     "launchers/test_deepspeed.py::test_a_killed_rank_is_named_and_the_other_ends": 1,
     "launchers/test_deepspeed.py::test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint": 2,
-    "launchers/test_deepspeed.py::test_ranks_that_each_see_a_gpu_of_their_own_train_together": 1,
+    "launchers/test_deepspeed.py::test_ranks_that_each_see_one_gpu_take_that": 2,
     "launchers/test_deepspeed.py::test_stalled_ranks_end_and_print_where_each_of_them_is": 1,
     "model/test_attention.py::test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64": 2,
     "model/test_dispatch.py::test_combined_rows_are_the_weighted_sum_and_both_gradients_are_right": 1,
@@ -47,6 +48,18 @@ def test_gpu_selects_these_tests_and_no_others():
     done = subprocess.run([sys.executable, *words], cwd=check_gpu.ROOT, capture_output=True, text=True)
     found = Counter(line.removeprefix("tests/").partition("[")[0] for line in done.stdout.splitlines() if "::" in line)
     assert found == EXPECTED
+
+
+def test_the_device_is_described_for_the_file_and_its_name(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40 * 2**30, major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setenv("PATH", "")  # without nvidia-smi
+    device = check_gpu.describe_device()
+    assert check_gpu.file_name(device) == "gpu-nvidia-a100-sxm4-40gb-x2.json"
+    found = {key: device[key] for key in ("memory_gib", "capability", "driver", "nccl")}
+    assert found == {"memory_gib": 40.0, "capability": "8.0", "driver": "unknown", "nccl": "2.27.5"}
 
 
 @pytest.fixture
