@@ -26,7 +26,8 @@ def test_libraries_are_told_in_the_environment_unless_the_user_has_told_them():
 
 
 def losses_twice():
-    """Of a few steps, with and without."""
+    """Of a few steps, without and with, where new memory is filled with NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
     found = []
     for is_deterministic in (False, True):
         torch.use_deterministic_algorithms(is_deterministic)
@@ -37,7 +38,7 @@ def losses_twice():
     return found
 
 
-def test_whole_steps_run_and_on_cpu_give_the_same_losses():
+def test_whole_steps_run_read_nothing_that_was_not_written_and_on_cpu_give_the_same_losses():
     for without, with_it in run_ranks(2, losses_twice):
         assert without == with_it
 
