@@ -257,5 +257,4 @@ class _State:
         np.random.set_state(self.random[1])
         torch.set_rng_state(self.random[2])
         torch.set_num_threads(1)
-        torch.use_deterministic_algorithms(False)
         gc.collect()  # engines are full of cycles
