@@ -16,7 +16,7 @@ from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _abort_process_group
 
 from megamoe.errors import PeerError, UserError, first_line
-from megamoe.launch.rank_info import LOCAL_RANK
+from megamoe.launch.rank_info import RANK_ON_HOST
 
 FAILED = 1  # an error of the program, or of what it runs on: disk, network
 REFUSED = 2  # what the user must change
@@ -73,7 +73,7 @@ def leave(code: int) -> NoReturn:
     names. torchrun would start ranks again that exit with any other code than 0, also those that were asked to stop.
     """
     note = os.environ.get("MEGAMOE_EXIT_NOTE")
-    if note and os.environ.get(LOCAL_RANK, os.environ.get("LOCAL_RANK", "0")) == "0":
+    if note and os.environ.get(RANK_ON_HOST, os.environ.get("LOCAL_RANK", "0")) == "0":
         with contextlib.suppress(OSError):  # the script has gone, and its file
             Path(note).write_text(f"{code}\n")
     os._exit(0 if note and code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code)

@@ -142,12 +142,12 @@ class Watch:
         the code is `LOST`.
         """
         try:
-            if self._store and isinstance(error, RuntimeError):  # all errors of collectives are
+            if self._store and _may_be_of_a_collective(error):
                 self._exit_if_a_rank_died()
             self._closing.set()
             code = self._report(self._words(error), code_of(error))
         except DistError:
-            if not isinstance(error, RuntimeError):  # which the loss of rank 0 explains
+            if not _may_be_of_a_collective(error):  # which the loss of rank 0 explains
                 print(self._words(error), file=sys.stderr, flush=True)
             self._exit_without_store()
         end_groups(failed=True)
@@ -298,6 +298,10 @@ class Watch:
                 _failure(f"rank 0 on {host}, or its launcher, died or cannot be reached"), file=sys.stderr, flush=True
             )
         leave(LOST)
+
+
+def _may_be_of_a_collective(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _failure(why: str) -> str:

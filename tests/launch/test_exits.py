@@ -19,6 +19,7 @@ from megamoe import pretrain
 from megamoe.errors import UserError
 from megamoe.launch import exits, watch
 from megamoe.launch.exits import FAILED, INTERRUPTED, LOST, REFUSED, leave
+from megamoe.launch.rank_info import RANK_ON_HOST
 from megamoe.training import distributed
 from megamoe.training.step import TrainStep
 
@@ -138,6 +139,14 @@ def test_the_first_rank_of_a_host_leaves_its_code_and_torchrun_sees_a_stop_as_an
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [expected, expected]
     assert note.read_text() == f"{code}\n"
+
+
+def test_a_second_rank_that_sees_its_own_device_alone_is_not_the_first(tmp_path):
+    environment = {"MEGAMOE_EXIT_NOTE": str(tmp_path / "note"), "LOCAL_RANK": "0", RANK_ON_HOST: "1"}
+    (rank,) = start_processes(1, leave_with, 2, environment)
+    rank.join(60)
+    assert rank.exitcode == 2
+    assert not (tmp_path / "note").exists()
 
 
 def test_a_note_that_cannot_be_written_changes_no_code(tmp_path):

@@ -5,6 +5,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch.distributed import DistError, HashStore
 from toy import PRESET
@@ -124,10 +125,11 @@ def test_a_rank_that_fails_says_why_tells_the_others_aborts_its_collectives_and_
     assert done == ["says why", "tells the others", "aborts True", FAILED]
 
 
-def test_the_trace_of_an_error_is_not_lost_with_rank_0(monkeypatch):
+@pytest.mark.parametrize("error", [KeyError("a bug"), torch.OutOfMemoryError("a bug")])
+def test_the_trace_of_an_error_is_not_lost_with_rank_0(error, monkeypatch):
     def lose(*_):
         raise DistError("connection reset")
 
     store = SimpleNamespace(set=lambda *_: None, compare_set=lose)
-    done = what_a_failing_rank_does(monkeypatch, store, KeyError("a bug"))
+    done = what_a_failing_rank_does(monkeypatch, store, error)
     assert done == ["says why", "says that rank 0 died", LOST]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engines import CONFIG
-from ranks import run_ranks
+from ranks import run_alone, run_ranks
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -16,7 +16,7 @@ from toy import ds_config
 
 from megamoe.data.batches import Batch
 from megamoe.training import distributed
-from megamoe.training.distributed import NO_TIMEOUT, choose_device
+from megamoe.training.distributed import NO_TIMEOUT, choose_device, configure_deepspeed
 from megamoe.training.step import build_train_step
 
 # --- devices --------------------------------------------------------------------------------------------------------
@@ -139,9 +139,12 @@ def test_all_ranks_issue_their_collectives_over_all_groups_in_one_order():
     assert len(kinds) > 4 * 2 * 5
 
 
-def launch_order():
+def launch_order(environment):
+    os.environ.update(environment)
+    configure_deepspeed()
     return os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"]
 
 
 def test_nccl_keeps_the_order_of_the_host_unless_the_user_says_otherwise():
-    assert run_ranks(1, launch_order) == ["1"]
+    assert run_alone(launch_order, {}) == "1"
+    assert run_alone(launch_order, {"NCCL_LAUNCH_ORDER_IMPLICIT": "0"}) == "0"
