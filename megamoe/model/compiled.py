@@ -25,7 +25,7 @@ class CompiledBlock:
     """Runs the blocks of one model in training. A region is compiled at its first call, which takes seconds, and serves
     all blocks and numbers of rows.
 
-    Random numbers are drawn as without it, from torch's generator: the results differ by rounding alone.
+    The results are those of eager blocks to rounding, with the same random numbers: torch's own operators draw them.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def compiled(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any
     Args:
         with_rows: arguments whose number of rows changes from call to call; it may be 0 or 1.
     """
-    region = torch.compile(function, fullgraph=True, options={"fallback_random": True})
+    region = torch.compile(function, fullgraph=True)
 
     def call(*args: Any) -> Any:
         for index in with_rows:

@@ -22,7 +22,7 @@ from megamoe.model.generation import generate
 from megamoe.training.step import build_train_step
 
 CONFIG = load_preset("tiny").model_copy(
-    update={"num_hidden_layers": 3, "expert_dropout": 0.05, "router_jitter_noise": 0.01}  # what moe-680m has
+    update={"num_hidden_layers": 3, "expert_dropout": 0.05, "router_jitter_noise": 0.3}
 )
 BATCH, LENGTH, STEPS = 2, 16, 20
 
