@@ -8,9 +8,9 @@ import torch._inductor.config
 import torch.distributed as dist
 from engines import save
 from operators import Operators
-from ranks import run_new_ranks
+from ranks import run_new_ranks, run_ranks
 from torch._dynamo.utils import counters
-from toy import PRESET, ds_config
+from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.config import ModelConfig, load_preset
@@ -236,3 +236,18 @@ def test_a_compiled_run_among_ranks_has_the_eager_losses_and_resumes_to_the_bit(
         assert len(set(expected)) == 6
         assert resumed == losses[3:]
         assert stats["unique_graphs"] == 3
+
+
+def compiled_models(run):
+    """How many models a run compiles."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "compile_blocks", lambda model: calls.append(model))
+        train_here(run)
+    return len(calls)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_run_compiles_where_it_is_asked_to(tmp_path, asked):
+    run = {**write_inputs(tmp_path, ds_config(micro_batch=2)), "run_dir": str(tmp_path / "run"), "steps": 1}
+    assert run_ranks(1, compiled_models, {**run, "compile": asked}) == [int(asked)]
