@@ -2,7 +2,7 @@
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
 # make test               every test
 # make check              formatting, lint and types
-# make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 15 minutes, 17 GiB
+# make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
 # make bench-short        a tiny model compared with DeepSpeed's MoE layer: a minute
 
 PYTHON ?= python3
