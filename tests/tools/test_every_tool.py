@@ -10,7 +10,9 @@ from pathlib import Path
 
 import benchmark_checkpoint
 import benchmark_data
+import benchmark_reduction
 import pytest
+import torch
 from ranks import run_alone
 from refusals import has
 from toy import PRESET, SHIPPED
@@ -52,6 +54,25 @@ def test_saving_and_loading_are_timed_and_leave_nothing(tmp_path):
     run_alone(save_and_load, words, tmp_path / "said")
     has((tmp_path / "said").read_text(), "bare save=", "load=", "x bare load", "peak memory of rank 0: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_sums_in_16_bits_stall_in_a_ring_and_neither_in_pairs_nor_in_32():
+    same = [torch.full((4,), 0.5, dtype=torch.bfloat16)] * 1024
+    expected = {
+        (benchmark_reduction.sum_in_ring, torch.bfloat16): 128.0,  # half a unit in the last place above is rounded away
+        (benchmark_reduction.sum_in_ring, torch.float32): 512.0,
+        (benchmark_reduction.sum_in_pairs, torch.bfloat16): 512.0,
+    }
+    for (add, dtype), total in expected.items():
+        assert add(same, dtype).tolist() == [total] * 4
+    exact = torch.full((4,), 512.0, dtype=torch.float64)
+    assert benchmark_reduction.compare(exact / 4, exact) == (0.75, 0.25)
+
+
+def test_what_16_bits_cost_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark_reduction.py", "--elements", "64"])
+    benchmark_reduction.main()
+    has(capsys.readouterr().out, " 1024  ring      bfloat16", "    8  in pairs  float32")
 
 
 @pytest.fixture
