@@ -3,7 +3,7 @@
 # make test               every test
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
 # make check              formatting, lint and types
-# make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 15 minutes, 17 GiB
+# make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
 # make bench-short        a tiny model compared with DeepSpeed's MoE layer: a minute
 
 PYTHON ?= python3

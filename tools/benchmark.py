@@ -1,6 +1,6 @@
 """How fast megamoe trains, compared with DeepSpeed's own MoE layer and transformers' Mixtral, on this host.
 
-    python tools/benchmark.py                                 full model, a quarter of an hour on two cores
+    python tools/benchmark.py                                 full model, about 20 minutes on two cores
     python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20       a minute
     python tools/benchmark.py --contenders megamoe:1 megamoe:1@../before          before and after a change
     python tools/benchmark.py --samples 2 4 8 16 --profile    steps of several sizes, until memory ends

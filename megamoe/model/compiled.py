@@ -25,13 +25,13 @@ class CompiledBlock:
     """Runs the blocks of one model in training. A region is compiled at its first call, which takes seconds, and serves
     all blocks and numbers of rows.
 
-    Random numbers are drawn as without it, from torch's generator: the results differ by rounding alone.
+    The results are those of eager blocks to rounding, with the same random numbers: torch's own operators draw them.
     """
 
     def __init__(self) -> None:
-        self._before_experts = _compiled(before_experts)
-        self._activate = _compiled(activate)
-        self._after_experts = _compiled(after_experts)
+        self.before_experts = compiled(before_experts)
+        self.activate = compiled(activate, 1)
+        self.after_experts = compiled(after_experts, 1, 3)
 
     def __call__(self, block: Any, x: Tensor, rotary: Rotary) -> Tensor:
         """(B, S, D) -> (B, S, D), as `block` without padding or cache."""
@@ -40,11 +40,27 @@ class CompiledBlock:
         def experts(rows: Tensor, ends: Tensor) -> Tensor:
             if not dispatch.experts.gated:  # an activation alone is one operator, cheaper than the call of a region
                 return dispatch.experts(rows, ends)
-            return dispatch.experts(rows, ends, lambda inside: self._activate(dispatch.experts, _any_rows(inside)))
+            return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        x, weights, counts, placed = self._before_experts(block, x, rotary)
+        x, weights, counts, placed = self.before_experts(block, x, rotary)
         results = dispatch.run_experts(placed, dispatch.announce(counts), experts)
-        return self._after_experts(x, _any_rows(results), weights, _any_rows(placed.token), placed.place)
+        return self.after_experts(x, results, weights, placed.token, placed.place)
+
+
+def compiled(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
+    """`function` as one region.
+
+    Args:
+        with_rows: arguments whose number of rows changes from call to call; it may be 0 or 1.
+    """
+    region = torch.compile(function, fullgraph=True)
+
+    def call(*args: Any) -> Any:
+        for index in with_rows:
+            torch._dynamo.decorators.mark_unbacked(args[index], 0)
+        return region(*args)
+
+    return call
 
 
 def before_experts(block: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Placed]:
@@ -52,9 +68,8 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tenso
     x = x + block.self_attn(block.input_layernorm(x), rotary)
     rows = block.post_attention_layernorm(x).flatten(0, 1)
     weights, expert_ids, counts = block.moe.router(rows)
-    with torch._dynamo.patch_dynamo_config(
-        capture_scalar_outputs=True
-    ):  # the fill of rows on CPU, which the host reads
+    # On CPU the host reads how many rows are filled in.
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
         return x, weights, counts, block.moe.deepspeed_moe.place(rows, expert_ids, counts)
 
 
@@ -86,13 +101,3 @@ def compiler_problems(device: torch.device) -> list[str]:
             "--compile needs a C++ compiler on CPU, and g++ does not run; install it, set CXX, or leave --compile out."
         ]
     return []
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, options={"fallback_random": True})
-
-
-def _any_rows(x: Tensor) -> Tensor:
-    """`x`, marked so that what is compiled for it takes any number of rows, 0 and 1 included."""
-    torch._dynamo.decorators.mark_unbacked(x, 0)
-    return x

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Chooses K experts for every token. Whoever calls it keeps, in training, how many slots each expert was given.
+    """Chooses K experts for every token.
 
     Buffers (DeepSpeed keeps them in fp32 under bf16, and leaves them in the file of the non-expert weights because no
     name on their path but DeepSpeed's own contains "expert"):
         selection_bias: (E,), added to the scores for the selection only.
         running_load: (E,), running mean of the share of slots each expert got; sums to 1.
-        step_counts: (E,) int64, slots routed since the last optimizer step on this rank; not saved.
+        step_counts: (E,) int64, slots routed since the last optimizer step on this rank, as the layer adds them up; not
+            saved.
     """
 
     selection_bias: Tensor
