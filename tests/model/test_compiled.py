@@ -97,7 +97,9 @@ def nothing_compiled():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "loss_error", "gradient_error"), [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-3, 2e-2)]
+    ("dtype", "loss_error", "gradient_error"),
+    [(torch.float32, 1e-6, 1e-5), (torch.bfloat16, 1e-3, 2e-2)],
+    ids=["fp32", "bf16"],
 )
 def test_losses_and_gradients_are_the_eager_ones_to_rounding_by_one_compilation_of_two_regions(
     dtype, loss_error, gradient_error, monkeypatch
