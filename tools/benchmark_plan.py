@@ -47,7 +47,9 @@ WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
 PHASES = (("forward", "head and loss"), ("backward",), ("update",))
 # Rates at which nothing takes time, and what each fitted constant is at 1. Attention follows the products: two models
 # tell too little of it apart.
-IDEAL = Rates(products=math.inf, attention=math.inf, memory=math.inf, links=1.0, operator=0.0, parameter=0.0, wait=0.0)
+IDEAL = Rates(
+    products=math.inf, attention=math.inf, memory=math.inf, links=1.0, operator=0.0, region=0.0, parameter=0.0, wait=0.0
+)
 CONSTANTS = {
     "products": replace(IDEAL, products=1.0, attention=CPU.attention / CPU.products),
     "memory": replace(IDEAL, memory=1.0),

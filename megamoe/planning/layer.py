@@ -28,10 +28,9 @@ class BothWays:
         return BothWays(self.forward * factor, self.backward * factor)
 
 
-# Of a layer whose regions are compiled: operators, products included, and the share of the bytes below that is left
-# where each region reads its inputs once and writes its results once. The first is a limit, the second was derived by
-# hand; neither has been counted yet.
-COMPILED_OPERATORS, COMPILED_BYTES = BothWays(30, 40), 0.5
+# Share of the bytes below that is left where each compiled region reads its inputs once and writes its results once;
+# derived by hand, not counted yet.
+COMPILED_BYTES = 0.5
 # Of one RMSNorm beyond those of the one kernel that a GPU has: torch makes it of others, in fp32.
 NORM_OPERATORS_ON_CPU, NORM_PASSES_ON_CPU = BothWays(7, 16), BothWays(9, 24)
 
@@ -39,9 +38,8 @@ NORM_OPERATORS_ON_CPU, NORM_PASSES_ON_CPU = BothWays(7, 16), BothWays(9, 24)
 def layer_operators(setup: Setup) -> BothWays:
     """Operators of a layer in one forward and backward pass; attention is one each way, on a GPU RMSNorm too."""
     m, exchanged = setup.model, setup.ep_size > 1
-    exchange = BothWays(26, 7)
-    if setup.compiled:
-        return COMPILED_OPERATORS + exchange * exchanged
+    if setup.compiled:  # kernels; docs/performance.md says how they are counted
+        return BothWays(30, 36) + BothWays(2, 2) * m.gated_mlp + BothWays(22, 7) * exchanged
     parts = [
         (BothWays(42, 44), True),
         (BothWays(1, 1), m.num_latent_tokens > 0),
@@ -49,7 +47,7 @@ def layer_operators(setup: Setup) -> BothWays:
         (BothWays(6, 1) if setup.on_cpu else BothWays(1, 1), m.expert_dropout > 0),  # a CPU draws the mask itself
         (BothWays(1, 3), m.gated_mlp),
         (BothWays(1, 1), m.router_score == "sigmoid"),
-        (exchange, exchanged),
+        (BothWays(26, 7), exchanged),
         (BothWays(7 if exchanged else 11, 0), setup.on_cpu),  # rows are rounded up
         (NORM_OPERATORS_ON_CPU * 2, setup.on_cpu),
         (BothWays(-3, -2), setup.weight_bytes == 4),  # nothing to cast
@@ -57,6 +55,11 @@ def layer_operators(setup: Setup) -> BothWays:
         (BothWays(2 * setup.experts_per_rank, 4 * setup.experts_per_rank + 2), setup.kernel == "loop"),
     ]
     return sum((count for count, is_there in parts if is_there), BothWays(0, 0))
+
+
+def compiled_regions(setup: Setup) -> int:
+    """Regions of a layer that the host calls each way: around the experts, and between the products of gated ones."""
+    return (2 + setup.model.gated_mlp) * setup.compiled
 
 
 # --- products -------------------------------------------------------------------------------------------------------

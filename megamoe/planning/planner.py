@@ -27,7 +27,14 @@ from megamoe.planning.traffic import Collective, collectives
 GIB = 2**30
 
 
-RUN_OPTIONS = ("ds_config", "preset", "ep_size", "seq_len", "recompute_blocks")  # of a run that its plan depends on
+RUN_OPTIONS = (
+    "ds_config",
+    "preset",
+    "ep_size",
+    "seq_len",
+    "recompute_blocks",
+    "compile",
+)  # of a run that its plan depends on
 
 
 class PlanOptions(BaseModel):
@@ -57,7 +64,6 @@ class PlanOptions(BaseModel):
         description="microseconds that the host needs for an operator "
         f"(assumed: {1e6 * GPU.operator:g} for a GPU, {1e6 * CPU.operator:g} with the operator itself on CPU)",
     )
-    compile: bool = Field(default=False, description="plan blocks whose regions are compiled")
     best: bool = Field(
         default=False,
         description="search for the micro-batch, accumulation, ep_size and recomputed blocks with most tokens/s",
@@ -126,7 +132,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     # torch for CUDA comes with Triton.
     kernel = choose_kernel(device.capability, DTYPES[dtype_of(ds)], has_triton=True)
     setup = read_setup(
-        model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, options.compile
+        model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile
     )  # fmt: skip
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
     choices = _search(setup, device, per_node, rates, ds) if options.best else []

@@ -19,14 +19,17 @@ class Rates:
     memory: float  # share of the memory's rate
     links: float  # share of the links' rates
     operator: float  # seconds of the host for each operator
+    region: float  # seconds of the host, beyond operators, for each compiled region that it calls
     parameter: float  # seconds of the host, beyond operators, for each gradient that DeepSpeed takes
     wait: float  # seconds from the end of what the host waits for to the device's next operator
 
 
-GPU = Rates(products=0.8, attention=0.45, memory=0.9, links=0.7, operator=6e-6, parameter=30e-6, wait=20e-6)
+GPU = Rates(
+    products=0.8, attention=0.45, memory=0.9, links=0.7, operator=6e-6, region=30e-6, parameter=30e-6, wait=20e-6
+)
 # Fitted by tools/benchmark_plan.py, as shares of the rates of a square product and of a copy. An operator's time is
 # that of running a small one; DeepSpeed's is in it.
-CPU = Rates(products=0.75, attention=0.3, memory=1.2, links=0.7, operator=30e-6, parameter=0.0, wait=0.0)
+CPU = Rates(products=0.75, attention=0.3, memory=1.2, links=0.7, operator=30e-6, region=30e-6, parameter=0.0, wait=0.0)
 
 # A multiprocessor computes a tile of the result at a time, in steps along the inner dimension. Rows and columns of the
 # tiles that libraries choose from, and how often they split the inner dimension of a product with few tiles.

@@ -13,7 +13,14 @@ from typing import Literal, get_args
 from megamoe.hardware import Device
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.loss import loss_chunk
-from megamoe.planning.layer import Product, attention_flops, layer_bytes, layer_operators, layer_products
+from megamoe.planning.layer import (
+    Product,
+    attention_flops,
+    compiled_regions,
+    layer_bytes,
+    layer_operators,
+    layer_products,
+)
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
@@ -154,9 +161,10 @@ class _Step:
         device = self.layers(layers, layer_products(self.setup), "forward")
         device["exchange"] = self.collectives["forward"]
         operators = layers * self.operators.forward + FORWARD_OPERATORS
+        calls = layers * compiled_regions(self.setup)
         # The recomputed blocks' exchange is counted here too.
         waits = layers + self.setup.recompute_blocks
-        return self.phase("forward", operators, device, waits * self.waits_of_a_layer())
+        return self.phase("forward", operators, device, waits * self.waits_of_a_layer(), calls)
 
     def waits_of_a_layer(self) -> int:
         """How often the host waits for the device in a forward pass: for the rows that come, in each looped product."""
@@ -190,7 +198,8 @@ class _Step:
             {"copies": copied, "exchange": self.collectives["backward"]},
         )
         operators = layers * self.operators.backward + again * self.operators.forward
-        phase = self.phase("backward", operators + BACKWARD_OPERATORS, device)
+        calls = (layers + again) * compiled_regions(setup)
+        phase = self.phase("backward", operators + BACKWARD_OPERATORS, device, calls=calls)
         of_gradient = gradient_operators(setup) * self.rates.operator + self.rates.parameter
         return replace(phase, launches=phase.launches + gathered * gradients * of_gradient)
 
@@ -218,10 +227,10 @@ class _Step:
     def memory_rate(self) -> float:
         return self.device.memory_rate * self.rates.memory
 
-    def phase(self, name: str, operators: float, device: Parts, waits: float = 0) -> Phase:
-        """Args are of one micro-batch, but for `device`."""
+    def phase(self, name: str, operators: float, device: Parts, waits: float = 0, calls: int = 0) -> Phase:
+        """Args are of one micro-batch, but for `device`; `calls` are those of compiled regions."""
         passes, rates = self.setup.accumulation, self.rates
-        seconds = passes * operators * rates.operator
+        seconds = passes * (operators * rates.operator + calls * rates.region)
         return Phase(name, seconds, device, passes * waits * rates.wait, self.setup.on_cpu)
 
     def layers(self, count: int, products: list[Product], way: Literal["forward", "backward"]) -> Parts:

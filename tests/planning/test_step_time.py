@@ -31,7 +31,7 @@ SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
 FULL = read_setup(load_preset("moe-680m"), read_json(SHIPPED / "zero2.json"), 1, 1, 1024, False)
 SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 # Only what a test changes takes time.
-IDEAL = Rates(math.inf, math.inf, math.inf, links=1.0, operator=0.0, parameter=0.0, wait=0.0)
+IDEAL = Rates(math.inf, math.inf, math.inf, links=1.0, operator=0.0, region=0.0, parameter=0.0, wait=0.0)
 
 
 def phases(setup, device=DEVICES["h100"], rates=GPU):
@@ -68,6 +68,16 @@ def test_the_host_launches_what_is_counted():
     twice = phases(replace(FULL, accumulation=2), rates=rates)
     assert twice["forward"].launches == 2 * found["forward"].launches
     assert twice["update"].launches == found["update"].launches
+
+
+def test_compiled_blocks_have_fewer_operators_and_calls_of_regions():
+    compiled, rates = replace(FULL, compiled=True), replace(IDEAL, operator=1.0, region=1000.0)
+    forward = phases(compiled, rates=rates)["forward"]
+    assert forward.launches == 24 * (layer_operators(compiled).forward + 2 * 1000) + FORWARD_OPERATORS
+    assert layer_operators(compiled).forward < layer_operators(FULL).forward
+    assert layer_operators(compiled).backward < layer_operators(FULL).backward
+    gated = replace(compiled, model=compiled.model.model_copy(update={"gated_mlp": True}), recompute_blocks=24)
+    assert phases(gated, rates=replace(IDEAL, region=1.0))["backward"].launches == 2 * 24 * 3
 
 
 def of_deepspeed(sums, wire):
