@@ -49,7 +49,7 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
         accelerator.set_device(index)
         device = torch.device(accelerator.device_name(index))
     rendezvous = join(rank_info)
-    if on_cpu and len({member.host for member in rendezvous.members}) > 1:
+    if on_cpu and len(set(rendezvous.hosts)) > 1:
         # Gloo would take the address of the host's name, which on many systems is 127.0.1.1.
         interface = interface_towards(rank_info.address)
         if interface:

@@ -1,12 +1,21 @@
-"""Where a rank is. That a job ends when a rank dies is in tests/launchers."""
+"""Where a rank is, and how ranks learn that one died. That a job ends then is in tests/launchers."""
 
+import sys
+import threading
 import time
 
+import pytest
 import torch
+from benchmark_ranks import CountedStore
+from torch.distributed import HashStore
 from toy import PRESET
 
 from megamoe.config import ModelConfig
-from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Position, StallTimer
+from megamoe.launch import watch
+from megamoe.launch.exits import FAILED, LOST
+from megamoe.launch.rank_info import RankInfo
+from megamoe.launch.rendezvous import Rendezvous
+from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Position, StallTimer, Watch
 from megamoe.model.decoder import Decoder
 
 
@@ -78,3 +87,70 @@ def test_time_in_which_the_process_was_suspended_is_no_stall(monkeypatch):
         1 + MAX_SECONDS_BETWEEN_CHECKS,
         7,
     ]
+
+
+class Ranks:
+    """A job of which some ranks watch each other, as threads; the others have sent one heartbeat and no more."""
+
+    def __init__(self, world_size, watching):
+        store = HashStore()
+        self.stores = {rank: CountedStore("", store) for rank in range(world_size)}
+        for rank in set(self.stores) - set(watching):
+            self.stores[rank].set(f"heartbeat/{rank}", "1 0 step 4, forward of layer 2")
+        self.exits, self._exited = {}, threading.Barrier(len(watching) + 1)
+        hosts = [f"h{rank // 8}" for rank in range(world_size)]
+        self.watches = {
+            rank: Watch(
+                Rendezvous(RankInfo(rank, world_size, 0, 1, "", 0, "none"), hosts, {}, self.stores[rank]),
+                Position(), self.leave_with(rank),
+            )
+            for rank in watching
+        }  # fmt: skip
+
+    def leave_with(self, rank):
+        def leave(code):
+            self.watches[rank]._closing.set()
+            if rank not in self.exits:
+                self.exits[rank] = code
+                self._exited.wait(30)
+            sys.exit()  # ends a thread
+
+        return leave
+
+    def fail(self, rank, error):
+        """The rank's collective fails; returns the exit codes once all have exited."""
+        threading.Thread(target=self.watches[rank].fail, args=(error,), daemon=True).start()
+        self._exited.wait(30)
+        return self.exits
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "DEAD_SECONDS", 1)
+    monkeypatch.setattr(watch, "READ_SECONDS", 1000)  # for ranks that are not dead
+
+
+in_threads = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@in_threads
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads_all_heartbeats(
+    world_size, quick, capsys
+):
+    ranks = Ranks(world_size, range(world_size - 2))
+    assert ranks.fail(3, RuntimeError("closed by peer")) == dict.fromkeys(range(world_size - 2), LOST)
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: ranks {world_size - 2}, {world_size - 1} on h{world_size // 8 - 1} died, last heard of in step 4, "
+        "forward of layer 2; resume from the last checkpoint with --resume.\n"
+    )
+    assert all("multi_get" not in ranks.stores[rank].requests for rank in range(1, world_size - 2))
+
+
+@in_threads
+def test_a_collective_that_fails_while_all_ranks_live_is_the_error_of_its_rank(quick, capsys):
+    ranks = Ranks(4, range(4))
+    assert ranks.fail(1, RuntimeError("sizes do not match")) == dict.fromkeys(range(4), FAILED)
+    assert capsys.readouterr().err.count("rank 1 on h0 failed in step 0, start (sizes do not match)") == 1

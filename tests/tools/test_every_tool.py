@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,6 +53,28 @@ def test_saving_and_loading_are_timed_and_leave_nothing(tmp_path):
     run_alone(save_and_load, words, tmp_path / "said")
     has((tmp_path / "said").read_text(), "bare save=", "load=", "x bare load", "peak memory of rank 0: ")
     assert not (tmp_path / "out").exists()
+
+
+QUICK_RANKS = """
+import benchmark_ranks
+from megamoe.launch import watch
+
+benchmark_ranks.IDLE_SECONDS, watch.HEARTBEAT_SECONDS, watch.DEAD_SECONDS = 0.1, 0.2, 1
+benchmark_ranks.main()
+"""
+
+
+def test_ranks_join_and_learn_of_a_death_with_one_line():
+    tools = Path(benchmark_data.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK_RANKS, "--ranks", "8"], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": f"{tools}:{tools.parent}", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+    )  # fmt: skip
+    assert re.search(r"join: .* store 6 requests and [\d,]+ bytes per rank", done.stdout)
+    assert (
+        len(re.findall(r"rank [07], .*: the last of the others exits after .* s; lines printed: 1\n", done.stdout)) == 3
+    )
+    assert "sample order: " in done.stdout
 
 
 @pytest.fixture
