@@ -9,6 +9,7 @@ Shape legend: T tokens on this rank, D hidden_size, E experts, K choices.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import deepspeed.moe.layer
@@ -100,6 +101,11 @@ class MoE(deepspeed.moe.layer.MoE):
             weight.allreduce = False  # type: ignore[attr-defined]
             weight.group_name = self.expert_group_name  # type: ignore[attr-defined]
         self.deepspeed_moe = DroplessDispatch(router, experts, topology)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Make the groups of ranks, without the line that DeepSpeed prints on every rank."""
+        with contextlib.redirect_stdout(None):
+            super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
 
     @property
     def router(self) -> Router:
