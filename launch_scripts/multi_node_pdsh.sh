@@ -17,7 +17,9 @@ export MEGAMOE_EXIT_NOTE=
 trap 'rm -rf "$folder" "$MEGAMOE_EXIT_NOTE"' EXIT
 # DeepSpeed forwards the variables in .deepspeed_env, and few others, to the other hosts.
 export DS_ENV_FILE=$folder/.deepspeed_env
-forwarded='^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|(TORCH|NCCL|GLOO|MALLOC|HF|MEGAMOE)_[A-Z0-9_]*)='
+libraries='TORCH|TORCHINDUCTOR|PYTORCH|TRITON|CUDA|CUBLAS|NCCL|GLOO|FI|MALLOC|HF|DS|MEGAMOE'
+forwarded="^(PATH|LD_LIBRARY_PATH|LD_PRELOAD|OMP_NUM_THREADS|($libraries)_[A-Z0-9_]*)="
+of_this_host='^(CUDA_VISIBLE_DEVICES|DS_ENV_FILE)='
 # ssh would wait for hours for a host that has lost its power.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=5 -o ServerAliveCountMax=4"
 
@@ -37,7 +39,7 @@ for ((attempt = 0; ; attempt++)); do
   read -r first address port run_dir <<< "$checked"
   make_note "$run_dir"
   grep -sh '^[A-Za-z0-9_]*=' ~/.deepspeed_env ./.deepspeed_env > "$DS_ENV_FILE" || true
-  env | grep -E "$forwarded" >> "$DS_ENV_FILE"
+  env | grep -E "$forwarded" | grep -vE "$of_this_host" >> "$DS_ENV_FILE"
   code=0
   job="deepspeed.launcher.launch .*--master_addr=$address --master_port=$port"
   run_launcher "^[^ ]*python[^ ]* -u -m $job" "$first" \

@@ -272,8 +272,8 @@ class RunConfig(BaseModel):
     collective_timeout: float = Field(
         default=300,
         gt=0,
-        le=540,  # torch's own limit for NCCL's groups is 600
-        description="seconds without progress of any rank, after which all exit and say where each is; at most 540",
+        lt=86_400,  # the timeout of the process groups, in training/distributed.py
+        description="seconds without progress of any rank, after which all exit and say where each is",
     )
     ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
     seq_len: int | None = Field(
@@ -292,6 +292,9 @@ class RunConfig(BaseModel):
     save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
     keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
     keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of this many steps as well")
+    deterministic: bool = Field(
+        default=False, description="on GPUs, repeat a run bit for bit, at the cost of speed; on CPU it always does"
+    )
     foreground_save: bool = Field(
         default=False, description="hold training while a checkpoint is written, instead of copying the state first"
     )

@@ -20,12 +20,13 @@ from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config import parse_run
-from megamoe.errors import UserError
+from megamoe.config import RunConfig, parse_run
+from megamoe.errors import Problems, UserError
 from megamoe.job import Job
-from megamoe.launch.exits import STOPPED, code_of, leave, words_of
+from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, words_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
+from megamoe.training.determinism import make_deterministic
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.loop import Trainer
 from megamoe.training.sinks import Sink, open_sinks
@@ -56,32 +57,37 @@ def main() -> None:
 
 def pretrain() -> int:
     """A run from joining the other ranks to its end; returns this rank's exit code."""
+    problems = Problems()
+    config = problems.attempt(parse_run)
+    if config and config.deterministic:
+        make_deterministic()
     rendezvous, device = init_distributed()
     stop = StopRequest()  # until here a signal ends the process at once
     position = Position()
     watch = Watch(rendezvous, position)
-    with contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)  # a rank that ends without it can abort at exit
-        stack.callback(watch.close)
-        try:
-            job = check(device)
-            watch.collective_seconds = job.run.collective_timeout
-            done = is_done(job) or run(job, rendezvous.store, position, stop)
-            return 0 if done else STOPPED
-        except SystemExit as end:  # on all ranks
-            return int(end.code or 0)
-        except Exception as error:  # on this rank
-            watch.fail(error)
-
-
-def check(device: torch.device) -> Job:
-    """The job that the command line asks for. Problems of any rank end all of them together. Collective."""
-    job, problems = None, []
     try:
-        is_first_on_host = os.environ["LOCAL_RANK"] == "0"  # which `init_distributed` has set
-        job = Job(parse_run(), dist.get_world_size(), device, dist.get_rank() == 0, is_first_on_host)
-    except UserError as error:
-        problems = error.problems
+        job = check(config, problems, device, is_first_on_host=rendezvous.rank_info.local_rank == 0)
+        watch.collective_seconds = job.run.collective_timeout
+        done = is_done(job) or run(job, rendezvous.store, position, stop)
+        code = 0 if done else STOPPED
+    except SystemExit as end:  # on all ranks
+        code = int(end.code or 0)
+    except BaseException as error:  # on this rank
+        watch.fail(error)
+    watch.close()
+    end_groups()
+    return code
+
+
+def check(config: RunConfig | None, problems: Problems, device: torch.device, is_first_on_host: bool) -> Job:
+    """The job that the command line asks for. Problems of any rank end all of them together. Collective.
+
+    Args:
+        config: None where the command line has `problems`.
+    """
+    job = None
+    if config:
+        job = problems.attempt(Job, config, dist.get_world_size(), device, dist.get_rank() == 0, is_first_on_host)
     raise_on_any_rank(problems)
     assert job
     return job
@@ -170,6 +176,8 @@ def enter(job: Job, first: int, checkpoint: Path | None) -> Sink:
         sinks.log_text(0, f"{job.run_dir} holds no complete checkpoint, so the run begins again at step 0")
     if job.new_schedule:
         sinks.log_text(first, f"the schedule changes after step {first}: {json.dumps(job.new_schedule)}")
+    if job.new_wire:
+        sinks.log_text(first, f"gradients are reduced in {job.new_wire} after step {first} (communication_data_type)")
     return sinks
 
 

@@ -114,6 +114,25 @@ def test_a_longer_schedule_is_welcome_on_resume_and_refused_with_that_advice_on_
     assert "gradient_clipping" in problem
 
 
+@pytest.mark.parametrize("way", ["resume", "auto_resume"])
+def test_a_run_without_a_precision_for_its_reductions_may_get_one_and_only_that(inputs, tmp_path, way):
+    started(inputs)
+    (tmp_path / "ds.json").write_text(json.dumps({**ds_config(2), "communication_data_type": "fp32"}))
+    assert job({**inputs, way: True}).new_wire == "fp32"
+    (tmp_path / "ds.json").write_text(
+        json.dumps({**ds_config(2, gradient_clipping=9.0), "communication_data_type": "fp32"})
+    )
+    (problem,) = problems({**inputs, way: True})
+    assert "gradient_clipping" in problem
+    assert "communication_data_type" not in problem
+
+
+def test_a_precision_for_reductions_that_a_run_has_stays(inputs, tmp_path):
+    started(inputs, deepspeed={**ds_config(2), "communication_data_type": "fp32"})
+    (problem,) = problems({**inputs, "resume": True})
+    assert 'optimization {"communication_data_type": "fp32"}, not' in problem
+
+
 def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record(inputs, tmp_path):
     began = job({**inputs, "steps": 5})
     began.enter_folder(0, None)

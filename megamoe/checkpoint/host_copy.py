@@ -10,15 +10,18 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
 MEMORY_FACTOR = 1.25  # available memory over what the copies of a host's ranks take, at least
+ALIGNMENT = 64  # bytes, of each tensor in the memory of all
 
 
 class HostCopy:
     """Host memory for one list of tensors, kept from save to save: new memory costs more than the copying."""
 
     def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
+        self._memory: Tensor | None = None
+        self._buffers: list[Tensor] = []  # in the memory
         self._side: torch.cuda.Stream | None = None
         self._said = False
 
@@ -29,15 +32,8 @@ class HostCopy:
             ready: on a GPU, recorded when the tensors had the values to be copied.
         """
         if [(t.shape, t.dtype) for t in tensors] != [(b.shape, b.dtype) for b in self._buffers]:
-            self._buffers = []
-            ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
-            needed = sum(map(_bytes_of_copy, tensors)) * int(ranks_here)
-            if needed * MEMORY_FACTOR > available_memory():
-                self._say_no(needed)
-                return None
-            try:
-                self._buffers = [torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for t in tensors]
-            except RuntimeError:  # memory that is free need not be free to be pinned
+            self._free()
+            if not self._allocate(tensors):
                 return None
         if ready and self._side is None:
             self._side = torch.cuda.Stream()  # parallel to the forward pass, not queued behind it
@@ -50,6 +46,32 @@ class HostCopy:
             self._side.synchronize()
         return self._buffers
 
+    def _allocate(self, tensors: list[Tensor]) -> bool:
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
+        needed = sum(sizes) * int(ranks_here)
+        if needed * MEMORY_FACTOR > available_memory():
+            self._say_no(needed)
+            return False
+        memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        if any(tensor.is_cuda for tensor in tensors):
+            try:
+                # The memory as it is: torch's own page-locked memory comes in powers of two.
+                pin_memory(memory.data_ptr(), memory.nbytes)
+            except RuntimeError:  # memory that is free need not be free to be page-locked
+                return False
+        self._memory = memory
+        self._buffers = [
+            piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for tensor, piece in zip(tensors, memory.split(sizes), strict=True)
+        ]
+        return True
+
+    def _free(self) -> None:
+        if self._memory is not None and self._memory.is_pinned():
+            unpin_memory(self._memory.data_ptr())
+        self._memory, self._buffers = None, []
+
     def _say_no(self, needed: int) -> None:
         if not self._said and dist.get_rank() == 0:
             print(
@@ -58,11 +80,6 @@ class HostCopy:
                 flush=True,
             )
         self._said = True
-
-
-def _bytes_of_copy(tensor: Tensor) -> int:
-    """torch takes pinned memory in powers of two."""
-    return 1 << max(tensor.nbytes - 1, 0).bit_length() if tensor.is_cuda else tensor.nbytes
 
 
 def available_memory() -> int:

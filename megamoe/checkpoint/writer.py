@@ -177,9 +177,9 @@ class CheckpointWriter:
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _work(self, save: _Save, host_copy: HostCopy | None) -> None:
-        if save.ready:
-            torch.cuda.set_device(self.engine.device)  # a new thread's is the first, where it would take memory
         try:
+            if save.ready:
+                torch.cuda.set_device(self.engine.device)  # a new thread's is the first, where it would take memory
             part = self._write(save, host_copy)
             self._exchange.post(save.number, part)
             if save.index:

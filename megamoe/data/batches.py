@@ -30,7 +30,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy of a pinned batch does not hold up the host."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(tensor.to(device, non_blocking=tensor.is_pinned()) for tensor in tensors))
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class Prefetcher:
             device: that the batches will be copied to; for any but the CPU they are in pinned memory.
         """
         self._make = make
-        self._pins = device.type != "cpu"
-        self._thread = ThreadPoolExecutor(1, THREAD)
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, THREAD, initializer=self._enter_thread)
         self._next: tuple[int, Future[list[Batch]]] | None = None  # the step and its batches
 
     def step(self, step: int) -> list[Batch]:
@@ -47,8 +47,12 @@ class Prefetcher:
             batches.cancel()
         return self._thread.submit(self._batches, step)
 
+    def _enter_thread(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a new thread's is the first, where it would take memory
+
     def _batches(self, step: int) -> list[Batch]:
-        return [batch.pin_memory() if self._pins else batch for batch in self._make(step)]
+        return [batch if self._device.type == "cpu" else batch.pin_memory() for batch in self._make(step)]
 
     def __enter__(self) -> Prefetcher:
         return self

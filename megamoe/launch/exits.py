@@ -6,19 +6,24 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import traceback
 from pathlib import Path
 from typing import NoReturn
 
+import torch.distributed as dist
 from torch.distributed import DistError
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from megamoe.errors import PeerError, UserError, first_line
+from megamoe.launch.rank_info import RANK_ON_HOST
 
 FAILED = 1  # an error of the program, or of what it runs on: disk, network
 REFUSED = 2  # what the user must change
 STOPPED = 75  # saved and left early: EX_TEMPFAIL of sysexits.h
 LOST = 76  # another rank died, or no rank makes progress
 INTERRUPTED = 128 + signal.SIGINT
+END_SECONDS = 5  # for the process groups to end
 
 
 class Stopped(Exception):
@@ -46,6 +51,21 @@ def words_of(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
+def end_groups(failed: bool = False) -> None:
+    """Destroy the process groups, or abort them where this rank has `failed`, so that no collective runs on.
+
+    Returns within END_SECONDS: NCCL may wait for a rank that never comes, and `leave` ends the process all the same.
+    """
+
+    def end() -> None:
+        with contextlib.suppress(Exception):  # what has failed before may fail again
+            (_abort_process_group if failed else dist.destroy_process_group)()
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(END_SECONDS)
+
+
 def leave(code: int) -> NoReturn:
     """End this process at once, whatever its threads do.
 
@@ -53,7 +73,7 @@ def leave(code: int) -> NoReturn:
     names. torchrun would start ranks again that exit with any other code than 0, also those that were asked to stop.
     """
     note = os.environ.get("MEGAMOE_EXIT_NOTE")
-    if note and os.environ.get("LOCAL_RANK", "0") == "0":
+    if note and os.environ.get(RANK_ON_HOST, os.environ.get("LOCAL_RANK", "0")) == "0":
         with contextlib.suppress(OSError):  # the script has gone, and its file
             Path(note).write_text(f"{code}\n")
     os._exit(0 if note and code == STOPPED and "TORCHELASTIC_RUN_ID" in os.environ else code)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from megamoe.errors import UserError
 from megamoe.launch.network import free_port
 
+RANK_ON_HOST = "MEGAMOE_LOCAL_RANK"  # stays the rank's, where "LOCAL_RANK" becomes the index of its device
+
 
 @dataclass(frozen=True)
 class RankInfo:
@@ -28,11 +30,12 @@ class RankInfo:
     launcher: str  # "torch" (DeepSpeed's launcher or torchrun), "slurm", or "none"
 
     def environment(self) -> dict[str, str]:
-        """The variables that torch and DeepSpeed read."""
+        """The variables that torch and DeepSpeed read, and RANK_ON_HOST."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
+            RANK_ON_HOST: str(self.local_rank),
             "LOCAL_SIZE": str(self.local_size),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),

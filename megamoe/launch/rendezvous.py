@@ -33,6 +33,7 @@ class Member:
     pid: int
     pid_space: str
     versions: dict[str, str]
+    device: str | None  # what tells its GPU from any other; None on CPU
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,16 @@ class Rendezvous:
     store: Store | None  # None for a single rank
 
 
-def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS) -> Rendezvous:
-    """Wait for all ranks, and check that each came once and has rank 0's versions.
+def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS, device: str | None = None) -> Rendezvous:
+    """Wait for all ranks, and check that each came once, has rank 0's versions, and a GPU of its own.
+
+    Args:
+        device: unique to this rank's GPU; None on CPU.
 
     Raises UserError on every rank if not, or PeerError if ranks are only late or lost. Only rank 0's error has the
     sentences for what it has found, which are the same for all.
     """
-    here = Member(socket.gethostname(), os.getpid(), pid_space(), versions())
+    here = Member(socket.gethostname(), os.getpid(), pid_space(), versions(), device)
     if rank_info.world_size == 1:
         return Rendezvous(rank_info, [here.host], {}, None)
     try:
@@ -139,5 +143,20 @@ def _check(rank_info: RankInfo, records: dict[int, Any]) -> dict[str, Any]:
         )
     by_host = {member.host: member.versions for member in reversed(members)}
     problems = version_problems({member.host: by_host[member.host] for member in members})
+    problems += _device_problems(members)
     hosts = [(host, len(list(ranks))) for host, ranks in groupby(member.host for member in members)]
     return {"hosts": hosts, "late": late, "problems": problems}
+
+
+def _device_problems(members: list[Member]) -> list[str]:
+    """One sentence for each host with fewer GPUs than ranks: NCCL refuses two ranks on one."""
+    devices: dict[str, list[str]] = {}
+    for member in members:
+        if member.device:
+            devices.setdefault(member.host, []).append(member.device)
+    return [
+        f"{len(used)} ranks on {host} have {len(set(used))} GPU{'s' if len(set(used)) > 1 else ''} between them, and "
+        f"NCCL takes one rank per GPU; start at most {len(set(used))} there, or let each rank see one of its own."
+        for host, used in devices.items()
+        if len(set(used)) < len(used)
+    ]

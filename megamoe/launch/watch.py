@@ -26,7 +26,7 @@ from torch.distributed import DistError, Store
 
 from megamoe.errors import UserError, first_line
 from megamoe.launch.exchange import wait_for_keys
-from megamoe.launch.exits import LOST, Stopped, code_of, leave, words_of
+from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, words_of
 from megamoe.launch.holders import Holders, is_alive
 from megamoe.launch.rendezvous import Rendezvous
 
@@ -139,21 +139,25 @@ class Watch:
         except DistError:
             pass  # rank 0 has exited, which does no harm now
 
-    def fail(self, error: Exception) -> NoReturn:
-        """End this process for `error`, and all others with the same exit code: see `code_of`.
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process for `error`, and all others with the same exit code: see `code_of`. Says why, tells the
+        others, aborts the collectives that still run, and leaves, in this order.
 
         A rank that dies breaks its connections, which the others see as an error of a collective: then it is named, and
         the code is `LOST`.
         """
         try:
-            if self._store and isinstance(error, RuntimeError):  # all errors of collectives are
+            if self._store and _may_be_of_a_collective(error):
                 # Rank 0, which reads all heartbeats anyway, looks for the dead: its report ends this process.
                 self._store.set("suspicion", "")
                 time.sleep(DEAD_SECONDS + 2 * HEARTBEAT_SECONDS)
             self._closing.set()
             code = self._report(self._words(error), code_of(error))
         except DistError:
+            if not _may_be_of_a_collective(error):  # which the loss of rank 0 explains
+                print(self._words(error), file=sys.stderr, flush=True)
             self._exit_without_store()
+        end_groups(failed=True)
         self._leave(code)
 
     # --- the two threads --------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ class Watch:
             for host, some in by_host.items()
         )
 
-    def _words(self, error: Exception) -> str:
+    def _words(self, error: BaseException) -> str:
         """What all are told of an error: what a user can change and what a disk says needs no stack trace."""
         if isinstance(error, (UserError, Stopped)):
             return words_of(error)
@@ -292,6 +296,10 @@ class Watch:
                 _failure(f"rank 0 on {host}, or its launcher, died or cannot be reached"), file=sys.stderr, flush=True
             )
         self._leave(LOST)
+
+
+def _may_be_of_a_collective(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
 
 
 def _failure(why: str) -> str:

@@ -54,7 +54,8 @@ def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel:
     if capability:
         from deepspeed.ops.triton_ops import is_triton_available
 
-        has_triton = is_triton_available()
+        # Its tuning, by what it measures, may choose another order of sums at the next start.
+        has_triton = is_triton_available() and not torch.are_deterministic_algorithms_enabled()
     return choose_kernel(capability, dtype, has_triton)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from corpora import build, random_tokens
 
-from megamoe.data.batches import BatchShape, TrainData, eval_batch
+from megamoe.data.batches import Batch, BatchShape, TrainData, eval_batch
 from megamoe.data.token_files import TokenCorpus
 
 
@@ -85,3 +85,13 @@ def test_an_evaluation_counts_every_sample_up_to_its_limit_once(tmp_path, limit,
                     counted.append([*row_in, row_out[-1]])
                     assert row_out[:-1] == row_in[1:]
     assert counted == [corpus.sample(index).tolist() for index in range(limit)]
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_only_a_pinned_batch_is_copied_while_the_host_goes_on(is_pinned, monkeypatch):
+    batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: is_pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: copies.append(options) or tensor)
+    batch.to(torch.device("cuda"))
+    assert copies == [{"non_blocking": is_pinned}] * 2

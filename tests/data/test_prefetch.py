@@ -128,16 +128,23 @@ class OnlyAsked:
 
 def test_batches_that_another_step_makes_useless_are_not_made(monkeypatch):
     pool = OnlyAsked({1, 7})
-    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", lambda *_: pool)
+    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", lambda *_, **__: pool)
     batches = Prefetcher(lambda step: [step], CPU)
     assert [batches.step(1), batches.step(7)] == [[1], [7]]
     assert pool.futures[2].cancelled()
     assert not pool.futures[8].cancelled()
 
 
-def test_a_gpu_gets_pinned_batches_and_the_cpu_gets_them_as_they_are(start, monkeypatch):
+def test_a_gpu_gets_batches_pinned_by_a_thread_of_its_own_and_the_cpu_gets_them_as_they_are(start, monkeypatch):
     batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 10)  # for want of a GPU
+    devices = {}  # by thread
+
+    def pin(tensor):  # for want of a GPU
+        assert devices[threading.get_ident()] == torch.device("cuda", 1)
+        return tensor + 10
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.update({threading.get_ident(): device}))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     (pinned,) = start(lambda step: [batch], torch.device("cuda", 1)).step(1)
     assert (pinned.input_ids.tolist(), pinned.labels.tolist()) == ([[10, 10]], [[11, 11]])
     assert start(lambda step: [batch]).step(1) == [batch]

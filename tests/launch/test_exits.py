@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -14,8 +15,9 @@ from toy import ds_config, write_inputs
 
 from megamoe import pretrain
 from megamoe.errors import UserError
-from megamoe.launch import watch
+from megamoe.launch import exits, watch
 from megamoe.launch.exits import FAILED, INTERRUPTED, LOST, REFUSED, leave
+from megamoe.launch.rank_info import RANK_ON_HOST
 from megamoe.training import distributed
 from megamoe.training.step import TrainStep
 
@@ -32,6 +34,10 @@ def fill_disk():
 
 def fall_over():
     raise KeyError("a bug")
+
+
+def do_nothing():
+    pass
 
 
 def fall_over_as_torch_does():
@@ -86,15 +92,19 @@ def plant(fault, step):
     TrainStep.forward_backward, pretrain.Job = fail_in_step, fail_in_check
 
 
+def words_for(folder):
+    """A command line."""
+    run = write_inputs(folder, ds_config(2))
+    return ["--ds_config", run["ds_config"], "--preset", run["preset"], "--data", *run["data"],
+            "--run_dir", str(folder / "run"), "--steps", "4", "--eval_interval", "0"]  # fmt: skip
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("fault", TABLE)
 def test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one(fault, failing, moment, tmp_path):
-    run = write_inputs(tmp_path, ds_config(2))
-    words = ["--ds_config", run["ds_config"], "--preset", run["preset"], "--data", *run["data"],
-             "--run_dir", str(tmp_path / "run"), "--steps", "4", "--eval_interval", "0"]  # fmt: skip
     output = tmp_path / "output"
-    ranks = start_processes(2, pretrain_with, fault, moment, failing, words, str(output))
+    ranks = start_processes(2, pretrain_with, fault, moment, failing, words_for(tmp_path), str(output))
     for rank in ranks:
         rank.join(240)  # an operator may be compiled first
     expected = dict.fromkeys([0, 1], TABLE[fault][1]) | {failing: TABLE[fault][0]}
@@ -123,10 +133,34 @@ def test_the_first_rank_of_a_host_leaves_its_code_and_torchrun_sees_a_stop_as_an
     assert note.read_text() == f"{code}\n"
 
 
+def test_a_second_rank_that_sees_its_own_device_alone_is_not_the_first(tmp_path):
+    environment = {"MEGAMOE_EXIT_NOTE": str(tmp_path / "note"), "LOCAL_RANK": "0", RANK_ON_HOST: "1"}
+    (rank,) = start_processes(1, leave_with, 2, environment)
+    rank.join(60)
+    assert rank.exitcode == 2
+    assert not (tmp_path / "note").exists()
+
+
 def test_a_note_that_cannot_be_written_changes_no_code(tmp_path):
     (rank,) = start_processes(1, leave_with, 75, {"MEGAMOE_EXIT_NOTE": str(tmp_path / "gone" / "note")})
     rank.join(60)
     assert rank.exitcode == 75
+
+
+def pretrain_with_groups_that_never_end(*args):
+    exits.END_SECONDS = 0.5
+    exits._abort_process_group = exits.dist.destroy_process_group = lambda: time.sleep(600)
+    pretrain_with(*args)
+
+
+@pytest.mark.parametrize(("fault", "code"), [(fall_over, FAILED), (do_nothing, 0)], ids=["bug", "end"])
+def test_process_groups_that_never_end_hold_no_rank(fault, code, tmp_path):
+    output, words = tmp_path / "output", words_for(tmp_path)
+    ranks = start_processes(2, pretrain_with_groups_that_never_end, fault, "later step", 1, words, str(output))
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [code, code]
+    assert output.read_text().count("KeyError: 'a bug'") == bool(code)
 
 
 # --- before the ranks watch each other -------------------------------------------------------------------------------

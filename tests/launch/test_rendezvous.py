@@ -17,13 +17,13 @@ from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import join
 
 
-def join_all(infos, seconds=30.0):
+def join_all(infos, seconds=30.0, devices=None):
     """What each of the ranks gets, a Rendezvous or a UserError (a PeerError is one); each on a thread of its own."""
     answers = {}
 
     def one(place, info):
         try:
-            answers[place] = join(info, seconds)
+            answers[place] = join(info, seconds, devices[place] if devices else None)
         except UserError as error:
             answers[place] = error
 
@@ -73,6 +73,16 @@ def test_requests_of_a_rank_do_not_grow_with_the_ranks_and_bytes_only_with_the_h
     for store in (few[0], many[0]):
         del store.requests["check"]  # it looks every 50 ms whether all have come
     assert few[0].requests == many[0].requests
+
+
+def test_ranks_on_one_gpu_are_refused_and_each_on_its_own_are_not():
+    first, *others = join_all(infos([0, 1, 2], 3), devices=["GPU-1", "GPU-2", "GPU-1"])
+    (problem,) = first.problems
+    assert f"3 ranks on {socket.gethostname()} have 2 GPUs between them" in problem
+    assert "start at most 2 there, or let each rank see one of its own" in problem
+    assert [code_of(error) for error in (first, *others)] == [REFUSED] * 3
+    joined = join_all(infos([0, 1], 2), devices=["GPU-1", "GPU-2"])
+    assert [one.hosts for one in joined] == [[socket.gethostname()] * 2] * 2
 
 
 def test_a_rank_alone_needs_no_store():

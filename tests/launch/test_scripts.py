@@ -148,6 +148,25 @@ def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(lau
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".exit")] == []
 
 
+def test_what_libraries_read_from_the_environment_is_forwarded_to_the_other_hosts(tmp_path):
+    read = {
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "DS_ACCELERATOR": "cuda",
+        "FI_PROVIDER": "efa", "LD_PRELOAD": "", "NCCL_DEBUG": "WARN", "PYTORCH_CUDA_ALLOC_CONF": "a:True,b:2",
+        "TORCH_CUDA_ARCH_LIST": "8.0 9.0", "TORCHINDUCTOR_CACHE_DIR": "/a", "TRITON_CACHE_DIR": "/b",
+    }  # fmt: skip
+    of_this_host = {"CUDA_VISIBLE_DEVICES": "1", "HOSTNAME": "h0", "SECRET": "x"}
+    programs = {
+        "deepspeed": f'#!/bin/sh\ncp "$DS_ENV_FILE" {tmp_path}/forwarded\necho 0 > "$MEGAMOE_EXIT_NOTE"\n',
+        "python": f'#!/bin/sh\necho h1 slots=2 > "$5"\necho h1 127.0.0.1 1234 {tmp_path}/runs/mine\n',
+    }
+    words = [str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile"]
+    assert run_script(tmp_path, programs, *words, **read, **of_this_host)[0] == 0
+    lines = (tmp_path / "forwarded").read_text().splitlines()
+    forwarded = dict(line.split("=", 1) for line in lines)
+    assert read.items() <= forwarded.items()
+    assert not forwarded.keys() & {*of_this_host, "DS_ENV_FILE"}
+
+
 @pytest.mark.parametrize(
     ("launcher", "note", "code"), [(0, "0", 0), (0, "75", 75), (0, "", 1), (1, "2", 2), (1, "76", 76), (1, "", 1)]
 )

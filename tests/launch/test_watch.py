@@ -1,13 +1,15 @@
 """Where a rank is, and how ranks learn that one died. That a job ends then is in tests/launchers."""
 
+import contextlib
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from benchmark_ranks import CountedStore
-from torch.distributed import HashStore
+from torch.distributed import DistError, HashStore
 from toy import PRESET
 
 from megamoe.config import ModelConfig
@@ -154,3 +156,47 @@ def test_a_collective_that_fails_while_all_ranks_live_is_the_error_of_its_rank(q
     ranks = Ranks(4, range(4))
     assert ranks.fail(1, RuntimeError("sizes do not match")) == dict.fromkeys(range(4), FAILED)
     assert capsys.readouterr().err.count("rank 1 on h0 failed in step 0, start (sizes do not match)") == 1
+
+
+# --- a rank that fails ----------------------------------------------------------------------------------------------
+
+
+def what_a_failing_rank_does(monkeypatch, store, error):
+    """What rank 1 of 2 does, in order."""
+    done = []
+
+    class Output:
+        def write(self, text):
+            done.extend(["says why"] if "a bug" in text else ["says that rank 0 died"] if "rank 0" in text else [])
+
+        def flush(self):
+            pass
+
+    def leave(code):
+        done.append(code)
+        raise SystemExit
+
+    monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 600)  # the threads do nothing
+    monkeypatch.setattr(watch, "end_groups", lambda failed: done.append(f"aborts {failed}"))
+    monkeypatch.setattr(sys, "stderr", Output())
+    one = Watch(Rendezvous(RankInfo(1, 2, 1, 2, "h1", 1, "none"), ["h1", "h1"], {}, store), Position(), leave)
+    read_report = one._read_report
+    monkeypatch.setattr(one, "_read_report", lambda report: done.append("tells the others") or read_report(report))
+    with contextlib.suppress(SystemExit):
+        one.fail(error)
+    return done
+
+
+def test_a_rank_that_fails_says_why_tells_the_others_aborts_its_collectives_and_leaves(monkeypatch):
+    done = what_a_failing_rank_does(monkeypatch, HashStore(), KeyError("a bug"))
+    assert done == ["says why", "tells the others", "aborts True", FAILED]
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), torch.OutOfMemoryError("a bug")])
+def test_the_trace_of_an_error_is_not_lost_with_rank_0(error, monkeypatch):
+    def lose(*_):
+        raise DistError("connection reset")
+
+    store = SimpleNamespace(set=lambda *_: None, compare_set=lose)
+    done = what_a_failing_rank_does(monkeypatch, store, error)
+    assert done == ["says why", "says that rank 0 died", LOST]

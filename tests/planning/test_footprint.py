@@ -14,7 +14,7 @@ from megamoe.json_files import read_json
 from megamoe.model import products
 from megamoe.planning.expert_layer import expert_bytes
 from megamoe.planning.footprint import footprint
-from megamoe.planning.sharding import read_setup
+from megamoe.planning.sharding import parameter_groups, read_setup
 from megamoe.planning.simulate import measure
 from megamoe.planning.traffic import collectives
 
@@ -50,7 +50,7 @@ RECIPES = {
     "fp32": config("zero2_fp32"),
     "ZeRO-1": config("zero1"),
     "ZeRO-1, no overlap": config("zero1", overlap_comm=False),
-    "fp32 on the wire": {**config("zero2"), "communication_data_type": "fp32"},
+    "bf16 on the wire": {**config("zero2"), "communication_data_type": "bf16"},
     "reduced to each": config("zero2", use_multi_rank_bucket_allreduce=False),
     "offload": config("zero2_offload"),
     "Lion, offload": config("zero2_lion"),
@@ -104,7 +104,7 @@ ON_TWO = {
        for name in ("bf16, fp32 sums", "bf16, bf16 sums", "fp32", "ZeRO-1", "offload", "Lion, offload")},
     **{f"{name}, ep_size 2": case(WEIGHTS, RECIPES[name], ep_size=2)
        for name in (
-           "bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "fp32 on the wire", "offload", "Lion, offload")},
+           "bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "bf16 on the wire", "offload", "Lion, offload")},
     "offload, bf16 sums, accumulated": case(WEIGHTS, ACCUMULATED["offload, bf16 sums, accumulated"], ep_size=2),
     **{name: case(WEIGHTS, ds) for name, ds in BELOW_A_STACK.items()},
     **{f"activations, ep_size {ep_size}": case(ACTIVATIONS, config("zero2"), ep_size) for ep_size in (1, 2)},
@@ -136,6 +136,13 @@ def setup_of(group, name):
     return read_setup(model, ds, ranks, ep_size, seq_len, True, recompute_blocks)
 
 
+def held_by_gloo(setup, peak):
+    """Its thread lets go of the tensors of a collective a little later: now and then too late for the peak."""
+    largest = max(size for group in parameter_groups(setup) for size in group.sizes.values())
+    wire = setup.wire_bytes * max(largest, setup.bucket) if setup.wire_bytes > setup.weight_bytes else 0
+    return wire + (2 * expert_bytes(setup).result if setup.ep_size > 1 else 0.02 * peak)
+
+
 @pytest.mark.parametrize(("group", "name"), CASES, ids=IDS)
 def test_predicted_bytes_and_payload_are_those_of_a_real_step(group, name):
     setup = setup_of(group, name)
@@ -146,8 +153,7 @@ def test_predicted_bytes_and_payload_are_those_of_a_real_step(group, name):
     for rank, found in enumerate(measured(group)):
         real, predicted = found[name], footprint(setup, rank)
         assert predicted.between.total() == pytest.approx(real.between, rel=0.005), rank
-        # Gloo's thread lets go of the tensors of a collective a little later: now and then too late for the peak.
-        late = 0 if setup.world_size == 1 else 2 * expert_bytes(setup).result if setup.ep_size > 1 else 0.02 * real.peak
+        late = 0 if setup.world_size == 1 else held_by_gloo(setup, real.peak)
         assert real.peak - late <= predicted.peak.total() * 1.01, rank
         assert real.forward - late <= predicted.forward.total() * (1 + off), rank
         assert predicted.peak.total() <= real.peak * 1.01, rank

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import benchmark_checkpoint
 import benchmark_data
+import benchmark_reduction
 import pytest
+import torch
 from ranks import run_alone
 from refusals import has
 from toy import PRESET, SHIPPED
@@ -75,6 +77,25 @@ def test_ranks_join_and_learn_of_a_death_with_one_line():
         len(re.findall(r"rank [07], .*: the last of the others exits after .* s; lines printed: 1\n", done.stdout)) == 3
     )
     assert "sample order: " in done.stdout
+
+
+def test_sums_in_16_bits_stall_in_a_ring_and_neither_in_pairs_nor_in_32():
+    same = [torch.full((4,), 0.5, dtype=torch.bfloat16)] * 1024
+    expected = {
+        (benchmark_reduction.sum_in_ring, torch.bfloat16): 128.0,  # half a unit in the last place above is rounded away
+        (benchmark_reduction.sum_in_ring, torch.float32): 512.0,
+        (benchmark_reduction.sum_in_pairs, torch.bfloat16): 512.0,
+    }
+    for (add, dtype), total in expected.items():
+        assert add(same, dtype).tolist() == [total] * 4
+    exact = torch.full((4,), 512.0, dtype=torch.float64)
+    assert benchmark_reduction.compare(exact / 4, exact) == (0.75, 0.25)
+
+
+def test_what_16_bits_cost_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark_reduction.py", "--elements", "64"])
+    benchmark_reduction.main()
+    has(capsys.readouterr().out, " 1024  ring      bfloat16", "    8  in pairs  float32")
 
 
 @pytest.fixture
