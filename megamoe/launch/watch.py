@@ -35,6 +35,7 @@ SILENT_SECONDS = 30  # without a heartbeat: a host that lost its power or its ne
 MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
 DEAD_SECONDS = 5  # without a heartbeat, after a collective has failed
 READ_SECONDS = 10  # for the others to read that the job fails; they look once a second
+LAUNCHER_SECONDS = 1.5  # a launcher looks once a second, and exits with the first code that it finds: that of the dead
 SHUTDOWN_SECONDS = 60  # to wait for the others after the last step
 
 
@@ -273,6 +274,8 @@ class Watch:
         code, _, _, *dead = map(int, report.split())
         if self._store:
             self._store.set(f"heard/{self._rank}", "")
+        if dead:
+            time.sleep(LAUNCHER_SECONDS)
         if self._store and self._rank == 0:
             others = set(range(1, self.rendezvous.rank_info.world_size)) - set(dead)
             wait_for_keys([f"heard/{rank}" for rank in others], self._store, time.monotonic() + READ_SECONDS)

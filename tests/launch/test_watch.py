@@ -130,6 +130,7 @@ class Ranks:
 def quick(monkeypatch):
     monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(watch, "DEAD_SECONDS", 1)
+    monkeypatch.setattr(watch, "LAUNCHER_SECONDS", 0)
     monkeypatch.setattr(watch, "READ_SECONDS", 1000)  # for ranks that are not dead
 
 
