@@ -1,8 +1,9 @@
 # make train              from a fresh clone to a trained tiny model and its samples
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
 # make test               every test
+# make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
 # make check              formatting, lint and types
-# make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 15 minutes, 17 GiB
+# make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
 # make bench-short        a tiny model compared with DeepSpeed's MoE layer: a minute
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)
 endif
 
-.PHONY: train test check bench bench-short
+.PHONY: train test gpu check bench bench-short
 train: .venv/.train $(TOKENS)/corpus.json
 	launch_scripts/single_node.sh 2 --ds_config ds_configs/tiny.json --preset tiny --ep_size 2 \
 		--data $(TOKENS) --run_dir $(RUN) --eval_interval 100
@@ -34,6 +35,9 @@ train: .venv/.train $(TOKENS)/corpus.json
 
 test: .venv/.test
 	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+gpu: .venv/.test
+	python tools/check_gpu.py
 
 bench: .venv/.bench
 	python tools/benchmark.py --json benchmark.json

@@ -282,6 +282,10 @@ class RunConfig(BaseModel):
     recompute_blocks: int = Field(
         default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
     )
+    compile: bool = Field(
+        default=False,
+        description="compile what lies around the experts' products in each block: faster steps, a later first one",
+    )
     steps: int | None = Field(
         default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
     )

@@ -22,6 +22,7 @@ from megamoe.data.tokenizer import load_tokenizer
 from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
+from megamoe.model.compiled import compiler_problems
 from megamoe.model.costs import parameter_count
 from megamoe.model.products import DESCRIPTIONS, kernel_for
 from megamoe.run_folder import RunFolder
@@ -67,6 +68,8 @@ class Job:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
             self._open_corpora(problems, leads, scans)
+        if run.compile:
+            problems += compiler_problems(device)
         if not problems:
             problems += deepspeed_own_problems(self.ds, run.ds_config)
         problems.refuse()

@@ -133,8 +133,9 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     position.at("building the engine")
     with stop.interrupting():  # there is nothing to save, and a compiler may run for minutes
         train_step = build_train_step(
-            job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks
-        )
+            job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks,
+            compiled=config.compile,
+        )  # fmt: skip
     position.at("restoring")
     checkpoint = restore(job, train_step)
     first = (folders.step_of(checkpoint) or 0) if checkpoint else 0

@@ -1,8 +1,16 @@
-"""One thread a process: the workers of pytest, their ranks and their programs share the cores."""
+"""One thread a process, on the CPU: the workers of pytest, their ranks and their programs share the cores."""
 
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's choice, on a host with GPUs too; tests on a GPU choose that
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = max((mark.args[0] for mark in item.iter_markers("gpu")), default=0)
+    if needed and needed > torch.cuda.device_count():
+        pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}")

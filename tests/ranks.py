@@ -1,4 +1,4 @@
-"""Run a function on several ranks: real processes, gloo, one thread each.
+"""Run a function on several ranks: real processes, one thread each, gloo on the CPU and NCCL on GPUs.
 
 Processes are kept and serve one call after another, each call in a process group of its own.
 """
@@ -20,16 +20,22 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from megamoe.launch.network import free_port
 from megamoe.launch.stopping import REQUESTS
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+# On a GPU each rank imports them: what has asked for GPUs must not be forked.
+_contexts: dict[str, Any] = {
+    "cpu": multiprocessing.get_context("forkserver"),
+    "cuda": multiprocessing.get_context("spawn"),
+}
+_contexts["cpu"].set_forkserver_preload(
     [
         "megamoe.pretrain",
         "torch.utils.tensorboard",
@@ -44,18 +50,18 @@ GRACE = 20  # seconds for the other ranks to fail once one has
 CALLS = 30  # that a process serves: an engine that is gone leaves threads and files of its groups behind
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call `function(*args)` on every rank of a new gloo group; returns the results by rank.
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+    """Call `function(*args)` on every rank of a new group; returns the results by rank.
 
     `function` and `args` are pickled: the function must stand at a module's top level, and undo what it changes in
     modules. Raises AssertionError with the rank's traceback if one fails or hangs.
     """
-    return _pool.run(world_size, function, args)
+    return _pools[device].run(world_size, function, args)
 
 
-def run_new_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_new_ranks(world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
     """As `run_ranks`, in processes that have run nothing before."""
-    pool = RankPool()
+    pool = RankPool(device)
     try:
         return pool.run(world_size, function, args)
     finally:
@@ -69,15 +75,16 @@ def start_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> li
     return [worker.process for worker in pool.workers]
 
 
-def start_processes(world_size: int, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
+def start_processes(
+    world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu"
+) -> list[BaseProcess]:
     """Start `function(*args)` in new processes with the environment of ranks, for the function to join them."""
-    processes = [
-        _context.Process(target=_as_rank, args=(environment, function, args), daemon=True)
-        for environment in _environments(world_size)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+    return [_start(device, _as_rank, environment, function, args) for environment in _environments(world_size)]
+
+
+def this_device() -> torch.device:
+    """The device of a rank."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def run_alone(function: Callable[..., Any], *args: Any) -> Any:
@@ -102,14 +109,15 @@ class Worker:
 class RankPool:
     """Processes that serve as ranks. Those of a call that failed are not used again."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.workers: list[Worker] = []
 
     def send(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         if any(worker.calls == CALLS for worker in self.workers):
             self.end()
         while len(self.workers) < world_size:
-            self.workers.append(_start_worker())
+            self.workers.append(_start_worker(self.device))
         for worker, environment in zip(self.workers, _environments(world_size), strict=False):
             worker.calls += 1
             worker.pipe.send_bytes(pickle.dumps((environment, function, args)))
@@ -141,15 +149,23 @@ def _environments(world_size: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-_pool = RankPool()
-atexit.register(_pool.end)
+_pools = {device: RankPool(device) for device in _contexts}
+for _pool in _pools.values():
+    atexit.register(_pool.end)
 
 
-def _start_worker() -> Worker:
-    pipe, far_end = _context.Pipe()
-    trace, trace_end = _context.Pipe(duplex=False)
-    process = _context.Process(target=_serve, args=(far_end, trace_end), daemon=True)
-    process.start()
+def _start(device: str, function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Start `function(*args)` in a new process in which DeepSpeed finds that device."""
+    process = _contexts[device].Process(target=function, args=args, daemon=True)
+    with mock.patch.dict(os.environ, DS_ACCELERATOR=device):
+        process.start()
+    return process
+
+
+def _start_worker(device: str = "cpu") -> Worker:
+    pipe, far_end = _contexts[device].Pipe()
+    trace, trace_end = _contexts[device].Pipe(duplex=False)
+    process = _start(device, _serve, far_end, trace_end)
     far_end.close()
     trace_end.close()
     return Worker(process, pipe, trace)

@@ -273,6 +273,13 @@ def test_experts_products_other_than_torchs_one_kernel_are_said(inputs, monkeypa
     assert asked == [(torch.device("cpu"), torch.float32)]
 
 
+def test_compiling_without_a_compiler_is_refused(inputs, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    (problem,) = problems({**inputs, "compile": True})
+    assert "--compile needs a C++ compiler" in problem
+    assert job(inputs)
+
+
 def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):
     (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"valid": {"tokens": 600, "bytes": 1800}}))
     for form in ("", "/valid", "/valid.bin"):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
+from ranks import this_device
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -20,6 +20,7 @@ from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import run as pretrain
+from megamoe.training.determinism import make_deterministic
 from megamoe.training.distributed import raise_on_any_rank
 from megamoe.training.sinks import read_log
 
@@ -77,9 +78,11 @@ def new_store(purpose: str) -> Store:
 
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Train as pretrain.py does, on this rank of a group that exists already; returns the log. Exits with problems."""
+    if run.get("deterministic"):
+        make_deterministic()
     job, problems = None, []
     try:
-        job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0)
+        job = Job(RunConfig(**run), dist.get_world_size(), this_device(), dist.get_rank() == 0)
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems)

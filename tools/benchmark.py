@@ -1,8 +1,9 @@
 """How fast megamoe trains, compared with DeepSpeed's own MoE layer and transformers' Mixtral, on this host.
 
-    python tools/benchmark.py                                 full model, a quarter of an hour on two cores
+    python tools/benchmark.py                                 full model, about 20 minutes on two cores
     python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20       a minute
     python tools/benchmark.py --contenders megamoe:1 megamoe:1@../before          before and after a change
+    python tools/benchmark.py --samples 2 4 8 16 --profile    steps of several sizes, until memory ends
     python tools/benchmark.py --growth                        how a step grows with tokens, length, experts, ranks
 
 The contenders take turns, `--rounds` times and in alternating order, so that other load on the host affects all of
@@ -25,7 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from benchmark_contender import Machine, Turn, gemm_flops
+from benchmark_contender import Turn, gemm_flops
+from pydantic import TypeAdapter
 
 from megamoe import cli
 from megamoe.config import ModelConfig, load_preset
@@ -33,7 +35,14 @@ from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"megamoe": "megamoe", "stock": "DeepSpeed's MoE layer", "mixtral": "Mixtral of transformers"}
+TURNS = TypeAdapter(list[Turn])
+OUT_OF_MEMORY = "out of memory"  # in what torch and NCCL raise
+NAMES = {
+    "megamoe": "megamoe",
+    "compiled": "megamoe compiled",
+    "stock": "DeepSpeed's MoE layer",
+    "mixtral": "Mixtral of transformers",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Entry:
     contender: str
     ranks: int
     preset: str
-    samples: int  # per step, over all ranks
+    samples: tuple[int, ...]  # per step, over all ranks; one size after the other
     seq_len: int
     checkout: Path = ROOT  # whose megamoe and benchmark_contender.py run
     recompute_blocks: int = 0
@@ -56,9 +65,10 @@ class Entry:
 def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConfig, folder: Path) -> dict[str, Entry]:
     """What takes turns, by name. Raises one UserError with all problems."""
     problems = Problems(
-        f"--{name} is {getattr(args, name)}; give at least 1."
-        for name in ("samples", "rounds", "steps")
-        if getattr(args, name) < 1
+        f"--{name} has {number}; give at least 1."
+        for name, numbers in (("samples", args.samples), ("rounds", [args.rounds]), ("steps", [args.steps]))
+        for number in numbers
+        if number < 1
     )
     problems += [
         f"--growth chooses its own {name}; leave --{name} out."
@@ -69,7 +79,8 @@ def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConf
         problems.attempt(read_json, Path(args.ds_config))
     if args.json and not args.json.parent.is_dir():
         problems.append(f"--json is {args.json}, whose folder is not there; make it first.")
-    entries = [problems.attempt(entry_of, word, args.preset, args.samples, config) for word in args.contenders]
+    samples = tuple(sorted(set(args.samples)))  # those that fit come first
+    entries = [problems.attempt(entry_of, word, args.preset, samples, config) for word in args.contenders]
     found = [str(entry) for entry in entries if entry]
     if len(set(found)) < len(found):
         problems.append(f"--contenders has one twice in {' '.join(args.contenders)}; name each once.")
@@ -77,7 +88,7 @@ def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConf
     return growth_entries(args.preset, folder) if args.growth else {str(entry): entry for entry in entries}
 
 
-def entry_of(word: str, preset: str, samples: int, config: ModelConfig) -> Entry:
+def entry_of(word: str, preset: str, samples: tuple[int, ...], config: ModelConfig) -> Entry:
     """The entry that NAME:RANKS or NAME:RANKS@CHECKOUT asks for. Raises UserError."""
     name_and_ranks, _, checkout = word.partition("@")
     name, _, digits = name_and_ranks.partition(":")
@@ -88,9 +99,9 @@ def entry_of(word: str, preset: str, samples: int, config: ModelConfig) -> Entry
         raise UserError(f"--contenders has {word!r}; Mixtral is run without DeepSpeed, on 1 rank: give mixtral:1.")
     if name == "mixtral" and importlib.util.find_spec("transformers") is None:
         raise UserError(f"--contenders has {word!r}, which needs transformers; pip install -e '.[bench]'.")
-    if samples % ranks or config.num_local_experts % ranks:
+    if any(number % ranks for number in (*samples, config.num_local_experts)):
         raise UserError(
-            f"--contenders has {word!r}, but {ranks} ranks cannot share {samples} samples and the "
+            f"--contenders has {word!r}, but {ranks} ranks cannot share {', '.join(map(str, samples))} samples and the "
             f"{config.num_local_experts} experts of {preset} evenly; give a divisor of both, or other --samples."
         )
     if checkout and not (Path(checkout) / "tools/benchmark_contender.py").is_file():
@@ -101,36 +112,50 @@ def entry_of(word: str, preset: str, samples: int, config: ModelConfig) -> Entry
     return Entry(name, ranks, preset, samples, length, Path(checkout).resolve() if checkout else ROOT)
 
 
-def take_turn(entry: Entry, ds_config: str, steps: int, pieces: bool) -> Turn:
-    """Start the entry's processes and wait for what they measured."""
+def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str) -> list[Turn]:
+    """Start the entry's processes and wait for what they measured: a turn for each size for which memory suffices.
+
+    Args:
+        flags: `--pieces` and `--profile` of benchmark_contender.py.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turn.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={entry.ranks}"]
         words = [str(entry.checkout / "tools/benchmark_contender.py"), entry.contender, str(out),
                  "--preset", entry.preset,
-                 "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", str(entry.samples),
+                 "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", *map(str, entry.samples),
                  "--seq_len", str(entry.seq_len), "--steps", str(steps),
                  "--recompute_blocks", str(entry.recompute_blocks)]  # fmt: skip
         threads = max(len(os.sched_getaffinity(0)) // entry.ranks, 1)
         paths = os.pathsep.join(filter(None, (str(entry.checkout), os.environ.get("PYTHONPATH"))))
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": paths}
-        done = subprocess.run(launch + words + ["--pieces"] * pieces, env=environment, capture_output=True, text=True)
-        if not out.exists():
+        done = subprocess.run([*launch, *words, *flags], env=environment, capture_output=True, text=True)
+        seen = json.loads(out.read_text()) if out.exists() else []
+        # A checkout from before several sizes writes one turn.
+        turns = TURNS.validate_python([seen] if isinstance(seen, dict) else seen)
+        if len(turns) < len(entry.samples) and (len(entry.samples) == 1 or OUT_OF_MEMORY not in done.stderr):
             print(done.stderr, file=sys.stderr)
             raise UserError(f"{entry} ended with code {done.returncode}; its output is above.")
-        seen = json.loads(out.read_text())
-        return Turn(**{**seen, "machine": Machine(**seen["machine"])})
+        return turns
 
 
-def take_turns(cases: dict[str, Entry], ds_config: str, rounds: int, steps: int, pieces: bool) -> list[list[Turn]]:
-    """The turns of each case, `rounds` each. With `pieces`, a step of the first round is timed piece by piece too."""
+def take_turns(
+    cases: dict[str, Entry], ds_config: str, rounds: int, steps: int, pieces: bool, profile: bool
+) -> list[list[Turn]]:
+    """The turns of each case, `rounds` for each of its sizes. A step more of the first round is timed piece by piece
+    with `pieces`; one of the smallest size is profiled with `profile`."""
     turns: dict[str, list[Turn]] = {name: [] for name in cases}
     for number in range(rounds):
         for name in list(cases) if number % 2 == 0 else reversed(list(cases)):
-            look_inside = pieces and number == 0 and cases[name].contender != "mixtral"
-            turns[name].append(take_turn(cases[name], ds_config, steps, look_inside))
-            rate = turns[name][-1].tokens_per_second
-            print(f"round {number + 1}, {name}: {rate:.1f} tokens/s", file=sys.stderr, flush=True)
+            entry, flags = cases[name], ["--profile"] * profile
+            if pieces and entry.contender in ("megamoe", "stock"):
+                flags.append("--pieces")
+            found = take_turn(entry, ds_config, steps, *(flags if number == 0 else ()))
+            turns[name] += found
+            said = [f"{turn.tokens_per_second:.1f} tokens/s" for turn in found]
+            if len(found) < len(entry.samples):
+                said.append(f"out of memory at {entry.samples[len(found)]} samples per step")
+            print(f"round {number + 1}, {name}: {', '.join(said)}", file=sys.stderr, flush=True)
     return list(turns.values())
 
 
@@ -188,6 +213,42 @@ def seconds_by_piece(turn: Turn) -> dict[str, float]:
     }
 
 
+def table_of_sizes(names: list[str], turns: list[list[Turn]]) -> str:
+    """A row for each size of a step, a column for each case."""
+    lines = [f"| tokens per step | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for tokens in sorted({turn.tokens for own in turns for turn in own}):
+        cells = []
+        for own in turns:
+            same = [turn for turn in own if turn.tokens == tokens]
+            rate, mfu, memory = (
+                median(same, name) if same else 0 for name in ("tokens_per_second", "mfu", "memory_gib")
+            )
+            cells.append(f"{rate:,.0f} tokens/s, {mfu:.1%} MFU, {memory:.1f} GiB" if same else "out of memory")
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def table_of_profiles(names: list[str], turns: list[list[Turn]]) -> str:
+    """A row for each step that was profiled."""
+    lines = [
+        "| a profiled step | tokens | step | kernels | device busy | gaps, the largest | waits of the host "
+        "| copies to the host | host per kernel |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, own in zip(names, turns, strict=True):
+        for turn in own:
+            if seen := turn.profile:
+                before = f" before {seen.after_largest_gap}" if seen.after_largest_gap else ""
+                lines.append(
+                    f"| {name} | {turn.tokens:,} | {seen.seconds * 1e3:.2f} ms | {seen.kernels:,} "
+                    f"| {seen.busy / seen.seconds:.0%} | {seen.gaps.seconds * 1e3:.2f} ms, "
+                    f"{seen.largest_gap * 1e3:.2f} ms{before} "
+                    f"| {seen.all_waits.count}, {seen.all_waits.seconds * 1e3:.2f} ms | {seen.copies_to_host.count} "
+                    f"| {seen.host_per_kernel * 1e6:.1f} us |"
+                )
+    return "\n".join(lines)
+
+
 def print_pieces(names: list[str], turns: list[list[Turn]]) -> None:
     """The seconds of a step by piece, in the first round; the stock layer counts as dispatch."""
     shown = [(name, own) for name, own in zip(names, turns, strict=True) if own[0].pieces]
@@ -208,7 +269,7 @@ def growth_entries(preset: str, folder: Path) -> dict[str, Entry]:
         path = folder / f"experts_{experts}_{seq_len}.json"
         changed = {"num_hidden_layers": 2, "num_local_experts": experts, "max_position_embeddings": seq_len}
         path.write_text(json.dumps({**config.model_dump(), **changed}))
-        return Entry("megamoe", ranks, str(path), samples, seq_len)
+        return Entry("megamoe", ranks, str(path), (samples,), seq_len)
 
     cases = {f"2 x 1,024 tokens, {config.num_local_experts} experts, 1 rank": entry()}
     cases |= {f"{samples:,} x 1,024 tokens": entry(samples=samples) for samples in (1, 4, 8)}
@@ -243,14 +304,17 @@ def main() -> None:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=["megamoe:1", "megamoe:2", "stock:1", "mixtral:1"],
+        default=["megamoe:1", "compiled:1", "megamoe:2", "stock:1", "mixtral:1"],
         metavar="NAME:RANKS[@CHECKOUT]",
-        help="NAME is megamoe, stock (DeepSpeed's layer) or mixtral; @CHECKOUT runs another checkout's "
-        "megamoe and benchmark_contender.py; the first is compared with the others",
+        help="NAME is megamoe, compiled (megamoe with --compile), stock (DeepSpeed's layer) or mixtral; @CHECKOUT "
+        "runs another checkout's megamoe and benchmark_contender.py; the first is compared with the others",
     )
-    parser.add_argument("--samples", type=int, default=2, help="sequences per step, over all ranks (not the JSON's)")
+    parser.add_argument(
+        "--samples", type=int, nargs="+", default=[2], help="sequences per step, over all ranks (not the JSON's)"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="turns that each takes")
     parser.add_argument("--steps", type=int, default=2, help="steps timed in a turn, after two that are not")
+    parser.add_argument("--profile", action="store_true", help="profile one more step of the smallest size")
     parser.add_argument("--growth", action="store_true", help="measure how a step grows instead")
     parser.add_argument("--json", type=Path, help="file to write all measurements to")
     args = parser.parse()
@@ -258,12 +322,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = cases_of(args, parser.given, config, Path(folder))
         ds_config = args.ds_config or faster_config(config)
-        turns = take_turns(cases, ds_config, args.rounds, args.steps, pieces=not args.growth)
+        one_size = not args.growth and len(args.samples) == 1
+        turns = take_turns(cases, ds_config, args.rounds, args.steps, pieces=one_size, profile=args.profile)
     if args.growth:
         print_growth(list(cases), turns)
-    else:
+    elif one_size:
         print_summary(list(cases.values()), turns)
         print_pieces(list(cases), turns)
+    else:
+        print(f"\n{table_of_sizes(list(cases), turns)}")
+    if args.profile:
+        print(f"\n{table_of_profiles(list(cases), turns)}")
     if args.json:
         seen = {name: [asdict(turn) for turn in own] for name, own in zip(cases, turns, strict=True)}
         args.json.write_text(json.dumps(seen, indent=2))

@@ -1,7 +1,10 @@
 """Steps of one contender, timed; started by benchmark.py, once per turn, as as many processes as it has ranks.
 
-Contenders: "megamoe", "stock" (the same model with DeepSpeed's own MoE layer, drop_tokens=False) and "mixtral"
-(transformers' MixtralForCausalLM of the same size and FLOPs, torch's fused AdamW, no DeepSpeed).
+With several sizes of a step, one after the other; memory may end before the last.
+
+Contenders: "megamoe", "compiled" (megamoe with compiled blocks), "stock" (the same model with DeepSpeed's own MoE
+layer, drop_tokens=False) and "mixtral" (transformers' MixtralForCausalLM of the same size and FLOPs, torch's fused
+AdamW, no DeepSpeed).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from megamoe.model.decoder import Decoder
 from megamoe.model.dropout import Dropout
 from megamoe.model.experts import ACTIVATIONS
 from megamoe.model.moe import MoE
+from megamoe.planning.step_profile import StepProfile, profile_step
 from megamoe.topology import ExpertTopology
 from megamoe.training.distributed import init_distributed
 from megamoe.training.engine import build_engine
@@ -90,17 +94,23 @@ class Clock:
 
 
 def build_engine_contender(
-    config: ModelConfig, ds_config: str, ep_size: int, samples: int, recompute_blocks: int, stock: bool
+    config: ModelConfig,
+    ds_config: str,
+    ep_size: int,
+    samples: int,
+    recompute_blocks: int,
+    stock: bool,
+    compiled: bool = False,
 ) -> Contender:
-    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it. A
-    step has `samples` sequences on a rank, whatever the JSON says."""
+    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it,
+    `compiled` compiles its blocks. A step has `samples` sequences on a rank, whatever the JSON says."""
     ds = {**read_json(Path(ds_config)), "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1}
     ds.pop("train_batch_size", None)
     if stock:
         model = stock_model(config, ep_size, recompute_blocks)
         train_step = TrainStep(build_engine(model, ds, read_schedule(ds, ds_config)), balancer=None)
     else:
-        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
+        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks, compiled=compiled)
     optimizer = train_step.engine.optimizer
     while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -280,6 +290,7 @@ class Turn:
     bare_update: list[float]  # within update: torch's optimizer
     memory_gib: float  # at most, in the steps
     pieces: dict[str, float] = field(default_factory=dict)  # seconds in one step that was timed piece by piece
+    profile: StepProfile | None = None  # of one more step of the smallest size
 
     @property
     def step_seconds(self) -> float:
@@ -331,18 +342,28 @@ def peak_gib(device: torch.device) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
-def run(args: argparse.Namespace) -> Turn:
-    rendezvous, device = init_distributed()
-    rank, world_size = rendezvous.rank_info.rank, rendezvous.rank_info.world_size
+def run(args: argparse.Namespace) -> Iterator[Turn]:
+    """A turn for each size of a step."""
+    _, device = init_distributed()
     config = load_preset(args.preset)
-    samples = args.samples // world_size
+    samples = args.samples[0] // dist.get_world_size()
     if args.contender == "mixtral":
         contender = build_mixtral(config, args.ds_config, device)
     else:
-        stock = args.contender == "stock"
-        contender = build_engine_contender(config, args.ds_config, args.ep_size, samples, args.recompute_blocks, stock)
-    torch.manual_seed(rank)
-    ids = torch.randint(config.vocab_size, (samples, args.seq_len), device=device)
+        contender = build_engine_contender(
+            config, args.ds_config, args.ep_size, samples, args.recompute_blocks,
+            stock=args.contender == "stock", compiled=args.contender == "compiled",
+        )  # fmt: skip
+    for samples in args.samples:
+        yield take_turn(contender, config, samples, args, device)
+
+
+def take_turn(
+    contender: Contender, config: ModelConfig, samples: int, args: argparse.Namespace, device: torch.device
+) -> Turn:
+    """Time steps of `samples` sequences, over all ranks. Collective."""
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(config.vocab_size, (samples // dist.get_world_size(), args.seq_len), device=device)
 
     def step(clock: Clock) -> None:
         dist.barrier()
@@ -358,7 +379,7 @@ def run(args: argparse.Namespace) -> Turn:
     for clock in clocks:
         step(clock)
     memory = peak_gib(device)
-    tokens = args.samples * args.seq_len
+    tokens = samples * args.seq_len
     turn = Turn(
         tokens=tokens,
         flops=train_flops_per_token(config, args.seq_len) * tokens,
@@ -373,25 +394,35 @@ def run(args: argparse.Namespace) -> Turn:
         with timed_pieces(contender.model, clock):
             step(clock)
         turn.pieces = clock.seconds
+    if args.profile and samples == args.samples[0]:
+
+        def plain_step() -> None:
+            contender.forward_backward(ids)
+            contender.update()
+
+        turn.profile = profile_step(plain_step, device)
     return turn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One turn of one contender; benchmark.py starts it.")
-    parser.add_argument("contender", choices=("megamoe", "stock", "mixtral"))
+    parser.add_argument("contender", choices=("megamoe", "compiled", "stock", "mixtral"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", required=True)
     parser.add_argument("--ds_config", required=True)
     parser.add_argument("--ep_size", type=int, required=True)
-    parser.add_argument("--samples", type=int, required=True)
+    parser.add_argument("--samples", type=int, nargs="+", required=True)
     parser.add_argument("--seq_len", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--recompute_blocks", type=int, default=0)
     parser.add_argument("--pieces", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    turn = run(args)
-    if dist.get_rank() == 0:
-        args.out.write_text(json.dumps(asdict(turn)))
+    turns = []
+    for turn in run(args):
+        turns.append(asdict(turn))
+        if dist.get_rank() == 0:
+            args.out.write_text(json.dumps(turns))  # each time: the next size may not fit
     dist.barrier()
     dist.destroy_process_group()
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megamoe.config import ModelConfig
 from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention_mask
+from megamoe.model.compiled import CompiledBlock
 from megamoe.model.experts import StackedExperts
 from megamoe.model.loss import chunked_cross_entropy
 from megamoe.model.moe import MoE
@@ -40,10 +41,13 @@ class Block(nn.Module):
             topology=topology,
             hidden_size=config.hidden_size,
         )
+        self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
 
     def forward(
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
+        if self.compiled and self.training and mask is None and cache is None:
+            return self.compiled(self, x, rotary)
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.moe(self.post_attention_layernorm(x), used_token)[0]
 
@@ -87,6 +91,12 @@ class Decoder(nn.Module):
                     generator = own[layer, expert] = own.get((layer, expert)) or _generator(seed, layer, expert)
                 if not is_norm(part.name):
                     weight.normal_(0, residual_std if is_residual_projection(part.name) else std, generator=generator)
+
+    def compile_blocks(self) -> None:
+        """Let all blocks train as one `CompiledBlock`, which compiles when the first batch comes."""
+        compiled = CompiledBlock()
+        for block in self.layers:
+            cast(Block, block).compiled = compiled
 
     def moe_layers(self) -> list[MoE]:
         """The expert layer of each block, first block first."""

@@ -55,15 +55,20 @@ class StackedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.dropout = Dropout(expert_dropout)
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, ends: Tensor, activate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """(P, D) -> (P, D).
 
         Args:
             ends: (E,) int32, where each expert's rows end; the last is P.
+            activate: what runs instead of the method of this name.
         """
-        if self.gated:
-            gate, up = grouped_linear(rows, self.gate_up, ends).chunk(2, dim=-1)
-            inside = self.activation(gate) * up
-        else:
-            inside = self.activation(grouped_linear(rows, self.up, ends))
+        weight = self.gate_up if self.gated else self.up
+        inside = (activate or self.activate)(grouped_linear(rows, weight, ends))
         return self.dropout(grouped_linear(inside, self.down, ends))
+
+    def activate(self, projected: Tensor) -> Tensor:
+        """What lies between the two products: (P, F), or (P, 2F) of gated experts, -> (P, F)."""
+        if not self.gated:
+            return self.activation(projected)
+        gate, up = projected.chunk(2, dim=-1)
+        return self.activation(gate) * up

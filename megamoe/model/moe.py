@@ -4,13 +4,15 @@ Being a subclass of `deepspeed.moe.layer.MoE`, the engine treats it as its own: 
 expert-data-parallel ranks. Only the way tokens travel differs: every token reaches its K experts, blocks are as long as
 the routing makes them, and ranks exchange exactly that many rows.
 
-Shape legend: T tokens on this rank, D hidden_size, E experts, K choices.
+Shape legend: T tokens on this rank, D hidden_size, E experts, K choices, P places, fill included, N ranks that share
+the experts.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import deepspeed.moe.layer
 import torch
@@ -30,6 +32,24 @@ from megamoe.model.dispatch import (
 from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
 
+Experts = Callable[[Tensor, Tensor], Tensor]  # (rows (P, D) by expert, ends (E,)) -> (P, D)
+
+
+class Placed(NamedTuple):
+    """The rows of this rank's tokens, by expert."""
+
+    rows: Tensor  # (P, D)
+    token: Tensor  # (P,): the token at each place
+    place: Tensor  # (T * K,): the places of each token's rows
+    ends: Tensor  # (E,) int32: where each expert's rows end, fill included
+
+
+class Incoming(NamedTuple):
+    """What the other ranks send."""
+
+    counts: Tensor  # (N, E / N), rows from each rank for each expert of this one
+    splits: Callable[[], Any]  # waits; the rows sent to each rank, and those received from each
+
 
 class DroplessDispatch(nn.Module):
     """Sends every token to its experts and brings the weighted results back; stands in for DeepSpeed's MOELayer."""
@@ -47,42 +67,51 @@ class DroplessDispatch(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) -> (the experts' weighted sum (T, D), tokens routed to each expert (E,) int64)."""
         weights, expert_ids, counts = self.router(x)  # (T, K), (T, K), (E,)
-        run = self._local if self.topology.ep_size == 1 else self._exchange
-        return run(x, weights, expert_ids.flatten(), counts), counts
+        incoming = self.announce(counts)
+        placed = self.place(x, expert_ids, counts)  # while the counts are on their way
+        results = self.run_experts(placed, incoming, self.experts)
+        return combine_rows(results, weights, placed.token, placed.place), counts
 
-    def _local(self, x: Tensor, weights: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
-        """All experts are here.
-
-        Args:
-            slots: (T * K,), the expert of each slot.
-        """
-        layout = lay_out(slots, counts, row_multiple(x.device))
-        token = layout.row // weights.shape[1]
-        results = self.experts(gather_rows(x, token, layout.place), layout.ends)
-        return combine_rows(results, weights, token, layout.place)
-
-    def _exchange(self, x: Tensor, weights: Tensor, slots: Tensor, counts: Tensor) -> Tensor:
-        """Send each slot's row to the rank of its expert, run it there, and bring the result back."""
+    def announce(self, counts: Tensor) -> Incoming | None:
+        """Count the slots of each expert, (E,), for the balancer, and exchange them with the ranks that share experts;
+        None where each rank has all."""
+        # Inside a backward pass this is a recomputation: its slots were counted the first time.
+        if self.training and torch._C._current_graph_task_id() == -1:
+            self.router.step_counts += counts
+        if self.topology.ep_size == 1:
+            return None
         send_counts = counts.view(self.topology.ep_size, self.topology.experts_per_rank)
         # A fake process group may leave it as it is (torch's did before it copied): there, every peer seems to send
         # what this rank sends.
         receive_counts = send_counts.clone()
         dist.all_to_all_single(receive_counts, send_counts, group=self.ep_group)
-        splits = host_values(torch.stack((send_counts, receive_counts)).sum(-1))
-        # What does not need them is done while they are on their way.
-        layout = lay_out(slots, counts)
-        token = layout.row // weights.shape[1]
-        rows = gather_rows(x, token, layout.place)
-        send, receive = splits()  # the one wait of a layer
+        return Incoming(receive_counts, host_values(torch.stack((send_counts, receive_counts)).sum(-1)))
+
+    def place(self, x: Tensor, expert_ids: Tensor, counts: Tensor) -> Placed:
+        """The rows of the tokens `x` (T, D) by expert, one for each choice.
+
+        Args:
+            expert_ids: (T, K).
+            counts: (E,), slots of each expert.
+        """
+        multiple = row_multiple(x.device) if self.topology.ep_size == 1 else 1  # or they are multiplied elsewhere
+        layout = lay_out(expert_ids.flatten(), counts, multiple)
+        token = layout.row // expert_ids.shape[1]
+        return Placed(gather_rows(x, token, layout.place), token, layout.place, layout.ends)
+
+    def run_experts(self, placed: Placed, incoming: Incoming | None, experts: Experts) -> Tensor:
+        """What the experts make of the rows, each in its row's place, (P, D). Collective, with `incoming`."""
+        if incoming is None:
+            return experts(placed.rows, placed.ends)
+        send, receive = incoming.splits()  # the one wait of a layer
 
         # One name for the rows on their way, so that none outlive their use.
-        rows = all_to_all(rows, send, receive, self.ep_group)
-        here = lay_out_received(receive_counts, len(rows), row_multiple(x.device))
+        rows = all_to_all(placed.rows, send, receive, self.ep_group)
+        here = lay_out_received(incoming.counts, len(rows), row_multiple(rows.device))
         rows = gather_rows(rows, here.row, here.place)
-        rows = self.experts(rows, here.ends)
+        rows = experts(rows, here.ends)
         rows = pick_rows(rows, here.place)
-        rows = all_to_all(rows, receive, send, self.ep_group)
-        return combine_rows(rows, weights, token, layout.place)
+        return all_to_all(rows, receive, send, self.ep_group)
 
 
 class MoE(deepspeed.moe.layer.MoE):

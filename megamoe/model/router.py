@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 
 class Router(nn.Module):
-    """Chooses K experts for every token and counts, in training, how many tokens each expert was given.
+    """Chooses K experts for every token.
 
     Buffers (DeepSpeed keeps them in fp32 under bf16, and leaves them in the file of the non-expert weights because no
     name on their path but DeepSpeed's own contains "expert"):
         selection_bias: (E,), added to the scores for the selection only.
         running_load: (E,), running mean of the share of slots each expert got; sums to 1.
-        step_counts: (E,) int64, slots routed since the last optimizer step on this rank; not saved.
+        step_counts: (E,) int64, slots routed since the last optimizer step on this rank, as the layer adds them up; not
+            saved.
     """
 
     selection_bias: Tensor
@@ -63,9 +64,6 @@ class Router(nn.Module):
         log_scores = F.logsigmoid(logits) if self.score == "sigmoid" else logits
         weights = log_scores.gather(-1, expert_ids).softmax(-1)
         counts = count_ids(expert_ids.flatten(), self.step_counts.numel())
-        # Inside a backward pass this forward is a recomputation: its slots were counted the first time.
-        if self.training and torch._C._current_graph_task_id() == -1:
-            self.step_counts += counts
         return weights, expert_ids, counts
 
 

@@ -100,7 +100,13 @@ class TrainStep:
 
 
 def build_train_step(
-    config: ModelConfig, ds: dict[str, Any], *, ep_size: int = 1, seed: int = 0, recompute_blocks: int = 0
+    config: ModelConfig,
+    ds: dict[str, Any],
+    *,
+    ep_size: int = 1,
+    seed: int = 0,
+    recompute_blocks: int = 0,
+    compiled: bool = False,
 ) -> TrainStep:
     """Build model, engine and balancer on this rank of the process group.
 
@@ -108,9 +114,12 @@ def build_train_step(
         ds: the DeepSpeed JSON, checked.
         seed: of the initial weights.
         recompute_blocks: of the model's first blocks, see `Decoder`.
+        compiled: train by compiled blocks, see `Decoder.compile_blocks`.
     """
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
     model = Decoder(config, seed, topology, recompute_blocks)
+    if compiled:
+        model.compile_blocks()
     engine = build_engine(model, ds, read_schedule(ds, "the DeepSpeed JSON"))
     return TrainStep(engine, balancer_of(model))
 

@@ -1,6 +1,7 @@
 """With which code every rank leaves, whatever went wrong on whichever rank and when."""
 
 import errno
+import itertools
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 from functools import partial
 
 import pytest
+from devices import on_gpus
 from ranks import start_processes
 from torch.distributed import DistError
 from toy import ds_config, write_inputs
@@ -99,15 +101,21 @@ def words_for(folder):
             "--run_dir", str(folder / "run"), "--steps", "4", "--eval_interval", "0"]  # fmt: skip
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize("fault", TABLE)
-def test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one(fault, failing, moment, tmp_path):
+CASES = [
+    *itertools.product(["cpu"], [2], TABLE, [0, 1], MOMENTS),
+    on_gpus(1, "cuda", 1, fall_over_as_torch_does, 0, "later step"),
+    *(on_gpus(2, "cuda", 2, fault, 1, "later step") for fault in (fall_over_as_torch_does, fill_disk, kill)),
+]
+
+
+@pytest.mark.parametrize(("device", "number", "fault", "failing", "moment"), CASES)
+def test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one(device, number, fault, failing, moment, tmp_path):
     output = tmp_path / "output"
-    ranks = start_processes(2, pretrain_with, fault, moment, failing, words_for(tmp_path), str(output))
+    words = words_for(tmp_path)
+    ranks = start_processes(number, pretrain_with, fault, moment, failing, words, str(output), device=device)
     for rank in ranks:
         rank.join(240)  # an operator may be compiled first
-    expected = dict.fromkeys([0, 1], TABLE[fault][1]) | {failing: TABLE[fault][0]}
+    expected = dict.fromkeys(range(number), TABLE[fault][1]) | {failing: TABLE[fault][0]}
     said = output.read_text()
     assert {number: rank.exitcode for number, rank in enumerate(ranks)} == expected, said
     assert said.count(TABLE[fault][2]) == 1, said

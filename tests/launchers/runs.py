@@ -36,10 +36,14 @@ def inputs(folder: Path, steps: int, *more: str) -> list[str]:
 class ThisHost:
     """The host of the tests, where runs on a single host are started."""
 
-    name = "here"
+    def __init__(self, device: str = "cpu", name: str = "here") -> None:
+        self.device = device
+        self.name = name
 
     def spawn(self, output: Path, *command: str, **variables: str) -> subprocess.Popen:
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **variables}
+        environment = {
+            **os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": self.device, **variables
+        }  # fmt: skip
         with open(output, "w") as file:
             return subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,

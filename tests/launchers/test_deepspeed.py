@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from cluster import ROOT
+from devices import on_gpus
 from runs import BIN, LOST, STOPPED, Run, ThisHost, inputs
 from toy import ds_config
 
@@ -24,11 +25,11 @@ from megamoe.model.decoder import Decoder
 def launch(tmp_path):
     runs = []
 
-    def start(*options, ranks=2, steps=100_000, until="step=5 ", change_inputs=lambda: None):
+    def start(*options, device="cpu", ranks=2, steps=100_000, until="step=5 ", change_inputs=lambda: None):
         launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
         words = [*launcher, str(ROOT / "megamoe" / "pretrain.py"), *inputs(tmp_path, steps, *options)]
         change_inputs()
-        runs.append(Run(ThisHost(), tmp_path, words))
+        runs.append(Run(ThisHost(device), tmp_path, words))
         if until:
             runs[-1].await_text(until)
         return runs[-1]
@@ -71,10 +72,11 @@ def test_every_problem_is_printed_once_with_exit_code_2_and_nothing_written(laun
 # --- how it ends before its last step -------------------------------------------------------------------------------
 
 
-def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, ending):
-    run = launch()
+@pytest.mark.parametrize(("device", "ranks"), [("cpu", 2), on_gpus(1, "cuda", 1), on_gpus(2, "cuda", 2)])
+def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, ending, device, ranks):
+    run = launch(device=device, ranks=ranks)
     with ending("SIGTERM to a rank") as end:
-        run.ranks()[1].terminate()
+        run.ranks()[-1].terminate()
         end.code = run.wait(60)
     assert end.code == STOPPED, run.said
     assert f"stopped by a signal after step {run.last_step}" in run.said
@@ -82,8 +84,9 @@ def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, 
     run.assert_none_left()
 
 
-def test_a_killed_rank_is_named_and_the_other_ends(launch, ending):
-    run = launch()
+@pytest.mark.parametrize("device", ["cpu", on_gpus(2, "cuda")])
+def test_a_killed_rank_is_named_and_the_other_ends(launch, ending, device):
+    run = launch(device=device)
     with ending("SIGKILL to a rank") as end:
         run.ranks()[1].kill()
         end.code = run.wait(60)
@@ -119,8 +122,9 @@ def test_ending_launch_py_alone_leaves_no_orphan_and_a_checkpoint(launch, ending
     run.assert_saved_at_the_last_step()
 
 
-def test_stalled_ranks_end_and_print_where_each_of_them_is(launch):
-    run = launch("--collective_timeout", "5")
+@pytest.mark.parametrize("device", ["cpu", on_gpus(2, "cuda")])
+def test_stalled_ranks_end_and_print_where_each_of_them_is(launch, device):
+    run = launch("--collective_timeout", "5", device=device)
     first, second = run.ranks()
     time.sleep(2.5)  # until each has posted that it is in a step
     second.suspend()
@@ -131,6 +135,24 @@ def test_stalled_ranks_end_and_print_where_each_of_them_is(launch):
     assert re.match(rf"error: no rank has made progress for 5 s: ({both}|{each}); resume from", error)
     second.resume()
     assert run.wait(60) == LOST, run.said
+
+
+# As Slurm starts them with a GPU per task. On the CPU, tests/training/test_distributed.py shows what a rank takes.
+@pytest.mark.parametrize("local_ranks", [on_gpus(1, [5]), on_gpus(2, [0, 1])])
+def test_ranks_that_each_see_one_gpu_take_that(tmp_path, local_ranks):
+    count = len(local_ranks)
+    words = [str(BIN / "python"), str(ROOT / "megamoe" / "pretrain.py"), *inputs(tmp_path, 4, "--ep_size", str(count))]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    runs = []
+    try:
+        for rank, local_rank in enumerate(local_ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "CUDA_VISIBLE_DEVICES": str(rank)}
+            runs.append(Run(ThisHost("cuda", f"rank-{rank}"), tmp_path, words, {**shared, **own}))
+        assert [run.wait(200) for run in runs] == [0] * count, "".join(run.said for run in runs)
+    finally:
+        for run in runs:
+            run.end()
+    assert runs[0].last_step == 4
 
 
 def test_a_rank_without_a_launcher_saves_and_exits_before_its_time_limit(tmp_path):

@@ -1,5 +1,8 @@
+import copy
+
 import pytest
 import torch
+from devices import DEVICES, assert_near, rounded
 
 from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention_mask
 from megamoe.model.rope import rope_frequencies, rotary_table
@@ -36,10 +39,30 @@ def attention(**changes):
     return layer
 
 
-def rotary_of(length, num_latents=3):
+def rotary_of(length, num_latents=3, dtype=torch.float64):
     frequencies, factor = rope_frequencies(8, 100.0, None, 64, torch.tensor([length]))
     positions = torch.arange(length).unsqueeze(0)
-    return rotary_table(positions, frequencies, factor, torch.float64, False, num_latents)
+    return rotary_table(positions, frequencies, factor, dtype, False, num_latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(device, dtype):
+    exact = rounded(attention(), dtype)
+    layer = copy.deepcopy(exact).to(device, dtype)
+    x, grad = torch.randn(2, 2, 70, 24).to(dtype).double().unbind()
+    x.requires_grad_()
+    rotary = rotary_of(70, dtype=dtype)
+    exact_out = exact(x, tuple(part.double() for part in rotary))
+    exact_out.backward(grad)
+
+    low = x.detach().to(device, dtype).requires_grad_()
+    out = layer(low, tuple(part.to(device) for part in rotary))
+    out.backward(grad.to(device, dtype))
+    assert_near(out, exact_out, dtype, "output")
+    assert_near(low.grad, x.grad, dtype, "gradient of the input")
+    for (name, found), expected in zip(layer.named_parameters(), exact.parameters(), strict=True):
+        assert_near(found.grad, expected.grad, dtype, name)
 
 
 @pytest.mark.parametrize("num_latents", [0, 3])

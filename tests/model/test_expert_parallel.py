@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from devices import assert_near, on_gpus
+from ranks import run_ranks, this_device
 from torch.nn.functional import silu
 
 from megamoe.model.experts import StackedExperts
@@ -13,51 +14,52 @@ from megamoe.model.moe import MoE
 from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
 
-D, F, E, K = 8, 12, 4, 2
+D, F, E, K = 8, 16, 4, 2
+EXACT, HALF = torch.float64, torch.bfloat16
 
 
-def weights(gated):
+def weights(gated, dtype):
+    """Router, first and second matrices of the experts, in float64; numbers of `dtype`."""
     draw = torch.Generator().manual_seed(7)
-    router = torch.randn(E, D, generator=draw, dtype=torch.float64)
-    up = torch.randn(E, 2 * F if gated else F, D, generator=draw, dtype=torch.float64)  # a gate's rows first
-    down = torch.randn(E, D, F, generator=draw, dtype=torch.float64)
-    return router, up, down
+    shapes = (E, D), (E, 2 * F if gated else F, D), (E, D, F)  # a gate's rows first
+    return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype).double() for shape in shapes]
 
 
-def tokens(counts):
+def tokens(counts, dtype):
     draw = torch.Generator().manual_seed(8)
-    return [torch.randn(count, D, generator=draw, dtype=torch.float64) for count in counts]
+    return [torch.randn(count, D, generator=draw, dtype=torch.float64).to(dtype).double() for count in counts]
 
 
-def layers_on_this_rank(ep_size, gated, counts, biases):
-    return [layer_on_this_rank(ep_size, gated, counts, bias) for bias in biases]
+def layers_on_this_rank(dtype, ep_size, gated, counts, biases):
+    return [layer_on_this_rank(dtype, ep_size, gated, counts, bias) for bias in biases]
 
 
-def layer_on_this_rank(ep_size, gated, counts, bias):
+def layer_on_this_rank(dtype, ep_size, gated, counts, bias):
     """Forward and backward; returns output, input gradient, and this rank's expert gradients by global id."""
-    router_weight, up, down = weights(gated)
+    device = this_device()
+    router_weight, up, down = weights(gated, dtype)
     router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=K)
     topology = ExpertTopology(E, ep_size, dist.get_world_size(), dist.get_rank())
     experts = StackedExperts(num_experts=topology.experts_per_rank, hidden_size=D, intermediate_size=F, gated_mlp=gated)
     layer = MoE(router=router, experts=experts, topology=topology, hidden_size=D)
     layer.set_deepspeed_parallelism()
-    layer.double()
+    layer.to(device, dtype)
     router.selection_bias.copy_(torch.tensor(bias))
     with torch.no_grad():
         router.weight.copy_(router_weight)
         first, second = experts.parameters()
         first.copy_(up[topology.expert_ids])
         second.copy_(down[topology.expert_ids])
-    x = tokens(counts)[dist.get_rank()].requires_grad_()
+    x = tokens(counts, dtype)[dist.get_rank()].to(device, dtype).requires_grad_()
     out = layer(x)[0]
-    (out * torch.arange(1.0, D + 1)).sum().backward()
-    grads = dict(zip(topology.expert_ids, zip(first.grad, second.grad, strict=True), strict=True))
-    return out.detach(), x.grad, router.weight.grad, grads
+    (out * torch.arange(1.0, D + 1, device=device)).sum().backward()
+    grads = dict(zip(topology.expert_ids, zip(first.grad.cpu(), second.grad.cpu(), strict=True), strict=True))
+    return out.detach().cpu(), x.grad.cpu(), router.weight.grad.cpu(), grads
 
 
-def plain_sum(x, gated, bias):
+def plain_sum(x, gated, bias, dtype):
     """Each token's weighted sum over its experts, one token at a time."""
-    router, up, down = (weight.requires_grad_() for weight in weights(gated))
+    router, up, down = (weight.requires_grad_() for weight in weights(gated, dtype))
     x = x.clone().requires_grad_()
     rows = []
     for token in x:
@@ -79,30 +81,36 @@ LOADS = {
 }
 
 
-SPLITS = [(1, 1, False), (1, 1, True), (2, 1, False), (2, 2, False), (2, 2, True), (4, 2, True), (4, 4, False)]
+SPLITS = [
+    ("cpu", EXACT, 1, 1, False), ("cpu", EXACT, 1, 1, True), ("cpu", EXACT, 2, 1, False), ("cpu", EXACT, 2, 2, False),
+    ("cpu", EXACT, 2, 2, True), ("cpu", EXACT, 4, 2, True), ("cpu", EXACT, 4, 4, False), ("cpu", HALF, 2, 2, False),
+    *(on_gpus(1, ("cuda", dtype, 1, 1, False)) for dtype in (EXACT, HALF)),
+    *(on_gpus(2, ("cuda", dtype, 2, 2, False)) for dtype in (EXACT, HALF)),
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=SPLITS)
+@pytest.fixture(scope="module", params=SPLITS, ids=str)
 def split(request):
-    """(ranks' tokens, ep_size, gated, results by load) of a split; the second rank has no token of its own."""
-    world_size, ep_size, gated = request.param
+    """(dtype, ranks' tokens, ep_size, gated, results by load) of a split; the second rank has no token of its own."""
+    device, dtype, world_size, ep_size, gated = request.param
     counts = [5, 0, 7, 3][:world_size]
-    results = run_ranks(world_size, layers_on_this_rank, ep_size, gated, counts, list(LOADS.values()))
-    return counts, ep_size, gated, dict(zip(LOADS, zip(*results, strict=True), strict=True))
+    biases = list(LOADS.values())
+    results = run_ranks(world_size, layers_on_this_rank, dtype, ep_size, gated, counts, biases, device=device)
+    return dtype, counts, ep_size, gated, dict(zip(LOADS, zip(*results, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("load", LOADS)
 def test_the_layer_equals_a_plain_sum_on_any_split(split, load):
-    counts, ep_size, gated, results = split
+    dtype, counts, ep_size, gated, results = split
     results, bias = results[load], LOADS[load]
-    expected = [plain_sum(x, gated, bias) for x in tokens(counts)]
+    expected = [plain_sum(x, gated, bias, dtype) for x in tokens(counts, dtype)]
     for (out, x_grad, router_grad, _), (want, want_x, want_router, _, _) in zip(results, expected, strict=True):
-        torch.testing.assert_close(out, want, atol=1e-10, rtol=0)
-        torch.testing.assert_close(x_grad, want_x, atol=1e-10, rtol=0)
-        torch.testing.assert_close(router_grad, want_router, atol=1e-10, rtol=0)
+        assert_near(out, want, dtype)
+        assert_near(x_grad, want_x, dtype)
+        assert_near(router_grad, want_router, dtype)
     # An expert's gradient on a rank is that of all tokens in the rank's expert-parallel group.
     for rank, (*_, grads) in enumerate(results):
         group = range(rank // ep_size * ep_size, rank // ep_size * ep_size + ep_size)
         for expert, part in itertools.product(grads, (0, 1)):
             want = sum(expected[member][3 + part][expert] for member in group)
-            torch.testing.assert_close(grads[expert][part], want, atol=1e-10, rtol=0)
+            assert_near(grads[expert][part], want, dtype)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from devices import DEVICES
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -34,9 +35,10 @@ def test_each_row_goes_through_its_own_expert_with_the_activation_of_transformer
         torch.testing.assert_close(out, experts.down[expert] @ inside, rtol=0, atol=1e-12)
 
 
-def test_dropout_is_on_the_experts_output_in_training_only():
-    experts = experts_of(expert_dropout=0.5)
-    rows, ends = torch.randn(200, D), torch.tensor([100, 150, 200], dtype=torch.int32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropout_is_on_the_experts_output_in_training_only(device):
+    experts = experts_of(expert_dropout=0.5).to(device)
+    rows, ends = torch.randn(200, D, device=device), torch.tensor([100, 150, 200], dtype=torch.int32, device=device)
     torch.manual_seed(0)
     dropped = experts(rows, ends)
     experts.eval()

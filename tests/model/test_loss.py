@@ -3,18 +3,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICES
 
 import megamoe.model.loss
 from megamoe.config import load_preset
 from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_cross_entropy, loss_chunk
 
 
-def head(dtype, tokens=14, hidden=6, vocab=11):
+def head(dtype, tokens=14, hidden=6, vocab=11, device="cpu"):
     generator = torch.Generator().manual_seed(1)
     draw = [torch.randn(size, hidden, generator=generator, dtype=torch.float64) for size in (tokens, vocab)]
     labels = torch.randint(vocab, (tokens,), generator=generator)
     labels[[0, 1, 9]] = -100
-    return *(tensor.to(dtype).requires_grad_() for tensor in draw), labels
+    return *(tensor.to(device, dtype).requires_grad_() for tensor in draw), labels.to(device)
 
 
 def plain(hidden, weight, labels, scale=1.0):
@@ -53,9 +54,12 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(chunk, monkeypatch):
     torch.testing.assert_close((loss, hidden.grad, weight.grad), plain(hidden, weight, labels, 3), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)])
-def test_the_loss_is_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(dtype, rtol):
-    hidden, weight, labels = head(dtype)
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_loss_is_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, dtype, rtol):
+    hidden, weight, labels = head(dtype, device=device)
     loss = chunked_cross_entropy(hidden, weight, labels)
     loss.backward()
     assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, dtype, dtype)
@@ -72,8 +76,9 @@ def test_a_loss_scale_keeps_fp16_gradients_that_are_below_its_smallest_number():
         assert (one - exact).norm() <= 0.01 * exact.norm()
 
 
-def test_no_label_at_all_gives_a_loss_of_0_and_zero_gradients():
-    hidden, weight, labels = head(torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_label_at_all_gives_a_loss_of_0_and_zero_gradients(device):
+    hidden, weight, labels = head(torch.float32, device=device)
     loss = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100))
     loss.backward()
     assert loss == 0

@@ -1,7 +1,11 @@
+import copy
+
 import deepspeed.moe.layer
 import pytest
 import torch
+from devices import DEVICES, assert_near, rounded
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from megamoe.model import dispatch
 from megamoe.model.experts import StackedExperts
@@ -9,7 +13,7 @@ from megamoe.model.moe import MoE
 from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
 
-D, F, E, T = 6, 10, 4, 9
+D, F, E, T = 8, 16, 4, 9
 
 
 def layer_of(top_k, gated=False, topology=None, **changes):
@@ -116,6 +120,28 @@ def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
         assert sum(slot > 0 for slot in slots) == top_k
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_layer_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(device, dtype, routing, gated):
+    exact = rounded(layer_with(ROUTINGS[routing], gated=gated), dtype)
+    layer = copy.deepcopy(exact).to(device, dtype)
+    x, grad = torch.randn(2, 1000, D).to(dtype).double().unbind()
+    x.requires_grad_()
+    expected, _, slots = exact(x)
+    expected.backward(grad)
+
+    low = x.detach().to(device, dtype).requires_grad_()
+    output, _, counts = layer(low)
+    output.backward(grad.to(device, dtype))
+    assert torch.equal(counts.cpu(), slots)
+    assert_near(output, expected, dtype, "output")
+    assert_near(low.grad, x.grad, dtype, "gradient of the input")
+    for (name, found), one in zip(layer.named_parameters(), exact.parameters(), strict=True):
+        assert_near(found.grad, one.grad, dtype, name)
+
+
 def test_an_expert_without_rows_has_zero_gradients():
     layer = layer_with(ROUTINGS["one expert gets nothing"])
     layer(torch.randn(T, D, dtype=torch.float64))[0].sum().backward()
@@ -187,6 +213,35 @@ def test_a_share_without_any_used_token_still_has_zero_gradients():
     assert output.abs().max() == 0
     assert counts.tolist() == [0] * E
     assert all(weight.grad is not None and weight.grad.abs().max() == 0 for weight in layer.parameters())
+
+
+# --- the slots counted for the balancer -----------------------------------------------------------------------------
+
+
+def test_counts_add_up_over_training_passes_and_evaluation_counts_nothing():
+    layer = layer_with()
+    expected = torch.zeros(E, dtype=torch.int64)
+    for _ in range(3):
+        expected += layer(torch.randn(T, D, dtype=torch.float64))[2]
+    layer.eval()
+    layer(torch.randn(T, D, dtype=torch.float64))
+    assert torch.equal(layer.router.step_counts, expected)
+    assert expected.sum() == 3 * T * 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_recomputed_pass_is_not_counted_again(use_reentrant):
+    layer = layer_with()
+    runs = []
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    for passes in (1, 2):
+        x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+        checkpoint(lambda x: layer(x)[0], x, use_reentrant=use_reentrant).square().sum().backward()
+        assert len(runs) == 2 * passes  # it did run again
+        assert layer.router.step_counts.sum() == passes * T * 2
+
+
+# --- as DeepSpeed's -------------------------------------------------------------------------------------------------
 
 
 def test_deepspeed_takes_the_layer_for_its_own():

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from devices import DEVICES
 
 from megamoe.model import products
 from megamoe.model.products import choose_kernel, grouped_linear
@@ -31,17 +32,18 @@ def test_the_product_is_one_kernel_where_there_is_a_correct_one(capability, dtyp
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("out", [24, 21])  # 21: rows that no kernel takes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradient(sizes, out, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradient(sizes, out, dtype, device):
     torch.manual_seed(0)
     rows = torch.randn(sum(sizes), I, dtype=torch.float64)
     weight = torch.randn(len(sizes), out, I, dtype=torch.float64)
     grad = torch.randn(sum(sizes), out, dtype=torch.float64)
-    low = [one.to(dtype).requires_grad_() for one in (rows, weight)]
-    result = grouped_linear(*low, torch.tensor(sizes).cumsum(0, dtype=torch.int32))
-    result.backward(grad.to(dtype))
+    low = [one.to(device, dtype).requires_grad_() for one in (rows, weight)]
+    result = grouped_linear(*low, torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32))
+    result.backward(grad.to(device, dtype))
 
-    exact = [one.detach().double().requires_grad_() for one in low]
+    exact = [one.detach().cpu().double().requires_grad_() for one in low]
     blocks = [block @ one.T for block, one in zip(exact[0].split(sizes), exact[1], strict=True)]
     torch.cat(blocks).backward(grad.to(dtype).double())
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}[dtype]
@@ -49,7 +51,7 @@ def test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradien
         (result, torch.cat(blocks)),
         *zip((a.grad for a in low), (b.grad for b in exact), strict=True),
     ):
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance * 4)
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=tolerance * 4)
         assert found.is_contiguous()
     for size, one in zip(sizes, low[1].grad, strict=True):
         assert size or not one.any()

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from megamoe.model.router import Router
 
@@ -96,33 +95,9 @@ def test_without_jitter_training_and_evaluation_route_alike():
         assert torch.equal(one, other)
 
 
-def test_counts_add_up_over_training_passes():
-    router = router_with()
-    expected = torch.zeros(E, dtype=torch.int64)
-    for _ in range(3):
-        _, expert_ids, _ = router(torch.randn(T, D))
-        for expert in expert_ids.flatten().tolist():
-            expected[expert] += 1
-    assert torch.equal(router.step_counts, expected)
-    assert router.step_counts.sum() == 3 * T * K
-
-
-def test_evaluation_counts_nothing():
-    router = router_with().eval()
-    router(torch.randn(T, D))
-    assert router.step_counts.sum() == 0
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_recomputed_pass_is_not_counted_again(use_reentrant):
-    router = router_with()
-    runs = []
-    router.register_forward_pre_hook(lambda *_: runs.append(1))
-    for passes in (1, 2):
-        x = torch.randn(T, D, requires_grad=True)
-        checkpoint(lambda x: router(x)[0], x, use_reentrant=use_reentrant).square().sum().backward()
-        assert len(runs) == 2 * passes  # it did run again
-        assert router.step_counts.sum() == passes * T * K
+def test_the_counts_are_those_of_the_chosen_experts():
+    _, expert_ids, counts = router_with()(torch.randn(T, D))
+    assert counts.tolist() == [(expert_ids == expert).sum() for expert in range(E)]
 
 
 @pytest.mark.parametrize("score", SCORES)

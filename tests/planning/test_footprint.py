@@ -6,10 +6,12 @@ from functools import cache
 from unittest import mock
 
 import pytest
-from ranks import run_ranks
+import torch
+from devices import on_gpus
+from ranks import run_new_ranks, run_ranks, this_device
 from toy import PRESET, SHIPPED
 
-from megamoe.config import ModelConfig
+from megamoe.config import ModelConfig, load_preset
 from megamoe.json_files import read_json
 from megamoe.model import products
 from megamoe.planning.expert_layer import expert_bytes
@@ -175,6 +177,27 @@ def test_a_loop_over_the_experts_joins_the_gradients_of_each():
     setup = read_setup(model, ds, 1, ep_size, seq_len, True, kernel="loop")
     assert footprint(setup).peak.total() == pytest.approx(real.peak, rel=0.002)
     assert footprint(setup).peak.total() > 1.02 * footprint(replace(setup, kernel="grouped_mm")).peak.total()
+
+
+def peak_of_a_step(*values):
+    """Bytes of live tensors; on a GPU, those that its allocator has handed out."""
+    real = measure(*values)
+    return real.peak if this_device().type == "cpu" else torch.cuda.max_memory_allocated()
+
+
+# The shipped buckets would be most of what `tiny` takes.
+@pytest.mark.parametrize(
+    ("device", "preset", "bucket"), [("cpu", "tiny", 200_000), on_gpus(1, "cuda", "moe-680m", 50_000_000)]
+)
+def test_a_step_of_a_shipped_preset_takes_the_planned_memory_to_5_percent(device, preset, bucket, record_property):
+    model, ds = load_preset(preset), config("zero2", bucket)
+    seq_len = model.max_position_embeddings
+    (real,) = run_new_ranks(1, peak_of_a_step, model, ds, 1, seq_len, device=device)
+    kernel = products.kernel_for(torch.device(device), torch.bfloat16)
+    planned = footprint(read_setup(model, ds, 1, 1, seq_len, device == "cpu", kernel=kernel)).peak.total()
+    record_property("planned GiB", round(planned / 2**30, 2))
+    record_property("measured GiB", round(real / 2**30, 2))
+    assert planned == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize(("group", "name"), CASES, ids=IDS)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import benchmark
 import benchmark_contender
@@ -87,12 +88,13 @@ def test_the_rate_of_products_counts_three_for_every_weight(monkeypatch):
 def turn(**changes):
     machine = Machine(gemm_flops=2e9, peak_flops=4e9, bandwidth=1e9, device="CPU", dtype="bfloat16")
     defaults = {
+        "tokens": 100,
         "memory_gib": 1.0,
         "forward_backward": [1.0, 3.0, 2.0],
         "update": [0.5, 0.5, 0.5],
         "bare_update": [0.25, 0.25, 0.25],
     }
-    return Turn(tokens=100, flops=2e9, machine=machine, **{**defaults, **changes})
+    return Turn(flops=2e9, machine=machine, **{**defaults, **changes})
 
 
 def test_figures_of_a_turn_are_medians_over_its_steps():
@@ -123,7 +125,7 @@ def test_a_ratio_compares_turns_of_the_same_round():
     ],
 )
 def test_a_contender_that_cannot_run_is_refused(word, says):
-    problem = refusal(lambda: benchmark.entry_of(word, "mine", 2, ModelConfig(**PRESET)))
+    problem = refusal(lambda: benchmark.entry_of(word, "mine", (2,), ModelConfig(**PRESET)))
     has(problem, word, says)
 
 
@@ -140,7 +142,7 @@ def test_all_problems_of_the_command_line_come_at_once():
 def test_mixtral_without_transformers_is_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     has(
-        refusal(lambda: benchmark.entry_of("mixtral:1", "mine", 2, ModelConfig(**PRESET))),
+        refusal(lambda: benchmark.entry_of("mixtral:1", "mine", (2,), ModelConfig(**PRESET))),
         "mixtral:1",
         "transformers",
         "pip install",
@@ -189,6 +191,57 @@ def test_the_program_measures_all_contenders_and_writes_what_it_saw(tmp_path, mo
     assert mixtral[0]["pieces"] == {}
 
 
+def test_steps_of_several_sizes_are_timed_and_profiled_by_one_start(tmp_path, monkeypatch, capsys):
+    (tmp_path / "preset.json").write_text(json.dumps(PRESET))
+    words = ["--preset", tmp_path / "preset.json", "--ds_config", RECIPE, "--rounds", "1", "--steps", "1"]
+    words += ["--samples", "4", "2", "--profile", "--json", tmp_path / "seen.json", "--contenders", "megamoe:1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, words)])
+    monkeypatch.setattr(benchmark.subprocess, "run", start)
+    benchmark.main()
+    ((small, large),) = json.loads((tmp_path / "seen.json").read_text()).values()
+    length = PRESET["max_position_embeddings"]
+    assert (small["tokens"], large["tokens"]) == (2 * length, 4 * length)
+    assert small["profile"]["operators"] > 100
+    assert large["profile"] is None
+    said = capsys.readouterr().out
+    has(said, f"| {2 * length} | ", f"| {4 * length} | ", f"| megamoe, 1 rank | {2 * length} | ")
+
+
+@pytest.mark.parametrize(
+    ("samples", "stderr", "fits"),
+    [
+        ((1, 2, 4, 8), "torch.OutOfMemoryError: CUDA out of memory.", True),
+        ((1, 2, 4, 8), "KeyError", False),
+        ((4,), "torch.OutOfMemoryError: CUDA out of memory.", False),
+    ],
+)
+def test_sizes_end_where_memory_does_and_any_other_end_is_an_error(samples, stderr, fits, monkeypatch, capsys):
+    def fail_at_four_samples(command, **options):
+        out = next(word for word in command if word.endswith("turn.json"))
+        Path(out).write_text(json.dumps([asdict(turn(tokens=100 * size)) for size in samples if size < 4]))
+        return subprocess.CompletedProcess(command, 1, stderr=stderr)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", fail_at_four_samples)
+    cases = {"ours": benchmark.Entry("megamoe", 1, "tiny", samples, 100)}
+
+    def turns():
+        return benchmark.take_turns(cases, RECIPE, 1, 1, pieces=False, profile=False)
+
+    if fits:
+        assert turns() == [[turn(tokens=100), turn(tokens=200)]]
+        has(capsys.readouterr().err, "ours", "out of memory at 4 samples per step")
+    else:
+        has(refusal(turns), "ended with code 1")
+        has(capsys.readouterr().err, stderr)
+
+
+def test_a_size_that_did_not_fit_is_in_the_table():
+    ours, theirs = [turn(tokens=100), turn(tokens=200)], [turn(tokens=100)]
+    first, second = benchmark.table_of_sizes(["ours", "theirs"], [ours, theirs]).splitlines()[-2:]
+    assert first == "| 100 | 40 tokens/s, 20.0% MFU, 1.0 GiB | 40 tokens/s, 20.0% MFU, 1.0 GiB |"
+    assert second == "| 200 | 80 tokens/s, 20.0% MFU, 1.0 GiB | out of memory |"
+
+
 def test_growth_changes_one_size_at_a_time(tmp_path):
     cases = list(benchmark.growth_entries("moe-680m", tmp_path).values())
     shapes = []
@@ -196,7 +249,8 @@ def test_growth_changes_one_size_at_a_time(tmp_path):
         config = load_preset(case.preset)
         assert config.num_hidden_layers == 2
         assert config.hidden_size == FULL.hidden_size
-        tokens = case.samples * case.seq_len
+        (samples,) = case.samples
+        tokens = samples * case.seq_len
         shapes.append((tokens, case.seq_len, config.num_local_experts, case.ranks, case.recompute_blocks))
     assert len(set(shapes)) == len(shapes)
     for shape in shapes[1:]:

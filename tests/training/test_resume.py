@@ -5,8 +5,10 @@ import io
 import json
 import os
 
+import pytest
 import torch
-from ranks import run_ranks
+from devices import on_gpus
+from ranks import run_new_ranks, run_ranks
 from toy import PRESET, SHIPPED, ds_config, losses, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
@@ -14,14 +16,24 @@ from megamoe.errors import UserError
 from megamoe.json_files import read_json
 
 
-def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(tmp_path):
+# On a GPU sums have one order with `--deterministic` only, and each run is of new processes, as in its use.
+@pytest.mark.parametrize(
+    ("device", "ranks", "run_on"),
+    [("cpu", 2, run_ranks), on_gpus(1, "cuda", 1, run_new_ranks), on_gpus(2, "cuda", 2, run_new_ranks)],
+)
+def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(tmp_path, device, ranks, run_on):
+    def train(folder, steps, **options):
+        return run_on(
+            ranks, train_here, {**run, "run_dir": str(tmp_path / folder), "steps": steps, **options}, device=device
+        )[0]
+
     ds = read_json(SHIPPED / "zero2.json")  # bf16
     ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40)
     noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
-    run = {**write_inputs(tmp_path, ds, noisy), "ep_size": 2, "eval_interval": 3}
-    whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole"), "steps": 12})[0]
-    run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "cut"), "steps": 5})
-    resumed = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "cut"), "steps": 12, "resume": True})[0]
+    run = {**write_inputs(tmp_path, ds, noisy), "ep_size": ranks, "eval_interval": 3, "deterministic": device == "cuda"}
+    whole = train("whole", 12)
+    train("cut", 5)
+    resumed = train("cut", 12, resume=True)
     assert losses(resumed) == losses(whole)
     for key in ("running_max_vio", "lr", "grad_norm"):
         assert [record[key] for record in resumed["train"]] == [record[key] for record in whole["train"]]

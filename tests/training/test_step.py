@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from devices import on_gpus
 from operators import Operators
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,7 @@ from megamoe.config import ModelConfig, load_preset
 from megamoe.data.batches import Batch
 from megamoe.host_values import host_values
 from megamoe.json_files import read_json
+from megamoe.model.decoder import Decoder
 from megamoe.training import step_sums
 from megamoe.training.loop import Trainer
 from megamoe.training.step import build_train_step
@@ -146,6 +148,66 @@ def test_a_step_tells_the_mean_loss_of_all_ranks_and_the_flags_of_any():
         assert second.flags == Flags()
         assert first.balance.counts.tolist() != [[0] * PRESET["num_local_experts"]] * PRESET["num_hidden_layers"]
     assert everywhere[0][1][0].balance.running_loads.equal(everywhere[1][1][0].balance.running_loads)
+
+
+STILL = ModelConfig(**{**PRESET, "router_bias_rate": 0})
+STEPS = 4
+
+
+def ids_of(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(4, (2, 17), generator=generator).cumsum(-1) % PRESET["vocab_size"]
+
+
+def losses_and_norms(ds, compiled):
+    train_step = build_train_step(STILL, ds, compiled=compiled)
+    results = []
+    for step in range(STEPS):
+        ids = ids_of(step)
+        train_step.forward_backward([Batch(ids[:, :-1], ids[:, 1:])])
+        results.append(train_step.update())
+    return [result.loss for result in results], [result.grad_norm for result in results]
+
+
+def losses_and_norms_in_float64(ds):
+    """By torch's own optimizer, without DeepSpeed."""
+    model = Decoder(STILL).double()
+    undecayed = [weight for name, weight in model.named_parameters() if "norm" in name or "latents" in name]
+    decayed = [weight for weight in model.parameters() if all(weight is not one for one in undecayed)]
+    groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+    given = ds["optimizer"]["params"]
+    optimizer = torch.optim.AdamW(groups, **{key: given[key] for key in ("betas", "eps", "weight_decay")})
+    losses, norms = [], []
+    for step in range(STEPS):
+        ids = ids_of(step)
+        loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), ds["gradient_clipping"])))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * step / 4  # of `ds_config`
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "compiled"),
+    [
+        *(("cpu", dtype, False) for dtype in ("fp32", "bf16")),  # compiled there: tests/model/test_compiled.py
+        *(on_gpus(1, "cuda", dtype, compiled) for dtype in ("fp32", "bf16") for compiled in (False, True)),
+    ],
+)
+def test_steps_in_fp32_and_bf16_have_the_losses_and_norms_of_torchs_adamw_in_float64(device, dtype, compiled):
+    ds = ds_config(2, gradient_clipping=0.5)
+    if dtype == "bf16":
+        ds |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    ((losses, norms),) = run_ranks(1, losses_and_norms, ds, compiled, device=device)
+    exact_losses, exact_norms = losses_and_norms_in_float64(ds)
+    share = {"fp32": 1e-5, "bf16": 0.01}[dtype]
+    assert losses == pytest.approx(exact_losses, rel=share)
+    assert norms == pytest.approx(exact_norms, rel=share)
+    assert exact_losses[-1] < exact_losses[1]
 
 
 def operators_of_an_update(experts, recipe, sums):

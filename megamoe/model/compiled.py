@@ -1,0 +1,103 @@
+"""A block whose work around the experts' products is compiled: regions without a break, which all blocks share.
+
+On a GPU every operator is a kernel that the host has to launch and whose operands pass through memory; a region needs
+few of both. The experts' products and the exchange between ranks stay outside: each is one kernel or one call already,
+of as many rows as the routing makes.
+
+Shape legend: B batch, S positions, T tokens (B * S), D hidden_size, K choices, E experts, P places, fill included,
+F intermediate_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megamoe.model.dispatch import combine_rows
+from megamoe.model.moe import Placed
+from megamoe.model.rope import Rotary
+
+
+class CompiledBlock:
+    """Runs the blocks of one model in training. A region is compiled at its first call, which takes seconds, and serves
+    all blocks and numbers of rows.
+
+    The results are those of eager blocks to rounding, with the same random numbers: torch's own operators draw them.
+    """
+
+    def __init__(self) -> None:
+        self.before_experts = compiled(before_experts)
+        self.activate = compiled(activate, 1)
+        self.after_experts = compiled(after_experts, 1, 3)
+
+    def __call__(self, block: Any, x: Tensor, rotary: Rotary) -> Tensor:
+        """(B, S, D) -> (B, S, D), as `block` without padding or cache."""
+        dispatch = block.moe.deepspeed_moe
+
+        def experts(rows: Tensor, ends: Tensor) -> Tensor:
+            if not dispatch.experts.gated:  # an activation alone is one operator, cheaper than the call of a region
+                return dispatch.experts(rows, ends)
+            return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
+
+        x, weights, counts, placed = self.before_experts(block, x, rotary)
+        results = dispatch.run_experts(placed, dispatch.announce(counts), experts)
+        return self.after_experts(x, results, weights, placed.token, placed.place)
+
+
+def compiled(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
+    """`function` as one region.
+
+    Args:
+        with_rows: arguments whose number of rows changes from call to call; it may be 0 or 1.
+    """
+    region = torch.compile(function, fullgraph=True)
+
+    def call(*args: Any) -> Any:
+        for index in with_rows:
+            torch._dynamo.decorators.mark_unbacked(args[index], 0)
+        return region(*args)
+
+    return call
+
+
+def before_experts(block: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Placed]:
+    """x (B, S, D) with attention added, the weights (T, K) and counts (E,) of the routing, and the rows by expert."""
+    x = x + block.self_attn(block.input_layernorm(x), rotary)
+    rows = block.post_attention_layernorm(x).flatten(0, 1)
+    weights, expert_ids, counts = block.moe.router(rows)
+    # On CPU the host reads how many rows are filled in.
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
+        return x, weights, counts, block.moe.deepspeed_moe.place(rows, expert_ids, counts)
+
+
+def activate(experts: Any, inside: Tensor) -> Tensor:
+    """What lies between the products of gated experts, (P, 2F) -> (P, F)."""
+    return experts.activate(inside)
+
+
+def after_experts(x: Tensor, results: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
+    """x (B, S, D) with the weighted results (P, D) added; the other arguments as in `combine_rows`."""
+    return x + combine_rows(results, weights, token, place).view_as(x)
+
+
+def compiler_problems(device: torch.device) -> list[str]:
+    """What this host lacks to compile for a device, one sentence each."""
+    if device.type != "cpu":
+        from torch.utils._triton import has_triton_package
+
+        if has_triton_package():
+            return []
+        return ["--compile needs Triton on a GPU, which cannot be imported; install it, or leave --compile out."]
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return [
+            "--compile needs a C++ compiler on CPU, and g++ does not run; install it, set CXX, or leave --compile out."
+        ]
+    return []

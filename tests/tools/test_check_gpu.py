@@ -1,0 +1,181 @@
+"""`make gpu`, as far as a host without GPUs lets it: what it refuses, selects, reads and writes."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import check_gpu
+import pytest
+import torch
+from benchmark_contender import Machine, Turn
+from check_gpu import Check
+from gpu_table import BEGIN, END
+from refusals import has, refusal
+
+from megamoe.errors import UserError
+from megamoe.planning.step_profile import StepProfile, Total
+
+# Cases by test.
+EXPECTED = {
+    "data/test_prefetch.py::test_a_batch_is_in_page_locked_memory": 1,
+    "launch/test_exits.py::test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one": 4,
+    "launchers/test_deepspeed.py::test_a_killed_rank_is_named_and_the_other_ends": 1,
+    "launchers/test_deepspeed.py::test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint": 2,
+    "launchers/test_deepspeed.py::test_ranks_that_each_see_one_gpu_take_that": 2,
+    "launchers/test_deepspeed.py::test_stalled_ranks_end_and_print_where_each_of_them_is": 1,
+    "model/test_attention.py::test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64": 2,
+    "model/test_dispatch.py::test_combined_rows_are_the_weighted_sum_and_both_gradients_are_right": 1,
+    "model/test_dispatch.py::test_gathered_rows_are_the_tokens_rows_and_backward_sums_over_their_places": 1,
+    "model/test_dispatch.py::test_picked_rows_are_in_the_rows_order_and_fill_has_no_gradient": 1,
+    "model/test_expert_parallel.py::test_the_layer_equals_a_plain_sum_on_any_split": 12,
+    "model/test_experts.py::test_dropout_is_on_the_experts_output_in_training_only": 1,
+    "model/test_loss.py::test_no_label_at_all_gives_a_loss_of_0_and_zero_gradients": 1,
+    "model/test_loss.py::test_the_loss_is_fp32_and_gradients_have_the_dtype_of_what_they_belong_to": 3,
+    "model/test_moe.py::test_the_layer_and_its_gradients_in_fp32_and_bf16_are_those_in_float64": 12,
+    "model/test_products.py::test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradient": 24,
+    "planning/test_footprint.py::test_a_step_of_a_shipped_preset_takes_the_planned_memory_to_5_percent": 1,
+    "planning/test_step_profile.py::test_a_real_step_has_the_operators_that_it_calls_and_on_a_gpu_their_kernels": 1,
+    "training/test_resume.py::test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped": 2,
+    "training/test_step.py::test_steps_in_fp32_and_bf16_have_the_losses_and_norms_of_torchs_adamw_in_float64": 4,
+}
+
+
+def test_gpu_selects_these_tests_and_no_others():
+    words = ["-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run([sys.executable, *words], cwd=check_gpu.ROOT, capture_output=True, text=True)
+    found = Counter(line.removeprefix("tests/").partition("[")[0] for line in done.stdout.splitlines() if "::" in line)
+    assert found == EXPECTED
+
+
+def test_the_device_is_described_for_the_file_and_its_name(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=40 * 2**30, major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setenv("PATH", "")  # without nvidia-smi
+    device = check_gpu.describe_device()
+    assert check_gpu.file_name(device) == "gpu-nvidia-a100-sxm4-40gb-x2.json"
+    found = {key: device[key] for key in ("memory_gib", "capability", "driver", "nccl")}
+    assert found == {"memory_gib": 40.0, "capability": "8.0", "driver": "unknown", "nccl": "2.27.5"}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_without_a_gpu_it_says_so_and_exits_with_2(no_gpu):
+    done = subprocess.run([sys.executable, check_gpu.__file__], capture_output=True, text=True)
+    assert done.returncode == 2
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    has(error, "no GPU", "make gpu")
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.model.test_moe" name="test_layer[cuda]" time="0.5"/>
+<testcase classname="tests.a" name="test_memory" time="1"><properties><property name="GiB" value="12.5"/></properties>
+</testcase>
+<testcase classname="tests.a" name="test_wrong" time="2"><failure message="off">trace</failure></testcase>
+<testcase classname="tests.a" name="test_broken" time="3"><error message="in a fixture">trace</error></testcase>
+<testcase classname="tests.a" name="test_two" time="0"><skipped type="pytest.skip" message="needs 2 GPUs"/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_every_check_of_the_report_is_read_with_its_result_and_figures():
+    assert check_gpu.read_report(REPORT) == [
+        Check("tests.model.test_moe.test_layer[cuda]", "passed", 0.5),
+        Check("tests.a.test_memory", "passed", 1.0, {"GiB": "12.5"}),
+        Check("tests.a.test_wrong", "failed", 2.0),
+        Check("tests.a.test_broken", "failed", 3.0),
+        Check("tests.a.test_two", "not run: needs 2 GPUs", 0.0),
+    ]
+
+
+def test_a_check_for_which_there_are_too_few_gpus_is_listed_as_not_run(no_gpu):
+    (check,) = check_gpu.run_checks("tests/data/test_prefetch.py")
+    assert check.name == "tests.data.test_prefetch.test_a_batch_is_in_page_locked_memory"
+    assert check.result == "not run: needs 1 GPU"
+
+
+def test_checks_that_do_not_start_are_an_error(monkeypatch):
+    monkeypatch.setattr(check_gpu.subprocess, "run", lambda words, cwd: subprocess.CompletedProcess(words, 4))
+    has(refusal(check_gpu.run_checks), "code 4", "no check")
+
+
+def turn(tokens, profile=None):
+    machine = Machine(gemm_flops=2e9, peak_flops=4e9, bandwidth=1e9, device="a GPU", dtype="bfloat16")
+    return Turn(tokens, 1e7 * tokens, machine, [1.0], [0.25], [0.2], memory_gib=3.0, profile=profile)
+
+
+PROFILE = StepProfile(
+    0.0123,
+    900,
+    400,
+    0.006,
+    Total(30, 0.005),
+    0.001,
+    "a kernel",
+    Total(400, 0.002),
+    {"cudaEventSynchronize": Total(3, 0.004)},
+    Total(3, 0.0001),
+    0.008,
+)
+
+
+def speed_by(take_turns, monkeypatch):
+    monkeypatch.setattr(check_gpu.benchmark, "take_turns", take_turns)
+    return check_gpu.measure_speed("tiny", "ds.json", (2, 4))
+
+
+def take_turns(cases, *args, pieces, profile):
+    """Steps of two sizes, but for DeepSpeed's layer, whose memory ends, and for Mixtral, which fails."""
+    (entry,) = cases.values()
+    assert entry.samples == (2, 4)
+    assert (pieces, profile) == (False, True)
+    if entry.contender == "mixtral":
+        raise UserError("Mixtral ended with code 1.")
+    return [[turn(2000, PROFILE)] if entry.contender == "stock" else [turn(2000, PROFILE), turn(4000)]]
+
+
+def test_speed_tells_where_memory_ends_and_goes_on_after_a_failure(monkeypatch):
+    ours, *_, stock, mixtral = speed_by(take_turns, monkeypatch).values()
+    assert [one["tokens"] for one in ours["turns"]] == [2000, 4000]
+    assert ours["turns"][0]["mfu"] == 2e10 / 1.25 / 4e9
+    assert (ours["out_of_memory_at"], ours["failure"]) == (None, None)
+    assert (stock["out_of_memory_at"], stock["failure"]) == (4, None)
+    assert (mixtral["turns"], mixtral["out_of_memory_at"], mixtral["failure"]) == (
+        [],
+        None,
+        "Mixtral ended with code 1.",
+    )
+
+
+DEVICE = {"name": "NVIDIA H100 80GB HBM3", "count": 1, "memory_gib": 79.6, "capability": "9.0", "driver": "0.1",
+          "cuda": "0.2", "nccl": "0.3"}  # fmt: skip
+README = f"before\n\n{BEGIN}\nold\n{END}\n\nbehind\n"
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_results_go_to_a_file_named_for_the_gpu_and_into_the_readme(failed, tmp_path, monkeypatch, capsys):
+    checks = [Check("one", "failed" if failed else "passed", 1.0), Check("two", "not run: needs 2 GPUs", 0.0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(check_gpu, "describe_device", lambda: DEVICE)
+    monkeypatch.setattr(check_gpu, "run_checks", lambda: checks)
+    speed = speed_by(lambda *args, **kwargs: [[turn(2048, PROFILE)]], monkeypatch)
+    monkeypatch.setattr(check_gpu, "measure_speed", lambda *args: speed)
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert check_gpu.run(tmp_path / "results", readme) is not failed
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name == "gpu-nvidia-h100-80gb-hbm3-x1.json"
+    written = json.loads(file.read_text())
+    assert written["device"] == DEVICE
+    assert written["checks"] == [asdict(check) for check in checks]
+    assert {"megamoe", "torch", "deepspeed", "transformers", "python"} <= written["versions"].keys()
+    has(readme.read_text(), "before\n\n<!--", "1 x NVIDIA H100 80GB HBM3", "2,048", "1 not run", "-->\n\nbehind\n")
+    said = capsys.readouterr().out
+    has(said, "not run: needs 2 GPUs: two", str(file))
+    assert ("failed: one" in said) == failed

@@ -1,0 +1,161 @@
+"""What only a GPU can show, in ten minutes: checks, speed and a profile.
+
+    make gpu            writes docs/results/gpu-NAME.json, and the README's table from it
+
+The checks are the tests with the mark `gpu`; a check that needs more GPUs than there are is listed as not run. Then
+`tools/benchmark.py` times steps of the full model on one GPU, by every contender, until memory ends.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import torch
+from benchmark import entry_of, table_of_profiles, table_of_sizes
+from benchmark_contender import Turn
+from gpu_table import ROOT, write_table
+
+from megamoe import cli
+from megamoe.config import load_preset
+from megamoe.errors import UserError
+from megamoe.launch.versions import versions
+
+SAMPLES = (2, 4, 8, 16, 32, 64)  # per step
+CONTENDERS = ("megamoe:1", "compiled:1", "stock:1", "mixtral:1")
+STEPS = 3  # timed, of each size
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    result: str  # "passed", "failed", or "not run: " and why
+    seconds: float
+    figures: dict[str, str] = field(default_factory=dict)
+
+
+def run_checks(*words: str) -> list[Check]:
+    """Run the tests with the mark `gpu`, one after the other; `words` are further ones for pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        done = subprocess.run([*command, *words], cwd=ROOT)
+        checks = read_report(report.read_text()) if report.exists() else []
+    if not checks:
+        raise UserError(f"pytest ended with code {done.returncode} and ran no check; its output is above.")
+    return checks
+
+
+def read_report(xml: str) -> list[Check]:
+    """The checks in pytest's JUnit report."""
+    checks = []
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        skipped = case.find("skipped")
+        failed = case.find("failure") is not None or case.find("error") is not None
+        result = "failed" if failed else "passed" if skipped is None else f"not run: {skipped.get('message')}"
+        figures = {one.get("name", ""): one.get("value", "") for one in case.iter("property")}
+        name = f"{case.get('classname')}.{case.get('name')}"
+        checks.append(Check(name, result, float(case.get("time", 0)), figures))
+    return checks
+
+
+def measure_speed(preset: str, ds_config: str, samples: tuple[int, ...]) -> dict[str, Any]:
+    """By contender: its turns, at which size memory ended, and what went wrong. A failure of one stops no other."""
+    config = load_preset(preset)
+    speed: dict[str, Any] = {}
+    for word in CONTENDERS:
+        entry = entry_of(word, preset, samples, config)
+        turns: list[Turn] = []
+        failure = None
+        try:
+            (turns,) = benchmark.take_turns({str(entry): entry}, ds_config, 1, STEPS, pieces=False, profile=True)
+        except UserError as error:
+            failure = str(error)
+        ended = failure is None and len(turns) < len(samples)
+        speed[str(entry)] = {
+            "turns": [{**asdict(turn), "tokens_per_second": turn.tokens_per_second, "mfu": turn.mfu} for turn in turns],
+            "out_of_memory_at": samples[len(turns)] if ended else None,
+            "failure": failure,
+        }
+        print(f"\n{table_of_sizes([str(entry)], [turns])}\n\n{table_of_profiles([str(entry)], [turns])}\n", flush=True)
+    return speed
+
+
+def describe_device() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "count": torch.cuda.device_count(),
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def driver_version() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def file_name(device: dict[str, Any]) -> str:
+    """For the results of this kind and number of GPUs."""
+    words = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
+    return f"gpu-{words}-x{device['count']}.json"
+
+
+def run(results: Path, readme: Path) -> bool:
+    """Check and measure, write results and table; returns whether all is well. Raises UserError without a GPU."""
+    if not torch.cuda.device_count():
+        raise UserError(f"torch {torch.__version__} sees no GPU on this host; run `make gpu` on one with a GPU.")
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "device": describe_device(),
+        "versions": {**versions(), "transformers": importlib.metadata.version("transformers")},
+        "samples": SAMPLES,
+    }
+    checks = run_checks()
+    result["checks"] = [asdict(check) for check in checks]
+    result["speed"] = measure_speed("moe-680m", str(ROOT / "ds_configs/zero2.json"), SAMPLES)
+    result["seconds"] = round(time.monotonic() - started)
+
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / file_name(result["device"])
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    write_table(readme, results)
+    return report(result, file)
+
+
+def report(result: dict[str, Any], file: Path) -> bool:
+    """Print what did not pass, and how long it took; returns whether nothing has failed."""
+    for check in result["checks"]:
+        if check["result"] != "passed":
+            print(f"{check['result']}: {check['name']}")
+    failures = [f"{name}: {one['failure']}" for name, one in result["speed"].items() if one["failure"]]
+    print("\n".join([*failures, f"{file}, after {result['seconds']} s"]))
+    return not failures and all(check["result"] != "failed" for check in result["checks"])
+
+
+def main() -> None:
+    cli.Parser(description="Check and measure megamoe on the GPUs of this host.").parse()
+    sys.exit(0 if run(ROOT / "docs/results", ROOT / "README.md") else 1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
