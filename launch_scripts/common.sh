@@ -4,6 +4,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # This script's process, for ranks on this host: they save and exit when it has died.
 MEGAMOE_SCRIPT=$$,$(< /proc/sys/kernel/random/boot_id),$(readlink /proc/self/ns/pid)
 export MEGAMOE_SCRIPT
+# Without it, each rank that loses rank 0 prints a stack trace of torch's store.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 # refuse SENTENCE: print the error and exit with the code of errors that the user can fix.
 refuse() {

@@ -15,5 +15,5 @@ export MEGAMOE_EXIT_NOTE
 trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
 code=0
 run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \
-  deepspeed --num_gpus "$ranks" --master_port "$port" "$root/megamoe/pretrain.py" "$@" || code=$?
+  deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$root/megamoe/pretrain.py" "$@" || code=$?
 leave "$code"

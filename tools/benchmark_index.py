@@ -1,14 +1,15 @@
-"""Measure the index of a checkpoint of any number of ranks, and how many files a resume opens, without those ranks.
+"""Measure the index of a checkpoint of any number of ranks, and what a save and a resume touch, without those ranks.
 
     python tools/benchmark_index.py --ranks 1024 --ep_size 64 --experts 128 --resume_on 512 --resume_ep_size 32
 
 The slices are those that DeepSpeed's ZeRO gives each rank, by the arithmetic of `planning/sharding.py`; the hashes are
-random. Prints bytes and seconds to write, to read and to share the index, and the files that a resumed rank opens.
+random. Prints bytes and seconds to write, to read and to share the index, and files and bytes of a rank.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import statistics
 import tempfile
 import time
@@ -31,7 +32,7 @@ from megamoe.checkpoint.index import (
     read_index,
     write_index,
 )
-from megamoe.checkpoint.slice_file import TensorRecord, number_of_blocks
+from megamoe.checkpoint.slice_file import BLOCK_BYTES, TensorRecord, number_of_blocks
 from megamoe.config import ModelConfig, load_preset
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
@@ -103,6 +104,23 @@ def make_index(setup: Setup, run: dict[str, Any]) -> Index:
     )  # fmt: skip
 
 
+def bytes_read(part: Index, wanted: list[Range]) -> int:
+    """Bytes that a rank reads of its part of an index: each block, of every kind, that holds a value of its own."""
+    pieces: dict[str, list[SliceRecord]] = {}
+    for record in part.files.values():
+        for piece in record.slices:
+            pieces.setdefault(piece.name, []).append(piece)
+    total = 0
+    for one in wanted:
+        for piece in pieces[one.name]:
+            first = max(one.start - piece.start, 0) * VALUE_BYTES
+            last = min(one.start + one.count - piece.start, piece.count) * VALUE_BYTES
+            if first < last:
+                end = min(number_of_blocks(last) * BLOCK_BYTES, piece.count * VALUE_BYTES)
+                total += (end - first // BLOCK_BYTES * BLOCK_BYTES) * len(piece.tensors)
+    return total
+
+
 def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     start = time.perf_counter()
     return function(*args), time.perf_counter() - start
@@ -136,14 +154,17 @@ def main() -> None:
     wanted = slices_by_rank(replace(setup, world_size=again, ep_size=again_ep))
     parts, sharing = timed(read.parts, wanted)
     opened = [len(part.files) for part in parts]
+    read_by_rank = [bytes_read(part, ranges) for part, ranges in zip(parts, wanted, strict=True)]
     slices = sum(len(record.slices) for record in index.files.values())
     print(
-        f"{args.ranks} ranks, ep_size {args.ep_size}, {args.experts} experts: {slices:,} slices in {args.ranks} files"
+        f"{args.ranks} ranks, ep_size {args.ep_size}, {args.experts} experts: {slices:,} slices in {args.ranks} files, "
+        f"of {max(record.bytes for record in index.files.values()):,} bytes at most"
     )
     print(f"index: {size:,} bytes; written in {writing:.2f} s, read and checked in {reading:.2f} s")
     print(
         f"resumed on {again} ranks, ep_size {again_ep}: shared in {sharing:.2f} s; a rank opens "
-        f"{statistics.median(opened):g} files in the median, {max(opened)} at most"
+        f"{statistics.median(opened):g} files in the median, {max(opened)} at most, and reads at most "
+        f"{max(read_by_rank):,} bytes of them and {max(len(pickle.dumps(part)) for part in parts):,} bytes of the index"
     )
 
 

@@ -51,8 +51,8 @@ def serve(
     """
     store.set(f"record/{participant}", json.dumps(record))
     keys = {f"record/{number}": number for number in expected}
-    missing = wait_for_keys(list(keys), store, deadline)
-    records = {number: json.loads(store.get(key)) for key, number in keys.items() if key not in missing}
+    missing = set(wait_for_keys(list(keys), store, deadline))
+    records = read_records(store, [number for key, number in keys.items() if key not in missing])
     given = answer(records)
     store.set("answer", json.dumps(given))
     if exits(given):
@@ -68,6 +68,12 @@ def ask(store: Store, participant: int, record: Any, seconds: float) -> Any:
     given = json.loads(store.get("answer"))
     store.set(f"read/{participant}", "")
     return given
+
+
+def read_records(store: Store, participants: list[int]) -> dict[int, Any]:
+    """The records that these participants have posted, in one request. Raises DistError."""
+    values = store.multi_get([f"record/{number}" for number in participants])
+    return {number: json.loads(value) for number, value in zip(participants, values, strict=True)}
 
 
 def wait_for_keys(keys: list[str], store: Store, deadline: float) -> list[str]:

@@ -10,12 +10,13 @@ import resource
 import socket
 import time
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
 from megamoe.errors import PeerError, UserError, first_line
-from megamoe.launch.exchange import ask, open_store, serve
+from megamoe.launch.exchange import ask, open_store, read_records, serve
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.versions import version_problems, versions
@@ -37,11 +38,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """The ranks that have joined, by rank, and the store that they share; None for a single rank."""
+    """The ranks that have joined, and the store that they share."""
 
     rank_info: RankInfo
-    members: list[Member]
-    store: Store | None
+    hosts: list[str]  # by rank
+    neighbors: dict[int, int]  # process ids, by rank, of the other ranks whose processes can be seen from here
+    store: Store | None  # None for a single rank
 
 
 def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS, device: str | None = None) -> Rendezvous:
@@ -55,7 +57,7 @@ def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS, device: str | None 
     """
     here = Member(socket.gethostname(), os.getpid(), pid_space(), versions(), device)
     if rank_info.world_size == 1:
-        return Rendezvous(rank_info, [here], None)
+        return Rendezvous(rank_info, [here.host], {}, None)
     try:
         return _join(rank_info, here, seconds)
     except DistError as error:
@@ -83,7 +85,15 @@ def _join(rank_info: RankInfo, here: Member, seconds: float) -> Rendezvous:
     else:
         answer = ask(store, rank, asdict(here), seconds + ANSWER_SECONDS)
     raise_on(answer, says_why=rank == 0)
-    return Rendezvous(rank_info, [Member(**member) for member in answer["members"]], store)
+    # What all are told has a few bytes per host; of processes, a rank reads those on its own host.
+    hosts = [host for host, ranks in answer["hosts"] for _ in range(ranks)]
+    same_host = [other for other, host in enumerate(hosts) if host == here.host and other != rank]
+    neighbors = {
+        other: record["pid"]
+        for other, record in read_records(store, same_host).items()
+        if record["pid_space"] == here.pid_space
+    }
+    return Rendezvous(rank_info, hosts, neighbors, store)
 
 
 def raise_on(answer: dict[str, Any], says_why: bool = True) -> None:
@@ -125,16 +135,17 @@ def _check(rank_info: RankInfo, records: dict[int, Any]) -> dict[str, Any]:
     late = []
     missing = [rank for rank in range(rank_info.world_size) if rank not in records]
     if missing:
-        hosts = dict.fromkeys(member.host for member in members)
+        names = dict.fromkeys(member.host for member in members)
         late.append(
             f"{len(members)} of {rank_info.world_size} ranks have joined at {rank_info.address}:{rank_info.port} in "
-            f"time, from {', '.join(hosts)}; rank {', '.join(map(str, missing))} did not: see what their launcher "
+            f"time, from {', '.join(names)}; rank {', '.join(map(str, missing))} did not: see what their launcher "
             "prints on the other hosts."
         )
     by_host = {member.host: member.versions for member in reversed(members)}
     problems = version_problems({member.host: by_host[member.host] for member in members})
     problems += _device_problems(members)
-    return {"members": [asdict(member) for member in members], "late": late, "problems": problems}
+    hosts = [(host, len(list(ranks))) for host, ranks in groupby(member.host for member in members)]
+    return {"hosts": hosts, "late": late, "problems": problems}
 
 
 def _device_problems(members: list[Member]) -> list[str]:

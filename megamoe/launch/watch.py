@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -28,13 +28,14 @@ from megamoe.errors import UserError, first_line
 from megamoe.launch.exchange import wait_for_keys
 from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, words_of
 from megamoe.launch.holders import Holders, is_alive
-from megamoe.launch.rendezvous import Member, Rendezvous
+from megamoe.launch.rendezvous import Rendezvous
 
 HEARTBEAT_SECONDS = 1.0
 SILENT_SECONDS = 30  # without a heartbeat: a host that lost its power or its network sends nothing
 MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
 DEAD_SECONDS = 5  # without a heartbeat, after a collective has failed
-READ_SECONDS = 3  # for the others to read that this rank fails; they look once a second
+READ_SECONDS = 10  # for the others to read that the job fails; they look once a second
+LAUNCHER_SECONDS = 1.5  # a launcher looks once a second, and exits with the first code that it finds: that of the dead
 SHUTDOWN_SECONDS = 60  # to wait for the others after the last step
 
 
@@ -93,7 +94,12 @@ class StallTimer:
 class Watch:
     """Ends all ranks with one exit code, and one line for all of them, when the job cannot continue."""
 
-    def __init__(self, rendezvous: Rendezvous, position: Position):
+    def __init__(self, rendezvous: Rendezvous, position: Position, leave: Callable[[int], NoReturn] = leave):
+        """
+        Args:
+            leave: ends this rank with an exit code.
+        """
+        self._leave = leave
         self.rendezvous = rendezvous
         self.position = position
         self.collective_seconds = math.inf  # without progress of any rank; set once the options are known
@@ -101,7 +107,7 @@ class Watch:
         self._store = rendezvous.store
         self._heartbeats = 0
         self._answers = 0  # of the store
-        self._local_ranks = _local_ranks(rendezvous)
+        self._neighbors = _processes(rendezvous.neighbors)
         self._holders: Holders | None = Holders(rendezvous.rank_info.launcher == "torch", os.environ)
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._check_this_rank, daemon=True)]
@@ -143,7 +149,9 @@ class Watch:
         """
         try:
             if self._store and _may_be_of_a_collective(error):
-                self._exit_if_a_rank_died()
+                # Rank 0, which reads all heartbeats anyway, looks for the dead: its report ends this process.
+                self._store.set("suspicion", "")
+                time.sleep(DEAD_SECONDS + 2 * HEARTBEAT_SECONDS)
             self._closing.set()
             code = self._report(self._words(error), code_of(error))
         except DistError:
@@ -151,24 +159,23 @@ class Watch:
                 print(self._words(error), file=sys.stderr, flush=True)
             self._exit_without_store()
         end_groups(failed=True)
-        leave(code)
+        self._leave(code)
 
     # --- the two threads --------------------------------------------------------------------------------------------
 
     def _check_others(self, store: Store) -> None:
-        beats = [StallTimer() for _ in self.rendezvous.members]
+        beats = [StallTimer() for _ in self.rendezvous.hosts]
         progress = StallTimer()
         try:
             while not self._closing.wait(HEARTBEAT_SECONDS):
                 self._send_heartbeat()
                 if store.check(["failure"]) and not self._closing.is_set():
-                    self._wait_for_readers()
-                    leave(int(store.get("failure").split()[0]))
+                    self._leave(self._read_report(store.get("failure").decode()))
                 self._answers += 1
                 self._check_processes()
                 if self._rank == 0:
-                    heartbeats = self._last_heartbeats()
-                    self._check_silence(heartbeats, beats)
+                    heartbeats = self._last_heartbeats(range(self.rendezvous.rank_info.world_size))
+                    self._check_silence(store, heartbeats, beats)
                     self._check_progress(heartbeats, progress)
         except DistError:
             if not self._closing.wait(DEAD_SECONDS):  # the job may be exiting normally
@@ -176,23 +183,22 @@ class Watch:
 
     def _check_processes(self) -> None:
         """A rank of this host whose process has ended has died for certain."""
-        dead = [rank for rank, process in self._local_ranks.items() if not is_alive(process)]
+        dead = [rank for rank, process in self._neighbors.items() if not is_alive(process)]
         for rank in dead:
-            del self._local_ranks[rank]
+            del self._neighbors[rank]
         dead = self._without_exited(dead)
         if dead:
-            self._exit(f"{self._names(dead)} died, last heard of in {_position(self._last_heartbeats()[dead[0]])}")
+            self._exit_for(dead, "died", self._last_heartbeats(dead[:1]))
 
-    def _check_silence(self, heartbeats: dict[int, str], beats: list[StallTimer]) -> None:
+    def _check_silence(self, store: Store, heartbeats: dict[int, str], beats: list[StallTimer]) -> None:
         seconds = {rank: beats[rank].seconds(heartbeat) for rank, heartbeat in heartbeats.items()}
+        is_suspected = store.check(["suspicion"])
+        limit = DEAD_SECONDS if is_suspected else SILENT_SECONDS
         # The ranks of a lost host fall silent within a second of each other, and are named together.
-        silent = self._without_exited([rank for rank in seconds if seconds[rank] > SILENT_SECONDS / 2])
-        if any(seconds[rank] > SILENT_SECONDS for rank in silent):
-            verb = "have" if len(silent) > 1 else "has"
-            where = _position(heartbeats[silent[0]])
-            self._exit(
-                f"{self._names(silent)} {verb} sent no heartbeat for {SILENT_SECONDS} s, last heard of in {where}"
-            )
+        silent = self._without_exited([rank for rank in seconds if seconds[rank] > limit - 2 * HEARTBEAT_SECONDS])
+        if any(seconds[rank] > limit for rank in silent):
+            sent_none = f"{'have' if len(silent) > 1 else 'has'} sent no heartbeat for {limit} s"
+            self._exit_for(silent, "died" if is_suspected else sent_none, heartbeats)
 
     def _check_progress(self, heartbeats: dict[int, str], progress: StallTimer) -> None:
         stalled = progress.seconds([heartbeat.partition(" ")[2] for heartbeat in heartbeats.values()])
@@ -216,10 +222,9 @@ class Watch:
         self._heartbeats += 1
         self._store.set(f"heartbeat/{self._rank}", f"{self._heartbeats} {self.position.changes} {self.position}")
 
-    def _last_heartbeats(self) -> dict[int, str]:
-        """Each rank's last heartbeat; "" from a rank that has sent none."""
+    def _last_heartbeats(self, ranks: Collection[int]) -> dict[int, str]:
+        """The last heartbeat of each of the ranks; "" from a rank that has sent none."""
         assert self._store
-        ranks = range(self.rendezvous.rank_info.world_size)
         keys = [f"heartbeat/{rank}" for rank in ranks]
         if not self._store.check(keys):  # one has only just begun
             keys = [key for key in keys if self._store.check([key])]
@@ -242,7 +247,7 @@ class Watch:
     def _names(self, ranks: list[int]) -> str:
         by_host: dict[str, list[int]] = {}
         for rank in ranks:
-            by_host.setdefault(self.rendezvous.members[rank].host, []).append(rank)
+            by_host.setdefault(self.rendezvous.hosts[rank], []).append(rank)
         return " and ".join(
             f"rank{'s' if len(some) > 1 else ''} {', '.join(map(str, some))} on {host}"
             for host, some in by_host.items()
@@ -255,49 +260,45 @@ class Watch:
         failure = _failure(f"{self._names([self._rank])} failed in {self.position} ({first_line(error)})")
         return failure if isinstance(error, OSError) else "".join(traceback.format_exception(error)) + failure
 
-    def _report(self, words: str, code: int) -> int:
+    def _report(self, words: str, code: int, dead: Collection[int] = ()) -> int:
         """Report the job's failure, and print it unless another rank has reported one; returns all ranks' exit code."""
-        report = f"{code} {self._rank} {threading.get_ident()}"
+        report = " ".join(map(str, [code, self._rank, threading.get_ident(), *dead]))
         first = self._store.compare_set("failure", "", report).decode() if self._store else report
         if first == report:
             print(words, file=sys.stderr, flush=True)
-        self._wait_for_readers()
-        return int(first.split()[0])
+        return self._read_report(first)
 
-    def _wait_for_readers(self) -> None:
-        """The store ends with rank 0's process; the others look for a failure at every heartbeat."""
-        if self._store is None:
-            return
-        self._store.set(f"heard/{self._rank}", "")
-        if self._rank == 0:
-            others = [f"heard/{rank}" for rank in range(1, self.rendezvous.rank_info.world_size)]
-            wait_for_keys(others, self._store, time.monotonic() + READ_SECONDS)
-
-    def _exit_if_a_rank_died(self) -> None:
-        before = self._last_heartbeats()
-        time.sleep(DEAD_SECONDS)
-        after = self._last_heartbeats()
-        dead = [rank for rank, heartbeat in after.items() if heartbeat == before[rank] and rank != self._rank]
-        dead = self._without_exited(dead)
+    def _read_report(self, report: str) -> int:
+        """All ranks' exit code, by the first report of a failure. The store ends with rank 0's process, so rank 0 waits
+        until the others, but for the dead, have read it too."""
+        code, _, _, *dead = map(int, report.split())
+        if self._store:
+            self._store.set(f"heard/{self._rank}", "")
         if dead:
-            self._exit(f"{self._names(dead)} died, last heard of in {_position(after[dead[0]])}")
+            time.sleep(LAUNCHER_SECONDS)
+        if self._store and self._rank == 0:
+            others = set(range(1, self.rendezvous.rank_info.world_size)) - set(dead)
+            wait_for_keys([f"heard/{rank}" for rank in others], self._store, time.monotonic() + READ_SECONDS)
+        return code
 
-    def _exit(self, failure: str) -> NoReturn:
+    def _exit_for(self, dead: list[int], what: str, heartbeats: dict[int, str]) -> NoReturn:
+        self._exit(f"{self._names(dead)} {what}, last heard of in {_position(heartbeats[dead[0]])}", dead)
+
+    def _exit(self, failure: str, dead: Collection[int] = ()) -> NoReturn:
         try:
-            code = self._report(_failure(failure), LOST)
+            code = self._report(_failure(failure), LOST, dead)
         except DistError:
             self._exit_without_store()
-        leave(code)
+        self._leave(code)
 
     def _exit_without_store(self) -> NoReturn:
-        host = self.rendezvous.members[0].host
-        here = self.rendezvous.members[self._rank].host
-        same_host = [rank for rank, member in enumerate(self.rendezvous.members) if rank and member.host == here]
+        host, here = self.rendezvous.hosts[0], self.rendezvous.hosts[self._rank]
+        same_host = [rank for rank, other in enumerate(self.rendezvous.hosts) if rank and other == here]
         if self._rank == min(same_host, default=0):
             print(
                 _failure(f"rank 0 on {host}, or its launcher, died or cannot be reached"), file=sys.stderr, flush=True
             )
-        leave(LOST)
+        self._leave(LOST)
 
 
 def _may_be_of_a_collective(error: BaseException) -> bool:
@@ -312,16 +313,10 @@ def _position(heartbeat: str) -> str:
     return heartbeat.split(" ", 2)[2] if heartbeat else "its start"
 
 
-def _local_ranks(rendezvous: Rendezvous) -> dict[int, psutil.Process]:
-    """The processes of the other ranks that can be seen from here."""
-
-    def pids_of(member: Member) -> tuple[str, str]:
-        return member.host, member.pid_space
-
-    own = rendezvous.rank_info.rank
+def _processes(neighbors: dict[int, int]) -> dict[int, psutil.Process]:
+    """The processes with these ids, by rank."""
     found = {}
-    for rank, member in enumerate(rendezvous.members):
-        if rank != own and pids_of(member) == pids_of(rendezvous.members[own]):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found[rank] = psutil.Process(member.pid)
+    for rank, pid in neighbors.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[rank] = psutil.Process(pid)
     return found

@@ -10,6 +10,7 @@ the experts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -129,6 +130,11 @@ class MoE(deepspeed.moe.layer.MoE):
             weight.allreduce = False  # type: ignore[attr-defined]
             weight.group_name = self.expert_group_name  # type: ignore[attr-defined]
         self.deepspeed_moe = DroplessDispatch(router, experts, topology)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Make the groups of ranks, without the line that DeepSpeed prints on every rank."""
+        with contextlib.redirect_stdout(None):
+            super().set_deepspeed_parallelism(use_data_before_expert_parallel_)
 
     @property
     def router(self) -> Router:

@@ -52,7 +52,7 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
     if on_cpu:
         cores = cpu.share_cores()
     rendezvous = join(rank_info, device=device_id)
-    if on_cpu and len({member.host for member in rendezvous.members}) > 1:
+    if on_cpu and len(set(rendezvous.hosts)) > 1:
         # Gloo would take the address of the host's name, which on many systems is 127.0.1.1.
         interface = interface_towards(rank_info.address)
         if interface:

@@ -1,9 +1,12 @@
 """The rendezvous of ranks."""
 
+import os
 import re
 import socket
 import threading
 from dataclasses import replace
+
+from benchmark_ranks import CountedStore
 
 from megamoe.errors import UserError
 from megamoe.launch import rendezvous
@@ -24,7 +27,7 @@ def join_all(infos, seconds=30.0, devices=None):
         except UserError as error:
             answers[place] = error
 
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(infos)]
+    threads = [threading.Thread(target=one, args=pair, name=str(pair[0])) for pair in enumerate(infos)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -39,10 +42,37 @@ def infos(ranks, world_size, port=None):
 
 def test_ranks_that_have_joined_know_each_other_and_share_a_store():
     joined = join_all(infos([0, 1, 2], 3))
-    assert len({tuple(member.pid for member in one.members) for one in joined}) == 1
-    assert len(joined[1].members) == 3
+    assert [one.hosts for one in joined] == [[socket.gethostname()] * 3] * 3
+    assert joined[1].neighbors == {0: os.getpid(), 2: os.getpid()}
     joined[0].store.set("key", "value")
     assert joined[2].store.get("key") == b"value"
+
+
+def pretend_hosts(monkeypatch, host_of):
+    """Let `host_of` say on which host each rank is."""
+    monkeypatch.setattr(socket, "gethostname", lambda: host_of(int(threading.current_thread().name)))
+
+
+def test_ranks_know_the_host_of_each_and_the_processes_of_their_own(monkeypatch):
+    pretend_hosts(monkeypatch, lambda rank: f"h{rank % 2}")
+    pids = iter(range(100, 104))
+    monkeypatch.setattr(rendezvous, "pid_space", lambda: "container" if threading.current_thread().name == "2" else "")
+    monkeypatch.setattr(os, "getpid", lambda: next(pids))
+    joined = join_all(infos(range(4), 4))
+    assert [one.hosts for one in joined] == [["h0", "h1", "h0", "h1"]] * 4
+    assert [sorted(one.neighbors) for one in joined] == [[], [3], [], [1]]  # rank 2 has process ids of its own
+    assert len({*joined[1].neighbors.values(), *joined[3].neighbors.values()}) == 2
+
+
+def test_requests_of_a_rank_do_not_grow_with_the_ranks_and_bytes_only_with_the_hosts(monkeypatch):
+    monkeypatch.setattr(rendezvous, "PrefixStore", CountedStore)
+    pretend_hosts(monkeypatch, lambda rank: f"h{rank // 8:03}")
+    few, many = ([one.store for one in join_all(infos(range(ranks), ranks))] for ranks in (8, 64))
+    assert {store.requests.total() for store in few[1:] + many[1:]} == {6}
+    assert max(store.bytes for store in many[1:]) - max(store.bytes for store in few[1:]) < 7 * 20
+    for store in (few[0], many[0]):
+        del store.requests["check"]  # it looks every 50 ms whether all have come
+    assert few[0].requests == many[0].requests
 
 
 def test_ranks_on_one_gpu_are_refused_and_each_on_its_own_are_not():
@@ -52,7 +82,7 @@ def test_ranks_on_one_gpu_are_refused_and_each_on_its_own_are_not():
     assert "start at most 2 there, or let each rank see one of its own" in problem
     assert [code_of(error) for error in (first, *others)] == [REFUSED] * 3
     joined = join_all(infos([0, 1], 2), devices=["GPU-1", "GPU-2"])
-    assert [member.device for member in joined[1].members] == ["GPU-1", "GPU-2"]
+    assert [one.hosts for one in joined] == [[socket.gethostname()] * 2] * 2
 
 
 def test_a_rank_alone_needs_no_store():
@@ -75,7 +105,7 @@ def test_a_rank_that_joins_twice_is_refused():
     refused = [answer for answer in others if isinstance(answer, UserError)]
     assert len(refused) == 1
     assert "is not the first rank 1 to join" in refused[0].problems[0]
-    assert len(first.members) == 2
+    assert len(first.hosts) == 2
     assert code_of(refused[0]) == REFUSED
 
 

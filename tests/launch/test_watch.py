@@ -1,12 +1,14 @@
-"""Where a rank is. That a job ends when a rank dies is in tests/launchers."""
+"""Where a rank is, and how ranks learn that one died. That a job ends then is in tests/launchers."""
 
 import contextlib
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmark_ranks import CountedStore
 from torch.distributed import DistError, HashStore
 from toy import PRESET
 
@@ -14,7 +16,7 @@ from megamoe.config import ModelConfig
 from megamoe.launch import watch
 from megamoe.launch.exits import FAILED, LOST
 from megamoe.launch.rank_info import RankInfo
-from megamoe.launch.rendezvous import Member, Rendezvous
+from megamoe.launch.rendezvous import Rendezvous
 from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Position, StallTimer, Watch
 from megamoe.model.decoder import Decoder
 
@@ -89,6 +91,74 @@ def test_time_in_which_the_process_was_suspended_is_no_stall(monkeypatch):
     ]
 
 
+class Ranks:
+    """A job of which some ranks watch each other, as threads; the others have sent one heartbeat and no more."""
+
+    def __init__(self, world_size, watching):
+        store = HashStore()
+        self.stores = {rank: CountedStore("", store) for rank in range(world_size)}
+        for rank in set(self.stores) - set(watching):
+            self.stores[rank].set(f"heartbeat/{rank}", "1 0 step 4, forward of layer 2")
+        self.exits, self._exited = {}, threading.Barrier(len(watching) + 1)
+        hosts = [f"h{rank // 8}" for rank in range(world_size)]
+        self.watches = {
+            rank: Watch(
+                Rendezvous(RankInfo(rank, world_size, 0, 1, "", 0, "none"), hosts, {}, self.stores[rank]),
+                Position(), self.leave_with(rank),
+            )
+            for rank in watching
+        }  # fmt: skip
+
+    def leave_with(self, rank):
+        def leave(code):
+            self.watches[rank]._closing.set()
+            if rank not in self.exits:
+                self.exits[rank] = code
+                self._exited.wait(30)
+            sys.exit()  # ends a thread
+
+        return leave
+
+    def fail(self, rank, error):
+        """The rank's collective fails; returns the exit codes once all have exited."""
+        threading.Thread(target=self.watches[rank].fail, args=(error,), daemon=True).start()
+        self._exited.wait(30)
+        return self.exits
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "DEAD_SECONDS", 1)
+    monkeypatch.setattr(watch, "LAUNCHER_SECONDS", 0)
+    monkeypatch.setattr(watch, "READ_SECONDS", 1000)  # for ranks that are not dead
+
+
+in_threads = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@in_threads
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads_all_heartbeats(
+    world_size, quick, capsys
+):
+    ranks = Ranks(world_size, range(world_size - 2))
+    assert ranks.fail(3, RuntimeError("closed by peer")) == dict.fromkeys(range(world_size - 2), LOST)
+    said = capsys.readouterr().err
+    assert said == (
+        f"error: ranks {world_size - 2}, {world_size - 1} on h{world_size // 8 - 1} died, last heard of in step 4, "
+        "forward of layer 2; resume from the last checkpoint with --resume.\n"
+    )
+    assert all("multi_get" not in ranks.stores[rank].requests for rank in range(1, world_size - 2))
+
+
+@in_threads
+def test_a_collective_that_fails_while_all_ranks_live_is_the_error_of_its_rank(quick, capsys):
+    ranks = Ranks(4, range(4))
+    assert ranks.fail(1, RuntimeError("sizes do not match")) == dict.fromkeys(range(4), FAILED)
+    assert capsys.readouterr().err.count("rank 1 on h0 failed in step 0, start (sizes do not match)") == 1
+
+
 # --- a rank that fails ----------------------------------------------------------------------------------------------
 
 
@@ -108,13 +178,11 @@ def what_a_failing_rank_does(monkeypatch, store, error):
         raise SystemExit
 
     monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 600)  # the threads do nothing
-    monkeypatch.setattr(watch, "_local_ranks", lambda rendezvous: {})
     monkeypatch.setattr(watch, "end_groups", lambda failed: done.append(f"aborts {failed}"))
-    monkeypatch.setattr(watch, "leave", leave)
     monkeypatch.setattr(sys, "stderr", Output())
-    members = [Member("h1", number, "here", {}, None) for number in range(2)]
-    one = Watch(Rendezvous(RankInfo(1, 2, 1, 2, "h1", 1, "none"), members, store), Position())
-    monkeypatch.setattr(one, "_wait_for_readers", lambda: done.append("tells the others"))
+    one = Watch(Rendezvous(RankInfo(1, 2, 1, 2, "h1", 1, "none"), ["h1", "h1"], {}, store), Position(), leave)
+    read_report = one._read_report
+    monkeypatch.setattr(one, "_read_report", lambda report: done.append("tells the others") or read_report(report))
     with contextlib.suppress(SystemExit):
         one.fail(error)
     return done

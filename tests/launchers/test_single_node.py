@@ -8,6 +8,10 @@ import pytest
 from runs import INTERRUPTED, STOPPED, Run, ThisHost, inputs
 
 SCRIPT = "launch_scripts/single_node.sh"
+NO_GPU = (  # which DeepSpeed prints in every process, on a host without GPUs
+    "[WARNING] [real_accelerator.py:213:get_accelerator] Setting accelerator to CPU. If you have GPU or other "
+    "accelerator, we were unable to detect it."
+)
 
 
 @pytest.fixture
@@ -83,12 +87,15 @@ def test_when_all_ranks_are_killed_at_once_the_script_says_so(run):
     ]
 
 
-def test_a_run_to_its_last_step_and_a_request_for_help_end_with_0(tmp_path):
+def test_a_run_to_its_last_step_and_a_request_for_help_end_with_0_and_no_line_is_printed_per_rank(tmp_path):
     run = Run(ThisHost(), tmp_path, [SCRIPT, "2", *inputs(tmp_path, 2)])
     try:
         assert run.wait(100) == 0, run.said
     finally:
         run.end()
+    lines = [line.partition("] ")[2] or line for line in run.said.splitlines()]  # without the time
+    assert {line for line in lines if lines.count(line) > 1} <= {NO_GPU}, run.said
+    assert "[launch.py" not in run.said
     asked = Run(ThisHost(), tmp_path, [SCRIPT, "1", "--help"])
     assert asked.wait(100) == 0, asked.said
     assert "--auto_resume" in asked.said

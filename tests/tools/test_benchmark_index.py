@@ -1,5 +1,6 @@
 """The index of ranks that are not there."""
 
+import os
 import runpy
 import sys
 from functools import partial
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from engines import CONFIG, GATED, train_and_save
+from indexed import write
 from ranks import run_ranks
 from toy import ds_config
 
-from megamoe.checkpoint.index import BUFFER, read_index
+from megamoe.checkpoint.index import BUFFER, Range, read_index
+from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.planning.sharding import read_setup
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "benchmark_index.py"
@@ -27,6 +30,23 @@ def test_its_slices_are_those_that_an_engine_saves(tmp_path, ranks, ep_size, con
         assert [(one.name, one.start, one.count) for one in slices] == [
             (one.name, one.start, one.count) for one in expected
         ]
+
+
+def test_it_counts_the_bytes_that_a_resumed_rank_reads(tmp_path, monkeypatch):
+    index = write(tmp_path / "step_3")
+    wanted = [Range("model.a.weight", 15, 10), Range("model.b.weight", 0, 3), Range("model.norm.weight", 2, 1)]
+    (part,) = index.parts([wanted])
+    source, read, preadv = IndexedFiles(tmp_path / "step_3", part), [], os.preadv
+
+    def count(*args):
+        read.append(preadv(*args))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", count)
+    for one in wanted:
+        for kind in index.kinds:
+            source.read(one.name, kind, one.start, one.count)
+    assert runpy.run_path(str(TOOL))["bytes_read"](part, wanted) == sum(read)
 
 
 def test_it_says_how_many_files_a_rank_opens(monkeypatch, capsys):
