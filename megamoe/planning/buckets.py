@@ -93,11 +93,12 @@ class Reduction:
         setup, ledger = self.setup, self.ledger
         # All slices are laid out first, which makes the partitions, and then reduced group by group (average_tensor).
         experts = {name for name in self.waiting if self.groups[self.group_of[name]].expert}
-        for slices in (
-            self.slices([name for name in self.waiting if name not in experts]),
-            self.slices([name for name in self.waiting if name in experts]),
+        for ranks, slices in (
+            (setup.world_size, self.slices([name for name in self.waiting if name not in experts])),
+            (setup.topology().replicas, self.slices([name for name in self.waiting if name in experts])),
         ):
-            ledger.transient("reduction temporaries", self.copies(slices))
+            if setup.reduces(ranks):
+                ledger.transient("reduction temporaries", self.copies(slices))
         for name in self.waiting:
             if setup.offload:
                 self.send_to_host(name)

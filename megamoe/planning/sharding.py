@@ -60,6 +60,11 @@ class Setup:
         """The place of one rank."""
         return ExpertTopology(self.model.num_local_experts, self.ep_size, self.world_size, rank)
 
+    def reduces(self, ranks: int) -> bool:
+        """Whether gradients that so many ranks have go through a reduction: `training/zero_step.py` takes those of a
+        single rank as they are."""
+        return ranks > 1 or self.offload or not self.all_reduce
+
     @property
     def sums_apart(self) -> bool:
         """Whether gradients of 16 bits are summed in fp32, in a partition of its own; elsewhere a rank keeps the whole

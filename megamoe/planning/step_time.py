@@ -53,21 +53,25 @@ def added(*parts: Parts) -> Parts:
 FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 26, 18, 51
 
 
-def gradient_operators(setup: Setup) -> int:
-    """Operators for each gradient that DeepSpeed gathers: to its bucket, and back; with sums in fp32 it is added to
-    one, after a cast if it was reduced in another precision."""
-    return 2 + setup.sums_apart * (1 + (setup.wire_bytes < 4))
+def gradient_operators(setup: Setup, reduced: bool) -> int:
+    """Operators for each gradient that DeepSpeed gathers: to its bucket, and from there to where it is kept. If it is
+    `reduced` and summed in fp32, it is copied back first, and cast after a reduction in another precision."""
+    return 2 + (reduced and setup.sums_apart) * (1 + (setup.wire_bytes < 4))
 
 
-def gradient_bytes(setup: Setup, whole: int, owned: int) -> int:
+def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
     """Bytes that DeepSpeed reads and writes to gather the gradients of a backward pass.
 
     Args:
-        whole: weights on this rank, whose gradients go to a bucket, from there to a flat copy, and are divided; then to
-            another precision and back if they are reduced in one.
-        owned: weights of the rank's share, copied back; then added to sums in fp32, or copied once more.
+        reduced: whether other ranks have the same parameters: see `Setup.reduces`.
+        whole: weights on this rank, whose gradients go to a bucket and are divided; to be reduced, they go to a flat
+            copy, and to another precision and back if they are reduced in one.
+        owned: weights of the rank's share, copied back if reduced; then added to sums in fp32, which begin as
+            zeros, or copied once more.
     """
     s, wire = setup.weight_bytes, setup.wire_bytes
+    if not reduced:
+        return 4 * s * whole + (s + 12 if setup.sums_apart else 2 * s) * owned
     of_whole = 6 * s + (2 * (s + wire) if wire != s else 0)
     summed = 16 + (wire + 4 if wire < 4 else 0)
     return of_whole * whole + (s + wire + (summed if setup.sums_apart else 2 * s)) * owned
@@ -187,11 +191,13 @@ class _Step:
         setup = self.setup
         layers, again = setup.model.num_hidden_layers, setup.recompute_blocks
         products = layer_products(setup)
-        gradients = sum(len(group.sizes) for group in self.groups)
-        whole = sum(sum(group.sizes.values()) for group in self.groups)
-        owned = sum(group.partition for group in self.groups)
         gathered = setup.accumulation if setup.zero_stage == 2 else 1  # times
-        copied = gathered * gradient_bytes(setup, whole, owned) / self.memory_rate
+        copied = launches = 0.0
+        for group in self.groups:
+            reduced, whole = setup.reduces(group.ranks), sum(group.sizes.values())
+            copied += gathered * gradient_bytes(setup, reduced, whole, group.partition) / self.memory_rate
+            of_gradient = gradient_operators(setup, reduced) * self.rates.operator + self.rates.parameter
+            launches += gathered * len(group.sizes) * of_gradient
         device = added(
             self.layers(layers, [one for product in products for one in product.backward()], "backward"),
             self.layers(again, products, "forward"),
@@ -200,8 +206,7 @@ class _Step:
         operators = layers * self.operators.backward + again * self.operators.forward
         calls = (layers + again) * compiled_regions(setup)
         phase = self.phase("backward", operators + BACKWARD_OPERATORS, device, calls=calls)
-        of_gradient = gradient_operators(setup) * self.rates.operator + self.rates.parameter
-        return replace(phase, launches=phase.launches + gathered * gradients * of_gradient)
+        return replace(phase, launches=phase.launches + launches)
 
     def reduction(self, backward: float) -> Phase:
         """What of the gradients' reduction does not hide behind the backward pass."""

@@ -90,7 +90,8 @@ def collectives(setup: Setup) -> list[Collective]:
         buckets = math.ceil(elements / setup.bucket)
         calls = reductions * (buckets if setup.all_reduce else buckets + ranks - 1)
         payload = reductions * elements * setup.wire_bytes
-        found.append(Collective(purpose, kind, ranks, stride, calls, payload, "reduction"))
+        if setup.reduces(ranks):
+            found.append(Collective(purpose, kind, ranks, stride, calls, payload, "reduction"))
     world = setup.world_size
     if setup.offload:
         expert_groups = sum(group.expert for group in groups)

@@ -2,7 +2,7 @@
 
 Its own step reads the gradients twice for infinities and copies each to fp64 for its norm; it reads that norm on the
 host, and again for every group that it clips; it copies the gradients in their own precision, then in fp32, and scales
-the second copy.
+the second copy. And it copies and converts for a reduction also what only one rank has.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -72,6 +73,18 @@ class GivenNormOptimizer(DeepSpeedZeroOptimizer):
             assert self._unscaled is None, "DeepSpeed's step no longer calls unscale_and_clip_grads"
         finally:
             self._given = self._unscaled = None
+
+    # --- called by DeepSpeed for each full bucket of gradients -------------------------------------------------------
+
+    def allreduce_and_scatter(self, bucket: Any, communication_data_type: torch.dtype, **options: Any) -> None:
+        """As DeepSpeed's. But what this rank alone has, as with one rank or an expert without replicas, is taken from
+        the bucket as it is."""
+        if dist.get_world_size(options["process_group"]) > 1:
+            super().allreduce_and_scatter(bucket, communication_data_type, **options)
+            return
+        for _, gradient, total in bucket:
+            if total is not None:  # the sum over micro-batches, in another precision
+                total.add_(gradient)
 
     # --- called by DeepSpeed's engine at the end of a backward pass --------------------------------------------------
 

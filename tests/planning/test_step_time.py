@@ -1,8 +1,10 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from operators import Operators
 from ranks import run_ranks
 from toy import PRESET, SHIPPED, ds_config
@@ -63,7 +65,7 @@ def test_the_host_launches_what_is_counted():
     found, counted = phases(FULL, rates=rates), layer_operators(FULL)
     assert found["forward"].launches == 24 * counted.forward + FORWARD_OPERATORS
     gradients = 2 + 24 * 10  # embedding, last norm, and the parameters of 24 layers
-    assert found["backward"].launches == 24 * counted.backward + BACKWARD_OPERATORS + gradients * 3
+    assert found["backward"].launches == 24 * counted.backward + BACKWARD_OPERATORS + gradients * 2
     assert phases(FULL, rates=replace(IDEAL, parameter=1.0))["backward"].launches == gradients
     twice = phases(replace(FULL, accumulation=2), rates=rates)
     assert twice["forward"].launches == 2 * found["forward"].launches
@@ -80,15 +82,18 @@ def test_compiled_blocks_have_fewer_operators_and_calls_of_regions():
     assert phases(gated, rates=replace(IDEAL, region=1.0))["backward"].launches == 2 * 24 * 3
 
 
-def of_deepspeed(sums, wire):
+def of_deepspeed(sums, wire, reduced):
     """Operators of a micro-batch, how many more with a third layer, and bytes for each element of a gradient beyond the
-    model's own."""
+    model's own, of a rank whose gradients are `reduced`, here over itself alone, or not."""
     found = []
     for layers, width in ((2, 256), (3, 512)):
         config = load_preset("tiny").model_copy(update={"num_hidden_layers": layers, "intermediate_size": width})
         ds = {**ds_config(1), **read_json(SHIPPED / "zero2.json"), "train_micro_batch_size_per_gpu": 1}
         ds |= {"data_types": {"grad_accum_dtype": sums}, "communication_data_type": wire}
         train_step = build_train_step(config, ds)
+        optimizer = train_step.engine.optimizer
+        if reduced:
+            optimizer.allreduce_and_scatter = partial(DeepSpeedZeroOptimizer.allreduce_and_scatter, optimizer)
         ids = Batch(*[torch.arange(64).unsqueeze(0)] * 2)
         for _ in range(2):
             whole = Operators()
@@ -107,9 +112,18 @@ def of_deepspeed(sums, wire):
     return few, many - few, (large - small) / (more - some)
 
 
-@pytest.mark.parametrize(("sums", "wire"), [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
-def test_what_deepspeed_does_with_a_gradient_is_counted(sums, wire):
-    ((whole, operators, moved),) = run_ranks(1, of_deepspeed, sums, wire)
+@pytest.mark.parametrize(
+    ("sums", "wire", "reduced"),
+    [
+        ("fp32", "fp32", True),
+        ("fp32", "bf16", True),
+        ("bf16", "bf16", True),
+        ("fp32", "fp32", False),
+        ("bf16", "bf16", False),
+    ],
+)
+def test_what_deepspeed_does_with_a_gradient_is_counted(sums, wire, reduced):
+    ((whole, operators, moved),) = run_ranks(1, of_deepspeed, sums, wire, reduced)
     apart, wide = sums == "fp32", wire == "fp32"
     tiny = load_preset("tiny").model_copy(update={"num_hidden_layers": 2})
     setup = replace(
@@ -119,12 +133,15 @@ def test_what_deepspeed_does_with_a_gradient_is_counted(sums, wire):
     of_phase = phases(setup, rates=replace(IDEAL, operator=1.0))
     planned = sum(of_phase[name].launches for name in ("forward", "head and loss", "backward"))
     last_norm = NORM_OPERATORS_ON_CPU.forward + NORM_OPERATORS_ON_CPU.backward
-    assert whole == pytest.approx(planned + last_norm, rel=0.015)
+    if not reduced:
+        assert whole == pytest.approx(planned + last_norm, rel=0.015)
     counted = layer_operators(setup)
-    assert operators == pytest.approx(counted.forward + counted.backward + 10 * gradient_operators(setup), abs=2)
+    per_gradient = gradient_operators(setup, reduced)
+    assert operators == pytest.approx(counted.forward + counted.backward + 10 * per_gradient, abs=2)
     # The dispatcher shows the target of a copy twice, the memory of a copy, and an all-reduce, which is counted apart.
-    shown_too = (2 * 2 if apart else 3 * 2 + 2) + (2 + 8 if wide else 4)
-    assert moved == pytest.approx(gradient_bytes(setup, 1, 1) + shown_too, rel=0.01)
+    copies = 1 + reduced + (not apart)
+    shown_too = 2 * copies + (0 if apart else 2) + reduced * (2 + 8 if wide else 4)
+    assert moved == pytest.approx(gradient_bytes(setup, reduced, 1, 1) + shown_too, rel=0.01)
 
 
 def test_zero_1_gathers_gradients_once_in_a_step():
