@@ -22,7 +22,7 @@ from megamoe.config import RunConfig, validate
 from megamoe.errors import Problems
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
-from megamoe.planning.report import ADVICE, LIMITS, as_json, assumptions, comparison, payloads, totals
+from megamoe.planning.report import LIMITS, advice, as_json, assumptions, comparison, payloads, totals
 from megamoe.planning.search import MARGIN
 from megamoe.planning.simulate import Measured, simulate
 from megamoe.training.sinks import duration
@@ -102,7 +102,7 @@ def print_time(plan: Plan) -> None:
     rate = time.tokens_per_second
     print(f"  predicted: {time.tokens:,} tokens per step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens per day, "
           f"MFU {time.mfu:.1%}; a billion tokens in {duration(1e9 / rate)}")  # fmt: skip
-    print(f"  limited by {LIMITS[time.limit]}: {ADVICE[time.limit]}")
+    print(f"  limited by {LIMITS[time.limit]}: {advice(plan)}")
 
 
 def print_choices(plan: Plan) -> None:
@@ -131,8 +131,8 @@ def main() -> None:
     plan = make_plan(run, options)
     setup = plan.setup
     print(
-        f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} ranks on "
-        f"{plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; "
+        f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
+        f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; "
         f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"
     )
     if plan.choices:

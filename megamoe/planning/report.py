@@ -31,11 +31,11 @@ LIMITS: dict[Part, str] = {
     "transfers": "transfers to and from the host's memory",
 }
 ADVICE: dict[Part, str] = {
-    "launches": "give a forward pass more tokens (micro-batch), or compile (--compile)",
+    "launches": "give a forward pass more tokens (micro-batch)",
     "waits": "give a forward pass more tokens (micro-batch), or train in bf16 on a GPU with one kernel for all experts",
     "products": "little is left to gain but wider experts or more tokens per expert (a smaller ep_size or more tokens)",
     "attention": "shorten the sequences, or widen the heads",
-    "memory": "compile (--compile); beyond that, a wider model moves fewer bytes for each of its operations",
+    "memory": "a wider model moves fewer bytes for each of its operations",
     "copies": "give a forward pass more tokens (micro-batch), or raise ep_size",
     "exchange": "lower ep_size, and keep it within a node",
     "gradients": "raise the micro-batch; with accumulation use ZeRO-1, which reduces once per step",
@@ -43,6 +43,13 @@ ADVICE: dict[Part, str] = {
     "weights": "accumulate over more micro-batches, or raise ep_size",
     "transfers": "keep the optimizer on the device, or accumulate over more micro-batches",
 }
+
+
+def advice(plan: Plan) -> str:
+    """What to change against what limits the step."""
+    limit = plan.time.limit
+    helps = limit in ("launches", "memory") and not plan.setup.compiled
+    return ("compile (--compile); " if helps else "") + ADVICE[limit]
 
 
 def assumptions(plan: Plan) -> list[str]:
@@ -106,7 +113,7 @@ def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
                 }
                 for one in plan.collectives
             ],
-            "time": time_as_json(plan.time),
+            "time": {**time_as_json(plan.time), "advice": advice(plan)},
         },
     }
     if plan.choices:
@@ -131,7 +138,6 @@ def time_as_json(time: StepTime) -> dict[str, Any]:
         ],
         "parts": time.parts,
         "limit": time.limit,
-        "advice": ADVICE[time.limit],
         "step": time.seconds,
         "tokens": time.tokens,
         "tokens_per_second": time.tokens_per_second,
