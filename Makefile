@@ -37,7 +37,7 @@ test: .venv/.test
 	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 gpu: .venv/.test
-	python tools/check_gpu.py
+	timeout 30m python tools/check_gpu.py
 
 bench: .venv/.bench
 	python tools/benchmark.py --json benchmark.json

@@ -79,7 +79,7 @@ class Job:
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
         self.run_id = self.folder.run_id() if self.folder else None
         self.new_schedule: dict[str, Any] | None = None  # that the run resumes with
-        self.new_wire: str | None = None  # precision in which it reduces gradients from now on
+        self.reduces_in_fp32_now = False  # gradients, and did not when it began
         if self.folder and self.folder.began is not None:
             self._check_same_run(self.folder.began, self.folder.last_record())
 
@@ -176,10 +176,11 @@ class Job:
                 "give the same again, or choose another --run_dir."
             )
         before, now = _decisive(last), _decisive(self.record())
-        # A run that began when the shipped JSONs had none gets the precision that they have now.
-        wire = now["optimization"]["communication_data_type"]
-        if wire and before["optimization"]["communication_data_type"] is None:
-            before["optimization"]["communication_data_type"] = self.new_wire = wire
+        # A run that began when the shipped JSONs did not say it goes on with what they say now.
+        key = "communication_data_type"
+        if before["optimization"][key] is None and now["optimization"][key] == "fp32":
+            before["optimization"][key] = "fp32"
+            self.reduces_in_fp32_now = True
         changed = [key for key in now if before.get(key) != now[key]]
         if self.run.resume and "optimization" in changed:
             others = _part(now["optimization"], before["optimization"])

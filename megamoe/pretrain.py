@@ -177,8 +177,8 @@ def enter(job: Job, first: int, checkpoint: Path | None) -> Sink:
         sinks.log_text(0, f"{job.run_dir} holds no complete checkpoint, so the run begins again at step 0")
     if job.new_schedule:
         sinks.log_text(first, f"the schedule changes after step {first}: {json.dumps(job.new_schedule)}")
-    if job.new_wire:
-        sinks.log_text(first, f"gradients are reduced in {job.new_wire} after step {first} (communication_data_type)")
+    if job.reduces_in_fp32_now:
+        sinks.log_text(first, f"gradients are reduced in fp32 after step {first} (communication_data_type)")
     return sinks
 
 

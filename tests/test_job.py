@@ -118,7 +118,7 @@ def test_a_longer_schedule_is_welcome_on_resume_and_refused_with_that_advice_on_
 def test_a_run_without_a_precision_for_its_reductions_may_get_one_and_only_that(inputs, tmp_path, way):
     started(inputs)
     (tmp_path / "ds.json").write_text(json.dumps({**ds_config(2), "communication_data_type": "fp32"}))
-    assert job({**inputs, way: True}).new_wire == "fp32"
+    assert job({**inputs, way: True}).reduces_in_fp32_now
     (tmp_path / "ds.json").write_text(
         json.dumps({**ds_config(2, gradient_clipping=9.0), "communication_data_type": "fp32"})
     )

@@ -224,7 +224,10 @@ def table_of_sizes(names: list[str], turns: list[list[Turn]]) -> str:
             rate, mfu, memory = (
                 median(same, name) if same else 0 for name in ("tokens_per_second", "mfu", "memory_gib")
             )
-            cells.append(f"{rate:,.0f} tokens/s, {mfu:.1%} MFU, {memory:.1f} GiB" if same else "out of memory")
+            measured = " of a measured peak" if same and same[0].machine.peak_is_measured else ""
+            cells.append(
+                f"{rate:,.0f} tokens/s, {mfu:.1%} MFU{measured}, {memory:.1f} GiB" if same else "out of memory"
+            )
         lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

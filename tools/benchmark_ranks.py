@@ -1,10 +1,10 @@
 """What it costs that ranks join and watch each other, for any number of them on this machine.
 
-    TORCH_CPP_LOG_LEVEL=ERROR python tools/benchmark_ranks.py --ranks 8 64 256 1024
+    python tools/benchmark_ranks.py --ranks 8 64 256 1024
 
 Ranks are threads here, those of a host in one process. They join over TCP and watch each other with the code of a run,
 and one is killed. Prints seconds, requests to rank 0's store, and lines that the ranks print; also the time in which a
-rank finds its samples. The variable is that of the launch scripts.
+rank finds its samples.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launch scripts do; torch reads it when it is imported
 
 import psutil
 from torch.distributed import PrefixStore, Store

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -70,10 +71,10 @@ def read_report(xml: str) -> list[Check]:
     return checks
 
 
-def measure_speed(preset: str, ds_config: str, samples: tuple[int, ...]) -> dict[str, Any]:
-    """By contender: its turns, at which size memory ended, and what went wrong. A failure of one stops no other."""
+def measure_speed(preset: str, ds_config: str, samples: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each contender's name with its turns, at which size memory ended, and what went wrong. A failure of one stops no
+    other."""
     config = load_preset(preset)
-    speed: dict[str, Any] = {}
     for word in CONTENDERS:
         entry = entry_of(word, preset, samples, config)
         turns: list[Turn] = []
@@ -83,13 +84,17 @@ def measure_speed(preset: str, ds_config: str, samples: tuple[int, ...]) -> dict
         except UserError as error:
             failure = str(error)
         ended = failure is None and len(turns) < len(samples)
-        speed[str(entry)] = {
-            "turns": [{**asdict(turn), "tokens_per_second": turn.tokens_per_second, "mfu": turn.mfu} for turn in turns],
-            "out_of_memory_at": samples[len(turns)] if ended else None,
-            "failure": failure,
-        }
         print(f"\n{table_of_sizes([str(entry)], [turns])}\n\n{table_of_profiles([str(entry)], [turns])}\n", flush=True)
-    return speed
+        yield (
+            str(entry),
+            {
+                "turns": [
+                    {**asdict(turn), "tokens_per_second": turn.tokens_per_second, "mfu": turn.mfu} for turn in turns
+                ],
+                "out_of_memory_at": samples[len(turns)] if ended else None,
+                "failure": failure,
+            },
+        )
 
 
 def describe_device() -> dict[str, Any]:
@@ -120,7 +125,8 @@ def file_name(device: dict[str, Any]) -> str:
 
 
 def run(results: Path, readme: Path) -> bool:
-    """Check and measure, write results and table; returns whether all is well. Raises UserError without a GPU."""
+    """Check and measure, write results as they come, then the table; returns whether all is well. Raises UserError
+    without a GPU."""
     if not torch.cuda.device_count():
         raise UserError(f"torch {torch.__version__} sees no GPU on this host; run `make gpu` on one with a GPU.")
     started = time.monotonic()
@@ -129,15 +135,21 @@ def run(results: Path, readme: Path) -> bool:
         "device": describe_device(),
         "versions": {**versions(), "transformers": importlib.metadata.version("transformers")},
         "samples": SAMPLES,
+        "checks": [],
+        "speed": {},
     }
-    checks = run_checks()
-    result["checks"] = [asdict(check) for check in checks]
-    result["speed"] = measure_speed("moe-680m", str(ROOT / "ds_configs/zero2.json"), SAMPLES)
-    result["seconds"] = round(time.monotonic() - started)
-
     results.mkdir(parents=True, exist_ok=True)
     file = results / file_name(result["device"])
-    file.write_text(json.dumps(result, indent=2) + "\n")
+
+    def save() -> None:
+        result["seconds"] = round(time.monotonic() - started)
+        file.write_text(json.dumps(result, indent=2) + "\n")
+
+    result["checks"] = [asdict(check) for check in run_checks()]
+    save()
+    for name, measured in measure_speed("moe-680m", str(ROOT / "ds_configs/zero2.json"), SAMPLES):
+        result["speed"][name] = measured
+        save()
     write_table(readme, results)
     return report(result, file)
 

@@ -7,11 +7,12 @@ import socket
 
 import psutil
 
-LISTENING_PORTS = range(20_000, 32_768)  # below those that Linux gives to connections (ip_local_port_range)
+# Below those that Linux gives to connections, unless ip_local_port_range is changed, and those of Kubernetes' services.
+LISTENING_PORTS = range(20_000, 30_000)
 
 
 def free_port() -> int:
-    """A TCP port that is free, and that no connection is given before a server listens on it."""
+    """A TCP port that is free, and of those that the system does not give to connections meanwhile."""
     draw = random.SystemRandom()  # not seeded: two processes must not draw the same ports
     while not is_free(port := draw.choice(LISTENING_PORTS)):
         pass

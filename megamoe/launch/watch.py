@@ -35,7 +35,7 @@ SILENT_SECONDS = 30  # without a heartbeat: a host that lost its power or its ne
 MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
 DEAD_SECONDS = 5  # without a heartbeat, after a collective has failed
 READ_SECONDS = 10  # for the others to read that the job fails; they look once a second
-LAUNCHER_SECONDS = 1.5  # a launcher looks once a second, and exits with the first code that it finds: that of the dead
+LAUNCHER_SECONDS = 1.5  # until a launcher, which looks once a second, has seen the code of a dead rank before ours
 SHUTDOWN_SECONDS = 60  # to wait for the others after the last step
 
 
@@ -141,8 +141,8 @@ class Watch:
             pass  # rank 0 has exited, which does no harm now
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End this process for `error`, and all others with the same exit code: see `code_of`. Says why, tells the
-        others, aborts the collectives that still run, and leaves, in this order.
+        """End this process for `error`, and all others with the same exit code: see `code_of`. Tells the others, says
+        why, aborts the collectives that still run, and leaves, in this order.
 
         A rank that dies breaks its connections, which the others see as an error of a collective: then it is named, and
         the code is `LOST`.
@@ -302,7 +302,8 @@ class Watch:
 
 
 def _may_be_of_a_collective(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    of_this_device = torch.OutOfMemoryError, torch.AcceleratorError
+    return isinstance(error, RuntimeError) and not isinstance(error, of_this_device)
 
 
 def _failure(why: str) -> str:

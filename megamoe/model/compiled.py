@@ -29,9 +29,9 @@ class CompiledBlock:
     """
 
     def __init__(self) -> None:
-        self.before_experts = compiled(before_experts)
-        self.activate = compiled(activate, 1)
-        self.after_experts = compiled(after_experts, 1, 3)
+        self.before_experts = compile_region(before_experts)
+        self.activate = compile_region(activate, 1)
+        self.after_experts = compile_region(after_experts, 1, 3)
 
     def __call__(self, block: Any, x: Tensor, rotary: Rotary) -> Tensor:
         """(B, S, D) -> (B, S, D), as `block` without padding or cache."""
@@ -43,11 +43,14 @@ class CompiledBlock:
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
         x, weights, counts, placed = self.before_experts(block, x, rotary)
-        results = dispatch.run_experts(placed, dispatch.announce(counts), experts)
+        dispatch.count_for_balancing(counts)
+        # Eager blocks begin it before they place the rows; here both are behind the first region.
+        incoming = dispatch.exchange_counts(counts)
+        results = dispatch.run_experts(placed, incoming, experts)
         return self.after_experts(x, results, weights, placed.token, placed.place)
 
 
-def compiled(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
+def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
     """`function` as one region.
 
     Args:

@@ -67,17 +67,20 @@ class DroplessDispatch(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, D) -> (the experts' weighted sum (T, D), tokens routed to each expert (E,) int64)."""
         weights, expert_ids, counts = self.router(x)  # (T, K), (T, K), (E,)
-        incoming = self.announce(counts)
+        self.count_for_balancing(counts)
+        incoming = self.exchange_counts(counts)
         placed = self.place(x, expert_ids, counts)  # while the counts are on their way
         results = self.run_experts(placed, incoming, self.experts)
         return combine_rows(results, weights, placed.token, placed.place), counts
 
-    def announce(self, counts: Tensor) -> Incoming | None:
-        """Count the slots of each expert, (E,), for the balancer, and exchange them with the ranks that share experts;
-        None where each rank has all."""
+    def count_for_balancing(self, counts: Tensor) -> None:
+        """Add the slots of each expert, (E,), to those of the step."""
         # Inside a backward pass this is a recomputation: its slots were counted the first time.
         if self.training and torch._C._current_graph_task_id() == -1:
             self.router.step_counts += counts
+
+    def exchange_counts(self, counts: Tensor) -> Incoming | None:
+        """Tell the ranks that share experts how many slots (E,) this one has for each; None where each rank has all."""
         if self.topology.ep_size == 1:
             return None
         send_counts = counts.view(self.topology.ep_size, self.topology.experts_per_rank)

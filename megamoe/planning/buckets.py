@@ -153,10 +153,10 @@ class Reduction:
         pieces = size = added = 0
         for number, (_, elements, mine) in enumerate(slices, start=1):
             pieces, size = pieces + 1, size + elements
-            added = max(added, elements * setup.sum_bytes * mine * (setup.wire_bytes != setup.sum_bytes))
+            added = max(added, elements * setup.sum_bytes * mine * (setup.communication_bytes != setup.sum_bytes))
             if size > setup.bucket or number == len(slices):
                 flat = size * setup.weight_bytes if pieces > 1 else 0  # one piece alone needs no copy
-                wire = size * setup.wire_bytes if setup.wire_bytes != setup.weight_bytes else 0
+                wire = size * setup.communication_bytes if setup.communication_bytes != setup.weight_bytes else 0
                 most = max(most, flat + wire + added)
                 pieces = size = added = 0
         return most

@@ -34,7 +34,7 @@ class Setup:
     weight_bytes: int  # of a weight, an activation and a gradient
     state_bytes: int  # of the optimizer's state for a weight, besides its fp32 master
     sum_bytes: int  # of a gradient summed over micro-batches
-    wire_bytes: int  # of a gradient while it is reduced
+    communication_bytes: int  # of a gradient while it is reduced
     zero_stage: int
     bucket: int  # elements of a reduction bucket
     overlap: bool  # two buckets instead of one
@@ -149,7 +149,7 @@ def read_setup(
         weight_bytes=DTYPES[dtype].itemsize,
         state_bytes=optimizer.state_bytes,
         sum_bytes=DTYPES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype].itemsize,
-        wire_bytes=DTYPES[ds.get("communication_data_type") or dtype].itemsize,
+        communication_bytes=DTYPES[ds.get("communication_data_type") or dtype].itemsize,
         zero_stage=zero["stage"],
         bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
         overlap=bool(zero.get("overlap_comm")),

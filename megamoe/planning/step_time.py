@@ -56,7 +56,7 @@ FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 2
 def gradient_operators(setup: Setup, reduced: bool) -> int:
     """Operators for each gradient that DeepSpeed gathers: to its bucket, and from there to where it is kept. If it is
     `reduced` and summed in fp32, it is copied back first, and cast after a reduction in another precision."""
-    return 2 + (reduced and setup.sums_apart) * (1 + (setup.wire_bytes < 4))
+    return 2 + (reduced and setup.sums_apart) * (1 + (setup.communication_bytes < 4))
 
 
 def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
@@ -69,7 +69,7 @@ def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
         owned: weights of the rank's share, copied back if reduced; then added to sums in fp32, which begin as
             zeros, or copied once more.
     """
-    s, wire = setup.weight_bytes, setup.wire_bytes
+    s, wire = setup.weight_bytes, setup.communication_bytes
     if not reduced:
         return 4 * s * whole + (s + 12 if setup.sums_apart else 2 * s) * owned
     of_whole = 6 * s + (2 * (s + wire) if wire != s else 0)

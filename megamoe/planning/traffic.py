@@ -89,7 +89,7 @@ def collectives(setup: Setup) -> list[Collective]:
         kind = "all_reduce" if setup.all_reduce else "reduce"
         buckets = math.ceil(elements / setup.bucket)
         calls = reductions * (buckets if setup.all_reduce else buckets + ranks - 1)
-        payload = reductions * elements * setup.wire_bytes
+        payload = reductions * elements * setup.communication_bytes
         if setup.reduces(ranks):
             found.append(Collective(purpose, kind, ranks, stride, calls, payload, "reduction"))
     world = setup.world_size

@@ -16,12 +16,10 @@ def test_there_is_no_route_to_an_unknown_name():
 
 
 def test_a_free_port_is_not_one_that_the_system_gives_to_connections():
-    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
-        first, _ = map(int, file.read().split())
     for _ in range(20):
         port = free_port()
         assert is_free(port)
-        assert port < first
+        assert port < 32_768  # where they begin by default (net.ipv4.ip_local_port_range)
 
 
 def test_a_port_with_a_server_is_not_free():

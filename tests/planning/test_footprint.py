@@ -141,7 +141,9 @@ def setup_of(group, name):
 def held_by_gloo(setup, peak):
     """Its thread lets go of the tensors of a collective a little later: now and then too late for the peak."""
     largest = max(size for group in parameter_groups(setup) for size in group.sizes.values())
-    wire = setup.wire_bytes * max(largest, setup.bucket) if setup.wire_bytes > setup.weight_bytes else 0
+    wire = (
+        setup.communication_bytes * max(largest, setup.bucket) if setup.communication_bytes > setup.weight_bytes else 0
+    )
     return wire + (2 * expert_bytes(setup).result if setup.ep_size > 1 else 0.02 * peak)
 
 

@@ -127,7 +127,7 @@ def test_what_deepspeed_does_with_a_gradient_is_counted(sums, wire, reduced):
     apart, wide = sums == "fp32", wire == "fp32"
     tiny = load_preset("tiny").model_copy(update={"num_hidden_layers": 2})
     setup = replace(
-        FULL, model=tiny, micro_batch=1, seq_len=64, sum_bytes=4 if apart else 2, wire_bytes=4 if wide else 2
+        FULL, model=tiny, micro_batch=1, seq_len=64, sum_bytes=4 if apart else 2, communication_bytes=4 if wide else 2
     )
     setup = replace(setup, on_cpu=True)
     of_phase = phases(setup, rates=replace(IDEAL, operator=1.0))

@@ -111,23 +111,23 @@ def turn(tokens, profile=None):
 
 
 PROFILE = StepProfile(
-    0.0123,
-    900,
-    400,
-    0.006,
-    Total(30, 0.005),
-    0.001,
-    "a kernel",
-    Total(400, 0.002),
-    {"cudaEventSynchronize": Total(3, 0.004)},
-    Total(3, 0.0001),
-    0.008,
+    seconds=0.0123,
+    operators=900,
+    kernels=400,
+    busy=0.006,
+    gaps=Total(30, 0.005),
+    largest_gap=0.001,
+    after_largest_gap="a kernel",
+    launches=Total(400, 0.002),
+    waits={"cudaEventSynchronize": Total(3, 0.004)},
+    copies_to_host=Total(3, 0.0001),
+    host=0.008,
 )
 
 
 def speed_by(take_turns, monkeypatch):
     monkeypatch.setattr(check_gpu.benchmark, "take_turns", take_turns)
-    return check_gpu.measure_speed("tiny", "ds.json", (2, 4))
+    return dict(check_gpu.measure_speed("tiny", "ds.json", (2, 4)))
 
 
 def take_turns(cases, *args, pieces, profile):
@@ -165,7 +165,7 @@ def test_results_go_to_a_file_named_for_the_gpu_and_into_the_readme(failed, tmp_
     monkeypatch.setattr(check_gpu, "describe_device", lambda: DEVICE)
     monkeypatch.setattr(check_gpu, "run_checks", lambda: checks)
     speed = speed_by(lambda *args, **kwargs: [[turn(2048, PROFILE)]], monkeypatch)
-    monkeypatch.setattr(check_gpu, "measure_speed", lambda *args: speed)
+    monkeypatch.setattr(check_gpu, "measure_speed", lambda *args: speed.items())
     readme = tmp_path / "README.md"
     readme.write_text(README)
     assert check_gpu.run(tmp_path / "results", readme) is not failed
@@ -179,3 +179,20 @@ def test_results_go_to_a_file_named_for_the_gpu_and_into_the_readme(failed, tmp_
     said = capsys.readouterr().out
     has(said, "not run: needs 2 GPUs: two", str(file))
     assert ("failed: one" in said) == failed
+
+
+def test_an_interrupt_leaves_the_results_so_far(tmp_path, monkeypatch):
+    def measure_speed(*args):
+        yield "megamoe", {"turns": [], "out_of_memory_at": 2, "failure": None}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(check_gpu, "describe_device", lambda: DEVICE)
+    monkeypatch.setattr(check_gpu, "run_checks", lambda: [Check("one", "passed", 1.0)])
+    monkeypatch.setattr(check_gpu, "measure_speed", measure_speed)
+    with pytest.raises(KeyboardInterrupt):
+        check_gpu.run(tmp_path, tmp_path / "README.md")
+    (file,) = tmp_path.iterdir()
+    written = json.loads(file.read_text())
+    assert [check["name"] for check in written["checks"]] == ["one"]
+    assert list(written["speed"]) == ["megamoe"]

@@ -38,7 +38,7 @@ def losses_twice():
     return found
 
 
-def test_whole_steps_run_read_nothing_that_was_not_written_and_on_cpu_give_the_same_losses():
+def test_steps_on_cpu_read_nothing_that_was_not_written_and_have_the_same_losses():
     for without, with_it in run_ranks(2, losses_twice):
         assert without == with_it
 
@@ -68,7 +68,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def operators_of_a_step():
+def operators_of_both_passes():
     from fake_gpu import DEVICE, fake_gpu, model_on_gpu
 
     config = CONFIG.model_copy(update={"expert_dropout": 0.1, "router_jitter_noise": 0.01, "gated_mlp": True})
@@ -90,8 +90,8 @@ def raising_operators():
     return {name.rsplit(".", 1)[1].lower().rstrip("_") for name in re.findall(r"\* :\w+:`(torch\.[\w.]+)`", listed)}
 
 
-def test_a_step_on_a_gpu_has_no_operator_without_a_repeatable_form():
-    raising, called = raising_operators(), run_alone(operators_of_a_step)
+def test_the_passes_of_a_step_on_a_gpu_have_no_operator_without_a_repeatable_form():
+    raising, called = raising_operators(), run_alone(operators_of_both_passes)
     assert {"cumsum", "put", "nllloss", "bincount", "histc"} <= raising
     assert len(called) > 40
     names = {(name.replace("_backward", "").replace("_", ""), dtype) for name, dtype in called}

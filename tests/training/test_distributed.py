@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from toy import ds_config
 
+from megamoe.config import RunConfig
 from megamoe.data.batches import Batch
 from megamoe.training import distributed
 from megamoe.training.distributed import NO_TIMEOUT, choose_device, configure_deepspeed
@@ -82,6 +83,11 @@ def test_every_group_of_an_engine_waits_as_long_as_the_first():
     for count, found, of_nccl in run_ranks(4, timeouts):
         assert count > 3  # all ranks, experts, replicas of experts
         assert found == {of_nccl} == {NO_TIMEOUT}
+
+
+def test_a_stall_is_reported_before_a_group_times_out():
+    (limit,) = (rule.lt for rule in RunConfig.model_fields["collective_timeout"].metadata if hasattr(rule, "lt"))
+    assert limit == NO_TIMEOUT.total_seconds()
 
 
 class Order(TorchDispatchMode):
