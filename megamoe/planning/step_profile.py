@@ -19,6 +19,9 @@ STEP = "megamoe step"
 # Kineto's categories: of what runs on the device, and of the host's calls to its driver.
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 CALLS = ("cuda_runtime", "cuda_driver")
+# Of these, memory that is allocated or freed waits as `...Synchronize` does. A copy's call is left out: for most copies
+# it returns at once, and what follows the others is a call that waits.
+ALLOCATIONS = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaHostRegister", "cudaFreeHost")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def read_trace(events: Iterable[dict[str, Any]]) -> StepProfile:
     (step,) = (event for event in lasting if event["name"] == STEP and event["cat"] == "user_annotation")
     on_device = [event for event in lasting if event["cat"] in ON_DEVICE]
     calls = [event for event in lasting if event["cat"] in CALLS and _begins_within(event, step)]
-    waiting = [event for event in calls if event["name"].endswith("Synchronize")]
+    waiting = [event for event in calls if event["name"].endswith("Synchronize") or event["name"] in ALLOCATIONS]
     waits = {name: _total(event for event in waiting if event["name"] == name) for name in _names(waiting)}
     gaps = _gaps(on_device)
     largest = max(gaps, default=(0.0, ""))
@@ -100,7 +103,7 @@ def read_trace(events: Iterable[dict[str, Any]]) -> StepProfile:
         launches=_total(event for event in calls if "Launch" in event["name"]),
         waits=waits,
         copies_to_host=_total(event for event in on_device if "DtoH" in event["name"]),
-        host=step["dur"] / 1e6 - sum(total.seconds for total in waits.values()),
+        host=(_end(step) - step["ts"]) / 1e6 - sum(total.seconds for total in waits.values()),
     )
 
 

@@ -29,6 +29,7 @@ TRACE = [
     event("cuda_runtime", "cudaEventSynchronize", 310, 610),
     event("cuda_runtime", "cudaStreamSynchronize", 700, 705),
     event("cuda_runtime", "cudaEventSynchronize", 710, 720),
+    event("cuda_runtime", "cudaMalloc", 730, 750),
     event("kernel", "mm", 200, 400, STREAM),
     event("kernel", "reduce", 300, 350, OTHER_STREAM),  # at the same time
     event("kernel", "add", 420, 500, STREAM),
@@ -54,10 +55,11 @@ def test_a_trace_of_a_gpu_gives_what_is_busy_idle_and_waited_for(order):
     assert found.launches == Total(2, pytest.approx(16e-6))
     assert found.waits == {
         "cudaEventSynchronize": Total(2, pytest.approx(310e-6)),
+        "cudaMalloc": Total(1, pytest.approx(20e-6)),
         "cudaStreamSynchronize": Total(1, pytest.approx(5e-6)),
     }
     assert found.copies_to_host == Total(1, pytest.approx(100e-6))
-    assert found.host == pytest.approx((900 - 315) * 1e-6)
+    assert found.host == pytest.approx((900 - 335) * 1e-6)
     assert found.host_per_kernel == pytest.approx(found.host / 2)
 
 
