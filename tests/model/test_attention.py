@@ -35,7 +35,7 @@ def attention(**changes):
     }
     layer = PrefixLatentAttention(**{**sizes, **changes}).double()
     for weight in layer.parameters():
-        torch.nn.init.normal_(weight, 0, 0.5)
+        torch.nn.init.normal_(weight, 0, 0.3)
     return layer
 
 
