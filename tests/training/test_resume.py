@@ -14,6 +14,7 @@ from toy import PRESET, SHIPPED, ds_config, losses, train_here, write_inputs
 from megamoe.checkpoint.index import read_index
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
+from megamoe.training.determinism import SETTINGS
 
 
 # On a GPU sums have one order with `--deterministic` only, and each run is of new processes, as in its use.
@@ -21,7 +22,13 @@ from megamoe.json_files import read_json
     ("device", "ranks", "run_on"),
     [("cpu", 2, run_ranks), on_gpus(1, "cuda", 1, run_new_ranks), on_gpus(2, "cuda", 2, run_new_ranks)],
 )
-def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(tmp_path, device, ranks, run_on):
+def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(
+    tmp_path, monkeypatch, device, ranks, run_on
+):
+    # New ranks take them over: they join before `train_here` could set them, as pretrain.py does before it joins.
+    for name, value in SETTINGS.items() if device == "cuda" else ():
+        monkeypatch.setenv(name, value)
+
     def train(folder, steps, **options):
         return run_on(
             ranks, train_here, {**run, "run_dir": str(tmp_path / folder), "steps": steps, **options}, device=device
