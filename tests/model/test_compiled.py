@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from devices import DEVICES
 from engines import save
 from operators import Operators
 from ranks import run_new_ranks, run_ranks
@@ -16,9 +17,10 @@ from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.config import ModelConfig, load_preset
 from megamoe.data.batches import Batch
 from megamoe.model import dispatch
-from megamoe.model.compiled import activate, after_experts, compiled
+from megamoe.model.compiled import activate, after_experts, compile_region
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
+from megamoe.planning.step_profile import profile_step
 from megamoe.training.step import build_train_step
 
 CONFIG = load_preset("tiny").model_copy(
@@ -147,6 +149,31 @@ def test_a_layer_has_at_most_so_many_kernels(parts, most, monkeypatch):
     assert outside.total() + sum(kernels.graphs) <= most
 
 
+def launched(device, layers, is_compiled):
+    """Kernels of one forward and backward pass on a GPU; on CPU operators, views among them."""
+    model = decoder(torch.bfloat16, num_hidden_layers=layers).to(device)
+    if is_compiled:
+        model.compile_blocks()
+    ids = torch.arange(BATCH * LENGTH, device=device).view(BATCH, LENGTH)
+
+    def both_passes():
+        model.zero_grad()
+        model(ids, ids).backward()
+
+    profile = profile_step(both_passes, torch.device(device))
+    return profile.kernels if device == "cuda" else profile.operators
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_layer_gives_the_device_less_to_do_than_an_eager_one(device, record_property):
+    eager, compiled = (
+        launched(device, 3, is_compiled) - launched(device, 2, is_compiled) for is_compiled in (False, True)
+    )
+    record_property("kernels of one layer, eager", eager)
+    record_property("kernels of one layer, compiled", compiled)
+    assert 0 < compiled < eager
+
+
 def check_any_rows(region, eager, inputs, numbers=(5, 1, 2, 64)):
     """Compare results and gradients at these numbers of rows, which one compilation serves.
 
@@ -172,7 +199,7 @@ def random(*shape):
 
 def test_any_number_of_rows_goes_through_one_compilation_of_the_activation():
     experts = decoder(torch.float32, gated_mlp=True).layers[0].moe.experts
-    check_any_rows(compiled(activate, 1), activate, lambda rows: (experts, random(rows, 12)), (5, 0, 1, 2, 64))
+    check_any_rows(compile_region(activate, 1), activate, lambda rows: (experts, random(rows, 12)), (5, 0, 1, 2, 64))
 
 
 def test_any_number_of_rows_goes_through_one_compilation_of_the_combination():
@@ -180,7 +207,7 @@ def test_any_number_of_rows_goes_through_one_compilation_of_the_combination():
         token, place = torch.zeros(rows, dtype=torch.int64), torch.tensor([rows - 1])
         return random(1, 1, 8), random(rows, 8), random(1, 1), token, place
 
-    check_any_rows(compiled(after_experts, 1, 3), after_experts, inputs)
+    check_any_rows(compile_region(after_experts, 1, 3), after_experts, inputs)
 
 
 def test_evaluation_padding_and_generation_are_eager():
