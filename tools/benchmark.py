@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -36,13 +37,26 @@ from megamoe.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 TURNS = TypeAdapter(list[Turn])
-OUT_OF_MEMORY = "out of memory"  # in what torch and NCCL raise
+# In what torch and the libraries below it raise.
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 NAMES = {
     "megamoe": "megamoe",
     "compiled": "megamoe compiled",
     "stock": "DeepSpeed's MoE layer",
     "mixtral": "Mixtral of transformers",
 }
+
+
+class ContenderFailed(UserError):
+    """A contender has ended before its last size, and not for memory.
+
+    Args:
+        turns: of the sizes before.
+    """
+
+    def __init__(self, problem: str, turns: list[Turn]):
+        super().__init__(problem)
+        self.turns = turns
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,8 @@ def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str) -> list[Tur
 
     Args:
         flags: `--pieces` and `--profile` of benchmark_contender.py.
+
+    Raises ContenderFailed, after it has printed the output.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turn.json"
@@ -133,9 +149,11 @@ def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str) -> list[Tur
         seen = json.loads(out.read_text()) if out.exists() else []
         # A checkout from before several sizes writes one turn.
         turns = TURNS.validate_python([seen] if isinstance(seen, dict) else seen)
-        if len(turns) < len(entry.samples) and (len(entry.samples) == 1 or OUT_OF_MEMORY not in done.stderr):
+        if len(turns) < len(entry.samples):
+            if len(entry.samples) > 1 and any(words in done.stderr for words in OUT_OF_MEMORY):
+                return turns
             print(done.stderr, file=sys.stderr)
-            raise UserError(f"{entry} ended with code {done.returncode}; its output is above.")
+            raise ContenderFailed(f"{entry} ended with code {done.returncode}; its output is above.", turns)
         return turns
 
 
@@ -153,10 +171,16 @@ def take_turns(
             found = take_turn(entry, ds_config, steps, *(flags if number == 0 else ()))
             turns[name] += found
             said = [f"{turn.tokens_per_second:.1f} tokens/s" for turn in found]
-            if len(found) < len(entry.samples):
-                said.append(f"out of memory at {entry.samples[len(found)]} samples per step")
+            if tokens := out_of_memory_at(entry, found):
+                said.append(f"out of memory at {tokens:,} tokens per step")
             print(f"round {number + 1}, {name}: {', '.join(said)}", file=sys.stderr, flush=True)
     return list(turns.values())
+
+
+def out_of_memory_at(entry: Entry, turns: list[Turn]) -> int | None:
+    """Tokens per step of the first size that did not fit, if any; `turns` of an entry that has not failed."""
+    fitted = len({turn.tokens for turn in turns})
+    return entry.samples[fitted] * entry.seq_len if fitted < len(entry.samples) else None
 
 
 def median(turns: list[Turn], figure: str) -> float:
@@ -214,20 +238,23 @@ def seconds_by_piece(turn: Turn) -> dict[str, float]:
     }
 
 
-def table_of_sizes(names: list[str], turns: list[list[Turn]]) -> str:
-    """A row for each size of a step, a column for each case."""
+def table_of_sizes(names: list[str], turns: list[list[Turn]], ends: list[int | None]) -> str:
+    """A row for each size of a step, a column for each case; empty where a size was not measured.
+
+    Args:
+        ends: tokens per step for which the memory of a case no longer sufficed.
+    """
     lines = [f"| tokens per step | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for tokens in sorted({turn.tokens for own in turns for turn in own}):
         cells = []
-        for own in turns:
+        for own, end in zip(turns, ends, strict=True):
             same = [turn for turn in own if turn.tokens == tokens]
             rate, mfu, memory = (
                 median(same, name) if same else 0 for name in ("tokens_per_second", "mfu", "memory_gib")
             )
             measured = " of a measured peak" if same and same[0].machine.peak_is_measured else ""
-            cells.append(
-                f"{rate:,.0f} tokens/s, {mfu:.1%} MFU{measured}, {memory:.1f} GiB" if same else "out of memory"
-            )
+            missing = "out of memory" if end and tokens >= end else ""
+            cells.append(f"{rate:,.0f} tokens/s, {mfu:.1%} MFU{measured}, {memory:.1f} GiB" if same else missing)
         lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -242,7 +269,7 @@ def table_of_profiles(names: list[str], turns: list[list[Turn]]) -> str:
     for name, own in zip(names, turns, strict=True):
         for turn in own:
             if seen := turn.profile:
-                before = f" before {seen.after_largest_gap}" if seen.after_largest_gap else ""
+                before = f" before `{short_name(seen.after_largest_gap)}`" if seen.after_largest_gap else ""
                 lines.append(
                     f"| {name} | {turn.tokens:,} | {seen.seconds * 1e3:.2f} ms | {seen.kernels:,} "
                     f"| {seen.busy / seen.seconds:.0%} | {seen.gaps.seconds * 1e3:.2f} ms, "
@@ -251,6 +278,12 @@ def table_of_profiles(names: list[str], turns: list[list[Turn]]) -> str:
                     f"| {seen.host_per_kernel * 1e6:.1f} us |"
                 )
     return "\n".join(lines)
+
+
+def short_name(kernel: str) -> str:
+    """The last name in that of a kernel in C++, without templates and arguments, at most 60 characters."""
+    path = re.split(r"[<(]", kernel.replace("(anonymous namespace)::", ""), maxsplit=1)[0]
+    return path.rpartition("::")[2].removeprefix("void ").strip()[:60]
 
 
 def print_pieces(names: list[str], turns: list[list[Turn]]) -> None:
@@ -334,7 +367,8 @@ def main() -> None:
         print_summary(list(cases.values()), turns)
         print_pieces(list(cases), turns)
     else:
-        print(f"\n{table_of_sizes(list(cases), turns)}")
+        ends = [out_of_memory_at(entry, own) for entry, own in zip(cases.values(), turns, strict=True)]
+        print(f"\n{table_of_sizes(list(cases), turns, ends)}")
     if args.profile:
         print(f"\n{table_of_profiles(list(cases), turns)}")
     if args.json:

@@ -358,6 +358,7 @@ def run(args: argparse.Namespace) -> Iterator[Turn]:
             stock=args.contender == "stock", compiled=args.contender == "compiled",
         )  # fmt: skip
     for samples in args.samples:
+        torch.compiler.reset()  # or it would compile the next size for any size, which no run with one size has
         yield take_turn(contender, config, samples, args, device)
 
 

@@ -22,10 +22,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import benchmark
 import torch
-from benchmark import entry_of, table_of_profiles, table_of_sizes
-from benchmark_contender import Turn
+from benchmark import ContenderFailed, entry_of, out_of_memory_at, table_of_profiles, table_of_sizes, take_turn
 from gpu_table import ROOT, write_table
 
 from megamoe import cli
@@ -33,8 +31,12 @@ from megamoe.config import load_preset
 from megamoe.errors import UserError
 from megamoe.launch.versions import versions
 
-SAMPLES = (2, 4, 8, 16, 32, 64)  # per step
-CONTENDERS = ("megamoe:1", "compiled:1", "stock:1", "mixtral:1")
+CONTENDERS = {  # with samples per step; each size is compiled for itself, which takes longer than its steps
+    "megamoe:1": (2, 4, 8, 16, 32, 64),
+    "compiled:1": (2, 8, 32, 64),
+    "stock:1": (2, 8, 32),
+    "mixtral:1": (2, 8, 32),
+}
 STEPS = 3  # timed, of each size
 
 
@@ -71,27 +73,28 @@ def read_report(xml: str) -> list[Check]:
     return checks
 
 
-def measure_speed(preset: str, ds_config: str, samples: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure_speed(preset: str, ds_config: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each contender's name with its turns, at which size memory ended, and what went wrong. A failure of one stops no
     other."""
     config = load_preset(preset)
-    for word in CONTENDERS:
+    for word, samples in CONTENDERS.items():
         entry = entry_of(word, preset, samples, config)
-        turns: list[Turn] = []
-        failure = None
+        failure = end = None
         try:
-            (turns,) = benchmark.take_turns({str(entry): entry}, ds_config, 1, STEPS, pieces=False, profile=True)
-        except UserError as error:
-            failure = str(error)
-        ended = failure is None and len(turns) < len(samples)
-        print(f"\n{table_of_sizes([str(entry)], [turns])}\n\n{table_of_profiles([str(entry)], [turns])}\n", flush=True)
+            turns = take_turn(entry, ds_config, STEPS, "--profile")
+            end = out_of_memory_at(entry, turns)
+        except ContenderFailed as error:
+            turns, failure = error.turns, str(error)
+        name = str(entry)
+        print(f"\n{table_of_sizes([name], [turns], [end])}\n\n{table_of_profiles([name], [turns])}\n", flush=True)
         yield (
-            str(entry),
+            name,
             {
+                "samples": samples,
                 "turns": [
                     {**asdict(turn), "tokens_per_second": turn.tokens_per_second, "mfu": turn.mfu} for turn in turns
                 ],
-                "out_of_memory_at": samples[len(turns)] if ended else None,
+                "out_of_memory_at_tokens": end,
                 "failure": failure,
             },
         )
@@ -104,18 +107,37 @@ def describe_device() -> dict[str, Any]:
         "count": torch.cuda.device_count(),
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "capability": f"{properties.major}.{properties.minor}",
-        "driver": driver_version(),
+        "driver": next(iter(ask_driver("driver_version")), "unknown"),
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }
 
 
-def driver_version() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def ask_driver(field: str) -> list[str]:
+    """What nvidia-smi knows, for each GPU of the host; nothing where it does not run."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def refuse_unusable_gpus() -> None:
+    """Raises UserError where there is no GPU, torch cannot use it, or it takes one process only."""
+    if not torch.cuda.device_count():
+        raise UserError(f"torch {torch.__version__} sees no GPU on this host; run `make gpu` on one with a GPU.")
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # such as a driver too old, whose GPUs are counted nevertheless
+        raise UserError(
+            f"torch {torch.__version__} cannot use the GPU of this host; update its driver, or install a torch for it: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if "Exclusive_Process" in ask_driver("compute_mode"):
+        raise UserError(
+            "a GPU of this host is in compute mode Exclusive_Process, but the checks start several processes on each; "
+            "set it by `nvidia-smi --compute-mode=DEFAULT`, as root."
+        )
 
 
 def file_name(device: dict[str, Any]) -> str:
@@ -126,15 +148,13 @@ def file_name(device: dict[str, Any]) -> str:
 
 def run(results: Path, readme: Path) -> bool:
     """Check and measure, write results as they come, then the table; returns whether all is well. Raises UserError
-    without a GPU."""
-    if not torch.cuda.device_count():
-        raise UserError(f"torch {torch.__version__} sees no GPU on this host; run `make gpu` on one with a GPU.")
+    where it cannot begin."""
+    refuse_unusable_gpus()
     started = time.monotonic()
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "device": describe_device(),
         "versions": {**versions(), "transformers": importlib.metadata.version("transformers")},
-        "samples": SAMPLES,
         "checks": [],
         "speed": {},
     }
@@ -147,7 +167,7 @@ def run(results: Path, readme: Path) -> bool:
 
     result["checks"] = [asdict(check) for check in run_checks()]
     save()
-    for name, measured in measure_speed("moe-680m", str(ROOT / "ds_configs/zero2.json"), SAMPLES):
+    for name, measured in measure_speed("moe-680m", str(ROOT / "ds_configs/zero2.json")):
         result["speed"][name] = measured
         save()
     write_table(readme, results)

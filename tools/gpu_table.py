@@ -37,7 +37,7 @@ def describe(result: dict[str, Any], name: str) -> str:
     device, versions = result["device"], result["versions"]
     counts = Counter(check["result"].partition(":")[0] for check in result["checks"])
     checks = ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "not run") if counts[kind])
-    speed = {name: TURNS.validate_python(one["turns"]) for name, one in result["speed"].items() if one["turns"]}
+    speed = {name: one for name, one in result["speed"].items() if one["turns"]}
     facts = ", ".join(f"{key} {versions[key]}" for key in ("megamoe", "torch", "deepspeed"))
     failures = "".join(f" {name} failed." for name, one in result["speed"].items() if one["failure"])
     parts = [
@@ -45,8 +45,9 @@ def describe(result: dict[str, Any], name: str) -> str:
         f"{result['date']}; checks: {checks}.{failures} All of it is in `docs/results/{name}`."
     ]
     if speed:
-        names, turns = list(speed), list(speed.values())
-        parts += [table_of_sizes(names, turns), table_of_profiles(names, turns)]
+        names, turns = list(speed), [TURNS.validate_python(one["turns"]) for one in speed.values()]
+        ends = [one["out_of_memory_at_tokens"] for one in speed.values()]
+        parts += [table_of_sizes(names, turns, ends), table_of_profiles(names, turns)]
     return "\n\n".join(parts)
 
 

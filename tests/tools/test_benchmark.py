@@ -1,10 +1,13 @@
 """The benchmark runs and adds up. How fast anything is, is not for a test to say."""
 
+import argparse
 import json
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import benchmark
 import benchmark_contender
@@ -211,6 +214,11 @@ def test_steps_of_several_sizes_are_timed_and_profiled_by_one_start(tmp_path, mo
     ("samples", "stderr", "fits"),
     [
         ((1, 2, 4, 8), "torch.OutOfMemoryError: CUDA out of memory.", True),
+        (
+            (1, 2, 4, 8),
+            "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            True,
+        ),
         ((1, 2, 4, 8), "KeyError", False),
         ((4,), "torch.OutOfMemoryError: CUDA out of memory.", False),
     ],
@@ -227,19 +235,63 @@ def test_sizes_end_where_memory_does_and_any_other_end_is_an_error(samples, stde
     def turns():
         return benchmark.take_turns(cases, RECIPE, 1, 1, pieces=False, profile=False)
 
+    done = [turn(tokens=100 * size) for size in samples if size < 4]
     if fits:
-        assert turns() == [[turn(tokens=100), turn(tokens=200)]]
-        has(capsys.readouterr().err, "ours", "out of memory at 4 samples per step")
+        assert turns() == [done]
+        has(capsys.readouterr().err, "ours", "out of memory at 400 tokens per step")
     else:
-        has(refusal(turns), "ended with code 1")
+        with pytest.raises(benchmark.ContenderFailed, match="ended with code 1") as failed:
+            turns()
+        assert failed.value.turns == done
         has(capsys.readouterr().err, stderr)
 
 
-def test_a_size_that_did_not_fit_is_in_the_table():
-    ours, theirs = [turn(tokens=100), turn(tokens=200)], [turn(tokens=100)]
-    first, second = benchmark.table_of_sizes(["ours", "theirs"], [ours, theirs]).splitlines()[-2:]
-    assert first == "| 100 | 40 tokens/s, 20.0% MFU, 1.0 GiB | 40 tokens/s, 20.0% MFU, 1.0 GiB |"
-    assert second == "| 200 | 80 tokens/s, 20.0% MFU, 1.0 GiB | out of memory |"
+def test_a_size_that_did_not_fit_is_in_the_table_and_one_that_was_not_tried_is_empty():
+    ours, theirs = [turn(tokens=tokens) for tokens in (100, 200, 400)], [turn(tokens=100)]
+    rows = benchmark.table_of_sizes(["ours", "theirs"], [ours, theirs], [None, 400]).splitlines()[-3:]
+    assert rows == [
+        "| 100 | 40 tokens/s, 20.0% MFU, 1.0 GiB | 40 tokens/s, 20.0% MFU, 1.0 GiB |",
+        "| 200 | 80 tokens/s, 20.0% MFU, 1.0 GiB |  |",
+        "| 400 | 160 tokens/s, 20.0% MFU, 1.0 GiB | out of memory |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "short"),
+    [
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>(int, float)",
+         "vectorized_elementwise_kernel"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::X<1>>(T)", "multi_tensor_apply_kernel"),
+        ("triton_red_fused_" + "x" * 80, "triton_red_fused_" + "x" * 43),
+        ("Memcpy DtoH (Device -> Pinned)", "Memcpy DtoH"),
+    ],
+)  # fmt: skip
+def test_the_table_names_a_kernel_by_its_last_name(kernel, short):
+    assert benchmark.short_name(kernel) == short
+
+
+def sizes_compiled(preset, samples):
+    """How many unknown sizes each graph that is compiled takes, over steps of all `samples`."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(sum(isinstance(one, torch.SymInt) for one in inputs))
+        return graph
+
+    args = argparse.Namespace(
+        contender="compiled", preset=preset, ds_config=RECIPE, ep_size=1, samples=samples, seq_len=16, steps=1,
+        recompute_blocks=0, pieces=False, profile=False,
+    )  # fmt: skip
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=backend)):
+        assert len(list(benchmark_contender.run(args))) == len(samples)
+    return graphs
+
+
+def test_each_size_of_the_compiled_contender_is_compiled_as_the_only_one(tmp_path):
+    (tmp_path / "preset.json").write_text(json.dumps(PRESET))
+    graphs = run_alone(sizes_compiled, str(tmp_path / "preset.json"), [2, 4])
+    assert len(graphs) == 4
+    assert graphs[:2] == graphs[2:]
 
 
 def test_growth_changes_one_size_at_a_time(tmp_path):

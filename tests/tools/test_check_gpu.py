@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import check_gpu
 import pytest
 import torch
+from benchmark import ContenderFailed
 from benchmark_contender import Machine, Turn
 from check_gpu import Check
 from gpu_table import BEGIN, END
 from refusals import has, refusal
 
-from megamoe.errors import UserError
+from megamoe.config import load_preset
 from megamoe.planning.step_profile import StepProfile, Total
 
 # Cases by test.
@@ -27,6 +28,7 @@ EXPECTED = {
     "launchers/test_deepspeed.py::test_ranks_that_each_see_one_gpu_take_that": 2,
     "launchers/test_deepspeed.py::test_stalled_ranks_end_and_print_where_each_of_them_is": 1,
     "model/test_attention.py::test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64": 2,
+    "model/test_compiled.py::test_a_compiled_layer_gives_the_device_less_to_do_than_an_eager_one": 1,
     "model/test_dispatch.py::test_combined_rows_are_the_weighted_sum_and_both_gradients_are_right": 1,
     "model/test_dispatch.py::test_gathered_rows_are_the_tokens_rows_and_backward_sums_over_their_places": 1,
     "model/test_dispatch.py::test_picked_rows_are_in_the_rows_order_and_fill_has_no_gradient": 1,
@@ -72,6 +74,31 @@ def test_without_a_gpu_it_says_so_and_exits_with_2(no_gpu):
     assert done.returncode == 2
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     has(error, "no GPU", "make gpu")
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_in_a_sentence(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver is too old (found version 11040).\nMore lines.")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # which the driver's own library knows
+    monkeypatch.setattr(torch.cuda, "init", init)
+    problem = refusal(check_gpu.refuse_unusable_gpus)
+    has(problem, "update its driver", "found version 11040")
+    assert "More lines" not in problem
+
+
+@pytest.mark.parametrize(("modes", "is_refused"), [("Default\nDefault", False), ("Default\nExclusive_Process", True)])
+def test_gpus_that_take_one_process_only_are_refused(modes, is_refused, tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=compute_mode ] && echo "{modes}"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    if is_refused:
+        has(refusal(check_gpu.refuse_unusable_gpus), "Exclusive_Process", "--compute-mode=DEFAULT")
+    else:
+        check_gpu.refuse_unusable_gpus()
 
 
 REPORT = """<testsuites><testsuite>
@@ -125,32 +152,30 @@ PROFILE = StepProfile(
 )
 
 
-def speed_by(take_turns, monkeypatch):
-    monkeypatch.setattr(check_gpu.benchmark, "take_turns", take_turns)
-    return dict(check_gpu.measure_speed("tiny", "ds.json", (2, 4)))
+def speed_by(take_turn, monkeypatch):
+    monkeypatch.setattr(check_gpu, "take_turn", take_turn)
+    return dict(check_gpu.measure_speed("tiny", "ds.json"))
 
 
-def take_turns(cases, *args, pieces, profile):
-    """Steps of two sizes, but for DeepSpeed's layer, whose memory ends, and for Mixtral, which fails."""
-    (entry,) = cases.values()
-    assert entry.samples == (2, 4)
-    assert (pieces, profile) == (False, True)
+def take_turn(entry, ds_config, steps, *flags):
+    """Steps of all sizes, but for DeepSpeed's layer, whose memory ends after two, and for Mixtral, which then fails."""
+    assert flags == ("--profile",)
+    first, *others = [size * entry.seq_len for size in entry.samples]
+    turns = [turn(first, PROFILE), *map(turn, others)]
     if entry.contender == "mixtral":
-        raise UserError("Mixtral ended with code 1.")
-    return [[turn(2000, PROFILE)] if entry.contender == "stock" else [turn(2000, PROFILE), turn(4000)]]
+        raise ContenderFailed("Mixtral ended with code 1.", turns[:2])
+    return turns[:2] if entry.contender == "stock" else turns
 
 
-def test_speed_tells_where_memory_ends_and_goes_on_after_a_failure(monkeypatch):
-    ours, *_, stock, mixtral = speed_by(take_turns, monkeypatch).values()
-    assert [one["tokens"] for one in ours["turns"]] == [2000, 4000]
-    assert ours["turns"][0]["mfu"] == 2e10 / 1.25 / 4e9
-    assert (ours["out_of_memory_at"], ours["failure"]) == (None, None)
-    assert (stock["out_of_memory_at"], stock["failure"]) == (4, None)
-    assert (mixtral["turns"], mixtral["out_of_memory_at"], mixtral["failure"]) == (
-        [],
-        None,
-        "Mixtral ended with code 1.",
-    )
+def test_speed_tells_where_memory_ends_keeps_what_a_failure_left_and_goes_on_after_it(monkeypatch):
+    speed = speed_by(take_turn, monkeypatch)
+    length = load_preset("tiny").max_position_embeddings
+    tokens = [[one["tokens"] // length for one in found["turns"]] for found in speed.values()]
+    assert tokens == [[2, 4, 8, 16, 32, 64], [2, 8, 32, 64], [2, 8], [2, 8]]
+    ends = [(one["out_of_memory_at_tokens"], one["failure"]) for one in speed.values()]
+    assert ends == [(None, None), (None, None), (32 * length, None), (None, "Mixtral ended with code 1.")]
+    first = next(iter(speed.values()))["turns"][0]
+    assert first["mfu"] == 1e7 * first["tokens"] / 1.25 / 4e9
 
 
 DEVICE = {"name": "NVIDIA H100 80GB HBM3", "count": 1, "memory_gib": 79.6, "capability": "9.0", "driver": "0.1",
@@ -161,10 +186,10 @@ README = f"before\n\n{BEGIN}\nold\n{END}\n\nbehind\n"
 @pytest.mark.parametrize("failed", [False, True])
 def test_results_go_to_a_file_named_for_the_gpu_and_into_the_readme(failed, tmp_path, monkeypatch, capsys):
     checks = [Check("one", "failed" if failed else "passed", 1.0), Check("two", "not run: needs 2 GPUs", 0.0)]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(check_gpu, "refuse_unusable_gpus", lambda: None)
     monkeypatch.setattr(check_gpu, "describe_device", lambda: DEVICE)
     monkeypatch.setattr(check_gpu, "run_checks", lambda: checks)
-    speed = speed_by(lambda *args, **kwargs: [[turn(2048, PROFILE)]], monkeypatch)
+    speed = speed_by(lambda *args: [turn(2048, PROFILE)], monkeypatch)
     monkeypatch.setattr(check_gpu, "measure_speed", lambda *args: speed.items())
     readme = tmp_path / "README.md"
     readme.write_text(README)
@@ -183,10 +208,10 @@ def test_results_go_to_a_file_named_for_the_gpu_and_into_the_readme(failed, tmp_
 
 def test_an_interrupt_leaves_the_results_so_far(tmp_path, monkeypatch):
     def measure_speed(*args):
-        yield "megamoe", {"turns": [], "out_of_memory_at": 2, "failure": None}
+        yield "megamoe", {"turns": [], "out_of_memory_at_tokens": 2048, "failure": None}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(check_gpu, "refuse_unusable_gpus", lambda: None)
     monkeypatch.setattr(check_gpu, "describe_device", lambda: DEVICE)
     monkeypatch.setattr(check_gpu, "run_checks", lambda: [Check("one", "passed", 1.0)])
     monkeypatch.setattr(check_gpu, "measure_speed", measure_speed)

@@ -16,9 +16,13 @@ RESULT = {
     "versions": {"megamoe": "1 (source 0)", "torch": "2", "deepspeed": "3"},
     "checks": [{"result": result} for result in ("passed", "passed", "not run: needs 2 GPUs", "failed")],
     "speed": {
-        "megamoe, 1 rank": {"turns": [asdict(turn(2048, PROFILE)), asdict(turn(4096))], "failure": None},
-        "Mixtral": {"turns": [asdict(turn(2048))], "failure": None},
-        "broken": {"turns": [], "failure": "it broke"},
+        "megamoe, 1 rank": {
+            "turns": [asdict(turn(2048, PROFILE)), asdict(turn(4096))],
+            "out_of_memory_at_tokens": None,
+            "failure": None,
+        },
+        "Mixtral": {"turns": [asdict(turn(2048))], "out_of_memory_at_tokens": 4096, "failure": None},
+        "broken": {"turns": [], "out_of_memory_at_tokens": None, "failure": "it broke"},
     },
 }
 
@@ -54,7 +58,7 @@ def test_every_file_has_its_facts_and_two_tables_and_writing_again_changes_nothi
         "| a profiled step | tokens | step | kernels | device busy | gaps, the largest | waits of the host "
         "| copies to the host | host per kernel |",
         "|---|---|---|---|---|---|---|---|---|",
-        "| megamoe, 1 rank | 2,048 | 12.30 ms | 400 | 49% | 5.00 ms, 1.00 ms before a kernel | 3, 4.00 ms | 3 "
+        "| megamoe, 1 rank | 2,048 | 12.30 ms | 400 | 49% | 5.00 ms, 1.00 ms before `a kernel` | 3, 4.00 ms | 3 "
         "| 20.0 us |",
     ]
     write_table(readme, tmp_path / "results")
