@@ -7,13 +7,23 @@ source "$(dirname "$0")/common.sh"
 ranks=$1
 shift
 
+devices=(--num_gpus "$ranks")
+if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then # which deepspeed ignores next to --num_gpus
+  [[ $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+    refuse "CUDA_VISIBLE_DEVICES is '$CUDA_VISIBLE_DEVICES'; deepspeed takes numbers only, such as 2,3."
+  IFS=, read -ra visible <<< "$CUDA_VISIBLE_DEVICES"
+  [[ ${#visible[@]} -ge $ranks ]] ||
+    refuse "CUDA_VISIBLE_DEVICES is '$CUDA_VISIBLE_DEVICES', for $ranks ranks; name a device for each, or start fewer ranks."
+  devices=(--include "localhost:$(IFS=,; echo "${visible[*]:0:ranks}")")
+fi
+
 # Two jobs on one host must not share DeepSpeed's default port.
-port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+port=${MASTER_PORT:-$(python -c 'from megamoe.launch.network import free_port; print(free_port())')}
 
 MEGAMOE_EXIT_NOTE=$(mktemp)
 export MEGAMOE_EXIT_NOTE
 trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
 code=0
 run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \
-  deepspeed --num_gpus "$ranks" --master_port "$port" --log_level warning "$root/megamoe/pretrain.py" "$@" || code=$?
+  deepspeed "${devices[@]}" --master_port "$port" --log_level warning "$root/megamoe/pretrain.py" "$@" || code=$?
 leave "$code"

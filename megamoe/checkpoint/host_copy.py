@@ -55,10 +55,12 @@ class HostCopy:
             return False
         memory = torch.empty(sum(sizes), dtype=torch.uint8)
         if any(tensor.is_cuda for tensor in tensors):
+            memory.zero_()  # or the driver would make each page of it, while training waits to launch
             try:
                 # The memory as it is: torch's own page-locked memory comes in powers of two.
                 pin_memory(memory.data_ptr(), memory.nbytes)
             except RuntimeError:  # memory that is free need not be free to be page-locked
+                self._say_no(needed)
                 return False
         self._memory = memory
         self._buffers = [

@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _abort_process_group
@@ -57,8 +58,12 @@ def end_groups(failed: bool = False) -> None:
     Returns within END_SECONDS: NCCL may wait for a rank that never comes, and `leave` ends the process all the same.
     """
 
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
     def end() -> None:
         with contextlib.suppress(Exception):  # what has failed before may fail again
+            if device is not None:
+                torch.cuda.set_device(device)  # a new thread's is the first, where NCCL would take memory
             (_abort_process_group if failed else dist.destroy_process_group)()
 
     thread = threading.Thread(target=end, daemon=True)

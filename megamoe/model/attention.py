@@ -89,6 +89,9 @@ class PrefixLatentAttention(nn.Module):
         value = self._heads(self.v_proj(x)).transpose(1, 2)
         if cache is not None:
             key, value = cache.append(key, value)
+        if query.is_cuda and (mask is not None or query.dtype == torch.float32):
+            # No fused kernel has groups together with a mask, or in fp32: each query head gets keys of its own.
+            key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
         if mask is not None:
             out = F.scaled_dot_product_attention(query[:, :, -length:], key, value, attn_mask=mask, enable_gqa=True)
         else:

@@ -10,6 +10,8 @@ F intermediate_size.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -91,9 +93,11 @@ def compiler_problems(device: torch.device) -> list[str]:
     if device.type != "cpu":
         from torch.utils._triton import has_triton_package
 
-        if has_triton_package():
-            return []
-        return ["--compile needs Triton on a GPU, which cannot be imported; install it, or leave --compile out."]
+        if not has_triton_package():
+            return ["--compile needs Triton on a GPU, which cannot be imported; install it, or leave --compile out."]
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):  # as Triton looks for one
+            return ["--compile needs a C compiler on a GPU; install gcc, set CC, or leave --compile out."]
+        return []
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -37,6 +37,10 @@ def configure_deepspeed() -> None:
     # order in which the host has issued them, which is the same on all ranks; else two ranks may each begin with
     # another one, and wait for each other.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    # `launch/watch.py` finds what has died or stalled, and ends all ranks with one code; torch's watchdog of NCCL would
+    # abort the process before it can say why.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
 
 
 def init_distributed() -> tuple[Rendezvous, torch.device]:

@@ -153,6 +153,6 @@ def test_a_gpu_gets_batches_pinned_by_a_thread_of_its_own_and_the_cpu_gets_them_
 @pytest.mark.gpu(1)
 def test_a_batch_is_in_page_locked_memory(start):
     batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
-    (pinned,) = start(lambda step: [batch], torch.device("cuda")).step(1)
+    (pinned,) = start(lambda step: [batch], torch.device("cuda", 0)).step(1)
     assert pinned.input_ids.is_pinned()
     assert pinned.labels.is_pinned()

@@ -33,6 +33,18 @@ wait -n
     [
         ("single_node.sh", [], {}, "error: the number of ranks is ''; start launch_scripts/single_node.sh RANKS"),
         ("single_node.sh", ["--ds_config"], {}, "error: the number of ranks is '--ds_config'; start"),
+        (
+            "single_node.sh",
+            ["2"],
+            {"CUDA_VISIBLE_DEVICES": "GPU-1"},
+            "error: CUDA_VISIBLE_DEVICES is 'GPU-1'; deepspeed",
+        ),
+        (
+            "single_node.sh",
+            ["2"],
+            {"CUDA_VISIBLE_DEVICES": "3"},
+            "error: CUDA_VISIBLE_DEVICES is '3', for 2 ranks; name",
+        ),
         ("multi_node_pdsh.sh", [], {}, "error: the hostfile is ''; start launch_scripts/multi_node_pdsh.sh HOSTFILE"),
         ("multi_node_pdsh.sh", ["--steps", "5"], {}, "error: the hostfile is '--steps'; start"),
         ("multi_node_pdsh.sh", ["f"], {"MAX_RESTARTS": "x"}, "error: MAX_RESTARTS is 'x'; give a whole number."),
@@ -84,6 +96,13 @@ def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_cod
         assert [script.stdout.readline(), script.stdout.readline()] == ["ready\n", "ready\n"]
         script.send_signal(number)
         assert script.wait(20) == 75
+
+
+@pytest.mark.parametrize(("visible", "words"), [("", "--num_gpus 2"), ("5,3,1", "--include localhost:5,3")])
+def test_the_ranks_of_a_host_get_the_devices_that_the_user_made_visible(tmp_path, visible, words):
+    programs = {"deepspeed": f'#!/bin/sh\necho "$@" > {tmp_path}/words\n'}
+    run_script(tmp_path, programs, SCRIPTS / "single_node.sh", "2", CUDA_VISIBLE_DEVICES=visible)
+    assert (tmp_path / "words").read_text().startswith(f"{words} --master_port ")
 
 
 # --- what the code of the ranks makes a script do -------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the ranks need on GPUs, shown on CPU: devices, timeouts, and the order of their collectives."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
@@ -154,3 +155,16 @@ def launch_order(environment):
 def test_nccl_keeps_the_order_of_the_host_unless_the_user_says_otherwise():
     assert run_alone(launch_order, {}) == "1"
     assert run_alone(launch_order, {"NCCL_LAUNCH_ORDER_IMPLICIT": "0"}) == "0"
+
+
+def nccl_settings():
+    configure_deepspeed()
+    return {name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL_")}
+
+
+def test_torchs_watchdog_of_nccl_does_not_end_a_rank_before_it_says_why():
+    header = Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp"
+    settings = run_alone(nccl_settings)
+    assert set(settings.values()) == {"0"}
+    assert len(settings) == 2
+    assert all(f'"{name}"' in header.read_text() for name in settings)
