@@ -19,8 +19,8 @@ STEP = "megamoe step"
 # Kineto's categories: of what runs on the device, and of the host's calls to its driver.
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 CALLS = ("cuda_runtime", "cuda_driver")
-# Of these, memory that is allocated or freed waits as `...Synchronize` does. A copy's call is left out: for most copies
-# it returns at once, and what follows the others is a call that waits.
+# Of these, what allocates or frees memory may wait for the device, as `...Synchronize` does. Calls for copies are left
+# out: most return at once, and torch waits for the others by a call of its own.
 ALLOCATIONS = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaHostRegister", "cudaFreeHost")
 
 
