@@ -228,7 +228,8 @@ class Job:
         """The run from step `first` on, in one line."""
         run, shape = self.run, self.shape
         return (
-            f"{run.preset}: {parameter_count(self.model):,} parameters, {dtype_of(self.ds)}, "
+            f"{run.preset}: {parameter_count(self.model):,} parameters, {dtype_of(self.ds)}"
+            f"{', compiled' * run.compile}{', deterministic' * run.deterministic}, "
             f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens per step; "
             f"{self.describe_corpora()}; {self._describe_held_out()}; steps {first} to {self.last_step}; "
             f"run folder {self.run_dir}"

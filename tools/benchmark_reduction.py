@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megamoe import cli
+from megamoe.errors import UserError
 
 RANKS = (8, 64, 1024)
 
@@ -54,6 +55,8 @@ def main() -> None:
         "--shared", type=float, default=1.0, help="what all ranks share, over what each has of its own; 0: noise alone"
     )
     args = parser.parse()
+    if args.elements < 1:
+        raise UserError(f"--elements is {args.elements}; give at least 1.")
     print("ranks  order     dtype     error  share")
     for ranks in RANKS:
         parts = list(gradients(ranks, args.elements, args.shared))

@@ -125,7 +125,9 @@ def ask_driver(field: str) -> list[str]:
 def refuse_unusable_gpus() -> None:
     """Raises UserError where there is no GPU, torch cannot use it, or it takes one process only."""
     if not torch.cuda.device_count():
-        raise UserError(f"torch {torch.__version__} sees no GPU on this host; run `make gpu` on one with a GPU.")
+        raise UserError(
+            f"torch {torch.__version__} sees no GPU on this host; run `make gpu` on one with a GPU and torch for CUDA."
+        )
     try:
         torch.cuda.init()
     except RuntimeError as error:  # such as a driver too old, whose GPUs are counted nevertheless

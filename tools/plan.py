@@ -23,7 +23,7 @@ from megamoe.errors import Problems
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, comparison, payloads, totals
-from megamoe.planning.search import MARGIN
+from megamoe.planning.search import kept_free
 from megamoe.planning.simulate import Measured, simulate
 from megamoe.training.sinks import duration
 
@@ -106,7 +106,7 @@ def print_time(plan: Plan) -> None:
 
 
 def print_choices(plan: Plan) -> None:
-    print(f"\nbest predicted of {len(plan.choices)} splits that leave {MARGIN:.0%} of the memory free")
+    print(f"\nbest predicted of {len(plan.choices)} splits that leave {kept_free(plan.setup):.0%} of the memory free")
     print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>11s}{'memory':>14s}"
           f"{'tokens/s':>13s}{'MFU':>7s}  limited by")  # fmt: skip
     for one in plan.choices[:BEST]:
@@ -114,8 +114,10 @@ def print_choices(plan: Plan) -> None:
         print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{setup.recompute_blocks:11d} "
               f"{size(one.memory)}{time.tokens_per_second:13,.0f}{time.mfu:7.1%}  {LIMITS[time.limit]}")  # fmt: skip
     keys = ", ".join(f'"{key}": {value}' for key, value in batch_keys(plan.setup).items())
-    print(f"  set --ep_size {plan.setup.ep_size} --recompute_blocks {plan.setup.recompute_blocks}, and in "
-          f"{plan.run.ds_config}: {keys}")  # fmt: skip
+    samples = plan.setup.micro_batch * plan.setup.accumulation * plan.setup.world_size
+    print(f"  set{' --compile' * plan.setup.compiled} --ep_size {plan.setup.ep_size} --recompute_blocks "
+          f"{plan.setup.recompute_blocks}, and in {plan.run.ds_config}: {keys}")  # fmt: skip
+    print(f'  a step then has {samples:,} samples; with "train_batch_size" in the JSON the search keeps that number')
 
 
 def print_simulated(plan: Plan, measured: Measured) -> None:

@@ -104,7 +104,6 @@ def compiler_problems(device: torch.device) -> list[str]:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        return [
-            "--compile needs a C++ compiler on CPU, and g++ does not run; install it, set CXX, or leave --compile out."
-        ]
+        name = os.environ.get("CXX", "g++")
+        return [f"--compile needs a C++ compiler on CPU, and {name} does not run; set CXX, or leave --compile out."]
     return []

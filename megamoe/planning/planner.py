@@ -19,7 +19,7 @@ from megamoe.json_files import read_json
 from megamoe.model.products import choose_kernel
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.rates import CPU, GPU, Rates
-from megamoe.planning.search import MARGIN, Choice, best_choices
+from megamoe.planning.search import Choice, best_choices, kept_free
 from megamoe.planning.sharding import Setup, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
@@ -164,8 +164,8 @@ def _search(setup: Setup, device: Device, per_node: int, rates: Rates, ds: dict[
     if not choices:
         kept = f" with {samples} samples per step" if samples else ""
         raise UserError(
-            f"nothing{kept} fits in {(1 - MARGIN) * device.memory / GIB:.1f} GiB on {setup.world_size} ranks; use more "
-            "ranks or a shorter --seq_len."
+            f"nothing{kept} fits in {(1 - kept_free(setup)) * device.memory / GIB:.1f} GiB on {setup.world_size} ranks; "
+            "use more ranks or a shorter --seq_len."
         )
     return choices
 

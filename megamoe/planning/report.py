@@ -47,6 +47,8 @@ ADVICE: dict[Part, str] = {
 
 def advice(plan: Plan) -> str:
     """What to change against what limits the step."""
+    if not plan.fits:
+        return "but it does not fit: lower the micro-batch, raise --recompute_blocks or ep_size, or search with --best"
     limit = plan.time.limit
     helps = limit in ("launches", "memory") and not plan.setup.compiled
     return ("compile (--compile); " if helps else "") + ADVICE[limit]

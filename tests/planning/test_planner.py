@@ -20,7 +20,6 @@ from megamoe.planning.footprint import footprint
 from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, make_plan, rates_of, this_machine
 from megamoe.planning.rates import CPU, GPU
 from megamoe.planning.report import ADVICE, LIMITS, advice, assumptions
-from megamoe.planning.search import MARGIN
 from megamoe.planning.step_time import Part, step_time
 
 ZERO2 = str(SHIPPED / "zero2.json")
@@ -244,7 +243,7 @@ def test_the_best_split_is_planned_and_said(tmp_path, monkeypatch, capsys):
     record = json.loads((tmp_path / "plan.json").read_text())
     best, plan = record["best"][0], record["predicted"]
     assert best["predicted"]["tokens_per_second"] == plan["time"]["tokens_per_second"]
-    assert best["predicted"]["memory"] == plan["memory"]["totals"]["peak"] <= (1 - MARGIN) * 79.6 * 2**30
+    assert best["predicted"]["memory"] == plan["memory"]["totals"]["peak"] <= 0.9 * 79.6 * 2**30
     keys = best["ds_config"]
     assert f'"train_micro_batch_size_per_gpu": {keys["train_micro_batch_size_per_gpu"]}' in out
     assert f"--ep_size {best['options']['ep_size']} --recompute_blocks {best['options']['recompute_blocks']}" in out

@@ -9,7 +9,7 @@ from megamoe.hardware import DEVICES
 from megamoe.json_files import read_json
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import GPU
-from megamoe.planning.search import MARGIN, MICRO_BATCHES, best_choices
+from megamoe.planning.search import MICRO_BATCHES, best_choices, kept_free
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
 
@@ -20,7 +20,7 @@ def memory(setup):
     return footprint(setup).peak.total()
 
 
-SMALL = replace(DEVICES["h100"], memory=1.01 / (1 - MARGIN) * memory(replace(SETUP, micro_batch=6)))
+SMALL = replace(DEVICES["h100"], memory=1.01 / (1 - kept_free(SETUP)) * memory(replace(SETUP, micro_batch=6)))
 
 
 @pytest.mark.parametrize("samples", [None, 96])
@@ -34,7 +34,7 @@ def test_it_finds_what_trying_everything_finds(samples):
         replace(SETUP, ep_size=ep_size, micro_batch=micro_batch, accumulation=accumulation, recompute_blocks=blocks)
         for ep_size, (micro_batch, accumulation), blocks in product((1, 2, 4, 8), batches(), range(5))
     ]
-    fitting = [setup for setup in tried if memory(setup) <= (1 - MARGIN) * SMALL.memory]
+    fitting = [setup for setup in tried if memory(setup) <= (1 - kept_free(SETUP)) * SMALL.memory]
     assert len(fitting) < len(tried)
     best = max(step_time(setup, SMALL, 8, GPU).tokens_per_second for setup in fitting)
     found = best_choices(SETUP, SMALL, 8, GPU, samples)
@@ -42,7 +42,7 @@ def test_it_finds_what_trying_everything_finds(samples):
     rates = [choice.time.tokens_per_second for choice in found]
     assert rates == sorted(rates, reverse=True)
     for choice in found:
-        assert choice.memory == memory(choice.setup) <= (1 - MARGIN) * SMALL.memory
+        assert choice.memory == memory(choice.setup) <= (1 - kept_free(SETUP)) * SMALL.memory
         if samples:
             assert choice.setup.micro_batch * choice.setup.accumulation * 8 == samples
 
@@ -53,7 +53,7 @@ def test_no_block_is_recomputed_in_vain():
     for choice in found:
         assert (
             memory(replace(choice.setup, recompute_blocks=choice.setup.recompute_blocks - 1))
-            > (1 - MARGIN) * SMALL.memory
+            > (1 - kept_free(SETUP)) * SMALL.memory
         )
 
 
