@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from refusals import refusals
 from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
@@ -273,11 +274,11 @@ def test_experts_products_other_than_torchs_one_kernel_are_said(inputs, monkeypa
     assert asked == [(torch.device("cpu"), torch.float32)]
 
 
-def test_compiling_without_a_compiler_is_refused(inputs, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    (problem,) = problems({**inputs, "compile": True})
-    assert "--compile needs a C++ compiler" in problem
-    assert job(inputs)
+def test_compiling_without_a_compiler_is_refused(inputs):
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        (problem,) = problems({**inputs, "compile": True})
+        assert "--compile needs a C++ compiler" in problem
+        assert job(inputs)
 
 
 def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):
