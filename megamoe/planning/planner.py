@@ -165,7 +165,8 @@ def _search(setup: Setup, device: Device, per_node: int, rates: Rates, ds: dict[
         kept = f" with {samples} samples per step" if samples else ""
         usable = (1 - kept_free(setup)) * device.memory / GIB
         raise UserError(
-            f"nothing{kept} fits in {usable:.1f} GiB on {setup.world_size} ranks; use more ranks or a shorter --seq_len."
+            f"nothing{kept} fits in {usable:.1f} GiB on {setup.world_size} ranks; "
+            "use more ranks or a shorter --seq_len."
         )
     return choices
 
