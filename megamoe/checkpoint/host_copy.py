@@ -24,6 +24,7 @@ class HostCopy:
         self._buffers: list[Tensor] = []  # in the memory
         self._side: torch.cuda.Stream | None = None
         self._said = False
+        self._is_refused = False  # to lock memory; tried once, for it takes a pass over all of it
 
     def take(self, tensors: list[Tensor], ready: torch.cuda.Event | None) -> list[Tensor] | None:
         """Copies of `tensors`; None if this host has too little memory for them. The next call overwrites them.
@@ -31,6 +32,8 @@ class HostCopy:
         Args:
             ready: on a GPU, recorded when the tensors had the values to be copied.
         """
+        if self._is_refused:
+            return None
         if [(t.shape, t.dtype) for t in tensors] != [(b.shape, b.dtype) for b in self._buffers]:
             self._free()
             if not self._allocate(tensors):
@@ -60,6 +63,7 @@ class HostCopy:
                 # The memory as it is: torch's own page-locked memory comes in powers of two.
                 pin_memory(memory.data_ptr(), memory.nbytes)
             except RuntimeError:  # memory that is free need not be free to be page-locked
+                self._is_refused = True
                 self._say_no(needed)
                 return False
         self._memory = memory

@@ -54,13 +54,16 @@ def test_memory_is_kept_for_the_same_shapes_and_unlocked_before_others_take_its_
     assert list(locks.values()) == [12_032]
 
 
-def test_memory_that_cannot_be_page_locked_gives_no_copy_and_is_said_once(locks, monkeypatch, capsys):
+def test_memory_that_cannot_be_page_locked_gives_no_copy_and_is_said_and_tried_once(locks, monkeypatch, capsys):
     monkeypatch.setattr(host_copy.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    tries = []
+    refuse = SimpleNamespace(cudaHostRegister=lambda *_: tries.append(1) or 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refuse)
     copy = HostCopy()
     for _ in range(2):
         assert copy.take(on_gpu(1000), None) is None
     assert capsys.readouterr().out.count("no memory for copies of what is saved") == 1
+    assert len(tries) == 1
 
 
 def test_memory_of_the_cpu_is_not_page_locked(locks):

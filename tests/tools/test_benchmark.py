@@ -13,7 +13,8 @@ import benchmark
 import benchmark_contender
 import pytest
 import torch
-from benchmark_contender import Clock, Machine, Turn, build_engine_contender, build_mixtral, gemm_flops, timed_pieces
+from benchmark_contender import Clock, Machine, Turn, gemm_flops, timed_pieces
+from benchmark_models import build_engine_contender, build_mixtral
 from ranks import run_alone, run_ranks
 from refusals import has, refusal, sentences
 from toy import PRESET, SHIPPED

@@ -1,0 +1,137 @@
+"""What the benchmark compares, ready to train: megamoe, the same model with DeepSpeed's own MoE layer, and Mixtral."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed.moe.layer
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megamoe.config import ModelConfig
+from megamoe.data.batches import Batch
+from megamoe.ds_config import DTYPES, dtype_of, read_schedule
+from megamoe.json_files import read_json
+from megamoe.model.decoder import Decoder
+from megamoe.model.dropout import Dropout
+from megamoe.model.experts import ACTIVATIONS
+from megamoe.topology import ExpertTopology
+from megamoe.training.engine import build_engine
+from megamoe.training.step import TrainStep, build_train_step
+
+
+@dataclass
+class Contender:
+    """A model with its optimizer, ready to train."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    forward_backward: Callable[[torch.Tensor], None]  # of ids (B, T)
+    update: Callable[[], None]
+    optimizer: torch.optim.Optimizer  # torch's own, inside whatever wraps it
+
+
+def build_engine_contender(
+    config: ModelConfig,
+    ds_config: str,
+    ep_size: int,
+    samples: int,
+    recompute_blocks: int,
+    stock: bool,
+    compiled: bool = False,
+) -> Contender:
+    """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it,
+    `compiled` compiles its blocks. A step has `samples` sequences on a rank, whatever the JSON says."""
+    ds = {**read_json(Path(ds_config)), "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1}
+    ds.pop("train_batch_size", None)
+    if stock:
+        model = stock_model(config, ep_size, recompute_blocks)
+        train_step = TrainStep(build_engine(model, ds, read_schedule(ds, ds_config)), balancer=None)
+    else:
+        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks, compiled=compiled)
+    optimizer = train_step.engine.optimizer
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    dtype = next(train_step.model.parameters()).dtype
+
+    def forward_backward(ids: torch.Tensor) -> None:
+        train_step.forward_backward([Batch(ids, ids)])
+
+    def update() -> None:
+        train_step.update()
+
+    return Contender(train_step.model, dtype, forward_backward, update, optimizer)
+
+
+class StockExpert(nn.Module):
+    """One expert, for DeepSpeed's own layer."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        outside, inside = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(outside, inside, bias=False) if config.gated_mlp else None
+        self.up_proj = nn.Linear(outside, inside, bias=False)
+        self.down_proj = nn.Linear(inside, outside, bias=False)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout = Dropout(config.expert_dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up_proj(x)
+        inside = self.activation(self.gate_proj(x)) * up if self.gate_proj else self.activation(up)
+        return self.dropout(self.down_proj(inside))
+
+
+def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Decoder:
+    """The decoder with DeepSpeed's own MoE layer in every block."""
+    topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
+    model = Decoder(config, 0, topology, recompute_blocks)
+    for block in model.layers:
+        block.moe = deepspeed.moe.layer.MoE(
+            config.hidden_size,
+            StockExpert(config),
+            num_experts=config.num_local_experts,
+            ep_size=ep_size,
+            k=config.num_experts_per_tok,
+            drop_tokens=False,
+        )
+    return model
+
+
+def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> Contender:
+    """Its experts have three matrices where the decoder's have two, so they are two thirds as wide inside. They run as
+    transformers chooses (`grouped_mm` where torch has it)."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    dtype = DTYPES[dtype_of(read_json(Path(ds_config)))]
+    shape = MixtralConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size * 2 // 3 // 16 * 16,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        num_local_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",  # type: ignore[call-arg]
+    )
+    model: Any = MixtralForCausalLM(shape)
+    model.to(device, dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def forward_backward(ids: torch.Tensor) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    return Contender(model, dtype, forward_backward, update, optimizer)
