@@ -1,4 +1,4 @@
-"""Typed configuration of the model (a preset) and of the run (the command line); `ds_config.py` has the DeepSpeed JSON.
+"""Typed configuration of the model: a preset. `run_config.py` has the command line, `ds_config.py` the DeepSpeed JSON.
 
 Every knob has one owner. The preset owns the shape, the DeepSpeed JSON owns precision, ZeRO, batch sizes, clipping,
 optimizer and schedule, the command line owns paths and the length of the run. All problems are collected and raised
@@ -7,41 +7,16 @@ at once, as sentences that name the value, the limit and the remedy.
 
 from __future__ import annotations
 
-import argparse
-import re
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from megamoe import cli
+from megamoe.config_checks import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, field_problems
 from megamoe.errors import UserError, shown, unknown_key
 from megamoe.json_files import read_json
 
 PRESET_DIR = Path(__file__).parent / "presets"
-ROPE_SCALINGS = {
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "yarn": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
-ROPE_SCALING_KEYS = {
-    "rope_type",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-}.union(*ROPE_SCALINGS.values())
-
-
-# --- the model ------------------------------------------------------------------------------------------------------
-
-
-# Limits far above any real model; they keep a slip of the pen from filling the memory.
-MAX_LAYERS = 10_000
-MAX_EXPERTS = 2**18  # of all layers together
-MAX_SIZE = 2**24  # of a dimension
 
 
 class JsonModel(BaseModel):
@@ -55,83 +30,167 @@ class JsonModel(BaseModel):
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+
+
 class ModelConfig(JsonModel):
     """Shape of the decoder. Field names are Hugging Face's where it has one."""
 
-    vocab_size: int = Field(gt=0, le=MAX_SIZE)
-    """Rows of the embedding, which is also the head. Token ids must be below it."""
-    hidden_size: int = Field(gt=0, le=MAX_SIZE)
+    # --- embedding, head and blocks ---
+    vocab_size: Size
+    """Rows of the embedding and of the head. Token ids must be below it."""
+    hidden_size: Size
     """Width of the residual stream."""
-    intermediate_size: int = Field(gt=0, le=MAX_SIZE)
-    """Width inside an expert."""
-    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
-    """Activation inside an expert."""
-    gated_mlp: bool = False
-    """Experts of three matrices: the activation of a gate multiplies what goes in (SwiGLU, GEGLU, ...)."""
     num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
     """Decoder blocks."""
-    num_attention_heads: int = Field(gt=0, le=MAX_SIZE)
-    """Query heads."""
-    num_key_value_heads: int = Field(gt=0, le=MAX_SIZE)
-    """Key/value heads; each serves num_attention_heads / num_key_value_heads query heads."""
-    head_dim: int = Field(ge=4, le=MAX_SIZE, multiple_of=2)
-    """Size of one head; even, since RoPE turns pairs."""
-    num_latent_tokens: int = Field(ge=0, le=MAX_SIZE)
-    """Learned, unrotated key/value positions before every sequence, per layer."""
     max_position_embeddings: int = Field(gt=1, le=2**32)
     """Longest sequence the model is trained on, and the default sequence length of a run."""
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the mean square in every RMSNorm."""
+    tie_word_embeddings: bool = True
+    """The embedding is the head too."""
+    num_nextn_predict_layers: int = Field(default=0, ge=0, le=1)
+    """1 trains a further block to predict the token after the next (multi-token prediction, as in DeepSeek-V3)."""
+    mtp_loss_coef: float = Field(default=0.3, gt=0)
+    """Weight of that block's loss."""
+    output_z_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared logarithm of the head's softmax denominator."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    # --- attention ---
+    num_attention_heads: Size
+    """Query heads."""
+    num_key_value_heads: Size
+    """Key/value heads; each serves num_attention_heads / num_key_value_heads query heads."""
+    head_dim: int = Field(ge=4, le=MAX_SIZE, multiple_of=2)
+    """Size of a head's query and key; even, since RoPE turns pairs."""
+    num_latent_tokens: int = Field(default=0, ge=0, le=MAX_SIZE)
+    """Learned, unrotated key/value positions before every sequence, per layer."""
+    qk_norm: Literal["head", "full"] | None = None
+    """RMSNorm of queries and keys before RoPE: of each head, or over all heads together."""
+    attention_bias: bool = False
+    """Biases of the query, key and value projections."""
+    attention_out_bias: bool = False
+    """Bias of attention's output projection."""
+    sliding_window: Size | None = None
+    """Positions that a query of a sliding layer sees, its own included."""
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    """Which layers slide, one entry per layer; by default all of them where sliding_window is given."""
+    kv_lora_rank: Size | None = None
+    """Given, attention is DeepSeek's multi-head latent attention, and this the width of its compressed keys, values."""
+    q_lora_rank: Size | None = None
+    """Width of compressed queries in latent attention; without it they are not compressed."""
+    qk_nope_head_dim: Size | None = None
+    """Part of a head's query and key that is not rotated, in latent attention."""
+    qk_rope_head_dim: Size | None = None
+    """Part that is rotated; the key's is shared by all heads."""
+    v_head_dim: Size | None = None
+    """Size of a head's value in latent attention."""
+
+    # --- positions ---
     rope_theta: float = Field(default=10_000.0, gt=1)
     """Base of the rotary frequencies."""
     rope_interleaved: bool = False
     """Rotate neighbouring pairs (GPT-J) instead of halves (GPT-NeoX, Llama)."""
     rope_scaling: dict[str, Any] | None = None
     """Hugging Face's form: {"rope_type": "linear" | "dynamic" | "yarn" | "llama3", "factor": ..., ...}."""
-    rms_norm_eps: float = Field(default=1e-5, gt=0)
-    """Added to the mean square in every RMSNorm."""
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    """Share of a head's dimensions, the first ones, that is rotated."""
+
+    # --- dense layers and experts ---
+    intermediate_size: Size
+    """Width inside a dense layer, and inside an expert unless moe_intermediate_size is given."""
+    moe_intermediate_size: Size | None = None
+    """Width inside an expert."""
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu"
+    """Activation inside an expert or a dense layer."""
+    gated_mlp: bool = False
+    """Three matrices for each: the activation of a gate multiplies what goes in (SwiGLU, GEGLU, ...)."""
+    first_k_dense_replace: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    """The first so many blocks are dense: one MLP in place of experts."""
+    mlp_only_layers: list[int] = []
+    """Further dense blocks, by index from 0."""
     num_local_experts: int = Field(gt=0, le=MAX_EXPERTS)
     """Experts per layer (all of them, over all ranks; the name is Mixtral's)."""
     num_experts_per_tok: int = Field(gt=0)
     """Experts that each token is sent to (top-k)."""
+    n_shared_experts: int = Field(default=0, ge=0, le=MAX_SIZE)
+    """Experts that every token passes, as one MLP of that many times an expert's width."""
+    shared_expert_gate: bool = False
+    """A sigmoid of the token multiplies what the shared experts give."""
     expert_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on an expert's output."""
-    router_jitter_noise: float = Field(default=0.0, ge=0, lt=1)
-    """Training only: the router's input is multiplied by a uniform draw from 1 - noise to 1 + noise."""
+    """Dropout on a routed expert's output."""
+
+    # --- router ---
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores."""
+    norm_topk_prob: bool = True
+    """The weights of a token's experts are divided by their sum."""
+    routed_scaling_factor: float = Field(default=1.0, gt=0)
+    """What the weights are multiplied by after that."""
+    n_group: Size = 1
+    """Groups of experts, neighbours together."""
+    topk_group: Size = 1
+    """Groups that a token may choose from: those whose best two experts have the largest sum."""
+    router_jitter_noise: float = Field(default=0.0, ge=0, lt=1)
+    """Training only: the router's input is multiplied by a uniform draw from 1 - noise to 1 + noise."""
+
+    # --- balance ---
+    router_bias: bool = True
+    """Select by score + bias, and let the bias follow the load (loss-free balancing)."""
     router_bias_rule: Literal["sign", "proportional"] = "sign"
     """How the balancing bias follows the running load."""
     router_bias_rate: float = Field(default=1e-3, ge=0)
-    """Step of the balancing bias; 0 switches balancing off."""
+    """Step of the balancing bias; 0 leaves it where it is."""
     router_load_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running mean of the expert loads."""
-    initializer_range: float = Field(default=0.02, gt=0)
-    """Standard deviation of the initial weights."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the auxiliary balance loss of each layer."""
+    router_aux_loss_type: Literal["sequence", "global_batch", "micro_batch"] = "sequence"
+    """Whose load that loss takes: each sequence's, the running mean over all ranks, or the micro-batch's of a rank."""
+    router_z_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared logarithm of the router's softmax denominator, of each layer."""
+
+    @property
+    def expert_size(self) -> int:
+        """Width inside an expert."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    @property
+    def shared_size(self) -> int:
+        """Width inside the shared experts; 0 without them."""
+        return self.n_shared_experts * self.expert_size
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a head's value."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
+
+    def is_dense(self, block: int) -> bool:
+        """Whether a block, counted from 0, has one MLP in place of experts."""
+        return block < self.first_k_dense_replace or block in self.mlp_only_layers
+
+    @property
+    def sparse_blocks(self) -> list[int]:
+        """The blocks with experts; that of multi-token prediction has the number after the last."""
+        blocks = [block for block in range(self.num_hidden_layers) if not self.is_dense(block)]
+        return blocks + [self.num_hidden_layers] * self.num_nextn_predict_layers
+
+    def window(self, block: int) -> int | None:
+        """Positions that a query of a block sees; None for all before it."""
+        slides = self.layer_types is None or self.layer_types[block] == "sliding_attention"
+        return self.sliding_window if slides else None
 
     @staticmethod
     def problems(values: dict[str, Any]) -> list[str]:
         """What does not fit between fields, one sentence each; fields that are wrong themselves are passed over."""
-        problems = []
-        heads, key_value_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-        if _positive(heads) and _positive(key_value_heads) and heads % key_value_heads:
-            problems.append(
-                f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {key_value_heads}; "
-                "choose a divisor of it."
-            )
-        top_k, experts = values.get("num_experts_per_tok"), values.get("num_local_experts")
-        if _positive(top_k) and _positive(experts) and top_k > experts:
-            problems.append(f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it.")
-        layers = values.get("num_hidden_layers")
-        if (
-            _positive(layers)
-            and _positive(experts)
-            and layers <= MAX_LAYERS
-            and layers * experts > MAX_EXPERTS >= experts
-        ):
-            problems.append(
-                f"num_hidden_layers {layers} x num_local_experts {experts} is {layers * experts:,} experts, above the "
-                f"limit of {MAX_EXPERTS:,}; lower one of them."
-            )
-        return problems + _rope_scaling_problems(values.get("rope_scaling"))
+        return field_problems(values)
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -139,26 +198,6 @@ class ModelConfig(JsonModel):
         if problems:
             raise UserError(*problems)
         return self
-
-
-def _positive(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _rope_scaling_problems(scaling: Any) -> list[str]:
-    if not isinstance(scaling, dict):
-        return []
-    kind = scaling.get("rope_type")
-    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        return [f"rope_scaling: rope_type is {shown(kind)}; use one of {', '.join(ROPE_SCALINGS)}."]
-    missing = ROPE_SCALINGS[kind] - scaling.keys()
-    problems = [f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.'] if missing else []
-    for key, value in scaling.items():
-        if key not in ROPE_SCALING_KEYS:
-            problems.append(unknown_key("rope_scaling", key, ROPE_SCALING_KEYS))
-        elif key != "rope_type" and (isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0):
-            problems.append(f"rope_scaling: {key} is {shown(value)}; give a number above 0.")
-    return problems
 
 
 def preset_names() -> list[str]:
@@ -203,128 +242,3 @@ def _sentence(detail: Any, where: str, known: list[str]) -> str:
         return f"{where}: {key}: {detail['msg'].removeprefix('Value error, ')}"
     rule = detail["msg"].removeprefix("Input ")
     return f'{where}: "{key}" is {shown(detail["input"])}, but it {rule}; change it.'
-
-
-# --- the run --------------------------------------------------------------------------------------------------------
-
-
-class Corpus(BaseModel):
-    """One source of training tokens: a prepared folder, or the prefix of a .bin/.idx pair, with its weight in a mix."""
-
-    model_config = ConfigDict(frozen=True)
-
-    path: str
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-
-
-def parse_corpus(value: Any) -> Any:
-    """`PATH` or `PATH=WEIGHT` from the command line."""
-    if not isinstance(value, str):
-        return value
-    path, separator, weight = value.rpartition("=")
-    if not separator:
-        return {"path": value}
-    try:
-        return {"path": path, "weight": float(weight)}
-    except ValueError:
-        raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
-
-
-def parse_duration(value: Any) -> Any:
-    """Seconds of "90" (minutes), "1:30:00" or "2-12:00:00" (days), as Slurm writes them. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d\d):(\d\d))|(\d+(?:\.\d+)?)", value)
-    if not found:
-        raise ValueError(f"{value!r} is no time; write minutes, H:MM:SS or D-HH:MM:SS.")
-    days, hours, minutes, seconds, plain = found.groups()
-    if plain:
-        return 60 * float(plain)
-    return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
-
-
-class RunConfig(BaseModel):
-    """What the command line of pretrain.py owns. Each field is one option; its description is the option's help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    ds_config: str = Field(description="path of the DeepSpeed JSON")
-    preset: str = Field(default="moe-680m", description="name of a shipped preset, or path of a preset's JSON")
-    data: list[Annotated[Corpus, BeforeValidator(parse_corpus)]] = Field(
-        default=[Corpus(path="data/shakespeare")],
-        min_length=1,
-        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
-    )
-    valid_data: str | None = Field(
-        default=None, description="held-out corpus; by default the held-out split of the first --data folder"
-    )
-    run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
-    resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
-    auto_resume: bool = Field(
-        default=False, description="resume if the run folder holds a run, else begin: one command for both"
-    )
-    time_limit: Annotated[float | None, BeforeValidator(parse_duration)] = Field(
-        default=None,
-        gt=0,
-        description="save and leave before this time since the start: minutes, H:MM:SS or D-HH:MM:SS; the end of a "
-        "Slurm job counts in any case",
-    )
-    collective_timeout: float = Field(
-        default=300,
-        gt=0,
-        lt=86_400,  # the timeout of the process groups, in training/distributed.py
-        description="seconds without progress of any rank, after which all exit and say where each is",
-    )
-    ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
-    seq_len: int | None = Field(
-        default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
-    )
-    recompute_blocks: int = Field(
-        default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
-    )
-    compile: bool = Field(
-        default=False,
-        description="compile what lies around the experts' products in each block: faster steps, a later first one",
-    )
-    steps: int | None = Field(
-        default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
-    )
-    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
-    log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
-    eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
-    eval_samples: int = Field(default=256, gt=0, description="held-out samples used by an evaluation, at most")
-    save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
-    keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
-    keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of this many steps as well")
-    deterministic: bool = Field(
-        default=False, description="on GPUs, repeat a run bit for bit, at the cost of speed; on CPU it always does"
-    )
-    foreground_save: bool = Field(
-        default=False, description="hold training while a checkpoint is written, instead of copying the state first"
-    )
-    init_from: str | None = Field(
-        default=None,
-        description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
-    )
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return Path(self.run_dir or Path("runs") / Path(self.preset).stem)
-
-
-def parse_run(arguments: list[str] | None = None) -> RunConfig:
-    """The command line as a RunConfig. Raises UserError."""
-    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
-    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
-    cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
-    parser.add_argument("--local_rank", help="given by the launcher; not used")
-    return parser.parse(arguments, _run_of)
-
-
-def _run_of(values: argparse.Namespace) -> RunConfig:
-    given = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
-    foreign = [word for word in sys.argv if not word.isascii() and word.encode(errors="replace").decode() != word]
-    if foreign:  # no JSON could hold it
-        raise UserError(f"command line: {foreign[0]!a} is not UTF-8; rename that.")
-    return validate(RunConfig, given, "command line")

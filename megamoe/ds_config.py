@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from megamoe.config import JsonModel, ModelConfig, RunConfig, validate
+from megamoe.config import JsonModel, ModelConfig, validate
 from megamoe.ds_keys import OPTIMIZER_PARAMS, is_number, key_problems, value_problems, why
 from megamoe.errors import UserError, shown, unknown_key
 from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
+from megamoe.run_config import RunConfig
 from megamoe.topology import ExpertTopology
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

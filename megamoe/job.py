@@ -15,7 +15,7 @@ import torch
 import megamoe
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
-from megamoe.config import ModelConfig, RunConfig, load_preset
+from megamoe.config import ModelConfig, load_preset
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
@@ -25,6 +25,7 @@ from megamoe.json_files import read_json
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.costs import parameter_count
 from megamoe.model.products import DESCRIPTIONS, kernel_for
+from megamoe.run_config import RunConfig
 from megamoe.run_folder import RunFolder
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.evaluation import Evaluator, tokens_per_byte

@@ -20,12 +20,12 @@ from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config import RunConfig, parse_run
 from megamoe.errors import Problems, UserError
 from megamoe.job import Job
 from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, words_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
+from megamoe.run_config import RunConfig, parse_run
 from megamoe.training.determinism import make_deterministic
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.loop import Trainer

@@ -5,18 +5,9 @@ import json
 import pytest
 from refusals import has, only, refusals
 
-from megamoe.config import (
-    MAX_EXPERTS,
-    PRESET_DIR,
-    Corpus,
-    ModelConfig,
-    RunConfig,
-    load_preset,
-    parse_run,
-    preset_names,
-    validate,
-)
+from megamoe.config import MAX_EXPERTS, PRESET_DIR, ModelConfig, load_preset, preset_names, validate
 from megamoe.errors import UserError
+from megamoe.run_config import Corpus, RunConfig, parse_run
 
 PRESETS = sorted(PRESET_DIR.glob("*.json"))
 
@@ -79,6 +70,35 @@ def test_the_default_preset_is_the_designed_model():
         "router_bias_rate": 1e-3,
         "router_load_decay": 0.9,
         "initializer_range": 0.02,
+        # parts that it does not have
+        "tie_word_embeddings": True,
+        "num_nextn_predict_layers": 0,
+        "mtp_loss_coef": 0.3,
+        "output_z_loss_coef": 0.0,
+        "qk_norm": None,
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "sliding_window": None,
+        "layer_types": None,
+        "kv_lora_rank": None,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": None,
+        "qk_rope_head_dim": None,
+        "v_head_dim": None,
+        "partial_rotary_factor": 1.0,
+        "moe_intermediate_size": None,
+        "first_k_dense_replace": 0,
+        "mlp_only_layers": [],
+        "n_shared_experts": 0,
+        "shared_expert_gate": False,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "router_bias": True,
+        "router_aux_loss_coef": 0.0,
+        "router_aux_loss_type": "sequence",
+        "router_z_loss_coef": 0.0,
     }
 
 

@@ -11,10 +11,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
 from toy import PRESET
 
-from megamoe.config import ModelConfig, RunConfig
+from megamoe.config import ModelConfig
 from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
+from megamoe.run_config import RunConfig
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 SCHEDULE = {"warmup_type": "linear", "warmup_max_lr": 0.002, "warmup_num_steps": 10, "total_num_steps": 100}

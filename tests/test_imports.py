@@ -17,6 +17,8 @@ LAYERS = [
     {
         "errors",
         "config",
+        "config_checks",
+        "run_config",
         "ds_config",
         "ds_keys",
         "optimizers",

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
 
 import megamoe.job
-from megamoe.config import RunConfig
 from megamoe.errors import UserError
 from megamoe.job import SAME_ON_RESUME, Job
+from megamoe.run_config import RunConfig
 
 
 def problems(run, world_size=1):

@@ -12,12 +12,12 @@ from ranks import run_ranks
 from toy import ds_config, losses, new_store, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
-from megamoe.config import RunConfig
 from megamoe.job import Job
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import is_done
 from megamoe.pretrain import run as pretrain
+from megamoe.run_config import RunConfig
 from megamoe.training.sinks import ConsoleSink
 
 

@@ -12,7 +12,6 @@ from ranks import this_device
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megamoe.config import RunConfig
 from megamoe.data.corpus import SplitWriter
 from megamoe.errors import UserError
 from megamoe.job import Job
@@ -20,6 +19,7 @@ from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import run as pretrain
+from megamoe.run_config import RunConfig
 from megamoe.training.determinism import make_deterministic
 from megamoe.training.distributed import raise_on_any_rank
 from megamoe.training.sinks import read_log

@@ -18,13 +18,14 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
 
 from megamoe import cli
-from megamoe.config import RunConfig, validate
+from megamoe.config import validate
 from megamoe.errors import Problems
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, comparison, payloads, totals
 from megamoe.planning.search import kept_free
 from megamoe.planning.simulate import Measured, simulate
+from megamoe.run_config import RunConfig
 from megamoe.training.sinks import duration
 
 

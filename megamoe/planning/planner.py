@@ -11,7 +11,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from megamoe.config import ModelConfig, RunConfig, load_preset
+from megamoe.config import ModelConfig, load_preset
 from megamoe.ds_config import DTYPES, deepspeed_problems, dtype_of, run_problems
 from megamoe.errors import Problems, UserError
 from megamoe.hardware import DEVICES, Device, measured_bandwidth, measured_flops
@@ -23,6 +23,7 @@ from megamoe.planning.search import Choice, best_choices, kept_free
 from megamoe.planning.sharding import Setup, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
+from megamoe.run_config import RunConfig
 
 GIB = 2**30
 

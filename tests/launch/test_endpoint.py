@@ -5,7 +5,6 @@ from dataclasses import asdict
 
 import pytest
 
-from megamoe.config import RunConfig
 from megamoe.errors import UserError
 from megamoe.launch import endpoint
 from megamoe.launch.endpoint import Endpoint, join
@@ -13,6 +12,7 @@ from megamoe.launch.exchange import open_store
 from megamoe.launch.exits import FAILED, REFUSED, code_of
 from megamoe.launch.network import free_port
 from megamoe.launch.preflight import Report
+from megamoe.run_config import RunConfig
 
 
 def report(absent=(), shares=True, address="10.0.0.1"):

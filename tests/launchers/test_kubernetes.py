@@ -6,8 +6,9 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from megamoe.config import load_preset, parse_run
+from megamoe.config import load_preset
 from megamoe.launch.exits import REFUSED
+from megamoe.run_config import parse_run
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFEST = yaml.safe_load((ROOT / "launch_scripts" / "jobset.yaml").read_text())

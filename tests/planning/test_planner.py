@@ -10,7 +10,7 @@ from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config
 
 from megamoe import cli
-from megamoe.config import RunConfig, load_preset
+from megamoe.config import load_preset
 from megamoe.errors import UserError
 from megamoe.hardware import KNOWN_PEAKS
 from megamoe.json_files import read_json
@@ -21,6 +21,7 @@ from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, make_plan, rates_
 from megamoe.planning.rates import CPU, GPU
 from megamoe.planning.report import ADVICE, LIMITS, advice, assumptions
 from megamoe.planning.step_time import Part, step_time
+from megamoe.run_config import RunConfig
 
 ZERO2 = str(SHIPPED / "zero2.json")
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from toy import ds_config
 
-from megamoe.config import RunConfig
 from megamoe.data.batches import Batch
+from megamoe.run_config import RunConfig
 from megamoe.training import distributed
 from megamoe.training.distributed import NO_TIMEOUT, choose_device, configure_deepspeed
 from megamoe.training.step import build_train_step

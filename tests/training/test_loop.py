@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from toy import PRESET, ds_config, losses, train_here, write_inputs
 
-from megamoe.config import ModelConfig, RunConfig
+from megamoe.config import ModelConfig
 from megamoe.data import token_files
 from megamoe.data.prefetch import THREAD
 from megamoe.data.token_files import TokenCorpus
@@ -19,6 +19,7 @@ from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.model.decoder import Decoder
 from megamoe.pretrain import run as pretrain
+from megamoe.run_config import RunConfig
 from megamoe.training.evaluation import Evaluator
 from megamoe.training.sinks import read_log
 from megamoe.training.step import TrainStep

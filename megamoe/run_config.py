@@ -1,0 +1,137 @@
+"""Typed configuration of a run: what the command line of pretrain.py owns."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from megamoe import cli
+from megamoe.config import validate
+from megamoe.errors import UserError
+
+
+class Corpus(BaseModel):
+    """One source of training tokens: a prepared folder, or the prefix of a .bin/.idx pair, with its weight in a mix."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+def parse_corpus(value: Any) -> Any:
+    """`PATH` or `PATH=WEIGHT` from the command line."""
+    if not isinstance(value, str):
+        return value
+    path, separator, weight = value.rpartition("=")
+    if not separator:
+        return {"path": value}
+    try:
+        return {"path": path, "weight": float(weight)}
+    except ValueError:
+        raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
+
+
+def parse_duration(value: Any) -> Any:
+    """Seconds of "90" (minutes), "1:30:00" or "2-12:00:00" (days), as Slurm writes them. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d\d):(\d\d))|(\d+(?:\.\d+)?)", value)
+    if not found:
+        raise ValueError(f"{value!r} is no time; write minutes, H:MM:SS or D-HH:MM:SS.")
+    days, hours, minutes, seconds, plain = found.groups()
+    if plain:
+        return 60 * float(plain)
+    return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
+
+
+class RunConfig(BaseModel):
+    """What the command line of pretrain.py owns. Each field is one option; its description is the option's help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ds_config: str = Field(description="path of the DeepSpeed JSON")
+    preset: str = Field(default="moe-680m", description="name of a shipped preset, or path of a preset's JSON")
+    data: list[Annotated[Corpus, BeforeValidator(parse_corpus)]] = Field(
+        default=[Corpus(path="data/shakespeare")],
+        min_length=1,
+        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
+    )
+    valid_data: str | None = Field(
+        default=None, description="held-out corpus; by default the held-out split of the first --data folder"
+    )
+    run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
+    resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
+    auto_resume: bool = Field(
+        default=False, description="resume if the run folder holds a run, else begin: one command for both"
+    )
+    time_limit: Annotated[float | None, BeforeValidator(parse_duration)] = Field(
+        default=None,
+        gt=0,
+        description="save and leave before this time since the start: minutes, H:MM:SS or D-HH:MM:SS; the end of a "
+        "Slurm job counts in any case",
+    )
+    collective_timeout: float = Field(
+        default=300,
+        gt=0,
+        lt=86_400,  # the timeout of the process groups, in training/distributed.py
+        description="seconds without progress of any rank, after which all exit and say where each is",
+    )
+    ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
+    seq_len: int | None = Field(
+        default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
+    )
+    recompute_blocks: int = Field(
+        default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
+    )
+    compile: bool = Field(
+        default=False,
+        description="compile what lies around the experts' products in each block: faster steps, a later first one",
+    )
+    steps: int | None = Field(
+        default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
+    )
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
+    log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
+    eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
+    eval_samples: int = Field(default=256, gt=0, description="held-out samples used by an evaluation, at most")
+    save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
+    keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
+    keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of this many steps as well")
+    deterministic: bool = Field(
+        default=False, description="on GPUs, repeat a run bit for bit, at the cost of speed; on CPU it always does"
+    )
+    foreground_save: bool = Field(
+        default=False, description="hold training while a checkpoint is written, instead of copying the state first"
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run_dir or Path("runs") / Path(self.preset).stem)
+
+
+def parse_run(arguments: list[str] | None = None) -> RunConfig:
+    """The command line as a RunConfig. Raises UserError."""
+    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
+    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
+    cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
+    parser.add_argument("--local_rank", help="given by the launcher; not used")
+    return parser.parse(arguments, _run_of)
+
+
+def _run_of(values: argparse.Namespace) -> RunConfig:
+    given = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
+    foreign = [word for word in sys.argv if not word.isascii() and word.encode(errors="replace").decode() != word]
+    if foreign:  # no JSON could hold it
+        raise UserError(f"command line: {foreign[0]!a} is not UTF-8; rename that.")
+    return validate(RunConfig, given, "command line")
