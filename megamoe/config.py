@@ -158,6 +158,11 @@ class ModelConfig(JsonModel):
         return self.moe_intermediate_size or self.intermediate_size
 
     @property
+    def expert_size_field(self) -> str:
+        """The field that gives it."""
+        return "moe_intermediate_size" if self.moe_intermediate_size else "intermediate_size"
+
+    @property
     def shared_size(self) -> int:
         """Width inside the shared experts; 0 without them."""
         return self.n_shared_experts * self.expert_size

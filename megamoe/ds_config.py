@@ -284,6 +284,6 @@ def _row_problems(model: ModelConfig, dtype: str, preset: str) -> list[str]:
     return [
         f"{name} is {width} in {preset}, but the experts' products in {dtype} need rows of a multiple of "
         f"{ROW_ALIGNMENT} bytes; make it a multiple of {multiple}."
-        for name, width in (("hidden_size", model.hidden_size), ("intermediate_size", model.intermediate_size))
+        for name, width in (("hidden_size", model.hidden_size), (model.expert_size_field, model.expert_size))
         if width % multiple
     ]

@@ -241,6 +241,15 @@ class Job:
         kernel = kernel_for(self.device, DTYPES[dtype_of(self.ds)])
         return None if kernel == "grouped_mm" else f"the experts' products are {DESCRIPTIONS[kernel]}"
 
+    def describe_split_dependence(self) -> str | None:
+        """What makes the losses depend on how a step is split over ranks and micro-batches, if anything does."""
+        if self.model.router_aux_loss_coef and self.model.router_aux_loss_type == "micro_batch":
+            return (
+                'router_aux_loss_type is "micro_batch": the losses depend on how a step is split over ranks and '
+                'micro-batches; "sequence" and "global_batch" do not'
+            )
+        return None
+
     def describe_corpora(self) -> str:
         """Tokens and place of each corpus and, in a mix, its weight."""
         mixed = len(self.corpora) > 1

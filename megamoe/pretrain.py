@@ -171,8 +171,8 @@ def enter(job: Job, first: int, checkpoint: Path | None) -> Sink:
     job.enter_folder(first, checkpoint)
     sinks = open_sinks(job.run_dir, first)
     sinks.log_text(first, job.describe(first))
-    if products := job.describe_products():
-        sinks.log_text(first, products)
+    for line in filter(None, (job.describe_products(), job.describe_split_dependence())):
+        sinks.log_text(first, line)
     if job.is_resuming and not checkpoint:
         sinks.log_text(0, f"{job.run_dir} holds no complete checkpoint, so the run begins again at step 0")
     if job.new_schedule:

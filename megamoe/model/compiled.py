@@ -21,6 +21,7 @@ from torch import Tensor
 from megamoe.model.dispatch import combine_rows
 from megamoe.model.moe import Placed
 from megamoe.model.rope import Rotary
+from megamoe.model.router import Routing
 
 
 class CompiledBlock:
@@ -31,12 +32,15 @@ class CompiledBlock:
     """
 
     def __init__(self) -> None:
+        self.whole = compile_region(whole)
         self.before_experts = compile_region(before_experts)
         self.activate = compile_region(activate, 1)
         self.after_experts = compile_region(after_experts, 1, 3)
 
-    def __call__(self, block: Any, x: Tensor, rotary: Rotary) -> Tensor:
-        """(B, S, D) -> (B, S, D), as `block` without padding or cache."""
+    def __call__(self, block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) -> (B, S, D) and the router's losses, as `block` without padding or cache."""
+        if block.is_dense:
+            return self.whole(block, x, rotary, mask), None
         dispatch = block.moe.deepspeed_moe
 
         def experts(rows: Tensor, ends: Tensor) -> Tensor:
@@ -44,12 +48,12 @@ class CompiledBlock:
                 return dispatch.experts(rows, ends)
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        x, weights, counts, placed = self.before_experts(block, x, rotary)
-        dispatch.count_for_balancing(counts)
+        x, routing, placed = self.before_experts(block, x, rotary, mask)
+        dispatch.count_for_balancing(routing.counts)
         # Eager blocks begin it before they place the rows; here both are behind the first region.
-        incoming = dispatch.exchange_counts(counts)
+        incoming = dispatch.exchange_counts(routing.counts)
         results = dispatch.run_experts(placed, incoming, experts)
-        return self.after_experts(x, results, weights, placed.token, placed.place)
+        return self.after_experts(x, results, routing.weights, placed.token, placed.place), routing.losses
 
 
 def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
@@ -68,14 +72,22 @@ def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..
     return call
 
 
-def before_experts(block: Any, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor, Placed]:
-    """x (B, S, D) with attention added, the weights (T, K) and counts (E,) of the routing, and the rows by expert."""
-    x = x + block.self_attn(block.input_layernorm(x), rotary)
-    rows = block.post_attention_layernorm(x).flatten(0, 1)
-    weights, expert_ids, counts = block.moe.router(rows)
+def whole(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> Tensor:
+    """A dense block, (B, S, D) -> (B, S, D)."""
+    x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
+    return x + block.mlp(block.post_attention_layernorm(x))
+
+
+def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Routing, Placed]:
+    """x (B, S, D) with attention and the shared experts added, the routing, and the rows by expert."""
+    x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
+    hidden = block.post_attention_layernorm(x)
+    rows = hidden.flatten(0, 1)
+    routing = block.moe.router(rows, len(hidden))
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
-        return x, weights, counts, block.moe.deepspeed_moe.place(rows, expert_ids, counts)
+        placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
+    return block.with_shared(x, hidden), routing, placed
 
 
 def activate(experts: Any, inside: Tensor) -> Tensor:

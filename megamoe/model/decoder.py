@@ -1,4 +1,4 @@
-"""The decoder: embedding, blocks of attention and mixture of experts, tied head, and the loss.
+"""The decoder: embedding, blocks, head, and the loss that it trains on.
 
 Shape legend: B batch, T positions of this call, S positions so far (cached and new), D hidden_size, V vocab_size.
 """
@@ -6,7 +6,7 @@ Shape legend: B batch, T positions of this call, S positions so far (cached and 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,45 +15,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.config import ModelConfig
-from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention_mask
+from megamoe.data.batches import NO_LABEL
+from megamoe.model.attention import LayerCache, attention_mask
+from megamoe.model.block import Block
 from megamoe.model.compiled import CompiledBlock
-from megamoe.model.experts import StackedExperts
-from megamoe.model.loss import chunked_cross_entropy
+from megamoe.model.loss import chunked_cross_entropy, chunked_head_loss
 from megamoe.model.moe import MoE
+from megamoe.model.multi_token import MultiTokenPredictor
 from megamoe.model.names import expert_id, is_norm, is_residual_projection, layer_id, plain_parts
 from megamoe.model.rope import Rotary, rope_frequencies, rotary_table
 from megamoe.model.router import Router
-from megamoe.model.sections import AttentionSection, ExpertSection, RouterSection, section
 from megamoe.topology import ExpertTopology
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+class Stream(NamedTuple):
+    """What the blocks have made of the tokens."""
 
-    def __init__(self, config: ModelConfig, topology: ExpertTopology):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = PrefixLatentAttention(**section(AttentionSection, config))
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.moe = MoE(
-            router=Router(**section(RouterSection, config)),
-            experts=StackedExperts(num_experts=topology.experts_per_rank, **section(ExpertSection, config)),
-            topology=topology,
-            hidden_size=config.hidden_size,
-        )
-        self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
-
-    def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
-        if self.compiled and self.training and mask is None and cache is None:
-            return self.compiled(self, x, rotary)
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.moe(self.post_attention_layernorm(x), used_token)[0]
+    hidden: Tensor  # (B, T, D), before the last norm
+    router_losses: list[Tensor]  # (2,) of each router that has any
+    rotary: Rotary
+    mask: Tensor | None  # of the last block
 
 
 class Decoder(nn.Module):
-    """The language model; of every layer's experts it holds those of its topology."""
+    """The language model; of every layer's experts it holds those of its topology.
+
+    Buffers:
+        step_losses: (P,), sums of the parts of the loss since the last optimizer step on this rank; not saved.
+    """
+
+    step_losses: Tensor
 
     def __init__(
         self, config: ModelConfig, seed: int = 0, topology: ExpertTopology | None = None, recompute_blocks: int = 0
@@ -70,8 +61,16 @@ class Decoder(nn.Module):
         self.topology = topology or ExpertTopology(config.num_local_experts)
         self.recompute_blocks = recompute_blocks
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, self.topology) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, self.topology, config.is_dense(block)) for block in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head: nn.Linear | None = None  # without one, the embedding is the head
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = MultiTokenPredictor(config, self.topology) if config.num_nextn_predict_layers else None
+        self.loss_parts = loss_parts(config)
+        self.register_buffer("step_losses", torch.zeros(len(self.loss_parts)), persistent=False)
         self._init_weights(seed)
 
     @torch.no_grad()
@@ -85,26 +84,39 @@ class Decoder(nn.Module):
             for part in plain_parts(name, parameter.shape, self.topology.first_expert):
                 weight = parameter.flatten()[part.start : part.start + part.count].view(part.shape)
                 layer, expert = layer_id(part.name), expert_id(part.name)
-                if layer is None or expert is None:
+                if expert is None:
                     generator = shared
                 else:
-                    generator = own[layer, expert] = own.get((layer, expert)) or _generator(seed, layer, expert)
-                if not is_norm(part.name):
+                    key = (self.config.num_hidden_layers if layer is None else layer, expert)
+                    generator = own[key] = own.get(key) or _generator(seed, *key)
+                if part.name.endswith(".bias"):
+                    weight.zero_()
+                elif not is_norm(part.name):
                     weight.normal_(0, residual_std if is_residual_projection(part.name) else std, generator=generator)
 
     def compile_blocks(self) -> None:
         """Let all blocks train as one `CompiledBlock`, which compiles when the first batch comes."""
         compiled = CompiledBlock()
-        for block in self.layers:
-            cast(Block, block).compiled = compiled
+        for block in self.blocks():
+            block.compiled = compiled
+
+    def blocks(self) -> list[Block]:
+        """All blocks, first block first; that of multi-token prediction comes last."""
+        blocks = [*self.layers, *([self.mtp.block] if self.mtp else [])]
+        return [cast(Block, block) for block in blocks]
 
     def moe_layers(self) -> list[MoE]:
-        """The expert layer of each block, first block first."""
-        return [cast(Block, block).moe for block in self.layers]
+        """The expert layers, those of `config.sparse_blocks`."""
+        return [block.moe for block in self.blocks() if not block.is_dense]
 
     def routers(self) -> list[Router]:
-        """The router of each block, first block first."""
+        """The routers, those of `config.sparse_blocks`."""
         return [moe.router for moe in self.moe_layers()]
+
+    @property
+    def head(self) -> Tensor:
+        """Weight of the head, (V, D)."""
+        return (self.lm_head or self.embed_tokens).weight
 
     def forward(
         self,
@@ -113,25 +125,35 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         cache: list[LayerCache] | None = None,
     ) -> Tensor:
-        """Logits (B, T, V), or with `labels` the mean loss.
+        """Logits (B, T, V), or with `labels` the loss.
+
+        In evaluation the loss is the mean cross-entropy in nats over the labels that count (0 if there are none), in
+        fp32. In training the other parts of the loss are added, times their coefficients, and all parts are added to
+        the buffer `step_losses`, in the order of `loss_parts` and without coefficients.
 
         Args:
             input_ids: (B, T) token ids.
-            labels: (B, T), the id that follows each position; -100 where none counts. The loss is the mean
-                cross-entropy in nats over the others (0 if there are none), in fp32.
+            labels: (B, T), the id that follows each position; -100 where none counts. Training with multi-token
+                prediction needs (B, T + 1): those that follow the ids, and the one after.
             attention_mask: (B, S) bool, False at padding, left or right; None means no padding.
             cache: from `new_cache`; the call's tokens are appended to it.
         """
-        hidden = self._hidden_states(input_ids, attention_mask, cache)
+        stream = self._stream(input_ids, attention_mask, cache)
+        hidden = self.norm(stream.hidden)
         if labels is None:
-            return F.linear(hidden, self.embed_tokens.weight)
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, labels.flatten())
+            return F.linear(hidden, self.head)
+        if self.training and len(self.loss_parts) > 1:
+            return self._training_loss(stream, hidden, labels)
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten())
+        if self.training:
+            self.step_losses += loss.detach()  # (1,)
+        return loss
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for sequences of up to `capacity` tokens."""
         return [LayerCache(self.config.num_latent_tokens + capacity) for _ in self.layers]
 
-    def _hidden_states(self, input_ids: Tensor, token_mask: Tensor | None, cache: list[LayerCache] | None) -> Tensor:
+    def _stream(self, input_ids: Tensor, token_mask: Tensor | None, cache: list[LayerCache] | None) -> Stream:
         batch, length = input_ids.shape
         num_latents = self.config.num_latent_tokens
         past = max(cache[0].length - num_latents, 0) if cache else 0
@@ -143,25 +165,66 @@ class Decoder(nn.Module):
         if token_mask is None:
             positions = torch.arange(length, device=input_ids.device).unsqueeze(0)
             rotary = self._rotary(positions, positions.new_full((1,), total), hidden.dtype, num_latents)
-            mask = used = None
+            used = None
         else:
             # A row's positions count its real tokens only, so padding does not move them.
             positions = (token_mask.cumsum(1) - 1).clamp_min(0)
             padding = (~token_mask).sum(1)
             rotary = self._rotary(positions[:, past:], total - padding, hidden.dtype, 0 if past else num_latents)
-            mask = attention_mask(token_mask, length, num_latents)
             used = token_mask[:, past:]
             used = None if bool(used.all()) else used
+        masks = self._masks(token_mask, input_ids)
+        losses: list[Tensor] = []
         for layer, block in enumerate(self.layers):
+            mask = masks[self.config.window(layer)]
             inputs = (hidden, rotary, mask, used, cache[layer] if cache else None)
             recompute = layer < self.recompute_blocks and torch.is_grad_enabled()
-            hidden = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-        return self.norm(hidden)
+            hidden, of_router = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            losses += [of_router] if of_router is not None else []
+        return Stream(hidden, losses, rotary, masks[self.config.window(-1)])
+
+    def _masks(self, token_mask: Tensor | None, input_ids: Tensor) -> dict[int | None, Tensor | None]:
+        """What the queries of `input_ids` (B, T) see, by the window of a layer; None where that is plainly causal."""
+        length, masks = input_ids.shape[1], dict[int | None, Tensor | None]()
+        for window in {self.config.window(block) for block in range(self.config.num_hidden_layers)}:
+            if token_mask is not None:
+                masks[window] = attention_mask(token_mask, length, self.config.num_latent_tokens, window)
+            elif window is None or window >= length:
+                masks[window] = None
+            else:
+                masks[window] = attention_mask(input_ids.new_ones(1, length, dtype=torch.bool), length, 0, window)
+        return masks
+
+    def _training_loss(self, stream: Stream, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The scalar to train on; adds its parts to `step_losses`.
+
+        Args:
+            hidden: (B, T, D), normed.
+            labels: as for `forward`.
+        """
+        config, length = self.config, hidden.shape[1]
+        following, router_losses = labels[:, :length], stream.router_losses
+        of_head = chunked_head_loss(hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef)
+        total = of_head.total
+        parts = {"cross_entropy": of_head.cross_entropy, "output_z": of_head.z_loss}
+        if self.mtp:
+            embedded = self.embed_tokens(following.masked_fill(following == NO_LABEL, 0))
+            further, of_router = self.mtp(stream.hidden, embedded, stream.rotary, stream.mask)
+            parts["mtp"] = chunked_cross_entropy(further.flatten(0, 1), self.head, labels[:, 1:].flatten())
+            total = total + config.mtp_loss_coef * parts["mtp"]
+            router_losses = [*router_losses, *([of_router] if of_router is not None else [])]
+        if router_losses:
+            of_layers = torch.stack(router_losses)  # (L, 2)
+            balance, z = of_layers.sum(0).unbind()
+            total = total + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+            parts["balance"], parts["router_z"] = balance / len(of_layers), z / len(of_layers)
+        self.step_losses += torch.stack([parts[name].detach() for name in self.loss_parts])
+        return total
 
     def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype, num_latents: int) -> Rotary:
         config = self.config
         frequencies, factor = rope_frequencies(
-            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
+            config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, lengths
         )
         return rotary_table(positions, frequencies, factor, dtype, config.rope_interleaved, num_latents)
 
@@ -170,3 +233,15 @@ def _generator(seed: int, *key: int) -> torch.Generator:
     """A generator for each (seed, *key), no two of which share a stream."""
     sequence = np.random.SeedSequence(seed, spawn_key=key)  # not (seed, *key): (0,) and (0, 0, 0) are one seed there
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def loss_parts(config: ModelConfig) -> tuple[str, ...]:
+    """Names of what a model's training loss is made of."""
+    parts = {
+        "cross_entropy": True,
+        "mtp": config.num_nextn_predict_layers > 0,
+        "balance": config.router_aux_loss_coef > 0,
+        "router_z": config.router_z_loss_coef > 0,
+        "output_z": config.output_z_loss_coef > 0,
+    }
+    return tuple(name for name, is_there in parts.items() if is_there)

@@ -1,27 +1,19 @@
 """The experts of one layer that one rank holds, stacked: one parameter and one product for each projection.
 
-Shape legend: E experts of this rank, D hidden_size, F intermediate_size, P rows, grouped by expert.
+Shape legend: E experts of this rank, D hidden_size, F expert_size, P rows, grouped by expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamoe.model.dropout import Dropout
+from megamoe.model.feed_forward import ACTIVATIONS
 from megamoe.model.products import grouped_linear
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+from megamoe.model.sections import Activation
 
 
 class StackedExperts(nn.Module):
@@ -40,8 +32,8 @@ class StackedExperts(nn.Module):
         *,
         num_experts: int,
         hidden_size: int,
-        intermediate_size: int,
-        hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh", "relu"] = "silu",
+        expert_size: int,
+        hidden_act: Activation = "silu",
         gated_mlp: bool = False,
         expert_dropout: float = 0.0,
     ):
@@ -49,10 +41,10 @@ class StackedExperts(nn.Module):
         self.activation = ACTIVATIONS[hidden_act]
         self.gated = gated_mlp
         if gated_mlp:
-            self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+            self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
         else:
-            self.up = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+            self.up = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         self.dropout = Dropout(expert_dropout)
 
     def forward(self, rows: Tensor, ends: Tensor, activate: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -28,7 +28,7 @@ PLAIN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PREFIX = "model."
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"  # of other models; here the embedding is the head
+HEAD = "lm_head.weight"  # where it is not the embedding
 BUFFERS = (".router.selection_bias", ".router.running_load")  # saved with the parameters, always in fp32
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 
@@ -90,7 +90,7 @@ def plain_name(name: str, first_expert: int = 0) -> str:
     expert = UNSTACKED_EXPERT.fullmatch(name)
     if expert:
         name = f"{expert[1]}.experts.{first_expert + int(expert[2])}.{expert[3]}"
-    return PREFIX + name.replace(".deepspeed_moe.", ".")
+    return name if name == HEAD else PREFIX + name.replace(".deepspeed_moe.", ".")
 
 
 def engine_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Part]]:
@@ -181,8 +181,8 @@ def is_norm(name: str) -> bool:
 
 
 def is_undecayed(name: str) -> bool:
-    """Whether a parameter, by its plain or the engine's name, has no weight decay: norms and latents."""
-    return is_norm(name) or name.endswith("latents")
+    """Whether a parameter, by its plain or the engine's name, has no weight decay: norms, biases and latents."""
+    return is_norm(name) or name.endswith((".bias", ".latents"))
 
 
 def is_residual_projection(name: str) -> bool:

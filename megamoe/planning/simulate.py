@@ -49,9 +49,11 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
     rank, world_size = dist.get_rank(), dist.get_world_size()
     micro_batch, accumulation = batch_sizes(ds, world_size)
     generator = torch.Generator().manual_seed(rank)
+    ahead = config.num_nextn_predict_layers
     with LiveBytes() as live:
         train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
-        batch = Batch(*torch.randint(config.vocab_size, (2, micro_batch, seq_len), generator=generator).unbind())
+        ids = torch.randint(config.vocab_size, (micro_batch, seq_len + 1 + ahead), generator=generator)
+        batch = Batch(ids[:, :seq_len], ids[:, 1:])
         for _ in range(2):
             peaks = Counter[str]()
 

@@ -80,7 +80,9 @@ class LoadBalancer:
         delta = self.rate * self._direction(running)
         delta -= delta.mean(-1, keepdim=True)
         torch._foreach_copy_([router.running_load for router in self.routers], list(running))
-        torch._foreach_add_([router.selection_bias for router in self.routers], list(delta))
+        biases = [router.selection_bias for router in self.routers if router.selection_bias is not None]
+        if biases:
+            torch._foreach_add_(biases, list(delta))
 
     def _direction(self, running: Tensor) -> Tensor:
         shortage = 1 - running * running.shape[-1]  # (mean - load) / mean

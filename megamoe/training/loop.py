@@ -69,7 +69,9 @@ class Trainer:
         self.skipped = SkippedSteps()
         self._window = 0  # steps skipped before the save that is pending
         self.rank = dist.get_rank()
-        self.batches = Prefetcher(lambda step: data.step_batches(step, self.rank, shape), train_step.device)
+        # Multi-token prediction needs the token after the one that follows a sample's last position.
+        ahead = train_step.model.config.num_nextn_predict_layers
+        self.batches = Prefetcher(lambda step: data.step_batches(step, self.rank, shape, ahead), train_step.device)
         position.follow(train_step.model.layers)
 
     def run(self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int) -> bool:

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from model_parts import PARTS, model_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +60,11 @@ def test_the_planned_parameters_are_those_of_the_built_model(changes):
     }
     assert {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()} == built
     assert parameter_count(config) == count(config)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_planned_parameters_of_every_part_are_those_of_the_built_model(part):
+    test_the_planned_parameters_are_those_of_the_built_model(model_of(part).model_dump())
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -40,7 +40,7 @@ def layer_on_this_rank(dtype, ep_size, gated, counts, bias):
     router_weight, up, down = weights(gated, dtype)
     router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=K)
     topology = ExpertTopology(E, ep_size, dist.get_world_size(), dist.get_rank())
-    experts = StackedExperts(num_experts=topology.experts_per_rank, hidden_size=D, intermediate_size=F, gated_mlp=gated)
+    experts = StackedExperts(num_experts=topology.experts_per_rank, hidden_size=D, expert_size=F, gated_mlp=gated)
     layer = MoE(router=router, experts=experts, topology=topology, hidden_size=D)
     layer.set_deepspeed_parallelism()
     layer.to(device, dtype)

@@ -13,7 +13,7 @@ ENDS = torch.tensor(SIZES).cumsum(0, dtype=torch.int32)
 
 def experts_of(**options):
     torch.manual_seed(0)
-    experts = StackedExperts(num_experts=E, hidden_size=D, intermediate_size=F, **options)
+    experts = StackedExperts(num_experts=E, hidden_size=D, expert_size=F, **options)
     for weight in experts.parameters():
         nn.init.normal_(weight)
     return experts

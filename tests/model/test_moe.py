@@ -20,9 +20,7 @@ def layer_of(top_k, gated=False, topology=None, **changes):
     topology = topology or ExpertTopology(E)
     parts = {
         "router": Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=top_k),
-        "experts": StackedExperts(
-            num_experts=topology.experts_per_rank, hidden_size=D, intermediate_size=F, gated_mlp=gated
-        ),
+        "experts": StackedExperts(num_experts=topology.experts_per_rank, hidden_size=D, expert_size=F, gated_mlp=gated),
         "topology": topology,
     }
     return MoE(**{**parts, **changes}, hidden_size=D)

@@ -1,0 +1,95 @@
+"""A decoder block: attention, then experts or one dense MLP, each behind a norm and added to the residual stream.
+
+Shape legend: B batch, S positions, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megamoe.config import ModelConfig
+from megamoe.model.attention import GroupedQueryAttention, LayerCache
+from megamoe.model.compiled import CompiledBlock
+from megamoe.model.experts import StackedExperts
+from megamoe.model.feed_forward import MLP
+from megamoe.model.latent_attention import MultiHeadLatentAttention
+from megamoe.model.moe import MoE
+from megamoe.model.rope import Rotary, softmax_scale
+from megamoe.model.router import Router
+from megamoe.model.router_losses import RouterLosses
+from megamoe.model.sections import (
+    AttentionSection,
+    ExpertSection,
+    LatentAttentionSection,
+    MLPSection,
+    RouterSection,
+    section,
+)
+from megamoe.topology import ExpertTopology
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), or x + experts(norm(x)) and what the shared experts add."""
+
+    def __init__(self, config: ModelConfig, topology: ExpertTopology, is_dense: bool):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = build_attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
+        self.is_dense = is_dense
+        if is_dense:
+            self.mlp = MLP(intermediate_size=config.intermediate_size, **section(MLPSection, config))
+            return
+        self.moe = MoE(
+            router=Router(losses=build_router_losses(config), **section(RouterSection, config)),
+            experts=StackedExperts(num_experts=topology.experts_per_rank, **section(ExpertSection, config)),
+            topology=topology,
+            hidden_size=config.hidden_size,
+        )
+        # Not inside of `moe`, and without "expert" in their names: DeepSpeed takes such parameters for the experts'.
+        self.shared_mlp = self.shared_gate = None
+        if config.n_shared_experts:
+            self.shared_mlp = MLP(intermediate_size=config.shared_size, **section(MLPSection, config))
+        if config.shared_expert_gate:
+            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) -> (B, S, D) and the router's losses (2,), where it has any.
+
+        Args:
+            mask: see `GroupedQueryAttention`.
+            used_token: (B, S) bool, False at padding, which no expert gets; None where there is none.
+        """
+        if self.compiled and self.training and used_token is None and cache is None:
+            return self.compiled(self, x, rotary, mask)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        rows = self.post_attention_layernorm(x)
+        if self.is_dense:
+            return x + self.mlp(rows), None
+        out, losses, _ = self.moe(rows, used_token)
+        return self.with_shared(x, rows) + out, losses
+
+    def with_shared(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x (B, S, D) and what the shared experts make of `rows` (B, S, D), if there are any."""
+        if self.shared_mlp is None:
+            return x
+        shared = self.shared_mlp(rows)
+        return x + (shared if self.shared_gate is None else self.shared_gate(rows).sigmoid() * shared)
+
+
+def build_attention(config: ModelConfig) -> nn.Module:
+    """The attention of a block, by its configuration."""
+    if config.kv_lora_rank is None:
+        return GroupedQueryAttention(**section(AttentionSection, config))
+    scale = softmax_scale(config.head_dim, config.rope_scaling)
+    return MultiHeadLatentAttention(softmax_scale=scale, **section(LatentAttentionSection, config))
+
+
+def build_router_losses(config: ModelConfig) -> RouterLosses | None:
+    """The losses of a router; None where none has a coefficient."""
+    balance = config.router_aux_loss_type if config.router_aux_loss_coef else None
+    z = config.router_z_loss_coef > 0
+    return RouterLosses(balance, z) if balance or z else None

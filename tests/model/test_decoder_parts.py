@@ -1,0 +1,225 @@
+"""What holds for a model of whatever parts, and what each part of a block and of the training loss computes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_parts import PARTS, model_of
+
+from megamoe.config import load_preset
+from megamoe.model.costs import parameter_count, parameter_shapes
+from megamoe.model.decoder import Decoder
+from megamoe.model.names import plain_parts
+from megamoe.topology import ExpertTopology
+
+every_part = pytest.mark.parametrize("part", PARTS)
+
+
+def random_model(part, seed=0, **changes):
+    """In float64, with weights large enough that every part tells, and a bias in every router that has one."""
+    model = Decoder(model_of(part, **changes)).double()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1 if "norm" in name else 0, 0.3)
+        for router in model.routers():
+            if router.selection_bias is not None:
+                router.selection_bias.normal_(0, 0.2)
+    return model
+
+
+def some_ids(rows, length):
+    return torch.randint(101, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+def close(one, other, atol=1e-10):
+    torch.testing.assert_close(one, other, rtol=0, atol=atol)
+
+
+# --- whatever the parts ---
+
+
+@every_part
+def test_padded_rows_and_cached_calls_give_the_logits_of_the_row_alone(part):
+    model = random_model(part).eval()
+    ids = some_ids(2, 14)
+    alone = model(ids[:1, 4:])[0]
+    real = torch.ones(2, 14, dtype=torch.bool)
+    real[0, :4] = False
+    close(model(ids, attention_mask=real)[0, 4:], alone)
+    cache = model.new_cache(14)
+    steps = [
+        model(ids[:, start:end], attention_mask=real[:, :end], cache=cache)
+        for start, end in ((0, 9), (9, 10), (10, 14))
+    ]
+    close(torch.cat(steps, dim=1)[0, 4:], alone)
+
+
+@every_part
+@pytest.mark.parametrize("ep_size", [2, 4])
+def test_initial_weights_are_the_same_for_every_ep_size(part, ep_size):
+    config = model_of(part)
+
+    def plain(topology=None):
+        model = Decoder(config, 3, topology)
+        first = model.topology.first_expert
+        return {
+            one.name: weight.flatten()[one.start : one.start + one.count]
+            for name, weight in model.named_parameters()
+            for one in plain_parts(name, tuple(weight.shape), first)
+        }
+
+    whole = plain()
+    for rank in range(ep_size):
+        for name, values in plain(ExpertTopology(8, ep_size, ep_size, rank)).items():
+            assert torch.equal(values, whole[name]), name
+
+
+@every_part
+def test_recomputed_blocks_give_the_same_loss_and_gradients(part):
+    ids, labels = some_ids(2, 10), some_ids(2, 11)
+    results = []
+    for recompute in (0, 2):
+        model = random_model(part)
+        model.recompute_blocks = recompute
+        model(ids, labels[:, : 10 + model.config.num_nextn_predict_layers]).backward()
+        results.append((model.step_losses.clone(), [weight.grad for weight in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@every_part
+def test_evaluation_gives_the_cross_entropy_alone_and_training_adds_the_parts_by_their_coefficients(part):
+    model = random_model(part)
+    ids, labels = some_ids(2, 10), some_ids(2, 10 + model.config.num_nextn_predict_layers)
+    total = model(ids, labels)
+    parts = dict(zip(model.loss_parts, model.step_losses.tolist(), strict=True))
+    model.eval()
+    loss = model(ids, labels[:, :10])
+    logits = model(ids)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, :10].flatten())
+    close(loss, expected)
+    assert parts["cross_entropy"] == pytest.approx(expected.item(), abs=1e-6)
+    config, layers = model.config, len(model.config.sparse_blocks)
+    weight = {
+        "cross_entropy": 1,
+        "mtp": config.mtp_loss_coef,
+        "balance": layers * config.router_aux_loss_coef,
+        "router_z": layers * config.router_z_loss_coef,
+        "output_z": config.output_z_loss_coef,
+    }
+    assert total.item() == pytest.approx(sum(weight[name] * value for name, value in parts.items()), rel=1e-6)
+    assert all(value > 0 for value in parts.values())
+
+
+def test_losses_of_several_micro_batches_are_added_up():
+    model = random_model("sequence_loss")
+    first, second = ((some_ids(2, length), some_ids(2, length)) for length in (10, 12))
+    model(*first)
+    once = model.step_losses.clone()
+    model.step_losses.zero_()
+    model(*second)
+    twice = model.step_losses + once
+    model(*first)
+    close(model.step_losses, twice, atol=1e-5)
+
+
+# --- blocks ---
+
+
+def block_input(model):
+    torch.manual_seed(1)
+    return torch.randn(2, 6, 32, dtype=torch.float64)
+
+
+def silu_mlp(x, weights, prefix):
+    up = x @ weights[f"{prefix}.up_proj.weight"].T
+    gate = weights.get(f"{prefix}.gate_proj.weight")
+    inside = F.silu(up) if gate is None else F.silu(x @ gate.T) * up
+    return inside @ weights[f"{prefix}.down_proj.weight"].T
+
+
+def norm(x, weight, eps=1e-5):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def halves(model, block):
+    """(x behind attention, what goes to the experts or the MLP, the block's output)."""
+    x = block_input(model)
+    rotary = model._rotary(torch.arange(6).unsqueeze(0), torch.tensor([6]), torch.float64, 0)
+    middle = x + block.self_attn(block.input_layernorm(x), rotary)
+    return middle, norm(middle, block.post_attention_layernorm.weight), block(x, rotary, None, None, None)[0]
+
+
+@pytest.mark.parametrize("part", ["shared_experts", "gated_shared_experts"])
+def test_every_token_passes_the_shared_experts_next_to_its_own(part):
+    model = random_model(part).eval()
+    block = model.layers[1]
+    middle, rows, out = halves(model, block)
+    weights = dict(block.named_parameters())
+    shared = silu_mlp(rows, weights, "shared_mlp")
+    if model.config.shared_expert_gate:
+        shared = shared / (1 + torch.exp(-rows @ weights["shared_gate.weight"].T))
+    close(out, middle + block.moe(rows)[0] + shared)
+
+
+def test_a_dense_block_has_one_mlp_of_intermediate_size_and_the_others_have_experts():
+    model = random_model("dense_layers", gated_mlp=True, moe_intermediate_size=16).eval()
+    assert [hasattr(block, "moe") for block in model.layers] == [False, True, False]
+    assert model.config.sparse_blocks == [1]
+    assert len(model.routers()) == 1
+    middle, rows, out = halves(model, model.layers[2])
+    weights = dict(model.layers[2].named_parameters())
+    assert weights["mlp.up_proj.weight"].shape == (48, 32)
+    close(out, middle + silu_mlp(rows, weights, "mlp"))
+
+
+# --- multi-token prediction ---
+
+
+def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embedding():
+    model = random_model("untied_multi_token")
+    ids, labels = some_ids(2, 10), some_ids(2, 11)
+    labels[0, -1] = -100
+    model(ids, labels)
+    measured = model.step_losses[model.loss_parts.index("mtp")]
+
+    model.eval()
+    states = []
+    model.norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    model(ids)
+    weights = dict(model.named_parameters())
+    embedded = weights["embed_tokens.weight"][labels[:, :10]]
+    joined = torch.cat(
+        (norm(embedded, weights["mtp.embed_norm.weight"]), norm(states[0], weights["mtp.hidden_norm.weight"])), -1
+    )
+    rotary = model._rotary(torch.arange(10).unsqueeze(0), torch.tensor([10]), torch.float64, 0)
+    x = model.mtp.block(joined @ weights["mtp.proj.weight"].T, rotary, None, None, None)[0]
+    logits = norm(x, weights["mtp.norm.weight"]) @ weights["lm_head.weight"].T
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    assert measured.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_multi_token_prediction_changes_no_logit():
+    model = random_model("untied_multi_token").eval()
+    without = Decoder(model.config.model_copy(update={"num_nextn_predict_layers": 0})).double().eval()
+    without.load_state_dict({name: one for name, one in model.state_dict().items() if not name.startswith("mtp.")})
+    ids = some_ids(2, 9)
+    assert torch.equal(model(ids), without(ids))
+
+
+# --- head, sizes ---
+
+
+def test_an_untied_head_has_weights_of_its_own():
+    model = random_model("untied_multi_token").eval()
+    ids = some_ids(1, 5)
+    before = model(ids)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    close(model(ids), 2 * before)
+
+
+def test_moe_680m_has_no_parameter_of_the_other_parts():
+    config = load_preset("moe-680m")
+    assert parameter_count(config) == 679_809_792
+    kinds = {name.rpartition("layers.")[2].split(".", 1)[-1] for name in parameter_shapes(config)}
+    assert not any(word in name for name in kinds for word in ("shared", "mlp", "bias", "lm_head", "mtp", "q_norm"))
