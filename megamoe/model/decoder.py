@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.config import ModelConfig
-from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention_mask
+from megamoe.model.attention import GroupedQueryAttention, LayerCache, attention_mask
 from megamoe.model.compiled import CompiledBlock
 from megamoe.model.experts import StackedExperts
 from megamoe.model.loss import chunked_cross_entropy
@@ -33,7 +33,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, topology: ExpertTopology):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = PrefixLatentAttention(**section(AttentionSection, config))
+        self.self_attn = GroupedQueryAttention(**section(AttentionSection, config))
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = MoE(
             router=Router(**section(RouterSection, config)),

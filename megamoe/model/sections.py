@@ -1,7 +1,7 @@
 """The part of a configuration that each layer takes, by keyword.
 
 The fields have the names of ModelConfig, so a preset and the configuration of an exported model give the same sections:
-`PrefixLatentAttention(**section(AttentionSection, config))`.
+`GroupedQueryAttention(**section(AttentionSection, config))`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 
 
 class AttentionSection(TypedDict):
-    """What `PrefixLatentAttention` takes."""
+    """What `GroupedQueryAttention` takes."""
 
     hidden_size: int
     num_attention_heads: int
