@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention import PrefixLatentAttention, attention_mask
+from .attention import GroupedQueryAttention, attention_mask
 from .configuration_megamoe import MegaMoeConfig
 from .rope import Rotary, rope_frequencies, rotary_table
 from .router import Router
@@ -30,7 +30,7 @@ CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ 
 class _TokenCache:
     """A layer's share of a transformers cache, which holds tokens only; the latents are put before them each time."""
 
-    def __init__(self, cache: Cache, layer: int, attention: PrefixLatentAttention, length: int):
+    def __init__(self, cache: Cache, layer: int, attention: GroupedQueryAttention, length: int):
         """
         Args:
             length: tokens held; with the first ones the latents come too.
@@ -42,6 +42,8 @@ class _TokenCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         attention = self.attention
+        if attention.latents is None:
+            return self.cache.update(key, value, self.layer)
         if self.length == 0:
             num_latents = attention.latents.shape[0]
             key, value = key[:, :, num_latents:], value[:, :, num_latents:]
@@ -98,7 +100,7 @@ class MegaMoeBlock(nn.Module):
     def __init__(self, config: MegaMoeConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = PrefixLatentAttention(**section(AttentionSection, config))
+        self.self_attn = GroupedQueryAttention(**section(AttentionSection, config))
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.moe = MegaMoeExperts(config)
 
@@ -121,7 +123,7 @@ class MegaMoePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, PrefixLatentAttention):
+        elif isinstance(module, GroupedQueryAttention) and module.latents is not None:
             nn.init.normal_(module.latents, std=self.config.initializer_range)
         elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=self.config.initializer_range)

@@ -1,10 +1,13 @@
-"""Grouped-query attention over learned latent (prefix) tokens and the sequence, and its key/value cache.
+"""Grouped-query attention over learned latent (prefix) tokens and the sequence, and the mask, product and key/value
+cache of any attention.
 
 Shape legend: B batch, T query positions, S cached and new token positions, M latent tokens, D hidden_size,
-H query heads, G key/value heads, d head_dim.
+H query heads, G key/value heads, d head_dim, v the width of a value.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +16,12 @@ from torch import Tensor, nn
 from .rope import Rotary, apply_rotary  # relative: an exported model has these files in one folder
 
 
-def attention_mask(token_mask: Tensor, num_queries: int, num_latents: int) -> Tensor:
+def attention_mask(token_mask: Tensor, num_queries: int, num_latents: int, sliding_window: int | None = None) -> Tensor:
     """What each query may see: all latents, and the real tokens up to itself.
 
     Args:
         token_mask: (B, S), True at real tokens; the queries are its last `num_queries` positions.
+        sliding_window: of the tokens, a query sees itself and those at the sliding_window - 1 positions before it.
 
     Returns (B, 1, T, M + S) bool. A padded query also sees itself, so that no softmax is over nothing.
     """
@@ -25,7 +29,29 @@ def attention_mask(token_mask: Tensor, num_queries: int, num_latents: int) -> Te
     keys = torch.arange(length, device=token_mask.device)
     queries = keys[length - num_queries :].unsqueeze(1)
     visible = ((keys <= queries) & token_mask.unsqueeze(1)) | (keys == queries)
+    if sliding_window is not None:
+        visible &= keys > queries - sliding_window
     return F.pad(visible, (num_latents, 0), value=True).unsqueeze(1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """Each query's average of the values; returns (B, T, H * v).
+
+    Args:
+        query: (B, H, T, d)
+        key: (B, G, S, d)
+        value: (B, G, S, v)
+        mask: (B, 1, T, S) from `attention_mask`; None means causal, with T = S.
+        scale: on the scores; None means 1 / sqrt(d).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.is_cuda and (mask is not None or query.dtype == torch.float32):
+        # No fused kernel has groups together with a mask, or in fp32: each query head gets keys of its own.
+        key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(2)
 
 
 class LayerCache:
@@ -34,21 +60,22 @@ class LayerCache:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.length = 0  # positions held
-        self._store: Tensor | None = None
+        self._stores: list[Tensor] = []  # of the keys and of the values
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, G, new, d) keys and values; return all of them, (B, G, length, d) each."""
-        batch, heads, new, dim = key.shape
-        if self._store is None:
-            self._store = key.new_empty(2, batch, heads, self.capacity, dim)
-        end = self.length + new
-        self._store[0, :, :, self.length : end] = key
-        self._store[1, :, :, self.length : end] = value
+        """Add keys (B, G, new, d) and values (B, G, new, v); return all of them, (B, G, length, d) and (..., v)."""
+        new = (key, value)
+        if not self._stores:
+            self._stores = [one.new_empty(*one.shape[:2], self.capacity, one.shape[3]) for one in new]
+        end = self.length + key.shape[2]
+        for store, one in zip(self._stores, new, strict=True):
+            store[:, :, self.length : end] = one
         self.length = end
-        return self._store[0, :, :, :end], self._store[1, :, :, :end]
+        keys, values = (store[:, :, :end] for store in self._stores)
+        return keys, values
 
 
-class PrefixLatentAttention(nn.Module):
+class GroupedQueryAttention(nn.Module):
     """Grouped-query causal attention over a prefix of M learned latent positions followed by the tokens.
 
     The latents pass through this layer's projections, are not rotated, and every token sees all of them. What their
@@ -62,43 +89,58 @@ class PrefixLatentAttention(nn.Module):
         num_attention_heads: int,
         num_key_value_heads: int,
         head_dim: int,
-        num_latent_tokens: int,
+        num_latent_tokens: int = 0,
         rope_interleaved: bool = False,
+        qk_norm: Literal["head", "full"] | None = None,
+        attention_bias: bool = False,
+        attention_out_bias: bool = False,
+        rms_norm_eps: float = 1e-5,
     ):
+        """
+        Args:
+            qk_norm: RMSNorm of queries and keys before they are rotated: over each head, by weights that the heads
+                share (as Qwen3-MoE), or over all heads together (as OLMoE).
+            attention_bias: biases of the query, key and value projections.
+            attention_out_bias: a bias of the output projection.
+        """
         super().__init__()
+        query_size, key_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.head_dim = head_dim
         self.rope_interleaved = rope_interleaved
-        self.latents = nn.Parameter(torch.empty(num_latent_tokens, hidden_size))
-        self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_attention_heads * head_dim, hidden_size, bias=False)
+        self.latents = nn.Parameter(torch.empty(num_latent_tokens, hidden_size)) if num_latent_tokens else None
+        self.q_proj = nn.Linear(hidden_size, query_size, bias=attention_bias)
+        self.k_proj = nn.Linear(hidden_size, key_size, bias=attention_bias)
+        self.v_proj = nn.Linear(hidden_size, key_size, bias=attention_bias)
+        self.o_proj = nn.Linear(query_size, hidden_size, bias=attention_out_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm is not None:
+            widths = (query_size, key_size) if qk_norm == "full" else (head_dim, head_dim)
+            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=rms_norm_eps) for width in widths)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """Attend from `x` (B, T, D) to itself, the latents and what `cache` holds; returns (B, T, D).
 
         Args:
             rotary: of the T positions; before them M that are not rotated, where `cache` does not hold the latents yet.
-            mask: (B, 1, T, M + S) from `attention_mask`; None means no padding and an empty cache.
+            mask: (B, 1, T, M + S) from `attention_mask`; None means no padding, no window and an empty cache.
         """
         batch, length, _ = x.shape
-        if len(self.latents) and (cache is None or cache.length == 0):
+        if self.latents is not None and (cache is None or cache.length == 0):
             x = torch.cat((self.latents.expand(batch, -1, -1), x), dim=1)
-        query = apply_rotary(self._heads(self.q_proj(x)), rotary, self.rope_interleaved).transpose(1, 2)
-        key = apply_rotary(self._heads(self.k_proj(x)), rotary, self.rope_interleaved).transpose(1, 2)
+        query = self._rotated(self.q_proj(x), self.q_norm, rotary)
+        key = self._rotated(self.k_proj(x), self.k_norm, rotary)
         value = self._heads(self.v_proj(x)).transpose(1, 2)
         if cache is not None:
             key, value = cache.append(key, value)
-        if query.is_cuda and (mask is not None or query.dtype == torch.float32):
-            # No fused kernel has groups together with a mask, or in fp32: each query head gets keys of its own.
-            key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], dim=1) for one in (key, value))
-        if mask is not None:
-            out = F.scaled_dot_product_attention(query[:, :, -length:], key, value, attn_mask=mask, enable_gqa=True)
-        else:
-            # Plain causal attention over M + T positions gives every token all latents, and the fast kernels have it.
-            # It wants as many queries as keys, so the latents send some too, whose results are cut off.
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))[:, -length:]
+        # Plain causal attention over M + T positions gives every token all latents, and the fast kernels have it. It
+        # wants as many queries as keys, so the latents send some too, whose results are cut off.
+        query = query if mask is None else query[:, :, -length:]
+        return self.o_proj(attend(query, key, value, mask))[:, -length:]
+
+    def _rotated(self, x: Tensor, norm: nn.RMSNorm | None, rotary: Rotary) -> Tensor:
+        if norm is not None:  # over a head or over all of them, by its width
+            x = norm(x.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2)
+        return apply_rotary(self._heads(x), rotary, self.rope_interleaved).transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))  # (..., T, heads, d)

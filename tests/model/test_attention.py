@@ -4,7 +4,7 @@ import pytest
 import torch
 from devices import DEVICES, assert_near, rounded
 
-from megamoe.model.attention import LayerCache, PrefixLatentAttention, attention_mask
+from megamoe.model.attention import GroupedQueryAttention, LayerCache, attention_mask
 from megamoe.model.rope import rope_frequencies, rotary_table
 
 HEAD_DIM, THETA, MAX_POSITIONS = 64, 10_000.0, 128
@@ -33,7 +33,7 @@ def attention(**changes):
         "head_dim": 8,
         "num_latent_tokens": 3,
     }
-    layer = PrefixLatentAttention(**{**sizes, **changes}).double()
+    layer = GroupedQueryAttention(**{**sizes, **changes}).double()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, 0, 0.3)
     return layer
