@@ -197,6 +197,9 @@ class ModelConfig(JsonModel):
         """What does not fit between fields, one sentence each; fields that are wrong themselves are passed over."""
         return field_problems(values)
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # lists and dictionaries have none
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         problems = self.problems(self.__dict__)

@@ -209,8 +209,7 @@ def elements_touched(setup: Setup, groups: list[Group], rank: int = 0) -> int:
 
 def parameter_groups(setup: Setup) -> list[Group]:
     """The groups that `engine.parameter_groups` makes, as the first rank holds them."""
-    # No parameter depends on what is left out, a dictionary, which could not be part of a key.
-    return list(_groups(setup.model.model_copy(update={"rope_scaling": None}), setup.topology(), EXPERT_GROUP))
+    return list(_groups(setup.model, setup.topology(), EXPERT_GROUP))
 
 
 @lru_cache  # a search asks for the same ones hundreds of times
