@@ -65,8 +65,8 @@ def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int) -> 
     ids = expert_ids.view(num_sequences, tokens // num_sequences * expert_ids.shape[1])  # (B, S * K)
     shares = log_scores.softmax(-1).view(num_sequences, tokens // num_sequences, experts).sum(1)  # (B, E)
     counts = torch.zeros_like(shares, requires_grad=False).scatter_add_(1, ids, shares.new_ones(()).expand_as(ids))
-    # f is E / (S * K) of the counts, P is 1 / S of the shares.
-    return (counts * shares).sum() * (experts * num_sequences / max(tokens * ids.shape[1], 1))
+    # f is E / (S * K) of the counts, P is 1 / S of the shares; the mean over sequences is 1 / B.
+    return (counts * shares).sum() * (experts / max(tokens * ids.shape[1], 1))
 
 
 def load_balance_loss(log_scores: Tensor, loads: Tensor) -> Tensor:
