@@ -115,11 +115,9 @@ class Router(nn.Module):
 
     def _weights(self, scores: Tensor, log_scores: Tensor, expert_ids: Tensor) -> Tensor:
         """Combine weights (T, K) by scores and their logarithms, (T, E)."""
-        if self.normalizes:
-            # The chosen scores divided by their sum, as a softmax of their logarithms: no score is too small for it.
-            weights = log_scores.gather(-1, expert_ids).softmax(-1)
-        else:
-            weights = scores.gather(-1, expert_ids)
+        weights = (log_scores if self.normalizes else scores).gather(-1, expert_ids)
+        if self.normalizes:  # divided by their sum, as a softmax of their logarithms: no score is too small for it
+            weights = weights.softmax(-1)
         return weights if self.scaling == 1 else weights * self.scaling
 
 

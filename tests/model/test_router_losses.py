@@ -1,4 +1,4 @@
-"""The router's losses against float64 references, with their gradients; what does and what does not depend on a split."""
+"""The router's losses and their gradients against float64 references; which of them depend on a split."""
 
 import pytest
 import torch
