@@ -1,18 +1,30 @@
 """The router: which experts a token is sent to, and with what weights.
 
 Selection uses score + bias, the combine weights use the scores alone. `training/balancing.py` moves the bias.
-Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv:2408.15664).
+Sources: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (arXiv:2408.15664);
+DeepSeek-V3 (arXiv:2412.19437) for groups and scaling, as transformers has them (`DeepseekV3TopkRouter`).
 
-Shape legend: T tokens, D hidden_size, E experts, K choices per token.
+Shape legend: T tokens, D hidden_size, E experts, K choices per token, G groups of experts.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .router_losses import RouterLosses
+
+
+class Routing(NamedTuple):
+    """What a router has decided."""
+
+    weights: Tensor  # (T, K), at least fp32
+    expert_ids: Tensor  # (T, K)
+    counts: Tensor  # (E,) int64, slots of each expert
+    losses: Tensor | None  # (2,), of `RouterLosses`; None without them and outside of training
 
 
 class Router(nn.Module):
@@ -20,13 +32,13 @@ class Router(nn.Module):
 
     Buffers (DeepSpeed keeps them in fp32 under bf16, and leaves them in the file of the non-expert weights because no
     name on their path but DeepSpeed's own contains "expert"):
-        selection_bias: (E,), added to the scores for the selection only.
+        selection_bias: (E,), added to the scores for the selection only; None without `router_bias`.
         running_load: (E,), running mean of the share of slots each expert got; sums to 1.
         step_counts: (E,) int64, slots routed since the last optimizer step on this rank, as the layer adds them up; not
             saved.
     """
 
-    selection_bias: Tensor
+    selection_bias: Tensor | None
     running_load: Tensor
     step_counts: Tensor
 
@@ -38,33 +50,75 @@ class Router(nn.Module):
         num_experts_per_tok: int,
         router_score: Literal["softmax", "sigmoid"] = "softmax",
         router_jitter_noise: float = 0.0,
+        norm_topk_prob: bool = True,
+        routed_scaling_factor: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        router_bias: bool = True,
+        losses: RouterLosses | None = None,
     ):
+        """
+        Args:
+            norm_topk_prob: divide the weights of the chosen experts by their sum.
+            routed_scaling_factor: of the weights, after that.
+            n_group: G; each group has E / G consecutive experts, at least two if there are several.
+            topk_group: the groups whose experts may be chosen: those with the largest sums of two scores.
+            losses: computed in training; None computes none.
+        """
         super().__init__()
         self.top_k = num_experts_per_tok
         self.score = router_score
         self.jitter_noise = router_jitter_noise
+        self.normalizes = norm_topk_prob
+        self.scaling = routed_scaling_factor
+        self.num_groups = n_group
+        self.top_groups = topk_group
+        self.losses = losses
         self.weight = nn.Parameter(torch.empty(num_local_experts, hidden_size))
-        self.register_buffer("selection_bias", torch.zeros(num_local_experts))
+        self.register_buffer("selection_bias", torch.zeros(num_local_experts) if router_bias else None)
         self.register_buffer("running_load", torch.full((num_local_experts,), 1.0 / num_local_experts))
         self.register_buffer("step_counts", torch.zeros(num_local_experts, dtype=torch.int64), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route tokens `x` (T, D); returns (combine weights (T, K), expert ids (T, K), slots per expert (E,) int64).
+    def forward(self, x: Tensor, num_sequences: int = 1) -> Routing:
+        """Route tokens `x` (T, D). Logits are at least fp32 whatever the dtype of `x`.
 
-        Logits are at least fp32 whatever the dtype of `x`; the weights have the logits' dtype and sum to 1 over K.
+        Args:
+            num_sequences: that the tokens are of, equally long, one after the other; for the losses.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = x.to(dtype)
         if self.training and self.jitter_noise:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         logits = F.linear(x, self.weight.to(dtype))
-        scores = logits.detach().sigmoid() if self.score == "sigmoid" else logits.detach().softmax(-1)
-        expert_ids = (scores + self.selection_bias).topk(self.top_k, dim=-1).indices
-        # The chosen scores divided by their sum, as a softmax of their logarithms: no score is too small for it.
-        log_scores = F.logsigmoid(logits) if self.score == "sigmoid" else logits
-        weights = log_scores.gather(-1, expert_ids).softmax(-1)
+        is_sigmoid = self.score == "sigmoid"
+        scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
+        log_scores = F.logsigmoid(logits) if is_sigmoid else logits  # but for a constant
+
+        expert_ids = self._choose(scores.detach())
+        weights = self._weights(scores, log_scores, expert_ids)
         counts = count_ids(expert_ids.flatten(), self.step_counts.numel())
-        return weights, expert_ids, counts
+        losses = None
+        if self.losses is not None and self.training:
+            losses = self.losses(logits, log_scores, expert_ids, self.running_load, num_sequences)
+        return Routing(weights, expert_ids, counts, losses)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """The experts (T, K) with the largest score + bias, out of the best groups; `scores` is (T, E)."""
+        if self.selection_bias is not None:
+            scores = scores + self.selection_bias
+        if self.top_groups < self.num_groups:
+            groups = scores.unflatten(-1, (self.num_groups, -1))  # (T, G, E / G)
+            best = groups.topk(2, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
+            is_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
+            scores = groups.masked_fill(is_out.unsqueeze(-1), -torch.inf).flatten(-2)
+        return scores.topk(self.top_k, dim=-1).indices
+
+    def _weights(self, scores: Tensor, log_scores: Tensor, expert_ids: Tensor) -> Tensor:
+        """Combine weights (T, K) by scores and their logarithms, (T, E)."""
+        weights = (log_scores if self.normalizes else scores).gather(-1, expert_ids)
+        if self.normalizes:  # divided by their sum, as a softmax of their logarithms: no score is too small for it
+            weights = weights.softmax(-1)
+        return weights if self.scaling == 1 else weights * self.scaling
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:

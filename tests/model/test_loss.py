@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICES
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 import megamoe.model.loss
 from megamoe.config import load_preset
-from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_cross_entropy, loss_chunk
+from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_cross_entropy, chunked_head_loss, loss_chunk
 
 
 def head(dtype, tokens=14, hidden=6, vocab=11, device="cpu"):
@@ -118,3 +120,87 @@ def test_never_are_more_logits_held_than_those_of_a_chunk(monkeypatch):
     with Sizes():
         chunked_cross_entropy(hidden, weight, labels).backward()
     assert max(seen) == 4 * 64
+
+
+# --- with the z-loss -------------------------------------------------------------------------------------------------
+
+
+def plain_parts(hidden, weight, labels, coefficient, scale=1.0):
+    """Cross-entropy, z-loss and the gradients of their weighted sum by torch, in float64."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    logits = hidden @ weight.T
+    cross_entropy = F.cross_entropy(logits, labels, ignore_index=-100)
+    z_loss = logits[labels != -100].exp().sum(-1).log().square().mean()
+    ((cross_entropy + coefficient * z_loss) * scale).backward()
+    return cross_entropy, z_loss, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("coefficient", [1e-4, 0.5])
+@pytest.mark.parametrize("chunk", [1, 5, 14, 512])
+def test_the_z_loss_and_its_share_of_the_gradients_are_those_of_all_logits_at_once(chunk, coefficient, monkeypatch):
+    monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_: chunk)
+    hidden, weight, labels = head(torch.float64)
+    loss = chunked_head_loss(hidden, weight, labels, coefficient)
+    (loss.total * 3).backward()
+    exact = [tensor.detach() for tensor in plain_parts(hidden, weight, labels, coefficient, 3)]
+    found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
+    torch.testing.assert_close(found, tuple(exact), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(loss.total.detach(), exact[0] + coefficient * exact[1])
+    assert not loss.cross_entropy.requires_grad
+    assert not loss.z_loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_parts_are_fp32_and_gradients_have_their_dtype_with_the_z_loss_too(device, dtype, rtol):
+    hidden, weight, labels = head(dtype, device=device)
+    loss = chunked_head_loss(hidden, weight, labels, 0.1)
+    loss.total.backward()
+    assert [part.dtype for part in loss] == [torch.float32] * 3
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
+    for one, exact in zip(found, plain_parts(hidden, weight, labels, 0.1), strict=True):
+        assert (one - exact).norm() <= rtol * exact.norm()
+
+
+def test_fp16_keeps_the_small_gradients_of_the_z_loss():
+    hidden, weight, labels = head(torch.float16, tokens=10, vocab=50_000)
+    with torch.no_grad():
+        weight *= 0.1
+    (chunked_head_loss(hidden, weight, labels, 1e-2).total * 2.0**12).backward()
+    exact = plain_parts(hidden, weight, labels, 1e-2, 2.0**12)[3]
+    unseen = torch.ones(50_000, dtype=torch.bool)
+    unseen[labels[labels >= 0]] = False
+    assert (weight.grad[unseen] - exact[unseen]).norm() <= 2e-3 * exact[unseen].norm()
+
+
+def test_the_z_loss_makes_no_tensor_of_the_size_of_the_logits_more():
+    made = []
+    for coefficient in (0.0, 0.1):
+        hidden, weight, labels = head(torch.float32, tokens=32, hidden=2, vocab=64)
+
+        class Large(TorchDispatchMode):
+            count = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, torch.Tensor)}
+                out = func(*args, **(kwargs or {}))
+                is_large = isinstance(out, torch.Tensor) and out.numel() >= 32 * 64
+                self.count += is_large and out.untyped_storage().data_ptr() not in known
+                return out
+
+        with Large() as large:
+            chunked_head_loss(hidden, weight, labels, coefficient).total.backward()
+        made.append(large.count)
+    assert made == [1, 1]
+
+
+def test_without_the_z_loss_the_total_is_the_cross_entropy_to_the_bit():
+    hidden, weight, labels = head(torch.float32)
+    loss = chunked_head_loss(hidden, weight, labels, 0.0)
+    assert loss.total == loss.cross_entropy == chunked_cross_entropy(hidden, weight, labels)
+    assert loss.z_loss == 0
+    nothing = chunked_head_loss(hidden, weight, torch.full_like(labels, -100), 0.1)
+    assert [part.item() for part in nothing] == [0, 0, 0]

@@ -11,6 +11,7 @@ from megamoe.model import dispatch
 from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import MoE
 from megamoe.model.router import Router
+from megamoe.model.router_losses import RouterLosses
 from megamoe.topology import ExpertTopology
 
 D, F, E, T = 8, 16, 4, 9
@@ -182,10 +183,21 @@ def test_the_output_has_the_shape_of_the_input_and_each_token_its_own_result():
             torch.testing.assert_close(output[row, position], alone[0], rtol=0, atol=1e-12)
 
 
-def test_the_auxiliary_loss_is_0():
-    auxiliary = layer_with()(torch.randn(T, D, dtype=torch.float64))[1]
-    assert auxiliary.shape == ()
-    assert auxiliary == 0
+def test_the_losses_of_the_router_come_with_the_output_where_it_has_any():
+    assert layer_with()(torch.randn(T, D, dtype=torch.float64))[1] is None
+    torch.manual_seed(0)
+    router = Router(
+        hidden_size=D, num_local_experts=E, num_experts_per_tok=2, losses=RouterLosses(balance="sequence", z=True)
+    )
+    nn.init.normal_(router.weight)
+    layer = layer_of(2, router=router).double()
+    x = torch.randn(2, 3, D, dtype=torch.float64)
+    losses = layer(x)[1]
+    assert torch.equal(losses, router(x.flatten(0, 1), num_sequences=2).losses)
+    assert not torch.equal(losses, layer(x.flatten(0, 1))[1])  # one sequence of six tokens
+    used = torch.tensor([[True, False, True], [False, False, True]])
+    assert torch.equal(layer(x, used)[1], router(x[used]).losses)
+    assert layer(x, torch.zeros(2, 3, dtype=torch.bool))[1].tolist() == [0, 0]
 
 
 def test_unused_tokens_reach_no_expert_and_give_0():

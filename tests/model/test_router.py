@@ -1,7 +1,12 @@
+import importlib
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megamoe.model.router import Router
+from megamoe.model.router_losses import RouterLosses
 
 SCORES = ["softmax", "sigmoid"]
 T, D, E, K = 40, 6, 5, 2
@@ -29,7 +34,7 @@ def test_selection_takes_the_largest_score_plus_bias_and_weights_take_the_scores
     bias = [0.0, 0.4, -0.3, 0.2, 0.1]
     router = router_with(bias, top_k=top_k, router_score=score).double()
     x = torch.randn(T, D, dtype=torch.float64)
-    weights, expert_ids, _ = router(x)
+    weights, expert_ids, *_ = router(x)
     differ = 0
     for token in range(T):
         scores = plain_scores(router.weight @ x[token], score)
@@ -65,7 +70,7 @@ def test_weights_sum_to_1_where_the_scores_underflow(score, logits, bias):
 def test_logits_are_fp32_where_tokens_and_weight_are_bf16(score):
     router = router_with(dim=64, router_score=score, top_k=E).bfloat16()
     x = torch.randn(T, 64).bfloat16()
-    weights, expert_ids, _ = router(x)
+    weights, expert_ids, *_ = router(x)
     assert weights.dtype == torch.float32
     logits = x.double() @ router.weight.double().T
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
@@ -91,13 +96,13 @@ def test_without_jitter_training_and_evaluation_route_alike():
     x = torch.randn(T, D)
     trained = router(x)
     router.eval()
-    for one, other in zip(trained, router(x), strict=True):
+    for one, other in zip(trained[:3], router(x)[:3], strict=True):
         assert torch.equal(one, other)
 
 
 def test_the_counts_are_those_of_the_chosen_experts():
-    _, expert_ids, counts = router_with()(torch.randn(T, D))
-    assert counts.tolist() == [(expert_ids == expert).sum() for expert in range(E)]
+    routing = router_with()(torch.randn(T, D))
+    assert routing.counts.tolist() == [(routing.expert_ids == expert).sum() for expert in range(E)]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -113,3 +118,109 @@ def test_the_bias_is_no_parameter_and_gets_no_gradient(score):
 
 def test_bias_and_running_load_are_saved_and_the_counts_of_a_step_are_not():
     assert set(router_with().state_dict()) == {"weight", "selection_bias", "running_load"}
+
+
+# --- options, against a float64 reference written here and against transformers' routers ----------------------------
+
+
+def plain_routing(logits, bias, top_k, score, normalizes, scaling, groups, top_groups):
+    """Expert ids and weights of one token; groups by the sum of their two best biased scores."""
+    scores = plain_scores(logits, score)
+    biased = [one.item() + shift for one, shift in zip(scores, bias, strict=True)]
+    size = len(scores) // groups
+    worth = [sum(sorted(biased[group * size : (group + 1) * size])[-2:]) for group in range(groups)]
+    open_groups = sorted(range(groups), key=lambda group: -worth[group])[:top_groups]
+    allowed = [expert for expert in range(len(scores)) if expert // size in open_groups]
+    chosen = sorted(allowed, key=lambda expert: -biased[expert])[:top_k]
+    total = sum(scores[expert] for expert in chosen) if normalizes else 1
+    return chosen, torch.stack([scores[expert] / total * scaling for expert in chosen])
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("normalizes", [True, False])
+@pytest.mark.parametrize("scaling", [1.0, 2.5])
+@pytest.mark.parametrize(("groups", "top_groups"), [(1, 1), (4, 2), (2, 1), (4, 4)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_every_option_routes_as_defined_and_so_are_its_gradients(
+    score, normalizes, scaling, groups, top_groups, has_bias
+):
+    bias = [0.3, -0.2, 0.1, 0.0, 0.25, -0.3, 0.2, -0.1]
+    router = router_with(
+        bias if has_bias else None, experts=8, router_score=score, norm_topk_prob=normalizes, n_group=groups,
+        routed_scaling_factor=scaling, topk_group=top_groups, router_bias=has_bias,
+    ).double()  # fmt: skip
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    coefficients = torch.randn(T, K, dtype=torch.float64)
+    routing = router(x)
+    grads = torch.autograd.grad((routing.weights * coefficients).sum(), (x, router.weight))
+
+    plain_x, weight = x.detach().clone().requires_grad_(), router.weight.detach().clone().requires_grad_()
+    bias = router.selection_bias.tolist() if has_bias else [0.0] * 8
+    rows = [plain_routing(weight @ token, bias, K, score, normalizes, scaling, groups, top_groups) for token in plain_x]
+    weights = torch.stack([row for _, row in rows])
+    expected = torch.autograd.grad((weights * coefficients).sum(), (plain_x, weight))
+    assert routing.expert_ids.tolist() == [chosen for chosen, _ in rows]
+    torch.testing.assert_close((routing.weights, *grads), (weights, *expected), rtol=0, atol=1e-10)
+    assert routing.losses is None
+
+
+def test_groups_and_bias_change_what_is_chosen():
+    x = torch.randn(T, D)
+    bias = [0.3, -0.2, 0.1, 0.0, 0.25, -0.3, 0.2, -0.1]
+    options = [{}, {"bias": bias}, {"n_group": 4, "topk_group": 2}, {"n_group": 4, "topk_group": 1}]
+    chosen = [
+        router_with(experts=8, router_score="sigmoid", **one)(x).expert_ids.sort(-1).values.tolist() for one in options
+    ]
+    assert all(one != other for one, other in itertools.combinations(chosen, 2))
+
+
+# transformers' routers: module, class, the options they stand for.
+DEEPSEEK = {"router_score": "sigmoid", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+TRANSFORMERS = {
+    "deepseek_v3.DeepseekV3TopkRouter": DEEPSEEK,
+    "deepseek_v3.DeepseekV3TopkRouter, not normalised": {**DEEPSEEK, "norm_topk_prob": False},
+    "glm4_moe.Glm4MoeTopkRouter": {**DEEPSEEK, "n_group": 2, "topk_group": 1},
+    "minimax_m2.MiniMaxM2TopKRouter": {"router_score": "sigmoid"},
+    "olmoe.OlmoeTopKRouter": {"norm_topk_prob": False, "router_bias": False},
+    "qwen3_moe.Qwen3MoeTopKRouter": {"router_bias": False},
+    "qwen3_moe.Qwen3MoeTopKRouter, not normalised": {"norm_topk_prob": False, "router_bias": False},
+    "mixtral.MixtralTopKRouter": {"router_bias": False},
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_routing_is_that_of_transformers(name):
+    options = TRANSFORMERS[name]
+    bias = None if options.get("router_bias") is False else [0.3, -0.2, 0.1, 0.0, 0.25, -0.3, 0.2, -0.1]
+    router = router_with(bias, experts=8, top_k=3, **options)
+    module, _, kind = name.partition(",")[0].partition(".")
+    config = SimpleNamespace(
+        num_experts_per_tok=3, num_local_experts=8, num_experts=8, hidden_size=D, n_group=router.num_groups,
+        norm_topk_prob=router.normalizes, routed_scaling_factor=router.scaling, topk_group=router.top_groups,
+    )  # fmt: skip
+    theirs = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), kind)(config)
+    theirs.weight.data = router.weight.data
+    x, given = torch.randn(T, D), ()
+    if hasattr(theirs, "e_score_correction_bias"):
+        theirs.e_score_correction_bias.copy_(router.selection_bias)
+    elif bias:
+        given = (router.selection_bias,)
+    _, expected, expert_ids = theirs(x, *given)
+    routing = router(x)
+    ours, order = routing.expert_ids.sort(-1)
+    other, their_order = expert_ids.sort(-1)
+    assert torch.equal(ours, other)
+    torch.testing.assert_close(routing.weights.gather(-1, order), expected.gather(-1, their_order))
+
+
+def test_without_bias_there_is_no_buffer_of_it():
+    router = router_with(router_bias=False)
+    assert router.selection_bias is None
+    assert set(router.state_dict()) == {"weight", "running_load"}
+
+
+def test_losses_are_computed_in_training_only():
+    router = router_with(losses=RouterLosses(balance="sequence", z=True))
+    x = torch.randn(T, D)
+    assert router(x).losses.shape == (2,)
+    assert router.eval()(x).losses is None

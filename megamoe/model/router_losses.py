@@ -1,0 +1,80 @@
+"""Losses on a router's scores: the balance of the experts' load, and the z-loss that keeps logits small.
+
+Sources: DeepSeek-V3 (arXiv:2412.19437, equations 17 to 20) for "sequence", Switch Transformer (arXiv:2101.03961,
+equations 4 to 6) for "micro_batch", ST-MoE (arXiv:2202.08906, equation 5) for the z-loss.
+
+Shape legend: T tokens, E experts, K choices per token, B sequences, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BalanceLoss = Literal["sequence", "global_batch", "micro_batch"]
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """The balance loss and the z-loss of a router's micro-batch, without coefficients.
+
+    The balance loss is the sum over experts of f * P: P, with gradient, is the expert's mean share of a token's scores;
+    f, without, is its share of the chosen slots, times E. Even load gives 1. `balance` says whose slots these are:
+
+        "sequence": a sequence's own, and the loss is the mean over sequences. No split of a batch cuts a sequence, so
+            the loss is the same for every number of ranks and micro-batches.
+        "global_batch": those of all ranks and micro-batches, as the running mean over the steps before (the router's
+            `running_load`; with a decay of 0, the step before alone). Each rank has that mean already, so there is no
+            further collective, and the loss is the same for every split. The step's own slots cannot be had: the first
+            micro-batch runs backward before the last one is routed.
+        "micro_batch": those of this rank's micro-batch, as Switch Transformer and Mixtral take them. For comparison:
+            the loss depends on the split.
+    """
+
+    balance: BalanceLoss | None = None  # None: it is 0
+    z: bool = False  # False: it is 0
+
+    def __call__(
+        self, logits: Tensor, log_scores: Tensor, expert_ids: Tensor, running_load: Tensor, num_sequences: int
+    ) -> Tensor:
+        """(2,), balance loss and z-loss, in the dtype of the logits; 0 without tokens.
+
+        Args:
+            logits: (T, E).
+            log_scores: (T, E), logarithms of the scores; P is of their softmax, which is the scores over their sum.
+            expert_ids: (T, K), the choices.
+            running_load: (E,), sums to 1.
+            num_sequences: B, equally long, one after the other.
+        """
+        balance = z = logits.new_zeros(())
+        if self.balance == "global_batch":
+            balance = load_balance_loss(log_scores, running_load)
+        elif self.balance:
+            balance = balance_loss(log_scores, expert_ids, num_sequences if self.balance == "sequence" else 1)
+        if self.z:
+            z = z_loss(logits)
+        return torch.stack((balance, z))
+
+
+def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int) -> Tensor:
+    """By the slots of each sequence, (); arguments as of `RouterLosses`."""
+    tokens, experts = log_scores.shape
+    ids = expert_ids.view(num_sequences, tokens // num_sequences * expert_ids.shape[1])  # (B, S * K)
+    shares = log_scores.softmax(-1).view(num_sequences, tokens // num_sequences, experts).sum(1)  # (B, E)
+    counts = torch.zeros_like(shares, requires_grad=False).scatter_add_(1, ids, shares.new_ones(()).expand_as(ids))
+    # f is E / (S * K) of the counts, P is 1 / S of the shares; the mean over sequences is 1 / B.
+    return (counts * shares).sum() * (experts / max(tokens * ids.shape[1], 1))
+
+
+def load_balance_loss(log_scores: Tensor, loads: Tensor) -> Tensor:
+    """By given `loads` (E,), which sum to 1, ()."""
+    tokens, experts = log_scores.shape
+    return (log_scores.softmax(-1).sum(0) * loads).sum() * (experts / max(tokens, 1))
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean over the tokens of the squared logarithm of the sum of the logits' (T, E) exponentials, ()."""
+    return logits.logsumexp(-1).square().sum() / max(len(logits), 1)
