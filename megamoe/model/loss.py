@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, without ever holding all logits.
+"""Cross-entropy and z-loss of a linear head, without ever holding all logits.
 
 Shape legend: N tokens, D hidden_size, V vocab_size, C tokens of a chunk.
 """
@@ -6,7 +6,7 @@ Shape legend: N tokens, D hidden_size, V vocab_size, C tokens of a chunk.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ def loss_chunk(tokens: int, vocab_size: int, on_cpu: bool) -> int:
     return max(math.ceil(tokens / chunks), 1)
 
 
+class HeadLoss(NamedTuple):
+    """The loss of a head and its parts, each ()."""
+
+    total: Tensor  # to train on: cross-entropy + coefficient * z-loss
+    cross_entropy: Tensor  # without gradient, as the next
+    z_loss: Tensor
+
+
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
 
@@ -38,36 +46,55 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Ten
     The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
     quarter of the head's products is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.)
     """
+    return chunked_head_loss(hidden, weight, labels, 0.0).total
+
+
+def chunked_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float) -> HeadLoss:
+    """Cross-entropy as `chunked_cross_entropy`, with the z-loss: the mean, over the tokens whose labels count, of the
+    squared logarithm of the sum of the logits' exponentials (PaLM, arXiv:2204.02311, section 5).
+
+    Args:
+        z_loss_coef: of the z-loss in the total; with 0 none is computed, and it is 0.
+
+    Both have one gradient, made in the same pass, which is why the coefficient has to be known here.
+    """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, needs_grad)
+    return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, needs_grad))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, needs_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # The gradients of the sum: those of the mean could be lost to fp16 before its loss scale comes in backward.
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else weight.new_empty(0)
-        total = hidden.new_zeros((), dtype=wide)
+        cross_entropy, z_loss = hidden.new_zeros(2, dtype=wide).unbind()
         chunk = loss_chunk(len(hidden), len(weight), hidden.device.type == "cpu")
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
-            total += _sum_of_losses(hidden[rows], weight, labels[rows], grads)
+            of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_loss_coef, grads)
+            cross_entropy += of_chunk[0]
+            if of_chunk[1] is not None:
+                z_loss += of_chunk[1]
         count = (labels != NO_LABEL).sum().clamp_min(1)
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
-        return total / count
+        cross_entropy, z_loss = cross_entropy / count, z_loss / count
+        ctx.mark_non_differentiable(cross_entropy, z_loss)
+        return cross_entropy + z_loss_coef * z_loss, cross_entropy, z_loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor):  # type: ignore[override]
         grad_hidden, grad_weight, count = ctx.saved_tensors
         scale = grad / (count * _lift(grad_hidden.dtype))
         # In fp32, for a GPU would round the scale to the gradient's 16 bits.
         by_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
-        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None
+        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None, None
 
 
 def _lift(dtype: torch.dtype) -> float:
@@ -79,9 +106,11 @@ def _lift(dtype: torch.dtype) -> float:
     return 8.0 if dtype == torch.float16 else 1.0
 
 
-def _sum_of_losses(hidden: Tensor, weight: Tensor, labels: Tensor, grads: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Of one chunk; its gradient by `hidden` is written to the first of `grads`, that by `weight` added to the second,
-    both times `_lift`.
+def _sums_of_losses(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, grads: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy and z-loss (None with 0) of one chunk; the gradient of their weighted sum by `hidden` is written to
+    the first of `grads`, that by `weight` added to the second, both times `_lift`.
 
     A separate function, so that a chunk's logits are freed before the next chunk's are made; all is in place.
     """
@@ -92,12 +121,16 @@ def _sum_of_losses(hidden: Tensor, weight: Tensor, labels: Tensor, grads: tuple[
     chosen, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
     powers = logits.sub_(highest).exp_()
     total = powers.sum(1, keepdim=True)
-    loss = torch.where(counts, highest + total.log() - chosen, 0).sum()
+    log_total = highest + total.log()
+    cross_entropy = torch.where(counts, log_total - chosen, 0).sum()
+    z_loss = torch.where(counts, log_total.square(), 0).sum() if z_loss_coef else None
     if grads:
         factor = counts * _lift(hidden.dtype)
-        powers.mul_(factor / total).scatter_add_(1, target, -factor.to(powers.dtype))
+        # A logit's probability is also the derivative of log_total: by it, the z-loss is a further share.
+        share = factor * (1 + 2 * z_loss_coef * log_total) if z_loss_coef else factor
+        powers.mul_(share / total).scatter_add_(1, target, -factor.to(powers.dtype))
         logits = powers.to(hidden.dtype)
         del powers
         torch.mm(logits, weight, out=grads[0])
         grads[1].add_(logits.T @ hidden)
-    return loss
+    return cross_entropy, z_loss

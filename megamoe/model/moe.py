@@ -11,6 +11,7 @@ the experts.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,14 +65,18 @@ class DroplessDispatch(nn.Module):
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:  # called by DeepSpeed's MoE
         self.ep_group = ep_group
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, D) -> (the experts' weighted sum (T, D), tokens routed to each expert (E,) int64)."""
-        weights, expert_ids, counts = self.router(x)  # (T, K), (T, K), (E,)
+    def forward(self, x: Tensor, num_sequences: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(T, D) -> (the experts' weighted sum (T, D), the router's losses, tokens routed to each expert (E,) int64).
+
+        Args:
+            num_sequences: that the tokens are of.
+        """
+        weights, expert_ids, counts, losses = self.router(x, num_sequences)  # (T, K), (T, K), (E,), (2,)
         self.count_for_balancing(counts)
         incoming = self.exchange_counts(counts)
         placed = self.place(x, expert_ids, counts)  # while the counts are on their way
         results = self.run_experts(placed, incoming, self.experts)
-        return combine_rows(results, weights, placed.token, placed.place), counts
+        return combine_rows(results, weights, placed.token, placed.place), losses, counts
 
     def count_for_balancing(self, counts: Tensor) -> None:
         """Add the slots of each expert, (E,), to those of the step."""
@@ -148,19 +153,21 @@ class MoE(deepspeed.moe.layer.MoE):
         """This rank's, in the order of `topology.expert_ids`."""
         return self.deepspeed_moe.experts
 
-    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """DeepSpeed's contract: (..., D) -> (output (..., D), auxiliary loss, tokens per expert (E,)).
+    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """DeepSpeed's contract: (..., D) -> (output (..., D), auxiliary losses, tokens per expert (E,)).
 
         Args:
-            used_token: (...) bool; tokens where it is False reach no expert, are not counted, and give 0.
+            hidden_states: of equally long sequences where it is (B, S, D), of one otherwise.
+            used_token: (...) bool; tokens where it is False reach no expert, are not counted, and give 0. The used
+                tokens of all sequences are one to the router's losses.
 
-        The auxiliary loss is always 0: the balance comes from the router's bias.
+        The losses are those of `Routing`.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         if used_token is None:
-            out, counts = self.deepspeed_moe(rows)
+            out, losses, counts = self.deepspeed_moe(rows, math.prod(hidden_states.shape[:-2]))
         else:
             used = used_token.flatten().nonzero().squeeze(1)
-            out, counts = self.deepspeed_moe(rows.index_select(0, used))
+            out, losses, counts = self.deepspeed_moe(rows.index_select(0, used))
             out = torch.zeros_like(rows).index_copy(0, used, out)
-        return out.view_as(hidden_states), hidden_states.new_zeros(()), counts
+        return out.view_as(hidden_states), losses, counts
