@@ -65,9 +65,10 @@ class Position:
         def backward(gradient: Tensor) -> None:
             self.at(f"backward of {name}")
 
-        def after(module: torch.nn.Module, inputs: Any, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(backward)
+        def after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if first.requires_grad:
+                first.register_hook(backward)
 
         layer.register_forward_pre_hook(lambda module, inputs: self.at(f"forward of {name}"))
         layer.register_forward_hook(after)

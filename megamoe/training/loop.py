@@ -72,7 +72,7 @@ class Trainer:
         # Multi-token prediction needs the token after the one that follows a sample's last position.
         ahead = train_step.model.config.num_nextn_predict_layers
         self.batches = Prefetcher(lambda step: data.step_batches(step, self.rank, shape, ahead), train_step.device)
-        position.follow(train_step.model.layers)
+        position.follow(train_step.model.blocks())
 
     def run(self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int) -> bool:
         """Train steps first + 1 to last; returns whether the last one was reached, not a request to stop. To be

@@ -220,9 +220,56 @@ def test_evaluation_padding_and_generation_are_eager():
         block.compiled = refuse
     with pytest.raises(AssertionError, match="compiled"):
         model(ids, ids)
-    model(ids, ids, attention_mask=torch.ones(2, 6, dtype=torch.bool))
+    model(ids, ids, attention_mask=ids > 0)
     model.eval()(ids, ids)
     generate(model, [[1, 2, 3]], 2)
+
+
+MIXED = {
+    "num_latent_tokens": 0,
+    "first_k_dense_replace": 1,
+    "sliding_window": 5,
+    "qk_norm": "head",
+    "partial_rotary_factor": 0.5,
+    "gated_mlp": True,
+    "n_shared_experts": 1,
+    "shared_expert_gate": True,
+    "router_score": "sigmoid",
+    "n_group": 2,
+    "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.01,
+    "num_nextn_predict_layers": 1,
+}
+COMPRESSED = {
+    "num_latent_tokens": 0,
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+
+
+@pytest.mark.parametrize("parts", [MIXED, COMPRESSED], ids=["mixed", "latent_attention"])
+def test_blocks_of_every_part_give_the_losses_of_eager_ones(parts):
+    def passes(compiled):
+        model = decoder(torch.float32, **parts)
+        if compiled:
+            model.compile_blocks()
+        results = []
+        for step in range(2):
+            ids = prepared(model, step)
+            labels = torch.cat((ids, ids[:, :1]), dim=1)[:, : LENGTH + model.config.num_nextn_predict_layers]
+            model(ids, labels).backward()
+            gradients = torch.cat([weight.grad.flatten().double() for weight in model.parameters()])
+            results.append((model.step_losses.clone(), slots_of(model), gradients))
+        return results
+
+    torch._dynamo.reset()
+    for (losses, slots, gradients), expected in zip(passes(True), passes(False), strict=True):
+        torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=0)
+        assert torch.equal(slots, expected[1])
+        assert (gradients - expected[2]).norm() < 1e-5 * expected[2].norm()
 
 
 # --- in the engine --------------------------------------------------------------------------------------------------
