@@ -1,5 +1,6 @@
 # make train              from a fresh clone to a trained tiny model and its samples
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
+# make train PRESET=tiny-glm  another model of that size: tiny-glm, tiny-deepseek
 # make test               every test
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
 # make check              formatting, lint and types
@@ -8,8 +9,9 @@
 
 PYTHON ?= python3
 TEXT ?=
+PRESET ?= tiny
 ifndef RUN
-RUN := runs/tiny-$(shell date +%Y%m%d-%H%M%S)
+RUN := runs/$(PRESET)-$(shell date +%Y%m%d-%H%M%S)
 endif
 
 BIN := $(CURDIR)/.venv/bin
@@ -28,7 +30,7 @@ endif
 
 .PHONY: train test gpu check bench bench-short
 train: .venv/.train $(TOKENS)/corpus.json
-	launch_scripts/single_node.sh 2 --ds_config ds_configs/tiny.json --preset tiny --ep_size 2 \
+	launch_scripts/single_node.sh 2 --ds_config ds_configs/tiny.json --preset $(PRESET) --ep_size 2 \
 		--data $(TOKENS) --run_dir $(RUN) --eval_interval 100
 	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5
 	python tools/report.py $(RUN)
