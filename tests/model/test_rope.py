@@ -2,11 +2,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as glm_rotary
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
-from megamoe.model.rope import apply_rotary, rope_frequencies, rotary_table
+from megamoe.model.rope import apply_rotary, rope_frequencies, rotary_table, softmax_scale
 
 HEAD_DIM, THETA, MAX_POSITIONS = 64, 10_000.0, 128
 SCALINGS = [
@@ -15,6 +17,8 @@ SCALINGS = [
     {"rope_type": "yarn", "factor": 4.0},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048, "beta_fast": 20, "beta_slow": 2},
     {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.8},
+    {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+    {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7},
     {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 64},
 ]  # fmt: skip
@@ -84,13 +88,44 @@ def test_rotation_of_neighbours_is_gptjs():
     assert not torch.allclose(apply_rotary(x, table_of(positions, None, 30), False), expected)
 
 
+@pytest.mark.parametrize("width", [HEAD_DIM, HEAD_DIM + 10])
+@pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_the_gradient_of_a_rotation_is_right(interleaved):
+def test_the_gradient_of_a_rotation_is_right(interleaved, at_end, width):
     torch.manual_seed(0)
     cos, sin = table_of(torch.arange(5).unsqueeze(0), None, 5, interleaved=interleaved, num_unrotated=2)
-    x = torch.randn(1, 7, 2, HEAD_DIM, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 7, 2, width, dtype=torch.float64, requires_grad=True)
     table = cos.double(), sin.double()
-    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table, interleaved), (x,), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, table, interleaved, at_end), (x,), fast_mode=True)
+
+
+def test_a_rotation_of_the_first_dimensions_is_glms():
+    torch.manual_seed(0)
+    positions = torch.arange(9).unsqueeze(0)
+    query, key = torch.randn(2, 9, 4, 2 * HEAD_DIM), torch.randn(2, 9, 2, 2 * HEAD_DIM)
+    cos, sin = LlamaRotaryEmbedding(llama_config(None))(query, positions)
+    expected = glm_rotary(query, key, cos, sin, unsqueeze_dim=2)
+    rotary = table_of(positions, None, 9)
+    for x, exact in zip((query, key), expected, strict=True):
+        torch.testing.assert_close(apply_rotary(x, rotary, False), exact)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_part_of_each_head_is_rotated_as_if_alone_and_the_rest_stays(interleaved, at_end):
+    torch.manual_seed(0)
+    part, rest = torch.randn(2, 9, 3, HEAD_DIM), torch.randn(2, 9, 3, 6)
+    rotary = table_of(torch.arange(9).unsqueeze(0), None, 9, interleaved=interleaved)
+    rotated = apply_rotary(part, rotary, interleaved)
+    whole, expected = (torch.cat((rest, one) if at_end else (one, rest), -1) for one in (part, rotated))
+    given = whole.clone()
+    assert torch.equal(apply_rotary(whole, rotary, interleaved, at_end), expected)
+    assert torch.equal(whole, given)
+
+
+@pytest.mark.parametrize("scaling", [None, *SCALINGS], ids=named)
+def test_the_scale_of_the_scores_is_deepseeks(scaling):
+    assert softmax_scale(24, scaling) == pytest.approx(yarn_apply_mscale(scaling or {}, 24**-0.5), rel=1e-12)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
