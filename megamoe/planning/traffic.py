@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megamoe.hardware import Device
+from megamoe.model.decoder import loss_parts
 from megamoe.planning.sharding import Setup, elements_touched, parameter_groups
 from megamoe.training.step_sums import SCALARS
 
@@ -109,7 +110,7 @@ def collectives(setup: Setup) -> list[Collective]:
         sizes = [group.partition * group.ranks * setup.weight_bytes for group in groups if group.expert == expert]
         if ranks > 1:
             found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes), "update"))
-    small = 8 * (SCALARS + m.num_hidden_layers * m.num_local_experts)
+    small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * m.num_local_experts)
     found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
     return found
 

@@ -43,7 +43,8 @@ class Balance:
 
 
 class LoadBalancer:
-    """Moves the selection bias of every router after a step, identically on every rank, and never waits for the device.
+    """Moves running load and selection bias of every router after a step, identically on every rank, and never waits
+    for the device.
 
     In a step: `take_counts`, sum them over all ranks, `next_loads` of the sums, and `apply` these unless the step is
     skipped.
@@ -76,7 +77,7 @@ class LoadBalancer:
 
     @torch.no_grad()
     def apply(self, running: Tensor) -> None:
-        """Take (L, E) `running` for the running loads, and move the biases by them."""
+        """Take (L, E) `running` for the running loads, and move by them the biases of routers that have one."""
         delta = self.rate * self._direction(running)
         delta -= delta.mean(-1, keepdim=True)
         torch._foreach_copy_([router.running_load for router in self.routers], list(running))

@@ -185,7 +185,8 @@ class Trainer:
         if self.sinks:
             self.sinks.log_scalars("train", step, self.metrics.values(step, last))
             if balance:
-                self.sinks.log_expert_loads(step, balance.counts)
+                blocks = self.train_step.model.config.sparse_blocks
+                self.sinks.log_expert_loads(step, blocks, balance.counts)
         self.metrics.restart(step)
 
     def _evaluate(self, evaluator: Evaluator, step: int) -> None:

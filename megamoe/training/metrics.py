@@ -28,15 +28,18 @@ class StepMetrics:
         """Begin a new window after `step`."""
         self._first = step
         self._seconds = self._losses = 0.0
+        self._parts: dict[str, float] = {}
 
     def add(self, result: StepResult, seconds: float) -> None:
         """Count one step and its time."""
         self._last = result
         self._losses += result.loss
+        self._parts = {name: self._parts.get(name, 0.0) + value for name, value in result.parts.items()}
         self._seconds += seconds
 
     def values(self, step: int, last: int) -> dict[str, Any]:
-        """The window's means up to `step`, and the state after it, by name.
+        """The window's means up to `step`, and the state after it, by name; the parts of the loss, but for the
+        cross-entropy, as NAME_loss.
 
         Args:
             last: step that the run ends with.
@@ -46,6 +49,7 @@ class StepMetrics:
         balance = self._last.balance
         return {
             "loss": self._losses / steps,
+            **{f"{name}_loss": total / steps for name, total in self._parts.items()},
             "lr": self._engine.get_lr()[0],
             "tokens_per_second": rate * self._shape.samples * self._shape.seq_len,
             "mfu": rate * self._step_flops / (self.peak.flops * self._shape.world_size),

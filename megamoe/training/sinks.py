@@ -34,8 +34,13 @@ class Sink:
     def log_text(self, step: int, text: str) -> None:
         """A line about the run itself."""
 
-    def log_expert_loads(self, step: int, counts: Tensor) -> None:
-        """(L, E) int64: slots that a step routed to each expert of each layer, over all ranks."""
+    def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
+        """Slots that a step routed to each expert, over all ranks.
+
+        Args:
+            blocks: the L blocks that have experts, by number from 0.
+            counts: (L, E) int64.
+        """
 
     def close(self) -> None:
         """Write what is left."""
@@ -53,8 +58,9 @@ class ConsoleSink(Sink):
 
 def _train_line(step: int, values: dict[str, Any]) -> str:
     skipped = f" skipped={values['skipped_steps']}" if values["skipped_steps"] else ""
+    parts = [f"{name.removesuffix('_loss')}={value:.4g} " for name, value in values.items() if name.endswith("_loss")]
     return (
-        f"step={step} avg_loss={values['loss']:.4f} lr={values['lr']:.6g} "
+        f"step={step} avg_loss={values['loss']:.4f} {''.join(parts)}lr={values['lr']:.6g} "
         f"tok/s={values['tokens_per_second']:.0f} mfu={values['mfu']:.1%} "
         f"max_vio={values['max_vio']:.2f} running_max_vio={values['running_max_vio']:.2f} "
         f"grad_norm={values['grad_norm']:.2f} mem={values['memory_gib']:.2f}GiB "
@@ -113,9 +119,9 @@ class TensorBoardSink(Sink):
     def log_text(self, step: int, text: str) -> None:
         self._board.add_text("run", text, step)
 
-    def log_expert_loads(self, step: int, counts: Tensor) -> None:
+    def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
         limits = [expert + 0.5 for expert in range(counts.shape[1])]
-        for layer, row in enumerate(counts.cpu().double()):
+        for layer, row in zip(blocks, counts.cpu().double(), strict=True):
             ids = torch.arange(len(row), dtype=torch.float64)
             self._board.add_histogram_raw(
                 f"expert_load/layer_{layer:02d}",
@@ -161,8 +167,8 @@ class SinkGroup(Sink):
     def log_text(self, step: int, text: str) -> None:
         self._call_each("log_text", step, text)
 
-    def log_expert_loads(self, step: int, counts: Tensor) -> None:
-        self._call_each("log_expert_loads", step, counts)
+    def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
+        self._call_each("log_expert_loads", step, blocks, counts)
 
     def close(self) -> None:
         self._call_each("close")

@@ -25,7 +25,8 @@ from megamoe.training.zero_step import GivenNormOptimizer, norm_of
 class StepResult:
     """What an optimizer step has come to, over all ranks."""
 
-    loss: float  # mean, in nats
+    loss: float  # mean cross-entropy, in nats
+    parts: dict[str, float]  # means of the other parts of the training loss, by name and without coefficients
     grad_norm: float  # before clipping; infinite where a gradient is not finite
     applied: bool  # False where DeepSpeed has skipped the update for a gradient that is not finite
     flags: Flags  # whether any rank has set them
@@ -42,14 +43,13 @@ class TrainStep:
     def __init__(self, engine: Any, balancer: LoadBalancer | None):
         """
         Args:
-            engine: of `build_engine`.
+            engine: of `build_engine`; its model sums up the parts of its loss in a buffer, as `Decoder` does.
             balancer: of the model's routers; None for a model without them.
         """
         self.engine = engine
         self.model = engine.module
         self.device: torch.device = engine.device
         self.balancer = balancer
-        self._losses = torch.zeros((), device=self.device)  # sum since the last update
 
     def forward_backward(self, batches: Iterable[Batch], passed: Callable[[str], None] = lambda phase: None) -> None:
         """Run this rank's micro-batches of one step, as many as the engine accumulates.
@@ -62,7 +62,6 @@ class TrainStep:
             loss = self.engine(on_device.input_ids, on_device.labels)
             passed("forward")
             self.engine.backward(loss)
-            self._losses += loss.detach()
             del loss
             passed("backward")
             if not self.engine.is_gradient_accumulation_boundary():
@@ -77,8 +76,10 @@ class TrainStep:
         """
         optimizer = self.engine.optimizer
         takes_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
-        counts = self.balancer.take_counts() if self.balancer else self._losses.new_zeros(0, 0)
-        sums = sum_over_ranks(optimizer.sum_of_squares() if takes_norm else 0.0, self._losses, flags, counts)
+        losses = self.model.step_losses
+        counts = self.balancer.take_counts() if self.balancer else losses.new_zeros(0, 0)
+        sums = sum_over_ranks(optimizer.sum_of_squares() if takes_norm else 0.0, losses, flags, counts)
+        losses.zero_()
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
         on_host = sums.read(running)
 
@@ -89,9 +90,11 @@ class TrainStep:
         if self.balancer and applied:
             self.balancer.apply(running)
 
-        self._losses.zero_()
+        micro_batches = self.engine.gradient_accumulation_steps() * dist.get_world_size()
+        loss, *others = (total / micro_batches for total in on_host.losses)
         return StepResult(
-            loss=on_host.losses / self.engine.gradient_accumulation_steps() / dist.get_world_size(),
+            loss=loss,
+            parts=dict(zip(self.model.loss_parts[1:], others, strict=True)),
             grad_norm=float(self.engine.get_global_grad_norm()),
             applied=applied,
             flags=on_host.flags,

@@ -1,6 +1,6 @@
 """What the ranks tell each other in a step besides gradients: one vector, summed by one all-reduce, read once.
 
-Shape legend: E experts, L layers.
+Shape legend: E experts, L layers, P parts of the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Flags(NamedTuple):
 
 
 NO_FLAGS = Flags()
-SCALARS = 2 + len(Flags._fields)  # numbers before the counts
+SCALARS = 1 + len(Flags._fields)  # numbers besides losses and counts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HostSums:
     """The sums over all ranks, on the host."""
 
     squares: float  # of the gradients times the loss scale; NaN or infinite where one is not finite
-    losses: float  # of all micro-batches, in nats
+    losses: list[float]  # (P,), of all micro-batches
     flags: Flags  # whether any rank has set them
     counts: Tensor  # (L, E) int64
     running_loads: Tensor  # (L, E) fp32, as given to `read`
@@ -43,15 +43,17 @@ class HostSums:
 class StepSums:
     """The sums over all ranks, on the device."""
 
-    scalars: Tensor  # (SCALARS,) fp64: squares, losses, flags
+    scalars: Tensor  # (SCALARS + P,) fp64: squares, flags, losses
     counts: Tensor  # (L, E) fp64, of all routers
 
     def read(self, running_loads: Tensor) -> HostSums:
         """Everything on the host, and (L, E) `running_loads` with it: the one wait of a step for the device."""
         values = host_values(torch.cat((self.scalars, self.counts.flatten(), running_loads.flatten())))()
-        squares, losses, *flags = values[:SCALARS]
-        counts, running = torch.tensor(values[SCALARS:], dtype=torch.float64).view(2, *self.counts.shape)
-        return HostSums(squares, losses, Flags(*(flag > 0 for flag in flags)), counts.long(), running.float())
+        size = len(self.scalars)
+        squares, *flags = values[:SCALARS]
+        counts, running = torch.tensor(values[size:], dtype=torch.float64).view(2, *self.counts.shape)
+        flags = Flags(*(flag > 0 for flag in flags))
+        return HostSums(squares, values[SCALARS:size], flags, counts.long(), running.float())
 
 
 def sum_over_ranks(squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor) -> StepSums:
@@ -59,17 +61,18 @@ def sum_over_ranks(squares: Tensor | float, losses: Tensor, flags: Flags, counts
 
     Args:
         squares: (), sum of the squares of the gradients that this rank owns, times the loss scale.
-        losses: (), in nats, sum over this rank's micro-batches.
+        losses: (P,), sums over this rank's micro-batches.
         flags: of this rank.
         counts: (L, E) int64, slots that this rank's routers have given each expert.
     """
-    scalars = torch.zeros(SCALARS, dtype=torch.float64, device=losses.device)
+    size = SCALARS + len(losses)
+    scalars = torch.zeros(size, dtype=torch.float64, device=losses.device)
     # A number is filled in, for `scalars[0] = number` would copy it from the host and wait for the device.
     scalars[0].copy_(squares) if isinstance(squares, Tensor) else scalars[0].fill_(squares)
-    scalars[1].copy_(losses)
-    for index, is_set in enumerate(flags, start=2):
+    for index, is_set in enumerate(flags, start=1):
         if is_set:
             scalars[index].fill_(1)
+    scalars[SCALARS:].copy_(losses)
     sums = torch.cat((scalars, counts.flatten()))  # fp64 is exact for counts
     dist.all_reduce(sums)
-    return StepSums(sums[:SCALARS], sums[SCALARS:].view(counts.shape))
+    return StepSums(sums[:size], sums[size:].view(counts.shape))

@@ -30,6 +30,20 @@ def reads_of_a_pass(config, ep_size, recompute_blocks=0):
 PARTS = {
     "plain": {},
     "gated, sigmoid": {"gated_mlp": True, "router_score": "sigmoid"},
+    "groups, losses": {
+        "router_score": "sigmoid",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "router_aux_loss_coef": 0.01,
+        "router_z_loss_coef": 0.001,
+        "output_z_loss_coef": 0.0001,
+    },
+    "plain scores, global loss": {
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+        "router_aux_loss_type": "global_batch",
+    },
     "interleaved, scaled": {"rope_interleaved": True, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
 }
 

@@ -144,7 +144,7 @@ def plain_routing(logits, bias, top_k, score, normalizes, scaling, groups, top_g
 def test_every_option_routes_as_defined_and_so_are_its_gradients(
     score, normalizes, scaling, groups, top_groups, has_bias
 ):
-    bias = [0.3, -0.2, 0.1, 0.0, 0.25, -0.3, 0.2, -0.1]
+    bias = [-1.2, -1.7, -1.4, -1.5, -1.25, -1.8, -1.3, -1.6]  # all sums with scores are below 0
     router = router_with(
         bias if has_bias else None, experts=8, router_score=score, norm_topk_prob=normalizes, n_group=groups,
         routed_scaling_factor=scaling, topk_group=top_groups, router_bias=has_bias,

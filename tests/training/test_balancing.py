@@ -108,6 +108,16 @@ def test_counts_are_taken_once_and_move_nothing_until_they_are_applied():
     assert router.step_counts.tolist() == [0, 0, 0, 0]
 
 
+def test_routers_without_a_bias_still_have_their_running_load():
+    routers = [router_with(experts=4, router_bias=False) for _ in COUNTS]
+    for router, count in zip(routers, COUNTS, strict=True):
+        router.step_counts += torch.tensor(count)
+    balance = step(LoadBalancer(routers, 0.01, "sign", 0.9))
+    torch.testing.assert_close(torch.stack([router.running_load for router in routers]), torch.tensor(RUNNING))
+    torch.testing.assert_close(balance.running_max_vio, torch.tensor([0.2, 0.15]))
+    assert all(router.selection_bias is None for router in routers)
+
+
 @pytest.mark.parametrize("favoured", [1, 2])
 @pytest.mark.parametrize(
     ("score", "rule", "rate"),

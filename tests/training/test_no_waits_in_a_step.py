@@ -13,11 +13,12 @@ from megamoe.training.step_sums import SCALARS, Flags, sum_over_ranks
 from megamoe.training.zero_step import GivenNormOptimizer
 
 CONFIG = load_preset("tiny")
+LOSSES = 3
 
 
 def reads_of_a_step(rule):
     numbers = CONFIG.num_hidden_layers * CONFIG.num_local_experts
-    reads = step_sums.host_values = HostReads([1.0] * (SCALARS + 2 * numbers))
+    reads = step_sums.host_values = HostReads([1.0] * (SCALARS + LOSSES + 2 * numbers))
     with fake_gpu():
         model = model_on_gpu(CONFIG.model_copy(update={"router_bias_rule": rule}), ep_size=2)
         optimizer = object.__new__(GivenNormOptimizer)
@@ -25,12 +26,13 @@ def reads_of_a_step(rule):
             0: [torch.empty(size, dtype=torch.bfloat16, device=DEVICE) for size in (7, 100_000)],
             1: [torch.empty(3, 5, dtype=torch.float32, device=DEVICE)],
         }
-        balancer, loss = balancer_of(model), torch.zeros((), device=DEVICE)
-        sums = sum_over_ranks(optimizer.sum_of_squares(), loss, Flags(stop_asked=True), balancer.take_counts())
+        balancer, losses = balancer_of(model), torch.zeros(LOSSES, device=DEVICE)
+        sums = sum_over_ranks(optimizer.sum_of_squares(), losses, Flags(stop_asked=True), balancer.take_counts())
         running = balancer.next_loads(sums.counts)
         on_host = sums.read(running)
         balancer.apply(running)
         assert on_host.squares == 1.0
+        assert on_host.losses == [1.0] * LOSSES
         assert on_host.flags == Flags(True, True, True, True)
         balance = Balance(on_host.counts, on_host.running_loads)
         assert {balance.batch_max_vio.device.type, balance.running_max_vio.device.type} == {"cpu"}

@@ -46,6 +46,8 @@ class OneWeight(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.loss_parts = ("cross_entropy",)
+        self.register_buffer("step_losses", torch.zeros(1))
 
     def forward(self, x):
         return (self.weight * x).sum()

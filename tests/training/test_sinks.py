@@ -55,6 +55,18 @@ def test_the_console_line_begins_in_the_logged_form(tmp_path, capsys):
     )
 
 
+PARTS = {"balance_loss": 1.0234567, "router_z_loss": 3.14159, "mtp_loss": 5.2}
+
+
+def test_the_other_parts_of_the_loss_are_shown_after_it_and_logged_by_name(tmp_path, capsys):
+    logged(tmp_path, record(**PARTS))
+    line = capsys.readouterr().out
+    assert line.startswith("step=10 avg_loss=10.9641 balance=1.023 router_z=3.142 mtp=5.2 lr=1.5e-05 ")
+    assert read_log(tmp_path)["train"] == [record(**PARTS)]
+    events = board(tmp_path)
+    assert {name: events.Scalars(f"train/{name}")[0].value for name in PARTS} == pytest.approx(PARTS)
+
+
 @pytest.mark.parametrize(
     ("lr", "shown"), [(1.5e-3, "0.0015"), (0.00149983333, "0.00149983"), (0.0, "0"), (1.66666667e-7, "1.66667e-07")]
 )
@@ -149,13 +161,15 @@ def test_tensorboard_holds_the_scalars(tmp_path):
 def test_tensorboard_holds_the_load_of_every_expert_in_every_layer(tmp_path):
     counts = torch.tensor([[4, 0, 12, 8], [6, 6, 6, 6], [0, 0, 0, 24]])
     sinks = open_sinks(tmp_path, 0)
-    sinks.log_expert_loads(10, counts)
-    sinks.log_expert_loads(20, counts.flip(1))
+    blocks = [1, 2, 12]  # block 0 is dense
+    sinks.log_expert_loads(10, blocks, counts)
+    sinks.log_expert_loads(20, blocks, counts.flip(1))
     sinks.close()
     events = board(tmp_path)
-    assert events.Tags()["histograms"] == [f"expert_load/layer_0{layer}" for layer in range(3)]
-    for layer, row in enumerate(counts.tolist()):
-        first, second = events.Histograms(f"expert_load/layer_0{layer}")
+    names = ["expert_load/layer_01", "expert_load/layer_02", "expert_load/layer_12"]
+    assert events.Tags()["histograms"] == names
+    for name, row in zip(names, counts.tolist(), strict=True):
+        first, second = events.Histograms(name)
         assert (first.step, second.step) == (10, 20)
         assert loads(first.histogram_value, 4) == row
         assert loads(second.histogram_value, 4) == row[::-1]
@@ -210,7 +224,7 @@ def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, 
     for step in (10, 20):
         log(sinks, "train", record(step))
         sinks.log_text(step, "a line")
-        sinks.log_expert_loads(step, torch.ones(1, 2))
+        sinks.log_expert_loads(step, [0], torch.ones(1, 2))
     sinks.close()
     assert kept.given == [10, 20]
     first, *last = capsys.readouterr().err.splitlines()

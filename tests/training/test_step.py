@@ -91,12 +91,23 @@ def watched(run):
     return watcher.reads, watcher.all_reduces, watcher.host_values
 
 
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
+LOSSES = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "router_aux_loss_coef": 0.05,
+    "router_z_loss_coef": 0.01,
+    "output_z_loss_coef": 0.01,
+}
+
+
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("dtype", [{}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}])
-def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_path, stage, dtype):
+@pytest.mark.parametrize(("dtype", "preset"), [({}, {}), (BF16, LOSSES)], ids=["fp32", "bf16, all losses"])
+def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_path, stage, dtype, preset):
     ds = ds_config(2, accumulation=2, gradient_clipping=0.01, **dtype)
     ds["zero_optimization"].update(stage=stage, reduce_bucket_size=5000)
-    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "ep_size": 2, "steps": 5}
+    run = {**write_inputs(tmp_path, ds, preset), "run_dir": str(tmp_path / "run"), "ep_size": 2, "steps": 5}
     results = run_ranks(2, watched, {**run, "log_interval": 2, "save_interval": 2})
     for reads, all_reduces, waits in results:
         assert waits == {"training/step_sums.py:read": 5}
@@ -143,6 +154,57 @@ def test_a_step_tells_the_mean_loss_of_all_ranks_and_the_flags_of_any():
         assert second.flags == Flags()
         assert first.balance.counts.tolist() != [[0] * PRESET["num_local_experts"]] * PRESET["num_hidden_layers"]
     assert everywhere[0][1][0].balance.running_loads.equal(everywhere[1][1][0].balance.running_loads)
+
+
+# --- the parts of the loss ---
+
+
+def parts_of_steps(kind, micro_batch, accumulation, bf16=False):
+    """Of three steps of eight samples: losses, parts; the loss in evaluation before; the dtype of their sums."""
+    # With weights large enough that experts differ in their shares.
+    config = ModelConfig(**{**PRESET, **LOSSES}, router_aux_loss_type=kind, router_load_decay=0, initializer_range=0.3)
+    ds = ds_config(micro_batch, accumulation, **(BF16 if bf16 else {}))
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    train_step = build_train_step(config, ds, ep_size=min(world_size, 2))
+    results, evaluated = [], 0.0
+    for step in range(3):
+        ids = torch.randint(4, (8, 18), generator=torch.Generator().manual_seed(step)).cumsum(-1) % 96
+        if step == 0:
+            train_step.model.eval()
+            with torch.no_grad():
+                evaluated = train_step.model(ids[:, :16], ids[:, 1:17]).item()
+            train_step.model.train()
+        own = ids.view(accumulation, world_size, micro_batch, 18)[:, rank]
+        train_step.forward_backward([Batch(one[:, :16], one[:, 1:]) for one in own])
+        results.append(train_step.update())
+    return (
+        [result.loss for result in results],
+        [result.parts for result in results],
+        evaluated,
+        (train_step.model.step_losses.dtype),
+    )
+
+
+@pytest.mark.parametrize("kind", ["sequence", "global_batch", "micro_batch"])
+def test_the_loss_is_the_cross_entropy_and_its_other_parts_are_the_same_for_any_split_but_the_micro_batchs(kind):
+    ((losses, parts, evaluated, _),) = run_ranks(1, parts_of_steps, kind, 4, 2)
+    assert losses[0] == pytest.approx(evaluated, abs=1e-5)
+    for ranks, *split in ((1, 2, 4), (2, 2, 2), (4, 1, 2)):
+        for other_losses, other_parts, _, _ in run_ranks(ranks, parts_of_steps, kind, *split):
+            # The losses that follow from another balance loss are others too.
+            compared = slice(1) if kind == "micro_batch" else slice(None)
+            assert other_losses[compared] == pytest.approx(losses[compared], abs=1e-5)
+            for found, expected in zip(other_parts[compared], parts[compared], strict=True):
+                assert list(found) == ["mtp", "balance", "router_z", "output_z"]
+                depends = {"balance"} if kind == "micro_batch" else set()
+                assert {name for name in found if abs(found[name] - expected[name]) > 2e-5} == depends
+    assert all(value > 0.5 for of_step in parts for value in of_step.values())
+
+
+def test_the_sums_of_losses_stay_fp32_under_bf16():
+    ((_, parts, _, dtype),) = run_ranks(1, parts_of_steps, "sequence", 8, 1, True)
+    assert dtype == torch.float32
+    assert parts[0]["balance"] > 1
 
 
 WITHOUT_BALANCING = ModelConfig(**{**PRESET, "router_bias_rate": 0})

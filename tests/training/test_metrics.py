@@ -1,0 +1,57 @@
+"""What is logged of a window of steps."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_ranks
+from toy import PRESET, ds_config, train_here, write_inputs
+
+from megamoe.config import ModelConfig
+from megamoe.data.batches import BatchShape
+from megamoe.model.decoder import Decoder
+from megamoe.training.metrics import StepMetrics
+from megamoe.training.step import StepResult
+from megamoe.training.step_sums import NO_FLAGS
+
+
+def result(loss, **parts):
+    return StepResult(loss=loss, parts=parts, grad_norm=1.0, applied=True, flags=NO_FLAGS, balance=None)
+
+
+def metrics():
+    engine = SimpleNamespace(get_lr=lambda: [0.1], skipped_steps=0)
+    model = Decoder(ModelConfig(**PRESET))
+    step = SimpleNamespace(engine=engine, device=torch.device("cpu"), model=model)
+    return StepMetrics(step, BatchShape(micro_batch=2, accumulation=1, world_size=1, seq_len=16))
+
+
+def test_loss_and_its_parts_are_means_over_the_steps_of_a_window():
+    window = metrics()
+    window.add(result(9.0, balance=9.0, mtp=9.0), 1.0)
+    window.restart(1)
+    window.add(result(4.0, balance=1.0, mtp=6.0), 1.0)
+    window.add(result(3.0, balance=2.0, mtp=5.0), 1.0)
+    values = window.values(3, 10)
+    assert {name: value for name, value in values.items() if "loss" in name} == {
+        "loss": 3.5,
+        "balance_loss": 1.5,
+        "mtp_loss": 5.5,
+    }
+
+
+def test_a_model_with_one_part_logs_the_loss_alone():
+    window = metrics()
+    window.add(result(4.0), 1.0)
+    assert [name for name in window.values(1, 1) if "loss" in name] == ["loss"]
+
+
+def test_a_run_logs_the_parts_of_its_loss(tmp_path):
+    preset = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "first_k_dense_replace": 1}
+    run = {**write_inputs(tmp_path, ds_config(2), preset), "run_dir": str(tmp_path / "run"), "steps": 2}
+    (log,) = run_ranks(1, train_here, run)
+    for record in log["train"]:
+        assert record["balance_loss"] == pytest.approx(1, abs=0.3)
+        assert record["router_z_loss"] > 1
+    assert [name for name in log["valid"][0] if "loss" in name] == ["loss"]
+    assert [path.name for path in (tmp_path / "run" / "tensorboard").iterdir()]
