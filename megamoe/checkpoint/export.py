@@ -36,8 +36,11 @@ HUGGINGFACE_FILES = (
     "huggingface/configuration_megamoe.py",
     "huggingface/modeling_megamoe.py",
     "model/attention.py",
+    "model/feed_forward.py",
+    "model/latent_attention.py",
     "model/rope.py",
     "model/router.py",
+    "model/router_losses.py",
     "model/sections.py",
 )
 
