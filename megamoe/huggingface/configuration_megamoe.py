@@ -27,6 +27,7 @@ class MegaMoeConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     output_router_logits: bool = False
+    num_nextn_predict_layers: int = 0  # whether the weights of multi-token prediction are there; they are not used
 
     num_attention_heads: int = 12
     num_key_value_heads: int = 4
@@ -71,11 +72,6 @@ class MegaMoeConfig(PreTrainedConfig):
         kind = "sliding_attention" if self.sliding_window else "full_attention"
         self.layer_types = self.layer_types or [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
-
-    @property
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """The preset's."""
-        return None if self.rope_parameters["rope_type"] == "default" else self.rope_parameters
 
     @property
     def rotary_dim(self) -> int:

@@ -135,11 +135,12 @@ class MegaMoeBlock(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = build_attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = self.moe = self.shared_mlp = self.shared_gate = None
-        if config.is_dense(layer):
+        self.is_dense = config.is_dense(layer)
+        if self.is_dense:
             self.mlp = MLP(intermediate_size=config.intermediate_size, **section(MLPSection, config))
             return
         self.moe = MegaMoeExperts(config)
+        self.shared_mlp = self.shared_gate = None
         if config.n_shared_experts:
             size = config.n_shared_experts * config.expert_size
             self.shared_mlp = MLP(intermediate_size=size, **section(MLPSection, config))
@@ -150,7 +151,7 @@ class MegaMoeBlock(GradientCheckpointingLayer):
         token_cache = None if cache is None else TokenCache(cache, self.layer, self.num_latents)
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, token_cache)
         rows = self.post_attention_layernorm(x)
-        if self.mlp:
+        if self.is_dense:
             return x + self.mlp(rows)
         if self.shared_mlp:
             shared = self.shared_mlp(rows)
@@ -160,13 +161,19 @@ class MegaMoeBlock(GradientCheckpointingLayer):
 
 def build_attention(config: MegaMoeConfig) -> nn.Module:
     """The attention of a block, by its configuration, with the attention function that transformers names."""
+    attention: nn.Module
     if config.kv_lora_rank is None:
         attention = GroupedQueryAttention(**section(AttentionSection, config))
     else:
-        scale = softmax_scale(config.head_dim, config.rope_scaling)
+        scale = softmax_scale(config.head_dim, _rope_scaling(config))
         attention = MultiHeadLatentAttention(softmax_scale=scale, **section(LatentAttentionSection, config))
     attention.attend = MegaMoeAttend(config)
     return attention
+
+
+def _rope_scaling(config: MegaMoeConfig) -> dict[str, Any] | None:
+    """As in the preset; the attribute of that name is transformers' own."""
+    return None if config.rope_parameters["rope_type"] == "default" else config.rope_parameters
 
 
 class MegaMoePreTrainedModel(PreTrainedModel):
@@ -265,7 +272,7 @@ class MegaMoeModel(MegaMoePreTrainedModel):
         frequencies, factor = rope_frequencies(
             config.rotary_dim,
             config.rope_parameters["rope_theta"],
-            config.rope_scaling,
+            _rope_scaling(config),
             config.max_position_embeddings,
             lengths=position_ids.amax(1) + 1,
         )
