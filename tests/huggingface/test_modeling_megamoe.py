@@ -5,10 +5,9 @@ import copy
 
 import pytest
 import torch
-from engines import plain_state
+from exported import cache_of, export, load, random_decoder
 from toy import PRESET
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     MixtralConfig,
     MixtralForCausalLM,
@@ -17,46 +16,19 @@ from transformers import (
     pipeline,
 )
 
-from megamoe.checkpoint.export import write_huggingface
-from megamoe.checkpoint.reader import open_source
 from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.model.decoder import Decoder
 
+pytestmark = pytest.mark.usefixtures("module_cache")
 VOCAB = 270
 CONFIG = ModelConfig(**{**PRESET, "vocab_size": VOCAB, "initializer_range": 0.2})
 IDS = torch.randint(VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
 LEFT = torch.arange(12) >= torch.tensor([[5], [0], [2]])  # real tokens of left-padded rows
 
 
-def decoder_with_bias(config):
-    """Random weights, and balancing biases that matter."""
-    decoder = Decoder(config, seed=1).eval()
-    generator = torch.Generator().manual_seed(2)
-    for router in decoder.routers():
-        router.selection_bias.normal_(0, 0.1, generator=generator)
-    return decoder
-
-
-def export(decoder, folder, tokenizer=None, dtype=torch.float32):
-    weights = folder.with_suffix(".pt")
-    torch.save({name: tensor.clone() for name, tensor in plain_state(decoder).items()}, weights)
-    write_huggingface(open_source(weights), folder, dtype, 10**9, decoder.config, tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_module_cache(tmp_path_factory):
-    """transformers copies a model's code into a cache; these tests have their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        modules = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-        yield
-
-
 @pytest.fixture(scope="module")
 def decoder():
-    return decoder_with_bias(CONFIG)
+    return random_decoder(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +36,6 @@ def folder(decoder, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
     train_tokenizer(["to be or not to be"], VOCAB).save(str(out / "tokenizer.json"))
     return export(decoder, out / "hf", out / "tokenizer.json")
-
-
-def load(folder, **options):
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
 @pytest.fixture
@@ -185,7 +153,7 @@ def test_static_and_dynamic_caches_give_the_text_without_a_cache(folder, attn_im
 def test_a_prompt_in_two_pieces_gives_the_logits_of_the_whole(model, decoder):
     expected = decoder(IDS, attention_mask=LEFT)
     start = model(IDS[:, :7], attention_mask=LEFT[:, :7], use_cache=True)
-    cache = start.get("cache", start.get("past_key_values"))
+    cache = cache_of(start)
     end = model(IDS[:, 7:], attention_mask=LEFT, past_key_values=cache)
     close(end.logits, expected[:, 7:])
     assert cache.get_seq_length() == 12  # tokens only: the latents are not in it
@@ -194,7 +162,7 @@ def test_a_prompt_in_two_pieces_gives_the_logits_of_the_whole(model, decoder):
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_decoders_blocks(model, decoder):
     expected = [decoder.embed_tokens(IDS)]
-    hooks = [layer.register_forward_hook(lambda _, __, out: expected.append(out)) for layer in decoder.layers]
+    hooks = [layer.register_forward_hook(lambda _, __, out: expected.append(out[0])) for layer in decoder.layers]
     decoder(IDS)
     for hook in hooks:
         hook.remove()
