@@ -35,6 +35,7 @@ from megamoe.model.names import MTP
 from megamoe.optimizers import MASTERS
 
 HUGGINGFACE_FILES = (
+    "huggingface/attention_function.py",
     "huggingface/configuration_megamoe.py",
     "huggingface/modeling_megamoe.py",
     "model/attention.py",

@@ -16,7 +16,7 @@ class MegaMoeConfig(PreTrainedConfig):
     """
 
     model_type = "megamoe"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - transformers' own form
 
     vocab_size: int = 49152
     hidden_size: int = 768

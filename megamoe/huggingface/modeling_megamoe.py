@@ -4,7 +4,7 @@ Attention, rotary embeddings, router and the sections of the configuration that 
 exported next to this one. Masks, caches, attention kernels, checkpointing and recorded outputs are transformers'. The
 experts run one after another on one device, without DeepSpeed.
 
-Shape legend: B batch, T positions of this call, S positions so far, M latent tokens, D hidden_size, H heads, E experts,
+Shape legend: B batch, T positions of this call, S positions so far, M latent tokens, D hidden_size, E experts,
 K experts per token, V vocab_size.
 """
 
@@ -21,11 +21,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import GroupedQueryAttention
+from .attention_function import AttentionFunction, AttentionWeights, TokenCache
 from .configuration_megamoe import MegaMoeConfig
 from .feed_forward import MLP
 from .latent_attention import MultiHeadLatentAttention
@@ -38,63 +38,8 @@ CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ els
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
-class TokenCache:
-    """One layer of a transformers cache, which holds tokens only: the latents come with every call."""
-
-    length = 0  # what attention asks before it puts the latents first
-
-    def __init__(self, cache: Cache, layer: int, num_latents: int):
-        self.cache = cache
-        self.layer = layer
-        self.num_latents = num_latents
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents and new tokens (B, G, M + T, d) to latents and all tokens (B, G, M + S, d)."""
-        sizes = [self.num_latents, key.shape[2] - self.num_latents]
-        (latent_key, key), (latent_value, value) = key.split(sizes, dim=2), value.split(sizes, dim=2)
-        key, value = self.cache.update(key, value, self.layer)
-        if not self.num_latents:
-            return key, value
-        return torch.cat((latent_key, key), dim=2), torch.cat((latent_value, value), dim=2)
-
-
-class AttentionWeights(nn.Identity):
-    """Where transformers records the weights (B, H, T, M + S)."""
-
-
 class RouterLogits(nn.Identity):
     """Where transformers records the logits (B * T, E)."""
-
-
-class MegaMoeAttend(nn.Module):
-    """The attention function that `attn_implementation` names, in the place of the one in attention.py."""
-
-    is_causal = True
-
-    def __init__(self, config: MegaMoeConfig):
-        super().__init__()
-        self.config = config
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.weights = AttentionWeights()
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
-    ) -> Tensor:
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out, weights = function(self, query, key, value, mask, scaling=scale or query.shape[-1] ** -0.5)
-        if weights is not None:
-            self.weights(weights)
-        return out.flatten(2)
-
-
-def eager_attention(
-    module: MegaMoeAttend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention operator by operator, which has its weights; in the form of transformers' attention functions."""
-    key, value = (one.repeat_interleave(module.num_key_value_groups, dim=1) for one in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class MegaMoeExperts(nn.Module):
@@ -167,7 +112,7 @@ def build_attention(config: MegaMoeConfig) -> nn.Module:
     else:
         scale = softmax_scale(config.head_dim, _rope_scaling(config))
         attention = MultiHeadLatentAttention(softmax_scale=scale, **section(LatentAttentionSection, config))
-    attention.attend = MegaMoeAttend(config)
+    attention.attend = AttentionFunction(config)
     return attention
 
 

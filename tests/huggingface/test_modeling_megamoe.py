@@ -94,11 +94,12 @@ def test_the_trainer_trains_in_bf16(model, tmp_path, checkpointing):
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:3])
+    before = trainer.evaluate()["eval_loss"]
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert len(losses) == 8
-    assert losses[-1] < 0.9 * losses[0]
+    assert trainer.evaluate()["eval_loss"] < losses[-1] < 0.9 * before
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -268,14 +269,20 @@ def test_the_loss_is_the_decoders_with_padding_left_out(model, decoder):
 
 
 def test_a_pipeline_generates_the_models_text(folder, model):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    generate = pipeline("text-generation", model=folder, tokenizer=tokenizer, trust_remote_code=True, batch_size=2)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    generate = pipeline("text-generation", model=str(folder), trust_remote_code=True, batch_size=2)
     prompts = ["to be", "or not to be"]
     found = generate(prompts, max_new_tokens=6, do_sample=False, return_full_text=False)
     for prompt, text in zip(prompts, found, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = model.generate(ids, max_new_tokens=6, do_sample=False)
         assert text[0]["generated_text"] == tokenizer.decode(out[0, ids.shape[1] :])
+
+
+def test_the_tokenizer_comes_without_code_and_without_a_question(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks whether to run code"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert tokenizer.decode(tokenizer("or not: to be")["input_ids"]) == "or not: to be"
 
 
 @torch.no_grad()
