@@ -14,3 +14,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     needed = max((mark.args[0] for mark in item.iter_markers("gpu")), default=0)
     if needed and needed > torch.cuda.device_count():
         pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}")
+
+
+@pytest.fixture(scope="session")
+def module_cache(tmp_path_factory):
+    """transformers copies the code of a model into a cache; the tests of a session have one of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield

@@ -10,6 +10,7 @@ Each writes to OUT.partial and renames it, so an output is complete or absent.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -30,16 +31,32 @@ from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
 from megamoe.ds_config import DTYPES as DTYPES  # where zero_to_fp32.py in saved checkpoints looks for it
 from megamoe.errors import UserError
+from megamoe.model.names import MTP
 from megamoe.optimizers import MASTERS
 
 HUGGINGFACE_FILES = (
+    "huggingface/attention_function.py",
     "huggingface/configuration_megamoe.py",
     "huggingface/modeling_megamoe.py",
     "model/attention.py",
+    "model/feed_forward.py",
+    "model/latent_attention.py",
     "model/rope.py",
     "model/router.py",
+    "model/router_losses.py",
     "model/sections.py",
 )
+# Fields of a preset that say how a model is trained, not what it computes.
+TRAINING_ONLY = {
+    "router_bias_rule",
+    "router_bias_rate",
+    "router_load_decay",
+    "router_aux_loss_coef",
+    "router_aux_loss_type",
+    "router_z_loss_coef",
+    "output_z_loss_coef",
+    "mtp_loss_coef",
+}
 
 
 class Entry(NamedTuple):
@@ -152,9 +169,22 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_huggingface(
-    source: Source, out: Path, dtype: torch.dtype, shard_bytes: int, config: ModelConfig, tokenizer: Path | None
+    source: Source,
+    out: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    config: ModelConfig,
+    tokenizer: Path | None,
+    keep_mtp: bool = False,
 ) -> None:
-    """Weights, configuration, code and, where it is known, the tokenizer."""
+    """Weights, configuration, code and, where it is known, the tokenizer.
+
+    Args:
+        keep_mtp: write the weights of multi-token prediction too, for which the code has no use.
+    """
+    if not keep_mtp:
+        source = _without(source, MTP)
+        config = config.model_copy(update={"num_nextn_predict_layers": 0})
     with output(out) as partial:
         partial.mkdir()
         end_of_text = _write_tokenizer(partial, tokenizer, config) if tokenizer else {}
@@ -165,10 +195,17 @@ def write_huggingface(
         _save_shards(source, partial, dtype, shard_bytes)
 
 
+def _without(source: Source, prefix: str) -> Source:
+    """A source less the tensors whose names begin with `prefix`."""
+    rest = copy.copy(source)
+    rest.shapes = {name: shape for name, shape in source.shapes.items() if not name.startswith(prefix)}
+    rest.buffers = {name: tensor for name, tensor in source.buffers.items() if not name.startswith(prefix)}
+    return rest
+
+
 def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of an exported model; what only training needs is left out."""
-    training_only = {"router_bias_rule", "router_bias_rate", "router_load_decay"}
-    fields = config.model_dump(exclude={"rope_theta", "rope_scaling"} | training_only)
+    fields = config.model_dump(exclude={"rope_theta", "rope_scaling"} | TRAINING_ONLY, exclude_none=True)
     rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return {
         "architectures": ["MegaMoeForCausalLM"],
@@ -179,7 +216,6 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
         },
         "model_type": "megamoe",
         "dtype": str(dtype).removeprefix("torch."),
-        "tie_word_embeddings": True,
         "rope_parameters": rope,
         **fields,
     }

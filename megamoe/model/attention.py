@@ -7,6 +7,7 @@ H query heads, G key/value heads, d head_dim, v the width of a value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -107,6 +108,7 @@ class GroupedQueryAttention(nn.Module):
         query_size, key_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.head_dim = head_dim
         self.rope_interleaved = rope_interleaved
+        self.attend: Callable[..., Tensor] = attend  # an exported model puts the one that transformers names here
         self.latents = nn.Parameter(torch.empty(num_latent_tokens, hidden_size)) if num_latent_tokens else None
         self.q_proj = nn.Linear(hidden_size, query_size, bias=attention_bias)
         self.k_proj = nn.Linear(hidden_size, key_size, bias=attention_bias)
@@ -135,7 +137,7 @@ class GroupedQueryAttention(nn.Module):
         # Plain causal attention over M + T positions gives every token all latents, and the fast kernels have it. It
         # wants as many queries as keys, so the latents send some too, whose results are cut off.
         query = query if mask is None else query[:, :, -length:]
-        return self.o_proj(attend(query, key, value, mask))[:, -length:]
+        return self.o_proj(self.attend(query, key, value, mask))[:, -length:]
 
     def _rotated(self, x: Tensor, norm: nn.RMSNorm | None, rotary: Rotary) -> Tensor:
         if norm is not None:  # over a head or over all of them, by its width

@@ -6,6 +6,8 @@ a query's or key's head that are not rotated and that are, v the width of a valu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.num_heads = num_attention_heads
         self.rope_interleaved = rope_interleaved
         self.scale = softmax_scale
+        self.attend: Callable[..., Tensor] = attend  # an exported model puts the one that transformers names here
         self.compressed_sizes = (kv_lora_rank, qk_rope_head_dim)
         self.head_sizes = (qk_nope_head_dim, v_head_dim)
         query_size = num_attention_heads * (qk_nope_head_dim + qk_rope_head_dim)
@@ -79,8 +82,9 @@ class MultiHeadLatentAttention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.append(key, value)
-        out = self._attend_causally(query, key, value) if mask is None else attend(query, key, value, mask, self.scale)
-        return self.o_proj(out)
+        if mask is None:
+            return self.o_proj(self._attend_causally(query, key, value))
+        return self.o_proj(self.attend(query, key, value, mask, self.scale))
 
     def _attend_causally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attend` with values as torch's fused kernels want them.
@@ -94,7 +98,7 @@ class MultiHeadLatentAttention(nn.Module):
             value = value.transpose(1, 2).contiguous().transpose(1, 2)
         elif missing > 0:
             value = torch.cat((value, value.new_zeros(1).expand(*value.shape[:-1], missing)), -1)
-        out = attend(query, key, value, None, self.scale)
+        out = self.attend(query, key, value, None, self.scale)
         return self._heads(out)[..., :width].flatten(2) if value.shape[-1] > width else out
 
     def _heads(self, x: Tensor) -> Tensor:

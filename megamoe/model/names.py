@@ -29,6 +29,7 @@ PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PREFIX = "model."
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"  # where it is not the embedding
+MTP = "model.mtp."  # before the names of multi-token prediction
 BUFFERS = (".router.selection_bias", ".router.running_load")  # saved with the parameters, always in fp32
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
 

@@ -80,16 +80,23 @@ class Router(nn.Module):
         self.register_buffer("step_counts", torch.zeros(num_local_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor, num_sequences: int = 1) -> Routing:
-        """Route tokens `x` (T, D). Logits are at least fp32 whatever the dtype of `x`.
+        """Route tokens `x` (T, D).
 
         Args:
             num_sequences: that the tokens are of, equally long, one after the other; for the losses.
         """
+        return self.route(self.logits(x), num_sequences)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits (T, E) of tokens `x` (T, D), at least fp32 whatever their dtype."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         x = x.to(dtype)
         if self.training and self.jitter_noise:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
-        logits = F.linear(x, self.weight.to(dtype))
+        return F.linear(x, self.weight.to(dtype))
+
+    def route(self, logits: Tensor, num_sequences: int = 1) -> Routing:
+        """What `forward` makes of the logits (T, E)."""
         is_sigmoid = self.score == "sigmoid"
         scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
         log_scores = F.logsigmoid(logits) if is_sigmoid else logits  # but for a constant

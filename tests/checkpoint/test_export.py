@@ -36,6 +36,7 @@ from megamoe.model.generation import generate
 from megamoe.model.names import is_buffer
 from megamoe.training.step import build_train_step
 
+pytestmark = pytest.mark.usefixtures("module_cache")
 IDS = torch.randint(CONFIG.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
 FP32 = torch.float32
 
@@ -79,12 +80,6 @@ def load(folder, **options):
     from transformers import AutoModelForCausalLM  # takes seconds, which the ranks of these tests need not spend
 
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-@pytest.fixture(autouse=True)
-def own_module_cache(tmp_path, monkeypatch):
-    """transformers copies a model's code into a cache; each test has its own."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 @torch.no_grad()
