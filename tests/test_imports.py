@@ -36,7 +36,7 @@ LAYERS = [
     {"checkpoint"},
     {"training"},
     {"planning"},
-    {"job"},
+    {"job", "library"},
     {"pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

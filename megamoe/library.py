@@ -1,0 +1,168 @@
+"""megamoe from Python: the functions behind the names in `megamoe/__init__.py`.
+
+    model, tokenizer = load_model("runs/mine"), load_tokenizer("runs/mine")
+    print(generate(model, tokenizer, ["In a quiet library,"])[0])
+
+Each takes what the tools take: a run, a checkpoint, an export, or a directory of an open model. Problems are raised as
+`UserError`.
+
+Shape legend: B samples, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from megamoe.architectures.config_json import find_preset
+from megamoe.checkpoint.open_model import open_model
+from megamoe.config import ModelConfig, validate
+from megamoe.data import tokenizer as tokenizers
+from megamoe.data.batches import NO_LABEL, Batch
+from megamoe.ds_config import deepspeed_problems
+from megamoe.errors import UserError
+from megamoe.json_files import read_json
+from megamoe.model import generation
+from megamoe.model.decoder import Decoder
+from megamoe.training.step import StepResult, TrainStep, build_train_step
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def load_preset(name: str, **changes: Any) -> ModelConfig:
+    """The configuration of a shipped preset, of a preset's JSON file, or of a Hugging Face directory.
+
+    Args:
+        changes: fields that are to have another value.
+    """
+    config = find_preset(name)
+    return validate(ModelConfig, {**config.model_dump(), **changes}, name) if changes else config
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> Decoder:
+    """A model with initial weights, in fp32 on CPU."""
+    return Decoder(config, seed)
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    config: ModelConfig | None = None,
+) -> Decoder:
+    """A model with its weights, in evaluation mode.
+
+    Args:
+        path: a run folder, a checkpoint, a Hugging Face directory, or a .pt or .safetensors file.
+        config: of a file, which does not say what model it is of.
+    """
+    return open_model(Path(path), config).load(dtype, torch.device(device))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of what `load_model` takes, or of a tokenizer.json."""
+    path = Path(path)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        path = path.parent.parent  # of a checkpoint, its run's
+    return tokenizers.load_tokenizer(tokenizers.tokenizer_file(path))
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int = 120,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Continue each prompt in one batch; returns what is added to each, up to the end-of-text token.
+
+    Args:
+        temperature: 0 takes the most likely token each time.
+        top_k: sample from that many tokens only.
+        top_p: sample from the smallest set of that probability only.
+    """
+    new = generation.generate(
+        model, tokenizers.encode(tokenizer, prompts), max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, seed=seed, end_of_text=tokenizers.end_of_text_id(tokenizer),
+    )  # fmt: skip
+    return [tokenizer.decode(ids) for ids in new]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Decoder, tokenizer: Tokenizer, text: str, seq_len: int | None = None, batch_size: int = 8
+) -> dict[str, float]:
+    """Loss on a text: "loss" in nats per token, "tokens", "bits_per_byte". Leaves the model in evaluation mode.
+
+    The text stands behind an end-of-text token and is cut into windows that share one token, so each of its tokens is
+    predicted once.
+
+    Args:
+        seq_len: tokens of a window; by default the model's max_position_embeddings.
+        batch_size: windows per call.
+    """
+    (ids,) = tokenizers.encode(tokenizer, [text])
+    if not ids:
+        raise UserError("the text to evaluate has no tokens; give some.")
+    device, length = model.embed_tokens.weight.device, seq_len or model.config.max_position_embeddings
+    stream = torch.tensor([tokenizers.end_of_text_id(tokenizer), *ids])
+    windows = math.ceil(len(ids) / length)
+    inputs = torch.zeros(windows * length, dtype=torch.int64)
+    labels = torch.full_like(inputs, NO_LABEL)
+    inputs[: len(ids)], labels[: len(ids)] = stream[:-1], stream[1:]
+    model.eval()
+    nats = 0.0
+    for some, expected in zip(
+        inputs.view(windows, length).split(batch_size), labels.view(windows, length).split(batch_size), strict=True
+    ):
+        counted = int((expected != NO_LABEL).sum())
+        nats += model(some.to(device), expected.to(device)).item() * counted
+    return {
+        "loss": nats / len(ids),
+        "tokens": len(ids),
+        "bits_per_byte": nats / math.log(2) / len(text.encode()),
+    }
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    config: ModelConfig, ds_config: str | Path | dict[str, Any], ep_size: int = 1, seed: int = 0
+) -> TrainStep:
+    """Model, DeepSpeed engine and balancer on this rank, after `init_distributed`.
+
+    Args:
+        ds_config: the DeepSpeed JSON, or its path.
+        ep_size: ranks that share one set of experts.
+        seed: of the initial weights.
+    """
+    ds = ds_config if isinstance(ds_config, dict) else read_json(Path(ds_config))
+    on_cpu = not torch.cuda.is_available()
+    problems = deepspeed_problems(ds, "the DeepSpeed JSON", dist.get_world_size(), on_cpu)
+    if problems:
+        raise UserError(*problems)
+    return build_train_step(config, ds, ep_size=ep_size, seed=seed)
+
+
+def train_step(trainer: TrainStep, batches: Iterable[Batch]) -> StepResult:
+    """One optimizer step on this rank's micro-batches, as many as the JSON accumulates. Collective.
+
+    Args:
+        batches: with labels as `Decoder.forward` takes them.
+    """
+    trainer.forward_backward(batches)
+    return trainer.update()
