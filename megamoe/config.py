@@ -218,7 +218,8 @@ def load_preset(name: str) -> ModelConfig:
     path = Path(name) if name.endswith(".json") else PRESET_DIR / f"{name}.json"
     if not path.exists():
         raise UserError(
-            f"preset {name!r} does not exist; use one of {', '.join(preset_names())}, or the path of a .json file."
+            f"preset {name!r} does not exist; use one of {', '.join(preset_names())}, or the path of a .json file or "
+            "of a Hugging Face directory."
         )
     return validate(ModelConfig, read_json(path), str(path))
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import megamoe
+from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config import ModelConfig
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
@@ -64,7 +65,7 @@ class Job:
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
-        self.model: ModelConfig = problems.attempt(load_preset, run.preset)
+        self.model: ModelConfig = problems.attempt(find_preset, run.preset)
         if self.model:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
@@ -141,7 +142,7 @@ class Job:
         if self.valid_path:
             places.append(corpus_prefix(self.valid_path, "valid").parent)
         files = list(dict.fromkeys(file for place in places if (file := place / "tokenizer.json").exists()))
-        problems = Problems()
+        problems = Problems(self._foreign_tokens(files))
         if all([problems.attempt(load_tokenizer, file, self.model.vocab_size) for file in files]):
             problems += [
                 f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one "
@@ -149,6 +150,21 @@ class Job:
                 for path in files[1:]
                 if path.read_bytes() != files[0].read_bytes()
             ]
+        return problems
+
+    def _foreign_tokens(self, files: list[Path]) -> list[str]:
+        """The corpora's tokenizer must number tokens as that of the directory whose weights the run starts from."""
+        theirs = [path / "tokenizer.json" for path in self.initial_weights if (path / "tokenizer.json").is_file()]
+        if not theirs or not files or theirs[0].read_bytes() == files[0].read_bytes():
+            return []
+        problems = Problems()
+        loaded = [problems.attempt(load_tokenizer, file) for file in (files[0], theirs[0])]
+        if all(loaded) and loaded[0].get_vocab() != loaded[1].get_vocab():
+            ours, other = (tokenizer.get_vocab_size() for tokenizer in loaded)
+            problems.append(
+                f"{files[0]} has {ours:,} tokens and {theirs[0]}, whose weights the run starts from, {other:,}, or "
+                "numbers them otherwise; prepare the corpus with --tokenizer and that file."
+            )
         return problems
 
     def _folder_problems(self, folder: RunFolder) -> list[str]:

@@ -56,7 +56,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ds_config: str = Field(description="path of the DeepSpeed JSON")
-    preset: str = Field(default="moe-680m", description="name of a shipped preset, or path of a preset's JSON")
+    preset: str = Field(
+        default="moe-680m", description="name of a shipped preset, or path of its JSON or of a Hugging Face directory"
+    )
     data: list[Annotated[Corpus, BeforeValidator(parse_corpus)]] = Field(
         default=[Corpus(path="data/shakespeare")],
         min_length=1,

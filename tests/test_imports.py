@@ -33,6 +33,7 @@ LAYERS = [
     {"data"},
     {"model"},
     {"launch"},
+    {"architectures"},
     {"checkpoint"},
     {"training"},
     {"planning"},

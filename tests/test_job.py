@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import native_models
 import pytest
 import torch
 import torch._inductor.config
@@ -85,7 +86,7 @@ def test_another_run_is_not_written_over(inputs):
 @pytest.mark.parametrize("key", sorted(set(SAME_ON_RESUME) - {"data", "optimization"}))
 def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_both(inputs, key):
     another = {"num_hidden_layers": 9} if key == "model" else "another"
-    started(inputs, **{key: another})
+    started(inputs, **{key: PRESET | another if key == "model" else another})
     (problem,) = problems({**inputs, "resume": True})
     assert f"{key} {json.dumps(another)}, not " in problem
 
@@ -306,3 +307,41 @@ def test_a_run_json_of_wrong_types_is_refused_in_a_sentence(inputs, change):
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     said = problems({**inputs, "resume": True})
     assert any(key in problem and inputs["run_dir"] in problem for key in change for problem in said), said
+
+
+# --- from a Hugging Face directory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A directory of a class of transformers, whose vocabulary is the corpus's."""
+    native_models.new_model("Glm4Moe").save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_a_directory_is_the_preset_and_the_weights_of_a_run(inputs, directory):
+    run = {**inputs, "preset": str(directory), "init_from": str(directory), "seq_len": 16}
+    assert job(run).model.router_score == "sigmoid"
+    assert job(run).initial_weights == [directory]
+    (problem,) = problems({**run, "ep_size": 3}, world_size=3)
+    assert "the 8 experts" in problem
+    changed = {**json.loads((directory / "config.json").read_text()), "architectures": ["GPT2LMHeadModel"]}
+    (directory / "config.json").write_text(json.dumps(changed))
+    (problem,) = problems(run)
+    assert "GPT2LMHeadModel" in problem
+    assert not Path(inputs["run_dir"]).exists()
+
+
+def test_weights_of_another_tokenizer_than_the_corpus_are_refused(inputs, directory, tmp_path):
+    run = {**inputs, "preset": str(directory), "init_from": str(directory), "seq_len": 16}
+    write_tokenizer(directory)
+    write_tokenizer(tmp_path / "corpus", 90)
+    (problem,) = problems(run)
+    assert "has 90 tokens" in problem
+    assert "starts from, 96" in problem
+    assert "--tokenizer" in problem
+    write_tokenizer(tmp_path / "corpus")
+    job(run)
+    text = (directory / "tokenizer.json").read_text()
+    (directory / "tokenizer.json").write_text(json.dumps(json.loads(text), indent=3))  # the same, written otherwise
+    job(run)

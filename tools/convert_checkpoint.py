@@ -2,13 +2,15 @@
 
     OUT.pt            a plain state_dict
     OUT.safetensors   the same tensors in one file
-    OUT               a Hugging Face directory; with --to safetensors, shards and their index alone
+    OUT               a Hugging Face directory, of a class of transformers where one holds the model; with --to
+                      safetensors, shards and their index alone
 
 The newest checkpoint of a run that verifies is used. `pretrain.py --init_from OUT` goes the way back.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from pathlib import Path
@@ -25,7 +27,15 @@ from megamoe.checkpoint.export import (
     write_safetensors,
     write_state_dict,
 )
-from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, model_problems, open_source, run_record
+from megamoe.checkpoint.native_export import NativeSource, native_class, write_native
+from megamoe.checkpoint.reader import (
+    STATE_DICT_ENDINGS,
+    Source,
+    find_checkpoint,
+    model_problems,
+    open_source,
+    run_record,
+)
 from megamoe.config import ModelConfig, validate
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
@@ -64,6 +74,34 @@ def print_plan(groups: list[list[Entry]]) -> None:
         print(f"file {number} of {len(groups)}: {len(group)} tensors, {sum(entry.nbytes for entry in group):,} bytes")
 
 
+def write_directory(
+    source: Source, checkpoint: Path, args: argparse.Namespace, dtype: torch.dtype, shard_bytes: int
+) -> None:
+    """A Hugging Face directory; says of which class, and where none of transformers holds the model, why."""
+    config = model_config(checkpoint)
+    problems = model_problems(source, config, str(checkpoint))
+    if problems:
+        raise UserError(*problems)
+    of_run = checkpoint.parent.parent / "tokenizer.json"
+    tokenizer = args.tokenizer or (of_run if of_run.is_file() else None)
+    architecture, sentence = native_class(source, config)
+    if architecture:
+        print(sentence)
+        write_native(source, args.out, dtype, shard_bytes, config, architecture, tokenizer, args.keep_mtp)
+    else:
+        print(f"{sentence}; so the directory brings its own code (trust_remote_code)")
+        write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer)
+
+
+def under_names_written(source: Source, checkpoint: Path, form: str, keep_mtp: bool) -> Source:
+    """The source as the output will call its tensors."""
+    if form != "huggingface":
+        return source
+    config = model_config(checkpoint)
+    architecture, _ = native_class(source, config)
+    return NativeSource(source, architecture, config, keep_mtp) if architecture else source
+
+
 def main() -> None:
     parser = cli.Parser(description="Convert a checkpoint to plain weights.")
     parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
@@ -72,6 +110,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32", help="fp32 (the masters as they are), bf16 or fp16")
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="largest safetensors file in a folder, in GB")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to add; by default the one in the run folder")
+    parser.add_argument("--keep_mtp", action="store_true", help="write multi-token prediction, which is left out else")
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="list names, shapes and bytes, write nothing"
     )
@@ -90,7 +129,7 @@ def main() -> None:
     source = open_source(checkpoint, open_files=1)
     if args.dry_run:
         in_one_file = form == "state_dict" or args.out.suffix == ".safetensors"
-        everything = entries(source, dtype)
+        everything = entries(under_names_written(source, checkpoint, form, args.keep_mtp), dtype)
         print_plan([everything] if in_one_file else shards(everything, shard_bytes))
         return
     if form == "state_dict":
@@ -98,13 +137,7 @@ def main() -> None:
     elif form == "safetensors":
         write_safetensors(source, args.out, dtype, shard_bytes)
     else:
-        config = model_config(checkpoint)
-        problems = model_problems(source, config, str(checkpoint))
-        if problems:
-            raise UserError(*problems)
-        of_run = checkpoint.parent.parent / "tokenizer.json"
-        tokenizer = args.tokenizer or (of_run if of_run.is_file() else None)
-        write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer)
+        write_directory(source, checkpoint, args, dtype, shard_bytes)
     seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
     print(f"wrote {args.out} from {checkpoint} in {seconds:.1f} s, {memory:.2f} GiB of memory at most")
 

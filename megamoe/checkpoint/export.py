@@ -142,10 +142,10 @@ def write_safetensors(source: Source, out: Path, dtype: torch.dtype, shard_bytes
             _save_shard(source, entries(source, dtype), partial)
         else:
             partial.mkdir()
-            _save_shards(source, partial, dtype, shard_bytes)
+            save_shards(source, partial, dtype, shard_bytes)
 
 
-def _save_shards(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def save_shards(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
     groups = shards(entries(source, dtype), shard_bytes)
     if len(groups) == 1:
         _save_shard(source, groups[0], folder / "model.safetensors")
@@ -156,7 +156,7 @@ def _save_shards(source: Source, folder: Path, dtype: torch.dtype, shard_bytes: 
         _save_shard(source, group, folder / name)
         weight_map.update({entry.name: name for entry in group})
     total = sum(entry.nbytes for group in groups for entry in group)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _save_shard(source: Source, group: list[Entry], path: Path) -> None:
@@ -164,7 +164,7 @@ def _save_shard(source: Source, group: list[Entry], path: Path) -> None:
     path.chmod(0o644)  # safetensors makes it private
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -187,12 +187,12 @@ def write_huggingface(
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     with output(out) as partial:
         partial.mkdir()
-        end_of_text = _write_tokenizer(partial, tokenizer, config) if tokenizer else {}
-        _write_json(partial / "config.json", {**huggingface_config(config, dtype), **end_of_text})
-        _write_json(partial / "generation_config.json", {"_from_model_config": True, **end_of_text})
+        end_of_text = write_tokenizer(partial, tokenizer, config) if tokenizer else {}
+        write_json(partial / "config.json", {**huggingface_config(config, dtype), **end_of_text})
+        write_json(partial / "generation_config.json", {"_from_model_config": True, **end_of_text})
         for name in HUGGINGFACE_FILES:
             shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
-        _save_shards(source, partial, dtype, shard_bytes)
+        save_shards(source, partial, dtype, shard_bytes)
 
 
 def _without(source: Source, prefix: str) -> Source:
@@ -221,13 +221,13 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
     }
 
 
-def _write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[str, int]:
+def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[str, int]:
     """Returns the ids of the special tokens."""
     loaded = load_tokenizer(tokenizer)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     name = next((name for name in END_OF_TEXT_NAMES if loaded.token_to_id(name) is not None), None)
     special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), name) if name else {}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",

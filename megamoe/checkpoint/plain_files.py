@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,14 @@ from megamoe.checkpoint.unpickle import safe_load
 from megamoe.errors import UserError
 from megamoe.model.names import EMBEDDING, HEAD, is_buffer
 from megamoe.optimizers import MASTERS
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it
+    get: Callable[[], Tensor]  # of safetensors, a view of the mapped file
 
 
 class PlainFiles:
@@ -28,14 +36,15 @@ class PlainFiles:
         self._tensors: dict[str, Callable[[], Tensor]] = {}
         shapes = {}
         for file in files:
-            for name, (shape, get) in (_safetensors if file.suffix == ".safetensors" else _state_dict)(file).items():
-                shapes[name], self._tensors[name] = shape, get
-        if shapes.pop(HEAD, None):
-            if EMBEDDING not in shapes:
-                raise UserError(f"{files[0]}: has {HEAD} without {EMBEDDING}, which it is tied to; give both.")
-            head, embedding = (self._tensors[name]() for name in (HEAD, EMBEDDING))
-            if not torch.equal(head, embedding):
-                raise UserError(f"{files[0]}: lm_head.weight is not the embedding; this model ties the two.")
+            read = open_safetensors if file.suffix == ".safetensors" else _state_dict
+            for name, stored in read(file).items():
+                shapes[name], self._tensors[name] = stored.shape, stored.get
+        if (
+            HEAD in shapes
+            and EMBEDDING in shapes
+            and torch.equal(*(self._tensors[name]() for name in (HEAD, EMBEDDING)))
+        ):
+            del shapes[HEAD]  # the two are tied
         self.shapes = {name: shape for name, shape in shapes.items() if not is_buffer(name)}
         self.buffers = {name: self._tensors[name]().float() for name in shapes if is_buffer(name)}
 
@@ -47,22 +56,27 @@ class PlainFiles:
         raise AssertionError("plain weights have no training state")
 
 
-def _safetensors(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
+def open_safetensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a file by name; only its header is read. Raises UserError."""
     try:
         opened = safe_open(file, framework="pt")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
         return {
-            name: (tuple(opened.get_slice(name).get_shape()), partial(opened.get_tensor, name))
-            for name in opened.keys()  # noqa: SIM118 - it is no dict
+            name: Stored(tuple(one.get_shape()), one.get_dtype(), partial(opened.get_tensor, name))
+            for name, one in slices.items()
         }
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}); make or fetch it again.") from None
 
 
-def _state_dict(file: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]:
+def _state_dict(file: Path) -> dict[str, Stored]:
     state = safe_load(file)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} is no state_dict: not a dict of tensors; give one of tools/convert_checkpoint.py.")
-    return {name: (tuple(tensor.shape), partial(_unchanged, tensor)) for name, tensor in state.items()}
+    return {
+        name: Stored(tuple(tensor.shape), str(tensor.dtype), partial(_unchanged, tensor))
+        for name, tensor in state.items()
+    }
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

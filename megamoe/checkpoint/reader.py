@@ -3,7 +3,8 @@
     IndexedFiles     what megamoe saves: each rank's slices of the fp32 masters and of the optimizer's state
     RankFiles        the same as DeepSpeed saves it
     UniversalFiles   DeepSpeed's Universal Checkpoint: a folder for each parameter
-    PlainFiles       a state_dict, safetensors, a Hugging Face directory: weights alone
+    PlainFiles       a state_dict, safetensors, a Hugging Face directory of megamoe's own class: weights alone
+    NativeFiles      a Hugging Face directory of a class of transformers: weights alone
 
 Only what is asked for is read.
 """
@@ -21,14 +22,25 @@ from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.deepspeed_files import MAIN_FILE, RankFiles, UniversalFiles
 from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
+from megamoe.checkpoint.native_files import NativeFiles, is_native
 from megamoe.checkpoint.plain_files import PlainFiles
 from megamoe.config import ModelConfig
 from megamoe.errors import UserError, shown
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import expert_id, has_gates, layer_id, plain_name, plain_parts
+from megamoe.model.names import HEAD, MTP, expert_id, has_gates, layer_id, plain_name, plain_parts
 from megamoe.optimizers import MASTERS
 
+OPTIONAL_PARTS = {  # the ends of names that a field adds
+    "num_latent_tokens": (".latents",),
+    "qk_norm": (".q_norm.weight",),
+    "attention_bias": (".v_proj.bias", ".kv_a_proj_with_mqa.bias"),
+    "attention_out_bias": (".o_proj.bias",),
+    "kv_lora_rank": (".kv_b_proj.weight",),
+    "q_lora_rank": (".q_b_proj.weight",),
+    "n_shared_experts": (".shared_mlp.up_proj.weight",),
+    "shared_expert_gate": (".shared_gate.weight",),
+}
 STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
 
 
@@ -76,18 +88,32 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
         raise UserError(
             f"{path} is not laid out as DeepSpeed lays out a checkpoint with experts ({error!r}); give another."
         ) from None
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(file for file in path.glob(pattern) if file.is_file()):
-            return PlainFiles(_indexed(path, files))
+    if path.is_dir() and is_native(path):
+        return _native_source(path)
+    for suffix in (".safetensors", ".bin"):
+        if files := _weight_files(path, suffix):
+            return PlainFiles(files)
     raise UserError(
         f"{path} holds no checkpoint and no weights; give a run folder, a checkpoint in it, a .pt or .safetensors "
         "file, or a Hugging Face directory."
     )
 
 
-def _indexed(folder: Path, files: list[Path]) -> list[Path]:
-    """The files that the index names, where there is one. Raises UserError if one is missing or not in the folder."""
-    for index in folder.glob("*.index.json"):
+def _native_source(directory: Path) -> Source:
+    files = _weight_files(directory, ".safetensors")
+    if not files:
+        pickles = sorted(directory.glob("*.bin"))
+        raise UserError(
+            f"{directory} holds {f'{pickles[0].name}, a pickle, and ' if pickles else ''}no .safetensors; give one "
+            "that holds the weights as safetensors."
+        )
+    return NativeFiles(directory, files)
+
+
+def _weight_files(folder: Path, suffix: str) -> list[Path]:
+    """The files of a Hugging Face directory's weights: those that the index names, where there is one. Raises UserError
+    if one is missing or not in the folder."""
+    for index in folder.glob(f"*{suffix}.index.json"):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index} has no weight_map of tensor names to file names; make or fetch it again.")
@@ -98,7 +124,8 @@ def _indexed(folder: Path, files: list[Path]) -> list[Path]:
             if not os.path.isfile(folder / name):  # False for a name that no file can have, where pathlib raises
                 raise UserError(f"{index} names {shown(name)}, which is missing beside it; bring it back.")
         return [folder / name for name in names]
-    return files
+    pattern = "pytorch_model*.bin" if suffix == ".bin" else f"*{suffix}"
+    return sorted(file for file in folder.glob(pattern) if file.is_file())
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -148,9 +175,19 @@ def model_problems(source: Source, config: ModelConfig, where: str) -> list[str]
     if has_gates(source.shapes) != config.gated_mlp:
         made, expects = ("true", "false") if has_gates(source.shapes) else ("false", "true")
         problems["gated_mlp"] = f"{where} was made with gated_mlp {made}, not {expects}; use the same preset."
+    if (HEAD in source.shapes) != (HEAD in expected):
+        made, expects = ("false", "true") if HEAD in source.shapes else ("true", "false")
+        problems["tie_word_embeddings"] = (
+            f"{where} was made with tie_word_embeddings {made}, not {expects}; use the same preset."
+        )
+    for field, ends in OPTIONAL_PARTS.items():
+        is_there, is_expected = (any(name.endswith(ends) for name in names) for names in (source.shapes, expected))
+        if is_there != is_expected:
+            words = ("with", "without") if is_there else ("without", "with")
+            problems[field] = f"{where} was made {words[0]} {field}, not {words[1]} it; use the same preset."
     if not problems:
-        strangers = [*(expected.keys() - source.shapes.keys()), *(source.shapes.keys() - expected.keys())]
-        for name in sorted(strangers)[:1]:
+        beyond = {name for name in source.shapes.keys() - expected.keys() if not name.startswith(MTP)}  # not needed
+        for name in sorted([*(expected.keys() - source.shapes.keys()), *beyond])[:1]:
             what = "lacks" if name in expected else "has, beyond the model,"
             problems[name] = f"{where} {what} {name}; it is of another architecture."
     return list(problems.values())

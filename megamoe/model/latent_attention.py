@@ -36,13 +36,15 @@ class MultiHeadLatentAttention(nn.Module):
         rope_interleaved: bool = False,
         attention_bias: bool = False,
         attention_out_bias: bool = False,
-        rms_norm_eps: float = 1e-5,
+        rms_norm_eps: float = 1e-6,
         softmax_scale: float | None = None,
     ):
         """
         Args:
             attention_bias: biases of the projections to the compressed vectors.
             attention_out_bias: a bias of the output projection.
+            rms_norm_eps: of the norms of the compressed vectors. DeepSeek's code and transformers have 1e-6 there,
+                whatever the model's other norms have, so the decoder leaves it.
             softmax_scale: on the scores; None means 1 / sqrt(n + r). Yarn has its own, see `rope.softmax_scale`.
         """
         super().__init__()

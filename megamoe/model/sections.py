@@ -27,7 +27,7 @@ class AttentionSection(TypedDict):
 
 
 class LatentAttentionSection(TypedDict):
-    """What `MultiHeadLatentAttention` takes, without its softmax scale."""
+    """What `MultiHeadLatentAttention` takes, without its softmax scale and its own epsilon."""
 
     hidden_size: int
     num_attention_heads: int
@@ -39,7 +39,6 @@ class LatentAttentionSection(TypedDict):
     rope_interleaved: bool
     attention_bias: bool
     attention_out_bias: bool
-    rms_norm_eps: float
 
 
 class MLPSection(TypedDict):

@@ -11,7 +11,8 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from megamoe.config import ModelConfig, load_preset
+from megamoe.architectures.config_json import find_preset
+from megamoe.config import ModelConfig
 from megamoe.ds_config import DTYPES, deepspeed_problems, dtype_of, run_problems
 from megamoe.errors import Problems, UserError
 from megamoe.hardware import DEVICES, Device, measured_bandwidth, measured_flops
@@ -114,7 +115,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
             ds["train_micro_batch_size_per_gpu"] = options.micro_batch
         problems += deepspeed_problems(ds, run.ds_config, ranks, on_cpu or options.simulate)
         problems += setup_problems(ds, run.ds_config)
-    model: ModelConfig = problems.attempt(load_preset, run.preset)
+    model: ModelConfig = problems.attempt(find_preset, run.preset)
     if model:
         problems += run_problems(run, model, ds or {}, ranks)
     if not on_cpu and options.device not in DEVICES:

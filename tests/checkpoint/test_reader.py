@@ -196,17 +196,15 @@ def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
     has(refusal(open_source, tmp_path), "has no weight_map")
 
 
-def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
+def test_a_head_of_its_own_is_read_and_does_not_fit_a_model_that_ties_it(tmp_path):
     torch.save({**weights(), "lm_head.weight": torch.zeros(96, 32)}, tmp_path / "w.pt")
-    has(refusal(open_source, tmp_path / "w.pt"), "lm_head.weight is not the embedding")
-
-
-def test_a_head_without_the_embedding_that_it_is_tied_to_is_one_sentence(tmp_path):
-    state = weights()
-    head = state.pop("model.embed_tokens.weight")
-    torch.save({**state, "lm_head.weight": head}, tmp_path / "w.pt")
-    problem = refusal(open_source, tmp_path / "w.pt")
-    has(problem, "w.pt", "lm_head.weight without model.embed_tokens.weight", "tied", "give both")
+    source = open_source(tmp_path / "w.pt")
+    assert source.shapes["lm_head.weight"] == (96, 32)
+    assert model_problems(source, CONFIG.model_copy(update={"tie_word_embeddings": False}), "it") == []
+    has(only(model_problems(source, CONFIG, "it")), "tie_word_embeddings false, not true", "preset")
+    torch.save(weights(), tmp_path / "w.pt")
+    untied = CONFIG.model_copy(update={"tie_word_embeddings": False})
+    has(only(model_problems(open_source(tmp_path / "w.pt"), untied, "it")), "tie_word_embeddings true, not false")
 
 
 def test_a_torn_safetensors_file_is_one_sentence(tmp_path):
@@ -240,7 +238,7 @@ def test_weights_load_in_the_dtype_asked_for_and_router_statistics_in_fp32(run_d
         ({"num_hidden_layers": 1}, ["num_hidden_layers 2, not 1"]),
         ({"num_local_experts": 8}, ["num_local_experts 4, not 8"]),
         ({"num_local_experts": 2}, ["num_local_experts 4, not 2"]),
-        ({"num_latent_tokens": 0}, ["num_latent_tokens 3, not 0"]),
+        ({"num_latent_tokens": 0}, ["with num_latent_tokens, not without it"]),
         ({"num_key_value_heads": 4}, ["num_key_value_heads x head_dim 16, not 32"]),
         ({"gated_mlp": True}, ["gated_mlp false, not true"]),
         ({"vocab_size": 1, "intermediate_size": 2}, ["vocab_size 96, not 1;", "intermediate_size 48, not 2;"]),

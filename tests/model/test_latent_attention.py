@@ -38,7 +38,7 @@ def named(options):
 def by_the_formula(layer, options, x, real):
     """What attention gives, one query of one head after the other; rows of padding are left 0."""
     weights, positions, sizes = layer.state_dict(), positions_of(real), {**SIZES, **options}
-    eps, interleaved = options.get("rms_norm_eps", 1e-5), options.get("rope_interleaved", False)
+    eps, interleaved = options.get("rms_norm_eps", 1e-6), options.get("rope_interleaved", False)
     nope, rope, rank = sizes["qk_nope_head_dim"], sizes["qk_rope_head_dim"], sizes["kv_lora_rank"]
 
     def projected(name, vector):

@@ -1,0 +1,1 @@
+"""The decoders of transformers that megamoe reads and writes: what their config.json and their tensors are here."""

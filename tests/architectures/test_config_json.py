@@ -1,0 +1,145 @@
+"""What config.json says is what transformers reads there: every key of it counts, or the table says why not."""
+
+import copy
+import json
+import shutil
+
+import native_models
+import pytest
+import torch
+
+from megamoe.architectures.config_json import (
+    TRAINING,
+    fitting,
+    misfits,
+    preset_of,
+    read_config,
+)
+from megamoe.architectures.table import ARCHITECTURES, REQUIRED
+from megamoe.checkpoint.native_export import native_class, write_native
+from megamoe.checkpoint.reader import open_source
+
+NAMES = [name.removesuffix("ForCausalLM") for name in ARCHITECTURES]
+
+
+def transformers_config(name, **values):
+    import transformers
+
+    return getattr(transformers, f"{name}Config")(**values)
+
+
+# --- the table against transformers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_key_has_the_value_that_transformers_gives_it(name):
+    architecture, theirs = ARCHITECTURES[f"{name}ForCausalLM"], transformers_config(name)
+    assert architecture.model_type == theirs.model_type
+    for key, one in architecture.keys.items():
+        if one.default is not REQUIRED and key != "head_dim" and one.switch is None:
+            found = getattr(theirs, key)
+            expected = (
+                theirs.num_attention_heads if one.default is None and key == "num_key_value_heads" else one.default
+            )
+            assert found == (list(expected) if isinstance(expected, tuple) else expected), key
+    assert theirs.rope_parameters["rope_theta"] == architecture.rope_theta
+    if architecture.rotary:
+        assert theirs.rope_parameters.get("partial_rotary_factor", 1.0) == architecture.rotary_default
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_knows_every_key_that_transformers_writes(name):
+    architecture = ARCHITECTURES[f"{name}ForCausalLM"]
+    theirs = transformers_config(name, architectures=[architecture.name], **native_models.COMMON).to_dict()
+    written = json.loads(transformers_config(name, **native_models.COMMON).to_json_string())
+    assert written.keys() <= theirs.keys()
+    read_config(architecture, {**written, **with_kv_heads(name)}, "config.json")
+
+
+def with_kv_heads(name):
+    return {"num_key_value_heads": 4, "first_k_dense_replace": 1} if name == "DeepseekV3" else {}
+
+
+# --- the same in both directions --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def exported(request, tmp_path_factory):
+    """(class, directory as megamoe writes it, a batch, what transformers makes of it)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    native_models.new_model(request.param).save_pretrained(folder / "in")
+    source, config = open_source(folder / "in"), preset_of(folder / "in")
+    architecture, _ = native_class(source, config)
+    write_native(source, folder / "out", torch.float32, 10**9, config, architecture, None)
+    batch = native_models.clear_batch(native_models.decoder_of(folder / "in"))
+    return request.param, folder / "out", batch, native_models.run_theirs(native_models.load(folder / "out"), *batch)
+
+
+def test_what_is_written_reads_as_the_same_model_and_fits_one_class(exported):
+    name, folder, _, _ = exported
+    config = preset_of(folder)
+    values = json.loads((folder / "config.json").read_text())
+    assert values["architectures"] == [f"{name}ForCausalLM"]
+    assert fitting(config).name == f"{name}ForCausalLM"
+    assert sum(not misfits(one, config) for one in ARCHITECTURES.values()) == 1
+
+
+def other(key, value):
+    """Another value of a key, small enough for the tiny model."""
+    if key == "hidden_act":
+        return "silu"
+    if isinstance(value, str):
+        return {"linear": "default"}.get(value, "linear") if key == "rope_type" else "softmax"
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, list):
+        return [2] if value != [2] else [1]
+    if key in ("num_experts_per_tok", "topk_group", "n_group", "num_key_value_heads"):
+        return {3: 2, 2: 1, 4: 2}[value]
+    if key == "original_max_position_embeddings":
+        return value // 4
+    return value + 1 if isinstance(value, int) else value * 1.5
+
+
+def flips(values):
+    """(name of what is changed, the changed values) for every key that has a value, those of rope_scaling included."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            for inner, of_inner in value.items():
+                if not isinstance(of_inner, str) or inner == "rope_type":
+                    changed = copy.deepcopy(values)
+                    changed[key][inner] = other(inner, of_inner)
+                    yield f"{key}.{inner}", changed
+        elif value is not None and key not in ("architectures", "model_type", "dtype"):
+            yield key, {**values, key: other(key, value)}
+
+
+def is_idle(name, key, value):
+    """Whether the table says why a key's value decides nothing of what transformers computes."""
+    architecture = ARCHITECTURES[f"{name}ForCausalLM"]
+    if key in architecture.keys and architecture.keys[key].field in TRAINING:
+        return True
+    if key in architecture.ignored or (key in architecture.stated and key != "decoder_sparse_step"):
+        return True  # `stated` is for other servers
+    # Only "dynamic" scaling reads the first; files with a head of its own have it, whatever the second says.
+    return key == "max_position_embeddings" or (key == "tie_word_embeddings" and not value)
+
+
+def test_another_value_of_any_key_makes_another_model(exported, tmp_path):
+    name, folder, batch, run = exported
+    idle, checked = [], 0
+    written = json.loads((folder / "config.json").read_text())
+    for key, values in flips(written):
+        flipped = tmp_path / key
+        flipped.mkdir()
+        (flipped / "model.safetensors").symlink_to(folder / "model.safetensors")
+        (flipped / "config.json").write_text(json.dumps(values))
+        try:
+            same = native_models.distance(native_models.run_theirs(native_models.load(flipped), *batch), run) < 1e-4
+        except Exception:  # of a shape, mostly
+            same = False
+        idle += [key] if same else []
+        checked += 1
+        shutil.rmtree(flipped)
+    assert checked > 15
+    assert [key for key in idle if not is_idle(name, key, written.get(key))] == []

@@ -1,0 +1,228 @@
+"""A tiny model of each class of transformers in the table, with random weights and with values that are not the class's
+defaults wherever it has any; and what runs in it: hidden states, chosen experts, logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megamoe.architectures.config_json import preset_of
+from megamoe.checkpoint.reader import load_weights, open_source
+from megamoe.model.decoder import Decoder
+
+VOCAB = 96
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "num_experts_per_tok": 3,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 3e-3,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 300.0}
+GROUPED = {"routed_scaling_factor": 1.7, "n_group": 4, "topk_group": 2, "norm_topk_prob": False}
+DENSE = {"moe_intermediate_size": 20, "intermediate_size": 36, "first_k_dense_replace": 1, "n_shared_experts": 2}
+# What each class has besides; `tie_word_embeddings` is true, its other value, in three of them.
+CLASSES: dict[str, dict[str, Any]] = {
+    "Mixtral": {
+        "num_local_experts": 8,
+        "head_dim": 12,
+        "sliding_window": 5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 400.0,
+            "factor": 2.0,
+            "low_freq_factor": 1.5,
+            "high_freq_factor": 3.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "Olmoe": {
+        "num_experts": 8,
+        "attention_bias": True,
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 200.0, "factor": 2.5},
+    },
+    "Qwen3Moe": {
+        "num_experts": 8,
+        "head_dim": 12,
+        "moe_intermediate_size": 20,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {**YARN, "beta_fast": 1.2, "beta_slow": 0.2, "attention_factor": 1.3},
+    },
+    "MiniMaxM2": {
+        "num_local_experts": 8,
+        "head_dim": 12,
+        "rotary_dim": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 250.0},
+    },
+    "Glm4Moe": {
+        **GROUPED,
+        **DENSE,
+        "n_routed_experts": 8,
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "tie_word_embeddings": True,
+        "partial_rotary_factor": 0.75,
+        "rope_parameters": YARN,
+    },
+    "DeepseekV3": {
+        **GROUPED,
+        **DENSE,
+        "n_routed_experts": 8,
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "kv_lora_rank": 12,
+        "q_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "rope_interleave": False,
+        "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4},
+    },
+}
+
+
+def new_model(name: str, seed: int = 0, **changes: Any) -> Any:
+    """The class's model with random weights: matrices and biases N(0, 0.15), routers wider, so that few choices are
+    close; norms around 1."""
+    import transformers  # takes seconds, which the ranks of these tests need not spend
+
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **CLASSES[name], **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, one in model.named_parameters():
+            std = 0.3 if parameter_name.endswith("mlp.gate.weight") else 0.15
+            one.normal_(1.0 if "norm" in parameter_name else 0.0, std, generator=generator)
+        for buffer_name, one in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                one.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def load(directory: Path, **options: Any) -> Any:
+    """As transformers loads it, without code of the directory."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False, **options).eval()
+
+
+def decoder_of(directory: Path) -> Decoder:
+    """megamoe's model of a directory."""
+    model = Decoder(preset_of(directory))
+    load_weights(model, open_source(directory), torch.float32)
+    return model.eval()
+
+
+def clear_batch(model: Decoder, by: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (3, 9), with padding on the left, for which every choice of a router is clear `by` that."""
+    real = torch.ones(3, 9, dtype=torch.bool)
+    real[0, :3] = False
+    real[1, :1] = False
+    for seed in range(200):
+        ids = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(seed))
+        if smallest_margin(model, ids, real) > by:
+            return ids, real
+    raise AssertionError("no batch is clear")
+
+
+class Run(NamedTuple):
+    """What a model makes of the real tokens of a batch, of which there are N."""
+
+    logits: Tensor  # (N, V)
+    hidden: list[Tensor]  # of each block, (N, D)
+    experts: list[Tensor]  # of each sparse block, (N, K), sorted
+
+
+@torch.no_grad()
+def run_theirs(model: Any, ids: Tensor, real: Tensor, **options: Any) -> Run:
+    """Args: real: (B, T) bool, False at padding."""
+    gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+    call = lambda: model(ids, attention_mask=real.long(), **options).logits  # noqa: E731
+    found = _run(call, model.model.layers, gates, lambda output: output[2])
+    flat = real.flatten()
+    return Run(found.logits[real], [one[real] for one in found.hidden], [one[flat] for one in found.experts])
+
+
+@torch.no_grad()
+def run_ours(model: Any, ids: Tensor, real: Tensor) -> Run:
+    """The same of a Decoder; its routers see real tokens only."""
+    call = lambda: model(ids, attention_mask=real)  # noqa: E731
+    found = _run(call, model.layers, model.routers(), lambda routing: routing.expert_ids)
+    return Run(found.logits[real], [one[real] for one in found.hidden], found.experts)
+
+
+def _run(call: Callable[[], Tensor], blocks: Any, routers: Any, experts_of: Callable[[Any], Tensor]) -> Run:
+    hidden: list[Tensor] = []
+    experts: list[Tensor] = []
+
+    def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden.append(output[0] if isinstance(output, tuple) else output)
+
+    def keep_experts(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        experts.append(experts_of(output).sort(-1).values)
+
+    hooks = [block.register_forward_hook(keep_hidden) for block in blocks]
+    hooks += [router.register_forward_hook(keep_experts) for router in routers]
+    try:
+        return Run(call(), hidden, experts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def distance(run: Run, other: Run) -> float:
+    """Largest difference of logits and hidden states, relative to the largest value of each; infinite where other
+    experts are chosen."""
+    if any(not torch.equal(one, two) for one, two in zip(run.experts, other.experts, strict=True)):
+        return math.inf
+    pairs = zip((run.logits, *run.hidden), (other.logits, *other.hidden), strict=True)
+    return max(((one - two).abs().max() / two.abs().max()).item() for one, two in pairs)
+
+
+@torch.no_grad()
+def smallest_margin(model: Any, ids: Tensor, real: Tensor) -> float:
+    """By how much the last choice of any router of a Decoder beats the next, of experts and of groups."""
+    margins: list[float] = []
+
+    def keep(router: Any, inputs: Any, _output: Any) -> None:
+        config = model.config
+        logits = inputs[0] @ router.weight.T
+        scores = logits.sigmoid() if config.router_score == "sigmoid" else logits.softmax(-1)
+        scores = scores + (router.selection_bias if config.router_bias else 0)
+        if config.n_group > config.topk_group:
+            of_groups = scores.unflatten(-1, (config.n_group, -1))
+            best = of_groups.topk(2).values.sum(-1).sort(-1, descending=True)
+            margins.append((best.values[:, config.topk_group - 1] - best.values[:, config.topk_group]).min().item())
+            closed = best.indices[:, config.topk_group :]
+            scores = of_groups.scatter(1, closed[..., None].expand(-1, -1, of_groups.shape[-1]), -10.0).flatten(1)
+        ranked = scores.sort(-1, descending=True).values
+        k = config.num_experts_per_tok
+        margins.append((ranked[:, k - 1] - ranked[:, k]).min().item())
+
+    hooks = [router.register_forward_hook(keep) for router in model.routers()]
+    model(ids, attention_mask=real)
+    for hook in hooks:
+        hook.remove()
+    return min(margins)
