@@ -21,6 +21,8 @@ TINY = load_preset("tiny")
 LENGTH, BATCH = 64, 2
 FULL = {"expert_dropout": 0.05, "router_jitter_noise": 0.01}  # what moe-680m has
 GATED = {**FULL, "gated_mlp": True, "router_score": "sigmoid"}
+GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+LOSSES = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001}
 
 
 def step_of(config, ep_size=1, dtype=torch.bfloat16):
@@ -61,7 +63,11 @@ def layer_among_peers(ep_size, *args):
 
 
 @pytest.mark.parametrize("experts", [8, 64, 256])
-@pytest.mark.parametrize(("parts", "most"), [(FULL, 120), (GATED, 130)], ids=["full", "gated, sigmoid"])
+@pytest.mark.parametrize(
+    ("parts", "most"),
+    [(FULL, 120), (GATED, 130), ({**GATED, **GROUPS}, 138), ({**GATED, **LOSSES}, 160)],
+    ids=["full", "gated, sigmoid", "groups", "losses"],
+)
 def test_a_layer_has_at_most_so_many_operators_whatever_the_number_of_experts(experts, parts, most):
     calls, _ = layer_of(TINY.model_copy(update={**parts, "num_local_experts": experts}))
     assert calls["_grouped_mm"] == 6
