@@ -1,6 +1,7 @@
-"""Sample from a trained run: `python tools/generate.py runs/tiny --prompt "In a quiet library,"`.
+"""Sample from a trained model: `python tools/generate.py runs/tiny --prompt "In a quiet library,"`.
 
-Several prompts are continued in one batch; the newest checkpoint of the run is used.
+Takes a run (its newest checkpoint), a checkpoint, an export, or a directory of an open model. Several prompts are
+continued in one batch.
 """
 
 from __future__ import annotations
@@ -11,28 +12,11 @@ from pathlib import Path
 import torch
 
 from megamoe import cli
-from megamoe.checkpoint import folders
-from megamoe.checkpoint.reader import find_checkpoint, load_weights, model_problems, open_source
-from megamoe.config import ModelConfig, validate
+from megamoe.architectures.config_json import find_preset
+from megamoe.checkpoint.open_model import open_model
 from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file
-from megamoe.ds_config import DTYPES, dtype_of
-from megamoe.errors import Problems, UserError, shown
-from megamoe.json_files import read_json
-from megamoe.model.decoder import Decoder
+from megamoe.errors import Problems
 from megamoe.model.generation import generate
-
-
-def load_model(run_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The model of a run with the weights of its newest checkpoint, in `dtype`. Raises UserError."""
-    if not folders.step_folders(run_dir / "checkpoints"):
-        raise UserError(f"{run_dir} holds no checkpoint yet; wait for the run to save one.")
-    source = open_source(find_checkpoint(run_dir))
-    problems = model_problems(source, config, str(run_dir))
-    if problems:
-        raise UserError(*problems)
-    model = Decoder(config)
-    load_weights(model, source, dtype)
-    return model.to(device)
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
@@ -51,8 +35,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     parser = cli.Parser(description="Continue prompts with a trained model.")
-    parser.add_argument("run_dir", type=Path, help="folder of the run")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the one in the run folder")
+    parser.add_argument("model", type=Path, help="a run, a checkpoint, a Hugging Face directory, or a file")
+    parser.add_argument("--preset", help="of a .pt or .safetensors file, which does not say what model it is of")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the model's own")
     parser.add_argument("--end_of_text", metavar="TOKEN", help="token to stop at; by default one that is known")
     parser.add_argument("--prompt", nargs="+", default=["In a quiet library,"], help="one or more texts to continue")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt")
@@ -63,17 +48,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     args = parser.parse(check=check)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = read_json(args.run_dir / "run.json")
-    config = validate(ModelConfig, record.get("model", {}), f"{args.run_dir}/run.json: model")
-    tokenizer = load_tokenizer(tokenizer_file(args.tokenizer or args.run_dir), config.vocab_size)
+    model = open_model(args.model, find_preset(args.preset) if args.preset else None)
+    file = tokenizer_file(args.tokenizer or model.tokenizer or args.model)
+    tokenizer = load_tokenizer(file, model.config.vocab_size)
     end_of_text = end_of_text_id(tokenizer, args.end_of_text)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
     ids = encode(tokenizer, prompts)
-    ds = record.get("deepspeed", {})
-    if not isinstance(ds, dict):
-        raise UserError(f"{args.run_dir}/run.json: deepspeed is {shown(ds)}, which no run has written; bring it back.")
     continuations = generate(
-        load_model(args.run_dir, config, DTYPES[dtype_of(ds)], device),
+        model.load(model.dtype, device),
         ids,
         args.max_new_tokens,
         temperature=args.temperature,

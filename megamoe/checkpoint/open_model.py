@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megamoe.architectures.config_json import preset_of
+from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import Source, find_checkpoint, load_weights, model_problems, open_source, run_record
 from megamoe.config import ModelConfig, validate
 from megamoe.ds_config import DTYPES, dtype_of
@@ -51,6 +52,8 @@ def open_model(path: Path, config: ModelConfig | None = None, open_files: int | 
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
         return _checked(path, config, path.parent, torch.float32, open_files)
+    if (path / "run.json").is_file() and not folders.found_at(path):
+        raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
     checkpoint = find_checkpoint(path)
     record = run_record(checkpoint)
     if config is None:

@@ -1,0 +1,135 @@
+"""megamoe from Python: what the names of the package do, and the example of the README."""
+
+import math
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_parts import model_of
+from ranks import run_ranks
+from refusals import has, only, refusals
+from toy import PRESET, ds_config, train_here, write_inputs
+
+import megamoe
+from megamoe.checkpoint.export import write_huggingface, write_safetensors, write_state_dict
+from megamoe.checkpoint.reader import find_checkpoint, open_source
+from megamoe.data.tokenizer import train_tokenizer
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = "to be or not to be, that is the question. " * 4
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of a few steps with a tokenizer."""
+    folder = tmp_path_factory.mktemp("library")
+    inputs = write_inputs(folder, ds_config(2), {"vocab_size": 300})
+    train_tokenizer([TEXT], 270).save(str(folder / "corpus" / "tokenizer.json"))
+    run_ranks(1, train_here, {**inputs, "steps": 2, "run_dir": str(folder / "run")})
+    return folder / "run"
+
+
+# --- names ---
+
+
+def test_every_name_that_the_package_documents_is_there_and_no_other():
+    documented = set(re.findall(r"^    (\w[\w, ]*?)  ", megamoe.__doc__, re.MULTILINE))
+    names = {name for line in documented for name in line.split(", ")}
+    assert names == set(megamoe.__all__) - {"__version__"}
+    assert all(getattr(megamoe, name).__doc__ for name in names)
+    with pytest.raises(AttributeError, match="load_model"):
+        megamoe.load_modle  # noqa: B018
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, megamoe; megamoe.UserError; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- models ---
+
+
+def test_a_preset_may_be_changed_and_is_checked_again():
+    assert megamoe.load_preset("tiny", num_hidden_layers=2).num_hidden_layers == 2
+    has(only(refusals(partial(megamoe.load_preset, "tiny", num_experts_per_tok=9))), "num_experts_per_tok is 9")
+
+
+def test_a_model_is_loaded_from_every_form_that_it_has(run_dir, tmp_path):
+    checkpoint = find_checkpoint(run_dir)
+    source, config = open_source(checkpoint), megamoe.load_model(run_dir).config
+    write_state_dict(source, tmp_path / "w.pt", torch.float32)
+    write_safetensors(source, tmp_path / "w.safetensors", torch.float32, 10**9)
+    write_huggingface(source, tmp_path / "hf", torch.float32, 10**9, config, run_dir / "tokenizer.json")
+    ids = torch.arange(20).view(2, 10)
+    expected = megamoe.load_model(run_dir)(ids)
+    for form in (checkpoint, tmp_path / "hf"):
+        assert torch.equal(megamoe.load_model(form)(ids), expected)
+        assert megamoe.load_tokenizer(form).get_vocab() == megamoe.load_tokenizer(run_dir).get_vocab()
+    for file in (tmp_path / "w.pt", tmp_path / "w.safetensors"):
+        assert torch.equal(megamoe.load_model(file, config=config)(ids), expected)
+        has(only(refusals(megamoe.load_model, file)), str(file), "preset")
+    assert megamoe.load_model(run_dir, torch.bfloat16).norm.weight.dtype == torch.bfloat16
+
+
+def test_weights_of_another_model_and_a_place_without_any_are_refused(run_dir, tmp_path):
+    write_state_dict(open_source(find_checkpoint(run_dir)), tmp_path / "w.pt", torch.float32)
+    other = megamoe.ModelConfig(**{**PRESET, "vocab_size": 299})
+    has(only(refusals(partial(megamoe.load_model, tmp_path / "w.pt", config=other))), "vocab_size 300, not 299")
+    has(only(refusals(megamoe.load_model, tmp_path)), "no checkpoint")
+
+
+# --- text ---
+
+
+def test_the_same_prompt_and_seed_give_the_same_text(run_dir):
+    model, tokenizer = megamoe.load_model(run_dir), megamoe.load_tokenizer(run_dir)
+    texts = megamoe.generate(model, tokenizer, ["to be", "that is"], 6, seed=3)
+    assert len(texts) == 2
+    assert texts == megamoe.generate(model, tokenizer, ["to be", "that is"], 6, seed=3)
+
+
+def test_every_token_of_a_text_is_predicted_once_behind_end_of_text():
+    model = megamoe.build_model(model_of("plain_scores", vocab_size=300), seed=1)
+    tokenizer = train_tokenizer([TEXT], 270)
+    measured = megamoe.evaluate(model, tokenizer, TEXT, seq_len=7, batch_size=2)
+    ids = tokenizer.encode(TEXT).ids
+    stream, nats = torch.tensor([0, *ids]), 0.0
+    for start in range(0, len(ids), 7):
+        window = stream[start : start + 8]
+        nats += F.cross_entropy(model(window[None, :-1])[0].double(), window[1:], reduction="sum").item()
+    assert measured["tokens"] == len(ids)
+    assert measured["loss"] == pytest.approx(nats / len(ids), rel=1e-6)
+    assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT), rel=1e-6)
+    has(only(refusals(megamoe.evaluate, model, tokenizer, "")), "no tokens")
+
+
+# --- training ---
+
+
+def losses_of_training():
+    trainer = megamoe.build_trainer(megamoe.ModelConfig(**PRESET), ds_config(2))
+    torch.manual_seed(0)
+    ids = torch.randint(96, (2, 17))
+    return [megamoe.train_step(trainer, [megamoe.Batch(ids[:, :-1], ids[:, 1:])]).loss for _ in range(12)]
+
+
+def test_steps_on_the_same_batch_lower_its_loss():
+    (losses,) = run_ranks(1, losses_of_training)
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_the_example_of_the_readme_runs(run_dir, tmp_path):
+    section = README.read_text().split("## From Python")[1]
+    example = section.split("```python\n")[1].split("```")[0]
+    assert len(example.splitlines()) <= 20
+    (tmp_path / "my.txt").write_text(TEXT)
+    code = example.replace("runs/mine", str(run_dir)).replace("my.txt", str(tmp_path / "my.txt"))
+    root = README.parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "bits_per_byte" in run.stdout
