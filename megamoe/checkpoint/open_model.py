@@ -47,22 +47,21 @@ def open_model(path: Path, config: ModelConfig | None = None, open_files: int | 
         open_files: most files that are kept open; None keeps all.
     """
     if (path / "config.json").is_file():
-        return _checked(path, config or preset_of(path), path, torch.float32, open_files)
+        source = open_source(path, open_files)
+        return _checked(path, source, config or preset_of(path), path, torch.float32)
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
-        return _checked(path, config, path.parent, torch.float32, open_files)
-    if (path / "run.json").is_file() and not folders.found_at(path):
+        return _checked(path, open_source(path), config, path.parent, torch.float32)
+    if (path / "run.json").is_file() and not folders.step_folders(path / "checkpoints"):
         raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
     checkpoint = find_checkpoint(path)
-    record = run_record(checkpoint)
-    if config is None:
-        config = _config_of(record, checkpoint)
-    return _checked(checkpoint, config, checkpoint.parent.parent, _dtype_of(record, checkpoint), open_files)
+    source, record = open_source(checkpoint, open_files), run_record(checkpoint)
+    config = config or _config_of(record, checkpoint)
+    return _checked(checkpoint, source, config, checkpoint.parent.parent, _dtype_of(record, checkpoint))
 
 
-def _checked(path: Path, config: ModelConfig, folder: Path, dtype: torch.dtype, open_files: int | None) -> OpenModel:
-    source = open_source(path, open_files)
+def _checked(path: Path, source: Source, config: ModelConfig, folder: Path, dtype: torch.dtype) -> OpenModel:
     problems = model_problems(source, config, str(path))
     if problems:
         raise UserError(*problems)
