@@ -35,9 +35,10 @@ def train(engine, steps, first=0, writer=None):
     losses = []
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
-        ids = torch.randint(4, (BATCH, 17), generator=generator).cumsum(1) % CONFIG.vocab_size
+        length = 17 + engine.module.config.num_nextn_predict_layers
+        ids = torch.randint(4, (BATCH, length), generator=generator).cumsum(1) % CONFIG.vocab_size
         ids = ids.chunk(dist.get_world_size())[dist.get_rank()]
-        train_step.forward_backward([Batch(ids[:, :-1], ids[:, 1:])])
+        train_step.forward_backward([Batch(ids[:, :16], ids[:, 1:])])
         if writer:
             writer.before_update()
         losses.append(train_step.update().loss)
