@@ -31,6 +31,7 @@ from .feed_forward import MLP
 from .latent_attention import MultiHeadLatentAttention
 from .rope import Rotary, rope_frequencies, rotary_table, softmax_scale
 from .router import Router
+from .router_losses import RouterLosses  # noqa: F401 - transformers before 5.12 copies what this file imports alone
 from .sections import AttentionSection, LatentAttentionSection, MLPSection, RouterSection, section
 
 # The name under which this release of transformers hands a cache around.
