@@ -23,6 +23,7 @@ from megamoe.checkpoint.export import (
     Entry,
     entries,
     shards,
+    without_mtp,
     write_huggingface,
     write_safetensors,
     write_state_dict,
@@ -90,7 +91,7 @@ def write_directory(
         write_native(source, args.out, dtype, shard_bytes, config, architecture, tokenizer, args.keep_mtp)
     else:
         print(f"{sentence}; so the directory brings its own code (trust_remote_code)")
-        write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer)
+        write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer, args.keep_mtp)
 
 
 def under_names_written(source: Source, checkpoint: Path, form: str, keep_mtp: bool) -> Source:
@@ -99,7 +100,9 @@ def under_names_written(source: Source, checkpoint: Path, form: str, keep_mtp: b
         return source
     config = model_config(checkpoint)
     architecture, _ = native_class(source, config)
-    return NativeSource(source, architecture, config, keep_mtp) if architecture else source
+    if architecture:
+        return NativeSource(source, architecture, config, keep_mtp)
+    return source if keep_mtp else without_mtp(source)
 
 
 def main() -> None:

@@ -183,7 +183,7 @@ def write_huggingface(
         keep_mtp: write the weights of multi-token prediction too, for which the code has no use.
     """
     if not keep_mtp:
-        source = _without(source, MTP)
+        source = without_mtp(source)
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
     with output(out) as partial:
         partial.mkdir()
@@ -195,11 +195,11 @@ def write_huggingface(
         save_shards(source, partial, dtype, shard_bytes)
 
 
-def _without(source: Source, prefix: str) -> Source:
-    """A source less the tensors whose names begin with `prefix`."""
+def without_mtp(source: Source) -> Source:
+    """A source less the tensors of multi-token prediction."""
     rest = copy.copy(source)
-    rest.shapes = {name: shape for name, shape in source.shapes.items() if not name.startswith(prefix)}
-    rest.buffers = {name: tensor for name, tensor in source.buffers.items() if not name.startswith(prefix)}
+    rest.shapes = {name: shape for name, shape in source.shapes.items() if not name.startswith(MTP)}
+    rest.buffers = {name: tensor for name, tensor in source.buffers.items() if not name.startswith(MTP)}
     return rest
 
 
