@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import megamoe
-from megamoe.architectures.config_json import find_preset
+from megamoe.architectures.config_json import differences, find_preset, preset_of
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
 from megamoe.config import ModelConfig
@@ -251,6 +251,19 @@ class Job:
             f"{self.describe_corpora()}; {self._describe_held_out()}; steps {first} to {self.last_step}; "
             f"run folder {self.run_dir}"
         )
+
+    def describe_initial(self) -> str | None:
+        """By what the model differs from that of the directory whose weights the run starts from, where the weights do
+        not show it."""
+        directory = next((path for path in self.initial_weights if (path / "config.json").is_file()), None)
+        if directory is None:
+            return None
+        theirs = preset_of(directory)
+        changed = [
+            f"{name} {json.dumps(getattr(self.model, name))} in place of {json.dumps(getattr(theirs, name))}"
+            for name in differences(self.model, theirs)
+        ]
+        return f"the model has, for the weights in {directory}, {', '.join(changed)}" if changed else None
 
     def describe_products(self) -> str | None:
         """What multiplies rows with their experts' weights on this device, where it is not the fastest way."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
 
 import megamoe.job
+from megamoe.architectures.config_json import preset_of
 from megamoe.errors import UserError
 from megamoe.job import SAME_ON_RESUME, Job
 from megamoe.run_config import RunConfig
@@ -330,6 +331,15 @@ def test_a_directory_is_the_preset_and_the_weights_of_a_run(inputs, directory):
     (problem,) = problems(run)
     assert "GPT2LMHeadModel" in problem
     assert not Path(inputs["run_dir"]).exists()
+
+
+def test_what_a_preset_changes_of_a_directorys_model_is_said(inputs, directory, tmp_path):
+    run = {**inputs, "init_from": str(directory), "seq_len": 16}
+    changed = {**preset_of(directory).model_dump(), "rope_theta": 5e5, "router_aux_loss_coef": 0.1}
+    (tmp_path / "preset.json").write_text(json.dumps(changed))
+    assert "rope_theta 500000.0 in place of 300.0" in job(run).describe_initial()
+    assert "aux" not in job(run).describe_initial()
+    assert job({**run, "preset": str(directory)}).describe_initial() is None
 
 
 def test_weights_of_another_tokenizer_than_the_corpus_are_refused(inputs, directory, tmp_path):

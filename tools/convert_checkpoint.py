@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from megamoe import cli
+from megamoe.architectures.config_json import preset_of
 from megamoe.checkpoint.export import (
     DTYPES,
     Entry,
@@ -57,7 +58,9 @@ def choose_format(out: Path, to: str | None) -> str:
 
 
 def model_config(checkpoint: Path) -> ModelConfig:
-    """The model's configuration, from the record of its run. Raises UserError."""
+    """The model's configuration, from the record of its run, or of a Hugging Face directory. Raises UserError."""
+    if (checkpoint / "config.json").is_file():
+        return preset_of(checkpoint)
     model = run_record(checkpoint).get("model")
     if not isinstance(model, dict):
         raise UserError(
@@ -83,8 +86,8 @@ def write_directory(
     problems = model_problems(source, config, str(checkpoint))
     if problems:
         raise UserError(*problems)
-    of_run = checkpoint.parent.parent / "tokenizer.json"
-    tokenizer = args.tokenizer or (of_run if of_run.is_file() else None)
+    places = (checkpoint.parent.parent / "tokenizer.json", checkpoint / "tokenizer.json")
+    tokenizer = args.tokenizer or next(filter(Path.is_file, places), None)
     architecture, sentence = native_class(source, config)
     if architecture:
         print(sentence)
@@ -107,7 +110,9 @@ def under_names_written(source: Source, checkpoint: Path, form: str, keep_mtp: b
 
 def main() -> None:
     parser = cli.Parser(description="Convert a checkpoint to plain weights.")
-    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
+    parser.add_argument(
+        "checkpoint", type=Path, help="folder of a run or of one checkpoint, or a Hugging Face directory"
+    )
     parser.add_argument("out", type=Path, help="file or folder to write")
     parser.add_argument("--to", help=f"one of {', '.join(FORMATS)}; by default from the ending of OUT")
     parser.add_argument("--dtype", default="fp32", help="fp32 (the masters as they are), bf16 or fp16")

@@ -254,13 +254,18 @@ def misfits(architecture: Architecture, config: ModelConfig) -> list[str]:
     """Fields of the model that the class has no place for, by name."""
     written = write_config(architecture, config)
     again = ModelConfig.model_construct(**_fields(architecture, written))  # unchecked: it may be no model at all
-    here, there = _meaning(config), _meaning(again)
     too_small = {
         key.field
         for name, key in architecture.keys.items()
         if key.least is not None and _is_below(written[name], key.least)
     }
-    return sorted({name for name in here if here[name] != there[name]} | too_small)
+    return sorted({*differences(config, again), *too_small})
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Fields by which the two do not compute the same from the same weights."""
+    here, there = _meaning(one), _meaning(other)
+    return sorted(name for name in here if here[name] != there[name])
 
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:

@@ -165,7 +165,7 @@ DEEPSEEK_MTP = {
     "proj.weight": "eh_proj.weight",
     "norm.weight": "shared_head.norm.weight",
 }
-# Copies of the embedding and the head, in that layer too: vLLM takes them from there.
+# Copies of the embedding and the head, which published files have in that layer too.
 MTP_COPIES = {"model.embed_tokens.weight": "embed_tokens.weight", "lm_head.weight": "shared_head.head.weight"}
 
 # --- the classes ------------------------------------------------------------------------------------------------------

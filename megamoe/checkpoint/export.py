@@ -2,7 +2,8 @@
 
     write_state_dict    one .pt file: torch.load(FILE, weights_only=True)
     write_safetensors   one .safetensors file, or a folder of shards with the usual index
-    write_huggingface   a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    write_huggingface   a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True);
+                        native_export.py writes the classes of transformers
 
 Each writes to OUT.partial and renames it, so an output is complete or absent.
 """

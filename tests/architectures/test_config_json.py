@@ -7,17 +7,22 @@ import shutil
 import native_models
 import pytest
 import torch
+from refusals import has, refusal
 
 from megamoe.architectures.config_json import (
     TRAINING,
+    differences,
+    find_preset,
     fitting,
     misfits,
     preset_of,
     read_config,
 )
 from megamoe.architectures.table import ARCHITECTURES, REQUIRED
+from megamoe.checkpoint.export import huggingface_config
 from megamoe.checkpoint.native_export import native_class, write_native
 from megamoe.checkpoint.reader import open_source
+from megamoe.config import ModelConfig, load_preset, preset_names
 
 NAMES = [name.removesuffix("ForCausalLM") for name in ARCHITECTURES]
 
@@ -143,3 +148,43 @@ def test_another_value_of_any_key_makes_another_model(exported, tmp_path):
         shutil.rmtree(flipped)
     assert checked > 15
     assert [key for key in idle if not is_idle(name, key, written.get(key))] == []
+
+
+# --- other forms ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "DeepseekV3"])
+def test_frequencies_by_length_agree_on_either_side_of_the_trained_length(tmp_path, name):
+    rope = {"rope_type": "dynamic", "rope_theta": 300.0, "factor": 3.0}
+    ids = torch.randint(native_models.VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(2, 9, dtype=torch.bool)  # of a padded batch, transformers takes the longest row for all
+    runs = []
+    for trained in (5, 64):
+        folder = tmp_path / str(trained)
+        model = native_models.new_model(name, rope_parameters=rope, max_position_embeddings=trained)
+        model.save_pretrained(folder)
+        runs.append(native_models.run_theirs(model, ids, real))
+        ours = native_models.run_ours(native_models.decoder_of(folder), ids, real)
+        assert native_models.distance(ours, runs[-1]) < 1e-4
+    assert native_models.distance(*runs) > 1e-3
+
+
+def test_the_export_that_carries_its_code_is_read_back_but_for_training(tmp_path):
+    deepseek = ModelConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=14,
+        max_position_embeddings=64, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10,
+        intermediate_size=24, gated_mlp=True, num_local_experts=8, num_experts_per_tok=2, n_shared_experts=1,
+        shared_expert_gate=True, layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=5, rope_scaling={"rope_type": "yarn", "factor": 2.0}, rope_theta=500.0, rms_norm_eps=1e-4,
+    )  # fmt: skip
+    for config in (deepseek, *map(load_preset, preset_names())):
+        written = json.loads(json.dumps(huggingface_config(config, torch.float32)))
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        assert differences(config, find_preset(str(tmp_path))) == []
+
+
+def test_a_name_that_ships_is_no_directory(tmp_path, monkeypatch):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_preset("tiny") == load_preset("tiny")
+    has(refusal(find_preset, "nowhere"), "Hugging Face directory")
