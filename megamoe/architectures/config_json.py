@@ -114,7 +114,7 @@ def _unfit_keys(architecture: Architecture, values: dict[str, Any], where: str) 
         value = _value_of(name, key, values)
         if key.least is not None and value is not REQUIRED and _is_below(value, key.least):
             problems.append(f"{where}: {name} is {shown(value)}; {architecture.name} needs {key.least} or more.")
-        if key.values is not None and value not in key.values:
+        if key.values is not None and not any(value is one for one in key.values):
             problems.append(f"{where}: {name} is {shown(value)}; use {' or '.join(map(shown, key.values))}.")
         if key.alias in values and name in values and values[key.alias] != values[name]:
             problems.append(
@@ -147,13 +147,14 @@ def _fields(architecture: Architecture, values: dict[str, Any]) -> dict[str, Any
     fields: dict[str, Any] = dict(architecture.implied)
     for name, key in architecture.keys.items():
         value = _value_of(name, key, values)
-        value = key.values.get(value) if key.values else value
+        value = key.values[value] if key.values else value
         fields |= dict.fromkeys((key.field, *key.also), list(value) if isinstance(value, tuple) else value)
     heads = fields["num_attention_heads"]
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = heads
     if "kv_lora_rank" in fields:
-        fields["head_dim"] = sum(fields[part] or 0 for part in ("qk_nope_head_dim", "qk_rope_head_dim"))
+        parts = (fields[part] for part in ("qk_nope_head_dim", "qk_rope_head_dim"))
+        fields["head_dim"] = sum(part for part in parts if _is_size(part))
     elif fields.get("head_dim") is None and _is_size(fields["hidden_size"]) and _is_size(heads):
         fields["head_dim"] = fields["hidden_size"] // heads
     return fields | _rope_fields(architecture, values, fields)
@@ -175,8 +176,9 @@ def _rope_fields(architecture: Architecture, values: dict[str, Any], fields: dic
     kind = rope.pop("rope_type", kind)
     theta = rope.pop("rope_theta", values.get("rope_theta", architecture.rope_theta))
     factor = rope.pop("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if factor is None and architecture.rotary == "rotary_dim" and _is_size(values.get("rotary_dim")):
-        factor = values["rotary_dim"] / fields["head_dim"]
+    if factor is None and architecture.rotary == "rotary_dim" and values.get("rotary_dim") is not None:
+        rotated, of_head = values["rotary_dim"], fields["head_dim"]
+        factor = rotated / of_head if _is_size(rotated) and _is_size(of_head) else rotated
     if kind in ("yarn", "llama3"):
         rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
     return {

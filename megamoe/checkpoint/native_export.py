@@ -33,7 +33,7 @@ def native_class(source: Source, config: ModelConfig) -> tuple[Architecture | No
             f"{architecture.name} holds the model but for its balancing bias, which is up to {largest:.2g} "
             "(router_bias), and no other class of transformers does"
         )
-    return architecture, f"the model is a {architecture.name} of transformers"
+    return architecture, f"the model is one of transformers: {architecture.name}"
 
 
 class NativeSource:

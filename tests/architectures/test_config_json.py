@@ -7,7 +7,7 @@ import shutil
 import native_models
 import pytest
 import torch
-from refusals import has, refusal
+from refusals import has, refusal, sentences
 
 from megamoe.architectures.config_json import (
     TRAINING,
@@ -23,6 +23,7 @@ from megamoe.checkpoint.export import huggingface_config
 from megamoe.checkpoint.native_export import native_class, write_native
 from megamoe.checkpoint.reader import open_source
 from megamoe.config import ModelConfig, load_preset, preset_names
+from megamoe.errors import UserError
 
 NAMES = [name.removesuffix("ForCausalLM") for name in ARCHITECTURES]
 
@@ -188,3 +189,25 @@ def test_a_name_that_ships_is_no_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_preset("tiny") == load_preset("tiny")
     has(refusal(find_preset, "nowhere"), "Hugging Face directory")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_value_of_any_key_is_read_or_refused_in_sentences(name):
+    architecture = ARCHITECTURES[f"{name}ForCausalLM"]
+    config = transformers_config(name, **native_models.COMMON | native_models.CLASSES[name])
+    values = json.loads(config.to_json_string())
+    values["rope_parameters"].pop("partial_rotary_factor", None)
+    read_config(architecture, values, "config.json")
+    for key in (*values, "rope_scaling", "rope_theta", "partial_rotary_factor", "rotary_dim", "num_mtp_layers"):
+        for value in (None, "x", [], ["x"], {}, {"a": 1}, -1, 0, 0.5, True, 2**40):
+            try:
+                read_config(architecture, {**values, key: value}, "config.json")
+            except UserError as error:
+                sentences(error.problems)
+    for key in values["rope_parameters"]:
+        for value in (None, "x", [], {}, -1, 0, 0.5, True):
+            changed = {**values, "rope_parameters": {**values["rope_parameters"], key: value}}
+            try:
+                read_config(architecture, changed, "config.json")
+            except UserError as error:
+                sentences(error.problems)

@@ -61,7 +61,7 @@ def test_import_train_reshard_export_gives_transformers_the_same_model(trained, 
 
     monkeypatch.setattr(sys, "argv", ["tool", str(folder / f"{name}_resharded"), str(tmp_path / "out")])
     convert_checkpoint.main()
-    assert f"a {name}ForCausalLM of transformers" in capsys.readouterr().out
+    assert f"of transformers: {name}ForCausalLM" in capsys.readouterr().out
 
     ours, theirs = native_models.decoder_of(tmp_path / "out"), native_models.load(tmp_path / "out")
     assert preset_of(tmp_path / "out") == preset_of(folder / name)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import convert_checkpoint
 import generate
 import inspect_checkpoint
+import native_models
 import pytest
 import reshard_checkpoint
 import torch
@@ -19,6 +20,7 @@ from form_1 import RUN as BEFORE
 from form_1 import Malicious
 from ranks import run_ranks
 from refusals import has, only, sentences
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from toy import PRESET, ds_config, train_here, write_inputs
 
@@ -135,6 +137,21 @@ def test_without_its_configuration_a_checkpoint_becomes_a_state_dict_but_no_hugg
         (checkpoint / name).unlink()  # as DeepSpeed alone leaves it
     has(refuse(call, convert_checkpoint, checkpoint, tmp_path / "hf"), "does not say what model", "to a .pt")
     call(convert_checkpoint, checkpoint, tmp_path / "w.pt")
+
+
+def test_a_directory_of_transformers_is_converted_and_a_dry_run_lists_the_names_written(call, tmp_path):
+    native_models.new_model("Olmoe").save_pretrained(tmp_path / "in")
+    call(convert_checkpoint, tmp_path / "in", tmp_path / "w.pt")
+    state = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert "model.layers.1.moe.experts.5.up_proj.weight" in state
+    lines = call(convert_checkpoint, tmp_path / "in", tmp_path / "out", "--dry-run")
+    assert any(line.startswith("model.layers.1.mlp.experts.5.up_proj.weight  24 x 32") for line in lines)
+    assert not (tmp_path / "out").exists()
+    lines = call(convert_checkpoint, tmp_path / "in", tmp_path / "out")
+    assert lines[0] == "the model is one of transformers: OlmoeForCausalLM"
+    held, written = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert held.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in held.items())
 
 
 def test_a_damaged_checkpoint_is_not_converted(call, run_dir, tmp_path):
