@@ -76,10 +76,10 @@ def entries(source: Source, dtype: torch.dtype) -> list[Entry]:
     tokens to other experts."""
     found = [Entry(name, shape, dtype) for name, shape in source.shapes.items()]
     found += [Entry(name, tuple(tensor.shape), torch.float32) for name, tensor in source.buffers.items()]
-    return sorted(found, key=lambda entry: by_number(entry.name))
+    return sorted(found, key=lambda entry: _by_number(entry.name))
 
 
-def by_number(name: str) -> list[tuple[int, str]]:
+def _by_number(name: str) -> list[tuple[int, str]]:
     """Sorts layer 10 behind layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 

@@ -28,7 +28,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from megamoe.checkpoint.export import by_number, output
+from megamoe.checkpoint.export import output
 from megamoe.checkpoint.gguf_models import (
     Architecture,
     architecture_of,
@@ -41,6 +41,7 @@ from megamoe.checkpoint.gguf_tokenizer import add_tokenizer
 from megamoe.checkpoint.reader import Source
 from megamoe.config import ModelConfig
 from megamoe.errors import UserError
+from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import EMBEDDING, HEAD, split_expert
 from megamoe.optimizers import MASTERS
 
@@ -57,6 +58,7 @@ RENAMED = {
     ".shared_mlp.": ".mlp.shared_experts.",
 }
 FP32 = (".mlp.gate.weight",)
+MTP = "model.mtp."
 
 
 class LazyTensor:
@@ -177,7 +179,7 @@ def tensors(source: Source, config: ModelConfig, architecture: Architecture, dty
         kept = len(shape) < 2 or name.endswith(FP32)
         return LazyTensor(renamed, shape, torch.float32 if kept else dtype, pieces)
 
-    for name, parts in stacks(source).items():
+    for name, parts in stacks(config).items():
         shape = source.shapes[parts[0]]
         shape = (len(parts), *shape) if split_expert(parts[0]) else shape
 
@@ -189,7 +191,7 @@ def tensors(source: Source, config: ModelConfig, architecture: Architecture, dty
             yield from (lazy(*split) for split in split_kv(name, read, config))
         else:
             yield lazy(name, shape, read)
-    if HEAD not in source.shapes and architecture.needs_head:
+    if config.tie_word_embeddings and architecture.needs_head:
         yield lazy(HEAD, source.shapes[EMBEDDING], lambda: iter([read_plain(source, EMBEDDING)]))
     if architecture.selection_bias:
         for name, bias in biases(source, config, architecture).items():
@@ -199,12 +201,13 @@ def tensors(source: Source, config: ModelConfig, architecture: Architecture, dty
         yield LazyTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: iter([factors]))
 
 
-def stacks(source: Source) -> dict[str, list[str]]:
-    """The plain parameters that make each tensor of the file, by the name that it has there but for the words."""
+def stacks(config: ModelConfig) -> dict[str, list[str]]:
+    """The plain parameters that make each tensor of the file: themselves, or those of a layer's experts under a name
+    without their ids."""
     found = defaultdict(list)
-    for name in sorted(source.shapes, key=by_number):
+    for name in parameter_shapes(config):
         expert = split_expert(name)
-        if not name.startswith("model.mtp."):
+        if not name.startswith(MTP):
             found[f"{expert.layer}.{expert.parameter}" if expert else name].append(name)
     return found
 
