@@ -2,6 +2,7 @@
 
     OUT.pt            a plain state_dict
     OUT.safetensors   the same tensors in one file
+    OUT.gguf          a file for llama.cpp, where one of its architectures holds the model
     OUT               a Hugging Face directory, of a class of transformers where one holds the model; with --to
                       safetensors, shards and their index alone
 
@@ -41,18 +42,21 @@ from megamoe.config import ModelConfig, validate
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
 
-FORMATS = ("state_dict", "safetensors", "huggingface")
+FORMATS = ("state_dict", "safetensors", "huggingface", "gguf")
 
 
 def choose_format(out: Path, to: str | None) -> str:
     """What to write, from the ending of `out` and --to. Raises UserError if they disagree."""
-    ending = {**dict.fromkeys(STATE_DICT_ENDINGS, "state_dict"), ".safetensors": "safetensors"}.get(out.suffix)
+    endings = {**dict.fromkeys(STATE_DICT_ENDINGS, "state_dict"), ".safetensors": "safetensors", ".gguf": "gguf"}
+    ending = endings.get(out.suffix)
     if to is not None and to not in FORMATS:
         raise UserError(f"--to is {to}; use one of {', '.join(FORMATS)}.")
     if to is not None and (ending or to) != to:
         raise UserError(f"--to is {to}, but {out} ends in {out.suffix}; drop one of the two.")
     if to == "state_dict" and ending is None:
         raise UserError(f"--to is state_dict, but {out} has no ending of one; call it {out}.pt.")
+    if to == "gguf" and ending is None:
+        raise UserError(f"--to is gguf, but {out} has not its ending; call it {out}.gguf.")
     return to or ending or "huggingface"
 
 
@@ -67,6 +71,15 @@ def model_config(checkpoint: Path) -> ModelConfig:
     return validate(ModelConfig, model, f"{checkpoint}: model")
 
 
+def checked_config(source: Source, checkpoint: Path) -> ModelConfig:
+    """The same, where the weights are those of such a model. Raises UserError."""
+    config = model_config(checkpoint)
+    problems = model_problems(source, config, str(checkpoint))
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
 def print_plan(groups: list[list[Entry]]) -> None:
     for number, group in enumerate(groups, start=1):
         for entry in group:
@@ -79,10 +92,7 @@ def write_directory(
     source: Source, checkpoint: Path, args: argparse.Namespace, dtype: torch.dtype, shard_bytes: int
 ) -> None:
     """A Hugging Face directory; says of which class, and where none of transformers holds the model, why."""
-    config = model_config(checkpoint)
-    problems = model_problems(source, config, str(checkpoint))
-    if problems:
-        raise UserError(*problems)
+    config = checked_config(source, checkpoint)
     of_run = checkpoint.parent.parent / "tokenizer.json"
     tokenizer = args.tokenizer or (of_run if of_run.is_file() else None)
     architecture, sentence = native_class(source, config)
@@ -103,6 +113,20 @@ def under_names_written(source: Source, checkpoint: Path, form: str, keep_mtp: b
     if architecture:
         return NativeSource(source, architecture, config, keep_mtp)
     return source if keep_mtp else without_mtp(source)
+
+
+def convert_to_gguf(source: Source, checkpoint: Path, args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Write a GGUF file, or with --dry-run list its tensors. Raises UserError."""
+    try:
+        from megamoe.checkpoint.gguf_file import gguf_entries, write_gguf
+    except ModuleNotFoundError as error:
+        raise UserError(f"--to gguf needs the package {error.name}; pip install -e '.[gguf]'.") from None
+    config = checked_config(source, checkpoint)
+    if args.dry_run:
+        print_plan([gguf_entries(source, dtype, config)])
+        return
+    tokenizer = args.tokenizer or checkpoint.parent.parent / "tokenizer.json"
+    print(f"llama.cpp's architecture is {write_gguf(source, args.out, dtype, config, tokenizer)}")
 
 
 def main() -> None:
@@ -130,17 +154,20 @@ def main() -> None:
     dtype, shard_bytes = DTYPES[args.dtype], int(args.max_shard_gb * 1e9)
     checkpoint = find_checkpoint(args.checkpoint)
     source = open_source(checkpoint, open_files=1)
-    if args.dry_run:
+    if form == "gguf":
+        convert_to_gguf(source, checkpoint, args, dtype)
+    elif args.dry_run:
         in_one_file = form == "state_dict" or args.out.suffix == ".safetensors"
         everything = entries(under_names_written(source, checkpoint, form, args.keep_mtp), dtype)
         print_plan([everything] if in_one_file else shards(everything, shard_bytes))
-        return
-    if form == "state_dict":
+    elif form == "state_dict":
         write_state_dict(source, args.out, dtype)
     elif form == "safetensors":
         write_safetensors(source, args.out, dtype, shard_bytes)
     else:
         write_directory(source, checkpoint, args, dtype, shard_bytes)
+    if args.dry_run:
+        return
     seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
     print(f"wrote {args.out} from {checkpoint} in {seconds:.1f} s, {memory:.2f} GiB of memory at most")
 

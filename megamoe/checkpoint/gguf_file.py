@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +29,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from megamoe.checkpoint.export import output
+from megamoe.checkpoint.export import Entry, output
 from megamoe.checkpoint.gguf_models import (
     Architecture,
     architecture_of,
@@ -78,16 +79,30 @@ class LazyTensor:
         for piece in self._pieces():
             values = piece.to(self.torch_dtype)
             if not bool(values.isfinite().all()):
-                raise UserError(f"{self.name} has values that {self.torch_dtype} cannot hold; use --dtype bf16 or fp32.")
+                raise UserError(
+                    f"{self.name} has values that {self.torch_dtype} cannot hold; use --dtype bf16 or fp32."
+                )
             bits = values.view(torch.int16) if self.torch_dtype == torch.bfloat16 else values
-            file.write(memoryview(bits.contiguous().numpy()).cast("B"))
+            file.write(bits.contiguous().numpy().data)
+
+
+def fitting(source: Source, config: ModelConfig) -> Architecture:
+    """The architecture of llama.cpp that holds the model. Raises UserError if none does."""
+    biased = any(bool(bias.any()) for name, bias in source.buffers.items() if name.endswith("selection_bias"))
+    return architecture_of(config, biased)
+
+
+def gguf_entries(source: Source, dtype: torch.dtype, config: ModelConfig) -> list[Entry]:
+    """All tensors that `write_gguf` writes. Raises UserError if llama.cpp has no architecture for the model."""
+    planned = tensors(source, config, fitting(source, config), dtype)
+    return [Entry(tensor.name, tensor.shape, tensor.torch_dtype) for tensor in planned]
 
 
 def write_gguf(source: Source, out: Path, dtype: torch.dtype, config: ModelConfig, tokenizer: Path) -> str:
-    """Write `out` and return the name of its architecture. Raises UserError if llama.cpp has none for the model."""
-    biased = any(bool(bias.any()) for name, bias in source.buffers.items() if name.endswith("selection_bias"))
-    architecture = architecture_of(config, biased)
-    with output(out) as partial, contextlib.closing(GGUFWriter(partial, architecture.name)) as writer:
+    """Write `out` and return the name of its architecture. Raises UserError if llama.cpp has none for the model, or
+    would tokenise otherwise."""
+    architecture = fitting(source, config)
+    with output(out) as file, contextlib.closing(GGUFWriter(file, architecture.name)) as writer:
         writer.add_name(out.stem)
         writer.add_file_type(TYPES[dtype][1])
         writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -165,7 +180,9 @@ def add_rope(writer: GGUFWriter, config: ModelConfig) -> None:
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def tensors(source: Source, config: ModelConfig, architecture: Architecture, dtype: torch.dtype) -> Iterator[LazyTensor]:
+def tensors(
+    source: Source, config: ModelConfig, architecture: Architecture, dtype: torch.dtype
+) -> Iterator[LazyTensor]:
     """All tensors of the file, layer by layer. The block of multi-token prediction is left out."""
     names = get_tensor_name_map(
         next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name), config.num_hidden_layers
@@ -195,10 +212,10 @@ def tensors(source: Source, config: ModelConfig, architecture: Architecture, dty
         yield lazy(HEAD, source.shapes[EMBEDDING], lambda: iter([read_plain(source, EMBEDDING)]))
     if architecture.selection_bias:
         for name, bias in biases(source, config, architecture).items():
-            yield lazy(name, tuple(bias.shape), lambda bias=bias: iter([bias]))
+            yield lazy(name, tuple(bias.shape), partial(iter, [bias]))
     if config.rope_scaling and config.rope_scaling["rope_type"] == "llama3":
         factors = frequency_factors(config)
-        yield LazyTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: iter([factors]))
+        yield LazyTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, partial(iter, [factors]))
 
 
 def stacks(config: ModelConfig) -> dict[str, list[str]]:
@@ -230,12 +247,9 @@ def biases(source: Source, config: ModelConfig, architecture: Architecture) -> d
 def split_kv(name: str, read: Callable[[], Iterator[Tensor]], config: ModelConfig) -> list[tuple[Any, ...]]:
     """Latent attention's kv_b (heads * (nope + value), rank) as k_b (heads, rank, nope) and v_b (heads, value, rank):
     name, shape and pieces of each."""
-    heads, rank, nope, value = (
-        config.num_attention_heads,
-        config.kv_lora_rank,
-        config.head_dim - config.rotary_dim,
-        config.value_dim,
-    )
+    heads, rank = config.num_attention_heads, config.kv_lora_rank
+    assert rank
+    nope, value = config.head_dim - config.rotary_dim, config.value_dim
 
     def keys() -> Iterator[Tensor]:
         for kv in read():

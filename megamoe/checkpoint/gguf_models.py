@@ -49,9 +49,13 @@ def _olmoe(config: ModelConfig) -> list[str]:
     heads, hidden = config.num_attention_heads, config.hidden_size
     found = []
     if heads * config.head_dim != hidden:
-        found.append(f"num_attention_heads x head_dim is {heads * config.head_dim}, not hidden_size {hidden},")
+        found.append(
+            f"num_attention_heads x head_dim is {heads * config.head_dim}, but olmoe takes hidden_size {hidden}"
+        )
     if config.num_key_value_heads != heads:
-        found.append(f"num_key_value_heads is {config.num_key_value_heads}, not num_attention_heads {heads},")
+        found.append(
+            f"num_key_value_heads is {config.num_key_value_heads}, but olmoe takes num_attention_heads {heads}"
+        )
     return found
 
 
@@ -59,7 +63,7 @@ def _deepseek2(config: ModelConfig) -> list[str]:
     layers = config.num_hidden_layers
     uncompressed = layers in (26, 27) or (layers == 48 and config.vocab_size == 128_256)  # as in DeepSeek-V2-Lite
     if config.q_lora_rank and uncompressed:
-        return [f"q_lora_rank is {config.q_lora_rank}, which must be null in a model of {layers} layers"]
+        return [f"q_lora_rank is {config.q_lora_rank}, but deepseek2 of {layers} layers takes null"]
     return []
 
 
@@ -126,22 +130,27 @@ def architecture_of(config: ModelConfig, biased: bool) -> Architecture:
     misfits, nearest = min(found, key=lambda pair: len(pair[0]))
     if misfits:
         raise UserError(
-            *(f"{sentence} for llama.cpp's {nearest.name}, the architecture nearest to this model." for sentence in misfits)
+            *(
+                f"{misfit}; no architecture of llama.cpp is nearer, so use --to huggingface instead."
+                for misfit in misfits
+            )
         )
     return nearest
 
 
 def problems(config: ModelConfig, architecture: Architecture, biased: bool) -> list[str]:
-    """What `architecture` cannot hold of a model, each as the beginning of a sentence."""
+    """What `architecture` cannot hold of a model, each in words."""
+    name = architecture.name
     found = [
-        f"{field} is {shown(getattr(config, field))}, not {_choices(values)},"
+        f"{field} is {shown(getattr(config, field))}, but {name} takes {_choices(values)}"
         for field, values in architecture.takes.items()
         if getattr(config, field) not in values
     ]
     if biased and not architecture.selection_bias:
-        found.append("the balancing bias is not zero, but there is no place")
-    found += architecture.check(config)
-    return [*found, *_dense(config, architecture), *_windows(config), *_groups(config), *_rope(config, architecture)]
+        found.append(f"the balancing bias (router_bias) is not zero, but {name} has none")
+    checks = (architecture.check(config), _dense(config, architecture), _windows(config), _groups(config))
+    between = [problem for problems in checks for problem in problems]
+    return [*found, *between, *_rope(config, architecture)]
 
 
 def _choices(values: Container[Any]) -> str:
@@ -159,9 +168,9 @@ def leading_dense_blocks(config: ModelConfig) -> int:
 def _dense(config: ModelConfig, architecture: Architecture) -> list[str]:
     dense = [block for block in range(config.num_hidden_layers) if config.is_dense(block)]
     if dense and not architecture.dense_blocks:
-        return [f"block {dense[0]} is dense, where all need experts"]
+        return [f"block {dense[0]} is dense, but {architecture.name} has experts in all blocks"]
     if len(dense) > leading_dense_blocks(config):
-        return [f"block {dense[-1]} is dense behind one with experts, where only the first ones can be dense"]
+        return [f"block {dense[-1]} is dense behind one with experts, but {architecture.name} begins with dense ones"]
     return []
 
 
@@ -169,7 +178,8 @@ def _windows(config: ModelConfig) -> list[str]:
     """A window that no position is outside of is none."""
     windows = [config.window(block) for block in range(config.num_hidden_layers)]
     short = next((window for window in windows if window and window < config.max_position_embeddings), None)
-    return [f"sliding_window is {short}, below max_position_embeddings, where none is known"] if short else []
+    longest = config.max_position_embeddings
+    return [f"sliding_window is {short}, but llama.cpp's attention sees all {longest} positions"] if short else []
 
 
 def limits_groups(config: ModelConfig) -> bool:
@@ -179,29 +189,31 @@ def limits_groups(config: ModelConfig) -> bool:
 
 def _groups(config: ModelConfig) -> list[str]:
     if limits_groups(config) and config.num_local_experts < 2 * config.n_group:
-        return [f"n_group is {config.n_group}, which leaves a group of num_local_experts one, where two are needed"]
+        return [
+            f"n_group is {config.n_group}, but llama.cpp needs two of {config.num_local_experts} experts in a group"
+        ]
     return []
 
 
 def _rope(config: ModelConfig, architecture: Architecture) -> list[str]:
-    scaling = config.rope_scaling
+    scaling, name = config.rope_scaling, architecture.name
     kind = scaling and scaling["rope_type"]
     if not scaling or kind == "linear" or (kind == "llama3" and architecture.scaled_frequencies):
         return []
     if kind != "yarn":
-        return [f"rope_scaling is of the type {shown(kind)}, where there is no such"]
+        return [f"rope_scaling is of the type {shown(kind)}, but {name} has no such"]
     found = [
-        f"rope_scaling has {key} {scaling[key]}, not {fixed},"
+        f"rope_scaling has {key} {scaling[key]}, but llama.cpp takes {fixed}"
         for key, fixed in (("beta_fast", 32), ("beta_slow", 1))
         if scaling.get(key, fixed) != fixed
     ]
     if scaling["factor"] < 1:
-        found.append(f"rope_scaling has factor {scaling['factor']}, not 1 or more,")
+        found.append(f"rope_scaling has factor {scaling['factor']}, but llama.cpp takes 1 or more")
     if config.kv_lora_rank:
         if not scaling.get("mscale_all_dim") or scaling.get("mscale") != scaling["mscale_all_dim"]:
-            found.append("rope_scaling has not the same mscale and mscale_all_dim, as is needed")
+            found.append(f"rope_scaling has different mscale and mscale_all_dim, or none, but {name} takes equal ones")
         if scaling.get("attention_factor"):
-            found.append("rope_scaling has attention_factor, which is not read")
+            found.append(f"rope_scaling has attention_factor, but {name} does not read it")
     return found
 
 

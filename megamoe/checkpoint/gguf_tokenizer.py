@@ -6,7 +6,6 @@ those rules can be written.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
