@@ -8,7 +8,7 @@ Source: src/models/*.cpp and src/llama-model.cpp of llama.cpp, as in the package
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,18 @@ from megamoe.config import MAX_SIZE, ModelConfig
 from megamoe.errors import UserError, shown
 from megamoe.model.rope import rope_frequencies
 
-SOME = range(1, MAX_SIZE + 1)
-MOST_EXPERTS, MOST_LAYERS = 1024, 512  # LLAMA_MAX_EXPERTS, LLAMA_MAX_LAYERS
+
+@dataclass(frozen=True)
+class UpTo:
+    """The whole numbers from 1 on."""
+
+    most: int
+
+    def __contains__(self, value: Any) -> bool:
+        return isinstance(value, int) and 1 <= value <= self.most
+
+
+SOME = UpTo(MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Architecture:
     """One of llama.cpp's graphs."""
 
     name: str
-    takes: dict[str, Container[Any]]
+    takes: dict[str, UpTo | tuple[Any, ...]]
     """The values that a field may have."""
     interleaved: bool = False
     """RoPE turns neighbouring pairs, not halves."""
@@ -67,13 +77,13 @@ def _deepseek2(config: ModelConfig) -> list[str]:
     return []
 
 
-EVERY: dict[str, Container[Any]] = {
+EVERY: dict[str, UpTo | tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "gated_mlp": (True,),
     "num_latent_tokens": (0,),
     "shared_expert_gate": (False,),
-    "num_local_experts": range(1, MOST_EXPERTS + 1),
-    "num_hidden_layers": range(1, MOST_LAYERS + 1),
+    "num_local_experts": UpTo(1024),  # LLAMA_MAX_EXPERTS
+    "num_hidden_layers": UpTo(512),  # LLAMA_MAX_LAYERS
 }
 HEADS = EVERY | {"kv_lora_rank": (None,)}
 PLAIN = HEADS | {"n_shared_experts": (0,), "routed_scaling_factor": (1.0,)}
@@ -148,15 +158,15 @@ def problems(config: ModelConfig, architecture: Architecture, biased: bool) -> l
     ]
     if biased and not architecture.selection_bias:
         found.append(f"the balancing bias (router_bias) is not zero, but {name} has none")
-    checks = (architecture.check(config), _dense(config, architecture), _windows(config), _groups(config))
+    checks = (architecture.check(config), _dense(config, architecture), _windows(config))
     between = [problem for problems in checks for problem in problems]
     return [*found, *between, *_rope(config, architecture)]
 
 
-def _choices(values: Container[Any]) -> str:
-    if isinstance(values, range):
-        return "1 or more" if values is SOME else f"{values.start} to {values.stop - 1}"
-    return " or ".join(map(shown, values))  # type: ignore[call-overload]
+def _choices(values: UpTo | tuple[Any, ...]) -> str:
+    if isinstance(values, UpTo):
+        return "1 or more" if values is SOME else f"up to {values.most}"
+    return " or ".join(map(shown, values))
 
 
 def leading_dense_blocks(config: ModelConfig) -> int:
@@ -185,14 +195,6 @@ def _windows(config: ModelConfig) -> list[str]:
 def limits_groups(config: ModelConfig) -> bool:
     """Whether a token may not choose from all groups of experts."""
     return config.topk_group < config.n_group
-
-
-def _groups(config: ModelConfig) -> list[str]:
-    if limits_groups(config) and config.num_local_experts < 2 * config.n_group:
-        return [
-            f"n_group is {config.n_group}, but llama.cpp needs two of {config.num_local_experts} experts in a group"
-        ]
-    return []
 
 
 def _rope(config: ModelConfig, architecture: Architecture) -> list[str]:

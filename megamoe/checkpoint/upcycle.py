@@ -206,7 +206,8 @@ class Upcycled:
             mlp = DENSE_MLP.fullmatch(name)
             assert mlp
             generator = _generator(recipe.seed, int(mlp[1]), expert, PROJECTIONS.index(mlp[2]))
-            weight += recipe.noise * weight.std() * torch.randn(weight.shape, generator=generator)
+            noise = torch.randn(weight.shape, generator=generator)
+            weight = weight + recipe.noise * weight.std() * noise  # not in place: it may be a view of the mapped file
         return weight
 
     def _router(self, layer: int, hidden_size: int) -> Tensor:
