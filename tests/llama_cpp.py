@@ -42,14 +42,10 @@ class LlamaCpp:
     def tokenize(self, text: str) -> list[int]:
         return self._post("/tokenize", content=text)["tokens"]
 
-    def greedy(self, ids: list[int], count: int) -> list[int]:
-        """The likeliest continuation."""
-        done = self._post("/completion", prompt=ids, n_predict=count, temperature=-1, return_tokens=True)
+    def greedy(self, prompt: str | list[int], count: int) -> list[int]:
+        """The likeliest continuation of a text or of tokens."""
+        done = self._post("/completion", prompt=prompt, n_predict=count, temperature=-1, return_tokens=True)
         return done["tokens"]
-
-    def text(self, prompt: str, count: int) -> str:
-        """The likeliest continuation of a text."""
-        return self._post("/completion", prompt=prompt, n_predict=count, temperature=-1)["content"]
 
     def log_probs(self, ids: list[int], vocab_size: int) -> Tensor:
         """Of each token to follow `ids`, (vocab_size,)."""
