@@ -31,6 +31,8 @@ class LlamaCpp:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
+        # The server's thread hangs for ever if it is told to end before its loop has begun, as it has after an answer.
+        self.greedy([NEXT], 1)
 
     def _post(self, route: str, **body: Any) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -40,7 +42,7 @@ class LlamaCpp:
         return json.loads(opener.open(request, timeout=60).read())
 
     def tokenize(self, text: str) -> list[int]:
-        return self._post("/tokenize", content=text)["tokens"]
+        return self._post("/tokenize", content=text, add_special=True)["tokens"]
 
     def greedy(self, prompt: str | list[int], count: int) -> list[int]:
         """The likeliest continuation of a text or of tokens."""

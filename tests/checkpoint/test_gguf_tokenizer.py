@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from gguf import GGUFReader, TokenType
 from llama_cpp import LlamaCpp
 from random_source import RandomSource
 from refusals import has, refusal
@@ -53,11 +54,27 @@ def test_llama_cpp_tokenises_as_the_library_does(rule, tmp_path):
         assert llama.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
 
 
-def test_the_end_of_a_text_is_one_token_and_ends_what_is_generated(tmp_path):
+def test_the_end_of_a_text_is_one_token(tmp_path):
     tokenizer = trained("gpt-2", [TEXT])
     llama = LlamaCpp(written(tokenizer, tmp_path))
     assert llama.tokenize("be<|endoftext|>") == tokenizer.encode("be<|endoftext|>").ids
     assert llama.tokenize("be<|endoftext|>")[-1] == 0
+
+
+def test_special_added_and_unused_tokens_are_marked(tmp_path):
+    tokenizer = trained("gpt-2", [TEXT], 300)
+    tokenizer.add_tokens(["WHENCE"])
+    tokenizer.add_special_tokens(["<|user|>"])
+    fields = GGUFReader(written(tokenizer, tmp_path)).fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    expected = dict.fromkeys(range(400), TokenType.NORMAL)
+    expected |= dict.fromkeys(range(302, 400), TokenType.UNUSED)
+    expected |= {0: TokenType.CONTROL, 300: TokenType.USER_DEFINED, 301: TokenType.CONTROL}
+    assert dict(enumerate(types)) == expected
+    assert tokens[:302] == [tokenizer.id_to_token(number) for number in range(302)]
+    assert len(set(tokens)) == 400
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
 
 
 @pytest.mark.parametrize(
