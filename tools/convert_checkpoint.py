@@ -1,11 +1,13 @@
-"""Convert a checkpoint: `python tools/convert_checkpoint.py runs/tiny tiny.pt` (or .safetensors, or a folder).
+"""Convert a model: `python tools/convert_checkpoint.py runs/tiny tiny.pt` (or .safetensors, .gguf, or a folder).
 
     OUT.pt            a plain state_dict
     OUT.safetensors   the same tensors in one file
+    OUT.gguf          a file for llama.cpp, where one of its architectures holds the model
     OUT               a Hugging Face directory, of a class of transformers where one holds the model; with --to
                       safetensors, shards and their index alone
 
-The newest checkpoint of a run that verifies is used. `pretrain.py --init_from OUT` goes the way back.
+Takes a run (its newest checkpoint that is verified), a checkpoint, or a Hugging Face directory. `pretrain.py --init_from
+OUT` goes the way back.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from pathlib import Path
 import torch
 
 from megamoe import cli
-from megamoe.architectures.config_json import preset_of
 from megamoe.checkpoint.export import (
     DTYPES,
     Entry,
@@ -30,44 +31,27 @@ from megamoe.checkpoint.export import (
     write_state_dict,
 )
 from megamoe.checkpoint.native_export import NativeSource, native_class, write_native
-from megamoe.checkpoint.reader import (
-    STATE_DICT_ENDINGS,
-    Source,
-    find_checkpoint,
-    model_problems,
-    open_source,
-    run_record,
-)
-from megamoe.config import ModelConfig, validate
+from megamoe.checkpoint.open_model import OpenModel, open_model
+from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, open_source
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
 
-FORMATS = ("state_dict", "safetensors", "huggingface")
+FORMATS = ("state_dict", "safetensors", "huggingface", "gguf")
 
 
 def choose_format(out: Path, to: str | None) -> str:
     """What to write, from the ending of `out` and --to. Raises UserError if they disagree."""
-    ending = {**dict.fromkeys(STATE_DICT_ENDINGS, "state_dict"), ".safetensors": "safetensors"}.get(out.suffix)
+    endings = {**dict.fromkeys(STATE_DICT_ENDINGS, "state_dict"), ".safetensors": "safetensors", ".gguf": "gguf"}
+    ending = endings.get(out.suffix)
     if to is not None and to not in FORMATS:
         raise UserError(f"--to is {to}; use one of {', '.join(FORMATS)}.")
     if to is not None and (ending or to) != to:
         raise UserError(f"--to is {to}, but {out} ends in {out.suffix}; drop one of the two.")
     if to == "state_dict" and ending is None:
         raise UserError(f"--to is state_dict, but {out} has no ending of one; call it {out}.pt.")
+    if to == "gguf" and ending is None:
+        raise UserError(f"--to is gguf, but {out} has not its ending; call it {out}.gguf.")
     return to or ending or "huggingface"
-
-
-def model_config(checkpoint: Path) -> ModelConfig:
-    """The model's configuration, from the record of its run, or of a Hugging Face directory. Raises UserError."""
-    if (checkpoint / "config.json").is_file():
-        return preset_of(checkpoint)
-    model = run_record(checkpoint).get("model")
-    if not isinstance(model, dict):
-        raise UserError(
-            f"{checkpoint} does not say what model it is of; convert it to a .pt instead, or put the run's run.json "
-            "there."
-        )
-    return validate(ModelConfig, model, f"{checkpoint}: model")
 
 
 def print_plan(groups: list[list[Entry]]) -> None:
@@ -78,46 +62,76 @@ def print_plan(groups: list[list[Entry]]) -> None:
         print(f"file {number} of {len(groups)}: {len(group)} tensors, {sum(entry.nbytes for entry in group):,} bytes")
 
 
-def write_directory(
-    source: Source, checkpoint: Path, args: argparse.Namespace, dtype: torch.dtype, shard_bytes: int
-) -> None:
-    """A Hugging Face directory; says of which class, and where none of transformers holds the model, why."""
-    config = model_config(checkpoint)
-    problems = model_problems(source, config, str(checkpoint))
-    if problems:
-        raise UserError(*problems)
-    places = (checkpoint.parent.parent / "tokenizer.json", checkpoint / "tokenizer.json")
-    tokenizer = args.tokenizer or next(filter(Path.is_file, places), None)
-    architecture, sentence = native_class(source, config)
-    if architecture:
-        print(sentence)
-        write_native(source, args.out, dtype, shard_bytes, config, architecture, tokenizer, args.keep_mtp)
+def convert_weights(args: argparse.Namespace, form: str) -> Path:
+    """To a state_dict or safetensors, for which the model need not be known. Returns where the weights were."""
+    path = find_checkpoint(args.model)
+    source, dtype = open_source(path, open_files=1), DTYPES[args.dtype]
+    in_one_file = form == "state_dict" or args.out.suffix == ".safetensors"
+    if args.dry_run:
+        everything = entries(source, dtype)
+        print_plan([everything] if in_one_file else shards(everything, shard_bytes(args)))
+    elif form == "state_dict":
+        write_state_dict(source, args.out, dtype)
     else:
-        print(f"{sentence}; so the directory brings its own code (trust_remote_code)")
-        write_huggingface(source, args.out, dtype, shard_bytes, config, tokenizer, args.keep_mtp)
+        write_safetensors(source, args.out, dtype, shard_bytes(args))
+    return path
 
 
-def under_names_written(source: Source, checkpoint: Path, form: str, keep_mtp: bool) -> Source:
-    """The source as the output will call its tensors."""
-    if form != "huggingface":
-        return source
-    config = model_config(checkpoint)
-    architecture, _ = native_class(source, config)
+def convert_to_directory(model: OpenModel, args: argparse.Namespace) -> None:
+    """To a Hugging Face directory; says of which class, and where none of transformers holds the model, why."""
+    source, config, dtype = model.source, model.config, DTYPES[args.dtype]
+    architecture, sentence = native_class(source, config)
+    print(sentence if architecture else f"{sentence}; so the directory brings its own code (trust_remote_code)")
+    if args.dry_run:
+        own = source if args.keep_mtp else without_mtp(source)
+        written = NativeSource(source, architecture, config, args.keep_mtp) if architecture else own
+        print_plan(shards(entries(written, dtype), shard_bytes(args)))
+        return
+    tokenizer = args.tokenizer or model.tokenizer
     if architecture:
-        return NativeSource(source, architecture, config, keep_mtp)
-    return source if keep_mtp else without_mtp(source)
+        write_native(source, args.out, dtype, shard_bytes(args), config, architecture, tokenizer, args.keep_mtp)
+    else:
+        write_huggingface(source, args.out, dtype, shard_bytes(args), config, tokenizer, args.keep_mtp)
+
+
+def convert_to_gguf(model: OpenModel, args: argparse.Namespace) -> None:
+    """To a file for llama.cpp; says for which of its architectures."""
+    try:
+        from megamoe.checkpoint.gguf_file import gguf_entries, write_gguf
+    except ModuleNotFoundError as error:
+        raise UserError(f"--to gguf needs the package {error.name}; pip install -e '.[gguf]'.") from None
+    if args.dry_run:
+        print_plan([gguf_entries(model.source, DTYPES[args.dtype], model.config)])
+        return
+    tokenizer = args.tokenizer or model.tokenizer
+    if tokenizer is None:
+        raise UserError(f"{args.model} has no tokenizer.json, which a .gguf holds; give one with --tokenizer.")
+    name = write_gguf(model.source, args.out, DTYPES[args.dtype], model.config, tokenizer)
+    print(f"llama.cpp's architecture is {name}")
+
+
+def shard_bytes(args: argparse.Namespace) -> int:
+    return int(args.max_shard_gb * 1e9)
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
+    if not 0 < args.max_shard_gb < math.inf:
+        raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a finite size above 0.")
+    if args.out.exists() and not args.dry_run:
+        raise UserError(f"{args.out} exists already; choose another output, or remove it.")
+    return args
 
 
 def main() -> None:
-    parser = cli.Parser(description="Convert a checkpoint to plain weights.")
-    parser.add_argument(
-        "checkpoint", type=Path, help="folder of a run or of one checkpoint, or a Hugging Face directory"
-    )
+    parser = cli.Parser(description="Convert a model to the form of another program.")
+    parser.add_argument("model", type=Path, help="a run, a checkpoint, or a Hugging Face directory")
     parser.add_argument("out", type=Path, help="file or folder to write")
     parser.add_argument("--to", help=f"one of {', '.join(FORMATS)}; by default from the ending of OUT")
     parser.add_argument("--dtype", default="fp32", help="fp32 (the masters as they are), bf16 or fp16")
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="largest safetensors file in a folder, in GB")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to add; by default the one in the run folder")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to add; by default the model's own")
     parser.add_argument("--keep_mtp", action="store_true", help="write multi-token prediction, which is left out else")
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="list names, shapes and bytes, write nothing"
@@ -125,29 +139,16 @@ def main() -> None:
     args = parser.parse()
     started = time.perf_counter()
     form = choose_format(args.out, args.to)
-    if args.dtype not in DTYPES:
-        raise UserError(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
-    if not 0 < args.max_shard_gb < math.inf:
-        raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a finite size above 0.")
-    if args.out.exists() and not args.dry_run:
-        raise UserError(f"{args.out} exists already; choose another output, or remove it.")
-
-    dtype, shard_bytes = DTYPES[args.dtype], int(args.max_shard_gb * 1e9)
-    checkpoint = find_checkpoint(args.checkpoint)
-    source = open_source(checkpoint, open_files=1)
-    if args.dry_run:
-        in_one_file = form == "state_dict" or args.out.suffix == ".safetensors"
-        everything = entries(under_names_written(source, checkpoint, form, args.keep_mtp), dtype)
-        print_plan([everything] if in_one_file else shards(everything, shard_bytes))
-        return
-    if form == "state_dict":
-        write_state_dict(source, args.out, dtype)
-    elif form == "safetensors":
-        write_safetensors(source, args.out, dtype, shard_bytes)
+    check(args)
+    if form in ("state_dict", "safetensors"):
+        path = convert_weights(args, form)
     else:
-        write_directory(source, checkpoint, args, dtype, shard_bytes)
-    seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
-    print(f"wrote {args.out} from {checkpoint} in {seconds:.1f} s, {memory:.2f} GiB of memory at most")
+        model = open_model(args.model, open_files=1)
+        path = model.path
+        (convert_to_gguf if form == "gguf" else convert_to_directory)(model, args)
+    if not args.dry_run:
+        seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
+        print(f"wrote {args.out} from {path} in {seconds:.1f} s, {memory:.2f} GiB of memory at most")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, ru
     ("words", "parts"),
     [
         (["w.pt", "--dtype", "int8"], ["--dtype is int8", "bf16"]),
-        (["w.pt", "--to", "gguf"], ["--to is gguf", "huggingface"]),
+        (["w.pt", "--to", "onnx"], ["--to is onnx", "huggingface"]),
         (["w.pt", "--to", "safetensors"], ["ends in .pt"]),
         (["w", "--to", "state_dict"], ["w.pt"]),
         (["w", "--max_shard_gb", "0"], ["--max_shard_gb is 0.0"]),

@@ -1,0 +1,222 @@
+"""A Mixture-of-Experts model from a dense one: the MLP of each layer is copied into experts, the rest stays.
+
+Source: Komatsuzaki et al., "Sparse Upcycling" (arXiv:2212.05055). With `split`, each copy is several narrower experts
+with equal rows in the router, so that a token is sent to whole copies until training tells the parts apart: the virtual
+groups of He et al., "Upcycling Large Language Models into Mixture of Experts" (arXiv:2410.07524). The weights of the
+chosen experts sum to 1, so the parts' down projections are multiplied by `split`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megamoe.checkpoint import reader
+from megamoe.checkpoint.export import output, save_shards, write_json
+from megamoe.checkpoint.upcycle_config import PROJECTIONS, Pair, read_dense, sparse_config
+from megamoe.errors import UserError
+from megamoe.model.names import EMBEDDING, HEAD
+
+ROUTER_STD = 0.02
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DENSE_MLP = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(PROJECTIONS)})\.weight")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of each MLP."""
+
+    copies: int
+    top_k: int
+    """Copies that a token is sent to."""
+    split: int = 1
+    """Experts that each copy is split into."""
+    noise: float = 0.0
+    """Normal noise on an expert's matrices, in their standard deviations."""
+    seed: int = 0
+
+    def problems(self, intermediate_size: int) -> list[str]:
+        """What does not fit, one sentence each."""
+        problems = [
+            f"--{name} is {value}; give 1 or more."
+            for name, value in (("experts", self.copies), ("top_k", self.top_k), ("split", self.split))
+            if value < 1
+        ]
+        if self.top_k > self.copies:
+            problems.append(f"--top_k is {self.top_k}, above --experts {self.copies}; lower it.")
+        if self.split > 0 and intermediate_size % self.split:
+            problems.append(
+                f"--split is {self.split}, which does not divide intermediate_size {intermediate_size}; use a divisor."
+            )
+        if not 0 <= self.noise < float("inf"):
+            problems.append(f"--noise is {self.noise}; give a finite number, 0 or more.")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"--seed is {self.seed}; give a number from 0 to 2^63 - 1.")
+        return problems
+
+
+def upcycle(directory: Path, out: Path, recipe: Recipe, shard_bytes: int) -> str:
+    """Write the sparse model of the dense one in `directory`, and return its class. Raises UserError."""
+    pair, dense = read_dense(directory / "config.json")
+    problems = recipe.problems(dense["intermediate_size"])
+    if problems:
+        raise UserError(*problems)
+    source = Upcycled(DenseFiles(directory, pair, dense), pair, dense, recipe)
+    size = dense["intermediate_size"] // recipe.split
+    values = sparse_config(pair, dense, recipe.copies * recipe.split, recipe.top_k * recipe.split, size)
+    with output(out) as folder:
+        folder.mkdir()
+        write_json(folder / "config.json", {**values, "dtype": str(source.dtype).removeprefix("torch.")})
+        for name in TOKENIZER_FILES:
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, folder / name)
+        save_shards(source, folder, source.dtype, shard_bytes)
+    return pair.sparse
+
+
+def dense_shapes(pair: Pair, dense: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the dense model."""
+    hidden, size, head_dim = dense["hidden_size"], dense["intermediate_size"], dense["head_dim"]
+    query, key = (dense[heads] * head_dim for heads in ("num_attention_heads", "num_key_value_heads"))
+    rows = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, query)}
+    layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in rows.items()}
+    if pair.may_have_bias and dense.get("attention_bias"):
+        layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in rows.items()}
+    if pair.qk_norm:
+        layer |= {f"self_attn.{name}.weight": (head_dim,) for name in ("q_norm", "k_norm")}
+    layer |= {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    layer |= dict(
+        zip((f"mlp.{name}.weight" for name in PROJECTIONS), [(size, hidden)] * 2 + [(hidden, size)], strict=True)
+    )
+    embedding = (dense["vocab_size"], hidden)
+    shapes = {EMBEDDING: embedding, "model.norm.weight": (hidden,)}
+    if not dense.get("tie_word_embeddings", False):
+        shapes[HEAD] = embedding
+    layers = range(dense["num_hidden_layers"])
+    return shapes | {f"model.layers.{number}.{name}": shape for number in layers for name, shape in layer.items()}
+
+
+class DenseFiles:
+    """The safetensors of a dense model, read in ranges."""
+
+    def __init__(self, directory: Path, pair: Pair, dense: dict[str, Any]):
+        """Raises UserError if a file is missing or damaged, or the tensors are not those of the configuration."""
+        self.shapes = dense_shapes(pair, dense)
+        self._slices: dict[str, Any] = {}
+        files = reader._indexed(directory, sorted(directory.glob("*.safetensors")))
+        if not files:
+            raise UserError(f"{directory} has no .safetensors files; give a directory that has.")
+        for file in files:
+            try:
+                opened = safe_open(file, framework="pt")
+                self._slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} cannot be read ({error}); make or fetch it again.") from None
+        if HEAD not in self.shapes:
+            self._slices.pop(HEAD, None)  # the embedding once more
+        self._slices = {name: one for name, one in self._slices.items() if not name.endswith("rotary_emb.inv_freq")}
+        self._check(directory)
+        dtypes = {DTYPES[one.get_dtype()] for one in self._slices.values()}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+    def _check(self, directory: Path) -> None:
+        for name, one in self._slices.items():
+            scale = name not in self.shapes and "scale" in name.rpartition(".")[2]
+            if scale or one.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"{directory}: {name} is of {one.get_dtype()}, a quantised weight or what belongs to one; give the "
+                    "unquantised model."
+                )
+        for name in sorted(self.shapes.keys() ^ self._slices.keys()):
+            what = "lacks" if name in self.shapes else "has, beyond its config.json,"
+            raise UserError(f"{directory} {what} {name}; make or fetch it again.")
+        for name, shape in self.shapes.items():
+            found = tuple(self._slices[name].get_shape())
+            if found != shape:
+                raise UserError(f"{directory}: {name} has the shape {found}, where its config.json says {shape}.")
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """A tensor, or a range of its rows and columns, in fp32."""
+        one = self._slices[name]
+        return (one[rows] if columns is None else one[rows, columns]).float()
+
+
+class Upcycled:
+    """The sparse model as a source of tensors under its published names; each is made when it is read."""
+
+    has_optimizer = False
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, files: DenseFiles, pair: Pair, dense: dict[str, Any], recipe: Recipe):
+        self.dtype, self.buffers = files.dtype, dict[str, Tensor]()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files, self._recipe = files, recipe
+        self._make: dict[str, Callable[[], Tensor]] = {}
+        names = dict(zip(PROJECTIONS, pair.projections, strict=True))
+        experts = recipe.copies * recipe.split
+        for name, shape in files.shapes.items():
+            mlp = DENSE_MLP.fullmatch(name)
+            if not mlp:
+                self.shapes[name], self._make[name] = shape, partial(files.read, name)
+                continue
+            moe = f"model.layers.{mlp[1]}.{pair.moe}"
+            rows, columns = shape
+            narrow = (rows, columns // recipe.split) if mlp[2] == "down_proj" else (rows // recipe.split, columns)
+            for expert in range(experts):
+                made = f"{moe}.experts.{expert}.{names[mlp[2]]}.weight"
+                self.shapes[made], self._make[made] = narrow, partial(self._expert, name, expert)
+            gate = f"{moe}.gate.weight"
+            self.shapes[gate] = (experts, dense["hidden_size"])
+            self._make[gate] = partial(self._router, int(mlp[1]), dense["hidden_size"])
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        return self._make[name]().flatten()[start : start + count]
+
+    def training_state(self) -> dict[str, Any]:
+        raise AssertionError("plain weights have no training state")
+
+    def _expert(self, name: str, expert: int) -> Tensor:
+        recipe = self._recipe
+        down = "down_proj" in name
+        size = self._files.shapes[name][1 if down else 0] // recipe.split
+        part = slice(expert % recipe.split * size, (expert % recipe.split + 1) * size)
+        weight = self._files.read(name, slice(None), part) * recipe.split if down else self._files.read(name, part)
+        if recipe.noise:
+            mlp = DENSE_MLP.fullmatch(name)
+            assert mlp
+            generator = _generator(recipe.seed, int(mlp[1]), expert, PROJECTIONS.index(mlp[2]))
+            noise = torch.randn(weight.shape, generator=generator)
+            weight = weight + recipe.noise * weight.std() * noise  # not in place: it may be a view of the mapped file
+        return weight
+
+    def _router(self, layer: int, hidden_size: int) -> Tensor:
+        """Rows are equal for the parts of a copy."""
+        rows = torch.randn(self._recipe.copies, hidden_size, generator=_generator(self._recipe.seed, layer))
+        return (ROUTER_STD * rows).repeat_interleave(self._recipe.split, 0)
+
+
+def _generator(seed: int, *key: int) -> torch.Generator:
+    """A generator for each (seed, *key)."""
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
