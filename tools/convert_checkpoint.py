@@ -6,8 +6,8 @@
     OUT               a Hugging Face directory, of a class of transformers where one holds the model; with --to
                       safetensors, shards and their index alone
 
-Takes a run (its newest checkpoint that is verified), a checkpoint, or a Hugging Face directory. `pretrain.py --init_from
-OUT` goes the way back.
+Takes a run (its newest checkpoint that is verified), a checkpoint, a Hugging Face directory, or a file of weights.
+`pretrain.py --init_from OUT` goes the way back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from megamoe import cli
+from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.export import (
     DTYPES,
     Entry,
@@ -126,8 +127,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     parser = cli.Parser(description="Convert a model to the form of another program.")
-    parser.add_argument("model", type=Path, help="a run, a checkpoint, or a Hugging Face directory")
+    parser.add_argument("model", type=Path, help="a run, a checkpoint, a Hugging Face directory, or a file")
     parser.add_argument("out", type=Path, help="file or folder to write")
+    parser.add_argument("--preset", help="of weights that do not say what model they are of")
     parser.add_argument("--to", help=f"one of {', '.join(FORMATS)}; by default from the ending of OUT")
     parser.add_argument("--dtype", default="fp32", help="fp32 (the masters as they are), bf16 or fp16")
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="largest safetensors file in a folder, in GB")
@@ -143,7 +145,7 @@ def main() -> None:
     if form in ("state_dict", "safetensors"):
         path = convert_weights(args, form)
     else:
-        model = open_model(args.model, open_files=1)
+        model = open_model(args.model, find_preset(args.preset) if args.preset else None, open_files=1)
         path = model.path
         (convert_to_gguf if form == "gguf" else convert_to_directory)(model, args)
     if not args.dry_run:

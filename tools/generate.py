@@ -36,7 +36,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 def main() -> None:
     parser = cli.Parser(description="Continue prompts with a trained model.")
     parser.add_argument("model", type=Path, help="a run, a checkpoint, a Hugging Face directory, or a file")
-    parser.add_argument("--preset", help="of a .pt or .safetensors file, which does not say what model it is of")
+    parser.add_argument("--preset", help="of weights that do not say what model they are of")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the model's own")
     parser.add_argument("--end_of_text", metavar="TOKEN", help="token to stop at; by default one that is known")
     parser.add_argument("--prompt", nargs="+", default=["In a quiet library,"], help="one or more texts to continue")

@@ -124,7 +124,7 @@ class DenseFiles:
         """Raises UserError if a file is missing or damaged, or the tensors are not those of the configuration."""
         self.shapes = dense_shapes(pair, dense)
         self._slices: dict[str, Any] = {}
-        files = reader._indexed(directory, sorted(directory.glob("*.safetensors")))
+        files = reader.weight_files(directory, ".safetensors")
         if not files:
             raise UserError(f"{directory} has no .safetensors files; give a directory that has.")
         for file in files:
