@@ -91,7 +91,7 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
     if path.is_dir() and is_native(path):
         return _native_source(path)
     for suffix in (".safetensors", ".bin"):
-        if files := _weight_files(path, suffix):
+        if files := weight_files(path, suffix):
             return PlainFiles(files)
     raise UserError(
         f"{path} holds no checkpoint and no weights; give a run folder, a checkpoint in it, a .pt or .safetensors "
@@ -100,7 +100,7 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
 
 
 def _native_source(directory: Path) -> Source:
-    files = _weight_files(directory, ".safetensors")
+    files = weight_files(directory, ".safetensors")
     if not files:
         pickles = sorted(directory.glob("*.bin"))
         raise UserError(
@@ -110,7 +110,7 @@ def _native_source(directory: Path) -> Source:
     return NativeFiles(directory, files)
 
 
-def _weight_files(folder: Path, suffix: str) -> list[Path]:
+def weight_files(folder: Path, suffix: str) -> list[Path]:
     """The files of a Hugging Face directory's weights: those that the index names, where there is one. Raises UserError
     if one is missing or not in the folder."""
     for index in folder.glob(f"*{suffix}.index.json"):
