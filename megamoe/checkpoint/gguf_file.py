@@ -1,7 +1,8 @@
 """Write a model as a GGUF file, which llama.cpp and what is built on it run.
 
 Tensors have llama.cpp's names and layouts: the experts of a layer in one tensor, queries and keys in the order in which
-the architecture's RoPE takes them, latent attention's kv_b split and its key part transposed, as absorbed by the query.
+the architecture's RoPE takes them, latent attention's kv_b split and its key part transposed, as absorbed by the query,
+and what its norms take scaled for the epsilon that llama.cpp gives them.
 Matrices have the dtype that is asked for; vectors, the router and the balancing bias are fp32.
 """
 
@@ -60,6 +61,7 @@ RENAMED = {
 }
 FP32 = (".mlp.gate.weight",)
 MTP = "model.mtp."
+LATENT_EPSILON = 1e-6  # of the norms in model/latent_attention.py
 
 
 class LazyTensor:
@@ -202,7 +204,8 @@ def tensors(
 
         def read(parts: list[str] = parts) -> Iterator[Tensor]:
             for part in parts:
-                yield in_rotary_order(part, read_plain(source, part), config, architecture.interleaved)
+                tensor = in_rotary_order(part, read_plain(source, part), config, architecture.interleaved)
+                yield under_one_epsilon(part, tensor, config)
 
         if name.endswith("kv_b_proj.weight"):
             yield from (lazy(*split) for split in split_kv(name, read, config))
@@ -284,3 +287,15 @@ def in_rotary_order(name: str, tensor: Tensor, config: ModelConfig, interleaved:
     order[start : start + rotated] = start + pairs
     heads = tensor[first:].unflatten(0, (-1, head))[:, order].flatten(0, 1)
     return torch.cat([tensor[:first], heads])
+
+
+def under_one_epsilon(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """A plain parameter, so that the norms of latent attention's compressed vectors give with rms_norm_eps, which
+    llama.cpp has in all norms, what they give with an epsilon of their own: x / sqrt(m + e) = kx / sqrt(k^2 m + k^2 e).
+    """
+    if not config.kv_lora_rank or not name.endswith(("q_a_proj.weight", "kv_a_proj_with_mqa.weight")):
+        return tensor
+    compressed = config.q_lora_rank if name.endswith("q_a_proj.weight") else config.kv_lora_rank
+    factors = torch.ones(len(tensor), 1)
+    factors[:compressed] = math.sqrt(config.rms_norm_eps / LATENT_EPSILON)
+    return tensor * factors

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamoe.checkpoint import reader
 from megamoe.checkpoint.export import output, save_shards, write_json
+from megamoe.checkpoint.plain_files import Stored, open_safetensors
+from megamoe.checkpoint.reader import weight_files
 from megamoe.checkpoint.upcycle_config import PROJECTIONS, Pair, read_dense, sparse_config
 from megamoe.errors import UserError
 from megamoe.model.names import EMBEDDING, HEAD
@@ -123,43 +123,38 @@ class DenseFiles:
     def __init__(self, directory: Path, pair: Pair, dense: dict[str, Any]):
         """Raises UserError if a file is missing or damaged, or the tensors are not those of the configuration."""
         self.shapes = dense_shapes(pair, dense)
-        self._slices: dict[str, Any] = {}
-        files = reader.weight_files(directory, ".safetensors")
+        self._stored: dict[str, Stored] = {}
+        files = weight_files(directory, ".safetensors")
         if not files:
             raise UserError(f"{directory} has no .safetensors files; give a directory that has.")
         for file in files:
-            try:
-                opened = safe_open(file, framework="pt")
-                self._slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no dict
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} cannot be read ({error}); make or fetch it again.") from None
+            self._stored |= open_safetensors(file)
         if HEAD not in self.shapes:
-            self._slices.pop(HEAD, None)  # the embedding once more
-        self._slices = {name: one for name, one in self._slices.items() if not name.endswith("rotary_emb.inv_freq")}
+            self._stored.pop(HEAD, None)  # the embedding once more
+        self._stored = {name: one for name, one in self._stored.items() if not name.endswith("rotary_emb.inv_freq")}
         self._check(directory)
-        dtypes = {DTYPES[one.get_dtype()] for one in self._slices.values()}
+        dtypes = {DTYPES[one.dtype] for one in self._stored.values()}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def _check(self, directory: Path) -> None:
-        for name, one in self._slices.items():
+        for name, one in self._stored.items():
             scale = name not in self.shapes and "scale" in name.rpartition(".")[2]
-            if scale or one.get_dtype() not in DTYPES:
+            if scale or one.dtype not in DTYPES:
                 raise UserError(
-                    f"{directory}: {name} is of {one.get_dtype()}, a quantised weight or what belongs to one; give the "
+                    f"{directory}: {name} is of {one.dtype}, a quantised weight or what belongs to one; give the "
                     "unquantised model."
                 )
-        for name in sorted(self.shapes.keys() ^ self._slices.keys()):
+        for name in sorted(self.shapes.keys() ^ self._stored.keys()):
             what = "lacks" if name in self.shapes else "has, beyond its config.json,"
             raise UserError(f"{directory} {what} {name}; make or fetch it again.")
         for name, shape in self.shapes.items():
-            found = tuple(self._slices[name].get_shape())
+            found = self._stored[name].shape
             if found != shape:
                 raise UserError(f"{directory}: {name} has the shape {found}, where its config.json says {shape}.")
 
-    def read(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
-        """A tensor, or a range of its rows and columns, in fp32."""
-        one = self._slices[name]
-        return (one[rows] if columns is None else one[rows, columns]).float()
+    def read(self, name: str, *ranges: slice) -> Tensor:
+        """A tensor, or a range of its rows and of its columns, in fp32; often a view of the mapped file."""
+        return self._stored[name].get()[ranges].float()
 
 
 class Upcycled:

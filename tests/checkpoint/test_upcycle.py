@@ -11,7 +11,10 @@ from refusals import has, only, refusal, refusals
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megamoe.architectures.config_json import preset_of
+from megamoe.checkpoint.reader import load_weights, open_source
 from megamoe.checkpoint.upcycle import Recipe, upcycle
+from megamoe.model.decoder import Decoder
 
 SHAPE = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -80,6 +83,16 @@ def test_the_sparse_models_first_loss_is_the_dense_ones(name, split, tmp_path):
     assert loss(sparse) == pytest.approx(loss(model), abs=2e-6)
     with torch.no_grad():
         torch.testing.assert_close(sparse(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama, scaled and tied", "Qwen3, biased and tied"])
+def test_megamoe_reads_the_sparse_model_as_preset_and_weights(name, tmp_path):
+    dense = write_dense(tmp_path / "dense", name)
+    upcycle(tmp_path / "dense", tmp_path / "sparse", Recipe(copies=4, top_k=2, split=2), 20_000)
+    model = Decoder(preset_of(tmp_path / "sparse")).eval()
+    load_weights(model, open_source(tmp_path / "sparse"), torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), dense(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 def gates(folder):

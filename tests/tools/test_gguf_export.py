@@ -3,6 +3,7 @@
 import sys
 
 import convert_checkpoint
+import generate_gguf
 import pytest
 import torch
 from llama_cpp import LlamaCpp
@@ -10,6 +11,7 @@ from ranks import run_ranks
 from refusals import has, refusal, refusals
 from toy import ds_config, train_here, write_inputs
 
+from megamoe.checkpoint.open_model import open_model
 from megamoe.checkpoint.reader import find_checkpoint, load_weights, open_source, run_record
 from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
@@ -99,3 +101,20 @@ def test_a_model_that_no_architecture_holds_is_refused_by_its_fields(convert, tm
     said = refusals(convert, run, tmp_path / "m.gguf")
     has("\n".join(said), "num_latent_tokens is 3", "gated_mlp is false", "--to huggingface")
     assert not list(tmp_path.glob("m.gguf*"))
+
+
+def test_generate_gguf_continues_prompts_and_refuses_what_is_no_model(run, convert, tmp_path, monkeypatch, capsys):
+    convert(run, tmp_path / "m.gguf")
+
+    def generate(*words):
+        monkeypatch.setattr(sys, "argv", ["generate_gguf.py", *map(str, words)])
+        generate_gguf.main()
+        return capsys.readouterr().out
+
+    words = (tmp_path / "m.gguf", "--prompt", PROMPT, "--max_new_tokens", 4, "--temperature", 0)
+    model = open_model(run)
+    expected = load_tokenizer(model.tokenizer).decode(greedy(run, 4))
+    has(generate(*words), f"{PROMPT}{expected}")
+    (tmp_path / "junk.gguf").write_bytes(b"junk")
+    has(refusal(generate, tmp_path / "junk.gguf"), "junk.gguf", "cannot read")
+    has(refusal(generate, tmp_path / "none.gguf"), "none.gguf", "is no file")
