@@ -1,7 +1,6 @@
 """lm-evaluation-harness on exported models: its bits per byte are those of `megamoe.evaluate`."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,6 @@ from model_parts import model_of
 import megamoe
 from megamoe.checkpoint.native_export import native_class, write_native
 from megamoe.data.tokenizer import train_tokenizer
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when lm_eval is imported, in the tests
 
 TEXT = (
     "Wer wüßte je das Beste, das ihm blüht? — To be, or not to be, that is the question. " * 5
