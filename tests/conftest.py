@@ -1,4 +1,5 @@
-"""One thread a process, on the CPU: the workers of pytest, their ranks and their programs share the cores."""
+"""One thread a process, on the CPU and without the Hugging Face hub: the workers of pytest, their ranks and their
+programs share the cores."""
 
 import os
 
@@ -7,6 +8,7 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's choice, on a host with GPUs too; tests on a GPU choose that
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when its package is imported; what the tests load is on this disk
 torch.set_num_threads(1)
 
 

@@ -1,17 +1,34 @@
-"""Show what a run has done: `python tools/report.py runs/tiny` prints its losses and draws RUN/loss_lr.png."""
+"""Show what a run has done: `python tools/report.py runs/tiny` prints its losses and draws RUN/loss_lr.png.
+
+Of several runs, it prints a line each and draws losses and balance over the tokens of training, in comparison.png.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import matplotlib
 
 from megamoe import cli
-from megamoe.errors import UserError
+from megamoe.errors import Problems, UserError
+from megamoe.run_folder import beginning
 from megamoe.training.sinks import read_log
 
 ROWS = 16  # of the loss table, at most
+
+# --- one run --------------------------------------------------------------------------------------------------------
+
+
+def read_run(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The log of a run that has trained. Raises UserError."""
+    if not (run_dir / "log.jsonl").is_file():
+        raise UserError(f"{run_dir} holds no log.jsonl; give the folder of a run.")
+    log = read_log(run_dir)
+    if not log["train"]:
+        raise UserError(f"{run_dir}/log.jsonl holds no step yet; wait for the first one.")
+    return log
 
 
 def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
@@ -60,29 +77,108 @@ def draw(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = cli.Parser(description="Print a run's losses and draw loss_lr.png.")
-    parser.add_argument("run_dir", type=Path, help="folder of the run")
-    run_dir = parser.parse().run_dir
-    if not (run_dir / "log.jsonl").is_file():
-        raise UserError(f"{run_dir} holds no log.jsonl; give the folder of a run.")
-    log = read_log(run_dir)
-    if not log["train"]:
-        raise UserError(f"{run_dir}/log.jsonl holds no step yet; wait for the first one.")
-    draw(log, run_dir / "loss_lr.png")
+def show(run_dir: Path, log: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    draw(log, picture)
     print(loss_table(log))
     if log["valid"]:
         last = log["valid"][-1]
         bits = f", {last['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in last else ""
         print(f"validation at step {last['step']}: {last['loss']:.4f} nats per token{bits}")
     for what, place in (
-        ("checkpoints", "checkpoints"),
-        ("plot", "loss_lr.png"),
-        ("log", "log.jsonl"),
-        ("TensorBoard", "tensorboard"),
-        ("configuration", "run.json"),
+        ("checkpoints", run_dir / "checkpoints"),
+        ("plot", picture),
+        ("log", run_dir / "log.jsonl"),
+        ("TensorBoard", run_dir / "tensorboard"),
+        ("configuration", run_dir / "run.json"),
     ):
-        print(f"{what:>14}: {run_dir / place}")
+        print(f"{what:>14}: {place}")
+
+
+# --- several --------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A run to compare with others."""
+
+    name: str
+    parameters: int
+    tokens_per_step: int
+    log: dict[str, list[dict[str, Any]]]
+
+    def tokens(self, rows: list[dict[str, Any]]) -> list[int]:
+        """Tokens trained on up to each of the rows."""
+        return [row["step"] * self.tokens_per_step for row in rows]
+
+
+def read_sized_run(run_dir: Path) -> Run:
+    """A run with its size. Raises UserError."""
+    log, record = read_run(run_dir), beginning(run_dir) or {}
+    sizes: list[Any] = [record.get(key) for key in ("parameters", "seq_len", "samples_per_step")]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UserError(f"{run_dir}/run.json does not say how large the run is; bring the file back, or leave it out.")
+    parameters, seq_len, samples = sizes
+    return Run(str(run_dir), parameters, seq_len * samples, log)
+
+
+def comparison_table(runs: list[Run]) -> str:
+    """A line per run: its last evaluation, its balance at the end, and its speed, the median of the logged steps."""
+    width = max(len(run.name) for run in runs)
+    head = (
+        f"{'run':<{width}} {'parameters':>15} {'tokens':>15} {'valid':>8} {'bits/byte':>9} {'MaxVio':>7} {'tok/s':>9}"
+    )
+    lines = [head]
+    for run in runs:
+        train, held_out = run.log["train"], (run.log["valid"] or [{}])[-1]
+        lines.append(
+            f"{run.name:<{width}} {run.parameters:>15,} {run.tokens(train)[-1]:>15,} "
+            f"{_cell(held_out.get('loss')):>8} {_cell(held_out.get('bits_per_byte')):>9} "
+            f"{train[-1]['running_max_vio']:>7.2f} {median(row['tokens_per_second'] for row in train):>9,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def draw_comparison(runs: list[Run], path: Path) -> None:
+    """Losses and balance of the runs over the tokens of training, side by side, as a PNG."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
+
+    figure, (loss, balance) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for run in runs:
+        train, valid = run.log["train"], run.log["valid"]
+        (line,) = loss.plot(run.tokens(train), [row["loss"] for row in train], alpha=0.4)
+        loss.plot(run.tokens(valid), [row["loss"] for row in valid], "o-", color=line.get_color(), label=run.name)
+        balance.plot(run.tokens(train), [row["running_max_vio"] for row in train], label=run.name)
+    loss.set_ylabel("loss (nats per token; with dots: held out)")
+    balance.set_ylabel("running MaxVio, mean of layers (0 is balanced)")
+    balance.set_ylim(bottom=0)
+    for axes in (loss, balance):
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = cli.Parser(description="Print a run's losses and draw them, or compare several runs.")
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--out", type=Path, help="PNG to draw; by default RUN/loss_lr.png, or comparison.png here for several runs"
+    )
+    args = parser.parse()
+    if args.out and args.out.suffix != ".png":
+        raise UserError(f"--out is {args.out}; give it a name that ends in .png.")
+    if len(args.run_dirs) == 1:
+        (run_dir,) = args.run_dirs
+        show(run_dir, read_run(run_dir), args.out or run_dir / "loss_lr.png")
+        return
+    problems = Problems()
+    runs = [problems.attempt(read_sized_run, run_dir) for run_dir in args.run_dirs]
+    problems.refuse()
+    picture = args.out or Path("comparison.png")
+    draw_comparison(runs, picture)
+    print(comparison_table(runs))
+    print(f"plot: {picture}")
 
 
 if __name__ == "__main__":

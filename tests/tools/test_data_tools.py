@@ -1,7 +1,6 @@
 """The command-line programs around text and logs."""
 
 import hashlib
-import itertools
 import json
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import fetch_corpus
 import numpy as np
 import prepare_data
 import pytest
-import report
 from refusals import has, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -327,89 +325,3 @@ def test_an_out_inside_a_file_is_refused(texts, monkeypatch, capsys):
     assert code == 2
     (problem,) = problems
     assert str(texts / "0.txt") in problem
-
-
-# --- report ---
-
-
-def train_row(step):
-    return {
-        "kind": "train",
-        "step": step,
-        "loss": 10 - step / 100,
-        "lr": step * 1.5e-6,
-        "tokens_per_second": 5000.4,
-        "mfu": 0.4,
-        "max_vio": 0.9,
-        "running_max_vio": 0.456,
-        "worst_running_max_vio": 0.7,
-        "grad_norm": 1.0,
-        "memory_gib": 2.0,
-        "skipped_steps": 0,
-    }
-
-
-def valid_row(step):
-    return {"kind": "valid", "step": step, "loss": 7.77777, "tokens": 4096, "bits_per_byte": 2.22222}
-
-
-def write_log(folder, *rows):
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def table(*steps, valid=()):
-    log = {"train": [train_row(step) for step in steps], "valid": [valid_row(step) for step in valid]}
-    head, *rows = report.loss_table(log).splitlines()
-    assert head.split() == ["step", "loss", "valid", "bits/byte", "lr", "MaxVio", "tok/s"]
-    return [row.split() for row in rows]
-
-
-def test_the_loss_table_shows_every_number_of_a_row():
-    plain, with_valid = table(10, 20, valid=[20])
-    assert plain == ["10", "9.9000", "1.5e-05", "0.46", "5000"]
-    assert with_valid == ["20", "9.8000", "7.7778", "2.2222", "3e-05", "0.46", "5000"]
-
-
-@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 31, 32, 33, 100, 1001])
-def test_the_loss_table_is_short_even_and_has_the_last_step(count):
-    steps = [int(row[0]) for row in table(*range(10, 10 * count + 1, 10))]
-    assert steps[-1] == 10 * count
-    assert min(count, 9) <= len(steps) <= 16
-    assert len({after - before for before, after in itertools.pairwise(steps)}) <= 1
-
-
-def run_report(monkeypatch, capsys, folder):
-    monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(report.main)
-    return caught.value.code, capsys.readouterr()
-
-
-def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_path, monkeypatch, capsys):
-    write_log(tmp_path, *(train_row(step) for step in range(10, 310, 10)), valid_row(150), valid_row(300))
-    code, said = run_report(monkeypatch, capsys, tmp_path)
-    assert (code, said.err) == (0, "")
-    picture = (tmp_path / "loss_lr.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert picture[-8:-4] == b"IEND"
-    assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in said.out
-    for place in ("checkpoints", "loss_lr.png", "log.jsonl", "tensorboard", "run.json"):
-        assert str(tmp_path / place) in said.out
-
-
-def test_the_report_works_without_an_evaluation(tmp_path, monkeypatch, capsys):
-    write_log(tmp_path, train_row(10))
-    code, said = run_report(monkeypatch, capsys, tmp_path)
-    assert code == 0
-    assert "validation" not in said.out
-
-
-def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, monkeypatch, capsys):
-    code, said = run_report(monkeypatch, capsys, tmp_path)
-    assert code == 2
-    assert said.err == f"error: {tmp_path} holds no log.jsonl; give the folder of a run.\n"
-    write_log(tmp_path)
-    code, said = run_report(monkeypatch, capsys, tmp_path)
-    assert code == 2
-    has(said.err, "error: ", str(tmp_path), "no step yet", "wait")
-    assert not (tmp_path / "loss_lr.png").exists()

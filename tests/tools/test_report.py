@@ -1,0 +1,158 @@
+"""What runs have done, as tables and pictures."""
+
+import itertools
+import json
+import re
+import sys
+
+import pytest
+import report
+from refusals import has
+
+from megamoe import cli
+
+
+def train_row(step):
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": 10 - step / 100,
+        "lr": step * 1.5e-6,
+        "tokens_per_second": 5000.4,
+        "mfu": 0.4,
+        "max_vio": 0.9,
+        "running_max_vio": 0.456,
+        "worst_running_max_vio": 0.7,
+        "grad_norm": 1.0,
+        "memory_gib": 2.0,
+        "skipped_steps": 0,
+    }
+
+
+def valid_row(step):
+    return {"kind": "valid", "step": step, "loss": 7.77777, "tokens": 4096, "bits_per_byte": 2.22222}
+
+
+def write_log(folder, *rows):
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(*steps, valid=()):
+    log = {"train": [train_row(step) for step in steps], "valid": [valid_row(step) for step in valid]}
+    head, *rows = report.loss_table(log).splitlines()
+    assert head.split() == ["step", "loss", "valid", "bits/byte", "lr", "MaxVio", "tok/s"]
+    return [row.split() for row in rows]
+
+
+def test_the_loss_table_shows_every_number_of_a_row():
+    plain, with_valid = table(10, 20, valid=[20])
+    assert plain == ["10", "9.9000", "1.5e-05", "0.46", "5000"]
+    assert with_valid == ["20", "9.8000", "7.7778", "2.2222", "3e-05", "0.46", "5000"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 31, 32, 33, 100, 1001])
+def test_the_loss_table_is_short_even_and_has_the_last_step(count):
+    steps = [int(row[0]) for row in table(*range(10, 10 * count + 1, 10))]
+    assert steps[-1] == 10 * count
+    assert min(count, 9) <= len(steps) <= 16
+    assert len({after - before for before, after in itertools.pairwise(steps)}) <= 1
+
+
+def run_report(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(report.main)
+    return caught.value.code, capsys.readouterr()
+
+
+def is_png(path):
+    data = path.read_bytes()
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+
+
+def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path, *(train_row(step) for step in range(10, 310, 10)), valid_row(150), valid_row(300))
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert (code, said.err) == (0, "")
+    assert is_png(tmp_path / "loss_lr.png")
+    assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in said.out
+    for place in ("checkpoints", "loss_lr.png", "log.jsonl", "tensorboard", "run.json"):
+        assert str(tmp_path / place) in said.out
+
+
+def test_the_report_works_without_an_evaluation(tmp_path, monkeypatch, capsys):
+    write_log(tmp_path, train_row(10))
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert code == 0
+    assert "validation" not in said.out
+
+
+def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, monkeypatch, capsys):
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert code == 2
+    assert said.err == f"error: {tmp_path} holds no log.jsonl; give the folder of a run.\n"
+    write_log(tmp_path)
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert code == 2
+    has(said.err, "error: ", str(tmp_path), "no step yet", "wait")
+    assert not (tmp_path / "loss_lr.png").exists()
+
+
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch):
+    """Of 128 and of 512 tokens per step; the second has no evaluation."""
+    monkeypatch.chdir(tmp_path)
+    for name, samples in (("small", 4), ("large", 16)):
+        (tmp_path / name).mkdir()
+        record = {"parameters": 1000 * samples, "seq_len": 32, "samples_per_step": samples}
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    slow = {**train_row(20), "tokens_per_second": 1000.0}
+    write_log(tmp_path / "small", train_row(10), slow, train_row(30), valid_row(20))
+    write_log(tmp_path / "large", {**train_row(10), "running_max_vio": 0.111})
+    return ["small", "large"]
+
+
+def test_several_runs_have_a_line_each_and_one_picture(two_runs, tmp_path, monkeypatch, capsys):
+    code, said = run_report(monkeypatch, capsys, *two_runs)
+    assert (code, said.err) == (0, "")
+    head, small, large, plot = said.out.splitlines()
+    assert head.split() == ["run", "parameters", "tokens", "valid", "bits/byte", "MaxVio", "tok/s"]
+    assert small.split() == ["small", "4,000", "3,840", "7.7778", "2.2222", "0.46", "5,000"]
+    assert large.split() == ["large", "16,000", "5,120", "0.11", "5,000"]
+    assert plot == "plot: comparison.png"
+    assert is_png(tmp_path / "comparison.png")
+    assert not (tmp_path / "small" / "loss_lr.png").exists()
+
+
+def test_losses_and_balance_of_several_runs_are_drawn_over_tokens(two_runs, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    report.draw_comparison([report.read_sized_run(tmp_path / name) for name in two_runs], tmp_path / "out.png")
+    loss, balance = figures[0].axes
+    lines = [[(*line.get_xdata(),) for line in axes.lines] for axes in (loss, balance)]
+    small, large = (1280, 2560, 3840), (5120,)
+    assert lines == [[small, (2560,), large, ()], [small, large]]
+    assert [line.get_ydata()[-1] for line in balance.lines] == [0.456, 0.111]
+
+
+def test_the_picture_goes_where_out_says(two_runs, tmp_path, monkeypatch, capsys):
+    for words in (two_runs, ["small"]):
+        code, said = run_report(monkeypatch, capsys, *words, "--out", "a picture.png")
+        assert code == 0
+        assert re.search(r"plot: a picture\.png$", said.out, re.MULTILINE)
+        assert is_png(tmp_path / "a picture.png")
+        (tmp_path / "a picture.png").unlink()
+    code, said = run_report(monkeypatch, capsys, "small", "--out", "picture.jpg")
+    assert (code, said.out) == (2, "")
+    has(said.err, "--out is picture.jpg", ".png")
+
+
+def test_all_runs_that_cannot_be_compared_are_named_and_nothing_is_drawn(two_runs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "large" / "run.json").unlink()
+    (tmp_path / "empty").mkdir()
+    code, said = run_report(monkeypatch, capsys, *two_runs, "empty")
+    assert (code, said.out) == (2, "")
+    large, empty = said.err.splitlines()
+    has(large, "large/run.json", "bring the file back")
+    has(empty, "empty holds no log.jsonl")
+    assert not (tmp_path / "comparison.png").exists()
