@@ -41,7 +41,7 @@ class Measured:
 
 
 def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int, recompute_blocks: int = 0) -> Measured:
-    """Train two steps on random tokens, the first of which makes the optimizer's state, and measure the second.
+    """Train two steps on random tokens with random labels, the first of which makes the optimizer's state, and measure the second.
 
     Args:
         ds: the DeepSpeed JSON, checked.
@@ -52,8 +52,11 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
     ahead = config.num_nextn_predict_layers
     with LiveBytes() as live:
         train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
-        ids = torch.randint(config.vocab_size, (micro_batch, seq_len + 1 + ahead), generator=generator)
-        batch = Batch(ids[:, :seq_len], ids[:, 1:])
+        ids, labels = (
+            torch.randint(config.vocab_size, (micro_batch, length), generator=generator)
+            for length in (seq_len, seq_len + ahead)
+        )
+        batch = Batch(ids, labels)
         for _ in range(2):
             peaks = Counter[str]()
 
