@@ -1,4 +1,4 @@
-"""What a part of a block gives a device to do: operators, the matrix products among them, bytes that the others move."""
+"""What a part of a block gives a device to do: operators, matrix products among them, bytes that the others move."""
 
 from __future__ import annotations
 

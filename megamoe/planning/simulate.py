@@ -41,7 +41,7 @@ class Measured:
 
 
 def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int, recompute_blocks: int = 0) -> Measured:
-    """Train two steps on random tokens with random labels, the first of which makes the optimizer's state, and measure the second.
+    """Train two steps on random tokens, the first of which makes the optimizer's state, and measure the second.
 
     Args:
         ds: the DeepSpeed JSON, checked.
