@@ -1,7 +1,8 @@
 """Bytes that a block keeps from forward to backward, part by part, and the largest that comes and goes meanwhile.
 
 They are what torch's autograd keeps for the operations of `attention.py`, `latent_attention.py`, `rope.py`,
-`feed_forward.py`, `router.py`, `router_losses.py` and `block.py` in `model/`; `expert_layer.py` has those of the experts.
+`feed_forward.py`, `router.py`, `router_losses.py` and `block.py` in `model/`; those of the experts are in
+`expert_layer.py`.
 
 Shape legend: N tokens, D hidden_size, E experts, K choices, H query heads, G key/value heads, d head_dim, v the width
 of a value, s bytes of a weight.

@@ -114,10 +114,17 @@ def _forward(setup: Setup, blocks: list[BlockBytes], ledger: Ledger) -> None:
     ledger.allocate("activations", last.norm + last.stream)
     _head_forward(setup, last.stream, ledger)
     for block in blocks[layers:]:
-        ledger.allocate("activations", 3 * block.norm + 3 * block.stream)  # joined, and what the head gets
+        # Both norms and what they give, joined.
+        ledger.allocate("activations", 2 * block.norm + 2 * block.stream - _kept_hidden(setup, block))
         ledger.allocate("activations", block.kept)
-        ledger.transient("temporaries", block.moving)
+        ledger.transient("temporaries", block.moving + (2 * block.stream if s < 4 else 0))
+        ledger.allocate("activations", block.norm + block.stream)
         _head_forward(setup, block.stream, ledger)
+
+
+def _kept_hidden(setup: Setup, block: BlockBytes) -> int:
+    """What a norm of multi-token prediction need not keep: the hidden states, which the model's last norm keeps."""
+    return block.stream if setup.weight_bytes == 4 or not setup.on_cpu else 0
 
 
 def _head_forward(setup: Setup, stream: int, ledger: Ledger) -> None:
@@ -194,7 +201,7 @@ def _multi_token_backward(setup: Setup, block: BlockBytes, ledger: Ledger, reduc
     block_backward(setup, block, ledger, reduction, "model.mtp.block.")
     ready("proj")
     ledger.transient("gradients of activations", 2 * block.stream)
-    ledger.free("activations", 2 * block.stream)
+    ledger.free("activations", 2 * block.stream - _kept_hidden(setup, block))
     for norm in ("hidden_norm", "embed_norm"):
         ready(norm)
         norm_backward(block, ledger)
