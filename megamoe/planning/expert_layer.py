@@ -2,7 +2,7 @@
 
 What is kept and what comes and goes is that of `model/moe.py`, `dispatch.py`, `products.py` and `experts.py`.
 
-Shape legend: D hidden_size, F intermediate_size, E experts, K choices, R = tokens * K rows that a rank sends and, under
+Shape legend: D hidden_size, F expert_size, E experts, K choices, R = tokens * K rows that a rank sends and, under
 balance, gets; P places of rows at the experts, fill included; s bytes of a weight.
 """
 
@@ -44,9 +44,9 @@ def expert_bytes(setup: Setup) -> ExpertBytes:
     filled = places(setup)
     rows, result, inside = (
         s * count * width
-        for count, width in ((setup.rows, m.hidden_size), (filled, m.hidden_size), (filled, m.intermediate_size))
+        for count, width in ((setup.rows, m.hidden_size), (filled, m.hidden_size), (filled, m.expert_size))
     )
-    hidden = inside * _tensors_inside(m)
+    hidden = inside * tensors_inside(m)
     mask = (s if setup.on_cpu else 1) * filled * m.hidden_size if m.expert_dropout else 0
     returned = rows if exchanged else result
     # In int64, kept: the token at each place, the place of each row; and with an exchange, the place where it is run.
@@ -74,7 +74,7 @@ def places(setup: Setup) -> int:
     return per_expert * setup.experts_per_rank
 
 
-def _tensors_inside(model: ModelConfig) -> int:
+def tensors_inside(model: ModelConfig) -> int:
     """Tensors (P, F) that are kept: of products, their input; of activations, their input, but ReLU's output."""
     if model.gated_mlp:
         return 4  # gate and what it gates are one tensor, then the activation, and the product of both
@@ -86,9 +86,13 @@ def _tensors_inside(model: ModelConfig) -> int:
 GRADIENTS, TEMPORARIES, ACTIVATIONS = "gradients of activations", "temporaries", "activations"
 
 
-def experts_backward(setup: Setup, experts: ExpertBytes, ledger: Ledger, reduction: Reduction, number: int) -> None:
-    """From the gradient of a layer's output to that of the experts' input."""
-    up, down = (name for name in reduction.group_of if is_engine_expert(name) and name.startswith(f"layers.{number}."))
+def experts_backward(setup: Setup, experts: ExpertBytes, ledger: Ledger, reduction: Reduction, prefix: str) -> None:
+    """From the gradient of a layer's output to that of the experts' input.
+
+    Args:
+        prefix: of the block's parameters in the engine.
+    """
+    up, down = (name for name in reduction.group_of if is_engine_expert(name) and name.startswith(prefix))
     returning = experts.returned
     ledger.transient(TEMPORARIES, 2 * returning)  # gradients of the results, and products for the weights'
     ledger.free(ACTIVATIONS, returning)
@@ -100,7 +104,9 @@ def experts_backward(setup: Setup, experts: ExpertBytes, ledger: Ledger, reducti
         ledger.free(ACTIVATIONS, experts.mask)
     is_relu = setup.model.hidden_act == "relu" and not setup.model.gated_mlp  # keeps its output, as the product does
     _product_backward(setup, ledger, reduction, down, experts.inside, experts.result, 0 if is_relu else experts.inside)
-    _activation_backward(setup.model, experts, ledger, experts.inside if is_relu else experts.hidden - experts.inside)
+    activation_backward(
+        setup.model, experts.inside, ledger, experts.inside if is_relu else experts.hidden - experts.inside
+    )
     gradient = 2 * experts.inside if setup.model.gated_mlp else experts.inside
     _product_backward(setup, ledger, reduction, up, experts.result, gradient, experts.result)
     ledger.transient(TEMPORARIES, 2 * experts.rows)  # going back, in order of the tokens
@@ -130,9 +136,8 @@ def _product_backward(
         ledger.transient(TEMPORARIES, by_rows)  # of each expert, then joined
 
 
-def _activation_backward(model: ModelConfig, experts: ExpertBytes, ledger: Ledger, kept: int) -> None:
+def activation_backward(model: ModelConfig, inside: int, ledger: Ledger, kept: int) -> None:
     """The gradient behind the first product, which takes the place of that before the second."""
-    inside = experts.inside
     if model.gated_mlp:
         ledger.allocate(GRADIENTS, 2 * inside)  # of both factors
         ledger.free(GRADIENTS, inside)

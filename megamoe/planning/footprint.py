@@ -2,12 +2,9 @@
 
 Everything that is large is allocated and freed by name, in the order of the real step, and the peak is kept.
 The order and the sizes of DeepSpeed's buffers are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), those of
-the activations are what torch's autograd keeps for the operations of `attention.py`, `rope.py`, `experts.py`,
-`router.py`, `moe.py` and `loss.py` in `model/`.
+the activations are in `activations.py` and `expert_layer.py`.
 
-Shape legend: B micro-batch, T positions, N = B * T tokens, D hidden_size, F intermediate_size, V vocab_size, E experts,
-K choices, R = N * K rows after dispatch, H query heads, G key/value heads, d head_dim, M latent tokens, s bytes of a
-weight.
+Shape legend: D hidden_size, V vocab_size, s bytes of a weight.
 """
 
 from __future__ import annotations
@@ -16,67 +13,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megamoe.model.loss import loss_chunk
-from megamoe.model.names import EMBEDDING, engine_name
+from megamoe.model.names import EMBEDDING, HEAD, engine_name
+from megamoe.planning.activations import BlockBytes, block_bytes
+from megamoe.planning.attention_cost import is_masked
+from megamoe.planning.block_backward import block_backward, norm_backward
 from megamoe.planning.buckets import Ledger, Reduction
-from megamoe.planning.expert_layer import ExpertBytes, expert_bytes, experts_backward
+from megamoe.planning.layer import block_kinds
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
-
-# --- what autograd keeps of a layer ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerBytes:
-    """Bytes that one layer keeps from forward to backward, and the largest that comes and goes meanwhile."""
-
-    norm: int  # of one RMSNorm
-    norm_backward: int  # temporaries of one RMSNorm's backward
-    attention: int
-    attention_backward: int
-    router: int
-    router_backward: int
-    experts: ExpertBytes
-    callers: int  # temporaries of forward that the running calls keep
-    stream: int  # one tensor of the residual stream
-
-    @property
-    def kept(self) -> int:
-        """From forward to backward."""
-        return 2 * self.norm + self.attention + self.router + self.experts.kept
-
-    @property
-    def moving(self) -> int:
-        """Temporaries of forward while rows are exchanged and the experts run."""
-        return self.callers + self.experts.moving
-
-
-def layer_bytes(setup: Setup) -> LayerBytes:
-    """A layer's bytes, experts under balance."""
-    m, s, n = setup.model, setup.weight_bytes, setup.tokens
-    wide = 4 * n * m.hidden_size  # a tensor of the residual stream in fp32
-    stream = s * n * m.hidden_size
-    positions = setup.micro_batch * (setup.seq_len + m.num_latent_tokens)
-    query = s * positions * m.num_attention_heads * m.head_dim
-    key = s * positions * m.num_key_value_heads * m.head_dim
-    log_sum_exp = 4 * positions * m.num_attention_heads
-
-    scores = 4 * n * m.num_local_experts * (3 if m.router_score == "sigmoid" else 1)
-    choices = n * m.num_experts_per_tok * (8 + 4)  # ids, weights
-    router_weight = 4 * m.num_local_experts * m.hidden_size if s < 4 else 0
-    # Under 16 bits, what enters the block, its experts' norm and its experts is kept by the running calls alone.
-    callers = 0 if s == 4 else 3 * stream if setup.on_cpu else stream
-    return LayerBytes(
-        # On CPU, RMSNorm is made of operations in fp32; on a GPU it is one kernel that keeps its input.
-        norm=2 * wide + 4 * n if setup.on_cpu else stream + 4 * n,
-        norm_backward=5 * wide if setup.on_cpu else 2 * stream,
-        attention=s * positions * m.hidden_size + 2 * query + 2 * key + log_sum_exp,
-        attention_backward=2 * query + 2 * key,
-        router=(2 if m.router_jitter_noise else 1) * wide + scores + choices + router_weight,
-        router_backward=(2 if m.router_jitter_noise else 1) * wide,
-        experts=expert_bytes(setup),
-        callers=callers,
-        stream=stream,
-    )
-
 
 # --- the walk -------------------------------------------------------------------------------------------------------
 
@@ -99,7 +42,9 @@ class Footprint:
 
 def footprint(setup: Setup, rank: int = 0) -> Footprint:
     """Bytes of tensors on `rank` in a step after the first one, which makes the optimizer's state."""
-    groups, layer, ledger = parameter_groups(setup), layer_bytes(setup), Ledger()
+    groups, ledger = parameter_groups(setup), Ledger()
+    of_kind = {kind: block_bytes(setup, kind) for kind in set(block_kinds(setup.model))}
+    blocks = [of_kind[kind] for kind in block_kinds(setup.model)]
     reduction = Reduction(setup, groups, rank, ledger)
     states, host = _states(setup, groups, rank)
     _hold(setup, groups, states, ledger)
@@ -107,10 +52,10 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
-        _forward(setup, layer, ledger)
+        _forward(setup, blocks, ledger)
         forward = max(forward, ledger.peak, key=Counter.total)
         ledger.restart()
-        _backward(setup, layer, ledger, reduction, first=micro == 0, boundary=micro == setup.accumulation - 1)
+        _backward(setup, blocks, ledger, reduction, first=micro == 0, boundary=micro == setup.accumulation - 1)
         reduction.finish()
         backward = max(backward, ledger.peak, key=Counter.total)
     ledger.restart()
@@ -148,81 +93,121 @@ def _hold(setup: Setup, groups: list[Group], states: Counter[str], ledger: Ledge
         ledger.allocate(kind, size)
     if setup.offload:
         ledger.allocate("gradient buffer", setup.weight_bytes * _largest(groups))
-    ledger.allocate("batch and router state", 16 * (setup.tokens + m.num_hidden_layers * m.num_local_experts))
+    ahead = 8 * setup.micro_batch * m.num_nextn_predict_layers
+    routers = (12 + 4 * m.router_bias) * len(m.sparse_blocks) * m.num_local_experts
+    ledger.allocate("batch and router state", 16 * setup.tokens + ahead + routers)
 
 
-def _forward(setup: Setup, layer: LayerBytes, ledger: Ledger) -> None:
+def _forward(setup: Setup, blocks: list[BlockBytes], ledger: Ledger) -> None:
     m, s = setup.model, setup.weight_bytes
-    ledger.allocate("activations", s * setup.seq_len * m.head_dim)  # cos and sin
-    for number in range(m.num_hidden_layers):
-        ledger.allocate("activations", layer.kept)
-        ledger.transient("temporaries", layer.moving)
+    rotary = s * setup.seq_len * m.rotary_dim
+    ledger.allocate("activations", rotary)  # cos and sin
+    if masked := {kind.window for kind in block_kinds(m) if is_masked(setup, kind.window)}:
+        ledger.allocate("activations", len(masked) * setup.seq_len**2)
+    layers = m.num_hidden_layers
+    for number, block in enumerate(blocks[:layers]):
+        ledger.allocate("activations", block.kept)
+        ledger.transient("temporaries", block.moving)
         if number < setup.recompute_blocks:
-            ledger.free("activations", layer.kept - layer.stream)  # of which the input stays
-    ledger.allocate("activations", layer.norm + layer.stream)
-    # The loss: gradients of the head's weight in fp32 and of the hidden states, made chunk by chunk.
+            ledger.free("activations", block.kept - block.stream)  # of which the input stays
+    last = blocks[0]
+    ledger.allocate("activations", last.norm + last.stream)
+    _head_forward(setup, last.stream, ledger)
+    for block in blocks[layers:]:
+        # Both norms and what they give, joined.
+        ledger.allocate("activations", 2 * block.norm + 2 * block.stream - _kept_hidden(setup, block))
+        ledger.allocate("activations", block.kept)
+        ledger.transient("temporaries", block.moving + (2 * block.stream if s < 4 else 0))
+        ledger.allocate("activations", block.norm + block.stream)
+        _head_forward(setup, block.stream, ledger)
+
+
+def _kept_hidden(setup: Setup, block: BlockBytes) -> int:
+    """What a norm of multi-token prediction need not keep: the hidden states, which the model's last norm keeps."""
+    return block.stream if setup.weight_bytes == 4 or not setup.on_cpu else 0
+
+
+def _head_forward(setup: Setup, stream: int, ledger: Ledger) -> None:
+    """The loss: gradients of the head's weight in fp32 and of the hidden states, made chunk by chunk."""
+    m, s = setup.model, setup.weight_bytes
     weight = m.vocab_size * m.hidden_size
     chunk = loss_chunk(setup.tokens, m.vocab_size, setup.on_cpu) * m.vocab_size
-    ledger.allocate("gradients of the head", 4 * weight + layer.stream)
+    ledger.allocate("gradients of the head", 4 * weight + stream)
     # In fp32, with what they were made of or what is made of them; then the product that is added to the gradient.
     ledger.transient("loss chunk", 4 * chunk + (s * chunk if s < 4 else 0))
     ledger.transient("loss chunk", s * chunk + s * weight)
 
 
 def _backward(
-    setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, first: bool, boundary: bool
+    setup: Setup, blocks: list[BlockBytes], ledger: Ledger, reduction: Reduction, first: bool, boundary: bool
 ) -> None:
     m, s = setup.model, setup.weight_bytes
     embedding = s * m.vocab_size * m.hidden_size
-    # What forward made, scaled by the gradient of the loss.
-    ledger.transient("temporaries", 4 * m.vocab_size * m.hidden_size + (embedding if s < 4 else 0))
-    ledger.allocate("gradients", embedding)  # tied: it waits for the embedding's own to the end of the pass
-    ledger.allocate("gradients of activations", layer.stream)
-    ledger.free("gradients of the head", ledger.held["gradients of the head"])
-    ledger.free("activations", layer.stream)
-    reduction.start(first, boundary)
+    layers, stream = m.num_hidden_layers, blocks[0].stream
+    further = blocks[layers:]  # of multi-token prediction
+    started = False
+    for block in further:
+        _head_backward(setup, stream, ledger)
+        reduction.start(first, boundary)
+        started = True
+        _multi_token_backward(setup, block, ledger, reduction)
+    _head_backward(setup, stream, ledger)
+    if further:  # added to that of the further head, or of the embedding there
+        ledger.free("gradients", embedding)
+    if not started:
+        reduction.start(first, boundary)
+    if not m.tie_word_embeddings:
+        ledger.free("gradients", embedding)
+        reduction.ready(engine_name(HEAD))
     reduction.ready(engine_name("model.norm.weight"))
-    _norm_backward(layer, ledger)
-    for number in reversed(range(m.num_hidden_layers)):
+    norm_backward(blocks[0], ledger)
+    ledger.free("gradients of activations", len(further) * stream)  # of the hidden states, added
+    for number in reversed(range(layers)):
+        block = blocks[number]
         if number < setup.recompute_blocks:
-            ledger.allocate("activations", layer.kept - layer.stream)
-            ledger.transient("temporaries", layer.moving)
-        experts_backward(setup, layer.experts, ledger, reduction, number)
-        _rest_of_block_backward(setup, layer, ledger, reduction, number)
-    ledger.transient("gradients", 2 * embedding)
-    ledger.free("gradients of activations", layer.stream)
+            ledger.allocate("activations", block.kept - block.stream)
+            ledger.transient("temporaries", block.moving)
+        block_backward(setup, block, ledger, reduction, f"model.layers.{number}.")
+    waits = m.tie_word_embeddings or bool(further)  # another gradient of the embedding, for this one
+    ledger.transient("gradients", (2 if waits else 1) * embedding)
+    ledger.free("gradients of activations", stream)
     ledger.free("activations", ledger.held["activations"])
-    ledger.free("gradients", embedding)
+    if waits:
+        ledger.free("gradients", embedding)
     reduction.ready(engine_name(EMBEDDING))
 
 
-def _rest_of_block_backward(setup: Setup, layer: LayerBytes, ledger: Ledger, reduction: Reduction, number: int) -> None:
-    """Router, norms and attention."""
+def _head_backward(setup: Setup, stream: int, ledger: Ledger) -> None:
+    """What forward made, scaled by the gradient of the loss. The gradient of the weight waits for others of it."""
+    m, s = setup.model, setup.weight_bytes
+    weight = m.vocab_size * m.hidden_size
+    ledger.transient("temporaries", 4 * weight + (s * weight if s < 4 else 0))
+    ledger.allocate("gradients", s * weight)
+    ledger.allocate("gradients of activations", stream)
+    ledger.free("gradients of the head", 4 * weight + stream)
+    ledger.free("activations", stream)
+
+
+def _multi_token_backward(setup: Setup, block: BlockBytes, ledger: Ledger, reduction: Reduction) -> None:
+    """From the gradient of what the further head gets to those of the hidden states and of the embedding."""
+    m, s = setup.model, setup.weight_bytes
+    embedding = s * m.vocab_size * m.hidden_size
 
     def ready(name: str) -> None:
-        reduction.ready(engine_name(f"model.layers.{number}.{name}"))
+        reduction.ready(engine_name(f"model.mtp.{name}.weight"))
 
-    ledger.transient("temporaries", layer.router_backward)
-    ledger.free("activations", layer.router)
-    ready("moe.router.weight")
-    ready("post_attention_layernorm.weight")
-    _norm_backward(layer, ledger)
-    ready("self_attn.o_proj.weight")
-    ledger.transient("temporaries", layer.attention_backward)
-    ledger.free("activations", layer.attention)
-    if setup.model.num_latent_tokens:
-        ready("self_attn.latents")
-    for projection in ("v_proj", "k_proj", "q_proj"):
-        ready(f"self_attn.{projection}.weight")
-    ready("input_layernorm.weight")
-    _norm_backward(layer, ledger)
-
-
-def _norm_backward(layer: LayerBytes, ledger: Ledger) -> None:
-    # The product that the weight's gradient needs is freed first.
-    ledger.free("activations", layer.norm // 2)
-    ledger.transient("temporaries", layer.norm_backward)
-    ledger.free("activations", layer.norm - layer.norm // 2)
+    ready("norm")
+    norm_backward(block, ledger)
+    block_backward(setup, block, ledger, reduction, "model.mtp.block.")
+    ready("proj")
+    ledger.transient("gradients of activations", 2 * block.stream)
+    ledger.free("activations", 2 * block.stream - _kept_hidden(setup, block))
+    for norm in ("hidden_norm", "embed_norm"):
+        ready(norm)
+        norm_backward(block, ledger)
+    ledger.transient("gradients", embedding)
+    if not m.tie_word_embeddings:  # it has a gradient of its own, that waits
+        ledger.allocate("gradients", embedding)
 
 
 def _step(setup: Setup, reduction: Reduction) -> None:

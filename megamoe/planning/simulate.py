@@ -52,8 +52,11 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
     ahead = config.num_nextn_predict_layers
     with LiveBytes() as live:
         train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
-        ids = torch.randint(config.vocab_size, (micro_batch, seq_len + 1 + ahead), generator=generator)
-        batch = Batch(ids[:, :seq_len], ids[:, 1:])
+        ids, labels = (
+            torch.randint(config.vocab_size, (micro_batch, length), generator=generator)
+            for length in (seq_len, seq_len + ahead)
+        )
+        batch = Batch(ids, labels)
         for _ in range(2):
             peaks = Counter[str]()
 

@@ -6,21 +6,15 @@ A CPU is its own host, so there both add up.
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megamoe.hardware import Device
 from megamoe.model.costs import train_flops_per_token
-from megamoe.model.loss import loss_chunk
-from megamoe.planning.layer import (
-    Product,
-    attention_flops,
-    compiled_regions,
-    layer_bytes,
-    layer_operators,
-    layer_products,
-)
+from megamoe.planning.costs import Cost, Product
+from megamoe.planning.head import head_cost, join_cost, outside_operators
+from megamoe.planning.layer import BlockKind, block_kinds, blocks_cost, compiled_regions
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
@@ -49,8 +43,7 @@ def added(*parts: Parts) -> Parts:
     return {kind: seconds for kind, seconds in sums.items() if seconds}
 
 
-# Operators outside of the layers, of a micro-batch and of an update (of the optimizer, clipping and balancing).
-FORWARD_OPERATORS, BACKWARD_OPERATORS, CHUNK_OPERATORS, UPDATE_OPERATORS = 36, 26, 18, 51
+UPDATE_OPERATORS = 51  # of the optimizer, clipping and balancing
 
 
 def gradient_operators(setup: Setup, reduced: bool) -> int:
@@ -145,7 +138,9 @@ class _Step:
     def __init__(self, setup: Setup, device: Device, gpus_per_node: int, rates: Rates):
         self.setup, self.device, self.rates = setup, device, rates
         self.groups = parameter_groups(setup)
-        self.operators = layer_operators(setup)
+        self.kinds = block_kinds(setup.model)
+        self.blocks = self.kinds[: setup.model.num_hidden_layers]  # without that of multi-token prediction
+        self.cost, self.outside = blocks_cost(setup, self.blocks), outside_operators(setup)
         self.collectives = dict.fromkeys(get_args(PhaseName), 0.0)  # seconds
         for one in collectives(setup):
             self.collectives[one.phase] += one.seconds(device, gpus_per_node, rates.links)
@@ -153,7 +148,8 @@ class _Step:
     def time(self) -> StepTime:
         setup = self.setup
         backward = self.backward()
-        phases = [self.forward(), self.loss(), backward, self.reduction(backward.seconds), self.update()]
+        phases = [self.forward(), self.loss(), *self.multi_token(), backward, self.reduction(backward.seconds)]
+        phases.append(self.update())
         tokens = setup.tokens * setup.accumulation
         flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
         peak = self.device.flops(setup.weight_bytes)
@@ -161,36 +157,43 @@ class _Step:
         return StepTime(phases, tokens * setup.world_size, flops / (seconds * peak))
 
     def forward(self) -> Phase:
-        layers = self.setup.model.num_hidden_layers
-        device = self.layers(layers, layer_products(self.setup), "forward")
-        device["exchange"] = self.collectives["forward"]
-        operators = layers * self.operators.forward + FORWARD_OPERATORS
-        calls = layers * compiled_regions(self.setup)
+        device = added(self.forward_of(self.cost), {"exchange": self.collectives["forward"]})
         # The recomputed blocks' exchange is counted here too.
-        waits = layers + self.setup.recompute_blocks
-        return self.phase("forward", operators, device, waits * self.waits_of_a_layer(), calls)
+        waits = self.waits([*self.kinds, *self.kinds[: self.setup.recompute_blocks]])
+        operators = self.cost.operators.forward + self.outside.forward
+        return self.phase("forward", operators, device, waits, self.regions(self.blocks))
 
-    def waits_of_a_layer(self) -> int:
-        """How often the host waits for the device in a forward pass: for the rows that come, in each looped product."""
-        return (self.setup.ep_size > 1) + 2 * (self.setup.kernel == "loop")
+    def waits(self, kinds: list[BlockKind]) -> int:
+        """How often the host waits for the device in the forward pass of these blocks: for the rows that come, in each
+        looped product."""
+        of_layer = (self.setup.ep_size > 1) + 2 * (self.setup.kernel == "loop")
+        return of_layer * sum(not kind.is_dense for kind in kinds)
+
+    def regions(self, kinds: list[BlockKind]) -> int:
+        """Calls of compiled regions in one pass of these blocks."""
+        return sum(compiled_regions(self.setup, kind) for kind in kinds)
 
     def loss(self) -> Phase:
-        """Head and loss, whose gradients are computed with it."""
-        setup, m, s = self.setup, self.setup.model, self.setup.weight_bytes
-        chunk = loss_chunk(setup.tokens, m.vocab_size, setup.on_cpu)
-        chunks = math.ceil(setup.tokens / chunk)
-        head = Product(chunk, m.vocab_size, m.hidden_size, calls=chunks)
-        # Logits become fp32, then probabilities, then their gradient, in place; the weight's gradient is added up in
-        # fp32 and scaled.
-        logits, weight = (2 * s + 40) * setup.tokens * m.vocab_size, (8 + s) * chunks + 14
-        moved = logits + weight * m.vocab_size * m.hidden_size
-        device = self.device_parts([head, *head.backward()], moved, CHUNK_OPERATORS * chunks)
-        return self.phase("head and loss", CHUNK_OPERATORS * chunks, device)
+        """Head and loss, with their gradients."""
+        head = head_cost(self.setup)
+        return self.phase("head and loss", head.operators.forward, self.forward_of(head))
+
+    def multi_token(self) -> list[Phase]:
+        """The further block of multi-token prediction, its join and its loss, both ways; its exchange is with that of
+        the others."""
+        kinds = self.kinds[self.setup.model.num_hidden_layers :]
+        if not kinds:
+            return []
+        cost = blocks_cost(self.setup, kinds) + join_cost(self.setup)
+        head = head_cost(self.setup)
+        device = added(self.forward_of(head), self.forward_of(cost), self.backward_of(cost))
+        operators = head.operators.forward + cost.operators.forward + cost.operators.backward
+        return [self.phase("multi-token prediction", operators, device, calls=2 * self.regions(kinds))]
 
     def backward(self) -> Phase:
         setup = self.setup
-        layers, again = setup.model.num_hidden_layers, setup.recompute_blocks
-        products = layer_products(setup)
+        recomputed = self.blocks[: setup.recompute_blocks]
+        again = blocks_cost(setup, recomputed)
         gathered = setup.accumulation if setup.zero_stage == 2 else 1  # times
         copied = launches = 0.0
         for group in self.groups:
@@ -199,13 +202,12 @@ class _Step:
             of_gradient = gradient_operators(setup, reduced) * self.rates.operator + self.rates.parameter
             launches += gathered * len(group.sizes) * of_gradient
         device = added(
-            self.layers(layers, [one for product in products for one in product.backward()], "backward"),
-            self.layers(again, products, "forward"),
+            self.backward_of(self.cost),
+            self.forward_of(again),
             {"copies": copied, "exchange": self.collectives["backward"]},
         )
-        operators = layers * self.operators.backward + again * self.operators.forward
-        calls = (layers + again) * compiled_regions(setup)
-        phase = self.phase("backward", operators + BACKWARD_OPERATORS, device, calls=calls)
+        operators = self.cost.operators.backward + again.operators.forward + self.outside.backward
+        phase = self.phase("backward", operators, device, calls=self.regions([*self.blocks, *recomputed]))
         return replace(phase, launches=phase.launches + launches)
 
     def reduction(self, backward: float) -> Phase:
@@ -238,21 +240,29 @@ class _Step:
         seconds = passes * (operators * rates.operator + calls * rates.region)
         return Phase(name, seconds, device, passes * waits * rates.wait, self.setup.on_cpu)
 
-    def layers(self, count: int, products: list[Product], way: Literal["forward", "backward"]) -> Parts:
-        """The device's seconds in `count` layers, one way."""
-        operators, moved = getattr(self.operators, way), getattr(layer_bytes(self.setup), way)
-        device = self.device_parts(products, moved, operators)
-        setup, flops = self.setup, getattr(attention_flops(self.setup), way)
+    def forward_of(self, cost: Cost) -> Parts:
+        """The device's seconds in the forward pass of a part."""
+        device = self.device_parts(list(cost.products), cost.bytes.forward, cost.operators.forward)
+        return added(device, self.attention(cost.attention.forward))
+
+    def backward_of(self, cost: Cost) -> Parts:
+        """The device's seconds in the backward pass of a part."""
+        products = [one for product in cost.products for one in product.backward()]
+        device = self.device_parts(products, cost.bytes.backward, cost.operators.backward)
+        return added(device, self.attention(cost.attention.backward))
+
+    def attention(self, flops: float) -> Parts:
+        setup = self.setup
         seconds = attention_seconds(flops, setup.model.head_dim, self.device, self.rates, setup.weight_bytes)
-        device["attention"] = setup.accumulation * seconds
-        return {part: count * seconds for part, seconds in device.items()}
+        return {"attention": setup.accumulation * seconds}
 
     def device_parts(self, products: list[Product], moved: float, operators: float) -> Parts:
         """The device's seconds for some products and for `moved` bytes of other operators."""
         others = operators - sum(product.calls for product in products)
         least = KERNEL * max(others, 0) if self.device.multiprocessors else 0.0
         seconds = sum(
-            product_seconds(product, self.device, self.rates, self.setup.weight_bytes) for product in products
+            count * product_seconds(product, self.device, self.rates, self.setup.weight_bytes)
+            for product, count in Counter(products).items()
         )
         passes = self.setup.accumulation
         return {"products": passes * seconds, "memory": passes * (least + moved / self.memory_rate)}

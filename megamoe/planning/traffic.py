@@ -70,8 +70,8 @@ def collectives(setup: Setup) -> list[Collective]:
             calls *= blocks * passes
             return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size, phase)
 
-        blocks = m.num_hidden_layers
-        forward_blocks = blocks + setup.recompute_blocks
+        blocks = len(m.sparse_blocks)
+        forward_blocks = blocks + sum(block < setup.recompute_blocks for block in m.sparse_blocks)
         found += [
             exchange("rows per expert", forward_blocks, 1, 8 * m.num_local_experts),
             exchange("rows to experts and back, forward", forward_blocks, 2, rows),
@@ -111,7 +111,7 @@ def collectives(setup: Setup) -> list[Collective]:
         if ranks > 1:
             found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes), "update"))
     small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * m.num_local_experts)
-    found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
+    found.append(Collective("norm, losses, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
     return found
 
 

@@ -8,6 +8,8 @@ from unittest import mock
 import pytest
 import torch
 from devices import on_gpus
+from model_parts import PARTS
+from model_parts import SHAPE as PARTS_SHAPE
 from ranks import run_new_ranks, run_ranks, this_device
 from toy import PRESET, SHIPPED
 
@@ -115,9 +117,29 @@ ON_TWO = {
                                   config("zero2"), ep_size=2)
        for name, change in OTHER_MODELS.items()},
 }  # fmt: skip
+
+
+def with_part(part):
+    """A shape with one of PARTS, mostly of activations; as many rows travel whatever the routing."""
+    shape = {**PARTS_SHAPE, "vocab_size": 16, "hidden_size": 64, "max_position_embeddings": 256}
+    shape["num_experts_per_tok"] = 4 if "topk_group" in PARTS[part] else 8  # all that may be chosen
+    return {**shape, "head_dim": 32, **PARTS[part]}, 2, 256
+
+
+PARTS_ON_ONE = {
+    **{name: case(with_part(name), config("zero2")) for name in PARTS},
+    "dense_layers, recomputed": case(with_part("dense_layers"), config("zero2"), recompute_blocks=1),
+    "untied_multi_token, fp32": case(with_part("untied_multi_token"), config("zero2_fp32")),
+}
+# With groups, how many rows each rank sends depends on the routing.
+PARTS_ON_TWO = {
+    name: case(with_part(name), config("zero2"), ep_size=2) for name in PARTS if "topk_group" not in PARTS[name]
+}
 ON_FOUR = {"bf16, fp32 sums": case(WEIGHTS, RECIPES["bf16, fp32 sums"], ep_size=2)}
 # Cases that are measured together, in one group of so many ranks.
-GROUPS = ((1, RECIPES_ON_ONE), (1, SHAPES_ON_ONE), (2, ON_TWO), (4, ON_FOUR))
+GROUPS = (
+    (1, RECIPES_ON_ONE), (1, SHAPES_ON_ONE), (2, ON_TWO), (4, ON_FOUR), (1, PARTS_ON_ONE), (2, PARTS_ON_TWO)
+)  # fmt: skip
 CASES = [(group, name) for group, (_, cases) in enumerate(GROUPS) for name in cases]
 IDS = [f"{name}, {GROUPS[group][0]} ranks" for group, name in CASES]
 

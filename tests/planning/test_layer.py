@@ -1,6 +1,7 @@
-"""What the planner counts of a layer, compared with what torch dispatches for one layer more."""
+"""What the planner counts of a block, compared with what torch dispatches for one block more."""
 
 import os
+from dataclasses import replace
 
 import deepspeed
 import pytest
@@ -13,8 +14,12 @@ from toy import SHIPPED
 from megamoe.config import load_preset
 from megamoe.json_files import read_json
 from megamoe.model import dispatch, dropout
+from megamoe.model.attention import attend
 from megamoe.model.decoder import Decoder
-from megamoe.planning.layer import BothWays, Product, layer_bytes, layer_operators, layer_products
+from megamoe.model.latent_attention import MultiHeadLatentAttention
+from megamoe.planning.attention_cost import is_masked
+from megamoe.planning.costs import BothWays
+from megamoe.planning.layer import BlockKind, block_cost
 from megamoe.planning.sharding import read_setup
 from megamoe.topology import ExpertTopology
 from megamoe.training.distributed import configure_deepspeed
@@ -22,24 +27,40 @@ from megamoe.training.distributed import configure_deepspeed
 BARE = {"expert_dropout": 0.0, "router_jitter_noise": 0.0}
 FULL = {"expert_dropout": 0.05, "router_jitter_noise": 0.01}
 GATED = {**FULL, "gated_mlp": True, "router_score": "sigmoid"}
+LATENT = {
+    "num_latent_tokens": 0, "num_key_value_heads": 2, "head_dim": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 40,
+    "qk_rope_head_dim": 24, "v_head_dim": 64,
+}  # fmt: skip
+SLIDING = {"num_latent_tokens": 0, "sliding_window": 7}
 LENGTH, BATCH = 64, 2
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
+SPARSE, DENSE = BlockKind(False), BlockKind(True)
 
 
-def setup_of(changes, ep_size, weight_bytes, on_cpu):
+def setup_of(changes, ep_size=1, weight_bytes=2, on_cpu=True):
     config = load_preset("tiny").model_copy(update=changes)
     ds = read_json(SHIPPED / ("zero2.json" if weight_bytes == 2 else "zero2_fp32.json"))
     ds["train_micro_batch_size_per_gpu"] = BATCH
     return read_setup(config, ds, ep_size, ep_size, LENGTH, on_cpu)
 
 
-def step(setup, layers):
-    """(operators, bytes) of forward and backward with so many layers."""
-    config = setup.model.model_copy(update={"num_hidden_layers": layers})
+def kind_of(setup, is_dense=False):
+    return BlockKind(is_dense, setup.model.window(0))
+
+
+def attend_as_on_a_gpu(self, query, key, value):
+    return attend(query, key, value.transpose(1, 2).contiguous().transpose(1, 2), None, self.scale)
+
+
+def step(setup, layers, is_dense):
+    """(operators, bytes) of forward and backward with so many layers, of which the last may be dense."""
+    changed = {"num_hidden_layers": layers, "mlp_only_layers": [1] if layers > 1 and is_dense else []}
+    config = setup.model.model_copy(update=changed)
     topology = ExpertTopology(config.num_local_experts, setup.ep_size, setup.world_size)
     model = Decoder(config, topology=topology).to(DTYPES[setup.weight_bytes])
     for router in model.routers():
-        router.selection_bias, router.running_load = router.selection_bias.float(), router.running_load.float()
+        router.running_load = router.running_load.float()
+        router.selection_bias = None if router.selection_bias is None else router.selection_bias.float()
     for moe in model.moe_layers() if setup.ep_size > 1 else ():
         moe.set_deepspeed_parallelism()
     torch.manual_seed(0)
@@ -49,6 +70,7 @@ def step(setup, layers):
         nn.RMSNorm.forward = rms_norm_as_one_operator(operators)
         dispatch.CPU_ROW_MULTIPLE = 1
         dropout.Dropout.forward = lambda self, x: torch.native_dropout(x, self.p, True)[0] if self.p else x
+        MultiHeadLatentAttention._attend_causally = attend_as_on_a_gpu
     with operators:
         loss = model(ids, ids)
     forward = BothWays(operators.calls.total(), operators.bytes)
@@ -57,7 +79,7 @@ def step(setup, layers):
     return forward, BothWays(operators.calls.total(), operators.bytes)
 
 
-def dispatched(setup):
+def dispatched(setup, is_dense=False):
     """(operators, bytes) of one layer more, each both ways; in a process of its own, for it changes modules."""
     if setup.ep_size > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -67,11 +89,16 @@ def dispatched(setup):
         configure_deepspeed()
         torch.distributed.init_process_group("fake", rank=0, world_size=setup.ep_size, store=FakeStore())
         deepspeed.init_distributed(dist_backend="fake", verbose=False)
-    (forward, both), (more_forward, more_both) = step(setup, 1), step(setup, 2)
+    (forward, both), (more_forward, more_both) = (step(setup, layers, is_dense) for layers in (1, 2))
     one, all_of_it = more_forward + forward * -1, more_both + both * -1
     found = [BothWays(ahead, total - ahead) for ahead, total in
              ((one.forward, all_of_it.forward), (one.backward, all_of_it.backward))]  # fmt: skip
     return found[0], found[1]
+
+
+def dispatched_by_each(setups, is_dense):
+    """As `dispatched`, for setups of one rank that all are, or all are not, on CPU."""
+    return [dispatched(setup, is_dense) for setup in setups]
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
@@ -83,10 +110,66 @@ def dispatched(setup):
 def test_the_operators_counted_are_those_dispatched(changes, ep_size, weight_bytes, on_cpu):
     setup = setup_of(changes, ep_size, weight_bytes, on_cpu)
     operators, _ = run_alone(dispatched, setup)
-    assert operators == layer_operators(setup)
+    assert operators == block_cost(setup, SPARSE).operators
+
+
+BALANCE = {"router_aux_loss_coef": 0.01}
+OF_SPARSE_BLOCKS = {
+    "shared experts": {"n_shared_experts": 2},
+    "gated shared experts with a gate": {"n_shared_experts": 2, "shared_expert_gate": True, "gated_mlp": True},
+    "groups": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "plain scores": {"norm_topk_prob": False, "router_bias": False},
+    "plain sigmoid scores": {"norm_topk_prob": False, "router_score": "sigmoid"},
+    "balance of sequences": BALANCE,
+    "balance of sequences, plain sigmoid": {**BALANCE, "router_score": "sigmoid", "norm_topk_prob": False},
+    "balance of micro-batches": {**BALANCE, "router_aux_loss_type": "micro_batch"},
+    "balance of all, sigmoid": {**BALANCE, "router_aux_loss_type": "global_batch", "router_score": "sigmoid"},
+    "z-loss": {"router_z_loss_coef": 0.01},
+    "balance and z-loss": {**BALANCE, "router_z_loss_coef": 0.01},
+}
+OF_ALL_BLOCKS = {
+    "nothing": {},
+    "gated": {"gated_mlp": True},
+    "norm of each head": {"qk_norm": "head"},
+    "norm of all heads": {"qk_norm": "full"},
+    "biases": {"attention_bias": True, "attention_out_bias": True},
+    "half rotated": {"partial_rotary_factor": 0.5},
+    "half rotated, interleaved": {"partial_rotary_factor": 0.5, "rope_interleaved": True},
+    # On a GPU as many heads, for with groups they are copied there.
+    "window": {**SLIDING, "num_key_value_heads": 2},
+    "latent attention": LATENT,
+    "latent attention, compressed queries": {**LATENT, "q_lora_rank": 16, "attention_bias": True},
+}
+NARROW_VALUES = {"latent attention, narrow values": {**LATENT, "v_head_dim": 48}}  # as a CPU has them
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_the_operators_counted_of_every_part_are_those_dispatched(on_cpu, is_dense):
+    parts = OF_ALL_BLOCKS | ({} if is_dense else OF_SPARSE_BLOCKS) | (NARROW_VALUES if on_cpu else {})
+    setups = {name: setup_of({**BARE, **changes}, on_cpu=on_cpu) for name, changes in parts.items()}
+    found = run_alone(dispatched_by_each, list(setups.values()), is_dense)
+    for (name, setup), (operators, _) in zip(setups.items(), found, strict=True):
+        assert operators == block_cost(setup, kind_of(setup, is_dense)).operators, name
 
 
 WIDE = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def assert_bytes(setup, kind, moved, allowed=0.04):
+    cost = block_cost(setup, kind)
+    backward = [one for product in cost.products for one in product.backward()]
+    products = BothWays(*(sum(one.calls * one.bytes(2) for one in products) for products in (cost.products, backward)))
+    m = setup.model
+    widths = m.num_attention_heads * 2 * m.head_dim + m.num_key_value_heads * 2 * (
+        m.head_dim if setup.on_cpu else m.value_dim)  # fmt: skip
+    # The mask's numbers are read.
+    attended = BothWays(1, 2) * (2 * setup.tokens * widths + 2 * setup.seq_len**2 * is_masked(setup, kind.window))
+    # Of each of two all-to-alls: what is sent, allocated, received and returned.
+    exchanged = BothWays(8, 8) * (2 * setup.rows * m.hidden_size * (setup.ep_size > 1))
+    counted = cost.bytes + products + attended + exchanged
+    assert counted.forward == pytest.approx(moved.forward, rel=allowed)
+    assert counted.backward == pytest.approx(moved.backward, rel=allowed)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
@@ -99,36 +182,37 @@ WIDE = {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 4, 
 def test_the_bytes_counted_are_those_that_operators_read_and_write(changes, ep_size, on_cpu):
     setup = setup_of({**changes, **WIDE}, ep_size, 2, on_cpu)
     _, moved = run_alone(dispatched, setup)
-    forward = layer_products(setup)
-    backward = [one for product in forward for one in product.backward()]
-    products = BothWays(*(sum(one.calls * one.bytes(2) for one in products) for products in (forward, backward)))
-    m = setup.model
-    attended = 2 * setup.tokens * (m.num_attention_heads + m.num_key_value_heads) * m.head_dim
-    # Of each of two all-to-alls: what is sent, allocated, received and returned.
-    exchanged = BothWays(8, 8) * (2 * setup.rows * m.hidden_size * (ep_size > 1))
-    counted = layer_bytes(setup) + products + BothWays(2, 4) * attended + exchanged
-    assert counted.forward == pytest.approx(moved.forward, rel=0.04)
-    assert counted.backward == pytest.approx(moved.backward, rel=0.04)
+    assert_bytes(setup, SPARSE, moved)
+
+
+# On CPU only dense blocks: in sparse ones there, the fill of the experts' rows changes with the routing.
+@pytest.mark.parametrize(("on_cpu", "is_dense"), [(True, True), (False, True), (False, False)])
+def test_the_bytes_counted_of_every_part_are_those_that_operators_read_and_write(on_cpu, is_dense):
+    parts = OF_ALL_BLOCKS | ({} if is_dense else OF_SPARSE_BLOCKS) | (NARROW_VALUES if on_cpu else {})
+    changed = {**BARE, **WIDE, "num_latent_tokens": 0} | ({"num_experts_per_tok": 8} if on_cpu else {})
+    setups = {
+        name: setup_of({**changed, **changes, "num_key_value_heads": 4}, on_cpu=on_cpu)
+        for name, changes in parts.items()
+    }
+    found = run_alone(dispatched_by_each, list(setups.values()), is_dense)
+    off = {}
+    for (name, setup), (_, moved) in zip(setups.items(), found, strict=True):
+        try:
+            assert_bytes(setup, kind_of(setup, is_dense), moved)
+        except AssertionError as error:
+            off[name] = str(error)
+    assert not off
 
 
 def test_in_fp32_nothing_is_cast():
     # On a GPU, where RMSNorm is one kernel in any precision.
     setup = setup_of(FULL, 1, 4, on_cpu=False)
     operators, _ = run_alone(dispatched, setup)
-    assert operators == layer_operators(setup)
+    assert operators == block_cost(setup, SPARSE).operators
 
 
 def test_a_loop_has_a_product_for_each_expert():
     setup = setup_of(BARE, 1, 2, on_cpu=False)
-    loop = type(setup)(**{**vars(setup), "kernel": "loop"})
-    assert sum(one.flops for one in layer_products(loop)) == sum(one.flops for one in layer_products(setup))
-    assert layer_operators(loop).forward - layer_operators(setup).forward == 2 * 8
-
-
-def test_backward_has_both_gradients_of_a_product():
-    product = Product(rows=32, columns=7, inside=5, groups=3, calls=2)
-    by_rows, by_weight = product.backward()
-    assert (by_rows.rows, by_rows.columns, by_rows.inside) == (32, 5, 7)
-    assert (by_weight.rows, by_weight.columns, by_weight.inside) == (7, 5, 32)
-    assert by_rows.flops == by_weight.flops == product.flops == 2 * 3 * 2 * 32 * 7 * 5
-    assert product.bytes(2) == 2 * 3 * (32 * 5 + 5 * 7 + 32 * 7)
+    plain, loop = (block_cost(one, SPARSE) for one in (setup, replace(setup, kernel="loop")))
+    assert sum(one.flops for one in loop.products) == sum(one.flops for one in plain.products)
+    assert loop.operators.forward - plain.operators.forward == 2 * 8

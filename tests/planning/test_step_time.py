@@ -15,12 +15,12 @@ from megamoe.hardware import DEVICES, Device
 from megamoe.json_files import read_json
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.decoder import Decoder
-from megamoe.planning.layer import NORM_OPERATORS_ON_CPU, layer_operators
+from megamoe.planning.costs import NORM_OPERATORS_ON_CPU
+from megamoe.planning.head import CHUNK_OPERATORS, outside_operators
+from megamoe.planning.layer import BlockKind, block_cost
 from megamoe.planning.rates import GPU, Rates
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import (
-    BACKWARD_OPERATORS,
-    FORWARD_OPERATORS,
     Phase,
     gradient_bytes,
     gradient_operators,
@@ -34,6 +34,10 @@ FULL = read_setup(load_preset("moe-680m"), read_json(SHIPPED / "zero2.json"), 1,
 SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 # Only what a test changes takes time.
 IDEAL = Rates(math.inf, math.inf, math.inf, links=1.0, operator=0.0, region=0.0, parameter=0.0, wait=0.0)
+
+
+def layer_operators(setup):
+    return block_cost(setup, BlockKind(False)).operators
 
 
 def phases(setup, device=DEVICES["h100"], rates=GPU):
@@ -63,9 +67,9 @@ def test_the_parts_of_a_step_are_all_of_it():
 def test_the_host_launches_what_is_counted():
     rates = replace(IDEAL, operator=1.0)
     found, counted = phases(FULL, rates=rates), layer_operators(FULL)
-    assert found["forward"].launches == 24 * counted.forward + FORWARD_OPERATORS
+    assert found["forward"].launches == 24 * counted.forward + outside_operators(FULL).forward
     gradients = 2 + 24 * 10  # embedding, last norm, and the parameters of 24 layers
-    assert found["backward"].launches == 24 * counted.backward + BACKWARD_OPERATORS + gradients * 2
+    assert found["backward"].launches == 24 * counted.backward + outside_operators(FULL).backward + gradients * 2
     assert phases(FULL, rates=replace(IDEAL, parameter=1.0))["backward"].launches == gradients
     twice = phases(replace(FULL, accumulation=2), rates=rates)
     assert twice["forward"].launches == 2 * found["forward"].launches
@@ -75,7 +79,7 @@ def test_the_host_launches_what_is_counted():
 def test_compiled_blocks_have_fewer_operators_and_calls_of_regions():
     compiled, rates = replace(FULL, compiled=True), replace(IDEAL, operator=1.0, region=1000.0)
     forward = phases(compiled, rates=rates)["forward"]
-    assert forward.launches == 24 * (layer_operators(compiled).forward + 2 * 1000) + FORWARD_OPERATORS
+    assert forward.launches == 24 * (layer_operators(compiled).forward + 2 * 1000) + outside_operators(FULL).forward
     assert layer_operators(compiled).forward < layer_operators(FULL).forward
     assert layer_operators(compiled).backward < layer_operators(FULL).backward
     gated = replace(compiled, model=compiled.model.model_copy(update={"gated_mlp": True}), recompute_blocks=24)
@@ -205,3 +209,26 @@ def test_the_host_waits_once_for_rows_and_for_each_looped_product():
         for ep_size, kernel in ((1, "grouped_mm"), (8, "grouped_mm"), (1, "loop"), (8, "loop"))
     ]
     assert waits == [0, 24, 48, 72]
+
+
+UNLIKE = ModelConfig(
+    **{**PRESET, "num_hidden_layers": 4, "num_latent_tokens": 0, "first_k_dense_replace": 1, "n_shared_experts": 1,
+       "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "sliding_window": 7,
+       "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]}
+)  # fmt: skip
+
+
+def test_blocks_that_differ_are_counted_one_by_one():
+    setup, rates = replace(SETUP, model=UNLIKE), replace(IDEAL, operator=1.0)
+    found = phases(setup, rates=rates)
+    kinds = [BlockKind(True), BlockKind(False, 7), BlockKind(False), BlockKind(False)]
+    counted = [block_cost(setup, kind).operators for kind in kinds]
+    outside = outside_operators(setup)
+    assert found["forward"].launches == sum(one.forward for one in counted) + outside.forward
+    assert found["multi-token prediction"].launches > counted[2].forward + counted[2].backward + CHUNK_OPERATORS
+    waits = phases(setup, rates=replace(IDEAL, wait=1.0))["forward"].waits
+    assert waits == 4  # three sparse blocks and that of multi-token prediction
+    again = phases(replace(setup, recompute_blocks=2), rates=rates)["backward"].launches - found["backward"].launches
+    assert again == counted[0].forward + counted[1].forward
+    time = step_time(setup, DEVICES["h100"], 8, GPU)
+    assert sum(time.parts.values()) == pytest.approx(time.seconds)
