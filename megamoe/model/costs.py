@@ -10,7 +10,7 @@ Shape = dict[str, int]  # the fields that make each dimension, in order, and its
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every parameter of the model under its plain name."""
+    """Every parameter of the model under its plain name, in the model's order."""
     hidden = {"hidden_size": config.hidden_size}
     rows = {"vocab_size": config.vocab_size} | hidden
     shapes = {"model.embed_tokens.weight": rows}
@@ -20,18 +20,19 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = rows
     if config.num_nextn_predict_layers:
-        shapes |= {f"model.mtp.{norm}.weight": hidden for norm in ("embed_norm", "hidden_norm", "norm")}
+        shapes |= {"model.mtp.embed_norm.weight": hidden, "model.mtp.hidden_norm.weight": hidden}
         shapes["model.mtp.proj.weight"] = hidden | {"2 x hidden_size": 2 * config.hidden_size}
         shapes |= _prefixed("model.mtp.block.", block_shapes(config, dense=False))
+        shapes["model.mtp.norm.weight"] = hidden
     return shapes
 
 
 def block_shapes(config: ModelConfig, dense: bool) -> dict[str, Shape]:
     """Every parameter of a block."""
     hidden = {"hidden_size": config.hidden_size}
-    shapes = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
     attention = _latent_attention_shapes(config) if config.kv_lora_rank else _attention_shapes(config)
-    shapes |= _prefixed("self_attn.", attention)
+    shapes = {"input_layernorm.weight": hidden, **_prefixed("self_attn.", attention)}
+    shapes["post_attention_layernorm.weight"] = hidden
     if dense:
         return shapes | _mlp_shapes(config, "mlp.", {"intermediate_size": config.intermediate_size})
     shapes["moe.router.weight"] = {"num_local_experts": config.num_local_experts} | hidden
@@ -55,17 +56,18 @@ def _mlp_shapes(config: ModelConfig, prefix: str, inside: Shape) -> dict[str, Sh
     return _prefixed(prefix, shapes | {"up_proj.weight": inside | hidden, "down_proj.weight": hidden | inside})
 
 
+def _linear(name: str, rows: Shape, columns: Shape, bias: bool = False) -> dict[str, Shape]:
+    return {f"{name}.weight": rows | columns} | ({f"{name}.bias": rows} if bias else {})
+
+
 def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
-    hidden, head = {"hidden_size": config.hidden_size}, {"head_dim": config.head_dim}
+    hidden, head, bias = {"hidden_size": config.hidden_size}, {"head_dim": config.head_dim}, config.attention_bias
     query = {"num_attention_heads x head_dim": config.num_attention_heads * config.head_dim}
     key = {"num_key_value_heads x head_dim": config.num_key_value_heads * config.head_dim}
     shapes = {"latents": {"num_latent_tokens": config.num_latent_tokens} | hidden} if config.num_latent_tokens else {}
-    shapes |= {"q_proj.weight": query | hidden, "k_proj.weight": key | hidden, "v_proj.weight": key | hidden}
-    shapes["o_proj.weight"] = hidden | query
-    if config.attention_bias:
-        shapes |= {"q_proj.bias": query, "k_proj.bias": key, "v_proj.bias": key}
-    if config.attention_out_bias:
-        shapes["o_proj.bias"] = hidden
+    for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        shapes |= _linear(name, rows, hidden, bias)
+    shapes |= _linear("o_proj", hidden, query, config.attention_out_bias)
     if config.qk_norm:
         full = config.qk_norm == "full"
         shapes |= {"q_norm.weight": query if full else head, "k_norm.weight": key if full else head}
@@ -74,28 +76,20 @@ def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 def _latent_attention_shapes(config: ModelConfig) -> dict[str, Shape]:
     nope, rope, value = config.qk_nope_head_dim or 0, config.qk_rope_head_dim or 0, config.value_dim
-    heads, hidden = config.num_attention_heads, {"hidden_size": config.hidden_size}
+    heads, hidden, bias = config.num_attention_heads, {"hidden_size": config.hidden_size}, config.attention_bias
     query = {"num_attention_heads x head_dim": heads * config.head_dim}
     lora, compressed = {"q_lora_rank": config.q_lora_rank or 0}, {"kv_lora_rank": config.kv_lora_rank or 0}
     key = {"kv_lora_rank + qk_rope_head_dim": (config.kv_lora_rank or 0) + rope}
     expanded = {"num_attention_heads x (qk_nope_head_dim + v_head_dim)": heads * (nope + value)}
     values = {"num_attention_heads x v_head_dim": heads * value}
     if config.q_lora_rank:
-        shapes = {"q_a_proj.weight": lora | hidden, "q_a_layernorm.weight": lora, "q_b_proj.weight": query | lora}
+        shapes = _linear("q_a_proj", lora, hidden, bias) | {"q_a_layernorm.weight": lora}
+        shapes |= _linear("q_b_proj", query, lora)
     else:
-        shapes = {"q_proj.weight": query | hidden}
-    shapes |= {
-        "kv_a_proj_with_mqa.weight": key | hidden,
-        "kv_a_layernorm.weight": compressed,
-        "kv_b_proj.weight": expanded | compressed,
-        "o_proj.weight": hidden | values,
-    }
-    if config.attention_bias:
-        shapes |= {"q_a_proj.bias": lora} if config.q_lora_rank else {}
-        shapes["kv_a_proj_with_mqa.bias"] = key
-    if config.attention_out_bias:
-        shapes["o_proj.bias"] = hidden
-    return shapes
+        shapes = _linear("q_proj", query, hidden)
+    shapes |= _linear("kv_a_proj_with_mqa", key, hidden, bias) | {"kv_a_layernorm.weight": compressed}
+    shapes |= _linear("kv_b_proj", expanded, compressed)
+    return shapes | _linear("o_proj", hidden, values, config.attention_out_bias)
 
 
 def parameter_count(config: ModelConfig) -> int:

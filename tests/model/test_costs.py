@@ -10,7 +10,7 @@ from megamoe.config import ModelConfig, load_preset, preset_names
 from megamoe.model import dispatch
 from megamoe.model.costs import parameter_count, parameter_shapes, train_flops_per_token
 from megamoe.model.decoder import Decoder
-from megamoe.model.names import plain_parts
+from megamoe.model.names import engine_parameters, plain_parts
 
 SMALL = ModelConfig(
     vocab_size=100,
@@ -58,7 +58,9 @@ def test_the_planned_parameters_are_those_of_the_built_model(changes):
         for name, parameter in model.named_parameters()
         for part in plain_parts(name, parameter.shape)
     }
-    assert {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()} == built
+    planned = {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()}
+    assert planned == built
+    assert list(engine_parameters(planned)) == [name for name, _ in model.named_parameters()]  # in the same order
     assert parameter_count(config) == count(config)
 
 
@@ -70,6 +72,18 @@ def test_the_planned_parameters_of_every_part_are_those_of_the_built_model(part)
 @pytest.mark.parametrize("preset", preset_names())
 def test_the_planned_parameters_of_a_preset_are_those_of_its_model(preset):
     assert parameter_count(load_preset(preset)) == count(load_preset(preset))
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    # As transformers 5.24 builds the published configurations; its count has no balancing bias.
+    [("olmoe-7b-a1b", 6_919_161_856), ("qwen3-30b-a3b", 30_532_122_624), ("moonlight-16b-a3b", 15_960_108_544)],
+)
+def test_presets_of_open_models_have_the_published_number_of_parameters(preset, parameters):
+    config = load_preset(preset)
+    assert parameter_count(config) == parameters
+    biases = len(config.sparse_blocks) * config.num_local_experts * config.router_bias
+    assert biases == (1_664 if preset == "moonlight-16b-a3b" else 0)
 
 
 def test_flops_of_a_token_by_hand():
