@@ -111,7 +111,7 @@ def collectives(setup: Setup) -> list[Collective]:
         if ranks > 1:
             found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes), "update"))
     small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * m.num_local_experts)
-    found.append(Collective("norm, losses, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
+    found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
     return found
 
 

@@ -72,6 +72,18 @@ def test_the_planned_parameters_of_a_preset_are_those_of_its_model(preset):
     assert parameter_count(load_preset(preset)) == count(load_preset(preset))
 
 
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    # As transformers 5.24 builds the published configurations; its count has no balancing bias.
+    [("olmoe-7b-a1b", 6_919_161_856), ("qwen3-30b-a3b", 30_532_122_624), ("moonlight-16b-a3b", 15_960_108_544)],
+)
+def test_presets_of_open_models_have_the_published_number_of_parameters(preset, parameters):
+    config = load_preset(preset)
+    assert parameter_count(config) == parameters
+    biases = len(config.sparse_blocks) * config.num_local_experts * config.router_bias
+    assert biases == (1_664 if preset == "moonlight-16b-a3b" else 0)
+
+
 def test_flops_of_a_token_by_hand():
     # Per layer: q and o 768 x 768, k and v 768 x 256; two experts of two 768 x 2048; the router 768 x 8; keys and
     # values of 512 + 8 positions on average. The head 768 x 49,152. Two per weight forward, four backward.

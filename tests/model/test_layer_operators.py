@@ -5,13 +5,14 @@ import os
 import deepspeed
 import pytest
 import torch
+from model_parts import PARTS, SHAPE, model_of
 from operators import Operators, rms_norm_as_one_operator
 from ranks import run_alone
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megamoe.config import load_preset
+from megamoe.config import ModelConfig, load_preset
 from megamoe.model import dispatch
 from megamoe.model.decoder import Decoder
 from megamoe.topology import ExpertTopology
@@ -29,17 +30,19 @@ def step_of(config, ep_size=1, dtype=torch.bfloat16):
     """The counts of a forward and backward pass of the whole model."""
     model = Decoder(config, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size)).to(dtype)
     for router in model.routers():
-        router.selection_bias, router.running_load = router.selection_bias.float(), router.running_load.float()
+        router.running_load = router.running_load.float()
+        router.selection_bias = None if router.selection_bias is None else router.selection_bias.float()
     for moe in model.moe_layers() if ep_size > 1 else ():
         moe.set_deepspeed_parallelism()
     torch.manual_seed(0)
     ids = torch.randint(config.vocab_size, (BATCH, LENGTH))
+    labels = torch.randint(config.vocab_size, (BATCH, LENGTH + config.num_nextn_predict_layers))
     operators = Operators()
     plain = nn.RMSNorm.forward
     nn.RMSNorm.forward = rms_norm_as_one_operator(operators)
     try:
         with operators:
-            model(ids, ids).backward()
+            model(ids, labels).backward()
     finally:
         nn.RMSNorm.forward = plain
     return operators
@@ -81,6 +84,34 @@ def test_expert_parallelism_adds_at_most_so_many(experts, parts, most):
     calls, _ = run_alone(layer_among_peers, 4, config)
     assert calls["alltoall_base_"] == 5  # counts; rows there and back; their gradients
     assert sum(calls.values()) <= most, calls
+
+
+# Operators that a part adds to a layer, both ways (docs/models.md has each way).
+MORE = {
+    "latent_tokens": 2,
+    "gated_narrow_experts": 4,
+    "shared_experts": 21,  # gated, as the routed ones
+    "gated_shared_experts": 20,
+    "dense_layers": 0,
+    "sigmoid_groups": 10,
+    "plain_scores": 0,
+    "sequence_loss": 27,  # and a z-loss
+    "global_loss": 13,  # of sigmoid scores
+    "head_norm_partial_rope": 9,
+    "full_norm_out_bias": 5,
+    "sliding": 5,
+    "latent_attention": 9,
+    "compressed_queries": 16,  # with biases
+    "untied_multi_token": 14,  # a z-loss
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_adds_at_most_so_many_operators_to_a_layer(part):
+    plain, _ = layer_of(ModelConfig(**SHAPE, **FULL))
+    calls, _ = layer_of(model_of(part, **FULL))
+    assert sum(plain.values()) <= 120
+    assert sum(calls.values()) <= sum(plain.values()) + MORE[part], calls
 
 
 # Without latent tokens, whose rows are not those of a token.
