@@ -27,11 +27,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def block_shapes(config: ModelConfig, dense: bool) -> dict[str, Shape]:
-    """Every parameter of a block."""
+    """Every parameter of a block, in the order of the module's, on which the flat groups of the optimizer depend."""
     hidden = {"hidden_size": config.hidden_size}
-    shapes = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
     attention = _latent_attention_shapes(config) if config.kv_lora_rank else _attention_shapes(config)
-    shapes |= _prefixed("self_attn.", attention)
+    shapes = {"input_layernorm.weight": hidden} | _prefixed("self_attn.", attention)
+    shapes["post_attention_layernorm.weight"] = hidden
     if dense:
         return shapes | _mlp_shapes(config, "mlp.", {"intermediate_size": config.intermediate_size})
     shapes["moe.router.weight"] = {"num_local_experts": config.num_local_experts} | hidden
