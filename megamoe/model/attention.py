@@ -8,11 +8,13 @@ H query heads, G key/value heads, d head_dim, v the width of a value.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .rope import Rotary, apply_rotary  # relative: an exported model has these files in one folder
 
@@ -47,12 +49,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.is_cuda and (mask is not None or query.dtype == torch.float32):
-        # No fused kernel has groups together with a mask, or in fp32: each query head gets keys of its own.
+        # The memory-efficient kernel, which these take, has no groups: each query head gets keys of its own.
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
+    with _kernels(query, mask):
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
     return out.transpose(1, 2).flatten(2)
+
+
+def _kernels(query: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
+    """With a mask on a GPU, not cuDNN's, whose backward gives NaN for some (pytorch issue 196678)."""
+    if mask is None or not query.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class LayerCache:

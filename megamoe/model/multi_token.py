@@ -31,15 +31,16 @@ class MultiTokenPredictor(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, rotary: Rotary, mask: Tensor | None
+        self, hidden: Tensor, embedded: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """States for the head (B, T, D), and the losses (2,) of the block's router, where it has any.
 
         Args:
-            hidden: (B, T, D), behind the model's last block, before its norm.
+            hidden: (B, T, D), behind the model's last norm, as servers feed the block of published DeepSeek weights;
+                the paper leaves it open.
             embedded: (B, T, D), of the token that follows each position.
-            rotary: of the positions, as the model's blocks take it; `mask` too.
+            rotary: of the positions, as the model's blocks take it; `mask` and `used_token` too.
         """
         x = self.proj(torch.cat((self.embed_norm(embedded), self.hidden_norm(hidden)), dim=-1))
-        x, losses = self.block(x, rotary, mask, None, None)
+        x, losses = self.block(x, rotary, mask, used_token, None)
         return self.norm(x), losses

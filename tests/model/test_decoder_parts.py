@@ -184,7 +184,7 @@ def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embe
 
     model.eval()
     states = []
-    model.norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    model.norm.register_forward_hook(lambda _, inputs, output: states.append(output))
     model(ids)
     weights = dict(model.named_parameters())
     embedded = weights["embed_tokens.weight"][labels[:, :10]]
@@ -196,6 +196,24 @@ def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embe
     logits = norm(x, weights["mtp.norm.weight"]) @ weights["lm_head.weight"].T
     expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     assert measured.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_padding_is_routed_by_no_block():
+    model = random_model("untied_multi_token")
+    real = torch.ones(2, 10, dtype=torch.bool)
+    real[0, :6] = False
+    model(some_ids(2, 10), some_ids(2, 11), attention_mask=real)
+    assert [router.step_counts.sum().item() for router in model.routers()] == [2 * 14] * 4
+
+
+def test_labels_of_another_width_are_refused():
+    for part, needed in (("untied_multi_token", 11), ("sequence_loss", 10), ("latent_tokens", 10)):
+        model = random_model(part)
+        for width in {9, 10, 11} - {needed}:
+            with pytest.raises(ValueError, match=f"labels are {width} per row for 10 ids; give {needed}"):
+                model(some_ids(2, 10), some_ids(2, width))
+        with pytest.raises(ValueError, match="give 10"):
+            model.eval()(some_ids(2, 10), some_ids(2, 11))
 
 
 def test_multi_token_prediction_changes_no_logit():

@@ -17,8 +17,8 @@ def reads_of_a_pass(config, ep_size, recompute_blocks=0):
         model.recompute_blocks = recompute_blocks
         rows = BATCH * LENGTH * config.num_experts_per_tok
         reads = count_reads([[rows // ep_size] * ep_size] * 2)
-        ids = torch.empty(BATCH, LENGTH, dtype=torch.int64, device=DEVICE)
-        loss = model(ids, ids)
+        ids = torch.empty(BATCH, LENGTH + config.num_nextn_predict_layers, dtype=torch.int64, device=DEVICE)
+        loss = model(ids[:, :LENGTH], ids)
         assert loss.device.type == DEVICE
         loss.backward()
         for name, weight in model.named_parameters():
@@ -44,6 +44,26 @@ PARTS = {
         "router_aux_loss_coef": 0.01,
         "router_aux_loss_type": "global_batch",
     },
+    "dense, shared, windows, multi-token": {
+        "num_latent_tokens": 0,
+        "first_k_dense_replace": 1,
+        "n_shared_experts": 1,
+        "shared_expert_gate": True,
+        "tie_word_embeddings": False,
+        "num_nextn_predict_layers": 1,
+        "qk_norm": "head",
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+        "sliding_window": 16,
+    },
+    "latent attention": {
+        "num_latent_tokens": 0,
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 48,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
     "interleaved, scaled": {"rope_interleaved": True, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
 }
 
@@ -55,7 +75,8 @@ def test_a_pass_without_expert_parallelism_reads_nothing(parts):
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_a_pass_with_expert_parallelism_reads_once_per_layer(parts):
-    assert run_alone(reads_of_a_pass, CONFIG.model_copy(update=parts), 4) == CONFIG.num_hidden_layers
+    config = CONFIG.model_copy(update=parts)
+    assert run_alone(reads_of_a_pass, config, 4) == len(config.sparse_blocks)
 
 
 def test_a_recomputed_block_reads_again():
