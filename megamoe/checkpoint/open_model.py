@@ -33,7 +33,7 @@ class OpenModel(NamedTuple):
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Decoder:
         """The model with its weights in `dtype`, in evaluation mode."""
-        model = Decoder(self.config)
+        model = Decoder(self.config, seed=None)
         load_weights(model, self.source, dtype)
         return model.to(device).eval()
 

@@ -48,11 +48,16 @@ class Decoder(nn.Module):
     step_losses: Tensor
 
     def __init__(
-        self, config: ModelConfig, seed: int = 0, topology: ExpertTopology | None = None, recompute_blocks: int = 0
+        self,
+        config: ModelConfig,
+        seed: int | None = 0,
+        topology: ExpertTopology | None = None,
+        recompute_blocks: int = 0,
     ):
         """
         Args:
-            seed: of the initial weights, which do not depend on the topology.
+            seed: of the initial weights, which do not depend on the topology; None draws none, for a model whose
+                weights are loaded.
             topology: of this rank; None holds all experts.
             recompute_blocks: number of blocks, from the first on, of which only the input is kept for the backward
                 pass, which recomputes the rest.
@@ -72,7 +77,8 @@ class Decoder(nn.Module):
         self.mtp = MultiTokenPredictor(config, self.topology) if config.num_nextn_predict_layers else None
         self.loss_parts = loss_parts(config)
         self.register_buffer("step_losses", torch.zeros(len(self.loss_parts)), persistent=False)
-        self._init_weights(seed)
+        if seed is not None:
+            self._init_weights(seed)
 
     @torch.no_grad()
     def _init_weights(self, seed: int) -> None:
