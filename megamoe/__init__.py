@@ -30,6 +30,10 @@ _PLACES = {
 __all__ = ["__version__", *_PLACES]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Import a name when it is asked for: torch and DeepSpeed take seconds, and a launcher needs the version alone."""
     if name not in _PLACES:

@@ -40,7 +40,7 @@ def run_dir(tmp_path_factory):
 def test_every_name_that_the_package_documents_is_there_and_no_other():
     documented = set(re.findall(r"^    (\w[\w, ]*?)  ", megamoe.__doc__, re.MULTILINE))
     names = {name for line in documented for name in line.split(", ")}
-    assert names == set(megamoe.__all__) - {"__version__"}
+    assert names == set(megamoe.__all__) - {"__version__"} == set(dir(megamoe)) - {"__version__"}
     assert all(getattr(megamoe, name).__doc__ for name in names)
     with pytest.raises(AttributeError, match="load_model"):
         megamoe.load_modle  # noqa: B018
@@ -127,8 +127,8 @@ def test_the_example_of_the_readme_runs(run_dir, tmp_path):
     section = README.read_text().split("## From Python")[1]
     example = section.split("```python\n")[1].split("```")[0]
     assert len(example.splitlines()) <= 20
-    (tmp_path / "my.txt").write_text(TEXT)
-    code = example.replace("runs/mine", str(run_dir)).replace("my.txt", str(tmp_path / "my.txt"))
+    (tmp_path / "short.txt").write_text(TEXT)
+    code = example.replace("runs/glm", str(run_dir)).replace("README.md", str(tmp_path / "short.txt"))
     root = README.parent
     run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,7 +1,7 @@
 """Sample from a trained model: `python tools/generate.py runs/tiny --prompt "In a quiet library,"`.
 
 Takes a run (its newest checkpoint), a checkpoint, an export, or a directory of an open model. Several prompts are
-continued in one batch.
+continued in one batch. A run computes in the dtype that it trained in, so its text may differ from that of an export.
 """
 
 from __future__ import annotations
@@ -16,19 +16,13 @@ from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.open_model import open_model
 from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file
 from megamoe.errors import Problems
-from megamoe.model.generation import generate
+from megamoe.model.generation import generate, sampling_problems
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
-    problems = Problems()
-    for name, fits, limit in (
-        ("num_samples", args.num_samples > 0, "at least 1"),
-        ("temperature", args.temperature >= 0, "0 or more"),
-        ("top_k", args.top_k is None or args.top_k > 0, "at least 1"),
-        ("top_p", args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not fits:
-            problems.append(f"{name} is {getattr(args, name)}; it must be {limit}.")
+    problems = Problems(sampling_problems(args.temperature, args.top_k, args.top_p))
+    if args.num_samples < 1:
+        problems.append(f"num_samples is {args.num_samples}; it must be at least 1.")
     problems.refuse()
     return args
 

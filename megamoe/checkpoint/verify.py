@@ -17,7 +17,7 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         part: look at this share only, of `parts`; the shares together cover every file.
     """
     if not checkpoint.exists():
-        return [f"{checkpoint} does not exist; check the path, or use an older checkpoint."]
+        return [f"{checkpoint} does not exist; check the path."]
     try:
         if folders.has_index(checkpoint):
             return indexed_files.problems(checkpoint, read_index(checkpoint), part, parts)

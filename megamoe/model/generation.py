@@ -5,6 +5,8 @@ Shape legend: B prompts, T length of the longest, V vocab_size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,9 +56,12 @@ def generate(
         prompts: token ids, at least one each; lengths may differ.
         end_of_text: a row stops at this id.
 
-    Raises UserError if a prompt is empty or prompt and continuation exceed max_position_embeddings, unless
-    rope_scaling extends it.
+    Raises UserError for a value that cannot be, and if a prompt is empty or prompt and continuation exceed
+    max_position_embeddings, unless rope_scaling extends it.
     """
+    problems = sampling_problems(temperature, top_k, top_p)
+    if problems:
+        raise UserError(*problems)
     _check(model, prompts, max_new_tokens)
     model.eval()
     device = model.embed_tokens.weight.device
@@ -79,7 +84,19 @@ def generate(
     return [row[: row.index(end_of_text)] if end_of_text in row else row for row in rows]
 
 
+def sampling_problems(temperature: float, top_k: int | None, top_p: float | None) -> list[str]:
+    """What keeps tokens from being drawn so, one sentence each."""
+    limits = (
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k > 0, "at least 1"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1"),
+    )
+    return [f"{name} is {value}; it must be {limit}." for name, value, fits, limit in limits if not fits]
+
+
 def _check(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+    if not prompts:
+        raise UserError("there is no prompt; give at least one.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
     for prompt in prompts:

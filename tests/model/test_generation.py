@@ -195,3 +195,22 @@ def test_an_empty_prompt_is_refused():
 def test_fewer_than_1_new_token_is_refused(number):
     with pytest.raises(UserError, match=f"max_new_tokens is {number}.*1"):
         generate(small_model(), [[1]], number)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+    ],
+)
+def test_tokens_cannot_be_drawn_with_impossible_values(options, words):
+    with pytest.raises(UserError, match=words):
+        generate(small_model(), PROMPTS, 2, **options)
+
+
+def test_without_a_prompt_nothing_is_generated():
+    with pytest.raises(UserError, match="no prompt"):
+        generate(small_model(), [], 2)
