@@ -31,7 +31,7 @@ from megamoe.topology import ExpertTopology
 class Stream(NamedTuple):
     """What the blocks have made of the tokens."""
 
-    hidden: Tensor  # (B, T, D), behind the last norm
+    hidden: Tensor  # (B, T, D)
     router_losses: list[Tensor]  # (2,) of each router that has any
     rotary: Rotary
     mask: Tensor | None  # of the last block
@@ -146,16 +146,17 @@ class Decoder(nn.Module):
             cache: from `new_cache`; the call's tokens are appended to it.
         """
         stream = self._stream(input_ids, attention_mask, cache)
+        hidden = self.norm(stream.hidden)
         if labels is None:
-            return F.linear(stream.hidden, self.head)
+            return F.linear(hidden, self.head)
         length = input_ids.shape[1]
         needed = length + (self.config.num_nextn_predict_layers if self.training else 0)
         if labels.shape[1] != needed:
             why = ", one further for multi-token prediction" if needed > length else ""
             raise ValueError(f"labels are {labels.shape[1]} per row for {length} ids; give {needed}{why}.")
         if self.training and len(self.loss_parts) > 1:
-            return self._training_loss(stream, labels)
-        loss = chunked_cross_entropy(stream.hidden.flatten(0, 1), self.head, labels.flatten())
+            return self._training_loss(stream, hidden, labels)
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten())
         if self.training:
             self.step_losses += loss.detach()  # (1,)
         return loss
@@ -192,7 +193,7 @@ class Decoder(nn.Module):
             recompute = layer < self.recompute_blocks and torch.is_grad_enabled()
             hidden, of_router = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             losses += [of_router] if of_router is not None else []
-        return Stream(self.norm(hidden), losses, rotary, masks[self.config.window(-1)], used)
+        return Stream(hidden, losses, rotary, masks[self.config.window(-1)], used)
 
     def _masks(self, token_mask: Tensor | None, input_ids: Tensor) -> dict[int | None, Tensor | None]:
         """What the queries of `input_ids` (B, T) see, by the window of a layer; None where that is plainly causal."""
@@ -206,9 +207,14 @@ class Decoder(nn.Module):
                 masks[window] = attention_mask(input_ids.new_ones(1, length, dtype=torch.bool), length, 0, window)
         return masks
 
-    def _training_loss(self, stream: Stream, labels: Tensor) -> Tensor:
-        """The scalar to train on; adds its parts to `step_losses`. Labels as for `forward`."""
-        config, hidden, length = self.config, stream.hidden, stream.hidden.shape[1]
+    def _training_loss(self, stream: Stream, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The scalar to train on; adds its parts to `step_losses`.
+
+        Args:
+            hidden: (B, T, D), of the stream, normed.
+            labels: as for `forward`.
+        """
+        config, length = self.config, hidden.shape[1]
         following, router_losses = labels[:, :length], stream.router_losses
         of_head = chunked_head_loss(hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef)
         total = of_head.total
