@@ -254,7 +254,7 @@ def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
 
 def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_size: int) -> list[str]:
     """What does not fit between the three owners, one sentence each."""
-    problems = ExpertTopology.problems(run.ep_size, model.num_local_experts, world_size, run.preset)
+    problems = placement_problems(model, run.ep_size, ds, world_size, run.preset)
     if run.seq_len and run.seq_len > model.max_position_embeddings and model.rope_scaling is None:
         problems.append(
             f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
@@ -265,7 +265,6 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
             "give at most that many."
         )
-    problems += _row_problems(model, dtype_of(ds), run.preset)
     try:
         total = read_schedule(ds, run.ds_config).total_num_steps
     except UserError:
@@ -276,6 +275,12 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             "lower --steps or raise total_num_steps."
         )
     return problems
+
+
+def placement_problems(model: ModelConfig, ep_size: int, ds: dict[str, Any], world_size: int, preset: str) -> list[str]:
+    """What keeps a model's experts from these ranks, or from the precision of the DeepSpeed JSON, one sentence each."""
+    problems = ExpertTopology.problems(ep_size, model.num_local_experts, world_size, preset)
+    return problems + _row_problems(model, dtype_of(ds), preset)
 
 
 def _row_problems(model: ModelConfig, dtype: str, preset: str) -> list[str]:

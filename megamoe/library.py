@@ -21,15 +21,17 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from megamoe.architectures.config_json import find_preset
-from megamoe.checkpoint.open_model import open_model
+from megamoe.checkpoint.open_model import open_model, tokenizer_of
 from megamoe.config import ModelConfig, validate
 from megamoe.data import tokenizer as tokenizers
 from megamoe.data.batches import NO_LABEL, Batch
-from megamoe.ds_config import deepspeed_problems
-from megamoe.errors import UserError
+from megamoe.ds_config import deepspeed_problems, placement_problems
+from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
 from megamoe.model import generation
 from megamoe.model.decoder import Decoder
+from megamoe.training.distributed import is_on_cpu
+from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.step import StepResult, TrainStep, build_train_step
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -68,9 +70,8 @@ def load_model(
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of what `load_model` takes, or of a tokenizer.json."""
     path = Path(path)
-    if path.is_dir() and not (path / "tokenizer.json").exists():
-        path = path.parent.parent  # of a checkpoint, its run's
-    return tokenizers.load_tokenizer(tokenizers.tokenizer_file(path))
+    is_tokenizer = path.suffix == ".json" and path.is_file()
+    return tokenizers.load_tokenizer(path if is_tokenizer else tokenizer_of(path))
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -94,6 +95,7 @@ def generate(
         top_k: sample from that many tokens only.
         top_p: sample from the smallest set of that probability only.
     """
+    _check_tokenizer(model, tokenizer)
     new = generation.generate(
         model, tokenizers.encode(tokenizer, prompts), max_new_tokens, temperature=temperature, top_k=top_k,
         top_p=top_p, seed=seed, end_of_text=tokenizers.end_of_text_id(tokenizer),
@@ -114,10 +116,15 @@ def evaluate(
         seq_len: tokens of a window; by default the model's max_position_embeddings.
         batch_size: windows per call.
     """
+    _check_tokenizer(model, tokenizer)
+    seq_len = model.config.max_position_embeddings if seq_len is None else seq_len
+    for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; give at least 1.")
     (ids,) = tokenizers.encode(tokenizer, [text])
     if not ids:
         raise UserError("the text to evaluate has no tokens; give some.")
-    device, length = model.embed_tokens.weight.device, seq_len or model.config.max_position_embeddings
+    device, length = model.embed_tokens.weight.device, min(seq_len, len(ids))
     stream = torch.tensor([tokenizers.end_of_text_id(tokenizer), *ids])
     windows = math.ceil(len(ids) / length)
     inputs = torch.zeros(windows * length, dtype=torch.int64)
@@ -137,6 +144,15 @@ def evaluate(
     }
 
 
+def _check_tokenizer(model: Decoder, tokenizer: Tokenizer) -> None:
+    needed, rows = tokenizers.vocabulary_of(tokenizer), model.config.vocab_size
+    if needed > rows:
+        raise UserError(
+            f"the tokenizer has token id {needed - 1}, beyond the model's vocabulary of {rows}; give the tokenizer of "
+            "the model."
+        )
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -149,12 +165,19 @@ def build_trainer(
         ds_config: the DeepSpeed JSON, or its path.
         ep_size: ranks that share one set of experts.
         seed: of the initial weights.
+
+    Raises one UserError with all problems.
     """
+    if not dist.is_initialized():
+        raise UserError("this rank has not joined the others yet; call megamoe.init_distributed() first.")
     ds = ds_config if isinstance(ds_config, dict) else read_json(Path(ds_config))
-    on_cpu = not torch.cuda.is_available()
-    problems = deepspeed_problems(ds, "the DeepSpeed JSON", dist.get_world_size(), on_cpu)
-    if problems:
-        raise UserError(*problems)
+    where = "the DeepSpeed JSON" if isinstance(ds_config, dict) else str(ds_config)
+    world_size = dist.get_world_size()
+    problems = Problems(deepspeed_problems(ds, where, world_size, is_on_cpu()))
+    problems += placement_problems(config, ep_size, ds, world_size, "the model")
+    if not problems:
+        problems += deepspeed_own_problems(ds, where)
+    problems.refuse()
     return build_train_step(config, ds, ep_size=ep_size, seed=seed)
 
 
@@ -164,5 +187,12 @@ def train_step(trainer: TrainStep, batches: Iterable[Batch]) -> StepResult:
     Args:
         batches: with labels as `Decoder.forward` takes them.
     """
+    batches, needed = list(batches), trainer.engine.gradient_accumulation_steps()
+    if len(batches) != needed:
+        raise UserError(
+            f"train_step was given {len(batches)} micro-batches, but the DeepSpeed JSON accumulates {needed} per step; "
+            f"give {needed}."
+        )
+    trainer.model.train()  # `evaluate` and `generate` leave it otherwise
     trainer.forward_backward(batches)
     return trainer.update()

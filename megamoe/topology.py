@@ -21,7 +21,9 @@ class ExpertTopology:
 
     @staticmethod
     def problems(ep_size: int, num_experts: int, world_size: int, preset: str) -> list[str]:
-        """What `ep_size` does not divide, one sentence each."""
+        """What keeps `ep_size` from these ranks and experts, one sentence each."""
+        if ep_size < 1:
+            return [f"ep_size is {ep_size}; give at least 1."]
         found = []
         if world_size % ep_size:
             found.append(f"ep_size is {ep_size}, which does not divide the {world_size} ranks; choose a divisor.")

@@ -1,7 +1,9 @@
 """megamoe from Python: what the names of the package do, and the example of the README."""
 
+import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -72,6 +74,7 @@ def test_a_model_is_loaded_from_every_form_that_it_has(run_dir, tmp_path):
         assert megamoe.load_tokenizer(form).get_vocab() == megamoe.load_tokenizer(run_dir).get_vocab()
     for file in (tmp_path / "w.pt", tmp_path / "w.safetensors"):
         assert torch.equal(megamoe.load_model(file, config=config)(ids), expected)
+        has(only(refusals(megamoe.load_tokenizer, file)), str(tmp_path / "tokenizer.json"), "does not exist")
         has(only(refusals(megamoe.load_model, file)), str(file), "preset")
     assert megamoe.load_model(run_dir, torch.bfloat16).norm.weight.dtype == torch.bfloat16
 
@@ -81,6 +84,20 @@ def test_weights_of_another_model_and_a_place_without_any_are_refused(run_dir, t
     other = megamoe.ModelConfig(**{**PRESET, "vocab_size": 299})
     has(only(refusals(partial(megamoe.load_model, tmp_path / "w.pt", config=other))), "vocab_size 300, not 299")
     has(only(refusals(megamoe.load_model, tmp_path)), "no checkpoint")
+
+
+def test_the_tokenizer_of_a_model_is_that_of_its_folder_or_of_its_run_and_of_no_folder_above(run_dir, tmp_path):
+    checkpoint = find_checkpoint(run_dir)
+    for path in (run_dir, checkpoint, checkpoint.parent, run_dir / "tokenizer.json"):
+        assert megamoe.load_tokenizer(path).get_vocab_size() == 270
+    write_huggingface(
+        open_source(checkpoint), tmp_path / "a" / "b", torch.float32, 10**9, megamoe.load_model(run_dir).config, None
+    )
+    shutil.copy(run_dir / "tokenizer.json", tmp_path)
+    for path in (tmp_path / "a" / "b", tmp_path / "a"):
+        has(only(refusals(megamoe.load_tokenizer, path)), str(path / "tokenizer.json"), "does not exist")
+    (tmp_path / "w.pt").write_bytes(b"not a tokenizer")
+    assert megamoe.load_tokenizer(tmp_path / "w.pt").get_vocab_size() == 270
 
 
 # --- text ---
@@ -106,6 +123,22 @@ def test_every_token_of_a_text_is_predicted_once_behind_end_of_text():
     assert measured["loss"] == pytest.approx(nats / len(ids), rel=1e-6)
     assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT), rel=1e-6)
     has(only(refusals(megamoe.evaluate, model, tokenizer, "")), "no tokens")
+    has(only(refusals(megamoe.evaluate, model, tokenizer, TEXT, -1)), "seq_len is -1", "at least 1")
+    has(only(refusals(megamoe.evaluate, model, tokenizer, TEXT, 7, 0)), "batch_size is 0", "at least 1")
+
+
+def test_a_text_shorter_than_a_window_is_not_filled_up():
+    model, lengths = megamoe.build_model(model_of("plain_scores", vocab_size=300)), []
+    model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape))
+    tokenizer = train_tokenizer([TEXT], 270)
+    measured = megamoe.evaluate(model, tokenizer, "to be or not")
+    assert lengths == [(1, measured["tokens"])]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused():
+    model, tokenizer = megamoe.build_model(model_of("plain_scores")), train_tokenizer([TEXT], 270)
+    for call in (partial(megamoe.evaluate, model, tokenizer, TEXT), partial(megamoe.generate, model, tokenizer, ["a"])):
+        has(only(refusals(call)), "token id 269", "vocabulary of 101", "give the tokenizer")
 
 
 # --- training ---
@@ -121,6 +154,53 @@ def losses_of_training():
 def test_steps_on_the_same_batch_lower_its_loss():
     (losses,) = run_ranks(1, losses_of_training)
     assert losses[-1] < losses[0] - 0.2
+
+
+def losses_around_an_evaluation():
+    """(loss, whether the balancing bias has moved) of a step before and a step after the model is in evaluation."""
+    trainer = megamoe.build_trainer(megamoe.ModelConfig(**PRESET), ds_config(1, accumulation=2))
+    torch.manual_seed(0)
+    ids = torch.randint(96, (2, 17))
+    batches = [megamoe.Batch(row[None, :-1], row[None, 1:]) for row in ids]
+    before = megamoe.train_step(trainer, iter(batches))
+    trainer.model.eval()
+    after = megamoe.train_step(trainer, batches)
+    few, many = (only(refusals(megamoe.train_step, trainer, given)) for given in (batches[:1], 3 * batches))
+    return before.loss, after.loss, after.balance.counts.sum().item(), few, many
+
+
+def test_a_step_trains_after_an_evaluation_and_takes_as_many_micro_batches_as_are_accumulated():
+    ((before, after, routed, few, many),) = run_ranks(1, losses_around_an_evaluation)
+    assert 0.5 * before < after < before
+    assert routed == 2 * 2 * 16 * 2  # layers, micro-batches, positions, experts of each
+    has(few, "1 micro-batches", "accumulates 2", "give 2")
+    has(many, "6 micro-batches", "accumulates 2")
+
+
+def problems_of_trainers(folder):
+    def problems(ds, ep_size=1, **changes):
+        config = megamoe.ModelConfig(**{**PRESET, **changes})
+        return refusals(megamoe.build_trainer, config, ds, ep_size)
+
+    (folder / "mine.json").write_text(json.dumps(ds_config(2, zero_optimization={"stage": 3})))
+    return {
+        "all at once": problems(ds_config(2, gradient_clipping=-1), 3, hidden_size=30),
+        "of a file": problems(folder / "mine.json"),
+        "no ranks": problems(ds_config(2), 0),
+        "DeepSpeed's own": problems(ds_config(2, communication_data_type="foo")),
+    }
+
+
+def test_what_a_trainer_cannot_be_built_from_is_said_in_sentences(tmp_path):
+    config = megamoe.ModelConfig(**PRESET)
+    has(only(refusals(megamoe.build_trainer, config, ds_config(2))), "init_distributed")
+    said, _ = run_ranks(2, problems_of_trainers, tmp_path)
+    parts = ["gradient_clipping is -1", "the 2 ranks", "the 4 experts of the model", "hidden_size is 30"]
+    for problem, part in zip(said["all at once"], parts, strict=True):
+        assert part in problem
+    has(only(said["of a file"]), f"{tmp_path / 'mine.json'}: zero_optimization.stage is 3")
+    has(only(said["no ranks"]), "ep_size is 0")
+    has(only(said["DeepSpeed's own"]), "the DeepSpeed JSON: DeepSpeed refuses")
 
 
 def test_the_example_of_the_readme_runs(run_dir, tmp_path):

@@ -48,24 +48,38 @@ def open_model(path: Path, config: ModelConfig | None = None, open_files: int | 
     """
     if (path / "config.json").is_file():
         source = open_source(path, open_files)
-        return _checked(path, source, config or preset_of(path), path, torch.float32)
+        return _checked(path, source, config or preset_of(path), torch.float32)
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
-        return _checked(path, open_source(path), config, path.parent, torch.float32)
+        return _checked(path, open_source(path), config, torch.float32)
     if (path / "run.json").is_file() and not folders.step_folders(path / "checkpoints"):
         raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
     checkpoint = find_checkpoint(path)
     source, record = open_source(checkpoint, open_files), run_record(checkpoint)
     config = config or _config_of(record, checkpoint)
-    return _checked(checkpoint, source, config, checkpoint.parent.parent, _dtype_of(record, checkpoint))
+    return _checked(checkpoint, source, config, _dtype_of(record, checkpoint))
 
 
-def _checked(path: Path, source: Source, config: ModelConfig, folder: Path, dtype: torch.dtype) -> OpenModel:
+def tokenizer_of(path: Path) -> Path:
+    """Where the tokenizer.json of a model is to be: with a file of weights or a Hugging Face directory, and for a
+    checkpoint that has none, in its run folder."""
+    folder = path.absolute().parent if path.is_file() else path.absolute()
+    file = folder / "tokenizer.json"
+    if file.is_file() or (folder / "config.json").is_file():
+        return file
+    if folders.step_folders(folder):
+        folder = folder.parent
+    elif folders.age_of(folder) or folders.is_complete(folder):
+        folder = folder.parent.parent
+    return folder / "tokenizer.json"
+
+
+def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype) -> OpenModel:
     problems = model_problems(source, config, str(path))
     if problems:
         raise UserError(*problems)
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = tokenizer_of(path)
     return OpenModel(path, config, source, tokenizer if tokenizer.is_file() else None, dtype)
 
 

@@ -71,14 +71,19 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
 def choose_device(local_rank: int) -> tuple[torch.device, str | None]:
     """This rank's device, made the current one, and what tells it from any other rank's; None on CPU, which ranks
     share."""
-    accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    if is_on_cpu():
         return torch.device("cpu"), None
+    accelerator = get_accelerator()
     index = local_rank % accelerator.device_count()  # a launcher may show each rank its own device only
     accelerator.set_device(index)
     os.environ["LOCAL_RANK"] = str(index)  # which DeepSpeed takes for the index of the device
     device = torch.device(accelerator.device_name(index))
     return device, str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def is_on_cpu() -> bool:
+    """Whether the ranks of this machine train on CPU."""
+    return get_accelerator().device_name() == "cpu"
 
 
 def on_any_rank(*flags: bool, device: torch.device) -> list[bool]:
