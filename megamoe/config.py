@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from megamoe.config_checks import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, field_problems
+from megamoe.config_checks import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, field_problems, rotated_dimensions
 from megamoe.errors import UserError, shown, unknown_key
 from megamoe.json_files import read_json
 
@@ -175,7 +175,7 @@ class ModelConfig(JsonModel):
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
-        return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
+        return self.qk_rope_head_dim or rotated_dimensions(self.head_dim, self.partial_rotary_factor)
 
     def is_dense(self, block: int) -> bool:
         """Whether a block, counted from 0, has one MLP in place of experts."""
@@ -213,13 +213,16 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.json"))
 
 
-def load_preset(name: str) -> ModelConfig:
-    """Load a shipped preset by name, or one of the user's by the path of its JSON file. Raises UserError."""
+def load_preset(name: str, places: str = "a .json file") -> ModelConfig:
+    """Load a shipped preset by name, or one of the user's by the path of its JSON file. Raises UserError.
+
+    Args:
+        places: whose path the caller takes as well, for its sentence.
+    """
     path = Path(name) if name.endswith(".json") else PRESET_DIR / f"{name}.json"
     if not path.exists():
         raise UserError(
-            f"preset {name!r} does not exist; use one of {', '.join(preset_names())}, or the path of a .json file or "
-            "of a Hugging Face directory."
+            f"preset {name!r} does not exist; use one of {', '.join(preset_names())}, or the path of {places}."
         )
     return validate(ModelConfig, read_json(path), str(path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -119,7 +120,8 @@ class RunConfig(BaseModel):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return Path(self.run_dir or Path("runs") / Path(self.preset).stem)
+        preset = Path(os.path.abspath(self.preset))  # "." has a name too
+        return Path(self.run_dir or Path("runs") / preset.name.removesuffix(".json"))
 
 
 def parse_run(arguments: list[str] | None = None) -> RunConfig:

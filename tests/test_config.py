@@ -1,6 +1,7 @@
 """Presets and the fields of a run; every refusal names the value, the limit and the remedy."""
 
 import json
+from pathlib import Path
 
 import pytest
 from refusals import has, only, refusals
@@ -113,6 +114,7 @@ def test_preset_names_are_the_files_that_ship():
 def test_an_unknown_preset_names_the_known_ones():
     has(only(refusals(load_preset, "tinny")), "'tinny'", "moe-680m", "tiny", ".json")
     has(only(refusals(load_preset, "no/such.json")), "no/such.json", "tiny")
+    assert "directory" not in only(refusals(load_preset, "tinny"))  # which `find_preset` takes
 
 
 def test_an_unknown_key_in_a_preset_names_the_nearest():
@@ -226,6 +228,25 @@ def test_a_rope_type_of_the_wrong_kind_is_refused():
 
 
 # --- the run ---
+
+
+@pytest.mark.parametrize(
+    ("preset", "folder"),
+    [
+        ("tiny", "tiny"),
+        ("mine/small.json", "small"),
+        ("../v1.5.json", "v1.5"),
+        ("hf/Qwen1.5-MoE", "Qwen1.5-MoE"),
+        ("hf/Qwen1.5-MoE/", "Qwen1.5-MoE"),
+        (".", "here.2"),
+        ("..", "above"),
+    ],
+)
+def test_the_run_folder_has_the_name_of_the_preset_by_default(tmp_path, monkeypatch, preset, folder):
+    (tmp_path / "above" / "here.2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here.2")
+    assert RunConfig(ds_config="x", preset=preset).folder == Path("runs") / folder
+    assert RunConfig(ds_config="x", preset=preset, run_dir="mine").folder == Path("mine")
 
 
 def test_data_is_a_path_or_a_path_with_its_weight():

@@ -1,0 +1,100 @@
+"""What does not fit between the fields of a model's configuration: one sentence each, all at once."""
+
+import pytest
+from refusals import has, only, refusals
+from toy import PRESET
+
+from megamoe.config import ModelConfig, validate
+
+
+def misfits(**changes):
+    return refusals(validate, ModelConfig, {**PRESET, **changes}, "my.json")
+
+
+LATENT = {
+    "num_latent_tokens": 0, "num_key_value_heads": 4, "kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+MISFITS = [
+    ({"mlp_only_layers": [1, 5]}, ["mlp_only_layers has 5", "0 to 1", "remove it"]),
+    ({"mlp_only_layers": [-1]}, ["mlp_only_layers has -1", "0 to 1"]),
+    ({"first_k_dense_replace": 1, "mlp_only_layers": [1]}, ["all 2 blocks are dense", "[1]", "leave one"]),
+    ({"first_k_dense_replace": 3}, ["all 2 blocks are dense", "first_k_dense_replace 3"]),
+    ({"num_latent_tokens": 0, "sliding_window": 4, "layer_types": [SLIDING]}, ["has 1 entries for 2 blocks"]),
+    ({"layer_types": [SLIDING, FULL]}, ["sliding layers without a sliding_window"]),
+    ({"num_latent_tokens": 0, "sliding_window": 4, "layer_types": [FULL, FULL]}, ["sliding_window is 4", "no sliding"]),
+    ({"sliding_window": 4}, ["sliding_window cannot be combined with num_latent_tokens"]),
+    ({"shared_expert_gate": True}, ["shared_expert_gate is true", "set n_shared_experts"]),
+    ({"n_group": 2, "topk_group": 3}, ["topk_group is 3, above n_group 2"]),
+    ({"n_group": 3}, ["n_group 3 does not divide num_local_experts 4"]),
+    ({"n_group": 4}, ["n_group 4 does not divide num_local_experts 4 into groups of two or more"]),
+    ({"num_experts_per_tok": 3, "n_group": 2}, ["num_experts_per_tok is 3", "the 2 experts of topk_group 1"]),
+    ({"partial_rotary_factor": 0.4}, ["partial_rotary_factor 0.4 rotates 3 of the 8", "even number"]),
+    ({"partial_rotary_factor": 0.1}, ["partial_rotary_factor 0.1 rotates 0 of the 8", "2 or more"]),
+    ({"v_head_dim": 4, "q_lora_rank": 3}, ["(v_head_dim, q_lora_rank) needs kv_lora_rank", "qk_rope_head_dim too"]),
+    ({**LATENT, "qk_nope_head_dim": 5, "qk_rope_head_dim": 3}, ["qk_rope_head_dim is 3", "even number"]),
+    ({**LATENT, "head_dim": 12}, ["head_dim is 12, not the sum of qk_nope_head_dim 4", "set it to 8"]),
+    ({**LATENT, "num_key_value_heads": 2}, ["num_attention_heads 4; set num_key_value_heads to it, not 2"]),
+    ({**LATENT, "num_latent_tokens": 2}, ["num_latent_tokens is 2, which latent attention has no place for"]),
+    ({**LATENT, "qk_norm": "head"}, ['qk_norm is "head", which latent attention has no place for']),
+    ({**LATENT, "partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5, which latent attention has no place"]),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, ["beta_fast is 3", '"linear" does not']),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "mscale": 3}}, ["mscale is 3", '"dynamic" does not']),
+    ({"rope_scaling": {**LLAMA3, "attention_factor": 1}}, ["attention_factor is 1", '"llama3" does not read']),
+    ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, ["low_freq_factor is 4, not below high_freq_factor 4.0"]),
+    (
+        {"partial_rotary_factor": 0.25, "rope_scaling": {"rope_type": "dynamic", "factor": 2}},
+        ['"dynamic" needs 4 or more rotated dimensions of a head, not 2'],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), MISFITS, ids=lambda one: one[0] if isinstance(one, list) else "")
+def test_fields_that_do_not_fit_each_other_are_refused_with_one_sentence(changes, parts):
+    has(only(misfits(**changes)), "my.json: ", *parts)
+
+
+def test_misfits_of_several_kinds_come_at_once_and_next_to_a_wrong_field():
+    several = {
+        "hidden_sise": 32, "mlp_only_layers": [5], "n_group": 3, "shared_expert_gate": True,
+        "partial_rotary_factor": 0.4, "rope_scaling": {"rope_type": "linear", "factor": 0, "mscale": 1},
+    }  # fmt: skip
+    problems = misfits(**several)
+    assert len(problems) == 7, problems
+    for part in (
+        "hidden_sise",
+        "mlp_only_layers",
+        "n_group",
+        "shared_expert_gate",
+        "rotates 3",
+        "factor is 0",
+        "mscale",
+    ):
+        assert any(part in problem for problem in problems), part
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": "4"}, {"num_key_value_heads": 0}, {"head_dim": "8"}, {"qk_rope_head_dim": "4"},
+        {"qk_norm": "heads"}, {"num_latent_tokens": "3"}, {"partial_rotary_factor": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_that_is_wrong_itself_has_one_sentence_and_none_with_others(changes):
+    (name,) = changes
+    has(only(misfits(**{**LATENT, **changes})), f'"{name}" is')
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 88, 96, 128])
+def test_a_factor_that_is_a_quotient_rotates_as_many_dimensions_as_it_says(head_dim):
+    for rotated in range(2, head_dim + 1, 2):
+        config = validate(
+            ModelConfig, {**PRESET, "head_dim": head_dim, "partial_rotary_factor": rotated / head_dim}, "my.json"
+        )
+        assert config.rotary_dim == rotated
