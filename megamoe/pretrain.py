@@ -171,7 +171,8 @@ def enter(job: Job, first: int, checkpoint: Path | None) -> Sink:
     job.enter_folder(first, checkpoint)
     sinks = open_sinks(job.run_dir, first)
     sinks.log_text(first, job.describe(first))
-    for line in filter(None, (job.describe_products(), job.describe_split_dependence())):
+    notes = (job.describe_initial(), job.describe_products(), job.describe_split_dependence())
+    for line in filter(None, notes):
         sinks.log_text(first, line)
     if job.is_resuming and not checkpoint:
         sinks.log_text(0, f"{job.run_dir} holds no complete checkpoint, so the run begins again at step 0")

@@ -5,12 +5,14 @@ import io
 import json
 import shutil
 
+import native_models
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from toy import ds_config, losses, new_store, train_here, write_inputs
 
+from megamoe.architectures.config_json import preset_of
 from megamoe.checkpoint.index import read_index
 from megamoe.job import Job
 from megamoe.launch.stopping import StopRequest
@@ -142,6 +144,15 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_keeps_the_last_good_checkp
     kept = [read_index(path).training.skipped_in_window for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
     assert kept.count(0) == 1
     assert len(kept) == 3
+
+
+def test_a_run_says_what_its_preset_changes_of_the_directory_that_it_starts_from(tmp_path):
+    directory = tmp_path / "hf"
+    native_models.new_model("Glm4Moe").save_pretrained(directory)
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 1, "seq_len": 16}
+    (tmp_path / "preset.json").write_text(json.dumps({**preset_of(directory).model_dump(), "rope_theta": 5e5}))
+    (_,), said = run_and_hear(1, train_here, {**run, "init_from": str(directory)})
+    assert f"for the weights in {directory}, rope_theta 500000.0 in place of 300.0" in said
 
 
 def remove_folder_after_a_step(run):

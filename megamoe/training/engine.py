@@ -24,8 +24,8 @@ from megamoe.training.zero_step import GivenNormOptimizer
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Optimizer groups: norms and latents without weight decay, the rest with, each split for DeepSpeed into shared
-    and expert parameters."""
+    """Optimizer groups: norms, biases and latents without weight decay, the rest with, each split for DeepSpeed into
+    shared and expert parameters."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -29,15 +29,19 @@ def test_a_job_leaves_nothing_in_shared_memory_even_if_it_is_killed():
     assert run_new_ranks(2, shared_memory_of_this_job) == [[], []]
 
 
-def test_norms_and_latents_have_no_weight_decay_and_every_parameter_is_in_one_group():
-    model = Decoder(ModelConfig(**PRESET))
+@pytest.mark.parametrize(
+    "parts", [{}, {"attention_bias": True, "attention_out_bias": True, "qk_norm": "head"}], ids=["latents", "biases"]
+)
+def test_norms_biases_and_latents_have_no_weight_decay_and_every_parameter_is_in_one_group(parts):
+    model = Decoder(ModelConfig(**{**PRESET, **parts}))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model)
     assert sorted(names[parameter] for group in groups for parameter in group["params"]) == sorted(names.values())
     undecayed = {
         names[parameter] for group in groups if group.get("weight_decay") == 0 for parameter in group["params"]
     }
-    assert undecayed == {name for name in names.values() if "norm" in name or "latents" in name}
+    assert undecayed == {name for name in names.values() if any(word in name for word in ("norm", "latents", "bias"))}
+    assert any("bias" in name for name in undecayed) == bool(parts)
     assert all("experts" in names[p] for group in groups if group.get("moe") for p in group["params"])
 
 
