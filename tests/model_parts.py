@@ -22,6 +22,17 @@ LATENT_ATTENTION = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
 }
+WINDOWS = {
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.4,
+}
 PARTS = {
     "latent_tokens": {"num_latent_tokens": 5},
     "gated_narrow_experts": {"gated_mlp": True, "moe_intermediate_size": 16},
@@ -34,12 +45,11 @@ PARTS = {
     "global_loss": {"router_aux_loss_coef": 0.01, "router_aux_loss_type": "global_batch", "router_score": "sigmoid"},
     "head_norm_partial_rope": {"qk_norm": "head", "partial_rotary_factor": 0.5, "attention_bias": True},
     "full_norm_out_bias": {"qk_norm": "full", "attention_out_bias": True},
-    "sliding": {
-        "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
+    "sliding": WINDOWS,
+    "sliding_multi_token": {**WINDOWS, "num_nextn_predict_layers": 1},
     "latent_attention": LATENT_ATTENTION,
     "compressed_queries": {**LATENT_ATTENTION, "q_lora_rank": 14, "attention_bias": True, "rope_interleaved": True},
+    "yarn_latent_attention": {**LATENT_ATTENTION, "rope_scaling": YARN},
     "untied_multi_token": {"tie_word_embeddings": False, "num_nextn_predict_layers": 1, "router_z_loss_coef": 0.01},
 }
 

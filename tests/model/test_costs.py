@@ -100,14 +100,16 @@ def grouped_flops(left, right, *_, **__):
 
 
 BATCH, LENGTH = 3, 40
+SLIDES = {"sliding": (True, False, True), "sliding_multi_token": (True, False, True, True)}  # the last: MTP's
 
 
 def flops_of_a_step(config):
     """Of the products that torch dispatches, forward and backward."""
-    ids = torch.randint(config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, : LENGTH + config.num_nextn_predict_layers]
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
     with counter, sdpa_kernel(SDPBackend.MATH):  # the one whose products are counted
-        Decoder(config)(ids, ids).backward()
+        Decoder(config)(ids[:, :LENGTH], labels).backward()
     return counter.get_total_flops()
 
 
@@ -126,6 +128,22 @@ def test_planned_flops_are_those_of_a_training_step_but_for_what_is_not_of_use(g
     projected = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim * config.hidden_size
     extra += 6 * config.num_hidden_layers * BATCH * latents * projected
     assert flops_of_a_step(config) == BATCH * LENGTH * train_flops_per_token(config, LENGTH) + extra
+
+
+@pytest.mark.parametrize("part", sorted(PARTS.keys() - {"latent_tokens"}))
+def test_planned_flops_of_every_part_are_those_of_a_training_step_but_for_what_no_query_sees(part, monkeypatch):
+    monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", 1)  # no fill rows
+    config = model_of(part)
+    heads, window = config.num_attention_heads, config.sliding_window or 0
+    # Every score is computed, of a block with a window by the mask; latent attention's values of 6 are filled up to 12.
+    computed = BATCH * LENGTH**2 * heads * (12 + 12)
+    per_head = 12 + 6 if config.kv_lora_rank else 12 + 12
+    seen = [LENGTH / 2] * (config.num_hidden_layers + config.num_nextn_predict_layers)
+    if part.startswith("sliding"):
+        seen = [window - window**2 / (2 * LENGTH) if slides else LENGTH / 2 for slides in SLIDES[part]]
+    extra = 6 * sum(computed - BATCH * LENGTH * visible * heads * per_head for visible in seen)
+    planned = BATCH * LENGTH * train_flops_per_token(config, LENGTH)
+    assert flops_of_a_step(config) == pytest.approx(planned + extra, rel=1e-12)
 
 
 def test_fill_adds_less_than_a_block_of_rows_for_each_expert(monkeypatch):

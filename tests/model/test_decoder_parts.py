@@ -1,11 +1,14 @@
 """What holds for a model of whatever parts, and what each part of a block and of the training loss computes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from model_parts import PARTS, model_of
 
 from megamoe.config import load_preset
+from megamoe.model.attention import attend
 from megamoe.model.costs import parameter_count, parameter_shapes
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import plain_parts
@@ -72,6 +75,19 @@ def test_initial_weights_are_the_same_for_every_ep_size(part, ep_size):
     for rank in range(ep_size):
         for name, values in plain(ExpertTopology(8, ep_size, ep_size, rank)).items():
             assert torch.equal(values, whole[name]), name
+
+
+@pytest.mark.parametrize("part", ["head_norm_partial_rope", "full_norm_out_bias", "compressed_queries"])
+def test_initial_biases_are_zero_norms_are_one_and_the_other_weights_are_drawn(part):
+    weights = dict(Decoder(model_of(part)).named_parameters())
+    for name, weight in weights.items():
+        if name.endswith(".bias"):
+            assert torch.equal(weight, torch.zeros_like(weight)), name
+        elif "norm" in name:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        else:
+            assert weight.std() > 0.005, name
+    assert any(name.endswith(".bias") for name in weights)
 
 
 @every_part
@@ -172,11 +188,20 @@ def test_a_dense_block_has_one_mlp_of_intermediate_size_and_the_others_have_expe
     close(out, middle + silu_mlp(rows, weights, "mlp"))
 
 
+def test_yarn_scales_the_scores_of_latent_attention_by_mscale_all_dim_squared():
+    model, scales = random_model("yarn_latent_attention").eval(), []
+    for block in model.layers:
+        block.self_attn.attend = lambda *inputs: (scales.append(inputs[-1]), attend(*inputs))[1]
+    model(some_ids(1, 5))
+    assert scales == pytest.approx(3 * [12**-0.5 * (0.1 * 0.4 * math.log(4) + 1) ** 2])
+
+
 # --- multi-token prediction ---
 
 
-def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embedding():
-    model = random_model("untied_multi_token")
+@pytest.mark.parametrize("part", ["untied_multi_token", "sliding_multi_token"])
+def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embedding(part):
+    model = random_model(part)
     ids, labels = some_ids(2, 10), some_ids(2, 11)
     labels[0, -1] = -100
     model(ids, labels)
@@ -192,8 +217,10 @@ def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embe
         (norm(embedded, weights["mtp.embed_norm.weight"]), norm(states[0], weights["mtp.hidden_norm.weight"])), -1
     )
     rotary = model._rotary(torch.arange(10).unsqueeze(0), torch.tensor([10]), torch.float64, 0)
-    x = model.mtp.block(joined @ weights["mtp.proj.weight"].T, rotary, None, None, None)[0]
-    logits = norm(x, weights["mtp.norm.weight"]) @ weights["lm_head.weight"].T
+    before = torch.arange(10).unsqueeze(1) - torch.arange(10)  # positions between a query and a key
+    seen = (before >= 0) & (before < (model.config.sliding_window or 10))
+    x = model.mtp.block(joined @ weights["mtp.proj.weight"].T, rotary, seen[None, None], None, None)[0]
+    logits = norm(x, weights["mtp.norm.weight"]) @ model.head.T
     expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     assert measured.item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -214,6 +241,16 @@ def test_labels_of_another_width_are_refused():
                 model(some_ids(2, 10), some_ids(2, width))
         with pytest.raises(ValueError, match="give 10"):
             model.eval()(some_ids(2, 10), some_ids(2, 11))
+
+
+@pytest.mark.parametrize("part", ["untied_multi_token", "sliding_multi_token"])
+def test_padding_does_not_change_the_losses_of_a_row(part):
+    ids, labels = some_ids(1, 14), some_ids(1, 15)
+    labels[:, :5] = -100  # or the last padded position would predict the token after the first real one
+    padded, alone = random_model(part), random_model(part)
+    padded(ids, labels, torch.arange(14).unsqueeze(0) >= 4)
+    alone(ids[:, 4:], labels[:, 4:])
+    assert padded.step_losses.tolist() == pytest.approx(alone.step_losses.tolist(), rel=1e-6)
 
 
 def test_multi_token_prediction_changes_no_logit():

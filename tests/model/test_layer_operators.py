@@ -100,7 +100,9 @@ MORE = {
     "head_norm_partial_rope": 9,
     "full_norm_out_bias": 5,
     "sliding": 5,
+    "sliding_multi_token": 5,
     "latent_attention": 9,
+    "yarn_latent_attention": 9,
     "compressed_queries": 16,  # with biases
     "untied_multi_token": 14,  # a z-loss
 }
