@@ -177,15 +177,14 @@ def test_a_step_trains_after_an_evaluation_and_takes_as_many_micro_batches_as_ar
     has(many, "6 micro-batches", "accumulates 2")
 
 
-def problems_of_trainers(folder):
+def problems_of_trainers(path):
     def problems(ds, ep_size=1, **changes):
         config = megamoe.ModelConfig(**{**PRESET, **changes})
         return refusals(megamoe.build_trainer, config, ds, ep_size)
 
-    (folder / "mine.json").write_text(json.dumps(ds_config(2, zero_optimization={"stage": 3})))
     return {
         "all at once": problems(ds_config(2, gradient_clipping=-1), 3, hidden_size=30),
-        "of a file": problems(folder / "mine.json"),
+        "of a file": problems(path),
         "no ranks": problems(ds_config(2), 0),
         "DeepSpeed's own": problems(ds_config(2, communication_data_type="foo")),
     }
@@ -194,7 +193,8 @@ def problems_of_trainers(folder):
 def test_what_a_trainer_cannot_be_built_from_is_said_in_sentences(tmp_path):
     config = megamoe.ModelConfig(**PRESET)
     has(only(refusals(megamoe.build_trainer, config, ds_config(2))), "init_distributed")
-    said, _ = run_ranks(2, problems_of_trainers, tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps(ds_config(2, zero_optimization={"stage": 3})))
+    said, _ = run_ranks(2, problems_of_trainers, tmp_path / "mine.json")
     parts = ["gradient_clipping is -1", "the 2 ranks", "the 4 experts of the model", "hidden_size is 30"]
     for problem, part in zip(said["all at once"], parts, strict=True):
         assert part in problem
