@@ -54,10 +54,8 @@ def _number(value: Any) -> TypeGuard[float]:
 
 def _rotated(values: dict[str, Any]) -> int | None:
     """Dimensions of a head that are rotated; None where the fields that say it are wrong."""
-    rope, head_dim, factor = (
-        values.get(name, default)
-        for name, default in (("qk_rope_head_dim", None), ("head_dim", None), ("partial_rotary_factor", 1.0))
-    )
+    rope, head_dim = values.get("qk_rope_head_dim"), values.get("head_dim")
+    factor = values.get("partial_rotary_factor", 1.0)
     if rope is not None:
         return rope if _positive(rope) else None
     return rotated_dimensions(head_dim, factor) if _positive(head_dim) and _number(factor) and factor <= 1 else None

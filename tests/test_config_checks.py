@@ -5,6 +5,7 @@ from refusals import has, only, refusals
 from toy import PRESET
 
 from megamoe.config import ModelConfig, validate
+from megamoe.huggingface.configuration_megamoe import MegaMoeConfig
 
 
 def misfits(**changes):
@@ -98,3 +99,5 @@ def test_a_factor_that_is_a_quotient_rotates_as_many_dimensions_as_it_says(head_
             ModelConfig, {**PRESET, "head_dim": head_dim, "partial_rotary_factor": rotated / head_dim}, "my.json"
         )
         assert config.rotary_dim == rotated
+        exported = MegaMoeConfig(head_dim=head_dim, partial_rotary_factor=config.partial_rotary_factor)
+        assert exported.rotary_dim == rotated

@@ -76,7 +76,9 @@ class MegaMoeConfig(PreTrainedConfig):
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
-        return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor)
+        return self.qk_rope_head_dim or int(
+            self.head_dim * self.partial_rotary_factor + 1e-6
+        )  # a quotient may be rounded
 
     @property
     def expert_size(self) -> int:
