@@ -47,23 +47,33 @@ def load_preset(name: str, **changes: Any) -> ModelConfig:
     return validate(ModelConfig, {**config.model_dump(), **changes}, name) if changes else config
 
 
-def build_model(config: ModelConfig, seed: int = 0) -> Decoder:
-    """A model with initial weights, in fp32 on CPU."""
-    return Decoder(config, seed)
+def _config_of(preset: str | ModelConfig) -> ModelConfig:
+    return preset if isinstance(preset, ModelConfig) else find_preset(preset)
+
+
+def build_model(preset: str | ModelConfig, seed: int = 0) -> Decoder:
+    """A model with initial weights, in fp32 on CPU.
+
+    Args:
+        preset: its configuration, or what `load_preset` takes.
+    """
+    return Decoder(_config_of(preset), seed)
 
 
 def load_model(
     path: str | Path,
+    preset: str | ModelConfig | None = None,
+    *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    config: ModelConfig | None = None,
 ) -> Decoder:
     """A model with its weights, in evaluation mode.
 
     Args:
         path: a run folder, a checkpoint, a Hugging Face directory, or a .pt or .safetensors file.
-        config: of a file, which does not say what model it is of.
+        preset: of such a file, which does not say what model it is of.
     """
+    config = None if preset is None else _config_of(preset)
     return open_model(Path(path), config).load(dtype, torch.device(device))
 
 
@@ -157,11 +167,12 @@ def _check_tokenizer(model: Decoder, tokenizer: Tokenizer) -> None:
 
 
 def build_trainer(
-    config: ModelConfig, ds_config: str | Path | dict[str, Any], ep_size: int = 1, seed: int = 0
+    preset: str | ModelConfig, ds_config: str | Path | dict[str, Any], ep_size: int = 1, seed: int = 0
 ) -> TrainStep:
     """Model, DeepSpeed engine and balancer on this rank, after `init_distributed`.
 
     Args:
+        preset: the model's configuration, or what `load_preset` takes.
         ds_config: the DeepSpeed JSON, or its path.
         ep_size: ranks that share one set of experts.
         seed: of the initial weights.
@@ -170,6 +181,7 @@ def build_trainer(
     """
     if not dist.is_initialized():
         raise UserError("this rank has not joined the others yet; call megamoe.init_distributed() first.")
+    config = _config_of(preset)
     ds = ds_config if isinstance(ds_config, dict) else read_json(Path(ds_config))
     where = "the DeepSpeed JSON" if isinstance(ds_config, dict) else str(ds_config)
     world_size = dist.get_world_size()

@@ -73,16 +73,16 @@ def test_a_model_is_loaded_from_every_form_that_it_has(run_dir, tmp_path):
         assert torch.equal(megamoe.load_model(form)(ids), expected)
         assert megamoe.load_tokenizer(form).get_vocab() == megamoe.load_tokenizer(run_dir).get_vocab()
     for file in (tmp_path / "w.pt", tmp_path / "w.safetensors"):
-        assert torch.equal(megamoe.load_model(file, config=config)(ids), expected)
+        assert torch.equal(megamoe.load_model(file, config)(ids), expected)
         has(only(refusals(megamoe.load_tokenizer, file)), str(tmp_path / "tokenizer.json"), "does not exist")
         has(only(refusals(megamoe.load_model, file)), str(file), "preset")
-    assert megamoe.load_model(run_dir, torch.bfloat16).norm.weight.dtype == torch.bfloat16
+    assert megamoe.load_model(run_dir, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
 
 
 def test_weights_of_another_model_and_a_place_without_any_are_refused(run_dir, tmp_path):
     write_state_dict(open_source(find_checkpoint(run_dir)), tmp_path / "w.pt", torch.float32)
     other = megamoe.ModelConfig(**{**PRESET, "vocab_size": 299})
-    has(only(refusals(partial(megamoe.load_model, tmp_path / "w.pt", config=other))), "vocab_size 300, not 299")
+    has(only(refusals(partial(megamoe.load_model, tmp_path / "w.pt", preset=other))), "vocab_size 300, not 299")
     has(only(refusals(megamoe.load_model, tmp_path)), "no checkpoint")
 
 
