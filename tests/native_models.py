@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megamoe.architectures.config_json import preset_of
@@ -119,6 +120,22 @@ def new_model(name: str, seed: int = 0, **changes: Any) -> Any:
             if buffer_name.endswith("e_score_correction_bias"):
                 one.normal_(0, 0.2, generator=generator)
     return model
+
+
+def add_mtp(directory: Path) -> dict[str, Tensor]:
+    """Give a directory of one file a layer of multi-token prediction, under DeepSeek's names; returns that layer's own
+    tensors."""
+    file = directory / "model.safetensors"
+    held = load_file(file)
+    embedding = held["model.embed_tokens.weight"]
+    width, dtype = embedding.shape[1], embedding.dtype
+    block = {name.replace("layers.2", "layers.3"): tensor for name, tensor in held.items() if "layers.2" in name}
+    norms = ("enorm", "hnorm", "shared_head.norm")
+    own = {f"model.layers.3.{name}.weight": torch.rand(width, dtype=dtype) for name in norms}
+    own["model.layers.3.eh_proj.weight"] = torch.rand(width, 2 * width, dtype=dtype)
+    added = {**block, **own, "model.layers.3.embed_tokens.weight": embedding}
+    save_file(held | {name: one.clone() for name, one in added.items()}, file, metadata={"format": "pt"})
+    return own
 
 
 def load(directory: Path, **options: Any) -> Any:

@@ -25,6 +25,7 @@ from megamoe.checkpoint.export import (
     DTYPES,
     Entry,
     entries,
+    of_model,
     shards,
     without_mtp,
     write_huggingface,
@@ -81,10 +82,12 @@ def convert_weights(args: argparse.Namespace, form: str) -> Path:
 def convert_to_directory(model: OpenModel, args: argparse.Namespace) -> None:
     """To a Hugging Face directory; says of which class, and where none of transformers holds the model, why."""
     source, config, dtype = model.source, model.config, DTYPES[args.dtype]
-    architecture, sentence = native_class(source, config)
+    if args.keep_mtp and not config.num_nextn_predict_layers:
+        raise UserError(f"{args.model} has no multi-token prediction to keep; leave --keep_mtp out.")
+    architecture, sentence = native_class(source, config, args.keep_mtp)
     print(sentence if architecture else f"{sentence}; so the directory brings its own code (trust_remote_code)")
     if args.dry_run:
-        own = source if args.keep_mtp else without_mtp(source)
+        own = of_model(source, config if args.keep_mtp else without_mtp(config))
         written = NativeSource(source, architecture, config, args.keep_mtp) if architecture else own
         print_plan(shards(entries(written, dtype), shard_bytes(args)))
         return

@@ -104,7 +104,7 @@ def _unfit_keys(architecture: Architecture, values: dict[str, Any], where: str) 
     allowed = {**architecture.only, **{key: (value,) for key, value in architecture.stated.items()}}
     rope = _rope_values(values)
     checked = values | {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
-    problems = [
+    problems = _rope_problems(values, where) + [
         f"{where}: {key} is {shown(checked[key])}, but megamoe reads {architecture.name} with "
         f"{' or '.join(map(shown, allowed[key]))} alone."
         for key in allowed.keys() & checked.keys()
@@ -164,6 +164,14 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and value > 0
 
 
+def _rope_problems(values: dict[str, Any], where: str) -> list[str]:
+    return [
+        f"{where}: {key} is {shown(values[key])}, but megamoe reads an object with a rope_type there, or null."
+        for key in ("rope_scaling", "rope_parameters")
+        if not isinstance(values.get(key), (dict, type(None)))
+    ]
+
+
 def _rope_values(values: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 writes rope_parameters, older versions and published files rope_scaling."""
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
@@ -191,8 +199,13 @@ def _rope_fields(architecture: Architecture, values: dict[str, Any], fields: dic
 def _read_own(values: dict[str, Any], where: str) -> ModelConfig:
     """Of the export that carries its own code: config.json has the fields themselves. What only training needs has its
     default."""
+    problems = _rope_problems(values, where)
+    if problems:
+        raise UserError(*problems)
     fields = {name: values[name] for name in ModelConfig.model_fields if name in values}
     rope = {key: value for key, value in (values.get("rope_parameters") or {}).items() if value is not None}
+    fields.setdefault("partial_rotary_factor", 1.0)
+    fields["partial_rotary_factor"] = rope.pop("partial_rotary_factor", fields["partial_rotary_factor"])
     fields["rope_theta"] = rope.pop("rope_theta", 10_000.0)
     fields["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     return validate(ModelConfig, fields, where)

@@ -32,6 +32,7 @@ from megamoe.config import ModelConfig
 from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
 from megamoe.ds_config import DTYPES as DTYPES  # where zero_to_fp32.py in saved checkpoints looks for it
 from megamoe.errors import UserError
+from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import MTP
 from megamoe.optimizers import MASTERS
 
@@ -183,9 +184,8 @@ def write_huggingface(
     Args:
         keep_mtp: write the weights of multi-token prediction too, for which the code has no use.
     """
-    if not keep_mtp:
-        source = without_mtp(source)
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    config = config if keep_mtp else without_mtp(config)
+    source = of_model(source, config)
     with output(out) as partial:
         partial.mkdir()
         end_of_text = write_tokenizer(partial, tokenizer, config) if tokenizer else {}
@@ -196,12 +196,19 @@ def write_huggingface(
         save_shards(source, partial, dtype, shard_bytes)
 
 
-def without_mtp(source: Source) -> Source:
-    """A source less the tensors of multi-token prediction."""
-    rest = copy.copy(source)
-    rest.shapes = {name: shape for name, shape in source.shapes.items() if not name.startswith(MTP)}
-    rest.buffers = {name: tensor for name, tensor in source.buffers.items() if not name.startswith(MTP)}
-    return rest
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """The model without multi-token prediction."""
+    return config.model_copy(update={"num_nextn_predict_layers": 0})
+
+
+def of_model(source: Source, config: ModelConfig) -> Source:
+    """A source less what a model of `config` has no use for: multi-token prediction, a head that is the embedding."""
+    kept = copy.copy(source)
+    names = parameter_shapes(config)
+    kept.shapes = {name: shape for name, shape in source.shapes.items() if name in names}
+    if not config.num_nextn_predict_layers:
+        kept.buffers = {name: tensor for name, tensor in source.buffers.items() if not name.startswith(MTP)}
+    return kept
 
 
 def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
 
 def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[str, int]:
     """Returns the ids of the special tokens."""
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer, config.vocab_size)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     name = next((name for name in END_OF_TEXT_NAMES if loaded.token_to_id(name) is not None), None)
     special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), name) if name else {}

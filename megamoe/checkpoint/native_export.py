@@ -20,8 +20,12 @@ from megamoe.model.names import is_buffer
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def native_class(source: Source, config: ModelConfig) -> tuple[Architecture | None, str]:
-    """The class of transformers that holds the model, and a sentence that says which, or why none does."""
+def native_class(source: Source, config: ModelConfig, keep_mtp: bool = False) -> tuple[Architecture | None, str]:
+    """The class of transformers that holds the model, and a sentence that says which, or why none does.
+
+    Args:
+        keep_mtp: multi-token prediction, where the model has it, must have a place too.
+    """
     architecture = fitting(config)
     if architecture is None:
         near, fields = nearest(config)
@@ -32,6 +36,11 @@ def native_class(source: Source, config: ModelConfig) -> tuple[Architecture | No
         return None, (
             f"{architecture.name} holds the model but for its balancing bias, which is up to {largest:.2g} "
             "(router_bias), and no other class of transformers does"
+        )
+    if keep_mtp and config.num_nextn_predict_layers and not architecture.mtp:
+        return None, (
+            f"{architecture.name} holds the model but for its multi-token prediction (num_nextn_predict_layers), which "
+            "--keep_mtp keeps"
         )
     return architecture, f"the model is one of transformers: {architecture.name}"
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megamoe.architectures.config_json import OWN, read_directory
@@ -51,6 +50,7 @@ class NativeFiles:
             config = config.model_copy(update={"num_nextn_predict_layers": 1})
         found = _find(architecture, config, self._tensors, directory)
         shapes = plain_shapes(architecture, config)
+        shapes[HEAD] = shapes[EMBEDDING]
         self._places = {name: place for name, place in found.items() if not is_buffer(name)}
         self.shapes = {name: shapes[name] for name in self._places}
         self.buffers = {name: self._stretch(found[name], shapes[name][0]) for name in found if is_buffer(name)}
@@ -87,7 +87,10 @@ def _find(
     """Where each plain tensor is. Raises UserError for one that is missing, has another shape, or has no plain name."""
     found: dict[str, Place] = {}
     problems: dict[str, str] = {}  # one of each kind, for one cause makes many
-    for name, candidates in places(architecture, config).items():
+    expected = places(architecture, config)
+    if HEAD in tensors and config.tie_word_embeddings:  # the embedding once more
+        expected[HEAD] = [Place(HEAD, expected[EMBEDDING][0].shape)]
+    for name, candidates in expected.items():
         place = next((one for one in candidates if one.tensor in tensors), None)
         if place is None:
             if not is_buffer(name):  # a bias that is missing begins at 0
@@ -103,12 +106,6 @@ def _find(
         found[name] = place
     known = {place.tensor for place in found.values()}
     known |= mtp_copies(config).keys() if config.num_nextn_predict_layers else set()
-    if config.tie_word_embeddings and HEAD in tensors and EMBEDDING in tensors:
-        known.add(HEAD)
-        if not torch.equal(tensors[HEAD].get(), tensors[EMBEDDING].get()):
-            problems["tied"] = (
-                f"{directory}: {HEAD} is not the embedding, to which config.json ties it; untie it there."
-            )
     strangers = sorted(name for name in tensors.keys() - known if not UNUSED.fullmatch(name))
     if strangers and not problems:
         problems["has"] = (

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megamoe.architectures.config_json import preset_of
+from megamoe.architectures.config_json import differences, preset_of
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import Source, find_checkpoint, load_weights, model_problems, open_source, run_record
 from megamoe.config import ModelConfig, validate
 from megamoe.ds_config import DTYPES, dtype_of
 from megamoe.errors import UserError, shown
+from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder
+from megamoe.model.names import MTP
 
 
 class OpenModel(NamedTuple):
@@ -29,7 +31,7 @@ class OpenModel(NamedTuple):
     config: ModelConfig
     source: Source
     tokenizer: Path | None  # its tokenizer.json
-    dtype: torch.dtype  # that it was trained in; fp32 where that is not known
+    dtype: torch.dtype  # that a run trained in, or of a directory's config.json; fp32 where neither says
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Decoder:
         """The model with its weights in `dtype`, in evaluation mode."""
@@ -44,20 +46,22 @@ def open_model(path: Path, config: ModelConfig | None = None, open_files: int | 
 
     Args:
         config: of weights that do not say what model they are of.
-        open_files: most files that are kept open; None keeps all.
+        open_files: most ranks' files of DeepSpeed's own form that are kept mapped; None keeps all.
     """
     if (path / "config.json").is_file():
         source = open_source(path, open_files)
-        return _checked(path, source, config or preset_of(path), torch.float32)
+        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), path, _saved_in(path))
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
         return _checked(path, open_source(path), config, torch.float32)
-    if (path / "run.json").is_file() and not folders.step_folders(path / "checkpoints"):
+    is_run = (path / "run.json").is_file() and folders.age_of(path) is None  # a checkpoint of form 1 has one too
+    if is_run and not folders.step_folders(path / "checkpoints"):
         raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
     checkpoint = find_checkpoint(path)
     source, record = open_source(checkpoint, open_files), run_record(checkpoint)
-    config = config or _config_of(record, checkpoint)
+    if config is None or isinstance(record.get("model"), dict):
+        config = _agreed(config, _config_of(record, checkpoint), checkpoint)
     return _checked(checkpoint, source, config, _dtype_of(record, checkpoint))
 
 
@@ -73,6 +77,32 @@ def tokenizer_of(path: Path) -> Path:
     elif folders.age_of(folder) or folders.is_complete(folder):
         folder = folder.parent.parent
     return folder / "tokenizer.json"
+
+
+def _with_mtp(config: ModelConfig, source: Source) -> ModelConfig:
+    """With multi-token prediction where the weights have it, which a config.json need not say."""
+    return config.model_copy(
+        update={"num_nextn_predict_layers": int(any(name.startswith(MTP) for name in source.shapes))}
+    )
+
+
+def _agreed(given: ModelConfig | None, own: ModelConfig, path: Path) -> ModelConfig:
+    """The given configuration, or the model's own. Raises UserError where they are not of the same model."""
+    fields = differences(given, own) if given else []
+    if fields:
+        raise UserError(
+            f"{path} says itself what model it is of, and the given preset differs in {', '.join(fields)}; leave the "
+            "preset out."
+        )
+    return given or own
+
+
+def _saved_in(directory: Path) -> torch.dtype:
+    """The dtype that a config.json gives for its weights."""
+    values = read_json(directory / "config.json")
+    name = values.get("dtype", values.get("torch_dtype"))
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    return known.get(name, torch.float32) if isinstance(name, str) else torch.float32
 
 
 def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype) -> OpenModel:

@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamoe.checkpoint.unpickle import safe_load
 from megamoe.errors import UserError
-from megamoe.model.names import EMBEDDING, HEAD, is_buffer
+from megamoe.model.names import is_buffer
 from megamoe.optimizers import MASTERS
 
 
@@ -39,12 +38,6 @@ class PlainFiles:
             read = open_safetensors if file.suffix == ".safetensors" else _state_dict
             for name, stored in read(file).items():
                 shapes[name], self._tensors[name] = stored.shape, stored.get
-        if (
-            HEAD in shapes
-            and EMBEDDING in shapes
-            and torch.equal(*(self._tensors[name]() for name in (HEAD, EMBEDDING)))
-        ):
-            del shapes[HEAD]  # the two are tied
         self.shapes = {name: shape for name, shape in shapes.items() if not is_buffer(name)}
         self.buffers = {name: self._tensors[name]().float() for name in shapes if is_buffer(name)}
 

@@ -11,13 +11,16 @@ Only what is asked for is read.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from megamoe.architectures.table import BIAS
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.deepspeed_files import MAIN_FILE, RankFiles, UniversalFiles
 from megamoe.checkpoint.index import read_index
@@ -28,7 +31,16 @@ from megamoe.config import ModelConfig
 from megamoe.errors import UserError, shown
 from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import HEAD, MTP, expert_id, has_gates, layer_id, plain_name, plain_parts
+from megamoe.model.names import (
+    EMBEDDING,
+    HEAD,
+    MTP,
+    expert_id,
+    has_gates,
+    layer_id,
+    plain_name,
+    plain_parts,
+)
 from megamoe.optimizers import MASTERS
 
 OPTIONAL_PARTS = {  # the ends of names that a field adds
@@ -41,6 +53,8 @@ OPTIONAL_PARTS = {  # the ends of names that a field adds
     "n_shared_experts": (".shared_mlp.up_proj.weight",),
     "shared_expert_gate": (".shared_gate.weight",),
 }
+DENSE = ".mlp.up_proj.weight"  # the end of a name that each dense block has
+PIECE = 2**24  # values that are compared at a time
 STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
 
 
@@ -153,10 +167,24 @@ def run_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_problems(source: Source, config: ModelConfig, where: str) -> list[str]:
-    """What keeps the parameters in `source` from being those of a model of `config`, a sentence for each field."""
+    """What keeps the parameters in `source` from being those of a model of `config`, a sentence for each field. Reads
+    the head, where there is one that the model ties to the embedding."""
+    problems = _size_problems(source, config, where) | _part_problems(source, config, where)
+    if not problems:
+        expected = parameter_shapes(config)
+        beyond = {name for name in source.shapes.keys() - expected.keys() if not name.startswith(MTP)}  # not needed
+        if config.tie_word_embeddings:
+            beyond.discard(HEAD)
+        for name in sorted([*(expected.keys() - source.shapes.keys()), *beyond])[:1]:
+            what = "lacks" if name in expected else "has, beyond the model,"
+            problems[name] = f"{where} {what} {name}; it is of another architecture."
+    return list(problems.values())
+
+
+def _size_problems(source: Source, config: ModelConfig, where: str) -> dict[str, str]:
+    """Sentences by field, of sizes and of numbers of layers and experts."""
     problems: dict[str, str] = {}
-    expected = parameter_shapes(config)
-    for name, shape in expected.items():
+    for name, shape in parameter_shapes(config).items():
         found = source.shapes.get(name)
         if found is None:
             continue
@@ -172,25 +200,66 @@ def model_problems(source: Source, config: ModelConfig, where: str) -> list[str]
             problems.setdefault(
                 field, f"{where} was made with {field} {len(ids)}, not {getattr(config, field)}; use the same preset."
             )
+    return problems
+
+
+def _part_problems(source: Source, config: ModelConfig, where: str) -> dict[str, str]:
+    """Sentences by field, of what a model has or has not."""
+    problems: dict[str, str] = {}
+    expected = parameter_shapes(config)
     if has_gates(source.shapes) != config.gated_mlp:
         made, expects = ("true", "false") if has_gates(source.shapes) else ("false", "true")
         problems["gated_mlp"] = f"{where} was made with gated_mlp {made}, not {expects}; use the same preset."
-    if (HEAD in source.shapes) != (HEAD in expected):
-        made, expects = ("false", "true") if HEAD in source.shapes else ("true", "false")
+    if config.tie_word_embeddings and not _is_tied(source):
         problems["tie_word_embeddings"] = (
-            f"{where} was made with tie_word_embeddings {made}, not {expects}; use the same preset."
+            f"{where} was made with tie_word_embeddings false, not true: its {HEAD} is not the embedding; use the same "
+            "preset."
+        )
+    if not config.tie_word_embeddings and HEAD not in source.shapes:
+        problems["tie_word_embeddings"] = (
+            f"{where} was made with tie_word_embeddings true, not false; use the same preset."
         )
     for field, ends in OPTIONAL_PARTS.items():
         is_there, is_expected = (any(name.endswith(ends) for name in names) for names in (source.shapes, expected))
         if is_there != is_expected:
             words = ("with", "without") if is_there else ("without", "with")
             problems[field] = f"{where} was made {words[0]} {field}, not {words[1]} it; use the same preset."
-    if not problems:
-        beyond = {name for name in source.shapes.keys() - expected.keys() if not name.startswith(MTP)}  # not needed
-        for name in sorted([*(expected.keys() - source.shapes.keys()), *beyond])[:1]:
-            what = "lacks" if name in expected else "has, beyond the model,"
-            problems[name] = f"{where} {what} {name}; it is of another architecture."
-    return list(problems.values())
+    if config.num_nextn_predict_layers and not any(name.startswith(MTP) for name in source.shapes):
+        problems["num_nextn_predict_layers"] = (
+            f"{where} was made without num_nextn_predict_layers, not with it; use the same preset."
+        )
+    held, wanted = _dense_blocks(source.shapes), _dense_blocks(expected)
+    if held != wanted and len({layer_id(name) for name in source.shapes} - {None}) == config.num_hidden_layers:
+        problems["first_k_dense_replace"] = (
+            f"{where} was made with the dense blocks {held}, not {wanted} (first_k_dense_replace, mlp_only_layers); "
+            "use the same preset."
+        )
+    return problems | _bias_problems(source, config, where)
+
+
+def _dense_blocks(names: Iterable[str]) -> list[int]:
+    return sorted(int(layer_id(name) or 0) for name in names if name.endswith(DENSE))
+
+
+def _is_tied(source: Source) -> bool:
+    """Whether the head is the embedding, by its values where the source has both."""
+    shape = source.shapes.get(HEAD)
+    if shape is None or shape != source.shapes.get(EMBEDDING):
+        return shape is None
+    count = math.prod(shape)
+    return all(
+        torch.equal(*(source.read(name, MASTERS, start, min(PIECE, count - start)) for name in (HEAD, EMBEDDING)))
+        for start in range(0, count, PIECE)
+    )
+
+
+def _bias_problems(source: Source, config: ModelConfig, where: str) -> dict[str, str]:
+    biased = any(
+        name.endswith(BIAS) and not name.startswith(MTP) and bool(bias.any()) for name, bias in source.buffers.items()
+    )
+    if config.router_bias or not biased:
+        return {}
+    return {"router_bias": f"{where} has a balancing bias that is not zero, but router_bias is false; set it to true."}
 
 
 # --- into a model ---------------------------------------------------------------------------------------------------

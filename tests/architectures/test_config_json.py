@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 
+import exported as carrying
 import native_models
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megamoe.architectures.config_json import (
     misfits,
     preset_of,
     read_config,
+    write_config,
 )
 from megamoe.architectures.table import ARCHITECTURES, REQUIRED
 from megamoe.checkpoint.export import huggingface_config
@@ -182,6 +184,25 @@ def test_the_export_that_carries_its_code_is_read_back_but_for_training(tmp_path
         written = json.loads(json.dumps(huggingface_config(config, torch.float32)))
         (tmp_path / "config.json").write_text(json.dumps(written))
         assert differences(config, find_preset(str(tmp_path))) == []
+
+
+def test_the_export_that_carries_its_code_is_read_when_transformers_has_saved_it_again(tmp_path, module_cache):
+    config = ModelConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=64, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
+        partial_rotary_factor=0.5, rope_scaling={"rope_type": "yarn", "factor": 2.0}, rope_theta=500.0,
+    )  # fmt: skip
+    carrying.export(carrying.random_decoder(config), tmp_path / "hf")
+    carrying.load(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    assert differences(config, preset_of(tmp_path / "again")) == []
+
+
+@pytest.mark.parametrize("scaling", ["yarn", ["a"], 5, 0, []])
+def test_a_rope_scaling_that_is_no_object_is_refused(tmp_path, scaling):
+    olmoe = write_config(ARCHITECTURES["OlmoeForCausalLM"], load_preset("olmoe-7b-a1b"))
+    for values in (huggingface_config(load_preset("tiny"), torch.float32), olmoe):
+        (tmp_path / "config.json").write_text(json.dumps({**values, "rope_parameters": scaling}))
+        has(refusal(preset_of, tmp_path), "rope_parameters is", json.dumps(scaling), "object")
 
 
 def test_a_name_that_ships_is_no_directory(tmp_path, monkeypatch):

@@ -177,5 +177,16 @@ def test_multi_token_prediction_is_left_out_unless_it_is_kept(model_of, tmp_path
     assert len(MtpModel.from_pretrained(theirs).layers) == theirs.config.num_nextn_predict_layers == 1
 
 
+@pytest.mark.parametrize("name", native_models.CLASSES)
+def test_a_class_without_a_place_for_multi_token_prediction_leaves_it_out_and_cannot_keep_it(model_of, tmp_path, name):
+    _, source, config = model_of(name, num_nextn_predict_layers=1)
+    held = load_file(write(source, config, tmp_path / "without") / "model.safetensors")
+    assert not any("layers.3." in key or "mtp" in key for key in held)
+    architecture, sentence = native_class(source, config, keep_mtp=True)
+    assert (architecture is None) == (name not in ("Glm4Moe", "DeepseekV3"))
+    if architecture is None:
+        has(sentence, f"{name}ForCausalLM", "num_nextn_predict_layers", "--keep_mtp")
+
+
 def test_every_architecture_has_a_tiny_model():
     assert {f"{name}ForCausalLM" for name in native_models.CLASSES} == ARCHITECTURES.keys()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from megamoe.checkpoint.reader import (
 )
 from megamoe.config import ModelConfig
 from megamoe.model.decoder import Decoder
+from megamoe.model.names import is_buffer
 
 CONFIG = ModelConfig(**PRESET)
 
@@ -189,6 +191,14 @@ def test_a_shard_outside_the_folder_is_refused_though_it_is_there(tmp_path):
         has(refusal(open_source, tmp_path / "in"), "index.json", name, "outside its folder", "again")
 
 
+def test_a_head_that_equals_the_embedding_is_a_head_of_its_own_where_the_model_has_one(tmp_path):
+    state = weights()
+    torch.save({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, tmp_path / "w.pt")
+    source = open_source(tmp_path / "w.pt")
+    for tied in (False, True):
+        assert model_problems(source, CONFIG.model_copy(update={"tie_word_embeddings": tied}), "it") == []
+
+
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
     write_index(tmp_path, weights())
@@ -258,3 +268,30 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save({**weights(), "model.layers.0.moe.gate.weight": torch.zeros(1)}, tmp_path / "w.pt")
     problem = only(model_problems(open_source(tmp_path / "w.pt"), CONFIG, "w.pt"))
     has(problem, "w.pt has, beyond the model, model.layers.0.moe.gate.weight")
+
+
+def source_of(config):
+    """The shapes and biases of a new model, as a source."""
+    state = plain_state(Decoder(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if not is_buffer(name)}
+    return SimpleNamespace(shapes=shapes, buffers={name: one for name, one in state.items() if is_buffer(name)})
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted", "words"),
+    [
+        ({}, {"num_nextn_predict_layers": 1}, ["without num_nextn_predict_layers, not with it"]),
+        ({"first_k_dense_replace": 1}, {}, ["dense blocks [0], not []", "first_k_dense_replace"]),
+        ({"mlp_only_layers": [1]}, {"mlp_only_layers": [0]}, ["dense blocks [1], not [0]", "mlp_only_layers"]),
+    ],
+)
+def test_parts_that_a_model_has_or_has_not_are_named_by_their_fields(made, wanted, words):
+    source = source_of(ModelConfig(**PRESET, **made))
+    has(only(model_problems(source, ModelConfig(**PRESET, **wanted), "it")), "it was made", *words, "preset")
+
+
+def test_a_balancing_bias_that_the_model_has_no_place_for_is_refused_unless_it_is_zero():
+    source, without = source_of(CONFIG), CONFIG.model_copy(update={"router_bias": False})
+    assert model_problems(source, without, "it") == []
+    source.buffers["model.layers.1.moe.router.selection_bias"] += 0.1
+    has(only(model_problems(source, without, "it")), "balancing bias", "router_bias is false")
