@@ -48,6 +48,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_regular(path, "a JSON file"), path)
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object over several lines."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON object in `data`, which comes from `path`. Raises UserError as `read_json`."""
     try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
 import shutil
@@ -28,10 +27,11 @@ from torch import Tensor
 import megamoe
 from megamoe import disk
 from megamoe.checkpoint.reader import Source
+from megamoe.checkpoint.tokenizer_files import write_generation_config, write_tokenizer
 from megamoe.config import ModelConfig
-from megamoe.data.tokenizer import END_OF_TEXT_NAMES, end_of_text_id, load_tokenizer
 from megamoe.ds_config import DTYPES as DTYPES  # where zero_to_fp32.py in saved checkpoints looks for it
 from megamoe.errors import UserError
+from megamoe.json_files import write_json
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import MTP
 from megamoe.optimizers import MASTERS
@@ -89,19 +89,32 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 def shards(all_entries: list[Entry], most_bytes: int) -> list[list[Entry]]:
     """The entries in groups of at most `most_bytes`, or of a single larger one."""
     groups: list[list[Entry]] = [[]]
+    held = 0  # bytes, in the last group
     for entry in all_entries:
-        if groups[-1] and sum(other.nbytes for other in groups[-1]) + entry.nbytes > most_bytes:
+        if groups[-1] and held + entry.nbytes > most_bytes:
             groups.append([])
+            held = 0
         groups[-1].append(entry)
+        held += entry.nbytes
     return groups
 
 
 def read_entry(source: Source, entry: Entry) -> Tensor:
-    """The tensor itself. From a checkpoint, it is the fp32 master rounded to the entry's dtype."""
+    """The tensor itself. From a checkpoint, it is the fp32 master rounded to the entry's dtype. Raises UserError where
+    that cannot hold it."""
     if entry.name in source.buffers:
         return source.buffers[entry.name].clone()
-    tensor = source.read(entry.name, MASTERS, 0, math.prod(entry.shape)).to(entry.dtype).view(entry.shape)
+    values = source.read(entry.name, MASTERS, 0, math.prod(entry.shape))
+    tensor = rounded(values, entry.dtype, entry.name).view(entry.shape)
     return tensor.clone() if tensor.dtype == torch.float32 else tensor  # not a view of the mapped file
+
+
+def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """fp32 values of a tensor in a dtype. Raises UserError where one is beyond it."""
+    found = values.to(dtype)
+    if dtype != torch.float32 and not torch.equal(found.isfinite(), values.isfinite()):
+        raise UserError(f"{name} has values that {dtype} cannot hold; use --dtype bf16 or fp32.")
+    return found
 
 
 @contextlib.contextmanager
@@ -166,10 +179,6 @@ def _save_shard(source: Source, group: list[Entry], path: Path) -> None:
     path.chmod(0o644)  # safetensors makes it private
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def write_huggingface(
     source: Source,
     out: Path,
@@ -188,9 +197,9 @@ def write_huggingface(
     source = of_model(source, config)
     with output(out) as partial:
         partial.mkdir()
-        end_of_text = write_tokenizer(partial, tokenizer, config) if tokenizer else {}
-        write_json(partial / "config.json", {**huggingface_config(config, dtype), **end_of_text})
-        write_json(partial / "generation_config.json", {"_from_model_config": True, **end_of_text})
+        ids = write_tokenizer(partial, tokenizer, config) if tokenizer else {}
+        write_json(partial / "config.json", {**huggingface_config(config, dtype), **ids})
+        write_generation_config(partial, ids)
         for name in HUGGINGFACE_FILES:
             shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
         save_shards(source, partial, dtype, shard_bytes)
@@ -227,21 +236,3 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
         "rope_parameters": rope,
         **fields,
     }
-
-
-def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[str, int]:
-    """Returns the ids of the special tokens."""
-    loaded = load_tokenizer(tokenizer, config.vocab_size)
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    name = next((name for name in END_OF_TEXT_NAMES if loaded.token_to_id(name) is not None), None)
-    special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), name) if name else {}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-            **special,
-        },
-    )
-    return {f"{kind}_id": end_of_text_id(loaded) for kind in special}

@@ -30,7 +30,7 @@ from gguf import (
 )
 from torch import Tensor
 
-from megamoe.checkpoint.export import Entry, output
+from megamoe.checkpoint.export import Entry, output, rounded
 from megamoe.checkpoint.gguf_models import (
     Architecture,
     architecture_of,
@@ -42,7 +42,6 @@ from megamoe.checkpoint.gguf_models import (
 from megamoe.checkpoint.gguf_tokenizer import add_tokenizer
 from megamoe.checkpoint.reader import Source
 from megamoe.config import ModelConfig
-from megamoe.errors import UserError
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import EMBEDDING, HEAD, split_expert
 from megamoe.optimizers import MASTERS
@@ -79,11 +78,7 @@ class LazyTensor:
     def tofile(self, file: IO[bytes]) -> None:
         """Raises UserError where a value is beyond the dtype."""
         for piece in self._pieces():
-            values = piece.to(self.torch_dtype)
-            if not bool(values.isfinite().all()):
-                raise UserError(
-                    f"{self.name} has values that {self.torch_dtype} cannot hold; use --dtype bf16 or fp32."
-                )
+            values = rounded(piece, self.torch_dtype, self.name)
             bits = values.view(torch.int16) if self.torch_dtype == torch.bfloat16 else values
             file.write(bits.contiguous().numpy().data)
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from gguf import GGUFWriter, TokenType
 from tokenizers import Tokenizer
 
+from megamoe.checkpoint.tokenizer_files import chat_template, special_ids
 from megamoe.config import ModelConfig
-from megamoe.data.tokenizer import END_OF_TEXT_NAMES, load_tokenizer
+from megamoe.data.tokenizer import load_tokenizer
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
 
@@ -51,10 +52,13 @@ def add_tokenizer(writer: GGUFWriter, path: Path, config: ModelConfig) -> None:
     writer.add_token_merges(
         [merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]]
     )
-    end_of_text = next((token for name in END_OF_TEXT_NAMES if (token := loaded.token_to_id(name)) is not None), None)
-    if end_of_text is not None:
-        writer.add_eos_token_id(end_of_text)
-        writer.add_bos_token_id(end_of_text)
+    adds = {"eos_token_id": writer.add_eos_token_id, "bos_token_id": writer.add_bos_token_id}
+    ids = special_ids(path, config)
+    for key in adds.keys() & ids.keys():
+        adds[key](ids[key][0] if isinstance(ids[key], list) else ids[key])
+    template = chat_template(path)
+    if template:
+        writer.add_chat_template(template)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from megamoe.architectures.config_json import fitting, nearest, write_config
 from megamoe.architectures.table import BIAS, Architecture
 from megamoe.architectures.tensor_names import written_names
-from megamoe.checkpoint.export import output, save_shards, write_json, write_tokenizer
+from megamoe.checkpoint.export import output, save_shards
 from megamoe.checkpoint.reader import Source
+from megamoe.checkpoint.tokenizer_files import TOKEN_IDS, write_generation_config, write_tokenizer
 from megamoe.config import ModelConfig
 from megamoe.errors import shown
+from megamoe.json_files import write_json
 from megamoe.model.names import is_buffer
-
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def native_class(source: Source, config: ModelConfig, keep_mtp: bool = False) -> tuple[Architecture | None, str]:
@@ -86,5 +86,5 @@ def write_native(
         ids = dict.fromkeys(TOKEN_IDS) | (write_tokenizer(partial, tokenizer, config) if tokenizer else {})
         values = write_config(architecture, config, keep_mtp)
         write_json(partial / "config.json", {**values, "dtype": str(dtype).removeprefix("torch."), **ids})
-        write_json(partial / "generation_config.json", {"_from_model_config": True, **ids})
+        write_generation_config(partial, ids)
         save_shards(NativeSource(source, architecture, config, keep_mtp), partial, dtype, shard_bytes)

@@ -9,7 +9,6 @@ chosen experts sum to 1, so the parts' down projections are multiplied by `split
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,27 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamoe.checkpoint.export import output, save_shards, write_json
+from megamoe.checkpoint.export import output, save_shards
 from megamoe.checkpoint.plain_files import Stored, open_safetensors
 from megamoe.checkpoint.reader import weight_files
+from megamoe.checkpoint.tokenizer_files import copy_tokenizer
 from megamoe.checkpoint.upcycle_config import PROJECTIONS, Pair, read_dense, sparse_config
 from megamoe.errors import UserError
+from megamoe.json_files import write_json
 from megamoe.model.names import EMBEDDING, HEAD
 
 ROUTER_STD = 0.02
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DENSE_MLP = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(PROJECTIONS)})\.weight")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -88,9 +78,7 @@ def upcycle(directory: Path, out: Path, recipe: Recipe, shard_bytes: int) -> str
     with output(out) as folder:
         folder.mkdir()
         write_json(folder / "config.json", {**values, "dtype": str(source.dtype).removeprefix("torch.")})
-        for name in TOKENIZER_FILES:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, folder / name)
+        copy_tokenizer(directory, folder)
         save_shards(source, folder, source.dtype, shard_bytes)
     return pair.sparse
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from engines import CONFIG, GATED, make, plain_state, save, train
+from random_source import RandomSource
 from ranks import run_ranks
 from refusals import has, refusal
 from safetensors.torch import load_file
@@ -250,13 +251,13 @@ def test_plain_weights_start_a_run_at_any_ep_size_with_every_expert_on_its_rank(
             assert all(map(torch.equal, masters, same_masters))
 
 
-def test_the_tokenizer_goes_along(tmp_path, trained):
-    checkpoint, _ = trained
+def test_the_tokenizer_goes_along(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = train_tokenizer(["to be or not to be"], 270)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    folder = huggingface(checkpoint, tmp_path / "hf", tokenizer=tmp_path / "tokenizer.json")
+    config, folder = CONFIG.model_copy(update={"vocab_size": 300}), tmp_path / "hf"
+    write_huggingface(RandomSource(config), folder, FP32, 10**9, config, tmp_path / "tokenizer.json")
     loaded = AutoTokenizer.from_pretrained(folder)
     text = "or not: «to be»\n"
     assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
@@ -359,3 +360,14 @@ def test_the_universal_layout_takes_no_more_memory_than_the_experts_of_one_layer
     most = (WIDE.num_local_experts + 4) * tensor  # of two ranks, as it is joined
     assert memory_taken(checkpoint, tmp_path / "out", "write_universal(source, {}, out)", most) < most
     assert len(list((tmp_path / "out" / "zero").glob("*.experts.*"))) == 2 * WIDE.num_hidden_layers
+
+
+def test_values_beyond_fp16_are_refused_and_nothing_is_left(tmp_path):
+    source = RandomSource(CONFIG)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    source.tensors[name][0, 0] = 1e5
+    for write, out in ((write_state_dict, "w.pt"), (write_safetensors, "w.safetensors")):
+        more = () if write is write_state_dict else (10**9,)
+        has(refusal(write, source, tmp_path / out, torch.float16, *more), name, "float16", "--dtype bf16")
+        write(source, tmp_path / f"fine_{out}", torch.bfloat16, *more)
+    assert {path.name for path in tmp_path.iterdir()} == {"fine_w.pt", "fine_w.safetensors"}

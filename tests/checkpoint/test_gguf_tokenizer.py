@@ -46,6 +46,16 @@ def written(tokenizer, tmp_path, changes=None):
     return tmp_path / "m.gguf"
 
 
+def test_a_published_directory_gives_its_special_tokens_and_its_chat_template(tmp_path):
+    tokenizer = trained("gpt-2", [TEXT], 300)
+    (tmp_path / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": [7, 8]}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    fields = GGUFReader(written(tokenizer, tmp_path)).fields
+    assert fields["tokenizer.ggml.bos_token_id"].contents() == 5
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 7
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+
+
 @pytest.mark.parametrize("rule", ["gpt-2", "qwen2", "llama-bpe"])
 def test_llama_cpp_tokenises_as_the_library_does(rule, tmp_path):
     tokenizer = trained(rule, [TEXT, "the question of the mind " * 20])
