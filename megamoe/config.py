@@ -182,6 +182,12 @@ class ModelConfig(JsonModel):
         return block < self.first_k_dense_replace or block in self.mlp_only_layers
 
     @property
+    def leading_dense_blocks(self) -> int:
+        """How many of the first blocks are dense."""
+        blocks = range(self.num_hidden_layers)
+        return next((block for block in blocks if not self.is_dense(block)), self.num_hidden_layers)
+
+    @property
     def sparse_blocks(self) -> list[int]:
         """The blocks with experts; that of multi-token prediction has the number after the last."""
         blocks = [block for block in range(self.num_hidden_layers) if not self.is_dense(block)]

@@ -35,7 +35,7 @@ COMMON = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 300.0}
 GROUPED = {"routed_scaling_factor": 1.7, "n_group": 4, "topk_group": 2, "norm_topk_prob": False}
-DENSE = {"moe_intermediate_size": 20, "intermediate_size": 36, "first_k_dense_replace": 1, "n_shared_experts": 2}
+DENSE = {"moe_intermediate_size": 20, "intermediate_size": 36, "first_k_dense_replace": 2, "n_shared_experts": 2}
 # What each class has besides; `tie_word_embeddings` is true, its other value, in three of them.
 CLASSES: dict[str, dict[str, Any]] = {
     "Mixtral": {

@@ -13,7 +13,6 @@ Takes a run (its newest checkpoint that is verified), a checkpoint, a Hugging Fa
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.export import (
     DTYPES,
     Entry,
+    bytes_of_shard,
+    check_absent,
     entries,
     of_model,
     shards,
@@ -35,10 +36,18 @@ from megamoe.checkpoint.export import (
 from megamoe.checkpoint.native_export import NativeSource, native_class, write_native
 from megamoe.checkpoint.open_model import OpenModel, open_model
 from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, open_source
-from megamoe.errors import UserError
+from megamoe.data.tokenizer import tokenizer_file
+from megamoe.errors import Problems, UserError
 from megamoe.hardware import memory_gib
 
 FORMATS = ("state_dict", "safetensors", "huggingface", "gguf")
+OPTIONS = {  # the forms for which an option says something
+    "preset": ("huggingface", "gguf"),
+    "tokenizer": ("huggingface", "gguf"),
+    "keep_mtp": ("huggingface",),
+    "max_shard_gb": ("safetensors", "huggingface"),
+}
+MAX_SHARD_GB = 2.0
 
 
 def choose_format(out: Path, to: str | None) -> str:
@@ -115,17 +124,24 @@ def convert_to_gguf(model: OpenModel, args: argparse.Namespace) -> None:
 
 
 def shard_bytes(args: argparse.Namespace) -> int:
-    return int(args.max_shard_gb * 1e9)
+    return bytes_of_shard(MAX_SHARD_GB if args.max_shard_gb is None else args.max_shard_gb)
 
 
-def check(args: argparse.Namespace) -> argparse.Namespace:
+def check(args: argparse.Namespace, form: str) -> None:
+    """Raises UserError for all that is wrong with the options, those that the form has no use for included."""
+    problems = Problems()
     if args.dtype not in DTYPES:
-        raise UserError(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
-    if not 0 < args.max_shard_gb < math.inf:
-        raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a finite size above 0.")
-    if args.out.exists() and not args.dry_run:
-        raise UserError(f"{args.out} exists already; choose another output, or remove it.")
-    return args
+        problems.append(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
+    problems.attempt(shard_bytes, args)
+    problems += [
+        f"--{option} says nothing of the form {form}; leave it out."
+        for option, forms in OPTIONS.items()
+        if getattr(args, option) not in (None, False) and form not in forms
+    ]
+    if not args.dry_run:
+        problems.attempt(check_absent, args.out)
+    problems.refuse()
+    args.tokenizer = args.tokenizer and tokenizer_file(args.tokenizer)
 
 
 def main() -> None:
@@ -135,7 +151,9 @@ def main() -> None:
     parser.add_argument("--preset", help="of weights that do not say what model they are of")
     parser.add_argument("--to", help=f"one of {', '.join(FORMATS)}; by default from the ending of OUT")
     parser.add_argument("--dtype", default="fp32", help="fp32 (the masters as they are), bf16 or fp16")
-    parser.add_argument("--max_shard_gb", type=float, default=2.0, help="largest safetensors file in a folder, in GB")
+    parser.add_argument(
+        "--max_shard_gb", type=float, help=f"largest safetensors file, in GB; by default {MAX_SHARD_GB:g}"
+    )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to add; by default the model's own")
     parser.add_argument("--keep_mtp", action="store_true", help="write multi-token prediction, which is left out else")
     parser.add_argument(
@@ -144,7 +162,7 @@ def main() -> None:
     args = parser.parse()
     started = time.perf_counter()
     form = choose_format(args.out, args.to)
-    check(args)
+    check(args, form)
     if form in ("state_dict", "safetensors"):
         path = convert_weights(args, form)
     else:

@@ -7,15 +7,14 @@ copied; without noise the new model computes what the dense one does. OUT_DIR lo
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 
 import torch
 
 from megamoe import cli
+from megamoe.checkpoint.export import bytes_of_shard, check_absent
 from megamoe.checkpoint.upcycle import Recipe, upcycle
-from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
 
 
@@ -33,12 +32,10 @@ def main() -> None:
     parser.add_argument("--max_shard_gb", type=float, default=2.0, help="largest safetensors file, in GB")
     args = parser.parse()
     started = time.perf_counter()
-    if not 0 < args.max_shard_gb < math.inf:
-        raise UserError(f"--max_shard_gb is {args.max_shard_gb}; give a finite size above 0.")
-    if args.out.exists():
-        raise UserError(f"{args.out} exists already; choose another output, or remove it.")
+    shard_bytes = bytes_of_shard(args.max_shard_gb)
+    check_absent(args.out)
     recipe = Recipe(args.experts, args.top_k, args.split, args.noise, args.seed)
-    made = upcycle(args.dense, args.out, recipe, int(args.max_shard_gb * 1e9))
+    made = upcycle(args.dense, args.out, recipe, shard_bytes)
     seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
     experts, top_k = recipe.copies * recipe.split, recipe.top_k * recipe.split
     print(f"{made} with {experts} experts per layer, {top_k} per token")

@@ -15,21 +15,24 @@ from megamoe.json_files import read_json
 
 OWN = "MegaMoeForCausalLM"  # of the export that carries its own code
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
-# Fields that decide how a model is trained, and not what it computes.
-TRAINING = {
-    "expert_dropout",
-    "initializer_range",
+# Fields that only training reads.
+TRAINING_ONLY = {
     "mtp_loss_coef",
-    "num_nextn_predict_layers",
     "output_z_loss_coef",
     "router_aux_loss_coef",
     "router_aux_loss_type",
-    "router_bias",
     "router_bias_rate",
     "router_bias_rule",
-    "router_jitter_noise",
     "router_load_decay",
     "router_z_loss_coef",
+}
+# With those that code of inference has a place for: fields that do not decide what a model computes.
+TRAINING = TRAINING_ONLY | {
+    "expert_dropout",
+    "initializer_range",
+    "num_nextn_predict_layers",
+    "router_bias",
+    "router_jitter_noise",
 }
 
 
@@ -104,7 +107,7 @@ def _unfit_keys(architecture: Architecture, values: dict[str, Any], where: str) 
     allowed = {**architecture.only, **{key: (value,) for key, value in architecture.stated.items()}}
     rope = _rope_values(values)
     checked = values | {key: rope[key] for key in ("partial_rotary_factor",) if key in rope}
-    problems = _rope_problems(values, where) + [
+    problems = rope_problems(values, where) + [
         f"{where}: {key} is {shown(checked[key])}, but megamoe reads {architecture.name} with "
         f"{' or '.join(map(shown, allowed[key]))} alone."
         for key in allowed.keys() & checked.keys()
@@ -164,7 +167,8 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and value > 0
 
 
-def _rope_problems(values: dict[str, Any], where: str) -> list[str]:
+def rope_problems(values: dict[str, Any], where: str) -> list[str]:
+    """What a config.json has in place of an object, each in a sentence."""
     return [
         f"{where}: {key} is {shown(values[key])}, but megamoe reads an object with a rope_type there, or null."
         for key in ("rope_scaling", "rope_parameters")
@@ -199,7 +203,7 @@ def _rope_fields(architecture: Architecture, values: dict[str, Any], fields: dic
 def _read_own(values: dict[str, Any], where: str) -> ModelConfig:
     """Of the export that carries its own code: config.json has the fields themselves. What only training needs has its
     default."""
-    problems = _rope_problems(values, where)
+    problems = rope_problems(values, where)
     if problems:
         raise UserError(*problems)
     fields = {name: values[name] for name in ModelConfig.model_fields if name in values}
@@ -241,10 +245,9 @@ def write_config(architecture: Architecture, config: ModelConfig, keep_mtp: bool
 def _facts(config: ModelConfig) -> dict[str, Any]:
     """The fields as the classes have them, where there are several ways to say the same."""
     dense = [block for block in range(config.num_hidden_layers) if config.is_dense(block)]
-    leading = next((number for number, block in enumerate(dense) if number != block), len(dense))
     return config.model_dump() | {
         "moe_intermediate_size": config.expert_size,
-        "first_k_dense_replace": leading,
+        "first_k_dense_replace": config.leading_dense_blocks,
         "mlp_only_layers": dense,
         "sliding_window": config.window(0),
         "rotary_dim": config.rotary_dim,

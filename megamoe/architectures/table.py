@@ -1,7 +1,8 @@
 """The table of architectures: one entry per class of transformers, used for reading and for writing.
 
 An entry says what each key of the class's config.json is among the fields of ModelConfig, and under which names its
-files hold the tensors. `config_json.py` and `tensor_names.py` read the table; nothing else knows a class by name.
+files hold the tensors. `config_json.py` and `tensor_names.py` read the table, and only
+`upcycle_config.py` names entries of it, as what a dense class becomes.
 Sources: configuration_*.py, modeling_*.py and conversion_mapping.py of transformers 5.24, and published files.
 """
 
@@ -66,6 +67,7 @@ class Architecture:
         return BIAS in self.tensors
 
 
+ROUTER = "moe.router.weight"
 BIAS = "moe.router.selection_bias"
 
 # --- keys of every class ----------------------------------------------------------------------------------------------
@@ -95,9 +97,6 @@ AUX_LOSS = "router_aux_loss_coef"
 GROUPS = {
     "n_routed_experts": Key("num_local_experts", alias="num_local_experts"),
     "n_shared_experts": Key("n_shared_experts", 1, least=1),
-    "routed_scaling_factor": Key("routed_scaling_factor"),
-    "n_group": Key("n_group", least=1),
-    "topk_group": Key("topk_group", least=1),
     "norm_topk_prob": Key("norm_topk_prob", True),
 }
 
@@ -141,13 +140,13 @@ STACKED = {
     "down_proj.weight": ("mlp.experts.down_proj", 0, 1),
 }
 MIXTRAL_TENSORS = {
-    "moe.router.weight": ("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+    ROUTER: ("block_sparse_moe.gate.weight", "mlp.gate.weight"),
     "moe.experts.{}.gate_proj.weight": ("block_sparse_moe.experts.{}.w1.weight",),
     "moe.experts.{}.up_proj.weight": ("block_sparse_moe.experts.{}.w3.weight",),
     "moe.experts.{}.down_proj.weight": ("block_sparse_moe.experts.{}.w2.weight",),
 }
 QWEN_TENSORS = {
-    "moe.router.weight": ("mlp.gate.weight",),
+    ROUTER: ("mlp.gate.weight",),
     "moe.experts.{}.gate_proj.weight": ("mlp.experts.{}.gate_proj.weight",),
     "moe.experts.{}.up_proj.weight": ("mlp.experts.{}.up_proj.weight",),
     "moe.experts.{}.down_proj.weight": ("mlp.experts.{}.down_proj.weight",),

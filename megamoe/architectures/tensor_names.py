@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megamoe.architectures.table import MTP_COPIES, STACKED, Architecture
+from megamoe.architectures.table import BIAS, MTP_COPIES, ROUTER, STACKED, Architecture
 from megamoe.config import ModelConfig
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import MTP, PLAIN_LAYER, split_expert
@@ -32,8 +32,8 @@ def plain_shapes(architecture: Architecture, config: ModelConfig) -> dict[str, t
         if architecture.mtp or not name.startswith(MTP)
     }
     if architecture.has_bias:
-        routers = [name for name in shapes if name.endswith(".moe.router.weight")]
-        shapes |= {name.replace("router.weight", "router.selection_bias"): shapes[name][:1] for name in routers}
+        routers = [name for name in shapes if name.endswith(ROUTER)]
+        shapes |= {name.removesuffix(ROUTER) + BIAS: shapes[name][:1] for name in routers}
     return shapes
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 import megamoe
 from megamoe import disk
+from megamoe.architectures.config_json import OWN, TRAINING_ONLY
 from megamoe.checkpoint.reader import Source
 from megamoe.checkpoint.tokenizer_files import write_generation_config, write_tokenizer
 from megamoe.config import ModelConfig
@@ -48,17 +49,6 @@ HUGGINGFACE_FILES = (
     "model/router_losses.py",
     "model/sections.py",
 )
-# Fields of a preset that say how a model is trained, not what it computes.
-TRAINING_ONLY = {
-    "router_bias_rule",
-    "router_bias_rate",
-    "router_load_decay",
-    "router_aux_loss_coef",
-    "router_aux_loss_type",
-    "router_z_loss_coef",
-    "output_z_loss_coef",
-    "mtp_loss_coef",
-}
 
 
 class Entry(NamedTuple):
@@ -117,11 +107,23 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return found
 
 
+def check_absent(out: Path) -> None:
+    """Raises UserError if there is an output already."""
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another output, or remove it.")
+
+
+def bytes_of_shard(gigabytes: float) -> int:
+    """The option --max_shard_gb in bytes. Raises UserError."""
+    if not 0 < gigabytes < math.inf:
+        raise UserError(f"--max_shard_gb is {gigabytes}; give a finite size above 0.")
+    return int(gigabytes * 1e9)
+
+
 @contextlib.contextmanager
 def output(out: Path) -> Iterator[Path]:
     """Where to write what becomes `out` once it is complete. Raises UserError if `out` exists."""
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another output, or remove it.")
+    check_absent(out)
     partial = out.with_name(out.name + disk.PARTIAL)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -225,11 +227,11 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
     fields = config.model_dump(exclude={"rope_theta", "rope_scaling"} | TRAINING_ONLY, exclude_none=True)
     rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
     return {
-        "architectures": ["MegaMoeForCausalLM"],
+        "architectures": [OWN],
         "auto_map": {
             "AutoConfig": "configuration_megamoe.MegaMoeConfig",
             "AutoModel": "modeling_megamoe.MegaMoeModel",
-            "AutoModelForCausalLM": "modeling_megamoe.MegaMoeForCausalLM",
+            "AutoModelForCausalLM": f"modeling_megamoe.{OWN}",
         },
         "model_type": "megamoe",
         "dtype": str(dtype).removeprefix("torch."),

@@ -30,12 +30,12 @@ from gguf import (
 )
 from torch import Tensor
 
+from megamoe.architectures.table import BIAS
 from megamoe.checkpoint.export import Entry, output, rounded
 from megamoe.checkpoint.gguf_models import (
     Architecture,
     architecture_of,
     frequency_factors,
-    leading_dense_blocks,
     limits_groups,
     yarn_attention,
 )
@@ -43,7 +43,7 @@ from megamoe.checkpoint.gguf_tokenizer import add_tokenizer
 from megamoe.checkpoint.reader import Source
 from megamoe.config import ModelConfig
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import EMBEDDING, HEAD, split_expert
+from megamoe.model.names import EMBEDDING, HEAD, MTP, split_expert
 from megamoe.optimizers import MASTERS
 
 TYPES = {
@@ -53,13 +53,12 @@ TYPES = {
 }
 # Plain names as the gguf package knows them from published models.
 RENAMED = {
-    ".moe.router.selection_bias": ".mlp.gate.e_score_correction.bias",
+    f".{BIAS}": ".mlp.gate.e_score_correction.bias",
     ".moe.router.weight": ".mlp.gate.weight",
     ".moe.experts.": ".mlp.experts.",
     ".shared_mlp.": ".mlp.shared_experts.",
 }
 FP32 = (".mlp.gate.weight",)
-MTP = "model.mtp."
 LATENT_EPSILON = 1e-6  # of the norms in model/latent_attention.py
 
 
@@ -85,7 +84,7 @@ class LazyTensor:
 
 def fitting(source: Source, config: ModelConfig) -> Architecture:
     """The architecture of llama.cpp that holds the model. Raises UserError if none does."""
-    biased = any(bool(bias.any()) for name, bias in source.buffers.items() if name.endswith("selection_bias"))
+    biased = any(bool(bias.any()) for name, bias in source.buffers.items() if name.endswith(BIAS))
     return architecture_of(config, biased)
 
 
@@ -147,7 +146,7 @@ def add_router(writer: GGUFWriter, config: ModelConfig) -> None:
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_expert_feed_forward_length(config.expert_size)
     writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_leading_dense_block_count(leading_dense_blocks(config))
+    writer.add_leading_dense_block_count(config.leading_dense_blocks)
     writer.add_expert_gating_func(ExpertGatingFuncType[config.router_score.upper()])
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
@@ -235,7 +234,7 @@ def read_plain(source: Source, name: str) -> Tensor:
 
 def biases(source: Source, config: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
     """The balancing bias of each layer; zeros where the model has none and llama.cpp wants one."""
-    names = [f"model.layers.{block}.moe.router.selection_bias" for block in range(config.num_hidden_layers)]
+    names = [f"model.layers.{block}.{BIAS}" for block in range(config.num_hidden_layers)]
     sparse = [name for block, name in enumerate(names) if not config.is_dense(block)]
     zeros = torch.zeros(config.num_local_experts) if architecture.needs_bias else None
     found = {name: source.buffers.get(name, zeros) for name in sparse}

@@ -169,17 +169,11 @@ def _choices(values: UpTo | tuple[Any, ...]) -> str:
     return " or ".join(map(shown, values))
 
 
-def leading_dense_blocks(config: ModelConfig) -> int:
-    """How many of the first blocks are dense."""
-    blocks = range(config.num_hidden_layers)
-    return next((block for block in blocks if not config.is_dense(block)), config.num_hidden_layers)
-
-
 def _dense(config: ModelConfig, architecture: Architecture) -> list[str]:
     dense = [block for block in range(config.num_hidden_layers) if config.is_dense(block)]
     if dense and not architecture.dense_blocks:
         return [f"block {dense[0]} is dense, but {architecture.name} has experts in all blocks"]
-    if len(dense) > leading_dense_blocks(config):
+    if len(dense) > config.leading_dense_blocks:
         return [f"block {dense[-1]} is dense behind one with experts, but {architecture.name} begins with dense ones"]
     return []
 

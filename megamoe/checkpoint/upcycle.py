@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megamoe.architectures.config_json import read_config
+from megamoe.architectures.table import ROUTER
 from megamoe.checkpoint.export import output, save_shards
 from megamoe.checkpoint.plain_files import Stored, open_safetensors
 from megamoe.checkpoint.reader import weight_files
@@ -72,15 +74,16 @@ def upcycle(directory: Path, out: Path, recipe: Recipe, shard_bytes: int) -> str
     problems = recipe.problems(dense["intermediate_size"])
     if problems:
         raise UserError(*problems)
-    source = Upcycled(DenseFiles(directory, pair, dense), pair, dense, recipe)
     size = dense["intermediate_size"] // recipe.split
     values = sparse_config(pair, dense, recipe.copies * recipe.split, recipe.top_k * recipe.split, size)
+    read_config(pair.sparse, values, str(directory / "config.json"))  # refuses what megamoe would not read again
+    source = Upcycled(DenseFiles(directory, pair, dense), pair, dense, recipe)
     with output(out) as folder:
         folder.mkdir()
         write_json(folder / "config.json", {**values, "dtype": str(source.dtype).removeprefix("torch.")})
         copy_tokenizer(directory, folder)
         save_shards(source, folder, source.dtype, shard_bytes)
-    return pair.sparse
+    return pair.sparse.name
 
 
 def dense_shapes(pair: Pair, dense: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -156,20 +159,20 @@ class Upcycled:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files, self._recipe = files, recipe
         self._make: dict[str, Callable[[], Tensor]] = {}
-        names = dict(zip(PROJECTIONS, pair.projections, strict=True))
+        names = pair.sparse.tensors
         experts = recipe.copies * recipe.split
         for name, shape in files.shapes.items():
             mlp = DENSE_MLP.fullmatch(name)
             if not mlp:
                 self.shapes[name], self._make[name] = shape, partial(files.read, name)
                 continue
-            moe = f"model.layers.{mlp[1]}.{pair.moe}"
+            layer = f"model.layers.{mlp[1]}."
             rows, columns = shape
             narrow = (rows, columns // recipe.split) if mlp[2] == "down_proj" else (rows // recipe.split, columns)
             for expert in range(experts):
-                made = f"{moe}.experts.{expert}.{names[mlp[2]]}.weight"
+                made = layer + names[f"moe.experts.{{}}.{mlp[2]}.weight"][0].format(expert)
                 self.shapes[made], self._make[made] = narrow, partial(self._expert, name, expert)
-            gate = f"{moe}.gate.weight"
+            gate = layer + names[ROUTER][0]
             self.shapes[gate] = (experts, dense["hidden_size"])
             self._make[gate] = partial(self._router, int(mlp[1]), dense["hidden_size"])
 

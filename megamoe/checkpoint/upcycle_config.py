@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megamoe.config_checks import ROPE_SCALINGS
+from megamoe.architectures.config_json import rope_problems
+from megamoe.architectures.table import MIXTRAL, QWEN3_MOE, Architecture
 from megamoe.errors import UserError, shown, unknown_key
 from megamoe.json_files import read_json
 
@@ -39,16 +40,7 @@ IGNORED = (
 class Pair:
     """A dense class of transformers, and the sparse one that it becomes."""
 
-    sparse: str
-    model_type: str
-    moe: str
-    """The layer that replaces `mlp`."""
-    projections: tuple[str, str, str]
-    """Names of an expert's PROJECTIONS."""
-    num_experts: str
-    """The key for the number of experts."""
-    expert_size: str
-    """The key for the width of an expert."""
+    sparse: Architecture
     stated: dict[str, Any]
     """Keys that make the sparse class compute what the dense one does."""
     only: dict[str, tuple[Any, ...]]
@@ -62,25 +54,15 @@ class Pair:
 
 PAIRS = {
     "LlamaForCausalLM": Pair(
-        "MixtralForCausalLM",
-        "mixtral",
-        moe="block_sparse_moe",
-        projections=("w1", "w3", "w2"),
-        num_experts="num_local_experts",
-        expert_size="intermediate_size",
+        MIXTRAL,
         stated={"sliding_window": None},
         only={"attention_bias": (False,), "mlp_bias": (False,), "attention_dropout": (0.0,)},
     ),
     "Qwen3ForCausalLM": Pair(
-        "Qwen3MoeForCausalLM",
-        "qwen3_moe",
-        moe="mlp",
-        projections=PROJECTIONS,
-        num_experts="num_experts",
-        expert_size="moe_intermediate_size",
+        QWEN3_MOE,
         stated={
+            **QWEN3_MOE.stated,
             "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "use_sliding_window": False,
             "sliding_window": None,
@@ -110,7 +92,7 @@ def read_dense(path: Path) -> tuple[Pair, dict[str, Any]]:
         if (key in REQUIRED or values.get(key) is not None) and not _is_size(values.get(key))
     ]
     problems += [
-        f"{path}: {key} is {shown(values[key])}, which {pair.sparse} has no place for; give a model with "
+        f"{path}: {key} is {shown(values[key])}, which {pair.sparse.name} has no place for; give a model with "
         f"{' or '.join(map(shown, allowed))}."
         for key, allowed in pair.only.items()
         if values.get(key, allowed[0]) not in allowed
@@ -119,7 +101,7 @@ def read_dense(path: Path) -> tuple[Pair, dict[str, Any]]:
     known += ["rope_theta", "rope_scaling", "rope_parameters", *["attention_bias"] * pair.may_have_bias]
     known += ["quantization_config"]
     problems += [unknown_key(str(path), key, known) for key in values if key not in known]
-    problems += _rope_problems(path, values)
+    problems += rope_problems(values, str(path))
     if problems:
         raise UserError(*problems)
     heads = values["num_attention_heads"]
@@ -140,26 +122,20 @@ def _rope(values: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     return theta, {"rope_type": given.pop("rope_type", kind), **given}
 
 
-def _rope_problems(path: Path, values: dict[str, Any]) -> list[str]:
-    kind = _rope(values)[1]["rope_type"]
-    if kind == "default" or kind in ROPE_SCALINGS:
-        return []
-    return [f"{path}: rope_scaling is of the type {shown(kind)}; megamoe knows {', '.join(ROPE_SCALINGS)}."]
-
-
 def sparse_config(pair: Pair, dense: dict[str, Any], num_experts: int, top_k: int, expert_size: int) -> dict[str, Any]:
     """config.json of the sparse model."""
+    keys = {key.field: name for name, key in pair.sparse.keys.items()}
     theta, scaling = _rope(dense)
     copied = [*REQUIRED, *TOKENS, "num_key_value_heads", "head_dim", *["attention_bias"] * pair.may_have_bias]
     return {
-        "architectures": [pair.sparse],
-        "model_type": pair.model_type,
+        "architectures": [pair.sparse.name],
+        "model_type": pair.sparse.model_type,
         **{key: dense[key] for key in copied if key in dense},
         **{key: dense.get(key, default) for key, default in DEFAULTS.items()},
         "rope_theta": theta,
         "rope_scaling": None if scaling["rope_type"] == "default" else scaling,
-        pair.num_experts: num_experts,
+        keys["num_local_experts"]: num_experts,
         "num_experts_per_tok": top_k,
-        pair.expert_size: expert_size,
+        keys["moe_intermediate_size"]: expert_size,
         **pair.stated,
     }

@@ -10,7 +10,7 @@ from refusals import has
 from safetensors.torch import load_file, save_file
 
 from megamoe.architectures.config_json import preset_of
-from megamoe.architectures.table import ARCHITECTURES
+from megamoe.architectures.table import ARCHITECTURES, AUX_LOSS
 from megamoe.checkpoint.native_export import native_class, write_native
 from megamoe.checkpoint.reader import load_weights, open_source
 from megamoe.config import ModelConfig, load_preset
@@ -63,7 +63,7 @@ def test_latent_tokens_fit_no_class_and_are_named(preset):
         ("Mixtral", {"layer_types": ["full_attention"] + 2 * ["sliding_attention"]}, ["layer_types"]),
         ("Qwen3Moe", {"attention_out_bias": False}, ["attention_out_bias false"]),
         ("Olmoe", {"head_dim": 12}, ["head_dim 12"]),
-        ("Glm4Moe", {"mlp_only_layers": [2]}, ["mlp_only_layers [2]"]),
+        ("Glm4Moe", {"first_k_dense_replace": 0, "mlp_only_layers": [2]}, ["mlp_only_layers [2]"]),
         ("Glm4Moe", {"n_shared_experts": 0}, ["n_shared_experts 0"]),
         ("DeepseekV3", {"shared_expert_gate": True}, ["shared_expert_gate true"]),
         ("MiniMaxM2", {"routed_scaling_factor": 2.0}, ["routed_scaling_factor 2"]),
@@ -186,6 +186,17 @@ def test_a_class_without_a_place_for_multi_token_prediction_leaves_it_out_and_ca
     assert (architecture is None) == (name not in ("Glm4Moe", "DeepseekV3"))
     if architecture is None:
         has(sentence, f"{name}ForCausalLM", "num_nextn_predict_layers", "--keep_mtp")
+
+
+@pytest.mark.parametrize("name", native_models.CLASSES)
+def test_no_key_of_a_tiny_model_has_the_value_that_it_has_where_it_is_missing(name):
+    values = native_models.COMMON | native_models.CLASSES[name]
+    architecture = ARCHITECTURES[f"{name}ForCausalLM"]
+    exempt = {"tie_word_embeddings", AUX_LOSS}  # true in three classes; training alone
+    exempt |= {"num_key_value_heads", "head_dim"} if name in ("Olmoe", "DeepseekV3") else set()
+    for key, one in architecture.keys.items():
+        if key not in exempt:
+            assert values.get(key, values.get(one.alias, one.default)) != one.default, key
 
 
 def test_every_architecture_has_a_tiny_model():

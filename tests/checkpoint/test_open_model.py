@@ -60,6 +60,11 @@ def test_multi_token_prediction_that_the_weights_have_is_in_the_configuration(di
     assert open_model(directory).config.num_nextn_predict_layers == 1
 
 
+def test_the_balancing_bias_of_a_directory_is_not_dropped_without_a_word(directory):
+    without = preset_of(directory).model_copy(update={"router_bias": False})
+    has(refusal(open_model, directory, without), str(directory), "balancing bias", "router_bias is false")
+
+
 def test_a_file_needs_a_configuration_and_fits_it(tmp_path, directory):
     config, decoder = preset_of(directory), native_models.decoder_of(directory)
     save_file({name: one.clone() for name, one in plain_state(decoder).items()}, tmp_path / "w.safetensors")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import megamoe
-from megamoe.checkpoint.export import HUGGINGFACE_FILES, TRAINING_ONLY
+from megamoe.architectures.config_json import TRAINING_ONLY
+from megamoe.checkpoint.export import HUGGINGFACE_FILES
 from megamoe.config import ModelConfig
 from megamoe.model.names import MTP
 

@@ -124,6 +124,11 @@ def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, ru
         (["w.pt", "--to", "safetensors"], ["ends in .pt"]),
         (["w", "--to", "state_dict"], ["w.pt"]),
         (["w", "--max_shard_gb", "0"], ["--max_shard_gb is 0.0"]),
+        (["w.pt", "--preset", "tiny"], ["--preset", "form state_dict", "leave it out"]),
+        (["w.safetensors", "--tokenizer", "/nowhere"], ["--tokenizer", "form safetensors"]),
+        (["w.pt", "--max_shard_gb", "1"], ["--max_shard_gb", "form state_dict"]),
+        (["w.gguf", "--keep_mtp"], ["--keep_mtp", "form gguf"]),
+        (["w", "--keep_mtp"], ["no multi-token prediction", "leave --keep_mtp out"]),
         (["run"], ["exists already"]),
         (["w", "--tokenizer", "none.json"], ["none.json does not exist"]),
     ],
@@ -154,6 +159,23 @@ def test_a_directory_of_transformers_is_converted_and_a_dry_run_lists_the_names_
     held, written = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert held.keys() == written.keys()
     assert all(torch.equal(tensor, written[name]) for name, tensor in held.items())
+
+
+def test_multi_token_prediction_of_a_directory_is_kept_when_asked_for(call, tmp_path):
+    native_models.new_model("Glm4Moe").save_pretrained(tmp_path / "in")
+    own = native_models.add_mtp(tmp_path / "in")
+    call(convert_checkpoint, tmp_path / "in", tmp_path / "with", "--keep_mtp")
+    call(convert_checkpoint, tmp_path / "in", tmp_path / "without")
+    held = load_file(tmp_path / "with" / "model.safetensors")
+    assert all(torch.equal(held[name], tensor) for name, tensor in own.items())
+    assert not any("layers.3" in name for name in load_file(tmp_path / "without" / "model.safetensors"))
+    written = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("with", "without")]
+    assert [values["num_nextn_predict_layers"] for values in written] == [1, 0]
+
+
+def test_the_folder_of_a_tokenizer_will_do(call, run_dir, tmp_path):
+    call(convert_checkpoint, run_dir, tmp_path / "hf", "--tokenizer", run_dir)
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (run_dir / "tokenizer.json").read_bytes()
 
 
 def test_a_damaged_checkpoint_is_not_converted(call, run_dir, tmp_path):
