@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from megamoe.architectures.tensor_names import written_names
 from megamoe.checkpoint.export import output, save_shards
 from megamoe.checkpoint.reader import Source
 from megamoe.checkpoint.tokenizer_files import TOKEN_IDS, write_generation_config, write_tokenizer
+from megamoe.checkpoint.weights_alone import WeightsAlone
 from megamoe.config import ModelConfig
 from megamoe.errors import shown
 from megamoe.json_files import write_json
@@ -45,11 +45,8 @@ def native_class(source: Source, config: ModelConfig, keep_mtp: bool = False) ->
     return architecture, f"the model is one of transformers: {architecture.name}"
 
 
-class NativeSource:
+class NativeSource(WeightsAlone):
     """A source under the class's names."""
-
-    has_optimizer = False
-    state_names: tuple[str, ...] = ()
 
     def __init__(self, source: Source, architecture: Architecture, config: ModelConfig, keep_mtp: bool):
         names = written_names(architecture, config, keep_mtp)
@@ -61,9 +58,6 @@ class NativeSource:
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         return self._source.read(self._names[name], kind, start, count)
-
-    def training_state(self) -> dict[str, Any]:
-        raise AssertionError("only weights are exported")
 
 
 def write_native(

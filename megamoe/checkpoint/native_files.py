@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from megamoe.architectures.config_json import OWN, read_directory
 from megamoe.architectures.table import Architecture
 from megamoe.architectures.tensor_names import Place, mtp_copies, places, plain_shapes
 from megamoe.checkpoint.plain_files import Stored, open_safetensors
+from megamoe.checkpoint.weights_alone import WeightsAlone
 from megamoe.config import ModelConfig
 from megamoe.errors import UserError, shown
 from megamoe.json_files import read_json
@@ -35,11 +35,8 @@ def is_native(directory: Path) -> bool:
     return path.is_file() and read_json(path).get("architectures") != [OWN]
 
 
-class NativeFiles:
+class NativeFiles(WeightsAlone):
     """Weights of a class of transformers, with its balancing biases, under plain names."""
-
-    has_optimizer = False
-    state_names: tuple[str, ...] = ()
 
     def __init__(self, directory: Path, files: list[Path]):
         """Raises UserError for what the table does not know, or does not agree with the directory's config.json."""
@@ -62,9 +59,6 @@ class NativeFiles:
 
     def _stretch(self, place: Place, count: int) -> Tensor:
         return self._tensors[place.tensor].get().flatten()[place.start : place.start + count].float()
-
-    def training_state(self) -> dict[str, Any]:
-        raise AssertionError("plain weights have no training state")
 
 
 def _check_dtypes(tensors: dict[str, Stored], directory: Path) -> None:

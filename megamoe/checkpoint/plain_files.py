@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megamoe.checkpoint.unpickle import safe_load
+from megamoe.checkpoint.weights_alone import WeightsAlone
 from megamoe.errors import UserError
 from megamoe.model.names import is_buffer
 from megamoe.optimizers import MASTERS
@@ -24,11 +25,8 @@ class Stored(NamedTuple):
     get: Callable[[], Tensor]  # of safetensors, a view of the mapped file
 
 
-class PlainFiles:
+class PlainFiles(WeightsAlone):
     """Weights under plain names in .pt or .safetensors files."""
-
-    has_optimizer = False
-    state_names: tuple[str, ...] = ()
 
     def __init__(self, files: list[Path]):
         """Raises UserError if a file is damaged or holds something else."""
@@ -44,9 +42,6 @@ class PlainFiles:
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         assert kind == MASTERS
         return self._tensors[name]().flatten()[start : start + count].float()
-
-    def training_state(self) -> dict[str, Any]:
-        raise AssertionError("plain weights have no training state")
 
 
 def open_safetensors(file: Path) -> dict[str, Stored]:

@@ -26,6 +26,7 @@ from megamoe.checkpoint.plain_files import Stored, open_safetensors
 from megamoe.checkpoint.reader import weight_files
 from megamoe.checkpoint.tokenizer_files import copy_tokenizer
 from megamoe.checkpoint.upcycle_config import PROJECTIONS, Pair, read_dense, sparse_config
+from megamoe.checkpoint.weights_alone import WeightsAlone
 from megamoe.errors import UserError
 from megamoe.json_files import write_json
 from megamoe.model.names import EMBEDDING, HEAD
@@ -148,11 +149,8 @@ class DenseFiles:
         return self._stored[name].get()[ranges].float()
 
 
-class Upcycled:
+class Upcycled(WeightsAlone):
     """The sparse model as a source of tensors under its published names; each is made when it is read."""
-
-    has_optimizer = False
-    state_names: tuple[str, ...] = ()
 
     def __init__(self, files: DenseFiles, pair: Pair, dense: dict[str, Any], recipe: Recipe):
         self.dtype, self.buffers = files.dtype, dict[str, Tensor]()
@@ -178,9 +176,6 @@ class Upcycled:
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         return self._make[name]().flatten()[start : start + count]
-
-    def training_state(self) -> dict[str, Any]:
-        raise AssertionError("plain weights have no training state")
 
     def _expert(self, name: str, expert: int) -> Tensor:
         recipe = self._recipe
