@@ -50,7 +50,7 @@ def open_model(path: Path, config: ModelConfig | None = None, open_files: int | 
     """
     if (path / "config.json").is_file():
         source = open_source(path, open_files)
-        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), path, _saved_in(path))
+        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), _saved_in(path))
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
