@@ -43,6 +43,7 @@ from megamoe.checkpoint.gguf_tokenizer import add_tokenizer
 from megamoe.checkpoint.reader import Source
 from megamoe.config import ModelConfig
 from megamoe.model.costs import parameter_shapes
+from megamoe.model.latent_attention import COMPRESSED_NORM_EPS
 from megamoe.model.names import EMBEDDING, HEAD, MTP, split_expert
 from megamoe.optimizers import MASTERS
 
@@ -59,7 +60,6 @@ RENAMED = {
     ".shared_mlp.": ".mlp.shared_experts.",
 }
 FP32 = (".mlp.gate.weight",)
-LATENT_EPSILON = 1e-6  # of the norms in model/latent_attention.py
 
 
 class LazyTensor:
@@ -291,5 +291,5 @@ def under_one_epsilon(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
         return tensor
     compressed = config.q_lora_rank if name.endswith("q_a_proj.weight") else config.kv_lora_rank
     factors = torch.ones(len(tensor), 1)
-    factors[:compressed] = math.sqrt(config.rms_norm_eps / LATENT_EPSILON)
+    factors[:compressed] = math.sqrt(config.rms_norm_eps / COMPRESSED_NORM_EPS)
     return tensor * factors

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from .attention import LayerCache, attend  # relative: an exported model has these files in one folder
 from .rope import Rotary, apply_rotary
 
+# Of the norms of compressed vectors, in DeepSeek's code and in transformers.
+COMPRESSED_NORM_EPS = 1e-6
+
 
 class MultiHeadLatentAttention(nn.Module):
     """Causal attention whose keys and values are products of a compressed vector of width `kv_lora_rank`, while one
@@ -36,7 +39,7 @@ class MultiHeadLatentAttention(nn.Module):
         rope_interleaved: bool = False,
         attention_bias: bool = False,
         attention_out_bias: bool = False,
-        rms_norm_eps: float = 1e-6,
+        rms_norm_eps: float = COMPRESSED_NORM_EPS,
         softmax_scale: float | None = None,
     ):
         """
