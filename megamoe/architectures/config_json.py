@@ -60,7 +60,7 @@ def read_directory(directory: Path) -> tuple[Architecture, ModelConfig]:
     if architecture is None:
         raise UserError(
             f"{path}: architectures is {shown(names)}, which megamoe does not read; give a directory of "
-            f"{', '.join(ARCHITECTURES)}."
+            f"{', '.join(ARCHITECTURES)} (tools/upcycle.py makes one of a dense Llama or Qwen3)."
         )
     if values.get("quantization_config") is not None:
         raise UserError(

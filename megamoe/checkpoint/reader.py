@@ -191,6 +191,13 @@ def _size_problems(source: Source, config: ModelConfig, where: str) -> dict[str,
         if len(found) != len(shape):
             problems.setdefault(name, f"{where}: {name} has the shape {found}, not {tuple(shape.values())}.")
             continue
+        if name.endswith(("q_norm.weight", "k_norm.weight")) and found != tuple(shape.values()):
+            problems.setdefault(
+                "qk_norm",
+                f"{where}: {name} has {found[0]} numbers, not {sum(shape.values())}: another qk_norm, or other heads; "
+                "use the same preset.",
+            )
+            continue
         for (field, size), other in zip(shape.items(), found, strict=True):
             if size != other:
                 problems.setdefault(field, f"{where} was made with {field} {other}, not {size}; use the same preset.")

@@ -29,6 +29,7 @@ from megamoe.checkpoint.reader import (
     run_record,
 )
 from megamoe.config import ModelConfig
+from megamoe.model.costs import parameter_shapes
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import is_buffer
 
@@ -295,3 +296,11 @@ def test_a_balancing_bias_that_the_model_has_no_place_for_is_refused_unless_it_i
     assert model_problems(source, without, "it") == []
     source.buffers["model.layers.1.moe.router.selection_bias"] += 0.1
     has(only(model_problems(source, without, "it")), "balancing bias", "router_bias is false")
+
+
+def test_another_kind_of_qk_norm_is_named_and_no_size_that_is_right():
+    other = CONFIG.model_copy(update={"qk_norm": "full", "tie_word_embeddings": False})
+    shapes = {name: tuple(shape.values()) for name, shape in parameter_shapes(other).items()}
+    source = SimpleNamespace(shapes=shapes, buffers={})
+    problem = only(model_problems(source, other.model_copy(update={"qk_norm": "head"}), "here"))
+    has(problem, "here: model.layers.0.self_attn.q_norm.weight has 32 numbers, not 8", "another qk_norm")
