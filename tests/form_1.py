@@ -38,8 +38,8 @@ class Expert(nn.Module):
 class DeepSpeedsExperts(Experts):
     """One parameter per expert and projection, where megamoe's experts are stacked."""
 
-    def __init__(self, *, num_experts, hidden_size, intermediate_size, **_):
-        super().__init__(Expert(hidden_size, intermediate_size), num_experts)
+    def __init__(self, *, num_experts, hidden_size, expert_size, **_):
+        super().__init__(Expert(hidden_size, expert_size), num_experts)
 
     def forward(self, rows, ends):
         (experts,) = self.children()
@@ -49,7 +49,7 @@ class DeepSpeedsExperts(Experts):
 
 def make_for_deepspeed(ep_size, **ds_changes):
     """The engine of this rank as megamoe had it before its experts were stacked: DeepSpeed saves no other."""
-    with patch("megamoe.model.decoder.StackedExperts", DeepSpeedsExperts):
+    with patch("megamoe.model.block.StackedExperts", DeepSpeedsExperts):
         return make(ep_size, **ds_changes)
 
 

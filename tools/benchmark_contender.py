@@ -79,7 +79,7 @@ def gemm_flops(config: ModelConfig, tokens: int, ep_size: int, device: torch.dev
     shapes of a step with `tokens` tokens on a rank and balanced experts."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
-    experts, inside = ExpertTopology(config.num_local_experts, ep_size).experts_per_rank, config.intermediate_size
+    experts, inside = ExpertTopology(config.num_local_experts, ep_size).experts_per_rank, config.expert_size
     rows = tokens * config.num_experts_per_tok // experts
     chunk = min(HEAD_ROWS, tokens)
     products = [  # rows, in, out, times a layer

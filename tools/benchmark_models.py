@@ -18,7 +18,8 @@ from megamoe.ds_config import DTYPES, dtype_of, read_schedule
 from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder
 from megamoe.model.dropout import Dropout
-from megamoe.model.experts import ACTIVATIONS
+from megamoe.model.feed_forward import MLP
+from megamoe.model.sections import MLPSection, section
 from megamoe.topology import ExpertTopology
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep, build_train_step
@@ -67,32 +68,15 @@ def build_engine_contender(
     return Contender(train_step.model, dtype, forward_backward, update, optimizer)
 
 
-class StockExpert(nn.Module):
-    """One expert, for DeepSpeed's own layer."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        outside, inside = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(outside, inside, bias=False) if config.gated_mlp else None
-        self.up_proj = nn.Linear(outside, inside, bias=False)
-        self.down_proj = nn.Linear(inside, outside, bias=False)
-        self.activation = ACTIVATIONS[config.hidden_act]
-        self.dropout = Dropout(config.expert_dropout)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(x)
-        inside = self.activation(self.gate_proj(x)) * up if self.gate_proj else self.activation(up)
-        return self.dropout(self.down_proj(inside))
-
-
 def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Decoder:
     """The decoder with DeepSpeed's own MoE layer in every block."""
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
     model = Decoder(config, 0, topology, recompute_blocks)
+    expert = MLP(intermediate_size=config.expert_size, **section(MLPSection, config))
     for block in model.layers:
         block.moe = deepspeed.moe.layer.MoE(
             config.hidden_size,
-            StockExpert(config),
+            nn.Sequential(expert, Dropout(config.expert_dropout)),  # copied for each expert
             num_experts=config.num_local_experts,
             ep_size=ep_size,
             k=config.num_experts_per_tok,
@@ -110,7 +94,7 @@ def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> 
     shape = MixtralConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size * 2 // 3 // 16 * 16,
+        intermediate_size=config.expert_size * 2 // 3 // 16 * 16,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
