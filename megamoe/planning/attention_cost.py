@@ -9,7 +9,7 @@ and that are, v the width of a value.
 
 from __future__ import annotations
 
-from megamoe.planning.costs import NONE, BothWays, Cost, Product, norm_cost, total
+from megamoe.planning.part_cost import NONE, BothWays, Cost, Product, norm_cost, total
 from megamoe.planning.sharding import Setup
 
 

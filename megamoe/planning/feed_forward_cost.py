@@ -5,8 +5,8 @@ Shape legend: D hidden_size, E experts, K choices; rows of the experts have a wi
 
 from __future__ import annotations
 
-from megamoe.planning.costs import NONE, BothWays, Cost, Product, total
 from megamoe.planning.expert_layer import places
+from megamoe.planning.part_cost import NONE, BothWays, Cost, Product, total
 from megamoe.planning.sharding import Setup
 
 

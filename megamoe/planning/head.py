@@ -9,8 +9,8 @@ import math
 
 from megamoe.model.loss import loss_chunk
 from megamoe.planning.attention_cost import is_masked
-from megamoe.planning.costs import BothWays, Cost, Product, norm_cost
 from megamoe.planning.layer import block_kinds
+from megamoe.planning.part_cost import BothWays, Cost, Product, norm_cost
 from megamoe.planning.sharding import Setup
 
 CHUNK_OPERATORS = 18  # of each chunk of a head's loss, which makes the gradients too

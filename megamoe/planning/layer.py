@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from megamoe.config import ModelConfig
 from megamoe.planning.attention_cost import attention_cost
-from megamoe.planning.costs import BothWays, Cost, norm_cost, total
 from megamoe.planning.feed_forward_cost import experts_cost, mlp_cost, router_cost, shared_cost
+from megamoe.planning.part_cost import BothWays, Cost, norm_cost, total
 from megamoe.planning.sharding import Setup
 
 # Share of the bytes that is left where each compiled region reads its inputs once and writes its results once; derived

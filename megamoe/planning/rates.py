@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megamoe.hardware import Device
-from megamoe.planning.costs import Product
+from megamoe.planning.part_cost import Product
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Literal, get_args
 
 from megamoe.hardware import Device
 from megamoe.model.costs import train_flops_per_token
-from megamoe.planning.costs import Cost, Product
 from megamoe.planning.head import head_cost, join_cost, outside_operators
 from megamoe.planning.layer import BlockKind, block_kinds, blocks_cost, compiled_regions
+from megamoe.planning.part_cost import Cost, Product
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes

@@ -18,8 +18,8 @@ from megamoe.model.attention import attend
 from megamoe.model.decoder import Decoder
 from megamoe.model.latent_attention import MultiHeadLatentAttention
 from megamoe.planning.attention_cost import is_masked
-from megamoe.planning.costs import BothWays
 from megamoe.planning.layer import BlockKind, block_cost
+from megamoe.planning.part_cost import BothWays
 from megamoe.planning.sharding import read_setup
 from megamoe.topology import ExpertTopology
 from megamoe.training.distributed import configure_deepspeed

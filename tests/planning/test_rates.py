@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from megamoe.hardware import DEVICES, Device
-from megamoe.planning.costs import Product
+from megamoe.planning.part_cost import Product
 from megamoe.planning.rates import GPU, GROUP, KERNEL, PACKING, attention_seconds, product_seconds
 
 H100 = DEVICES["h100"]

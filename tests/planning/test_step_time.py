@@ -15,9 +15,9 @@ from megamoe.hardware import DEVICES, Device
 from megamoe.json_files import read_json
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.decoder import Decoder
-from megamoe.planning.costs import NORM_OPERATORS_ON_CPU
 from megamoe.planning.head import CHUNK_OPERATORS, outside_operators
 from megamoe.planning.layer import BlockKind, block_cost
+from megamoe.planning.part_cost import NORM_OPERATORS_ON_CPU
 from megamoe.planning.rates import GPU, Rates
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import (

@@ -1,4 +1,4 @@
-from megamoe.planning.costs import BothWays, Cost, Product, total
+from megamoe.planning.part_cost import BothWays, Cost, Product, total
 
 
 def test_backward_has_both_gradients_of_a_product():
