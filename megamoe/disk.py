@@ -1,9 +1,11 @@
-"""Files that a crash leaves complete or absent."""
+"""Files that a crash leaves complete or absent, and outputs that must not be there yet."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from megamoe.errors import UserError
 
 PARTIAL = ".partial"
 
@@ -31,3 +33,12 @@ def replace_file(path: Path, text: str) -> None:
     write_file(partial, text.encode())
     os.replace(partial, path)
     flush(path.parent)
+
+
+def check_absent(out: Path) -> None:
+    """Raise UserError if there is something at `out`, or a file where its folder should be."""
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it, or choose another output.")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{out} cannot be made, for {parent} is a file; choose another output.")

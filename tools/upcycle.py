@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from megamoe import cli
-from megamoe.checkpoint.export import bytes_of_shard, check_absent
+from megamoe.checkpoint.export import bytes_of_shard
 from megamoe.checkpoint.upcycle import Recipe, upcycle
+from megamoe.disk import check_absent
 from megamoe.hardware import memory_gib
 
 

@@ -107,12 +107,6 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return found
 
 
-def check_absent(out: Path) -> None:
-    """Raises UserError if there is an output already."""
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another output, or remove it.")
-
-
 def bytes_of_shard(gigabytes: float) -> int:
     """The option --max_shard_gb in bytes. Raises UserError."""
     if not 0 < gigabytes < math.inf:
@@ -123,7 +117,7 @@ def bytes_of_shard(gigabytes: float) -> int:
 @contextlib.contextmanager
 def output(out: Path) -> Iterator[Path]:
     """Where to write what becomes `out` once it is complete. Raises UserError if `out` exists."""
-    check_absent(out)
+    disk.check_absent(out)
     partial = out.with_name(out.name + disk.PARTIAL)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)

@@ -27,6 +27,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
+from megamoe.disk import check_absent
 from megamoe.errors import UserError
 from megamoe.json_files import check_regular
 
@@ -268,12 +269,3 @@ def write_corpus(
 def leftovers(out: Path) -> list[Path]:
     """What a call that was killed has left of `out`; or what one that still runs is writing."""
     return sorted(out.parent.glob(f".{glob.escape(out.name)}-*"))
-
-
-def check_absent(out: Path) -> None:
-    """Raise UserError if there is something at `out`, or a file where its folder should be."""
-    if out.exists():
-        raise UserError(f"{out} exists already; remove it or choose another --out.")
-    for parent in out.parents:
-        if parent.exists() and not parent.is_dir():
-            raise UserError(f"{out} cannot be made, for {parent} is a file; choose another --out.")

@@ -358,7 +358,7 @@ def test_a_folder_without_held_out_text_has_no_files_of_that_split(tmp_path, tok
 
 def test_an_out_below_a_file_is_refused(tmp_path, tokenizer):
     (tmp_path / "file").write_text("mine")
-    has(refusal(made, DOCUMENTS, tokenizer, tmp_path / "file" / "out"), str(tmp_path / "file"), "is a file", "--out")
+    has(refusal(made, DOCUMENTS, tokenizer, tmp_path / "file" / "out"), str(tmp_path / "file"), "is a file", "choose another output")
 
 
 def words_tokenizer(size):
@@ -460,6 +460,6 @@ def test_an_out_that_exists_is_refused_and_left_untouched(tmp_path, tokenizer, k
     kept = out / "kept" if kind == "folder" else out
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("precious")
-    has(refusal(made, DOCUMENTS, tokenizer, out), str(out), "exists already", "remove it or choose another")
+    has(refusal(made, DOCUMENTS, tokenizer, out), str(out), "exists already", "remove it, or choose another")
     assert kept.read_text() == "precious"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
