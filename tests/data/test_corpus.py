@@ -358,7 +358,12 @@ def test_a_folder_without_held_out_text_has_no_files_of_that_split(tmp_path, tok
 
 def test_an_out_below_a_file_is_refused(tmp_path, tokenizer):
     (tmp_path / "file").write_text("mine")
-    has(refusal(made, DOCUMENTS, tokenizer, tmp_path / "file" / "out"), str(tmp_path / "file"), "is a file", "choose another output")
+    has(
+        refusal(made, DOCUMENTS, tokenizer, tmp_path / "file" / "out"),
+        str(tmp_path / "file"),
+        "is a file",
+        "choose another output",
+    )
 
 
 def words_tokenizer(size):
