@@ -1,0 +1,164 @@
+"""A table of changes becomes runs, lines of results, a table and a picture."""
+
+import json
+from statistics import mean, stdev
+
+import ablate
+import pytest
+from corpora import build, random_tokens
+from refusals import has, refusals
+from toy import PRESET, SHIPPED
+
+from megamoe.config import ModelConfig
+from megamoe.errors import UserError
+from megamoe.json_files import read_json
+
+DS = SHIPPED / "tiny.json"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a table of changes of a small preset; returns its path."""
+    (tmp_path / "preset.json").write_text(json.dumps(PRESET))
+    ds = read_json(DS)
+    ds["scheduler"]["params"]["warmup_num_steps"] = 1
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    prefix = build(tmp_path / "train", random_tokens(2000, PRESET["vocab_size"]))
+
+    def write(changes, **others):
+        options = {"data": [str(prefix)], "valid_data": str(prefix), "eval_samples": 4, "log_interval": 1}
+        table = {
+            "preset": str(tmp_path / "preset.json"),
+            "ds_config": str(tmp_path / "ds.json"),
+            "options": options,
+            "changes": changes,
+        }
+        (tmp_path / "table.json").write_text(json.dumps({**table, **others}))
+        return tmp_path / "table.json"
+
+    return write
+
+
+def read(path, steps=10, ranks=1, seeds=(1,), only=()):
+    return ablate.read_table(path, steps, ranks, list(seeds), list(only))
+
+
+def test_every_change_and_the_baseline_are_trained_with_every_seed(write):
+    trials = read(write({"a": {}, "b": {"steps": 7, "ranks": 2}}), seeds=(3, 4))
+    assert [(one.name, one.seed, one.steps, one.ranks) for one in trials] == [
+        ("baseline", 3, 10, 1),
+        ("baseline", 4, 10, 1),
+        ("a", 3, 10, 1),
+        ("a", 4, 10, 1),
+        ("b", 3, 7, 2),
+        ("b", 4, 7, 2),
+    ]
+    assert {one.name for one in read(write({"a": {}, "b": {}}), only=["b"])} == {"b"}
+
+
+def test_a_change_reaches_the_preset_the_json_and_the_options_and_nothing_else(write):
+    change = {
+        "preset": {"qk_norm": "head"},
+        "ds_config": {"optimizer.params.betas": [0.9, 0.99], "bf16": None},
+        "options": {"seq_len": 8},
+    }
+    base, changed = read(write({"a": change}))
+    assert changed.model == ModelConfig(**PRESET, qk_norm="head")
+    assert changed.ds["optimizer"]["params"]["betas"] == [0.9, 0.99]
+    assert "bf16" not in changed.ds
+    assert changed.options["seq_len"] == 8
+    assert base.model == ModelConfig(**PRESET)
+    assert {**base.ds, "scheduler": None} == {**read_json(DS), "scheduler": None}
+    assert "seq_len" not in base.options
+
+
+def test_the_schedule_ends_with_the_run(write):
+    assert read(write({}), steps=10)[0].ds["scheduler"]["params"]["total_num_steps"] == 10
+    assert read(write({}), steps=None)[0].steps == read_json(DS)["scheduler"]["params"]["total_num_steps"]
+
+
+def test_everything_wrong_in_a_table_is_said_at_once(write):
+    path = write(
+        {
+            "a": {"preset": {"qk_nrm": "head"}},
+            "b": {"option": {}},
+            "c": {"options": {"seed": 3, "seq_length": 8}},
+        }
+    )
+    problems = refusals(read, path)
+    for problem, parts in zip(
+        sorted(problems),
+        [("a", "qk_nrm", "qk_norm"), ("b", "option", "options"), ("c", "seed", "runner"), ("c", "seq_length")],
+        strict=True,
+    ):
+        has(problem, *parts)
+    (problem,) = refusals(read, write({"a": {}}), 10, 1, (1,), ["aa"])
+    has(problem, "aa", "a")
+
+
+def line(name, seed, bits, steps=10):
+    values = {"running_max_vio": 0.1, "highest_max_vio": 0.2, "tokens_per_second": 1000.0, "loss": 3.0, "change": {}}
+    return {"name": name, "seed": seed, "steps": steps, "held_out": {"loss": 2.0, "bits_per_byte": bits}, **values}
+
+
+def test_the_table_gives_mean_spread_worst_and_difference_to_the_baseline_of_as_many_steps():
+    bits = {"baseline": [2.5, 2.7], "a": [2.4, 2.5]}
+    lines = [line(name, seed, value) for name, values in bits.items() for seed, value in enumerate(values)]
+    head, first, second, third = ablate.table_of(ablate.groups_of([*lines, line("a", 1, 2.9, steps=99)])).splitlines()
+    assert head.split()[:7] == ["change", "steps", "seeds", "result", "spread", "change", "worst"]
+    spread = f"{stdev(bits['a']):.4f}"
+    difference = f"{mean(bits['a']) - mean(bits['baseline']):+.4f}"
+    assert first.split()[:7] == ["a", "10", "2", "2.4500", spread, difference, "2.5000"]
+    assert second.split()[:6] == ["baseline", "10", "2", "2.6000", f"{stdev(bits['baseline']):.4f}", "+0.0000"]
+    assert third.split()[:5] == [
+        "a",
+        "99",
+        "1",
+        "2.9000",
+        "2.9000",
+    ]  # one seed has no spread, no baseline no difference
+
+
+def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
+    path, lines, work = (
+        write({"wide": {"preset": {"intermediate_size": 64}}}),
+        tmp_path / "out.jsonl",
+        tmp_path / "work",
+    )
+    trials = read(path, steps=3)
+    assert ablate.train_all(trials, lines, work, parallel=2) == []
+    found = {one["name"]: one for one in ablate.read_lines(lines)}
+    assert found.keys() == {"baseline", "wide"}
+    log = ablate.read_log(work / "wide-1" / "run")
+    assert found["wide"]["loss"] == log["train"][-1]["loss"]
+    assert found["wide"]["held_out"]["loss"] == log["valid"][-1]["loss"]
+    assert found["wide"]["tokens"] == 3 * 4 * PRESET["max_position_embeddings"]
+    assert found["wide"]["parameters"] > found["baseline"]["parameters"]
+    assert found["wide"]["change"] == {"preset": {"intermediate_size": 64}}
+    assert not (work / "wide-1" / "run" / "checkpoints").exists()
+    before = lines.read_bytes()
+    assert ablate.train_all(trials, lines, tmp_path / "other", parallel=2) == []
+    assert lines.read_bytes() == before
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_fails_is_named_with_its_reason_and_has_no_line(write, tmp_path):
+    (trial,) = read(write({"a": {"options": {"ep_size": 3}}}), steps=3, only=["a"])
+    (problem,) = ablate.train_all([trial], tmp_path / "out.jsonl", tmp_path / "work", parallel=1)
+    has(problem, "a, seed 1", "code 2", "ep_size is 3", "output.txt")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_result_without_bytes_is_compared_by_its_loss():
+    assert ablate.measure_of({"loss": 3.0, "held_out": {"loss": 2.0}}) == 2.0
+    assert ablate.measure_of({"loss": 3.0, "held_out": {}}) == 3.0
+
+
+def test_the_picture_has_a_row_for_every_change(tmp_path):
+    ablate.draw(ablate.groups_of([line("baseline", 1, 2.5), line("a", 1, 2.4), line("a", 2, 2.3)]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_table_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UserError):
+        read(tmp_path / "none.json")
