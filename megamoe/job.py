@@ -82,8 +82,11 @@ class Job:
         self.run_id = self.folder.run_id() if self.folder else None
         self.new_schedule: dict[str, Any] | None = None  # that the run resumes with
         self.reduces_in_fp32_now = False  # gradients, and did not when it began
+        self.ema_decay_before: float | None = None  # of the run that is resumed
         if self.folder and self.folder.began is not None:
-            self._check_same_run(self.folder.began, self.folder.last_record())
+            last = self.folder.last_record()
+            self._check_same_run(self.folder.began, last)
+            self.ema_decay_before = last.get("run", {}).get("ema_decay")
 
     def _find_start(self, folder: RunFolder) -> None:
         run = self.run

@@ -66,15 +66,17 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    ema: bool = False,
 ) -> Decoder:
     """A model with its weights, in evaluation mode.
 
     Args:
         path: a run folder, a checkpoint, a Hugging Face directory, or a .pt or .safetensors file.
         preset: of such a file, which does not say what model it is of.
+        ema: take the averaged weights, which the checkpoints of a run with --ema_decay hold.
     """
     config = None if preset is None else _config_of(preset)
-    return open_model(Path(path), config).load(dtype, torch.device(device))
+    return open_model(Path(path), config, ema=ema).load(dtype, torch.device(device))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

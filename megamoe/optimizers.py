@@ -28,6 +28,12 @@ class StateTensor:
     name: str  # key in torch's state of the optimizer, and file in a Universal Checkpoint
     dtype: torch.dtype = torch.float32
     layout: Layout = Layout.PARTITIONED
+    begins_late: bool = False  # a checkpoint without it is restored, and it begins there
+
+
+# The average of the masters, which any optimizer keeps whose groups have the setting AVERAGE_DECAY.
+AVERAGE = StateTensor("ema", begins_late=True)
+AVERAGE_DECAY = "ema_decay"
 
 
 @dataclass(frozen=True)

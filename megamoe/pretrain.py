@@ -31,6 +31,7 @@ from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.loop import Trainer
 from megamoe.training.sinks import Sink, open_sinks
 from megamoe.training.step import TrainStep, build_train_step
+from megamoe.training.weight_average import describe_change
 
 
 def main() -> None:
@@ -134,12 +135,13 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     with stop.interrupting():  # there is nothing to save, and a compiler may run for minutes
         train_step = build_train_step(
             job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks,
-            compiled=config.compile,
+            compiled=config.compile, ema_decay=config.ema_decay,
         )  # fmt: skip
     position.at("restoring")
     checkpoint = restore(job, train_step)
     first = (folders.step_of(checkpoint) or 0) if checkpoint else 0
-    sinks = enter(job, first, checkpoint) if dist.get_rank() == 0 else None
+    has_average = bool(train_step.average and train_step.average.has_begun)
+    sinks = enter(job, first, checkpoint, has_average) if dist.get_rank() == 0 else None
     writer = CheckpointWriter(
         train_step.engine,
         job.run_dir / "checkpoints",
@@ -166,8 +168,12 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
             sinks.close()
 
 
-def enter(job: Job, first: int, checkpoint: Path | None) -> Sink:
-    """Record the start or the resume in the run folder; returns the run's sinks, open. On rank 0."""
+def enter(job: Job, first: int, checkpoint: Path | None, has_average: bool) -> Sink:
+    """Record the start or the resume in the run folder; returns the run's sinks, open. On rank 0.
+
+    Args:
+        has_average: the checkpoint holds averaged weights, and the run goes on with them.
+    """
     job.enter_folder(first, checkpoint)
     sinks = open_sinks(job.run_dir, first)
     sinks.log_text(first, job.describe(first))
@@ -180,6 +186,9 @@ def enter(job: Job, first: int, checkpoint: Path | None) -> Sink:
         sinks.log_text(first, f"the schedule changes after step {first}: {json.dumps(job.new_schedule)}")
     if job.reduces_in_fp32_now:
         sinks.log_text(first, f"gradients are reduced in fp32 after step {first} (communication_data_type)")
+    change = describe_change(first, job.ema_decay_before, job.run.ema_decay, has_average) if checkpoint else None
+    if change:
+        sinks.log_text(first, change)
     return sinks
 
 

@@ -100,6 +100,12 @@ class RunConfig(BaseModel):
         default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
     )
     seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="keep an average of the weights, of which so much stays at each step (0.999); by default none",
+    )
     log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
     eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
     eval_samples: int = Field(default=256, gt=0, description="held-out samples used by an evaluation, at most")

@@ -20,6 +20,7 @@ import torch
 
 from megamoe import cli
 from megamoe.architectures.config_json import find_preset
+from megamoe.checkpoint.averaged import averaged
 from megamoe.checkpoint.export import (
     DTYPES,
     Entry,
@@ -77,6 +78,7 @@ def convert_weights(args: argparse.Namespace, form: str) -> Path:
     """To a state_dict or safetensors, for which the model need not be known. Returns where the weights were."""
     path = find_checkpoint(args.model)
     source, dtype = open_source(path, open_files=1), DTYPES[args.dtype]
+    source = averaged(source, path) if args.ema else source
     in_one_file = form == "state_dict" or args.out.suffix == ".safetensors"
     if args.dry_run:
         everything = entries(source, dtype)
@@ -154,6 +156,7 @@ def main() -> None:
     parser.add_argument(
         "--max_shard_gb", type=float, help=f"largest safetensors file, in GB; by default {MAX_SHARD_GB:g}"
     )
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a run with --ema_decay")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to add; by default the model's own")
     parser.add_argument("--keep_mtp", action="store_true", help="write multi-token prediction, which is left out else")
     parser.add_argument(
@@ -166,7 +169,7 @@ def main() -> None:
     if form in ("state_dict", "safetensors"):
         path = convert_weights(args, form)
     else:
-        model = open_model(args.model, find_preset(args.preset) if args.preset else None, open_files=1)
+        model = open_model(args.model, find_preset(args.preset) if args.preset else None, open_files=1, ema=args.ema)
         path = model.path
         (convert_to_gguf if form == "gguf" else convert_to_directory)(model, args)
     if not args.dry_run:

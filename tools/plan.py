@@ -150,8 +150,9 @@ def main() -> None:
     if options.simulate:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
             measured = simulate(
-                setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len, setup.recompute_blocks
-            )
+                setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len, setup.recompute_blocks,
+                run.ema_decay,
+            )  # fmt: skip
         print_simulated(plan, measured)
     if file:
         file.write_text(json.dumps(as_json(plan, measured), indent=2) + "\n")

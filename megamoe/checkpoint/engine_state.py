@@ -6,7 +6,7 @@ Weights in 16 bits are not: they are the fp32 masters, rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
 from megamoe.model.names import Part, is_buffer, plain_name, plain_parts, stretches
-from megamoe.optimizers import MASTERS, Layout, OptimizerSpec, find_optimizer
+from megamoe.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, Layout, OptimizerSpec, find_optimizer
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class RankState:
 
 
 def optimizer_spec(engine: deepspeed.DeepSpeedEngine) -> OptimizerSpec:
-    """The optimizer's entry in the table."""
+    """The optimizer's entry in the table, and with it the average of the weights, where the engine keeps one."""
     spec = find_optimizer(engine.optimizer_name())
     assert spec, "the checks of a run refuse what is not in the table"
-    return spec
+    averages = AVERAGE_DECAY in engine.optimizer.optimizer.param_groups[0]
+    return replace(spec, state=(*spec.state, AVERAGE)) if averages else spec
 
 
 def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:

@@ -15,6 +15,7 @@ import torch
 
 from megamoe.architectures.config_json import differences, preset_of
 from megamoe.checkpoint import folders
+from megamoe.checkpoint.averaged import averaged
 from megamoe.checkpoint.reader import Source, find_checkpoint, load_weights, model_problems, open_source, run_record
 from megamoe.config import ModelConfig, validate
 from megamoe.ds_config import DTYPES, dtype_of
@@ -40,21 +41,24 @@ class OpenModel(NamedTuple):
         return model.to(device).eval()
 
 
-def open_model(path: Path, config: ModelConfig | None = None, open_files: int | None = None) -> OpenModel:
+def open_model(
+    path: Path, config: ModelConfig | None = None, open_files: int | None = None, ema: bool = False
+) -> OpenModel:
     """Find a model. Raises UserError where there is none, it is damaged, or its weights are not those of its
     configuration.
 
     Args:
         config: of weights that do not say what model they are of.
         open_files: most ranks' files of DeepSpeed's own form that are kept mapped; None keeps all.
+        ema: take the averaged weights of a run's checkpoint. Raises UserError where it holds none.
     """
     if (path / "config.json").is_file():
         source = open_source(path, open_files)
-        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), _saved_in(path))
+        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), _saved_in(path), ema)
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
-        return _checked(path, open_source(path), config, torch.float32)
+        return _checked(path, open_source(path), config, torch.float32, ema)
     is_run = (path / "run.json").is_file() and folders.age_of(path) is None  # a checkpoint of form 1 has one too
     if is_run and not folders.step_folders(path / "checkpoints"):
         raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
@@ -62,7 +66,7 @@ def open_model(path: Path, config: ModelConfig | None = None, open_files: int | 
     source, record = open_source(checkpoint, open_files), run_record(checkpoint)
     if config is None or isinstance(record.get("model"), dict):
         config = _agreed(config, _config_of(record, checkpoint), checkpoint)
-    return _checked(checkpoint, source, config, _dtype_of(record, checkpoint))
+    return _checked(checkpoint, source, config, _dtype_of(record, checkpoint), ema)
 
 
 def tokenizer_of(path: Path) -> Path:
@@ -105,7 +109,8 @@ def _saved_in(directory: Path) -> torch.dtype:
     return known.get(name, torch.float32) if isinstance(name, str) else torch.float32
 
 
-def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype) -> OpenModel:
+def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype, ema: bool) -> OpenModel:
+    source = averaged(source, path) if ema else source
     problems = model_problems(source, config, str(path))
     if problems:
         raise UserError(*problems)

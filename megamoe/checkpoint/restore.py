@@ -7,7 +7,7 @@ hold its slices and no others; of other forms every rank opens all. The bytes ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -129,6 +129,7 @@ def _share_index(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_on
     wanted = [
         Range(piece.name, piece.start, piece.count) for piece in rank_state(engine).slices if MASTERS in piece.tensors
     ]
+    state = [] if weights_only else [tensor.name for tensor in optimizer_spec(engine).state]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     everywhere: list[Any] | None = [None] * world_size if rank == 0 else None
     dist.gather_object(wanted, everywhere)
@@ -137,7 +138,7 @@ def _share_index(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_on
         answers = [None] * world_size
         try:
             if folders.has_index(checkpoint):
-                answers = list(_shares(checkpoint, everywhere, weights_only))
+                answers = list(_shares(checkpoint, everywhere, [MASTERS, *state]))
         except UserError as error:
             answers = [Found(damage=error.problems)] * world_size
         except OSError as error:
@@ -147,11 +148,15 @@ def _share_index(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_on
     return received[0]
 
 
-def _shares(checkpoint: Path, wanted: list[list[Range]], weights_only: bool) -> list[Share]:
-    """By rank. Raises UserError."""
+def _shares(checkpoint: Path, wanted: list[list[Range]], kinds: Collection[str]) -> list[Share]:
+    """By rank. Raises UserError.
+
+    Args:
+        kinds: that the ranks read.
+    """
     index = read_index(checkpoint)
     buffers = IndexedFiles(checkpoint, index.parts([index.buffers])[0]).buffers
-    unread = index.optimizer.state if weights_only else []
+    unread = [kind for kind in index.kinds if kind not in kinds]
     return [
         Share(part, index.share(unread, rank, len(wanted)), buffers) for rank, part in enumerate(index.parts(wanted))
     ]
@@ -205,7 +210,8 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
 
 
 def _state_tensors(engine: deepspeed.DeepSpeedEngine, source: Source, training: dict[str, Any]) -> list[StateTensor]:
-    """The optimizer's state tensors, which `source` holds; none where no step had been applied. Raises UserError."""
+    """The optimizer's state tensors that `source` holds; none where no step had been applied. Raises UserError where
+    one is missing."""
     if not source.state_names:
         return []
     optimizer = engine.optimizer_name()
@@ -218,12 +224,12 @@ def _state_tensors(engine: deepspeed.DeepSpeedEngine, source: Source, training: 
             "--init_from, or use another optimizer."
         )
     for tensor in spec.state:
-        if tensor.name not in source.state_names:
+        if tensor.name not in source.state_names and not tensor.begins_late:
             raise UserError(
                 f"the checkpoint holds no {tensor.name}, which {optimizer} needs, but {', '.join(source.state_names)}; "
                 "resume with the optimizer that saved it."
             )
-    return list(spec.state)
+    return [tensor for tensor in spec.state if tensor.name in source.state_names]
 
 
 def _restore_training_state(engine: deepspeed.DeepSpeedEngine, training: dict[str, Any]) -> None:

@@ -70,6 +70,8 @@ def _states(setup: Setup, groups: list[Group], rank: int) -> tuple[Counter[str],
     share = sum(group.partition for group in groups)
     # A copy under fp32 too.
     states = Counter({"fp32 masters": 4 * share, "optimizer state": setup.state_bytes * share})
+    if setup.average_bytes:
+        states["averaged weights"] = setup.average_bytes * share
     if not setup.offload:
         return states, Counter()
     states["fp32 gradients"] = 4 * share

@@ -36,6 +36,7 @@ RUN_OPTIONS = (
     "seq_len",
     "recompute_blocks",
     "compile",
+    "ema_decay",
 )  # of a run that its plan depends on
 
 
@@ -134,7 +135,8 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     # torch for CUDA comes with Triton.
     kernel = choose_kernel(device.capability, DTYPES[dtype_of(ds)], has_triton=True)
     setup = read_setup(
-        model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile
+        model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile,
+        run.ema_decay is not None,
     )  # fmt: skip
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
     choices = _search(setup, device, per_node, rates, ds) if options.best else []

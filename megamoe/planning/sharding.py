@@ -13,6 +13,7 @@ from megamoe.ds_config import DTYPES, batch_sizes, dtype_of, offloads_optimizer,
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, is_undecayed
 from megamoe.model.products import Kernel
+from megamoe.optimizers import AVERAGE
 from megamoe.topology import ExpertTopology
 
 # Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
@@ -32,7 +33,7 @@ class Setup:
     accumulation: int  # forward passes per step
     seq_len: int
     weight_bytes: int  # of a weight, an activation and a gradient
-    state_bytes: int  # of the optimizer's state for a weight, besides its fp32 master
+    state_bytes: int  # of the optimizer's state for a weight, besides its fp32 master and its average
     sum_bytes: int  # of a gradient summed over micro-batches
     communication_bytes: int  # of a gradient while it is reduced
     zero_stage: int
@@ -45,6 +46,7 @@ class Setup:
     recompute_blocks: int = 0  # blocks of which backward recomputes the activations
     kernel: Kernel = "grouped_mm"  # of the experts' products
     compiled: bool = False  # regions of a block as one kernel each
+    average_bytes: int = 0  # of the average of a weight
 
     @property
     def tokens(self) -> int:
@@ -133,6 +135,7 @@ def read_setup(
     recompute_blocks: int = 0,
     kernel: Kernel = "grouped_mm",
     compiled: bool = False,
+    averages: bool = False,
 ) -> Setup:
     """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
     micro_batch, accumulation = batch_sizes(ds, world_size)
@@ -160,6 +163,7 @@ def read_setup(
         recompute_blocks=recompute_blocks,
         kernel=kernel,
         compiled=compiled,
+        average_bytes=AVERAGE.dtype.itemsize if averages else 0,
     )
 
 

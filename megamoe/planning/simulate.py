@@ -40,7 +40,14 @@ class Measured:
         return max(self.forward, self.backward, self.step)
 
 
-def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int, recompute_blocks: int = 0) -> Measured:
+def measure(
+    config: ModelConfig,
+    ds: dict[str, Any],
+    ep_size: int,
+    seq_len: int,
+    recompute_blocks: int = 0,
+    ema_decay: float | None = None,
+) -> Measured:
     """Train two steps on random tokens, the first of which makes the optimizer's state, and measure the second.
 
     Args:
@@ -51,7 +58,9 @@ def measure(config: ModelConfig, ds: dict[str, Any], ep_size: int, seq_len: int,
     generator = torch.Generator().manual_seed(rank)
     ahead = config.num_nextn_predict_layers
     with LiveBytes() as live:
-        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks)
+        train_step = build_train_step(
+            config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks, ema_decay=ema_decay
+        )
         ids, labels = (
             torch.randint(config.vocab_size, (micro_batch, length), generator=generator)
             for length in (seq_len, seq_len + ahead)
@@ -88,11 +97,17 @@ def one_rank_of(world_size: int) -> Iterator[None]:
 
 
 def simulate(
-    config: ModelConfig, ds: dict[str, Any], world_size: int, ep_size: int, seq_len: int, recompute_blocks: int = 0
+    config: ModelConfig,
+    ds: dict[str, Any],
+    world_size: int,
+    ep_size: int,
+    seq_len: int,
+    recompute_blocks: int = 0,
+    ema_decay: float | None = None,
 ) -> Measured:
     """Measure rank 0 of `world_size` alone, on this machine's CPU. The process can join no other group afterwards.
 
     Every peer seems to send what this rank sends, so the experts of this rank get as many rows as the rank sends away.
     """
     with one_rank_of(world_size):
-        return measure(config, ds, ep_size, seq_len, recompute_blocks)
+        return measure(config, ds, ep_size, seq_len, recompute_blocks, ema_decay)

@@ -117,8 +117,10 @@ def collectives(setup: Setup) -> list[Collective]:
 
 def update_bytes(setup: Setup) -> int:
     """Bytes that an update reads and writes for each weight of a rank's share: the gradient in fp32 for the norm,
-    both ways to be clipped, and to be applied; master and state both ways; the master again, for the new weight."""
-    return 4 * 4 + 2 * (4 + setup.state_bytes) + 4 + setup.weight_bytes
+    both ways to be clipped, and to be applied; master and state both ways; the master again, for the new weight, and
+    once more for the average, with that both ways."""
+    average = 2 * setup.average_bytes + 4 if setup.average_bytes else 0
+    return 4 * 4 + 2 * (4 + setup.state_bytes) + 4 + setup.weight_bytes + average
 
 
 def host_transfers(setup: Setup) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -191,12 +192,20 @@ class Trainer:
 
     def _evaluate(self, evaluator: Evaluator, step: int) -> None:
         self.position.at("evaluation")
-        shape = self.shape
-        result = evaluator.run(
-            self.train_step.model, shape.micro_batch, self.rank, shape.world_size, self.train_step.device
-        )
+        result, average = self._held_out(evaluator), self.train_step.average
+        if average and average.has_begun:
+            with average.in_model():
+                averaged = self._held_out(evaluator)
+            result |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}
         if self.sinks:
             self.sinks.log_scalars("valid", step, result)
+
+    def _held_out(self, evaluator: Evaluator) -> dict[str, Any]:
+        """Evaluate the model with the weights that it has."""
+        shape = self.shape
+        return evaluator.run(
+            self.train_step.model, shape.micro_batch, self.rank, shape.world_size, self.train_step.device
+        )
 
     def _say(self, step: int, line: str) -> None:
         if self.sinks:

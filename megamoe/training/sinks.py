@@ -29,7 +29,8 @@ class Sink:
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Numbers by name: of a logged training step (kind "train", see `StepMetrics.values`) or of an evaluation
-        (kind "valid": loss, tokens and, where the corpus' bytes are known, bits_per_byte)."""
+        (kind "valid": loss, tokens and, where the corpus' bytes are known, bits_per_byte; of the averaged weights,
+        where a run keeps them, ema_loss and ema_bits_per_byte)."""
 
     def log_text(self, step: int, text: str) -> None:
         """A line about the run itself."""
@@ -69,8 +70,9 @@ def _train_line(step: int, values: dict[str, Any]) -> str:
 
 
 def _valid_line(step: int, values: dict[str, Any]) -> str:
-    bits = f" bits_per_byte={values['bits_per_byte']:.4f}" if "bits_per_byte" in values else ""
-    return f"step={step} valid_loss={values['loss']:.4f}{bits} tokens={values['tokens']}"
+    names = [name for name in ("bits_per_byte", "ema_loss", "ema_bits_per_byte") if name in values]
+    others = "".join(f" {name}={values[name]:.4f}" for name in names)
+    return f"step={step} valid_loss={values['loss']:.4f}{others} tokens={values['tokens']}"
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer
 from megamoe.training.engine import build_engine
 from megamoe.training.step_sums import NO_FLAGS, Flags, sum_over_ranks
+from megamoe.training.weight_average import WeightAverage
 from megamoe.training.zero_step import GivenNormOptimizer, norm_of
 
 
@@ -40,16 +41,18 @@ class TrainStep:
     them: one all-reduce for all that is small, and one read by the host.
     """
 
-    def __init__(self, engine: Any, balancer: LoadBalancer | None):
+    def __init__(self, engine: Any, balancer: LoadBalancer | None, average: WeightAverage | None = None):
         """
         Args:
             engine: of `build_engine`; its model sums up the parts of its loss in a buffer, as `Decoder` does.
             balancer: of the model's routers; None for a model without them.
+            average: of the weights, which is updated with them; None keeps none.
         """
         self.engine = engine
         self.model = engine.module
         self.device: torch.device = engine.device
         self.balancer = balancer
+        self.average = average
 
     def forward_backward(self, batches: Iterable[Batch], passed: Callable[[str], None] = lambda phase: None) -> None:
         """Run this rank's micro-batches of one step, as many as the engine accumulates.
@@ -89,6 +92,8 @@ class TrainStep:
         applied = self.engine.was_step_applied()
         if self.balancer and applied:
             self.balancer.apply(running)
+        if self.average and applied:
+            self.average.update()
 
         micro_batches = self.engine.gradient_accumulation_steps() * dist.get_world_size()
         loss, *others = (total / micro_batches for total in on_host.losses)
@@ -110,6 +115,7 @@ def build_train_step(
     seed: int = 0,
     recompute_blocks: int = 0,
     compiled: bool = False,
+    ema_decay: float | None = None,
 ) -> TrainStep:
     """Build model, engine and balancer on this rank of the process group.
 
@@ -118,13 +124,15 @@ def build_train_step(
         seed: of the initial weights.
         recompute_blocks: of the model's first blocks, see `Decoder`.
         compiled: train by compiled blocks, see `Decoder.compile_blocks`.
+        ema_decay: of the average of the weights, see `WeightAverage`; None keeps none.
     """
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
     model = Decoder(config, seed, topology, recompute_blocks)
     if compiled:
         model.compile_blocks()
     engine = build_engine(model, ds, read_schedule(ds, "the DeepSpeed JSON"))
-    return TrainStep(engine, balancer_of(model))
+    average = None if ema_decay is None else WeightAverage(engine, ema_decay)
+    return TrainStep(engine, balancer_of(model), average)
 
 
 def balancer_of(model: Decoder) -> LoadBalancer:
