@@ -29,9 +29,9 @@ def make(ep_size, stage=2, seed=0, config=CONFIG, **ds_changes):
     return build_train_step(config, ds, ep_size=ep_size, seed=seed).engine
 
 
-def train(engine, steps, first=0, writer=None):
+def train(engine, steps, first=0, writer=None, average=None):
     """Train on this rank's share of batches that depend on the step alone; returns the mean losses over all ranks."""
-    train_step = TrainStep(engine, balancer_of(engine.module))
+    train_step = TrainStep(engine, balancer_of(engine.module), average)
     losses = []
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)

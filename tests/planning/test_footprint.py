@@ -40,11 +40,11 @@ def config(name, bucket=200_000, accumulation=1, **zero):
     return ds
 
 
-def case(shape, ds, ep_size=1, recompute_blocks=0):
+def case(shape, ds, ep_size=1, recompute_blocks=0, ema_decay=None):
     """What is measured on every rank, and predicted: the shape's micro-batch goes into the JSON."""
     model, micro_batch, seq_len = shape
     ds = {**ds, "train_micro_batch_size_per_gpu": micro_batch}
-    return ModelConfig(**model), ds, ep_size, seq_len, recompute_blocks
+    return ModelConfig(**model), ds, ep_size, seq_len, recompute_blocks, ema_decay
 
 
 RECIPES = {
@@ -113,6 +113,7 @@ ON_TWO = {
     **{name: case(WEIGHTS, ds) for name, ds in BELOW_A_STACK.items()},
     **{f"activations, ep_size {ep_size}": case(ACTIVATIONS, config("zero2"), ep_size) for ep_size in (1, 2)},
     "recomputed": case(DEEP, config("zero2"), ep_size=2, recompute_blocks=4),
+    "averaged weights": case(WEIGHTS, RECIPES["bf16, fp32 sums"], ep_size=2, ema_decay=0.9),
     **{f"{name}, ep_size 2": case(({**ACTIVATIONS[0], **change, "expert_dropout": 0.1}, *ACTIVATIONS[1:]),
                                   config("zero2"), ep_size=2)
        for name, change in OTHER_MODELS.items()},
@@ -156,8 +157,9 @@ def measured(group):
 
 def setup_of(group, name):
     ranks, cases = GROUPS[group]
-    model, ds, ep_size, seq_len, recompute_blocks = cases[name]
-    return read_setup(model, ds, ranks, ep_size, seq_len, True, recompute_blocks)
+    model, ds, ep_size, seq_len, recompute_blocks, ema_decay = cases[name]
+    averages = ema_decay is not None
+    return read_setup(model, ds, ranks, ep_size, seq_len, True, recompute_blocks, averages=averages)
 
 
 def held_by_gloo(setup, peak):
@@ -197,7 +199,7 @@ def test_a_loop_over_the_experts_joins_the_gradients_of_each():
     layer = {**ALL, "vocab_size": 16, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1}, 1, 8
     values = case(layer, config("zero2_fp32"))
     (real,) = run_ranks(1, measure_with_a_loop, values)
-    model, ds, ep_size, seq_len, _ = values
+    model, ds, ep_size, seq_len, *_ = values
     setup = read_setup(model, ds, 1, ep_size, seq_len, True, kernel="loop")
     assert footprint(setup).peak.total() == pytest.approx(real.peak, rel=0.002)
     assert footprint(setup).peak.total() > 1.02 * footprint(replace(setup, kernel="grouped_mm")).peak.total()
