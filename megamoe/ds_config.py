@@ -1,58 +1,25 @@
 """The DeepSpeed JSON: what megamoe reads from it, and every check of it, against itself and against the other owners.
 
-`ds_keys.py` has its keys.
+`ds_keys.py` has its keys, `schedule_config.py` the schedule.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
 
-from megamoe.config import JsonModel, ModelConfig, validate
+from megamoe.config import ModelConfig
 from megamoe.ds_keys import OPTIMIZER_PARAMS, is_number, key_problems, value_problems, why
 from megamoe.errors import UserError, shown, unknown_key
 from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
 from megamoe.run_config import RunConfig
+from megamoe.schedule_config import read_schedule
 from megamoe.topology import ExpertTopology
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROW_ALIGNMENT = 16  # bytes that a row of each operand is a multiple of (torch.nn.functional.grouped_mm)
-
-
-class ScheduleConfig(JsonModel):
-    """Numbers of the learning-rate schedule, under the names of DeepSpeed's WarmupDecayLR."""
-
-    warmup_max_lr: float = Field(gt=0)
-    """Learning rate at the end of the warm-up."""
-    warmup_num_steps: int = Field(ge=0)
-    """Steps of linear warm-up."""
-    total_num_steps: int = Field(gt=0)
-    """Step at which the learning rate has come down to 0."""
-    warmup_min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at step 0."""
-    warmup_type: Literal["linear"]
-    """Must be said: DeepSpeed's own default is "log"."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ScheduleConfig:
-        warmup, total = self.warmup_num_steps, self.total_num_steps
-        if warmup >= total:
-            raise UserError(f"warmup_num_steps is {warmup}, not below total_num_steps {total}; lower it.")
-        return self
-
-
-def read_schedule(ds: dict[str, Any], where: str) -> ScheduleConfig:
-    """The schedule in a DeepSpeed JSON. Raises UserError."""
-    section = ds.get("scheduler", {})
-    problems = key_problems(section, "scheduler", where)
-    if problems:
-        raise UserError(*problems)
-    kind, params = section.get("type"), section.get("params", {})
-    if kind != "WarmupDecayLR":
-        raise UserError(f'{where}: "scheduler" is {shown(kind)}; give {{"type": "WarmupDecayLR", "params": {{...}}}}.')
-    return validate(ScheduleConfig, params, f"{where}: scheduler.params")
 
 
 def dtype_of(ds: dict[str, Any]) -> Literal["bf16", "fp16", "fp32"]:
@@ -106,10 +73,10 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
         problems += [problem for problem in error.problems if problem not in problems]
     else:
         lr = section_of(section_of(ds, "optimizer"), "params").get("lr")
-        if is_number(lr) and lr != schedule.warmup_max_lr:
+        if is_number(lr) and lr != schedule.peak:
             problems.append(
                 f"{where}: the peak learning rate is given twice, as optimizer.params.lr {lr} and as "
-                f"scheduler.params.warmup_max_lr {schedule.warmup_max_lr}; leave optimizer.params.lr out."
+                f"scheduler.params.warmup_max_lr {schedule.peak}; leave optimizer.params.lr out."
             )
     return problems
 
@@ -255,6 +222,7 @@ def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
 def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_size: int) -> list[str]:
     """What does not fit between the three owners, one sentence each."""
     problems = placement_problems(model, run.ep_size, ds, world_size, run.preset)
+    problems += ramp_problems(run, ds, world_size)
     if run.seq_len and run.seq_len > model.max_position_embeddings and model.rope_scaling is None:
         problems.append(
             f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
@@ -265,16 +233,50 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
             "give at most that many."
         )
+    return problems
+
+
+def ramp_problems(run: RunConfig, ds: dict[str, Any], world_size: int) -> list[str]:
+    """What keeps --batch_ramp from leading up to the batch of the DeepSpeed JSON on these ranks, one sentence each."""
     try:
-        total = read_schedule(ds, run.ds_config).total_num_steps
+        micro, accumulation = batch_sizes(ds, world_size)
     except UserError:
-        return problems  # already reported with the JSON
-    if run.steps and run.steps > total:
+        return []  # already reported with the JSON
+    unit, full = micro * world_size, micro * accumulation * world_size
+    stages = [(stage.samples, stage.last_step) for stage in run.batch_ramp]
+    problems = [
+        f"batch_ramp has {samples} samples per step, but {micro} per rank x {world_size} ranks is {unit}; give a "
+        f'multiple of {unit}, or another "train_micro_batch_size_per_gpu".'
+        for samples, _ in stages
+        if samples % unit
+    ]
+    problems += [
+        f"batch_ramp has {samples} samples up to step {last}, then {more} up to step {later}; let both rise."
+        for (samples, last), (more, later) in pairwise(stages)
+        if more <= samples or later <= last
+    ]
+    if stages and stages[-1][0] >= full:
         problems.append(
-            f"steps is {run.steps}, but the schedule in {run.ds_config} reaches a learning rate of 0 at step {total}; "
-            "lower --steps or raise total_num_steps."
+            f"batch_ramp ends with {stages[-1][0]} samples per step, but the full batch of {run.ds_config} is {full}; "
+            "give fewer, and leave the full batch out."
         )
     return problems
+
+
+def length_problems(run: RunConfig, ds: dict[str, Any]) -> list[str]:
+    """What keeps the run from an end, one sentence: it has that of its schedule, or one before it."""
+    try:
+        total = read_schedule(ds, run.ds_config).total_steps
+    except UserError:
+        return []  # already reported with the JSON
+    if total is None and run.steps is None:
+        return [f"the schedule in {run.ds_config} has no end, and --steps is missing; give the last step of the run."]
+    if total is not None and run.steps and run.steps > total:
+        return [
+            f"steps is {run.steps}, but the schedule in {run.ds_config} ends at step {total}; lower --steps or raise "
+            "total_num_steps."
+        ]
+    return []
 
 
 def placement_problems(model: ModelConfig, ep_size: int, ds: dict[str, Any], world_size: int, preset: str) -> list[str]:

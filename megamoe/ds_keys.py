@@ -35,8 +35,8 @@ TEXT = Kind("a text", lambda value: isinstance(value, str) and value != "auto")
 OBJECT = Kind("an object of settings", lambda value: isinstance(value, dict))
 RULED = Kind("what `ds_config.py` has a rule for", lambda _: True)
 
-# "" is the top level; the keys of optimizer.params depend on the optimizer (`optimizers.py`). Of a section that is not
-# listed DeepSpeed checks the keys.
+# "" is the top level; the keys of optimizer.params depend on the optimizer (`optimizers.py`), those of scheduler.params
+# on the type (`schedule_config.py`). Of a section that is not listed DeepSpeed checks the keys.
 DS_KEYS: dict[str, dict[Kind, str]] = {
     "": {
         FLAG: "prescale_gradients zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown "
@@ -51,7 +51,6 @@ DS_KEYS: dict[str, dict[Kind, str]] = {
     },
     "optimizer": {RULED: "type params"},
     "scheduler": {RULED: "type params"},
-    "scheduler.params": {RULED: "warmup_min_lr warmup_max_lr warmup_num_steps total_num_steps warmup_type"},
     "bf16": {
         FLAG: "check_grad_overflow immediate_grad_update bf16_optimizer_states bf16_master_weights_and_grads",
         RULED: "enabled",

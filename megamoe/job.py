@@ -18,26 +18,21 @@ from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
 from megamoe.config import ModelConfig
 from megamoe.data.batches import BatchShape, TrainData
+from megamoe.data.ramp import BatchRamp
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
-from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
+from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, length_problems, run_problems
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.costs import parameter_count
 from megamoe.model.products import DESCRIPTIONS, kernel_for
+from megamoe.resume_rules import decisive, new_schedule, part, remedy, stages_of
 from megamoe.run_config import RunConfig
 from megamoe.run_folder import RunFolder
+from megamoe.schedule_config import read_schedule
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.evaluation import Evaluator, tokens_per_byte
-
-# A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
-# samples over ranks and micro-batches do not.
-SAME_ON_RESUME = ("model", "optimization", "seed", "seq_len", "samples_per_step", "data", "tokenizer_sha256")
-OPTIMIZATION = (
-    "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor",
-)  # fmt: skip
 
 
 class Job:
@@ -65,6 +60,7 @@ class Job:
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
+            problems += length_problems(run, self.ds)
         self.model: ModelConfig = problems.attempt(find_preset, run.preset)
         if self.model:
             problems += self._initial_problems()
@@ -77,12 +73,14 @@ class Job:
         problems.refuse()
 
         self.schedule = read_schedule(self.ds, run.ds_config)
-        self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, self.seq_len)
+        stages = stages_of(run.model_dump())
+        self.shape = BatchShape(*batch_sizes(self.ds, world_size), world_size, self.seq_len, stages)
         self.data = TrainData(self.corpora, [source.weight for source in run.data], run.seed)
         self.run_id = self.folder.run_id() if self.folder else None
         self.new_schedule: dict[str, Any] | None = None  # that the run resumes with
         self.reduces_in_fp32_now = False  # gradients, and did not when it began
         self.ema_decay_before: float | None = None  # of the run that is resumed
+        self.changes_ramp_at: int | None = None  # the first step that resumes with another number of samples
         if self.folder and self.folder.began is not None:
             last = self.folder.last_record()
             self._check_same_run(self.folder.began, last)
@@ -104,7 +102,9 @@ class Job:
 
     @property
     def last_step(self) -> int:
-        return self.run.steps or self.schedule.total_num_steps
+        last = self.run.steps or self.schedule.total_steps
+        assert last, "length_problems"
+        return last
 
     @property
     def seq_len(self) -> int:
@@ -195,7 +195,7 @@ class Job:
                 f"{self.run_dir} was started with init_from {json.dumps(started_from)}, not {json.dumps(init_from)}; "
                 "give the same again, or choose another --run_dir."
             )
-        before, now = _decisive(last), _decisive(self.record())
+        before, now = decisive(last), decisive(self.record())
         # A run that began when the shipped JSONs did not say it goes on with what they say now.
         key = "communication_data_type"
         if before["optimization"][key] is None and now["optimization"][key] == "fp32":
@@ -203,18 +203,33 @@ class Job:
             self.reduces_in_fp32_now = True
         changed = [key for key in now if before.get(key) != now[key]]
         if self.run.resume and "optimization" in changed:
-            others = _part(now["optimization"], before["optimization"])
+            others = part(now["optimization"], before["optimization"])
             if others.keys() <= {"scheduler"}:  # a longer run, or another decay: the optimizer's state fits still
-                self.new_schedule = others["scheduler"]
+                self.new_schedule = new_schedule(now["optimization"]["scheduler"], before["optimization"]["scheduler"])
                 changed.remove("optimization")
-        if changed:
-            raise UserError(
-                *(
-                    f"{self.run_dir} holds a run with {key} {json.dumps(_part(before.get(key), now[key]))}, "
-                    f"not {json.dumps(_part(now[key], before.get(key)))}; {_remedy(key, before, now)}."
-                    for key in changed
-                )
-            )
+        problems = [
+            f"{self.run_dir} holds a run with {key} {json.dumps(part(before.get(key), now[key]))}, "
+            f"not {json.dumps(part(now[key], before.get(key)))}; {remedy(key, before, now)}."
+            for key in changed
+        ]
+        problems += self._ramp_problems(BatchRamp(self.shape.samples, stages_of(last.get("run", {}))))
+        if problems:
+            raise UserError(*problems)
+
+    def _ramp_problems(self, before: BatchRamp) -> list[str]:
+        """A changed ramp is for steps that no checkpoint has taken yet, and on --resume."""
+        step = before.first_difference(self.shape.ramp)
+        if step is None:
+            return []
+        taken = max((folders.step_of(path) or 0 for path in self.candidates), default=0)
+        if self.run.resume and step > taken:
+            self.changes_ramp_at = step
+            return []
+        way = f"give --resume to change step {step}" if step > taken else "resume with the same for those"
+        return [
+            f"{self.run_dir} holds a run with {before.samples_of(step)} samples in step {step} of its batch_ramp, not "
+            f"{self.shape.ramp.samples_of(step)}, and {taken} steps are taken; {way}, or choose another --run_dir."
+        ]
 
     def record(self) -> dict[str, Any]:
         """The resolved configuration and the versions: enough to repeat the run."""
@@ -250,10 +265,15 @@ class Job:
         return (
             f"{run.preset}: {parameter_count(self.model):,} parameters, {dtype_of(self.ds)}"
             f"{', compiled' * run.compile}{', deterministic' * run.deterministic}, "
-            f"{shape.world_size} ranks, ep_size {run.ep_size}; {shape.samples} x {shape.seq_len} tokens per step; "
+            f"{shape.world_size} ranks, ep_size {run.ep_size}; {self._describe_batch()}; "
             f"{self.describe_corpora()}; {self._describe_held_out()}; steps {first} to {self.last_step}; "
             f"run folder {self.run_dir}"
         )
+
+    def _describe_batch(self) -> str:
+        shape = self.shape
+        ramp = [f"{samples} x {shape.seq_len} up to step {last}, then " for samples, last in shape.stages]
+        return f"{''.join(ramp)}{shape.samples} x {shape.seq_len} tokens per step"
 
     def describe_initial(self) -> str | None:
         """By what the model differs from that of the directory whose weights the run starts from, where the weights do
@@ -314,32 +334,3 @@ class Job:
         if self.valid is None:
             return None
         return Evaluator(self.valid, self.run.eval_samples, self.tokens_per_byte)
-
-
-def _decisive(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's record, what decides its losses. Where a corpus lies does not; a field of the model that is newer than
-    the record had its default."""
-    optimization = {key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION}
-    corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
-    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
-    defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
-    model = {"model": {**defaults, **record["model"]}} if "model" in record else {}
-    return {key: {**record, **model, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
-
-
-def _remedy(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
-    if key == "optimization" and _part(now[key], before[key]).keys() == {"scheduler"}:
-        return "give --resume to continue with the new schedule"
-    if key == "samples_per_step":
-        return (
-            f'set "train_batch_size" to {before.get(key)} in the DeepSpeed JSON and leave '
-            '"gradient_accumulation_steps" out, so that any number of ranks shares them'
-        )
-    return "resume with the same, or choose another --run_dir"
-
-
-def _part(value: Any, other: Any) -> Any:
-    """Of an object, what differs from `other`; of anything else, all."""
-    if not isinstance(value, dict) or not isinstance(other, dict):
-        return value
-    return {key: _part(inner, other.get(key)) for key, inner in value.items() if inner != other.get(key)}

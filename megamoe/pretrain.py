@@ -110,9 +110,10 @@ def is_done(job: Job) -> bool:
     except UserError as error:
         problems = error.problems
     if step is not None and step >= job.last_step and not job.run.auto_resume:
+        ends = job.schedule.total_steps is not None
+        longer = "total_num_steps in the DeepSpeed JSON, and --steps if it is given," if ends else "--steps"
         problems.append(
-            f"{job.run_dir} is at step {step} already and the run ends at {job.last_step}; raise total_num_steps in "
-            "the DeepSpeed JSON, and --steps if it is given, to train on."
+            f"{job.run_dir} is at step {step} already and the run ends at {job.last_step}; raise {longer} to train on."
         )
     raise_on_any_rank(problems)
     if step is None or step < job.last_step:
@@ -184,6 +185,8 @@ def enter(job: Job, first: int, checkpoint: Path | None, has_average: bool) -> S
         sinks.log_text(0, f"{job.run_dir} holds no complete checkpoint, so the run begins again at step 0")
     if job.new_schedule:
         sinks.log_text(first, f"the schedule changes after step {first}: {json.dumps(job.new_schedule)}")
+    if job.changes_ramp_at:
+        sinks.log_text(first, f"the batch ramp changes with step {job.changes_ramp_at}")
     if job.reduces_in_fp32_now:
         sinks.log_text(first, f"gradients are reduced in fp32 after step {first} (communication_data_type)")
     change = describe_change(first, job.ema_decay_before, job.run.ema_decay, has_average) if checkpoint else None

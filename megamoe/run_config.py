@@ -38,6 +38,25 @@ def parse_corpus(value: Any) -> Any:
         raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
 
 
+class RampStage(BaseModel):
+    """Samples per optimizer step up to a step of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    samples: int = Field(gt=0)
+    last_step: int = Field(gt=0)
+
+
+def parse_stage(value: Any) -> Any:
+    """`SAMPLES:STEP` from the command line."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"\d+:\d+", value):
+        raise ValueError(f"{value!r} is no stage of a ramp; write SAMPLES:STEP.")
+    samples, last_step = value.split(":")
+    return {"samples": int(samples), "last_step": int(last_step)}
+
+
 def parse_duration(value: Any) -> Any:
     """Seconds of "90" (minutes), "1:30:00" or "2-12:00:00" (days), as Slurm writes them. Raises ValueError."""
     if not isinstance(value, str):
@@ -97,7 +116,11 @@ class RunConfig(BaseModel):
         description="compile what lies around the experts' products in each block: faster steps, a later first one",
     )
     steps: int | None = Field(
-        default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps"
+        default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps, if it has one"
+    )
+    batch_ramp: list[Annotated[RampStage, BeforeValidator(parse_stage)]] = Field(
+        default=[],
+        description="fewer samples per step at first: SAMPLES:STEP, the last step with so many, for each stage",
     )
     seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
     ema_decay: float | None = Field(
@@ -134,7 +157,12 @@ def parse_run(arguments: list[str] | None = None) -> RunConfig:
     """The command line as a RunConfig. Raises UserError."""
     parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
     default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
-    cli.add_fields(parser, RunConfig, data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default})
+    cli.add_fields(
+        parser,
+        RunConfig,
+        data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default},
+        batch_ramp={"nargs": "+", "metavar": "SAMPLES:STEP"},
+    )
     parser.add_argument("--local_rank", help="given by the launcher; not used")
     return parser.parse(arguments, _run_of)
 

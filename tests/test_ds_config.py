@@ -12,10 +12,11 @@ from refusals import has, only, sentences
 from toy import PRESET
 
 from megamoe.config import ModelConfig
-from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, read_schedule, run_problems
+from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, length_problems, run_problems
 from megamoe.errors import UserError
 from megamoe.json_files import read_json
 from megamoe.run_config import RunConfig
+from megamoe.schedule_config import Schedule, read_schedule
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 SCHEDULE = {"warmup_type": "linear", "warmup_max_lr": 0.002, "warmup_num_steps": 10, "total_num_steps": 100}
@@ -68,9 +69,7 @@ def test_zero2_is_the_original_recipe():
     assert ds["optimizer"]["params"].items() >= {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01}.items()
     assert ds["data_types"]["grad_accum_dtype"] == "fp32"
     assert batch_sizes(ds, 8) == (2, 1)
-    schedule = read_schedule(ds, "zero2.json")
-    assert schedule.warmup_min_lr == 0
-    assert (schedule.warmup_max_lr, schedule.warmup_num_steps, schedule.total_num_steps) == (1.5e-3, 1000, 10000)
+    assert read_schedule(ds, "zero2.json") == Schedule(1.5e-3, 1000, 0.0, "linear", 9000, 10_000, 0.0)
 
 
 # --- one section after the other ---
@@ -199,7 +198,7 @@ def test_whole_numbers_may_be_written_as_5e8():
     ds = with_schedule(total_num_steps=1e4, warmup_num_steps=1e3)
     ds["zero_optimization"] = {"stage": 2, "reduce_bucket_size": 5e8, "allgather_bucket_size": 5e8}
     assert ds_refusals(ds) == []
-    assert read_schedule(ds, "ds.json").total_num_steps == 10_000
+    assert read_schedule(ds, "ds.json").total_steps == 10_000
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "comet", "csv_monitor"])
@@ -289,8 +288,12 @@ def test_a_learning_rate_given_twice_is_refused_with_both():
 def test_a_missing_optimizer_or_scheduler_is_refused_with_what_to_add():
     has(only(ds_refusals(ds_json(optimizer=...))), '"optimizer"', "missing", "AdamW")
     has(only(ds_refusals(ds_json(scheduler=...))), '"scheduler"', "WarmupDecayLR")
-    other = ds_json(scheduler={"type": "WarmupLR", "params": {}})
-    has(only(ds_refusals(other)), '"scheduler"', '"WarmupLR"', "WarmupDecayLR")
+
+
+@pytest.mark.parametrize("kind", ["OneCycle", None, ["WarmupLR"]])
+def test_an_unknown_schedule_is_told_which_there_are(kind):
+    names = ["WarmupDecayLR", "WarmupCosineLR", "WarmupStableDecayLR", "WarmupLR"]
+    has(only(ds_refusals(ds_json(scheduler={"type": kind, "params": {}}))), '"scheduler"', json.dumps(kind), *names)
 
 
 def test_an_optimizer_without_a_type_is_refused():
@@ -308,6 +311,54 @@ def test_a_warm_up_not_below_the_total_is_refused_with_both(warmup):
     has(problem, f"warmup_num_steps is {warmup}", "total_num_steps 100", "lower it")
     assert ds_refusals(with_schedule(warmup_num_steps=99)) == []
     assert ds_refusals(with_schedule(warmup_num_steps=0)) == []
+
+
+STABLE = {**SCHEDULE, "decay_num_steps": 20}
+COSINE = {"warmup_type": "linear", "warmup_num_steps": 10, "total_num_steps": 100}
+
+
+def cosine(params=COSINE, **optimizer_params):
+    optimizer = {"type": "AdamW", "params": {"lr": 2e-3, **optimizer_params}}
+    return ds_json(optimizer=optimizer, scheduler={"type": "WarmupCosineLR", "params": params})
+
+
+def test_a_decay_that_begins_in_the_warm_up_is_refused_with_what_is_left():
+    def stable(decay):
+        params = {**STABLE, "decay_num_steps": decay}
+        return ds_refusals(ds_json(scheduler={"type": "WarmupStableDecayLR", "params": params}))
+
+    assert stable(20) == stable(90) == []
+    has(
+        only(stable(91)),
+        "scheduler.params",
+        "decay_num_steps is 91",
+        "warmup_num_steps 10 leaves 90 of total_num_steps 100",
+    )
+
+
+def test_a_schedule_takes_the_keys_of_its_type_only():
+    constant = {key: value for key, value in SCHEDULE.items() if key != "total_num_steps"}
+    for kind, params, extra in (
+        ("WarmupLR", constant, "total_num_steps"),
+        ("WarmupDecayLR", SCHEDULE, "decay_num_steps"),
+        ("WarmupStableDecayLR", STABLE, "cos_min_ratio"),
+    ):
+        assert ds_refusals(ds_json(scheduler={"type": kind, "params": params})) == []
+        problem = only(ds_refusals(ds_json(scheduler={"type": kind, "params": {**params, extra: 1}})))
+        has(problem, "scheduler.params", "unknown key", f'"{extra}"')
+
+
+def test_the_peak_of_the_cosine_is_the_optimizers_rate_and_has_no_second_place():
+    assert ds_refusals(cosine()) == []
+    assert read_schedule(cosine(), "ds.json").peak == 2e-3
+    twice = ds_refusals(cosine({**COSINE, "warmup_max_lr": 2e-3, "warmup_min_lr": 0.0}))
+    assert len(twice) == 2
+    has(" ".join(twice), "no warmup_max_lr; give optimizer.params.lr", "no warmup_min_lr; give", "warmup_min_ratio")
+    for lr in (0, 0.0):
+        has(only(ds_refusals(cosine(lr=lr))), f"optimizer.params.lr is {lr}", "WarmupCosineLR", "above 0")
+    has(only(ds_refusals(cosine(lr="auto"))), 'optimizer.params.lr is "auto"', "Trainer")
+    missing = ds_json(scheduler={"type": "WarmupCosineLR", "params": COSINE})
+    has(only(ds_refusals(missing)), "optimizer.params.lr is null", "WarmupCosineLR")
 
 
 def test_all_problems_of_a_deepspeed_json_come_at_once():
@@ -406,7 +457,8 @@ def test_a_missing_or_impossible_batch_size_is_refused():
 def between(world_size=1, experts=4, ds=None, widths=(32, 48), **options):
     run = RunConfig(ds_config="ds.json", preset="mine", **options)
     sizes = {"num_local_experts": experts, "hidden_size": widths[0], "intermediate_size": widths[1]}
-    return sentences(run_problems(run, ModelConfig(**{**PRESET, **sizes}), ds or ds_json(), world_size))
+    problems = run_problems(run, ModelConfig(**{**PRESET, **sizes}), ds or ds_json(), world_size)
+    return sentences(problems + length_problems(run, ds or ds_json()))
 
 
 def test_ep_size_must_divide_ranks_and_experts():
@@ -425,6 +477,28 @@ def test_sequences_longer_than_the_model_is_made_for_are_refused():
 def test_steps_beyond_the_schedule_are_refused():
     has(only(between(steps=101)), "steps is 101", "ds.json", "100", "lower --steps", "total_num_steps")
     assert between(steps=100) == between() == []
+
+
+def test_a_schedule_without_an_end_needs_steps():
+    constant = {key: value for key, value in SCHEDULE.items() if key != "total_num_steps"}
+    ds = ds_json(scheduler={"type": "WarmupLR", "params": constant})
+    has(only(between(ds=ds)), "the schedule in ds.json has no end", "--steps")
+    assert between(ds=ds, steps=10**6) == []
+
+
+@pytest.mark.parametrize(
+    ("ramp", "words"),
+    [
+        (["4:5", "6:9"], ["6 samples", "2 per rank x 2 ranks is 4", "multiple of 4"]),
+        (["4:5", "4:9"], ["4 samples up to step 5, then 4 up to step 9", "rise"]),
+        (["4:5", "8:5"], ["4 samples up to step 5, then 8 up to step 5", "rise"]),
+        (["4:5", "16:9"], ["ends with 16", "ds.json is 16", "give fewer"]),
+    ],
+)
+def test_a_batch_ramp_that_does_not_lead_up_to_the_full_batch_on_these_ranks_is_refused(ramp, words):
+    ds = ds_json(gradient_accumulation_steps=4)
+    assert between(world_size=2, ds=ds, batch_ramp=["4:5", "8:9"]) == []
+    has(only(between(world_size=2, ds=ds, batch_ramp=ramp)), "batch_ramp", *words)
 
 
 def test_more_blocks_to_recompute_than_there_are_are_refused():

@@ -21,6 +21,7 @@ LAYERS = [
         "run_config",
         "ds_config",
         "ds_keys",
+        "schedule_config",
         "optimizers",
         "topology",
         "cli",
@@ -37,7 +38,7 @@ LAYERS = [
     {"checkpoint"},
     {"training"},
     {"planning"},
-    {"job", "library"},
+    {"job", "library", "resume_rules"},
     {"pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

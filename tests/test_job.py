@@ -15,7 +15,8 @@ from toy import PRESET, ds_config, write_inputs
 import megamoe.job
 from megamoe.architectures.config_json import preset_of
 from megamoe.errors import UserError
-from megamoe.job import SAME_ON_RESUME, Job
+from megamoe.job import Job
+from megamoe.resume_rules import SAME_ON_RESUME
 from megamoe.run_config import RunConfig
 
 

@@ -20,11 +20,12 @@ from megamoe.checkpoint.reader import open_source
 from megamoe.config import load_preset
 from megamoe.data.token_files import split_counts
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
-from megamoe.ds_config import batch_sizes, deepspeed_problems, read_schedule, run_problems
+from megamoe.ds_config import batch_sizes, deepspeed_problems, run_problems
 from megamoe.errors import UserError
 from megamoe.job import Job
 from megamoe.json_files import MAX_DEPTH, check_regular, read_json
 from megamoe.run_config import RunConfig
+from megamoe.schedule_config import read_schedule
 from megamoe.training.engine import deepspeed_own_problems
 
 DEEP = 100_000

@@ -14,12 +14,13 @@ from torch import nn
 
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
-from megamoe.ds_config import DTYPES, dtype_of, read_schedule
+from megamoe.ds_config import DTYPES, dtype_of
 from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder
 from megamoe.model.dropout import Dropout
 from megamoe.model.feed_forward import MLP
 from megamoe.model.sections import MLPSection, section
+from megamoe.schedule_config import read_schedule
 from megamoe.topology import ExpertTopology
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep, build_train_step

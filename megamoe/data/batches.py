@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megamoe.data.order import SampleOrder
+from megamoe.data.ramp import BatchRamp
 from megamoe.data.token_files import TokenCorpus
 
 NO_LABEL = -100  # torch's own default for `ignore_index`
@@ -36,17 +37,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the samples of one optimizer step are shared out."""
+    """How the samples of an optimizer step are shared out."""
 
     micro_batch: int  # samples per rank and forward pass
-    accumulation: int  # forward passes per step
+    accumulation: int  # forward passes per step, after the ramp if there is one
     world_size: int
     seq_len: int
+    stages: tuple[tuple[int, int], ...] = ()  # of the ramp, see `BatchRamp`; multiples of micro_batch x world_size
 
     @property
     def samples(self) -> int:
-        """Samples in one optimizer step over all ranks."""
+        """Samples in one optimizer step over all ranks, after the ramp."""
         return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def ramp(self) -> BatchRamp:
+        """Samples in each optimizer step."""
+        return BatchRamp(self.samples, self.stages)
 
 
 class TrainData:
@@ -61,9 +68,9 @@ class TrainData:
 
         A step's samples stand at consecutive positions: micro-batch by micro-batch, and in each rank by rank.
         """
-        for micro in range(shape.accumulation):
-            group = ((step - 1) * shape.accumulation + micro) * shape.world_size + rank
-            yield self.batch(group * shape.micro_batch, shape.micro_batch, ahead)
+        first, samples = shape.ramp.samples_before(step), shape.ramp.samples_of(step)
+        for start in range(first + rank * shape.micro_batch, first + samples, shape.micro_batch * shape.world_size):
+            yield self.batch(start, shape.micro_batch, ahead)
 
     def batch(self, first: int, count: int, ahead: int = 0) -> Batch:
         """The samples at positions first .. first + count - 1.

@@ -15,8 +15,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 from torch import nn
 
-from megamoe.ds_config import ScheduleConfig
 from megamoe.model.names import is_undecayed
+from megamoe.schedule_config import Schedule
 from megamoe.training import cpu
 from megamoe.training.operators import load_operator
 from megamoe.training.schedule import learning_rate
@@ -39,7 +39,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]  # DeepSpeed leaves one empty before a too large parameter
 
 
-def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig) -> deepspeed.DeepSpeedEngine:
+def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` in DeepSpeed's engine. After N optimizer steps its learning rate is `learning_rate(N)`.
 
     Args:
@@ -50,17 +50,10 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: ScheduleConfig)
     ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
     ds.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice per micro-batch
     # The group's learning rate is the peak; LambdaLR multiplies it by the schedule's share.
-    ds["optimizer"].setdefault("params", {})["lr"] = schedule.warmup_max_lr
+    ds["optimizer"].setdefault("params", {})["lr"] = schedule.peak
 
     def share_of_peak(step: int) -> float:
-        rate = learning_rate(
-            step,
-            peak=schedule.warmup_max_lr,
-            warmup_steps=schedule.warmup_num_steps,
-            total_steps=schedule.total_num_steps,
-            initial=schedule.warmup_min_lr,
-        )
-        return rate / schedule.warmup_max_lr
+        return learning_rate(step, **vars(schedule)) / schedule.peak
 
     load_operator(ds)
     engine, *_ = deepspeed.initialize(

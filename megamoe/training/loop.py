@@ -163,7 +163,9 @@ class Trainer:
         """
         self.position.at("reading data", step)
         self._seed_step(step)
-        self.train_step.forward_backward(self.batches.step(step))
+        batches = self.batches.step(step)
+        self.train_step.accumulate(len(batches))
+        self.train_step.forward_backward(batches)
         self.position.at("optimizer step")
         self.writer.before_update()
         result = self.train_step.update(

@@ -19,20 +19,21 @@ class StepMetrics:
         self._device = train_step.device
         self._shape = shape
         weight = next(train_step.model.parameters())
-        tokens = shape.samples * shape.seq_len
-        self._step_flops = train_flops_per_token(train_step.model.config, shape.seq_len) * tokens
+        self._sample_flops = train_flops_per_token(train_step.model.config, shape.seq_len) * shape.seq_len
         self.peak = peak_flops(self._device, weight.dtype)
         self.restart(0)
 
     def restart(self, step: int) -> None:
         """Begin a new window after `step`."""
         self._first = step
+        self._samples = 0
         self._seconds = self._losses = 0.0
         self._parts: dict[str, float] = {}
 
     def add(self, result: StepResult, seconds: float) -> None:
         """Count one step and its time."""
         self._last = result
+        self._samples += self._engine.train_batch_size()
         self._losses += result.loss
         self._parts = {name: self._parts.get(name, 0.0) + value for name, value in result.parts.items()}
         self._seconds += seconds
@@ -45,19 +46,21 @@ class StepMetrics:
             last: step that the run ends with.
         """
         steps = step - self._first
-        rate = steps / self._seconds  # steps per second
+        rate = self._samples / self._seconds  # samples per second
+        ramp = self._shape.ramp
         balance = self._last.balance
         return {
             "loss": self._losses / steps,
             **{f"{name}_loss": total / steps for name, total in self._parts.items()},
             "lr": self._engine.get_lr()[0],
-            "tokens_per_second": rate * self._shape.samples * self._shape.seq_len,
-            "mfu": rate * self._step_flops / (self.peak.flops * self._shape.world_size),
+            **({"batch_size": self._engine.train_batch_size()} if ramp.stages else {}),
+            "tokens_per_second": rate * self._shape.seq_len,
+            "mfu": rate * self._sample_flops / (self.peak.flops * self._shape.world_size),
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
             "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
             "grad_norm": self._last.grad_norm,
             "memory_gib": memory_gib(self._device),
             "skipped_steps": self._engine.skipped_steps,
-            "seconds_left": (last - step) / rate,
+            "seconds_left": (ramp.samples_before(last + 1) - ramp.samples_before(step + 1)) / rate,
         }

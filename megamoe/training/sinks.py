@@ -59,9 +59,10 @@ class ConsoleSink(Sink):
 
 def _train_line(step: int, values: dict[str, Any]) -> str:
     skipped = f" skipped={values['skipped_steps']}" if values["skipped_steps"] else ""
+    batch = f"batch={values['batch_size']} " if "batch_size" in values else ""
     parts = [f"{name.removesuffix('_loss')}={value:.4g} " for name, value in values.items() if name.endswith("_loss")]
     return (
-        f"step={step} avg_loss={values['loss']:.4f} {''.join(parts)}lr={values['lr']:.6g} "
+        f"step={step} avg_loss={values['loss']:.4f} {''.join(parts)}lr={values['lr']:.6g} {batch}"
         f"tok/s={values['tokens_per_second']:.0f} mfu={values['mfu']:.1%} "
         f"max_vio={values['max_vio']:.2f} running_max_vio={values['running_max_vio']:.2f} "
         f"grad_norm={values['grad_norm']:.2f} mem={values['memory_gib']:.2f}GiB "

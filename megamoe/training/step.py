@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
-from megamoe.ds_config import read_schedule
 from megamoe.model.decoder import Decoder
+from megamoe.schedule_config import read_schedule
 from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer
 from megamoe.training.engine import build_engine
@@ -53,6 +53,15 @@ class TrainStep:
         self.device: torch.device = engine.device
         self.balancer = balancer
         self.average = average
+
+    def accumulate(self, micro_batches: int) -> None:
+        """Make the next steps of so many micro-batches per rank each. Every rank, between two steps."""
+        engine = self.engine
+        if micro_batches == engine.gradient_accumulation_steps():
+            return
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * dist.get_world_size())
+        engine.optimizer.gradient_accumulation_steps = micro_batches  # it keeps its own
+        engine.micro_steps = 0  # a step ends where they are a multiple of the new number
 
     def forward_backward(self, batches: Iterable[Batch], passed: Callable[[str], None] = lambda phase: None) -> None:
         """Run this rank's micro-batches of one step, as many as the engine accumulates.

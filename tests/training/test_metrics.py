@@ -19,11 +19,12 @@ def result(loss, **parts):
     return StepResult(loss=loss, parts=parts, grad_norm=1.0, applied=True, flags=NO_FLAGS, balance=None)
 
 
-def metrics():
-    engine = SimpleNamespace(get_lr=lambda: [0.1], skipped_steps=0)
+def metrics(batches=(2,) * 9, stages=()):
+    """Of steps that take as many samples as `batches` has."""
+    engine = SimpleNamespace(get_lr=lambda: [0.1], skipped_steps=0, train_batch_size=iter(batches).__next__)
     model = Decoder(ModelConfig(**PRESET))
     step = SimpleNamespace(engine=engine, device=torch.device("cpu"), model=model)
-    return StepMetrics(step, BatchShape(micro_batch=2, accumulation=1, world_size=1, seq_len=16))
+    return StepMetrics(step, BatchShape(2, accumulation=3, world_size=1, seq_len=16, stages=stages))
 
 
 def test_loss_and_its_parts_are_means_over_the_steps_of_a_window():
@@ -38,6 +39,21 @@ def test_loss_and_its_parts_are_means_over_the_steps_of_a_window():
         "balance_loss": 1.5,
         "mtp_loss": 5.5,
     }
+
+
+def test_speed_and_time_left_count_the_samples_that_each_step_takes():
+    window = metrics([2, 2, 4, 4], stages=((2, 2), (4, 4)))
+    for _ in range(3):
+        window.add(result(4.0), 0.5)
+    values = window.values(3, 6)
+    assert values["batch_size"] == 4
+    assert values["tokens_per_second"] == pytest.approx((2 + 2 + 4) * 16 / 1.5)
+    assert values["seconds_left"] == pytest.approx((4 + 6 + 6) / (8 / 1.5))
+    plain = metrics()
+    plain.add(result(4.0), 0.5)
+    values = plain.values(1, 3)
+    assert "batch_size" not in values
+    assert values["tokens_per_second"] == pytest.approx(2 * 16 / 0.5)
 
 
 def test_a_model_with_one_part_logs_the_loss_alone():

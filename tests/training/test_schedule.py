@@ -1,9 +1,11 @@
 import pytest
 import torch
+import transformers
+from deepspeed.runtime import lr_schedules
 from ranks import run_ranks
 from torch import nn
 
-from megamoe.ds_config import ScheduleConfig
+from megamoe.schedule_config import TYPES, Schedule, read_schedule
 from megamoe.training.engine import build_engine
 from megamoe.training.schedule import learning_rate
 from megamoe.training.step import TrainStep
@@ -15,7 +17,7 @@ LOGGED = {
     2500: "0.00125", 3000: "0.00116667", 4000: "0.001", 5000: "0.000833333", 6000: "0.000666667", 7000: "0.0005",
     8000: "0.000333333", 9000: "0.000166667", 10000: "0",
 }  # fmt: skip
-SCHEDULE = {"peak": 1.5e-3, "warmup_steps": 1000, "total_steps": 10_000}
+SCHEDULE = {"peak": 1.5e-3, "warmup_steps": 1000, "decay": "linear", "decay_steps": 9000, "total_steps": 10_000}
 
 
 @pytest.mark.parametrize("step", LOGGED)
@@ -32,12 +34,119 @@ def test_it_starts_at_0_peaks_at_the_end_of_the_warm_up_and_is_0_from_the_total_
 
 
 def test_an_initial_rate_is_where_the_warm_up_starts():
-    rates = [learning_rate(step, peak=10, warmup_steps=4, total_steps=8, initial=2) for step in range(9)]
+    decay = {"decay": "linear", "decay_steps": 4, "total_steps": 8}
+    rates = [learning_rate(step, peak=10, warmup_steps=4, initial=2, **decay) for step in range(9)]
     assert rates == [2, 4, 6, 8, 10, 7.5, 5, 2.5, 0]
 
 
 def test_without_a_warm_up_it_starts_at_the_peak():
-    assert [learning_rate(step, peak=8, warmup_steps=0, total_steps=4) for step in range(5)] == [8, 6, 4, 2, 0]
+    decay = {"decay": "linear", "decay_steps": 4, "total_steps": 4}
+    assert [learning_rate(step, peak=8, warmup_steps=0, **decay) for step in range(5)] == [8, 6, 4, 2, 0]
+    assert [learning_rate(step, peak=8, warmup_steps=0) for step in (0, 1, 99)] == [8, 8, 8]
+
+
+# --- each type of the DeepSpeed JSON, against its own scheduler or another's ---
+
+WARMUP, TOTAL, PEAK = 7, 40, 3e-3
+STEPS = range(TOTAL + 5)
+
+
+def rates_of(kind, **params):
+    """Our rates after 0, 1, 2, ... optimizer steps."""
+    params = {"warmup_type": "linear", "warmup_num_steps": WARMUP, **params}
+    ds = {"optimizer": {"params": {"lr": PEAK}}, "scheduler": {"type": kind, "params": params}}
+    schedule = read_schedule(ds, "ds.json")
+    return [learning_rate(step, **vars(schedule)) for step in STEPS]
+
+
+def optimizer():
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+
+
+def deepspeed_rates(kind, **params):
+    """What DeepSpeed's scheduler holds, by its own count of steps; after N optimizer steps that is N - 1."""
+    scheduler = getattr(lr_schedules, kind)(optimizer(), warmup_type="linear", warmup_num_steps=WARMUP, **params)
+    rates = []
+    for step in STEPS:
+        scheduler.step(step)
+        rates += scheduler.get_last_lr()
+    return rates
+
+
+def torch_rates(make):
+    """What a scheduler of torch's kind holds after 0, 1, 2, ... steps."""
+    one = optimizer()
+    scheduler = make(one)
+    rates = []
+    for _ in STEPS:
+        rates += scheduler.get_last_lr()
+        one.step()
+        scheduler.step()
+    return rates
+
+
+def close(rates, expected):
+    assert rates == pytest.approx(expected, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("initial", [0.0, 1e-4])
+def test_the_linear_and_the_constant_schedule_are_deepspeeds_without_its_lag(initial):
+    ends = {"warmup_min_lr": initial, "warmup_max_lr": PEAK}
+    linear = {**ends, "total_num_steps": TOTAL}
+    close(rates_of("WarmupDecayLR", **linear), deepspeed_rates("WarmupDecayLR", **linear))
+    close(rates_of("WarmupLR", **ends), deepspeed_rates("WarmupLR", **ends))
+
+
+@pytest.mark.parametrize("ratios", [{}, {"warmup_min_ratio": 0.2, "cos_min_ratio": 0.1}], ids=["default", "given"])
+def test_the_cosine_is_deepspeeds_whose_warm_up_lags_and_whose_cosine_does_not(ratios):
+    params = {"total_num_steps": TOTAL, **ratios}
+    ours, theirs = rates_of("WarmupCosineLR", **params), deepspeed_rates("WarmupCosineLR", **params)
+    close(ours[:WARMUP], theirs[:WARMUP])
+    close(ours[WARMUP + 1 :], theirs[WARMUP:-1])
+    assert ours[WARMUP] == pytest.approx(PEAK)  # which theirs passes over
+    floor = PEAK * ratios.get("cos_min_ratio", 0.0001)
+
+    def annealing(one):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(one, TOTAL - WARMUP, floor)
+
+    close(ours[WARMUP : TOTAL + 1], torch_rates(annealing)[: TOTAL + 1 - WARMUP])
+    close(ours[TOTAL:], [floor] * 5)
+
+
+def test_a_linear_decay_comes_down_to_its_floor():
+    ours = rates_of("WarmupDecayLR", warmup_max_lr=PEAK, total_num_steps=TOTAL, decay_min_ratio=0.25)
+
+    def linear(one):
+        return torch.optim.lr_scheduler.LinearLR(one, 1.0, 0.25, TOTAL - WARMUP)
+
+    close(ours[WARMUP:], torch_rates(linear)[: len(STEPS) - WARMUP])
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("decay_type", ["linear", "1-sqrt"])
+@pytest.mark.parametrize("decay_steps", [12, TOTAL - WARMUP])
+def test_stable_then_decay_is_that_of_transformers(decay_type, floor, decay_steps):
+    ours = rates_of(
+        "WarmupStableDecayLR",
+        warmup_min_lr=floor * PEAK,  # where its warm-up starts
+        warmup_max_lr=PEAK,
+        total_num_steps=TOTAL,
+        decay_num_steps=decay_steps,
+        decay_type=decay_type,
+        decay_min_ratio=floor,
+    )
+
+    def wsd(one):
+        return transformers.get_wsd_schedule(
+            one, WARMUP, decay_steps, num_training_steps=TOTAL, min_lr_ratio=floor, decay_type=decay_type
+        )
+
+    close(ours, torch_rates(wsd))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_deepspeed_knows_the_types_that_have_its_names(kind):
+    assert (kind in lr_schedules.VALID_LR_SCHEDULES) == (kind != "WarmupStableDecayLR")
 
 
 class OneWeight(nn.Module):
@@ -63,8 +172,7 @@ def engine_rates():
         "zero_optimization": {"stage": 1},
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},
     }
-    schedule = ScheduleConfig(warmup_type="linear", warmup_max_lr=1.5e-3, warmup_num_steps=1000, total_num_steps=10_000)
-    engine = build_engine(OneWeight(), ds, schedule)
+    engine = build_engine(OneWeight(), ds, Schedule(**SCHEDULE))
     train_step = TrainStep(engine, None)
     printed, moved = {}, []
     for step in range(1, max(LOGGED) + 1):
