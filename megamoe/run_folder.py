@@ -48,10 +48,6 @@ class RunFolder:
         self.began = beginning(path)
 
     @property
-    def _resumes(self) -> Path:
-        return self.path / "resumes.jsonl"
-
-    @property
     def checkpoints(self) -> Path:
         """The folder of its checkpoints."""
         return self.path / "checkpoints"
@@ -64,13 +60,7 @@ class RunFolder:
 
     def last_record(self) -> dict[str, Any]:
         """The record of the last resume, or of the start. Raises UserError."""
-        content = self._resumes.read_bytes() if self._resumes.is_file() else b""
-        lines = [line for line in content.splitlines() if line]
-        if not content.endswith(b"\n"):
-            lines = lines[:-1]  # torn when the run was killed
-        if not lines:
-            return self.began or {}
-        return _checked(parse_json(lines[-1], self._resumes), self._resumes)
+        return last_record(self.path) or {}
 
     def enter(self, record: dict[str, Any], tokenizer: Path | None) -> None:
         """Write the record of a start or a resume, in a folder that stays locked. Raises UserError."""
@@ -83,7 +73,7 @@ class RunFolder:
             raise UserError(f"{self.path} has become another run's meanwhile; choose another --run_dir.")
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
         if self.began is not None:
-            with open(self._resumes, "a", encoding="utf-8") as file:
+            with open(_resumes(self.path), "a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps(record) + "\n")  # a kill can have torn the line before
             return
         if tokenizer:
@@ -116,10 +106,24 @@ def _start(folder: Path) -> Path:
     return folder / "run.json"
 
 
+def _resumes(folder: Path) -> Path:
+    return folder / "resumes.jsonl"
+
+
 def beginning(folder: Path) -> dict[str, Any] | None:
     """How the run in a folder began; None where it holds none. Raises UserError."""
     path = _start(folder)
     return _checked(read_json(path), path) if path.is_file() else None
+
+
+def last_record(folder: Path) -> dict[str, Any] | None:
+    """How the run in a folder was last resumed, or began; None where it holds none. Raises UserError."""
+    path = _resumes(folder)
+    content = path.read_bytes() if path.is_file() else b""
+    lines = [line for line in content.splitlines() if line]
+    if not content.endswith(b"\n"):
+        lines = lines[:-1]  # torn when the run was killed
+    return _checked(parse_json(lines[-1], path), path) if lines else beginning(folder)
 
 
 def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:

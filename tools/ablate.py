@@ -23,6 +23,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from threading import Lock
@@ -33,11 +34,14 @@ import matplotlib
 from megamoe import cli
 from megamoe.architectures.config_json import find_preset
 from megamoe.config import ModelConfig, validate
-from megamoe.ds_config import batch_sizes, read_schedule
+from megamoe.data.ramp import BatchRamp
+from megamoe.ds_config import batch_sizes
 from megamoe.errors import Problems, UserError, unknown_key
 from megamoe.json_files import read_json, write_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
-from megamoe.run_config import RunConfig
+from megamoe.resume_rules import stages_of
+from megamoe.run_config import RunConfig, parse_stage
+from megamoe.schedule_config import read_schedule
 from megamoe.training.sinks import read_log
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +115,10 @@ def _trial(
         ds["scheduler"]["params"]["total_num_steps"] = steps
     for key, value in change.get("ds_config", {}).items():
         _set(ds, key.split("."), value)
-    return steps or read_schedule(ds, where).total_num_steps, change, model, ds, options
+    steps = steps or read_schedule(ds, where).total_steps
+    if steps is None:
+        raise UserError(f"{where}: its schedule has no end; give --steps, or a change's own steps.")
+    return steps, change, model, ds, options
 
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
@@ -167,8 +174,10 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     seq_len = trial.options.get("seq_len", trial.model.max_position_embeddings)
     micro_batch, accumulation = batch_sizes(trial.ds, trial.ranks)
     steps = [row["step"] for row in rows]
-    gaps = [step - before for before, step in zip([0, *steps[:-1]], steps, strict=True)]
-    tokens = [gap * micro_batch * accumulation * trial.ranks * seq_len for gap in gaps]
+    stages = stages_of({"batch_ramp": [parse_stage(stage) for stage in trial.options.get("batch_ramp", [])]})
+    ramp = BatchRamp(micro_batch * accumulation * trial.ranks, stages)
+    samples = [ramp.samples_before(step + 1) for step in [0, *steps]]
+    tokens = [(after - before) * seq_len for before, after in pairwise(samples)]
     return {
         "tokens": sum(tokens),
         "parameters": parameter_count(trial.model),

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import matplotlib
 
 from megamoe import cli
+from megamoe.data.ramp import BatchRamp
 from megamoe.errors import Problems, UserError
-from megamoe.run_folder import beginning
+from megamoe.resume_rules import stages_of
+from megamoe.run_folder import last_record
 from megamoe.training.sinks import read_log
 
 ROWS = 16  # of the loss table, at most
@@ -102,22 +104,23 @@ class Run(NamedTuple):
 
     name: str
     parameters: int
-    tokens_per_step: int
+    seq_len: int
+    ramp: BatchRamp
     log: dict[str, list[dict[str, Any]]]
 
     def tokens(self, rows: list[dict[str, Any]]) -> list[int]:
         """Tokens trained on up to each of the rows."""
-        return [row["step"] * self.tokens_per_step for row in rows]
+        return [self.ramp.samples_before(row["step"] + 1) * self.seq_len for row in rows]
 
 
 def read_sized_run(run_dir: Path) -> Run:
     """A run with its size. Raises UserError."""
-    log, record = read_run(run_dir), beginning(run_dir) or {}
+    log, record = read_run(run_dir), last_record(run_dir) or {}
     sizes: list[Any] = [record.get(key) for key in ("parameters", "seq_len", "samples_per_step")]
     if not all(isinstance(size, int) for size in sizes):
         raise UserError(f"{run_dir}/run.json does not say how large the run is; bring the file back, or leave it out.")
     parameters, seq_len, samples = sizes
-    return Run(str(run_dir), parameters, seq_len * samples, log)
+    return Run(str(run_dir), parameters, seq_len, BatchRamp(samples, stages_of(record.get("run", {}))), log)
 
 
 def comparison_table(runs: list[Run]) -> str:

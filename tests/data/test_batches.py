@@ -68,6 +68,18 @@ def test_the_ranks_together_train_on_the_same_samples_however_many_there_are(tmp
     assert first != second
 
 
+def test_the_steps_of_a_ramp_take_the_samples_in_order_on_any_number_of_ranks(tmp_path):
+    source = train_data(tmp_path)
+    for micro_batch, world_size in ((4, 1), (2, 2), (1, 4), (1, 2)):
+        shape = BatchShape(micro_batch, 8 // (micro_batch * world_size), world_size, 10, stages=((4, 2),))
+        position = 0
+        for step, samples in ((1, 4), (2, 4), (3, 8), (4, 8)):
+            taken = [list(source.step_batches(step, rank, shape)) for rank in range(world_size)]
+            rows = [row for micro in zip(*taken, strict=True) for batch in micro for row in batch.labels.tolist()]
+            assert rows == source.batch(position, samples).labels.tolist()
+            position += samples
+
+
 @pytest.mark.parametrize("limit", [1, 7, 8, 16, 19])
 @pytest.mark.parametrize(("micro_batch", "world_size"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 4)])
 def test_an_evaluation_counts_every_sample_up_to_its_limit_once(tmp_path, limit, micro_batch, world_size):

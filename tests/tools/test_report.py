@@ -135,6 +135,14 @@ def test_losses_and_balance_of_several_runs_are_drawn_over_tokens(two_runs, tmp_
     assert [line.get_ydata()[-1] for line in balance.lines] == [0.456, 0.111]
 
 
+def test_tokens_of_a_run_with_a_batch_ramp_are_those_of_its_stages_as_last_resumed(two_runs, tmp_path):
+    record = json.loads((tmp_path / "small" / "run.json").read_text())
+    ramp = [{"samples": 1, "last_step": 12}, {"samples": 2, "last_step": 20}]
+    (tmp_path / "small" / "resumes.jsonl").write_text(json.dumps({**record, "run": {"batch_ramp": ramp}}) + "\n")
+    run = report.read_sized_run(tmp_path / "small")
+    assert run.tokens(run.log["train"]) == [10 * 32, (12 + 8 * 2) * 32, (12 + 8 * 2 + 10 * 4) * 32]
+
+
 def test_the_picture_goes_where_out_says(two_runs, tmp_path, monkeypatch, capsys):
     for words in (two_runs, ["small"]):
         code, said = run_report(monkeypatch, capsys, *words, "--out", "a picture.png")

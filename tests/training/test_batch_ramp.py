@@ -1,0 +1,107 @@
+"""Runs and engines whose steps have more and more micro-batches."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from toy import ds_config, losses, train_here, write_inputs
+
+from megamoe.checkpoint.index import read_index
+from megamoe.schedule_config import Schedule
+from megamoe.training.engine import build_engine
+from megamoe.training.step import TrainStep
+
+
+class OneWeight(nn.Module):
+    """A loss whose gradient is its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.loss_parts = ("cross_entropy",)
+        self.register_buffer("step_losses", torch.zeros(1))
+
+    def forward(self, x):
+        loss = (self.weight * x).sum()
+        self.step_losses += loss.detach()
+        return loss
+
+
+def norms_of(zero, inputs):
+    """The gradient norms of steps over these inputs, one micro-batch each, the weights after them, and what the engine
+    counts."""
+    ds = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},
+    }
+    engine = build_engine(OneWeight(), ds, Schedule(peak=0.1, warmup_steps=0))
+    train_step, norms, weights = TrainStep(engine, None), [], []
+    for values in inputs:
+        train_step.accumulate(len(values))
+        for value in values:
+            engine.backward(engine(torch.tensor([value])))
+            if not engine.is_gradient_accumulation_boundary():
+                engine.step()
+        result = train_step.update()
+        assert result.applied
+        norms.append(result.grad_norm)
+        weights.append(engine.module.weight.item())
+    return norms, weights, engine.global_steps, engine.global_samples
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [{"stage": 1}, {"stage": 2}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
+    ids=["zero1", "zero2", "offload"],
+)
+def test_a_step_is_the_mean_of_its_micro_batches_however_many_the_steps_before_had(zero):
+    inputs = [[1.0], [2.0], [3.0], [1.0, 7.0], [2.0, 4.0, 9.0], [4.0, 4.0, 7.0], [5.0]]
+    means = [sum(values) / len(values) for values in inputs]
+    ((norms, weights, steps, samples),) = run_ranks(1, norms_of, zero, inputs)
+    assert norms == pytest.approx(means)
+    assert (steps, samples) == (7, sum(map(len, inputs)))
+    weight = nn.Parameter(torch.zeros(1))
+    adam = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+    for mean, expected in zip(means, weights, strict=True):
+        weight.grad = torch.tensor([mean])
+        adam.step()
+        assert weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+RAMP = {"batch_ramp": ["2:3", "4:7"], "steps": 11}
+
+
+def batch_of_8(micro_batch):
+    ds = ds_config(micro_batch)
+    del ds["gradient_accumulation_steps"]
+    return {**ds, "train_batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_rank")
+    run = {**write_inputs(folder, batch_of_8(2)), "run_dir": str(folder / "run"), **RAMP}
+    return run_ranks(1, train_here, run)[0]
+
+
+def test_a_run_with_a_ramp_logs_its_batch_and_takes_the_samples_of_smaller_batches_first(tmp_path, on_one_rank):
+    assert [row["batch_size"] for row in on_one_rank["train"]] == [2] * 3 + [4] * 4 + [8] * 4
+    small = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 3}
+    assert losses(run_ranks(1, train_here, small)[0]) == losses(on_one_rank)[:3]
+
+
+def test_losses_with_a_ramp_are_the_same_on_other_ranks_and_after_a_resume_over_a_boundary_bit_for_bit(
+    tmp_path, on_one_rank
+):
+    run = {**write_inputs(tmp_path, batch_of_8(1)), **RAMP, "ep_size": 2}
+    whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole")})[0]
+    torch.testing.assert_close(losses(whole), losses(on_one_rank), atol=1e-5, rtol=0)
+    cut = {**run, "run_dir": str(tmp_path / "cut")}
+    run_ranks(2, train_here, {**cut, "steps": 2})
+    resumed = run_ranks(2, train_here, {**cut, "resume": True})[0]
+    assert losses(resumed) == losses(whole)
+    index = read_index(tmp_path / "cut" / "checkpoints" / "step_11")
+    assert index.training.global_samples == 3 * 2 + 4 * 4 + 4 * 8
