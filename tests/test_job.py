@@ -118,6 +118,59 @@ def test_a_longer_schedule_is_welcome_on_resume_and_refused_with_that_advice_on_
     assert "gradient_clipping" in problem
 
 
+def test_a_schedule_of_another_type_is_welcome_on_resume_with_its_peak_wherever_that_is_set(inputs, tmp_path):
+    started(inputs)
+    cosine = ds_config(2)
+    params = {"warmup_type": "linear", "warmup_num_steps": 4, "total_num_steps": 40}
+    cosine["scheduler"] = {"type": "WarmupCosineLR", "params": params}
+    cosine["optimizer"]["params"]["lr"] = 0.01
+    (tmp_path / "ds.json").write_text(json.dumps(cosine))
+    resumed = job({**inputs, "resume": True})
+    assert resumed.new_schedule == {**cosine["scheduler"], "optimizer.params.lr": 0.01}
+    assert resumed.schedule.peak == 0.01
+    (problem,) = problems({**inputs, "auto_resume": True})
+    assert "give --resume to continue with the new schedule" in problem
+    cosine["optimizer"]["params"]["eps"] = 1e-5
+    (tmp_path / "ds.json").write_text(json.dumps(cosine))
+    (problem,) = problems({**inputs, "resume": True})
+    assert '"eps": 1e-05' in problem
+
+
+def test_a_key_that_a_new_schedule_leaves_out_is_said_to_be_gone(inputs, tmp_path):
+    before = ds_config(2)
+    before["scheduler"]["params"]["decay_min_ratio"] = 0.1
+    started(inputs, deepspeed=before)
+    assert job({**inputs, "resume": True}).new_schedule == {"params": {"decay_min_ratio": None}}
+
+
+def with_ramp(inputs, tmp_path, *ramp):
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, accumulation=4)))
+    return {**inputs, "batch_ramp": list(ramp)}
+
+
+def test_a_batch_ramp_may_change_on_resume_for_steps_that_are_not_taken_yet_only(inputs, tmp_path):
+    started(with_ramp(inputs, tmp_path, "2:5", "4:9"))  # and has a checkpoint at step 3
+    for ramp, first in ((["2:4", "4:9"], 5), (["2:5"], 6), (["2:3"], 4), (["2:5", "4:9"], None)):
+        assert job({**with_ramp(inputs, tmp_path, *ramp), "resume": True}).changes_ramp_at == first
+    (problem,) = problems({**with_ramp(inputs, tmp_path, "2:2", "4:9"), "resume": True})
+    assert "2 samples in step 3 of its batch_ramp, not 4, and 3 steps are taken" in problem
+    (problem,) = problems({**with_ramp(inputs, tmp_path), "resume": True})
+    assert "2 samples in step 1 of its batch_ramp, not 8" in problem
+    (problem,) = problems({**with_ramp(inputs, tmp_path, "2:5"), "auto_resume": True})
+    assert "give --resume to change step 6" in problem
+
+
+def test_a_run_that_began_before_there_were_ramps_had_none(inputs, tmp_path):
+    run = with_ramp(inputs, tmp_path)
+    started(run)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["run"]["batch_ramp"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert job({**run, "resume": True}).candidates
+    (problem,) = problems({**with_ramp(inputs, tmp_path, "2:9"), "resume": True})
+    assert "8 samples in step 1 of its batch_ramp, not 2" in problem
+
+
 @pytest.mark.parametrize("way", ["resume", "auto_resume"])
 def test_a_run_without_a_precision_for_its_reductions_may_get_one_and_only_that(inputs, tmp_path, way):
     started(inputs)

@@ -131,6 +131,37 @@ def test_a_run_that_is_done_is_extended_with_a_longer_schedule_and_says_so(tmp_p
     assert losses(log)[6] < losses(log)[0]
 
 
+def test_a_decay_branches_from_a_middle_checkpoint_of_a_constant_run_in_a_folder_of_its_own(tmp_path):
+    params = {"warmup_type": "linear", "warmup_max_lr": 1e-2, "warmup_num_steps": 2}
+    ds = ds_config(2, scheduler={"type": "WarmupLR", "params": params})
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "stable"), "steps": 8, "save_interval": 4}
+    stable = run_ranks(1, train_here, run)[0]
+    assert [row["lr"] for row in stable["train"]] == [5e-3] + [1e-2] * 7
+    (result,), said = run_and_hear(1, done_here, {**run, "resume": True})
+    assert result == 2
+    assert "is at step 8 already and the run ends at 8; raise --steps to train on" in said
+
+    (tmp_path / "branch" / "checkpoints").mkdir(parents=True)  # as docs/schedules.md has it
+    for file in (tmp_path / "stable").glob("*.json*"):
+        shutil.copy(file, tmp_path / "branch")
+    shutil.copytree(tmp_path / "stable" / "checkpoints" / "step_4", tmp_path / "branch" / "checkpoints" / "step_4")
+    decay = {"type": "WarmupStableDecayLR", "params": {**params, "total_num_steps": 8, "decay_num_steps": 4}}
+    (tmp_path / "ds.json").write_text(json.dumps({**ds, "scheduler": decay}))
+    branch = {**run, "run_dir": str(tmp_path / "branch"), "steps": None, "resume": True}
+    (log,), said = run_and_hear(1, train_here, branch)
+    assert f"the schedule changes after step 4: {json.dumps(decay)}" in said
+    assert [row["lr"] for row in log["train"]] == pytest.approx([5e-3, *[1e-2] * 3, 7.5e-3, 5e-3, 2.5e-3, 0])
+    # The rate first differs in the update of step 6.
+    assert losses(log)[:6] == losses(stable)[:6]
+    assert all(ours != theirs for ours, theirs in zip(losses(log)[6:], losses(stable)[6:], strict=True))
+    (record,) = [json.loads(line) for line in (tmp_path / "branch" / "resumes.jsonl").read_text().split("\n") if line]
+    assert (record["checkpoint"], record["deepspeed"]["scheduler"]) == ("step_4", decay)
+
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    further = run_ranks(1, train_here, {**run, "steps": 9, "resume": True})[0]  # the stable run goes on
+    assert losses(further)[:8] == losses(stable)
+
+
 def test_a_run_that_diverges_ends_with_a_sentence_and_keeps_the_last_good_checkpoint(tmp_path):
     ds = ds_config(2)
     ds["scheduler"]["params"].update(warmup_max_lr=1e30, warmup_num_steps=3)

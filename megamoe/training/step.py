@@ -60,7 +60,6 @@ class TrainStep:
         if micro_batches == engine.gradient_accumulation_steps():
             return
         engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * dist.get_world_size())
-        engine.optimizer.gradient_accumulation_steps = micro_batches  # it keeps its own
         engine.micro_steps = 0  # a step ends where they are a multiple of the new number
 
     def forward_backward(self, batches: Iterable[Batch], passed: Callable[[str], None] = lambda phase: None) -> None:

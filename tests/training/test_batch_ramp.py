@@ -33,6 +33,7 @@ def norms_of(zero, inputs):
     ds = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 0.0,
+        "gradient_accumulation_steps": 3,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},
