@@ -297,6 +297,8 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
     assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
     assert run.steps == 5
     assert run.resume
+    run = parse_run(["--ds_config", "a", "--batch_ramp", "16:200", "32:500"])
+    assert [(stage.samples, stage.last_step) for stage in run.batch_ramp] == [(16, 200), (32, 500)]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,8 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
         (["--ds_config", "a", "--steps", "many"], ['"steps" is "many"', "integer"]),
         (["--ds_config", "a", "--ep_size", "0"], ['"ep_size" is "0"', "greater than 0"]),
         (["--ds_config", "a", "--data", "x=much"], ["'x=much'", "PATH=WEIGHT"]),
+        (["--ds_config", "a", "--batch_ramp", "16"], ["'16'", "SAMPLES:STEP"]),
+        (["--ds_config", "a", "--batch_ramp", "0:5"], ['"batch_ramp.0.samples" is 0', "greater than 0"]),
     ],
 )
 def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):
