@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from megamoe.config import ModelConfig
+from megamoe.errors import UserError, shown
+from megamoe.run_config import RampStage
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
@@ -66,5 +70,12 @@ def part(value: Any, other: Any) -> Any:
 
 
 def stages_of(run: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """The batch ramp in a run's options as recorded; runs before it had none."""
-    return tuple((stage["samples"], stage["last_step"]) for stage in run.get("batch_ramp", []))
+    """The batch ramp in a run's options as recorded; runs before it had none. Raises UserError."""
+    recorded = run.get("batch_ramp", [])
+    try:
+        stages = TypeAdapter(list[RampStage]).validate_python(recorded)
+    except ValidationError:
+        raise UserError(
+            f"the record of the run has batch_ramp {shown(recorded)}, which no run has written; bring the file back."
+        ) from None
+    return tuple((stage.samples, stage.last_step) for stage in stages)
