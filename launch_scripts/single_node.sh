@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train on one host: launch_scripts/single_node.sh RANKS --ds_config ds_configs/zero2.json [options of pretrain.py]
+# Evaluate: PROGRAM=tools/evaluate.py launch_scripts/single_node.sh RANKS runs/mine data/mine [options of evaluate.py]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] ||
@@ -25,5 +26,5 @@ export MEGAMOE_EXIT_NOTE
 trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
 code=0
 run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \
-  deepspeed "${devices[@]}" --master_port "$port" --log_level warning "$root/megamoe/pretrain.py" "$@" || code=$?
+  deepspeed "${devices[@]}" --master_port "$port" --log_level warning "$root/${PROGRAM:-megamoe/pretrain.py}" "$@" || code=$?
 leave "$code"

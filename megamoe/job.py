@@ -20,19 +20,21 @@ from megamoe.config import ModelConfig
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.ramp import BatchRamp
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
-from megamoe.data.tokenizer import load_tokenizer
+from megamoe.data.tokenizer import load_tokenizer, numbering_problems
 from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, length_problems, run_problems
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
+from megamoe.launch.watch import Position
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.costs import parameter_count
 from megamoe.model.products import DESCRIPTIONS, kernel_for
 from megamoe.resume_rules import decisive, new_schedule, part, remedy, stages_of
-from megamoe.run_config import RunConfig
+from megamoe.run_config import HeldOutSource, RunConfig
 from megamoe.run_folder import RunFolder
 from megamoe.schedule_config import read_schedule
 from megamoe.training.engine import deepspeed_own_problems
-from megamoe.training.evaluation import Evaluator, tokens_per_byte
+from megamoe.training.evaluation import Evaluator, HeldOut, tokens_per_byte
+from megamoe.training.tasks import TaskEvaluator, Tasks, load_tasks
 
 
 class Job:
@@ -66,6 +68,7 @@ class Job:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
             self._open_corpora(problems, leads, scans)
+            self.loaded_tasks = problems.attempt(self._load_tasks) if leads and run.lm_eval_tasks else None
         if run.compile:
             problems += compiler_problems(device)
         if not problems:
@@ -120,13 +123,27 @@ class Job:
         run = self.run
         self.corpora = [corpus(source.path, "train") for source in run.data]
         has_held_out = (Path(run.data[0].path) / "valid.idx").is_file()
-        self.valid_path = run.valid_data or (run.data[0].path if has_held_out else None)
-        self.valid = corpus(self.valid_path, "valid") if self.valid_path else None
-        self.tokens_per_byte: float | None = None
+        own = [HeldOutSource(name="valid", path=run.data[0].path)] if has_held_out else []
+        self.valid_sources = run.valid_data or own
+        held_out = [corpus(source.path, "valid") for source in self.valid_sources]
         wrong = self._tokenizer_problems()
         problems += wrong
-        if self.valid and not wrong and leads:  # which alone reports it
-            self.tokens_per_byte = problems.attempt(tokens_per_byte, self.valid, run.eval_samples)
+
+        def density(corpus: TokenCorpus) -> float | None:
+            if not corpus or wrong or not leads:  # which alone reports it
+                return None
+            return problems.attempt(tokens_per_byte, corpus, run.eval_samples)
+
+        names = [source.name for source in self.valid_sources]
+        self.valid = [HeldOut(name, one, density(one)) for name, one in zip(names, held_out, strict=True)]
+
+    def _load_tasks(self) -> Tasks:
+        if not self.tokenizer:
+            raise UserError(
+                f"lm_eval_tasks need a tokenizer, but {self.run.data[0].path} has no tokenizer.json; put it there."
+            )
+        length = self.model.max_position_embeddings
+        return load_tasks(self.run.lm_eval_tasks, self.run.lm_eval_folder, load_tokenizer(self.tokenizer), length)
 
     def _initial_problems(self) -> list[str]:
         """What keeps the weights to start from, or the newest of them that can be opened, from being this model's."""
@@ -139,13 +156,14 @@ class Job:
         return problems
 
     def _tokenizer_problems(self) -> list[str]:
-        """Corpora of a mix, and the held-out one, must have been made with one tokenizer that fits the model, where it
+        """Corpora of a mix, and the held-out ones, must have been made with one tokenizer that fits the model, where it
         is known."""
         places = [Path(source.path) for source in self.run.data]
-        if self.valid_path:
-            places.append(corpus_prefix(self.valid_path, "valid").parent)
+        places += [corpus_prefix(source.path, "valid").parent for source in self.valid_sources]
         files = list(dict.fromkeys(file for place in places if (file := place / "tokenizer.json").exists()))
-        problems = Problems(self._foreign_tokens(files))
+        # And number tokens as that of the directory whose weights the run starts from.
+        theirs = [path / "tokenizer.json" for path in self.initial_weights if (path / "tokenizer.json").is_file()]
+        problems = Problems(numbering_problems(files[0], theirs[0]) if files and theirs else [])
         if all([problems.attempt(load_tokenizer, file, self.model.vocab_size) for file in files]):
             problems += [
                 f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one "
@@ -153,21 +171,6 @@ class Job:
                 for path in files[1:]
                 if path.read_bytes() != files[0].read_bytes()
             ]
-        return problems
-
-    def _foreign_tokens(self, files: list[Path]) -> list[str]:
-        """The corpora's tokenizer must number tokens as that of the directory whose weights the run starts from."""
-        theirs = [path / "tokenizer.json" for path in self.initial_weights if (path / "tokenizer.json").is_file()]
-        if not theirs or not files or theirs[0].read_bytes() == files[0].read_bytes():
-            return []
-        problems = Problems()
-        loaded = [problems.attempt(load_tokenizer, file) for file in (files[0], theirs[0])]
-        if all(loaded) and loaded[0].get_vocab() != loaded[1].get_vocab():
-            ours, other = (tokenizer.get_vocab_size() for tokenizer in loaded)
-            problems.append(
-                f"{files[0]} has {ours:,} tokens and {theirs[0]}, whose weights the run starts from, {other:,}, or "
-                "numbers them otherwise; prepare the corpus with --tokenizer and that file."
-            )
         return problems
 
     def _folder_problems(self, folder: RunFolder) -> list[str]:
@@ -313,7 +316,11 @@ class Job:
     def _describe_held_out(self) -> str:
         if not self.valid:
             return "no held-out tokens, so nothing is evaluated (--valid_data gives some)"
-        return f"{self.valid.num_tokens:,} held-out tokens in {self.valid_path}"
+        several = len(self.valid) > 1
+        return ", ".join(
+            f"{one.corpus.num_tokens:,} held-out tokens in {source.path}" + (f" ({one.name})" if several else "")
+            for one, source in zip(self.valid, self.valid_sources, strict=True)
+        )
 
     @property
     def tokenizer(self) -> Path | None:
@@ -330,7 +337,9 @@ class Job:
             {"step": first, "checkpoint": checkpoint and checkpoint.name, **self.record()}, self.tokenizer
         )
 
+    def tasks(self, position: Position) -> TaskEvaluator | None:
+        """Of lm-evaluation-harness; rank 0 alone has loaded them."""
+        return TaskEvaluator(self.loaded_tasks, position.at) if self.run.lm_eval_tasks else None
+
     def evaluator(self) -> Evaluator | None:
-        if self.valid is None:
-            return None
-        return Evaluator(self.valid, self.run.eval_samples, self.tokens_per_byte)
+        return Evaluator(self.valid, self.run.eval_samples) if self.valid else None

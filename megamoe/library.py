@@ -11,7 +11,6 @@ Shape legend: B samples, T positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.open_model import open_model, tokenizer_of
 from megamoe.config import ModelConfig, validate
 from megamoe.data import tokenizer as tokenizers
-from megamoe.data.batches import NO_LABEL, Batch
+from megamoe.data.batches import Batch
 from megamoe.ds_config import deepspeed_problems, placement_problems
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
@@ -32,6 +31,7 @@ from megamoe.model import generation
 from megamoe.model.decoder import Decoder
 from megamoe.training.distributed import is_on_cpu
 from megamoe.training.engine import deepspeed_own_problems
+from megamoe.training.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.training.step import StepResult, TrainStep, build_train_step
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -115,7 +115,6 @@ def generate(
     return [tokenizer.decode(ids) for ids in new]
 
 
-@torch.inference_mode()
 def evaluate(
     model: Decoder, tokenizer: Tokenizer, text: str, seq_len: int | None = None, batch_size: int = 8
 ) -> dict[str, float]:
@@ -136,23 +135,12 @@ def evaluate(
     (ids,) = tokenizers.encode(tokenizer, [text])
     if not ids:
         raise UserError("the text to evaluate has no tokens; give some.")
-    device, length = model.embed_tokens.weight.device, min(seq_len, len(ids))
-    stream = torch.tensor([tokenizers.end_of_text_id(tokenizer), *ids])
-    windows = math.ceil(len(ids) / length)
-    inputs = torch.zeros(windows * length, dtype=torch.int64)
-    labels = torch.full_like(inputs, NO_LABEL)
-    inputs[: len(ids)], labels[: len(ids)] = stream[:-1], stream[1:]
-    model.eval()
-    nats = 0.0
-    for some, expected in zip(
-        inputs.view(windows, length).split(batch_size), labels.view(windows, length).split(batch_size), strict=True
-    ):
-        counted = int((expected != NO_LABEL).sum())
-        nats += model(some.to(device), expected.to(device)).item() * counted
+    windows = windows_of(ids, tokenizers.end_of_text_id(tokenizer), seq_len, seq_len, owner=0)
+    nats = score(model, windows, 1, Share(batch_size), model.embed_tokens.weight.device)[0, 0].item()
     return {
         "loss": nats / len(ids),
         "tokens": len(ids),
-        "bits_per_byte": nats / math.log(2) / len(text.encode()),
+        "bits_per_byte": bits_per_byte(nats, len(text.encode())),
     }
 
 

@@ -156,13 +156,14 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     )
     trainer = Trainer(
         train_step, job.data, job.shape, writer, seed=config.seed, position=position, stop=stop,
-        deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), sinks=sinks,
+        deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), tasks=job.tasks(position),
+        sinks=sinks,
         folder_is_gone=job.folder.is_gone if job.folder else lambda: False,
     )  # fmt: skip
     try:
         return trainer.run(
             first, job.last_step, log_every=config.log_interval, eval_every=config.eval_interval,
-            save_every=config.save_interval,
+            save_every=config.save_interval, tasks_every=config.lm_eval_interval,
         )  # fmt: skip
     finally:
         if sinks:

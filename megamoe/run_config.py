@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from megamoe import cli
 from megamoe.config import validate
@@ -57,6 +57,43 @@ def parse_stage(value: Any) -> Any:
     return {"samples": int(samples), "last_step": int(last_step)}
 
 
+class HeldOutSource(BaseModel):
+    """A held-out set: a prepared folder, or the prefix of a .bin/.idx pair, and its name in the logs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    path: str
+
+
+def parse_held_out(value: Any) -> Any:
+    """`PATH` or `NAME=PATH` from the command line. A path has its folder's name; one with a "/" before its "=" is
+    taken for a path alone."""
+    if not isinstance(value, str):
+        return value
+    name, separator, path = value.partition("=")
+    if separator and "/" not in name:
+        return {"name": name, "path": path}
+    last = Path(os.path.abspath(value))
+    last = last.with_suffix("") if last.suffix in (".bin", ".idx") else last
+    found = last.parent.name if last.name in ("train", "valid") else last.name
+    return {"name": re.sub(r"[^\w.-]", "_", found) or "valid", "path": value}
+
+
+def several(value: Any) -> Any:
+    """A list of what a run of one held-out set has recorded as a text, and one without as null."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def with_own_names(sources: list[HeldOutSource]) -> list[HeldOutSource]:
+    """Raises ValueError where two have one name."""
+    names = [source.name for source in sources]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"two held-out sets have the name {twice}; write NAME=PATH with names of their own.")
+    return sources
+
+
 def parse_duration(value: Any) -> Any:
     """Seconds of "90" (minutes), "1:30:00" or "2-12:00:00" (days), as Slurm writes them. Raises ValueError."""
     if not isinstance(value, str):
@@ -84,8 +121,14 @@ class RunConfig(BaseModel):
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
     )
-    valid_data: str | None = Field(
-        default=None, description="held-out corpus; by default the held-out split of the first --data folder"
+    valid_data: Annotated[
+        list[Annotated[HeldOutSource, BeforeValidator(parse_held_out)]],
+        BeforeValidator(several),
+        AfterValidator(with_own_names),
+    ] = Field(
+        default=[],
+        description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
+        "folder",
     )
     run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
     resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
@@ -131,7 +174,18 @@ class RunConfig(BaseModel):
     )
     log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
     eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
-    eval_samples: int = Field(default=256, gt=0, description="held-out samples used by an evaluation, at most")
+    eval_samples: int = Field(
+        default=256, gt=0, description="samples of each held-out set used by an evaluation, at most"
+    )
+    lm_eval_tasks: list[str] = Field(
+        default=[], description="tasks of lm-evaluation-harness to evaluate (pip install 'megamoe[eval]')"
+    )
+    lm_eval_interval: int = Field(
+        default=0, ge=0, description="steps between two evaluations of these tasks; 0: only at the end"
+    )
+    lm_eval_folder: str | None = Field(
+        default=None, description="folder of your own tasks (YAML), found before those of lm-evaluation-harness"
+    )
     save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
     keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
     keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of this many steps as well")
@@ -162,6 +216,8 @@ def parse_run(arguments: list[str] | None = None) -> RunConfig:
         RunConfig,
         data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default},
         batch_ramp={"nargs": "+", "metavar": "SAMPLES:STEP"},
+        valid_data={"nargs": "+", "metavar": "[NAME=]PATH"},
+        lm_eval_tasks={"nargs": "+", "metavar": "TASK"},
     )
     parser.add_argument("--local_rank", help="given by the launcher; not used")
     return parser.parse(arguments, _run_of)

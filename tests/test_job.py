@@ -341,7 +341,7 @@ def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):
     (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"valid": {"tokens": 600, "bytes": 1800}}))
     for form in ("", "/valid", "/valid.bin"):
         evaluator = job({**inputs, "valid_data": f"{tmp_path / 'corpus'}{form}"}).evaluator()
-        assert evaluator.tokens_per_byte == pytest.approx(1 / 3)
+        assert evaluator.sets[0].tokens_per_byte == pytest.approx(1 / 3)
 
 
 def test_a_tokenizer_with_ids_beyond_the_model_or_that_is_none_is_refused(inputs, tmp_path):

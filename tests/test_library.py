@@ -129,7 +129,7 @@ def test_every_token_of_a_text_is_predicted_once_behind_end_of_text():
 
 def test_a_text_shorter_than_a_window_is_not_filled_up():
     model, lengths = megamoe.build_model(model_of("plain_scores", vocab_size=300)), []
-    model.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape))
+    model.embed_tokens.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape))
     tokenizer = train_tokenizer([TEXT], 270)
     measured = megamoe.evaluate(model, tokenizer, "to be or not")
     assert lengths == [(1, measured["tokens"])]

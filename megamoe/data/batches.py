@@ -1,4 +1,4 @@
-"""Tokens to batches: the micro-batches of a run and of an evaluation."""
+"""Tokens to batches: the micro-batches of a run."""
 
 from __future__ import annotations
 
@@ -81,17 +81,6 @@ class TrainData:
         places = [self.order.at(position) for position in range(first, first + count)]
         samples = [self.corpora[corpus].sample(index, ahead) for corpus, index in places]
         return _to_batch(samples, self.corpora[0].seq_len, ahead)
-
-
-def eval_batch(corpus: TokenCorpus, first: int, count: int, limit: int) -> Batch:
-    """Held-out samples first .. first + count - 1 in file order; those from `limit` on have no labels.
-
-    Every rank must run equally many forward passes, so the last ones are filled up with samples that do not count.
-    """
-    samples = [corpus.sample(index if index < limit else 0) for index in range(first, first + count)]
-    batch = _to_batch(samples, corpus.seq_len)
-    batch.labels[max(limit - first, 0) :] = NO_LABEL
-    return batch
 
 
 def _to_batch(samples: list[np.ndarray], seq_len: int, ahead: int = 0) -> Batch:

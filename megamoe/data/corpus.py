@@ -202,17 +202,24 @@ def _sync_and_close(stream: IO[bytes]) -> None:
     stream.close()
 
 
+def pieces_of(document: str) -> Iterator[str]:
+    """A document in pieces that are encoded each by itself, none much longer than PIECE, cut at lines' ends."""
+    start = 0
+    while len(document) - start > PIECE:
+        end = document.find("\n", start + PIECE) + 1 or len(document)
+        if end == len(document):
+            break
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
 def _pieces(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str, bool]]:
-    """(split, text, ends its document), no text much longer than PIECE."""
+    """(split, text, ends its document) of every piece."""
     for split, document in documents:
-        start = 0
-        while len(document) - start > PIECE:
-            end = document.find("\n", start + PIECE) + 1 or len(document)
-            if end == len(document):
-                break
-            yield split, document[start:end], False
-            start = end
-        yield split, document[start:], True
+        *first, last = pieces_of(document)
+        yield from ((split, piece, False) for piece in first)
+        yield split, last, True
 
 
 def _batches(pieces: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[str, str, bool]]]:

@@ -5,7 +5,10 @@ PREFIX.bin has the tokens one after another, PREFIX.idx the header, the length a
 
 from __future__ import annotations
 
+import itertools
+import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,18 @@ class TokenCorpus:
         """Token ids (seq_len + 1 + ahead,) int64 of sample `index`; fewer where the corpus ends before."""
         start = index * self.seq_len
         return self._read(start, start + self.seq_len + 1 + ahead).astype(np.int64)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Token ids of each document, in the file's own type."""
+        with open(f"{self.prefix}.idx", "rb") as stream:
+            _, _, _, items, starts = IDX_HEADER.unpack(stream.read(IDX_HEADER.size))
+            sizes = np.fromfile(stream, np.int32, items)
+            stream.seek(items * 8, os.SEEK_CUR)
+            first_items = np.fromfile(stream, np.int64, starts)
+        ends = np.concatenate(([0], sizes.cumsum(dtype=np.int64)))[first_items]
+        for start, end in itertools.pairwise(ends.tolist()):
+            if end > start:
+                yield self._read(start, end)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Checked ids, in the file's own type."""

@@ -45,8 +45,7 @@ class Report:
 def needed_files(run: RunConfig) -> list[Path]:
     """Files that every host must see."""
     prefixes = [corpus_prefix(source.path, "train") for source in run.data]
-    if run.valid_data:
-        prefixes.append(corpus_prefix(run.valid_data, "valid"))
+    prefixes += [corpus_prefix(source.path, "valid") for source in run.valid_data]
     files = [Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx")]
     presets = [Path(run.preset)] if run.preset.endswith(".json") else []
     return [Path(run.ds_config), *presets, *files, *([Path(run.init_from)] if run.init_from else [])]

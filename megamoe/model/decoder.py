@@ -19,7 +19,7 @@ from megamoe.data.batches import NO_LABEL
 from megamoe.model.attention import LayerCache, attention_mask
 from megamoe.model.block import Block
 from megamoe.model.compiled import CompiledBlock
-from megamoe.model.loss import chunked_cross_entropy, chunked_head_loss
+from megamoe.model.loss import TokenScores, chunked_cross_entropy, chunked_head_loss, chunked_token_scores
 from megamoe.model.moe import MoE
 from megamoe.model.multi_token import MultiTokenPredictor
 from megamoe.model.names import expert_id, is_norm, is_residual_projection, layer_id, plain_parts
@@ -160,6 +160,13 @@ class Decoder(nn.Module):
         if self.training:
             self.step_losses += loss.detach()  # (1,)
         return loss
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, labels: Tensor) -> TokenScores:
+        """How the model takes each label, (B, T) each, to be called in evaluation mode. Arguments as of `forward`."""
+        hidden = self.norm(self._stream(input_ids, None, None).hidden)
+        scores = chunked_token_scores(hidden.flatten(0, 1), self.head, labels.flatten())
+        return TokenScores(*(part.view_as(labels) for part in scores))
 
     def new_cache(self, capacity: int) -> list[LayerCache]:
         """An empty key/value cache for sequences of up to `capacity` tokens."""

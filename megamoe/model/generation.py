@@ -6,6 +6,7 @@ Shape legend: B prompts, T length of the longest, V vocab_size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,12 +50,14 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     end_of_text: int | None = None,
+    all_done: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new token ids of each, without `end_of_text`. Leaves the model in eval mode.
 
     Args:
         prompts: token ids, at least one each; lengths may differ.
         end_of_text: a row stops at this id.
+        all_done: whether all are done, by whether these prompts are; ranks that share experts go on together.
 
     Raises UserError for a value that cannot be, and if a prompt is empty or prompt and continuation exceed
     max_position_embeddings, unless rope_scaling extends it.
@@ -72,7 +75,7 @@ def generate(
     cache = model.new_cache(longest + max_new_tokens)
     new: list[Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    while len(new) < max_new_tokens and not bool(done.all()):
+    while len(new) < max_new_tokens and not all_done(bool(done.all())):
         logits = model(ids, attention_mask=real, cache=cache)[:, -1]
         chosen = sample(logits, temperature, top_k, top_p, generator)
         if end_of_text is not None:

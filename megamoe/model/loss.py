@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +34,31 @@ class HeadLoss(NamedTuple):
     total: Tensor  # to train on: cross-entropy + coefficient * z-loss
     cross_entropy: Tensor  # without gradient, as the next
     z_loss: Tensor
+
+
+class TokenScores(NamedTuple):
+    """How a model takes each label, with no gradient; of any shape, the same for both."""
+
+    nats: Tensor  # cross-entropy, at least fp32; 0 where no label counts
+    is_likeliest: Tensor  # bool: no token is more likely than the label; True where no label counts
+
+
+@torch.no_grad()
+def chunked_token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
+    """The scores (N,) of each label under the logits `hidden @ weight.T`; arguments as of `chunked_cross_entropy`."""
+    chunk = max(loss_chunk(len(hidden), len(weight), hidden.device.type == "cpu"), 1)
+    parts = [
+        _scores(rows, weight, of_rows) for rows, of_rows in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
+    counts = labels != NO_LABEL
+    logits = hidden @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nats = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
+    return TokenScores(nats, ~counts | (logits.argmax(1) == labels))
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
-"""Evaluation on held-out samples."""
+"""Evaluation on the held-out sets of a run."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from megamoe.data.batches import NO_LABEL, eval_batch
 from megamoe.data.token_files import TokenCorpus, split_counts
 from megamoe.data.tokenizer import load_tokenizer
+from megamoe.model.decoder import Decoder
+from megamoe.training.scoring import Share, Window, bits_per_byte, score
 
 DECODED = 256  # samples decoded at a time; a character may be torn where one ends
 
@@ -33,33 +34,41 @@ def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
     return limit * corpus.seq_len / size if size else None
 
 
-class Evaluator:
-    """Mean loss on the held-out samples."""
+class HeldOut(NamedTuple):
+    """A held-out set of a run."""
 
-    def __init__(self, corpus: TokenCorpus, limit: int, tokens_per_byte: float | None):
+    name: str
+    corpus: TokenCorpus
+    tokens_per_byte: float | None  # of its text; None where the bytes are not known
+
+
+class Evaluator:
+    """Mean loss on the samples of each held-out set."""
+
+    def __init__(self, sets: list[HeldOut], limit: int):
         """
         Args:
-            limit: most samples to use.
-            tokens_per_byte: of the held-out text; None where the bytes are not known.
+            limit: most samples to use of each.
         """
-        self.corpus = corpus
-        self.limit = min(limit, corpus.num_samples)
-        self.tokens_per_byte = tokens_per_byte
+        self.sets = sets
+        self.limit = limit
 
-    @torch.no_grad()
-    def run(self, model: torch.nn.Module, micro_batch: int, rank: int, world_size: int, device: torch.device) -> dict:
-        """Collective; every rank runs equally many forward passes. Returns loss in nats, tokens, bits_per_byte."""
-        model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
-        for start in range(0, self.limit, micro_batch * world_size):
-            batch = eval_batch(self.corpus, start + rank * micro_batch, micro_batch, self.limit)
-            batch = batch.to(device)
-            counted = (batch.labels != NO_LABEL).sum()
-            total += torch.stack((model(batch.input_ids, batch.labels).double() * counted, counted.double()))
-        model.train()
-        dist.all_reduce(total)
-        nats, tokens = total.tolist()
-        result = {"loss": nats / tokens, "tokens": int(tokens)}
-        if self.tokens_per_byte is not None:
-            result["bits_per_byte"] = nats / tokens / math.log(2) * self.tokens_per_byte
-        return result
+    def run(self, model: Decoder, share: Share, device: torch.device) -> dict[str, float]:
+        """Values by name: of the first set, loss in nats, tokens and, where it is known, bits_per_byte; of the others,
+        NAME_loss and NAME_bits_per_byte. Collective; leaves the model in evaluation mode."""
+        sums = score(model, self._windows(), len(self.sets), share, device).tolist()
+        values: dict[str, float] = {}
+        for number, (held_out, (nats, tokens, _)) in enumerate(zip(self.sets, sums, strict=True)):
+            prefix = f"{held_out.name}_" if number else ""
+            values[f"{prefix}loss"] = nats / tokens
+            if not number:
+                values["tokens"] = int(tokens)
+            if held_out.tokens_per_byte is not None:
+                values[f"{prefix}bits_per_byte"] = bits_per_byte(nats, tokens / held_out.tokens_per_byte)
+        return values
+
+    def _windows(self) -> Iterator[Window]:
+        for number, held_out in enumerate(self.sets):
+            for index in range(min(self.limit, held_out.corpus.num_samples)):
+                sample = held_out.corpus.sample(index)
+                yield Window(sample[:-1], sample[1:], number)

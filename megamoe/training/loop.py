@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,12 @@ from megamoe.training.balancing import Balance
 from megamoe.training.distributed import on_any_rank
 from megamoe.training.evaluation import Evaluator
 from megamoe.training.metrics import StepMetrics
+from megamoe.training.scoring import Share
 from megamoe.training.sinks import Sink
 from megamoe.training.skipped import SkippedSteps
 from megamoe.training.step import StepResult, TrainStep
 from megamoe.training.step_sums import Flags
+from megamoe.training.tasks import TaskEvaluator
 
 
 class Trainer:
@@ -42,6 +44,7 @@ class Trainer:
         stop: StopRequest,
         deadline: Deadline,
         evaluator: Evaluator | None,
+        tasks: TaskEvaluator | None = None,
         sinks: Sink | None,
         folder_is_gone: Callable[[], bool],
     ):
@@ -52,7 +55,8 @@ class Trainer:
             position: is told where this rank is.
             stop: the run saves and leaves when it asks for that.
             deadline: the run saves and leaves before it.
-            evaluator: None trains without evaluation.
+            evaluator: of held-out sets; None trains without.
+            tasks: of lm-evaluation-harness.
             sinks: on rank 0 only.
             folder_is_gone: whether the run folder has been removed; on rank 0, False elsewhere.
         """
@@ -64,6 +68,7 @@ class Trainer:
         self.stop = stop
         self.deadline = deadline
         self.evaluator = evaluator
+        self.tasks = tasks
         self.sinks = sinks
         self._folder_is_gone = folder_is_gone
         self.metrics = StepMetrics(train_step, shape)
@@ -75,7 +80,9 @@ class Trainer:
         self.batches = Prefetcher(lambda step: data.step_batches(step, self.rank, shape, ahead), train_step.device)
         position.follow(train_step.model.blocks())
 
-    def run(self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int) -> bool:
+    def run(
+        self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int, tasks_every: int = 0
+    ) -> bool:
         """Train steps first + 1 to last; returns whether the last one was reached, not a request to stop. To be
         called once: the thread that reads data ends with it.
 
@@ -104,8 +111,11 @@ class Trainer:
                 if logs or final:
                     self._log(step, last, result.balance)
                 self._check(step, is_gone)
-                if self.evaluator and (_due(step, eval_every) or step == last):
-                    self._evaluate(self.evaluator, step)
+                # Tasks may take long: a run that leaves does not begin with them.
+                intervals = {self.evaluator: eval_every, self.tasks: 0 if asked or out_of_time else tasks_every}
+                due = [one for one, every in intervals.items() if one and (_due(step, every) or step == last)]
+                if due:
+                    self._evaluate(due, step)
                 if self.writer.pending and not writing:
                     self._complete()
                 if saves or final:
@@ -192,22 +202,24 @@ class Trainer:
                 self.sinks.log_expert_loads(step, blocks, balance.counts)
         self.metrics.restart(step)
 
-    def _evaluate(self, evaluator: Evaluator, step: int) -> None:
+    def _evaluate(self, evaluators: Sequence[Evaluator | TaskEvaluator], step: int) -> None:
         self.position.at("evaluation")
-        result, average = self._held_out(evaluator), self.train_step.average
-        if average and average.has_begun:
+        values, average = self._evaluated(evaluators), self.train_step.average
+        if average and average.has_begun and self.evaluator in evaluators:
             with average.in_model():
-                averaged = self._held_out(evaluator)
-            result |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}
-        if self.sinks:
-            self.sinks.log_scalars("valid", step, result)
+                averaged = self._evaluated([self.evaluator])
+            values |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}
+        self.train_step.model.train()
+        if self.sinks and values:
+            self.sinks.log_scalars("valid", step, values)
 
-    def _held_out(self, evaluator: Evaluator) -> dict[str, Any]:
+    def _evaluated(self, evaluators: Sequence[Evaluator | TaskEvaluator]) -> dict[str, Any]:
         """Evaluate the model with the weights that it has."""
-        shape = self.shape
-        return evaluator.run(
-            self.train_step.model, shape.micro_batch, self.rank, shape.world_size, self.train_step.device
-        )
+        share = Share(self.shape.micro_batch, self.rank, self.shape.world_size)
+        values: dict[str, Any] = {}
+        for evaluator in evaluators:
+            values |= evaluator.run(self.train_step.model, share, self.train_step.device)
+        return values
 
     def _say(self, step: int, line: str) -> None:
         if self.sinks:

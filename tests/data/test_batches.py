@@ -1,10 +1,10 @@
-"""Batches of a run and of an evaluation."""
+"""Batches of a run."""
 
 import pytest
 import torch
 from corpora import build, random_tokens
 
-from megamoe.data.batches import Batch, BatchShape, TrainData, eval_batch
+from megamoe.data.batches import Batch, BatchShape, TrainData
 from megamoe.data.token_files import TokenCorpus
 
 
@@ -78,25 +78,6 @@ def test_the_steps_of_a_ramp_take_the_samples_in_order_on_any_number_of_ranks(tm
             rows = [row for micro in zip(*taken, strict=True) for batch in micro for row in batch.labels.tolist()]
             assert rows == source.batch(position, samples).labels.tolist()
             position += samples
-
-
-@pytest.mark.parametrize("limit", [1, 7, 8, 16, 19])
-@pytest.mark.parametrize(("micro_batch", "world_size"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 4)])
-def test_an_evaluation_counts_every_sample_up_to_its_limit_once(tmp_path, limit, micro_batch, world_size):
-    corpus = TokenCorpus(build(tmp_path / "c", random_tokens(191, 50)), 10, 50)
-    assert corpus.num_samples == 19
-    counted = []
-    for start in range(0, limit, micro_batch * world_size):
-        for rank in range(world_size):
-            batch = eval_batch(corpus, start + rank * micro_batch, micro_batch, limit)
-            inputs, labels = batch.input_ids, batch.labels
-            assert inputs.shape == labels.shape == (micro_batch, 10)
-            assert inputs.min() >= 0  # only labels are masked
-            for row_in, row_out in zip(inputs.tolist(), labels.tolist(), strict=True):
-                if set(row_out) != {-100}:
-                    counted.append([*row_in, row_out[-1]])
-                    assert row_out[:-1] == row_in[1:]
-    assert counted == [corpus.sample(index).tolist() for index in range(limit)]
 
 
 @pytest.mark.parametrize("is_pinned", [True, False])

@@ -20,7 +20,8 @@ from megamoe.launch.watch import Position
 from megamoe.model.decoder import Decoder
 from megamoe.pretrain import run as pretrain
 from megamoe.run_config import RunConfig
-from megamoe.training.evaluation import Evaluator
+from megamoe.training.evaluation import Evaluator, HeldOut
+from megamoe.training.scoring import Share
 from megamoe.training.sinks import read_log
 from megamoe.training.step import TrainStep
 
@@ -112,10 +113,8 @@ def evaluate_here(prefix, limit, micro_batch):
     model = Decoder(ModelConfig(**{**PRESET, "expert_dropout": 0.3}), seed=3).train()
     corpus = TokenCorpus(prefix, 16, PRESET["vocab_size"])
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    result = Evaluator(corpus, limit, tokens_per_byte=0.25).run(
-        model, micro_batch, rank, world_size, torch.device("cpu")
-    )
-    return result, model.training
+    sets = [HeldOut("one", corpus, 0.25), HeldOut("two", corpus, None)]
+    return Evaluator(sets, limit).run(model, Share(micro_batch, rank, world_size), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (2, 4), (4, 3)])
@@ -125,8 +124,9 @@ def test_evaluation_is_the_mean_over_just_the_held_out_tokens_on_any_number_of_r
     model = Decoder(ModelConfig(**PRESET), seed=3).eval()
     logits = torch.cat([model(tokens[16 * i : 16 * i + 16].unsqueeze(0)) for i in range(11)]).flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, tokens[1 : 11 * 16 + 1]).item()
-    for result, training in run_ranks(world_size, evaluate_here, tmp_path / "corpus" / "valid", 11, micro_batch):
+    for result in run_ranks(world_size, evaluate_here, tmp_path / "corpus" / "valid", 11, micro_batch):
         assert result["tokens"] == 11 * 16
         assert result["loss"] == pytest.approx(expected, abs=1e-6)
         assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / 4, abs=1e-6)
-        assert training  # as before
+        assert result["two_loss"] == pytest.approx(expected, abs=1e-6)
+        assert "two_bits_per_byte" not in result  # whose bytes are not known
