@@ -1,16 +1,19 @@
-"""lm-evaluation-harness on exported models: its bits per byte are those of `megamoe.evaluate`."""
+"""lm-evaluation-harness: what its own adapter finds on an export is what `megamoe.evaluate` and the adapter of the live
+model do."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from exported import Weights, export, random_decoder
+from harness_tasks import ANSWER, CHOICE, QUESTIONS, ROLLING, WORDS, write_task
 from model_parts import model_of
 
 import megamoe
 from megamoe.checkpoint.native_export import native_class, write_native
 from megamoe.data.tokenizer import train_tokenizer
+from megamoe.training.scoring import Share
+from megamoe.training.shared_model import SharedModel
 
 TEXT = (
     "Wer wüßte je das Beste, das ihm blüht? — To be, or not to be, that is the question. " * 5
@@ -26,18 +29,6 @@ SHRUNK = {
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
 }
-TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-  cache_dir: {cache}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: bits_per_byte}}]
-"""
 
 
 def export_native(decoder, folder, tokenizer):
@@ -53,9 +44,7 @@ def harness(directory: Path, texts: dict[str, str], folder: Path, **options) -> 
     from lm_eval.tasks import TaskManager
 
     for name, text in texts.items():
-        data = folder / f"{name}.jsonl"
-        data.write_text(json.dumps({"text": text}) + "\n")
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data, cache=folder / "cache"))
+        write_task(folder, name, ROLLING, [{"text": text}])
     found = lm_eval.simple_evaluate(
         "hf",
         {"pretrained": str(directory), **options},
@@ -86,3 +75,57 @@ def test_the_harness_finds_the_bits_per_byte_that_evaluate_does(own_code, tmp_pa
     # The harness fills the context of a shorter last window from the window before.
     shorter = ours["a_shorter_last_window"]["bits_per_byte"]
     assert theirs["a_shorter_last_window"] == pytest.approx(shorter, rel=0.01)
+
+
+def requests(kind, *of_each):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, arguments, number) for number, arguments in enumerate(of_each)]
+
+
+def test_the_live_model_gives_the_harness_what_its_export_does(tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    from megamoe.training.lm_eval_model import HarnessModel
+
+    tokenizer = train_tokenizer([TEXT], 290)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    decoder = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK))
+    export_native(decoder, tmp_path / "exported", tmp_path / "tokenizer.json")
+    theirs = HFLM(str(tmp_path / "exported"), batch_size=3, device="cpu")
+    ours = HarnessModel(SharedModel(decoder, Share(3), torch.device("cpu")), tokenizer, 0, WINDOW)
+
+    def both(kind, *of_each):
+        return [getattr(model, kind)(requests(kind, *of_each)) for model in (theirs, ours)]
+
+    pairs = [(" ".join(WORDS[:n]), f" {WORDS[-n]} ,") for n in (1, 2, 5, 9)] + [
+        ("", "to be"),
+        ("be ", "or"),
+        (TEXT, "x"),
+    ]
+    greedy = tokenizer.decode(decoder(torch.tensor([tokenizer.encode("to be").ids]))[:, -1].argmax(-1).tolist())
+    hf, live = both("loglikelihood", *pairs, ("to be", greedy))
+    assert [nats for nats, _ in live] == pytest.approx([nats for nats, _ in hf], rel=1e-5)
+    assert [is_greedy for _, is_greedy in live] == [is_greedy for _, is_greedy in hf]
+    hf, live = both("loglikelihood_rolling", (TEXT,), ("to be",), (TEXT[:200],))
+    assert live == pytest.approx(hf, rel=1e-5)
+    options = {"until": [" t", "e"], "max_gen_toks": 7}
+    asked = [*((text, options) for text, _ in pairs if text), ("to be", {"max_gen_toks": 3, "until": "\n"})]
+    hf, live = both("generate_until", *asked)
+    assert live == hf
+    assert any(live)
+
+
+def test_tasks_of_every_kind_are_evaluated_again_and_again_with_one_result(tmp_path):
+    from megamoe.training.tasks import TaskEvaluator, load_tasks
+
+    kinds = {"rolling": ROLLING, "choice": CHOICE, "answer": ANSWER}
+    for name, kind in kinds.items():
+        write_task(tmp_path, name, kind, [{"text": TEXT}] if kind == ROLLING else QUESTIONS)
+    tokenizer = train_tokenizer([TEXT], 290)
+    decoder, places = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK)), []
+    evaluator = TaskEvaluator(load_tasks(list(kinds), str(tmp_path), tokenizer, WINDOW), places.append)
+    found = [evaluator.run(decoder, Share(micro_batch), torch.device("cpu")) for micro_batch in (2, 5)]
+    assert set(found[0]) == {"rolling_bits_per_byte", "choice_acc", "choice_acc_norm", "answer_exact_match"}
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert places == [f"evaluation of {name}" for name in kinds] * 2  # which the stall detector is told

@@ -5,6 +5,7 @@ Of several runs, it prints a line each and draws losses and balance over the tok
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,15 +40,38 @@ def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
     every = -(-len(train) // ROWS)
     rows = train[::-1][::every][::-1]  # counted from the end, so that the last step is there
     valid = {record["step"]: record for record in log["valid"]}
-    lines = [f"{'step':>7} {'loss':>8} {'valid':>8} {'bits/byte':>9} {'lr':>11} {'MaxVio':>7} {'tok/s':>8}"]
+    sets = further_sets(log["valid"])
+    widths = {name: max(len(name), 8) for name in sets}
+    columns = "".join(f" {name:>{width}}" for name, width in widths.items())
+    lines = [f"{'step':>7} {'loss':>8} {'valid':>8} {'bits/byte':>9}{columns} {'lr':>11} {'MaxVio':>7} {'tok/s':>8}"]
     for row in rows:
         held_out = valid.get(row["step"], {})
+        columns = "".join(f" {_cell(held_out.get(f'{name}_loss')):>{width}}" for name, width in widths.items())
         lines.append(
             f"{row['step']:>7} {row['loss']:>8.4f} {_cell(held_out.get('loss')):>8} "
-            f"{_cell(held_out.get('bits_per_byte')):>9} {row['lr']:>11.6g} {row['running_max_vio']:>7.2f} "
-            f"{row['tokens_per_second']:>8.0f}"
+            f"{_cell(held_out.get('bits_per_byte')):>9}{columns} {row['lr']:>11.6g} "
+            f"{row['running_max_vio']:>7.2f} {row['tokens_per_second']:>8.0f}"
         )
     return "\n".join(lines)
+
+
+def further_sets(valid: list[dict[str, Any]]) -> list[str]:
+    """Names of the held-out sets after the first, in their order."""
+    return list(dict.fromkeys(key.removesuffix("_loss") for row in valid for key in row if key.endswith("_loss")))
+
+
+def task_values(valid: list[dict[str, Any]]) -> list[str]:
+    """Names of the values of tasks."""
+    sets = further_sets(valid)
+    others = {"kind", "step", "loss", "tokens", "bits_per_byte"}
+    others |= {f"{name}_{value}" for name in sets for value in ("loss", "bits_per_byte")}
+    return list(dict.fromkeys(key for row in valid for key in row if key not in others))
+
+
+def points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of those rows that have one."""
+    found = [(row["step"], row[key]) for row in rows if key in row]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def _cell(value: float | None) -> str:
@@ -61,10 +85,17 @@ def draw(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     train, valid = log["train"], log["valid"]
     steps = [row["step"] for row in train]
-    figure, (loss, rate, balance) = pyplot.subplots(3, 1, sharex=True, figsize=(8, 9), layout="constrained")
+    tasks = task_values(valid)
+    rows = 4 if tasks else 3
+    figure, (loss, rate, balance, *scores) = pyplot.subplots(
+        rows, 1, sharex=True, figsize=(8, 3 * rows), layout="constrained"
+    )
     loss.plot(steps, [row["loss"] for row in train], label="training")
-    if valid:
-        loss.plot([row["step"] for row in valid], [row["loss"] for row in valid], "o-", label="held out")
+    sets = further_sets(valid)
+    names = {"loss": "held out", **{f"{name}_loss": f"held out: {name}" for name in sets}}
+    for key, label in names.items():
+        if points(valid, key)[0]:
+            loss.plot(*points(valid, key), "o-", label=label)
     loss.set_ylabel("loss (nats per token)")
     loss.legend()
     rate.plot(steps, [row["lr"] for row in train], color="tab:green")
@@ -74,18 +105,35 @@ def draw(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
     balance.plot(steps, [row["worst_running_max_vio"] for row in train], ":", label="running, worst layer")
     balance.set_ylabel("MaxVio (0 is balanced)")
     balance.set_ylim(bottom=0)
-    balance.set_xlabel("step")
     balance.legend()
+    for axes in scores:
+        for key in tasks:
+            axes.plot(*points(valid, key), "o-", label=key)
+        axes.set_ylabel("tasks")
+        axes.legend()
+    (scores or [balance])[0].set_xlabel("step")
     figure.savefig(path, dpi=120)
+
+
+def results(valid: list[dict[str, Any]]) -> Iterator[str]:
+    """The last evaluation of each held-out set, and of the tasks."""
+    for name in (None, *further_sets(valid)):
+        prefix = f"{name}_" if name else ""
+        last = next((row for row in reversed(valid) if f"{prefix}loss" in row), None)
+        if last:
+            bits = f", {last[f'{prefix}bits_per_byte']:.4f} bits per byte" if f"{prefix}bits_per_byte" in last else ""
+            on = f" on {name}" if name else ""
+            yield f"validation{on} at step {last['step']}: {last[f'{prefix}loss']:.4f} nats per token{bits}"
+    for key in task_values(valid):
+        steps, values = points(valid, key)
+        yield f"{key} at step {steps[-1]}: {values[-1]:.4f}"
 
 
 def show(run_dir: Path, log: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     draw(log, picture)
     print(loss_table(log))
-    if log["valid"]:
-        last = log["valid"][-1]
-        bits = f", {last['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in last else ""
-        print(f"validation at step {last['step']}: {last['loss']:.4f} nats per token{bits}")
+    for line in results(log["valid"]):
+        print(line)
     for what, place in (
         ("checkpoints", run_dir / "checkpoints"),
         ("plot", picture),
@@ -107,6 +155,10 @@ class Run(NamedTuple):
     seq_len: int
     ramp: BatchRamp
     log: dict[str, list[dict[str, Any]]]
+
+    def held_out(self) -> list[dict[str, Any]]:
+        """The evaluations of its first held-out set."""
+        return [row for row in self.log["valid"] if "loss" in row]
 
     def tokens(self, rows: list[dict[str, Any]]) -> list[int]:
         """Tokens trained on up to each of the rows."""
@@ -131,7 +183,7 @@ def comparison_table(runs: list[Run]) -> str:
     )
     lines = [head]
     for run in runs:
-        train, held_out = run.log["train"], (run.log["valid"] or [{}])[-1]
+        train, held_out = run.log["train"], (run.held_out() or [{}])[-1]
         lines.append(
             f"{run.name:<{width}} {run.parameters:>15,} {run.tokens(train)[-1]:>15,} "
             f"{_cell(held_out.get('loss')):>8} {_cell(held_out.get('bits_per_byte')):>9} "
@@ -148,7 +200,7 @@ def draw_comparison(runs: list[Run], path: Path) -> None:
 
     figure, (loss, balance) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for run in runs:
-        train, valid = run.log["train"], run.log["valid"]
+        train, valid = run.log["train"], run.held_out()
         (line,) = loss.plot(run.tokens(train), [row["loss"] for row in train], alpha=0.4)
         loss.plot(run.tokens(valid), [row["loss"] for row in valid], "o-", color=line.get_color(), label=run.name)
         balance.plot(run.tokens(train), [row["running_max_vio"] for row in train], label=run.name)

@@ -86,12 +86,15 @@ class HarnessModel(TemplateLM):
     def _continuations(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
         given = normalize_gen_kwargs(options, NEW_TOKENS)
         new_tokens = min(given["max_gen_toks"], self._max_length - 1)
-        drawn = {key: given.get(key) for key in ("top_k", "top_p")} if given["do_sample"] else {}
+        drawn: dict[str, Any] = {"temperature": 0.0}
+        if given["do_sample"]:
+            limits = {key: given.get(key) or None for key in ("top_k", "top_p")}  # 0 is none
+            drawn = {"temperature": given.get("temperature", 1.0), **limits}
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         rows = self._shared.generate(
             [prompts[number][-(self._max_length - new_tokens) :] for number in order],
             new_tokens,
-            {"temperature": given["temperature"], "end_of_text": self._end_of_text, **drawn},
+            {"end_of_text": self._end_of_text, **drawn},
         )
         texts = dict(zip(order, map(self._tokenizer.decode, rows), strict=True))
         return [postprocess_generated_text(texts[number], given["until"], None) for number in range(len(prompts))]

@@ -29,8 +29,9 @@ class Sink:
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Numbers by name: of a logged training step (kind "train", see `StepMetrics.values`) or of an evaluation
-        (kind "valid": loss, tokens and, where the corpus' bytes are known, bits_per_byte; of the averaged weights,
-        where a run keeps them, ema_loss and ema_bits_per_byte)."""
+        (kind "valid": loss, tokens and, where the corpus' bytes are known, bits_per_byte of the first held-out set,
+        NAME_loss and NAME_bits_per_byte of the others; the same of the averaged weights, where a run keeps them, behind
+        ema_; TASK_METRIC. An evaluation need not have all.)"""
 
     def log_text(self, step: int, text: str) -> None:
         """A line about the run itself."""
@@ -71,9 +72,10 @@ def _train_line(step: int, values: dict[str, Any]) -> str:
 
 
 def _valid_line(step: int, values: dict[str, Any]) -> str:
-    names = [name for name in ("bits_per_byte", "ema_loss", "ema_bits_per_byte") if name in values]
-    others = "".join(f" {name}={values[name]:.4f}" for name in names)
-    return f"step={step} valid_loss={values['loss']:.4f}{others} tokens={values['tokens']}"
+    first = [name for name in ("loss", "bits_per_byte", "tokens") if name in values]  # of the first held-out set
+    labels = {name: "valid_loss" if name == "loss" else name for name in (*first, *values)}
+    shown = (f"{label}={values[name]:{'' if name == 'tokens' else '.4f'}}" for name, label in labels.items())
+    return f"step={step} {' '.join(shown)}"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,52 @@
+"""Tasks of lm-evaluation-harness with data of their own, on this disk."""
+
+import json
+from pathlib import Path
+
+DATA = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+test_split: test
+"""
+ROLLING = """\
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+CHOICE = """\
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+ANSWER = """\
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 5}
+metric_list: [{metric: exact_match}]
+"""
+WORDS = [
+    "to", "be", "or", "not", "that", "is", "the", "question", "sleep", "dream", "ay",
+    "there", "s", "rub", "fair", "Ophelia", "arms", "sea", "of", "troubles",
+]  # fmt: skip
+QUESTIONS = [
+    {
+        "question": " ".join(WORDS[number : number + 1 + number % 5]),
+        "choices": [f" {WORDS[(number * step) % len(WORDS)]}{' the' * (step % 3)}" for step in (3, 5, 7)],
+        "answer": number % 3,
+    }
+    for number in range(11)
+]
+
+
+def write_task(folder: Path, name: str, kind: str, rows: list[dict]) -> None:
+    """`folder`/NAME.yaml, of one of the kinds above, with its data."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(DATA.format(name=name, data=data, cache=folder / "cache") + kind)
