@@ -25,8 +25,8 @@ from megamoe.training.scoring import Share
 from megamoe.training.tasks import TaskEvaluator
 
 TEXTS = [f"To be, or not to be: that is question {number}; to sleep, perchance to dream.\n" * 9 for number in range(8)]
-# Not the texts above: where two windows of a document hold the same tokens, the harness's adapter takes one's logits for
-# the other at the wrong positions (0.4.13).
+# Not the texts above: where two windows of a document hold the same tokens, the harness's adapter (0.4.13) takes one's
+# logits for the other, at the wrong positions.
 UNLIKE = " ".join(f"{word} {number}" for number in range(7) for word in WORDS[number::2])
 KINDS = {"rolling": ROLLING, "choice": CHOICE, "answer": ANSWER}
 

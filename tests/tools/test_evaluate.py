@@ -1,0 +1,134 @@
+"""tools/evaluate.py: numbers of each document and of all, as transformers' logits give them, at any number of ranks."""
+
+import json
+import math
+import re
+import sys
+
+import evaluate
+import pytest
+import torch
+from exported import Weights, random_decoder
+from harness_tasks import CHOICE, QUESTIONS, write_task
+from ranks import run_alone, start_processes
+from refusals import has, only, refusals
+from transformers import AutoModelForCausalLM
+
+import megamoe
+from megamoe import cli
+from megamoe.checkpoint.native_export import native_class, write_native
+from megamoe.data.corpus import write_corpus
+from megamoe.data.tokenizer import train_tokenizer
+
+WINDOW = 24
+SHRUNK = {
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": WINDOW, "head_dim": 16,
+    "intermediate_size": 48, "moe_intermediate_size": 16,
+}  # fmt: skip
+TEXTS = {
+    "a.txt": "To sleep, perchance to dream — naïve, aye: there's the rub.\n" * 3,
+    "b.txt": "To be!",
+    "c.txt": "".join(f"{number} slings and arrows; " for number in range(9)),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory of transformers' GLM, texts, and the corpus that is prepared of them."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = train_tokenizer(TEXTS.values(), 290)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    decoder = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK))
+    source, config = Weights(decoder), decoder.config
+    architecture, _ = native_class(source, config)
+    write_native(source, folder / "hf", torch.float32, 10**9, config, architecture, folder / "tokenizer.json")
+    (folder / "texts").mkdir()
+    for name, text in TEXTS.items():
+        (folder / "texts" / name).write_text(text)
+    write_corpus([("train", text) for text in TEXTS.values()], tokenizer, folder / "corpus")
+    write_task(folder, "choice", CHOICE, QUESTIONS)
+    return folder
+
+
+def run_here(words, said):
+    """What the tool exits with on this rank, which prints to the file `said`."""
+    sys.argv = ["evaluate.py", *map(str, words)]
+    with open(said, "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        try:
+            cli.run(evaluate.main)
+        except SystemExit as end:
+            return end.code
+
+
+def run_ranks(ranks, folder, *words):
+    """The numbers that the tool writes, started on so many ranks, and what rank 0 prints."""
+    out, said = folder / f"{ranks}.json", folder / "said"
+    words = [folder / "hf", folder / "texts", *words, "--json", out]
+    if ranks == 1:
+        assert run_alone(run_here, words, said) == 0
+    else:
+        processes = start_processes(ranks, run_here, words, said)
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+    return json.loads(out.read_text()), said.read_text()
+
+
+@torch.no_grad()
+def by_transformers(folder, stride):
+    """Nats and tokens of each document, from the logits of one window at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
+    sums = []
+    for text in TEXTS.values():
+        stream = [0, *megamoe.load_tokenizer(folder / "tokenizer.json").encode(text).ids]
+        nats, done = 0.0, 0
+        while done < len(stream) - 1:
+            start = max(done + stride - WINDOW, 0) if done else 0
+            end = min(start + WINDOW, len(stream) - 1)
+            rows = model(torch.tensor([stream[start:end]])).logits[0].double().log_softmax(-1)
+            nats -= sum(rows[place - start, stream[place + 1]].item() for place in range(done, end))
+            done = end
+        sums.append((nats, len(stream) - 1))
+    return sums
+
+
+@pytest.mark.parametrize(("ranks", "stride", "batch_size"), [(1, WINDOW, 8), (2, 7, 2)])
+def test_every_documents_numbers_are_those_of_transformers_logits(folder, ranks, stride, batch_size):
+    found, said = run_ranks(ranks, folder, "--stride", stride, "--batch_size", batch_size)
+    of_set = found["sets"][str(folder / "texts")]
+    sums = by_transformers(folder, stride)
+    for one, (name, text), (nats, tokens) in zip(of_set["documents"], TEXTS.items(), sums, strict=True):
+        assert (one["name"], one["tokens"]) == (str(folder / "texts" / name), tokens)
+        assert one["bytes"] == len(text.encode())
+        assert one["loss"] == pytest.approx(nats / tokens, rel=1e-6)
+        assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-6)
+    nats, tokens = (sum(part) for part in zip(*sums, strict=True))
+    assert (of_set["tokens"], of_set["loss"]) == (tokens, pytest.approx(nats / tokens, rel=1e-6))
+    *_, last = [line for line in said.splitlines() if "in all" in line]
+    assert re.fullmatch(rf" *{of_set['loss']:.4f} .* {tokens} .*/texts in all: 3 documents", last)
+
+
+def test_a_prepared_corpus_and_tasks_are_evaluated_too(folder):
+    found, said = run_ranks(1, folder, folder / "corpus" / "train", "--tasks", "choice", "--task_folder", folder)
+    of_texts, of_corpus = found["sets"].values()
+    assert of_corpus["bits_per_byte"] == pytest.approx(of_texts["bits_per_byte"], rel=1e-9)
+    assert found["tasks"].keys() == {"choice_acc", "choice_acc_norm"}
+    has(said, f"choice_acc: {found['tasks']['choice_acc']:.4f}")
+
+
+def test_problems_come_together(folder, monkeypatch):
+    def refused(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        return refusals(lambda: evaluate.Inputs(evaluate.parse(), leads=True))
+
+    said = refused(folder / "hf", "--batch_size", 0, "--dtype", "int8", "--task_folder", "x")
+    for problem, part in zip(
+        said, ("a TEXT, or --tasks", "--task_folder", "--dtype is int8", "batch_size"), strict=True
+    ):
+        has(problem, part)
+    words = ("absent", folder / "hf" / "model.safetensors", "--tasks", "x", "--task_folder", "nowhere")
+    for problem, part in zip(refused(folder / "hf", *words), ("absent does", "UTF-8", "nowhere is no"), strict=True):
+        has(problem, part)
+    has(only(refused(folder / "hf", folder / "texts", "--stride", WINDOW + 1)), "--stride is 25", "lower it")
+    has(only(refused(folder / "none", folder / "texts")), str(folder / "none"), "does not exist")
