@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
         "texts", type=Path, nargs="*", metavar="TEXT", help="text file, folder, JSON lines, or prepared corpus"
     )
     parser.add_argument("--preset", help="of weights that do not say what model they are of")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a run with --ema_decay")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the model's own")
     parser.add_argument("--end_of_text", metavar="TOKEN", help="token before a document; by default one that is known")
     parser.add_argument("--text_key", default="text", help="key of the text in JSON lines")
@@ -87,7 +88,7 @@ class Inputs:
         """
         problems = Problems()
         self.model: OpenModel = problems.attempt(
-            lambda: open_model(args.model, find_preset(args.preset) if args.preset else None)
+            lambda: open_model(args.model, find_preset(args.preset) if args.preset else None, ema=args.ema)
         )
         problems.refuse()
         longest = self.model.config.max_position_embeddings
@@ -157,8 +158,8 @@ def main() -> None:
     share = Share(args.batch_size, rank, rendezvous.rank_info.world_size)
     model = inputs.model.load(DTYPES[args.dtype], device)
     found: dict[str, Any] = {
-        "model": str(inputs.model.path), "dtype": args.dtype, "seq_len": inputs.seq_len, "stride": inputs.stride,
-        "sets": {},
+        "model": str(inputs.model.path), "ema": args.ema, "dtype": args.dtype, "seq_len": inputs.seq_len,
+        "stride": inputs.stride, "sets": {},
     }  # fmt: skip
     for path, documents in inputs.sets.items():
         result = found["sets"][str(path)] = evaluate_set(model, documents, inputs, share, device)

@@ -205,7 +205,7 @@ class Trainer:
     def _evaluate(self, evaluators: Sequence[Evaluator | TaskEvaluator], step: int) -> None:
         self.position.at("evaluation")
         values, average = self._evaluated(evaluators), self.train_step.average
-        if average and average.has_begun and self.evaluator in evaluators:
+        if average and average.has_begun and self.evaluator and self.evaluator in evaluators:
             with average.in_model():
                 averaged = self._evaluated([self.evaluator])
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}

@@ -98,6 +98,26 @@ def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, monkeypat
     assert not (tmp_path / "loss_lr.png").exists()
 
 
+def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, monkeypatch, capsys):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    further = {"code_loss": 1.25, "code_bits_per_byte": 0.5, "arc_acc": 0.75}
+    tasks_alone = {"kind": "valid", "step": 30, "arc_acc": 0.875}
+    write_log(tmp_path, *(train_row(step) for step in (10, 20, 30)), {**valid_row(20), **further}, tasks_alone)
+    code, said = run_report(monkeypatch, capsys, tmp_path)
+    assert (code, said.err) == (0, "")
+    head, first, second, *_ = said.out.splitlines()
+    assert head.split() == ["step", "loss", "valid", "bits/byte", "code", "lr", "MaxVio", "tok/s"]
+    assert first.split() == ["10", "9.9000", "1.5e-05", "0.46", "5000"]
+    assert second.split() == ["20", "9.8000", "7.7778", "2.2222", "1.2500", "3e-05", "0.46", "5000"]
+    assert "validation at step 20: 7.7778 nats per token, 2.2222 bits per byte\n" in said.out
+    assert "validation on code at step 20: 1.2500 nats per token, 0.5000 bits per byte\n" in said.out
+    assert "arc_acc at step 30: 0.8750\n" in said.out
+    loss, _, _, tasks = figures[0].axes
+    assert [line.get_label() for line in loss.lines] == ["training", "held out", "held out: code"]
+    assert [((*line.get_xdata(),), (*line.get_ydata(),)) for line in tasks.lines] == [((20, 30), (0.75, 0.875))]
+
+
 @pytest.fixture
 def two_runs(tmp_path, monkeypatch):
     """Of 128 and of 512 tokens per step; the second has no evaluation."""

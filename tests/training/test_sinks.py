@@ -86,10 +86,14 @@ def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path,
     sinks = open_sinks(tmp_path, 0)
     log(sinks, "valid", {"step": 500, "loss": 2.34567, "tokens": 4096, "bits_per_byte": 1.23456})
     log(sinks, "valid", {"step": 600, "loss": 2.1, "tokens": 4096})
+    log(sinks, "valid", {"step": 700, "loss": 2.1, "tokens": 4096, "code_loss": 1.5, "arc_acc": 0.25})
+    log(sinks, "valid", {"step": 800, "arc_acc": 0.5})
     sinks.close()
     assert capsys.readouterr().out.splitlines() == [
         "step=500 valid_loss=2.3457 bits_per_byte=1.2346 tokens=4096",
         "step=600 valid_loss=2.1000 tokens=4096",
+        "step=700 valid_loss=2.1000 tokens=4096 code_loss=1.5000 arc_acc=0.2500",
+        "step=800 arc_acc=0.5000",
     ]
 
 

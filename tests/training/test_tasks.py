@@ -20,7 +20,7 @@ from megamoe.checkpoint.reader import find_checkpoint, open_source
 from megamoe.data.corpus import write_corpus
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.job import Job
-from megamoe.run_config import RunConfig
+from megamoe.run_config import RunConfig, parse_run
 from megamoe.training.scoring import Share
 from megamoe.training.tasks import TaskEvaluator
 
@@ -137,6 +137,24 @@ def test_the_corpora_of_all_sets_are_checked_at_once(inputs, tmp_path):
     said = problems({**inputs, "valid_data": ["a=nowhere", f"b={tmp_path / 'code'}", "elsewhere"]})
     assert len(said) == 3
     has(" ".join(said), "nowhere.bin", "elsewhere.bin", str(tmp_path / "code" / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a/plays", "b/code/valid.bin"], {"plays": "a/plays", "code": "b/code/valid.bin"}),
+        (["x=a/b", "y=c=d"], {"x": "a/b", "y": "c=d"}),
+        (["./a=b/c", "b/a d"], {"c": "./a=b/c", "a_d": "b/a d"}),
+    ],
+)
+def test_a_set_has_its_own_name_or_that_of_its_folder(words, expected):
+    run = parse_run(["--ds_config", "ds.json", "--valid_data", *words])
+    assert {source.name: source.path for source in run.valid_data} == expected
+
+
+def test_names_that_the_log_cannot_tell_apart_are_refused():
+    for words, part in ((["x=a", "b/x"], "have the name x"), (["ema=a"], "ema"), (["a b=c"], "pattern")):
+        has(only(refusals(parse_run, ["--ds_config", "ds.json", "--valid_data", *words])), "valid_data", part)
 
 
 def test_a_run_with_sets_is_resumed_where_its_record_has_one_set_as_text_or_none(inputs, tmp_path):
