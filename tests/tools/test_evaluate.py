@@ -93,10 +93,7 @@ def by_transformers(folder, stride):
     return sums
 
 
-@pytest.mark.parametrize(("ranks", "stride", "batch_size"), [(1, WINDOW, 8), (2, 7, 2)])
-def test_every_documents_numbers_are_those_of_transformers_logits(folder, ranks, stride, batch_size):
-    found, said = run_ranks(ranks, folder, "--stride", stride, "--batch_size", batch_size)
-    of_set = found["sets"][str(folder / "texts")]
+def check_documents(folder, of_set, stride):
     sums = by_transformers(folder, stride)
     for one, (name, text), (nats, tokens) in zip(of_set["documents"], TEXTS.items(), sums, strict=True):
         assert (one["name"], one["tokens"]) == (str(folder / "texts" / name), tokens)
@@ -105,16 +102,24 @@ def test_every_documents_numbers_are_those_of_transformers_logits(folder, ranks,
         assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-6)
     nats, tokens = (sum(part) for part in zip(*sums, strict=True))
     assert (of_set["tokens"], of_set["loss"]) == (tokens, pytest.approx(nats / tokens, rel=1e-6))
-    *_, last = [line for line in said.splitlines() if "in all" in line]
-    assert re.fullmatch(rf" *{of_set['loss']:.4f} .* {tokens} .*/texts in all: 3 documents", last)
 
 
-def test_a_prepared_corpus_and_tasks_are_evaluated_too(folder):
-    found, said = run_ranks(1, folder, folder / "corpus" / "train", "--tasks", "choice", "--task_folder", folder)
+def test_every_documents_numbers_are_those_of_transformers_logits(folder):
+    words = (folder / "corpus" / "train", "--tasks", "choice", "--task_folder", folder)
+    found, said = run_ranks(1, folder, *words)
     of_texts, of_corpus = found["sets"].values()
+    check_documents(folder, of_texts, WINDOW)
     assert of_corpus["bits_per_byte"] == pytest.approx(of_texts["bits_per_byte"], rel=1e-9)
     assert found["tasks"].keys() == {"choice_acc", "choice_acc_norm"}
     has(said, f"choice_acc: {found['tasks']['choice_acc']:.4f}")
+    last, _ = [line for line in said.splitlines() if "in all" in line]
+    assert re.fullmatch(rf" *{of_texts['loss']:.4f} .* {of_texts['tokens']} .*/texts in all: 3 documents", last)
+
+
+def test_ranks_and_overlapping_windows_give_transformers_numbers_too(folder):
+    found, said = run_ranks(2, folder, "--stride", 7, "--batch_size", 2)
+    check_documents(folder, found["sets"][str(folder / "texts")], 7)
+    assert said.count("in all") == 1
 
 
 def test_problems_come_together(folder, monkeypatch):
