@@ -24,6 +24,14 @@ doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """
+FEW_SHOTS = """\
+output_type: loglikelihood
+num_fewshot: 1
+fewshot_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+metric_list: [{metric: perplexity}]
+"""
 ANSWER = """\
 output_type: generate_until
 doc_to_text: "{{question}}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported import Weights, export, random_decoder
-from harness_tasks import ANSWER, CHOICE, QUESTIONS, ROLLING, WORDS, write_task
+from harness_tasks import ANSWER, CHOICE, FEW_SHOTS, QUESTIONS, ROLLING, WORDS, write_task
 from model_parts import model_of
 
 import megamoe
@@ -119,13 +119,14 @@ def test_the_live_model_gives_the_harness_what_its_export_does(tmp_path):
 def test_tasks_of_every_kind_are_evaluated_again_and_again_with_one_result(tmp_path):
     from megamoe.training.tasks import TaskEvaluator, load_tasks
 
-    kinds = {"rolling": ROLLING, "choice": CHOICE, "answer": ANSWER}
+    kinds = {"rolling": ROLLING, "choice": CHOICE, "answer": ANSWER, "few_shots": FEW_SHOTS}
     for name, kind in kinds.items():
         write_task(tmp_path, name, kind, [{"text": TEXT}] if kind == ROLLING else QUESTIONS)
     tokenizer = train_tokenizer([TEXT], 290)
     decoder, places = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK)), []
     evaluator = TaskEvaluator(load_tasks(list(kinds), str(tmp_path), tokenizer, WINDOW), places.append)
     found = [evaluator.run(decoder, Share(micro_batch), torch.device("cpu")) for micro_batch in (2, 5)]
-    assert set(found[0]) == {"rolling_bits_per_byte", "choice_acc", "choice_acc_norm", "answer_exact_match"}
+    metrics = ["rolling_bits_per_byte", "choice_acc", "choice_acc_norm", "answer_exact_match", "few_shots_perplexity"]
+    assert list(found[0]) == metrics
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert places == [f"evaluation of {name}" for name in kinds] * 2  # which the stall detector is told

@@ -176,6 +176,21 @@ def test_nothing_is_computed_after_every_row_has_stopped():
     assert len(passes) == 1
 
 
+def test_rows_that_have_stopped_go_on_until_all_ranks_have():
+    model = small_model()
+    end = generate(model, PROMPTS[:1], 1, temperature=0)[0][0]
+    passes, asked = [], []
+    model.register_forward_hook(lambda *_: passes.append(1))
+
+    def all_done(done):
+        asked.append(done)
+        return len(asked) > 5
+
+    assert generate(model, PROMPTS[:1], 12, temperature=0, end_of_text=end, all_done=all_done) == [[]]
+    assert asked == [False, True, True, True, True, True]
+    assert len(passes) == 5
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
