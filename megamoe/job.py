@@ -69,6 +69,8 @@ class Job:
             problems += run_problems(run, self.model, self.ds or {}, world_size)
             self._open_corpora(problems, leads, scans)
             self.loaded_tasks = problems.attempt(self._load_tasks) if leads and run.lm_eval_tasks else None
+        if (run.lm_eval_interval or run.lm_eval_folder) and not run.lm_eval_tasks:
+            problems.append("lm_eval_interval and lm_eval_folder are of tasks, and none is given; add --lm_eval_tasks.")
         if run.compile:
             problems += compiler_problems(device)
         if not problems:

@@ -112,6 +112,7 @@ def test_what_keeps_tasks_from_being_evaluated_is_said_before_the_run(inputs, tm
     said = only(problems({**inputs, "lm_eval_tasks": ["broken"]}))
     has(said, "task broken of lm-evaluation-harness cannot be loaded")
     has(only(problems({**inputs, "lm_eval_folder": "nowhere"})), "nowhere is no folder of tasks")
+    has(only(problems({**inputs, "lm_eval_tasks": []})), "lm_eval_interval and lm_eval_folder", "--lm_eval_tasks")
     monkeypatch.setattr("megamoe.training.lm_eval_model.TaskManager", own_tasks_only)
     said = problems({**inputs, "lm_eval_tasks": ["chioce", "rolling", "zzzzzz"]})
     has(said[0], 'knows no task "chioce"', 'did you mean "choice"?')
@@ -129,7 +130,7 @@ def own_tasks_only(include_path=None, include_defaults=True):
 
 
 def test_the_corpora_of_all_sets_are_checked_at_once(inputs, tmp_path):
-    del inputs["lm_eval_tasks"]
+    inputs = {name: value for name, value in inputs.items() if not name.startswith("lm_eval")}
     train_tokenizer(TEXTS, 280).save(str(tmp_path / "plays" / "tokenizer.json"))
     train_tokenizer(TEXTS, 285).save(str(tmp_path / "code" / "tokenizer.json"))
     for number, name in enumerate(("plays", "code")):
@@ -158,7 +159,7 @@ def test_names_that_the_log_cannot_tell_apart_are_refused():
 
 
 def test_a_run_with_sets_is_resumed_where_its_record_has_one_set_as_text_or_none(inputs, tmp_path):
-    run = {**inputs, "lm_eval_tasks": []}
+    run = {name: value for name, value in inputs.items() if not name.startswith("lm_eval")}
     Job(RunConfig(**run), 1, torch.device("cpu")).enter_folder(0, None)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["run"]["valid_data"][1] == {"name": "source", "path": str(tmp_path / "code")}
