@@ -72,12 +72,14 @@ def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: 
     except UserError as error:
         problems += [problem for problem in error.problems if problem not in problems]
     else:
-        lr = section_of(section_of(ds, "optimizer"), "params").get("lr")
-        if is_number(lr) and lr != schedule.peak:
-            problems.append(
-                f"{where}: the peak learning rate is given twice, as optimizer.params.lr {lr} and as "
-                f"scheduler.params.warmup_max_lr {schedule.peak}; leave optimizer.params.lr out."
-            )
+        params = section_of(section_of(ds, "optimizer"), "params")
+        owner = "optimizer.params.lr" if schedule.decay == "cosine" else "scheduler.params.warmup_max_lr"
+        problems += [
+            f"{where}: the peak learning rate is given twice, as optimizer.params.{key} {params[key]} and as "
+            f"{owner} {schedule.peak}; leave optimizer.params.{key} out."
+            for key in ("lr", "adam_lr")
+            if is_number(params.get(key)) and params[key] != schedule.peak
+        ]
     return problems
 
 
@@ -118,6 +120,8 @@ def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
             f"{where}: optimizer.type is {shown(kind)}, which DeepSpeed runs on CPU only with its states "
             'offloaded; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'
         )
+    if spec and spec.splits_matrices:
+        problems += _muon_problems(ds, str(kind), params, where)
     betas = params.get("betas", [0.9, 0.999])
     fits = isinstance(betas, list) and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
     if not fits or len(betas) != 2:
@@ -132,6 +136,26 @@ def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
     dtype = section_of(ds, "data_types").get("grad_accum_dtype")
     if dtype not in (None, "fp32", "bf16", "fp16"):
         problems.append(f'{where}: data_types.grad_accum_dtype is {shown(dtype)}; use "fp32", "bf16" or "fp16".')
+    return problems
+
+
+def _muon_problems(ds: dict[str, Any], kind: str, params: dict[str, Any], where: str) -> list[str]:
+    problems = []
+    if "muon_lr" not in params:
+        problems.append(
+            f"{where}: optimizer.params.muon_lr is missing; give the peak learning rate of the matrices, such as 0.02: "
+            "the scheduler has that of the other parameters, which AdamW takes."
+        )
+    momentum = params.get("momentum", 0.95)
+    if not is_number(momentum) or not 0 <= momentum < 1:
+        problems.append(
+            f"{where}: optimizer.params.momentum is {shown(momentum)}{why(momentum)}; give a number from 0 to below 1."
+        )
+    if offloads_optimizer(ds):
+        problems.append(
+            f"{where}: optimizer.type is {shown(kind)}, whose products of matrices an offloaded step would leave to "
+            'the host\'s cores; leave "offload_optimizer" out of zero_optimization, or use "AdamW".'
+        )
     return problems
 
 

@@ -79,7 +79,8 @@ DS_KEYS: dict[str, dict[Kind, str]] = {
     "timers.throughput": {FLAG: "enabled synchronized"},
 }  # fmt: skip
 OPTIMIZER_PARAMS = {
-    NUMBER: "lr eps weight_decay alpha",
+    NUMBER: "lr adam_lr eps weight_decay alpha",
+    ABOVE_0: "muon_lr",
     FLAG: "torch_adam adam_w_mode fused foreach bias_correction",
 }
 

@@ -14,20 +14,21 @@ import torch
 MASTERS = "fp32"  # the name of the fp32 masters, where others are those of state tensors
 
 
-class Layout(Enum):
-    """How a state tensor lies on the ranks."""
+class Of(Enum):
+    """The parameters that have a state tensor."""
 
-    PARTITIONED = "partitioned"  # split over the ranks as the fp32 masters are
-    WHOLE = "whole"  # of a whole parameter, on one rank
+    ALL = "all"
+    MATRICES = "matrices"  # of attention, MLPs and experts: `is_projection` of `model/names.py`
+    OTHERS = "others"
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """What an optimizer keeps of every weight from step to step."""
+    """What an optimizer keeps of weights from step to step, split over the ranks as the fp32 masters are."""
 
     name: str  # key in torch's state of the optimizer, and file in a Universal Checkpoint
     dtype: torch.dtype = torch.float32
-    layout: Layout = Layout.PARTITIONED
+    of: Of = Of.ALL
     begins_late: bool = False  # a checkpoint without it is restored, and it begins there
 
 
@@ -51,14 +52,18 @@ class OptimizerSpec:
     offloaded_on_cpu: bool = False  # DeepSpeed has no operator for CPU but the one for offloaded states
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of state per weight, beyond the fp32 master."""
-        return sum(tensor.dtype.itemsize for tensor in self.state)
+    def splits_matrices(self) -> bool:
+        """Whether it treats matrices in another way than the other parameters, as Muon does."""
+        return any(tensor.of is not Of.ALL for tensor in self.state)
 
-    @property
-    def whole(self) -> list[str]:
-        """Names of the state tensors that are not split as the fp32 masters are."""
-        return [tensor.name for tensor in self.state if tensor.layout is Layout.WHOLE]
+    def state_of(self, is_matrix: bool) -> list[StateTensor]:
+        """Of a matrix, or of another parameter."""
+        absent = Of.OTHERS if is_matrix else Of.MATRICES
+        return [tensor for tensor in self.state if tensor.of is not absent]
+
+    def state_bytes(self, is_matrix: bool) -> int:
+        """Bytes of state per weight, beyond the fp32 master."""
+        return sum(tensor.dtype.itemsize for tensor in self.state_of(is_matrix))
 
 
 OPTIMIZERS = [
@@ -81,6 +86,16 @@ OPTIMIZERS = [
         state=(StateTensor("exp_avg"),),
         builders=("FusedLionBuilder", "CPULionBuilder"),
         offloaded_on_cpu=True,
+    ),
+    # `training/muon.py`, with DeepSpeed's keys.
+    OptimizerSpec(
+        names=("Muon",),
+        params=frozenset({"lr", "adam_lr", "muon_lr", "momentum", "betas", "eps", "weight_decay"}),
+        state=(
+            StateTensor("momentum_buffer", of=Of.MATRICES),
+            StateTensor("exp_avg", of=Of.OTHERS),
+            StateTensor("exp_avg_sq", of=Of.OTHERS),
+        ),
     ),
 ]  # fmt: skip
 

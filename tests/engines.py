@@ -94,7 +94,8 @@ def same_state(checkpoint, other):
     assert one.shapes == two.shapes
     assert set(one.state_names) == set(two.state_names) != set()
     for name, shape in one.shapes.items():
-        for kind in (MASTERS, *one.state_names):
+        assert set(one.state_of(name)) == set(two.state_of(name)) <= set(one.state_names)
+        for kind in (MASTERS, *one.state_of(name)):
             values = one.read(name, kind, 0, math.prod(shape))
             assert values.numel() == math.prod(shape)
             assert torch.equal(values, two.read(name, kind, 0, math.prod(shape))), (name, kind)

@@ -11,19 +11,21 @@ from refusals import has, only, sentences
 from toy import PRESET, ds_config
 
 from megamoe import optimizers
-from megamoe.checkpoint.reader import open_source
+from megamoe.checkpoint.reader import load_buffers, open_source
 from megamoe.checkpoint.universal import write_universal
 from megamoe.config import ModelConfig
 from megamoe.ds_config import deepspeed_problems
 from megamoe.errors import UserError
-from megamoe.optimizers import OPTIMIZERS, Layout, OptimizerSpec, StateTensor, find_optimizer, optimizer_names
+from megamoe.optimizers import OPTIMIZERS, OptimizerSpec, StateTensor, find_optimizer, optimizer_names
 from megamoe.planning.footprint import footprint
-from megamoe.planning.sharding import read_setup, setup_problems
+from megamoe.planning.sharding import read_setup
 from megamoe.planning.traffic import update_bytes
 
 OFFLOADED = {"stage": 2, "reduce_bucket_size": 5000, "offload_optimizer": {"device": "cpu"}}
 LION = {"optimizer": {"type": "Lion", "params": {"weight_decay": 0.05}}, "zero_optimization": OFFLOADED}
 ADAMW_OFFLOADED = {"optimizer": {"type": "AdamW", "params": {}}, "zero_optimization": OFFLOADED}
+
+MUON = {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02, "weight_decay": 0.05}}}
 
 # What no table has yet: torch's SGD with momentum, which counts no steps.
 SGD = OptimizerSpec(
@@ -91,7 +93,7 @@ def test_an_optimizer_is_found_by_its_own_and_by_deepspeeds_spelling():
 
 
 def test_an_unknown_optimizer_is_refused_with_the_known_ones():
-    has(only(problems_of(json_with("Lyon"))), 'optimizer.type is "Lyon"', "Adam, AdamW, Lion")
+    has(only(problems_of(json_with("Lyon"))), 'optimizer.type is "Lyon"', "Adam, AdamW, Lion, Muon")
 
 
 def test_a_setting_of_another_optimizer_is_refused():
@@ -108,6 +110,18 @@ def test_lion_on_cpu_needs_its_states_offloaded():
         assert problems_of({**ds, "zero_optimization": {"stage": 2, **offload}}, on_cpu=True) == []
     none = {"stage": 2, "offload_optimizer": {"device": "none"}}
     has(only(problems_of({**ds, "zero_optimization": none}, on_cpu=True)), "offload_optimizer")
+
+
+def test_muon_has_a_rate_of_its_own_and_the_scheduler_that_of_the_others():
+    has(only(problems_of(json_with("Muon"))), "muon_lr is missing", "peak learning rate of the matrices", "scheduler")
+    assert problems_of(json_with("Muon", muon_lr=0.02, adam_lr=1e-2, momentum=0.9, betas=[0.9, 0.95], eps=1e-8)) == []
+    has(only(problems_of(json_with("Muon", muon_lr=0.02, adam_lr=1e-3))), "given twice", "adam_lr 0.001", "0.01")
+    has(only(problems_of(json_with("Muon", muon_lr=0))), "muon_lr is 0", "above 0")
+    has(only(problems_of(json_with("Muon", muon_lr=0.02, momentum=1))), "momentum is 1", "below 1")
+    has(only(problems_of(json_with("Muon", muon_lr=0.02, ns_method="gram"))), "ns_method")
+    has(only(problems_of(json_with("AdamW", muon_lr=0.02))), "muon_lr", "AdamW does not take")
+    offloaded = {**json_with("Muon", muon_lr=0.02), "zero_optimization": OFFLOADED}
+    has(only(problems_of(offloaded)), '"Muon"', "offload_optimizer", "AdamW")
 
 
 # --- Lion -----------------------------------------------------------------------------------------------------------
@@ -146,37 +160,54 @@ def save_and_go_on(folder, ep_size, kwargs):
     return train_and_save(folder, ep_size, further=3, **kwargs)[1]
 
 
-@pytest.fixture(scope="module")
-def lion_run(tmp_path_factory):
-    """Saved at step 3 by 2 ranks x ep_size 2, with the losses of the 3 steps that follow."""
-    folder = tmp_path_factory.mktemp("lion")
-    losses, _ = run_ranks(2, save_and_go_on, folder, 2, LION)
-    return folder / "step_3", losses
+@pytest.fixture(scope="module", params=[LION, MUON], ids=["Lion", "Muon"])
+def saved_run(request, tmp_path_factory):
+    """(JSON, checkpoint saved at step 3 by 2 ranks x ep_size 2, losses of the 3 steps that follow, how far those may be
+    from them on other ranks)."""
+    folder = tmp_path_factory.mktemp("saved")
+    losses, _ = run_ranks(2, save_and_go_on, folder, 2, request.param)
+    return request.param, folder / "step_3", losses, 1e-4 if request.param == LION else 1e-5
 
 
-def go_on(checkpoint, ep_size, resave, kwargs):
-    return load_and_train(checkpoint, ep_size, steps=3, resave=resave, **kwargs)[1]
+def go_on(checkpoint, ep_size, resave, kwargs, stage=2):
+    return load_and_train(checkpoint, ep_size, stage, steps=3, resave=resave, **kwargs)[1]
 
 
-def test_lion_resumes_to_the_bit(lion_run, tmp_path):
-    checkpoint, losses = lion_run
-    assert run_ranks(2, go_on, checkpoint, 2, tmp_path, LION)[0] == losses
-    assert open_source(checkpoint).state_names == ("exp_avg",)
+def test_it_resumes_to_the_bit(saved_run, tmp_path):
+    ds, checkpoint, losses, _ = saved_run
+    assert run_ranks(2, go_on, checkpoint, 2, tmp_path, ds)[0] == losses
+    spec = find_optimizer(ds["optimizer"]["type"])
+    assert set(open_source(checkpoint).state_names) == {tensor.name for tensor in spec.state}
     same_state(checkpoint, tmp_path / "step_3")
 
 
-@pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 1), (4, 2)])
-def test_lion_goes_on_on_other_ranks(lion_run, tmp_path, ranks, ep_size):
-    checkpoint, losses = lion_run
-    assert run_ranks(ranks, go_on, checkpoint, ep_size, tmp_path, LION)[0] == pytest.approx(losses, abs=1e-4)
+@pytest.mark.parametrize(("ranks", "ep_size", "stage"), [(1, 1, 2), (2, 1, 1), (4, 2, 2)])
+def test_it_goes_on_on_other_ranks(saved_run, tmp_path, ranks, ep_size, stage):
+    ds, checkpoint, losses, most = saved_run
+    assert run_ranks(ranks, go_on, checkpoint, ep_size, tmp_path, ds, stage)[0] == pytest.approx(losses, abs=most)
     same_state(checkpoint, tmp_path / "step_3")
 
 
-def test_lion_goes_on_from_its_universal_checkpoint(lion_run, tmp_path):
-    checkpoint, losses = lion_run
+def test_it_goes_on_from_its_universal_checkpoint(saved_run, tmp_path):
+    ds, checkpoint, losses, most = saved_run
     write_universal(open_source(checkpoint), {}, tmp_path / "universal")
     same_state(checkpoint, tmp_path / "universal")
-    assert run_ranks(1, go_on, tmp_path / "universal", 1, None, LION)[0] == pytest.approx(losses, abs=1e-4)
+    assert run_ranks(1, go_on, tmp_path / "universal", 1, None, ds)[0] == pytest.approx(losses, abs=most)
+
+
+def go_on_by_deepspeed(folder, ds):
+    engine = make(2, seed=99, checkpoint={"load_universal": True}, **ds)
+    engine.load_checkpoint(str(folder), tag="universal")
+    load_buffers(engine.module, open_source(folder / "universal"))  # DeepSpeed restores none from it
+    return train(engine, 3, engine.global_steps)
+
+
+@pytest.mark.parametrize("saved_run", [MUON], indirect=True, ids=["Muon"])
+def test_deepspeeds_own_loader_takes_the_universal_checkpoint(saved_run, tmp_path):
+    ds, checkpoint, losses, most = saved_run
+    write_universal(open_source(checkpoint), {}, tmp_path / "universal")
+    (tmp_path / "latest_universal").write_text("universal")
+    assert run_ranks(2, go_on_by_deepspeed, tmp_path, ds)[0] == pytest.approx(losses, abs=most)
 
 
 def other_optimizer(checkpoint):
@@ -185,8 +216,9 @@ def other_optimizer(checkpoint):
     return caught.value.problems
 
 
-def test_a_state_that_the_checkpoint_lacks_is_named(lion_run):
-    (problems,) = run_ranks(1, other_optimizer, lion_run[0])
+@pytest.mark.parametrize("saved_run", [LION], indirect=True, ids=["Lion"])
+def test_a_state_that_the_checkpoint_lacks_is_named(saved_run):
+    (problems,) = run_ranks(1, other_optimizer, saved_run[1])
     has(only(sentences(problems)), "no exp_avg_sq", "adamw", "exp_avg", "resume with")
 
 
@@ -209,7 +241,7 @@ def test_the_planner_takes_a_new_entry(sgd, monkeypatch):
     one = planned(SGD)
     two = planned(replace(SGD, state=(StateTensor("a", torch.bfloat16), StateTensor("b"))))
     assert (one.state_bytes, two.state_bytes) == (4, 6)
-    assert update_bytes(two) - update_bytes(one) == 2 * 2
+    assert update_bytes(two, two.state_bytes) - update_bytes(one, one.state_bytes) == 2 * 2
     states = [footprint(setup).between["optimizer state"] for setup in (one, two)]
     assert states[1] / states[0] == 6 / 4
     masters = footprint(one).between["fp32 masters"]
@@ -227,19 +259,3 @@ def test_checkpoints_take_a_new_entry(tmp_path):
     write_universal(source, {}, tmp_path / "universal")
     (resumed,) = run_ranks(1, with_sgd, go_on, tmp_path / "universal", 1, None, SGD_JSON)
     assert resumed == pytest.approx(losses, abs=1e-5)
-
-
-WHOLE = replace(SGD, state=(StateTensor("momentum_buffer", layout=Layout.WHOLE),))
-
-
-def restore_whole(checkpoint):
-    with patch.object(optimizers, "OPTIMIZERS", [WHOLE]), pytest.raises(UserError) as caught:
-        load_and_train(checkpoint, 1, **SGD_JSON)
-    return caught.value.problems
-
-
-def test_state_of_whole_parameters_is_refused_where_it_cannot_be_had_yet(lion_run, monkeypatch):
-    monkeypatch.setattr(optimizers, "OPTIMIZERS", [WHOLE])
-    has(only(sentences(setup_problems(json_with("SGD"), "ds.json"))), "optimizer.type", "momentum_buffer", "SGD")
-    (problems,) = run_ranks(1, restore_whole, lion_run[0])
-    has(only(sentences(problems)), "momentum_buffer", "whole", "--init_from")

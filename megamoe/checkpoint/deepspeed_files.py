@@ -119,6 +119,9 @@ class RankFiles:
                 slices = self._slices.setdefault(plain_name(name, first_expert), [])
                 slices.append(_Slice(rank, group, address.start, address.numel))
 
+    def state_of(self, name: str) -> tuple[str, ...]:
+        return self.state_names
+
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         parts, position = [], 0
         for piece in self._slices.get(name, ()):
@@ -166,12 +169,15 @@ class UniversalFiles:
             shape = tuple(self._parameter(name, MASTERS).shape)
             self._parts.update((part.name, (name, part)) for part in plain_parts(name, shape))
         self.shapes = {name: part.shape for name, (_, part) in self._parts.items()}
-        kinds = {path.stem for path in (folder / "zero" / names[0]).glob("*.pt")}
-        self.state_names = tuple(sorted(kinds - {MASTERS, "step"}))
+        self._kinds = {name: {path.stem for path in (folder / "zero" / name).glob("*.pt")} for name in names}
+        self.state_names = _state_names(set.union(*self._kinds.values()))
         self.buffers = _buffers(self._main)
 
     def _open_parameter(self, name: str, kind: str) -> Tensor:
         return safe_load(self.folder / "zero" / name / f"{kind}.pt")["param"]
+
+    def state_of(self, name: str) -> tuple[str, ...]:
+        return _state_names(self._kinds[self._parts[name][0]])
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         folder, part = self._parts[name]
@@ -185,6 +191,10 @@ class UniversalFiles:
             "optimizer_step": safe_load(step) if step.is_file() else None,
             "loss_scaler": scaler_fields(self._optimizer["loss_scaler"]),
         }
+
+
+def _state_names(files: set[str]) -> tuple[str, ...]:
+    return tuple(sorted(files - {MASTERS, "step"}))
 
 
 def _buffers(main: dict[str, Any]) -> dict[str, Tensor]:

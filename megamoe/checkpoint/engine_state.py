@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
-from megamoe.model.names import Part, is_buffer, plain_name, plain_parts, stretches
-from megamoe.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, Layout, OptimizerSpec, find_optimizer
+from megamoe.model.names import Part, is_buffer, is_projection, plain_name, plain_parts, stretches
+from megamoe.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, OptimizerSpec, StateTensor, find_optimizer
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,24 @@ def optimizer_spec(engine: deepspeed.DeepSpeedEngine) -> OptimizerSpec:
     return replace(spec, state=(*spec.state, AVERAGE)) if averages else spec
 
 
+def state_by_group(engine: deepspeed.DeepSpeedEngine) -> list[list[StateTensor]]:
+    """For each group of the optimizer what it keeps of its parameters."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    spec = optimizer_spec(engine)
+    return [spec.state_of(is_projection(names[group[0]])) for group in engine.optimizer.bit16_groups]
+
+
 def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:
     """The engine's own masters and optimizer state of this rank, and on rank 0 the router statistics."""
-    zero, kinds = engine.optimizer, _state_kinds(engine)
+    zero = engine.optimizer
     tensors: list[Tensor] = []
     slices = []
     shapes = {plain_name(name): list(one.shape) for name, one in engine.module.named_parameters() if one.numel() == 0}
-    for master, held in zip(zero.single_partition_of_fp32_groups, stretches_by_group(engine), strict=True):
-        flat = {MASTERS: master.data, **{kind: zero.optimizer.state[master][kind] for kind in kinds}}
+    for master, held, kept in zip(
+        zero.single_partition_of_fp32_groups, stretches_by_group(engine), state_by_group(engine), strict=True
+    ):
+        state = zero.optimizer.state.get(master, {})
+        flat = {MASTERS: master.data, **{one.name: state[one.name] for one in kept if one.name in state}}
         numbers = dict(zip(flat, range(len(tensors), len(tensors) + len(flat)), strict=True))
         tensors += flat.values()
         slices += [Slice(one.part.name, one.start, one.count, one.offset, numbers) for one in held]
@@ -98,14 +108,9 @@ def _stretches(name: str, parameter: Any, first_expert: int) -> Iterator[Stretch
 
 
 def _state_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Names of the optimizer's state tensors that are split as the masters are; none before the first applied step."""
-    state = engine.optimizer.optimizer.state
-    first = state.get(engine.optimizer.single_partition_of_fp32_groups[0], {})
-    return [
-        tensor.name
-        for tensor in optimizer_spec(engine).state
-        if tensor.layout is Layout.PARTITIONED and tensor.name in first
-    ]
+    """Names of the optimizer's state tensors, of any group; none before the first applied step."""
+    kept = [engine.optimizer.optimizer.state.get(one, {}) for one in engine.optimizer.single_partition_of_fp32_groups]
+    return [tensor.name for tensor in optimizer_spec(engine).state if any(tensor.name in state for state in kept)]
 
 
 def topology(engine: deepspeed.DeepSpeedEngine) -> Topology:
@@ -132,13 +137,13 @@ def training_record(engine: deepspeed.DeepSpeedEngine, skipped_in_window: int) -
 def optimizer_record(engine: deepspeed.DeepSpeedEngine) -> OptimizerRecord:
     """The optimizer's step count and hyperparameters."""
     optimizer = engine.optimizer.optimizer
-    step = optimizer.state.get(engine.optimizer.single_partition_of_fp32_groups[0], {}).get("step")
-    is_tensor = isinstance(step, Tensor)
+    kept = [optimizer.state.get(one, {}) for one in engine.optimizer.single_partition_of_fp32_groups]
+    step = next((state["step"] for state in kept if "step" in state), None)  # with Muon not all groups count
     return OptimizerRecord(
         name=engine.optimizer_name(),
         state=_state_kinds(engine),
-        step=step.item() if is_tensor else step,
-        step_dtype=str(step.dtype).removeprefix("torch.") if is_tensor else None,
+        step=step.item() if isinstance(step, Tensor) else step,
+        step_dtype=str(step.dtype).removeprefix("torch.") if isinstance(step, Tensor) else None,
         groups=[_plain(group) for group in optimizer.param_groups],
     )
 

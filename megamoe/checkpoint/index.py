@@ -22,7 +22,8 @@ from megamoe.checkpoint import folders
 from megamoe.checkpoint.slice_file import DTYPES, TensorRecord, number_of_blocks, sha256
 from megamoe.errors import UserError
 from megamoe.json_files import parse_json
-from megamoe.optimizers import MASTERS
+from megamoe.model.names import is_projection
+from megamoe.optimizers import MASTERS, find_optimizer
 
 BUFFER = "buffer"  # the kind of router statistics, where others are MASTERS and the optimizer's state tensors
 TENSOR_NAME = re.compile(r"[\w.]+")  # it may become the name of a file
@@ -135,8 +136,16 @@ class Index(_Part):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What is kept of each parameter."""
+        """What is kept of parameters."""
         return MASTERS, *self.optimizer.state
+
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """What is kept of a parameter: MASTERS, and of the optimizer's state tensors those that it has for it."""
+        spec = find_optimizer(self.optimizer.name)
+        absent = (
+            {tensor.name for tensor in spec.state if tensor not in spec.state_of(is_projection(name))} if spec else ()
+        )
+        return tuple(kind for kind in self.kinds if kind not in absent)
 
     def parts(self, wanted: list[list[Range]]) -> list[Index]:
         """For each list of `wanted` values the index of the slices that hold any of them."""
@@ -277,7 +286,7 @@ def _inconsistencies(index: Index) -> list[str]:
                     or len(tensor.sha256) != number_of_blocks(nbytes)
                 ):
                     problems.append(f"{name} cannot hold the {kind} of {piece.name} as it says")
-    kinds = {name: (BUFFER,) if (name, BUFFER) in held else index.kinds for name in index.shapes}
+    kinds = {name: (BUFFER,) if (name, BUFFER) in held else index.kinds_of(name) for name in index.shapes}
     for name, shape in index.shapes.items():
         for kind in kinds[name]:
             position = 0

@@ -42,6 +42,9 @@ class IndexedFiles:
         self.world_size, self.ep_size = index.topology.world_size, index.topology.ep_size
         self.zero_stage = index.topology.zero_stage
 
+    def state_of(self, name: str) -> tuple[str, ...]:
+        return self.index.kinds_of(name)[1:]
+
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         parts = []
         for file, piece in self._slices.get(name, ()):

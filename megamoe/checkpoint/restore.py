@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint import folders, indexed_files, verify
-from megamoe.checkpoint.engine_state import optimizer_spec, rank_state, stretches_by_group
+from megamoe.checkpoint.engine_state import optimizer_spec, rank_state, state_by_group, stretches_by_group
 from megamoe.checkpoint.index import Index, Range, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import Source, load_buffers, open_source
 from megamoe.checkpoint.slice_file import DamagedError
 from megamoe.errors import UserError
-from megamoe.optimizers import MASTERS, StateTensor
+from megamoe.optimizers import MASTERS
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,11 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
             f"{checkpoint} holds the state of step {training['global_steps']}, not that of its name; use an older "
             "checkpoint."
         )
-    tensors = [] if weights_only else _state_tensors(engine, source, training)
+    names = [] if weights_only else _state_names(engine, source, training)
     state: dict[int, dict[str, Any]] = {}
-    held = stretches_by_group(engine)
+    held, kept = stretches_by_group(engine), state_by_group(engine)
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
+        tensors = [one for one in kept[group] if one.name in names]
         state[group] = {one.name: torch.zeros_like(master.data, dtype=one.dtype) for one in tensors}
         for kind, flat in {MASTERS: master.data, **state[group]}.items():  # one after the other, as they lie in files
             for one in held[group]:
@@ -202,14 +203,14 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
         if step is not None:  # each group counts its own
             state[group]["step"] = step.clone() if isinstance(step, Tensor) else step
     load_buffers(engine.module, source)
-    if tensors:
+    if names:
         zero.optimizer.load_state_dict({**zero.optimizer.state_dict(), "state": state})
         zero._link_all_hp_params()
     if training:
         _restore_training_state(engine, training)
 
 
-def _state_tensors(engine: deepspeed.DeepSpeedEngine, source: Source, training: dict[str, Any]) -> list[StateTensor]:
+def _state_names(engine: deepspeed.DeepSpeedEngine, source: Source, training: dict[str, Any]) -> list[str]:
     """The optimizer's state tensors that `source` holds; none where no step had been applied. Raises UserError where
     one is missing."""
     if not source.state_names:
@@ -218,18 +219,13 @@ def _state_tensors(engine: deepspeed.DeepSpeedEngine, source: Source, training: 
     spec = optimizer_spec(engine)
     if spec.counts_steps and training["optimizer_step"] is None:
         raise UserError(f"the checkpoint holds the state of {optimizer} without its step count; use an older one.")
-    if spec.whole:
-        raise UserError(
-            f"{optimizer} keeps {', '.join(spec.whole)} of whole parameters, which cannot be restored yet; start with "
-            "--init_from, or use another optimizer."
-        )
     for tensor in spec.state:
         if tensor.name not in source.state_names and not tensor.begins_late:
             raise UserError(
                 f"the checkpoint holds no {tensor.name}, which {optimizer} needs, but {', '.join(source.state_names)}; "
                 "resume with the optimizer that saved it."
             )
-    return [tensor for tensor in spec.state if tensor.name in source.state_names]
+    return [tensor.name for tensor in spec.state if tensor.name in source.state_names]
 
 
 def _restore_training_state(engine: deepspeed.DeepSpeedEngine, training: dict[str, Any]) -> None:

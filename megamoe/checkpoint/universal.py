@@ -46,7 +46,7 @@ def write_universal(source: IndexedFiles | RankFiles, run: dict[str, Any], out: 
 
         parameters = engine_parameters(source.shapes)
         for name, parts in parameters.items():
-            for kind in (MASTERS, *source.state_names):
+            for kind in (MASTERS, *source.state_of(parts[0].name)):
                 save(f"zero/{name}/{kind}.pt", _parameter(source, name, parts, kind))
             if step is not None:
                 save(f"zero/{name}/step.pt", step)

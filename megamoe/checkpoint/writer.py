@@ -172,7 +172,7 @@ class CheckpointWriter:
         if self._last_seconds:
             return self._last_seconds
         masters = sum(part.numel() for part in self.engine.optimizer.single_partition_of_fp32_groups)
-        return (4 + optimizer_spec(self.engine).state_bytes) * masters / SLOW_DISK_BYTES_PER_SECOND
+        return (4 + optimizer_spec(self.engine).state_bytes(is_matrix=False)) * masters / SLOW_DISK_BYTES_PER_SECOND
 
     # --- the thread -------------------------------------------------------------------------------------------------
 

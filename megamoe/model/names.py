@@ -32,6 +32,7 @@ HEAD = "lm_head.weight"  # where it is not the embedding
 MTP = "model.mtp."  # before the names of multi-token prediction
 BUFFERS = (".router.selection_bias", ".router.running_load")  # saved with the parameters, always in fp32
 RESIDUAL_PROJECTIONS = ("o_proj.weight", "down_proj.weight")
+PROJECTIONS = ("_proj.weight", "_proj_with_mqa.weight")  # of attention, MLPs and experts
 
 
 class ExpertName(NamedTuple):
@@ -184,6 +185,16 @@ def is_norm(name: str) -> bool:
 def is_undecayed(name: str) -> bool:
     """Whether a parameter, by its plain or the engine's name, has no weight decay: norms, biases and latents."""
     return is_norm(name) or name.endswith((".bias", ".latents"))
+
+
+def is_projection(name: str) -> bool:
+    """Whether a parameter, by its plain or the engine's name, is a matrix of attention, of an MLP or of experts: what
+    Muon orthogonalizes.
+
+    The routers and other gates, which give scores, and what vocabulary or multi-token prediction puts before and behind
+    the blocks are none.
+    """
+    return name.endswith(PROJECTIONS) or is_engine_expert(name)
 
 
 def is_residual_projection(name: str) -> bool:

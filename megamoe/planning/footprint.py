@@ -20,6 +20,7 @@ from megamoe.planning.block_backward import block_backward, norm_backward
 from megamoe.planning.buckets import Ledger, Reduction
 from megamoe.planning.layer import block_kinds
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
+from megamoe.training.matrix_share import MatrixShare, Run
 
 # --- the walk -------------------------------------------------------------------------------------------------------
 
@@ -59,7 +60,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
         reduction.finish()
         backward = max(backward, ledger.peak, key=Counter.total)
     ledger.restart()
-    _step(setup, reduction)
+    _step(setup, reduction, rank)
     assert ledger.held == between, ledger.held - between
     return Footprint(between, forward, backward, ledger.peak, host)
 
@@ -69,7 +70,8 @@ def _states(setup: Setup, groups: list[Group], rank: int) -> tuple[Counter[str],
     the host's, which is the same one on CPU)."""
     share = sum(group.partition for group in groups)
     # A copy under fp32 too.
-    states = Counter({"fp32 masters": 4 * share, "optimizer state": setup.state_bytes * share})
+    state = sum(setup.state_bytes_of(group) * group.partition for group in groups)
+    states = Counter({"fp32 masters": 4 * share, "optimizer state": state})
     if setup.average_bytes:
         states["averaged weights"] = setup.average_bytes * share
     if not setup.offload:
@@ -212,10 +214,38 @@ def _multi_token_backward(setup: Setup, block: BlockBytes, ledger: Ledger, reduc
         ledger.allocate("gradients", embedding)
 
 
-def _step(setup: Setup, reduction: Reduction) -> None:
+def _step(setup: Setup, reduction: Reduction, rank: int) -> None:
     ledger = reduction.ledger
-    for group in reduction.groups:
-        if not setup.sums_apart and not setup.offload:
-            ledger.transient("flat gradients", 4 * group.partition)  # the rank's share in fp32, scaled
-    ledger.free("gradients owned", ledger.held["gradients owned"])
-    ledger.free("gradient partition", ledger.held["gradient partition"])
+    for number, group in enumerate(reduction.groups):
+        flat = 0 if setup.sums_apart or setup.offload else 4 * group.partition  # the rank's share in fp32, scaled
+        ledger.allocate("flat gradients", flat)
+        if number == len(reduction.groups) - 1:  # they are one buffer
+            ledger.free("gradients owned", ledger.held["gradients owned"])
+        if group.matrices:
+            _orthogonalize(setup, group.matrix_share(setup.topology(rank)), ledger)
+        ledger.free("flat gradients", flat)
+        if number in reduction.partitions:
+            ledger.free("gradient partition", setup.sum_bytes * group.partition)
+
+
+def _orthogonalize(setup: Setup, share: MatrixShare, ledger: Ledger) -> None:
+    """What `training/muon.py` allocates: the parts of a cut matrix that come, together with those here, and products of
+    matrices."""
+    if share.is_cut:
+        ledger.allocate("products of matrices", 4 * sum(share.received))
+        if share.tail:
+            size = 4 * share.tail.rows * share.tail.columns
+            ledger.allocate("products of matrices", size)
+            ledger.transient("products of matrices", _product_bytes(setup, share.tail))
+            ledger.free("products of matrices", size)
+        ledger.free("products of matrices", 4 * sum(share.received))
+    for run in share.whole:
+        ledger.transient("products of matrices", _product_bytes(setup, run))
+
+
+def _product_bytes(setup: Setup, run: Run) -> int:
+    """At the peak of a batch: its matrices in fp32 and in the products' precision, or twice in that with two of the
+    smaller squares."""
+    values, square = run.count * run.rows * run.columns, run.count * min(run.rows, run.columns) ** 2
+    itemsize = min(setup.weight_bytes, 4)
+    return max(4 * values + (itemsize < 4) * itemsize * values, 2 * itemsize * (values + square))

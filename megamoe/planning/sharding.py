@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 from megamoe.config import ModelConfig
 from megamoe.ds_config import DTYPES, batch_sizes, dtype_of, offloads_optimizer, optimizer_of
 from megamoe.model.costs import parameter_shapes
-from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, is_undecayed
+from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, is_projection, is_undecayed
 from megamoe.model.products import Kernel
 from megamoe.optimizers import AVERAGE
 from megamoe.topology import ExpertTopology
+from megamoe.training.matrix_share import MatrixShare, Shape
 
 # Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
 FLAT_ALIGNMENT = 2
@@ -34,6 +36,7 @@ class Setup:
     seq_len: int
     weight_bytes: int  # of a weight, an activation and a gradient
     state_bytes: int  # of the optimizer's state for a weight, besides its fp32 master and its average
+    muon_bytes: int | None  # of a matrix of the blocks, where these have groups of their own; None where they have not
     sum_bytes: int  # of a gradient summed over micro-batches
     communication_bytes: int  # of a gradient while it is reduced
     zero_stage: int
@@ -66,6 +69,10 @@ class Setup:
         """Whether gradients that so many ranks have go through a reduction: `training/zero_step.py` takes those of a
         single rank as they are."""
         return ranks > 1 or self.offload or not self.all_reduce
+
+    def state_bytes_of(self, group: Group) -> int:
+        """Of the optimizer's state for a weight of a group, besides its fp32 master."""
+        return self.muon_bytes if group.matrices and self.muon_bytes is not None else self.state_bytes
 
     @property
     def sums_apart(self) -> bool:
@@ -106,12 +113,6 @@ def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
         problems.append(
             f"{where}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number of elements, at least 1."
         )
-    optimizer = optimizer_of(ds)
-    if optimizer and optimizer.whole:
-        problems.append(
-            f"{where}: optimizer.type is {ds['optimizer']['type']!r}, whose {', '.join(optimizer.whole)} of whole "
-            "parameters the plan does not model; plan with another optimizer."
-        )
     return problems
 
 
@@ -150,7 +151,8 @@ def read_setup(
         accumulation=accumulation,
         seq_len=seq_len,
         weight_bytes=DTYPES[dtype].itemsize,
-        state_bytes=optimizer.state_bytes,
+        state_bytes=optimizer.state_bytes(False),
+        muon_bytes=optimizer.state_bytes(True) if optimizer.splits_matrices else None,
         sum_bytes=DTYPES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype].itemsize,
         communication_bytes=DTYPES[ds.get("communication_data_type") or dtype].itemsize,
         zero_stage=zero["stage"],
@@ -177,6 +179,7 @@ class Group:
     sizes: dict[str, int]  # elements on this rank, by the engine's name, in the order of the flat tensor
     ranks: int
     expert: bool
+    matrices: tuple[Shape, ...] = ()  # in the order of the flat tensor, each expert's own, where Muon takes them
 
     @cached_property
     def partition(self) -> int:
@@ -192,6 +195,10 @@ class Group:
     def index(self, topology: ExpertTopology) -> int:
         """Rank in the data-parallel group."""
         return topology.replica if self.expert else topology.rank
+
+    def matrix_share(self, topology: ExpertTopology) -> MatrixShare:
+        """Which of `matrices` are on a rank."""
+        return MatrixShare(list(self.matrices), self.partition, self.index(topology), self.ranks)
 
     def owners(self, name: str) -> dict[int, int]:
         """Elements of a parameter that fall into each rank's share, by index in the data-parallel group."""
@@ -213,14 +220,15 @@ def elements_touched(setup: Setup, groups: list[Group], rank: int = 0) -> int:
 
 def parameter_groups(setup: Setup) -> list[Group]:
     """The groups that `engine.parameter_groups` makes, as the first rank holds them."""
-    return list(_groups(setup.model, setup.topology(), EXPERT_GROUP))
+    return list(_groups(setup.model, setup.topology(), EXPERT_GROUP, setup.muon_bytes is not None))
 
 
 @lru_cache  # a search asks for the same ones hundreds of times
-def _groups(model: ModelConfig, topology: ExpertTopology, largest: int) -> tuple[Group, ...]:
+def _groups(model: ModelConfig, topology: ExpertTopology, largest: int, muon: bool) -> tuple[Group, ...]:
     """
     Args:
         largest: elements of an expert group at the most.
+        muon: whether the matrices of the blocks have groups of their own.
     """
     here = set(topology.expert_ids)
     held = {
@@ -228,19 +236,28 @@ def _groups(model: ModelConfig, topology: ExpertTopology, largest: int) -> tuple
         for name, shape in parameter_shapes(model).items()
         if (expert := expert_id(name)) is None or expert in here
     }
+    parameters = engine_parameters(held)
+    sizes = {name: sum(part.count for part in parts) for name, parts in parameters.items()}
     shared: dict[str, int] = {}
     undecayed: dict[str, int] = {}
-    experts: dict[str, int] = {}
-    for name, parts in engine_parameters(held).items():
-        kind = experts if is_engine_expert(name) else undecayed if is_undecayed(name) else shared
-        kind[name] = sum(part.count for part in parts)
-    pieces: list[dict[str, int]] = []
-    for name, size in experts.items():
-        if not pieces or sum(pieces[-1].values()) + size > largest:
-            pieces.append({})
-        pieces[-1][name] = size
+    matrices: dict[str, int] = {}
+    experts: list[dict[str, int]] = []
+    for name, size in sizes.items():
+        if not is_engine_expert(name):
+            (matrices if muon and is_projection(name) else undecayed if is_undecayed(name) else shared)[name] = size
+        elif experts and sum(experts[-1].values()) + size <= largest:
+            experts[-1][name] = size
+        else:
+            experts.append({name: size})
+
+    def shapes(names: Iterable[str]) -> tuple[Shape, ...]:
+        parts = [part for name in names for part in parameters[name]] if muon else []
+        return tuple((part.shape[0], part.shape[1]) for part in parts)
+
+    world = topology.world_size
     return (
-        Group(shared, topology.world_size, False),
-        Group(undecayed, topology.world_size, False),
-        *(Group(piece, topology.replicas, True) for piece in pieces),
+        Group(shared, world, False),
+        Group(undecayed, world, False),
+        *([Group(matrices, world, False, shapes(matrices))] if matrices else []),
+        *(Group(piece, topology.replicas, True, shapes(piece)) for piece in experts),
     )

@@ -18,6 +18,8 @@ from megamoe.planning.part_cost import Cost, Product
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
+from megamoe.training.matrix_share import Run
+from megamoe.training.muon import NEWTON_SCHULZ_STEPS
 
 Part = Literal[
     "launches",
@@ -44,6 +46,7 @@ def added(*parts: Parts) -> Parts:
 
 
 UPDATE_OPERATORS = 51  # of the optimizer, clipping and balancing
+MUON_OPERATORS = 6 + 3 * NEWTON_SCHULZ_STEPS  # for each batch of matrices
 
 
 def gradient_operators(setup: Setup, reduced: bool) -> int:
@@ -68,6 +71,13 @@ def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
     of_whole = 6 * s + (2 * (s + wire) if wire != s else 0)
     summed = 16 + (wire + 4 if wire < 4 else 0)
     return of_whole * whole + (s + wire + (summed if setup.sums_apart else 2 * s)) * owned
+
+
+def newton_schulz(run: Run) -> list[Product]:
+    """The products by which Muon orthogonalizes matrices: each with its transpose, that with itself, and with it."""
+    small, large = sorted((run.rows, run.columns))
+    sizes = ((small, small, large), (small, small, small), (small, large, small))
+    return [Product(*size, groups=run.count, calls=NEWTON_SCHULZ_STEPS) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -218,15 +228,27 @@ class _Step:
         return Phase("gradients, not hidden", 0.0, {"gradients": max(seconds, 0.0)})
 
     def update(self) -> Phase:
-        setup = self.setup
-        share = sum(group.partition for group in self.groups)
+        setup, rates = self.setup, self.rates
+        moved = sum(update_bytes(setup, setup.state_bytes_of(group)) * group.partition for group in self.groups)
         rate = self.device.host_memory_rate if setup.offload else self.memory_rate
+        batches = self.matrices_of_muon()
+        products = Counter(product for batch in batches for product in newton_schulz(batch))
         device: Parts = {
-            "optimizer": update_bytes(setup) * share / rate,
-            "transfers": sum(host_transfers(setup)) / self.device.host / self.rates.links,
+            "products": sum(
+                count * product_seconds(product, self.device, rates, setup.weight_bytes)
+                for product, count in products.items()
+            ),
+            "optimizer": moved / rate,
+            "transfers": sum(host_transfers(setup)) / self.device.host / rates.links,
             "weights": self.collectives["update"],
         }
-        return Phase("update", UPDATE_OPERATORS * self.rates.operator, device, self.rates.wait, setup.on_cpu)
+        operators = UPDATE_OPERATORS + MUON_OPERATORS * len(batches)
+        return Phase("update", operators * rates.operator, device, rates.wait, setup.on_cpu)
+
+    def matrices_of_muon(self) -> list[Run]:
+        """What the first rank orthogonalizes, by batch."""
+        shares = [group.matrix_share(self.setup.topology()) for group in self.groups if group.matrices]
+        return [run for share in shares for run in (*share.whole, *([share.tail] if share.tail else []))]
 
     # --- what phases are made of ------------------------------------------------------------------------------------
 

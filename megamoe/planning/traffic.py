@@ -110,17 +110,30 @@ def collectives(setup: Setup) -> list[Collective]:
         sizes = [group.partition * group.ranks * setup.weight_bytes for group in groups if group.expert == expert]
         if ranks > 1:
             found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes), "update"))
+    for purpose, expert, ranks, stride in (
+        ("matrices cut by the end of a share", False, world, 1),
+        ("experts' matrices cut by the end of a share", True, replicas, replica_stride),
+    ):
+        shares = [group.matrix_share(topology) for group in groups if group.expert == expert and group.matrices]
+        cut = [share for share in shares if share.is_cut]  # there and back
+        if cut:
+            payload = 4 * sum(sum(share.sent) + sum(share.received) for share in cut)
+            found.append(Collective(purpose, "all_to_all", ranks, stride, 2 * len(cut), payload, "update"))
     small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * m.num_local_experts)
     found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
     return found
 
 
-def update_bytes(setup: Setup) -> int:
+def update_bytes(setup: Setup, state_bytes: int) -> int:
     """Bytes that an update reads and writes for each weight of a rank's share: the gradient in fp32 for the norm,
     both ways to be clipped, and to be applied; master and state both ways; the master again, for the new weight, and
-    once more for the average, with that both ways."""
+    once more for the average, with that both ways.
+
+    Args:
+        state_bytes: of the optimizer's state for the weight.
+    """
     average = 2 * setup.average_bytes + 4 if setup.average_bytes else 0
-    return 4 * 4 + 2 * (4 + setup.state_bytes) + 4 + setup.weight_bytes + average
+    return 4 * 4 + 2 * (4 + state_bytes) + 4 + setup.weight_bytes + average
 
 
 def host_transfers(setup: Setup) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.ops.lion import DeepSpeedCPULion
@@ -15,25 +16,35 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 from torch import nn
 
-from megamoe.model.names import is_undecayed
+from megamoe.ds_config import dtype_of, optimizer_of
+from megamoe.model.names import is_projection, is_undecayed, plain_parts
 from megamoe.schedule_config import Schedule
 from megamoe.training import cpu
+from megamoe.training.matrix_share import MatrixShare
+from megamoe.training.muon import Muon
 from megamoe.training.operators import load_operator
 from megamoe.training.schedule import learning_rate
 from megamoe.training.zero_step import GivenNormOptimizer
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, muon: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Optimizer groups: norms, biases and latents without weight decay, the rest with, each split for DeepSpeed into
-    shared and expert parameters."""
+    shared and expert parameters.
+
+    Args:
+        muon: settings of a further group of those that Muon takes, the matrices of the blocks; None for no such group.
+    """
+    matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (undecayed if is_undecayed(name) else decayed).append(parameter)
+        by_muon = muon is not None and is_projection(name)
+        (matrices if by_muon else undecayed if is_undecayed(name) else decayed).append(parameter)
     groups = split_params_into_different_moe_groups_for_optimizer(
         [
             {"name": "decayed", "params": decayed},
             {"name": "undecayed", "params": undecayed, "weight_decay": 0.0},
+            {"name": "matrices", "params": matrices, **(muon or {})},
         ]
     )
     return [group for group in groups if group["params"]]  # DeepSpeed leaves one empty before a too large parameter
@@ -56,9 +67,11 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> de
         return learning_rate(step, **vars(schedule)) / schedule.peak
 
     load_operator(ds)
+    muon = _take_muon(model, ds)
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model),
+        model_parameters=None if muon else parameter_groups(model),
+        optimizer=muon,
         config=ds,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
     )
@@ -68,9 +81,40 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> de
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
         if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
             _make_one_moment(engine.optimizer.optimizer)
+        if muon:
+            _share_matrices(muon, engine.optimizer, model)
     if engine.device.type == "cpu":
         cpu.give_back_freed_memory()
     return engine
+
+
+def _take_muon(model: nn.Module, ds: dict[str, Any]) -> Muon | None:
+    """The optimizer, where it is Muon: then `ds` no longer asks DeepSpeed for one.
+
+    DeepSpeed's own Muon takes stacked experts for one matrix or for none, and orthogonalizes at the end of a backward
+    pass: the norm that clips and guards a step would be that of updates. Its momentum has the gradients' precision, and
+    a copy on every rank that owns a part of a parameter.
+    """
+    optimizer = optimizer_of(ds)
+    if optimizer is None or not optimizer.splits_matrices:
+        return None
+    settings = {key: value for key, value in ds.pop("optimizer")["params"].items() if key != "adam_lr"}
+    ds["zero_allow_untested_optimizer"] = True
+    groups = parameter_groups(model, {"use_muon": True, "lr": settings.pop("muon_lr")})
+    return Muon(groups, dtype=torch.float32 if dtype_of(ds) == "fp32" else torch.bfloat16, **settings)
+
+
+def _share_matrices(muon: Muon, zero: DeepSpeedZeroOptimizer, model: nn.Module) -> None:
+    """Tell Muon which matrices the flat groups of DeepSpeed hold, each expert's own."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for number, (group, parameters) in enumerate(zip(muon.param_groups, zero.bit16_groups, strict=True)):
+        if group["use_muon"]:
+            parts = [part for one in parameters for part in plain_parts(names[one], tuple(one.shape))]
+            shapes = [(part.shape[0], part.shape[1]) for part in parts]
+            ranks = zero.real_dp_process_group[number]
+            rank, count = dist.get_rank(ranks), dist.get_world_size(ranks)
+            share = MatrixShare(shapes, int(zero.partition_size[number]), rank, count)
+            muon.set_share(zero.single_partition_of_fp32_groups[number], share, ranks)
 
 
 def _make_one_moment(optimizer: DeepSpeedCPULion) -> None:

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from model_parts import PARTS, model_of
 from toy import PRESET
 
 from megamoe.config import ModelConfig
@@ -14,6 +15,7 @@ from megamoe.model.names import (
     engine_shape,
     is_buffer,
     is_engine_expert,
+    is_projection,
     plain_name,
     plain_parts,
     same_expert_of_first_rank,
@@ -129,3 +131,14 @@ def test_a_plain_buffer_leads_back_to_the_engines_and_only_the_routers_statistic
     for name in found:
         assert is_buffer(plain_name(name))
         assert engine_name(plain_name(name)) == name
+
+
+NOT_MUONS = ("embed_tokens", "lm_head", "router", "shared_gate", "latents", "model.mtp.proj")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_projection_is_a_matrix_of_attention_or_of_an_mlp_by_either_name(part):
+    for name, (_, parts) in shapes_and_parts(engine(model_of(part))).items():
+        for one in parts:
+            is_other = any(word in one.name for word in NOT_MUONS)
+            assert is_projection(one.name) == is_projection(name) == (len(one.shape) == 2 and not is_other), name

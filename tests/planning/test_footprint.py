@@ -29,6 +29,8 @@ WEIGHTS = {**ALL, "vocab_size": 1000, "hidden_size": 96, "intermediate_size": 51
 ACTIVATIONS = {**ALL, "vocab_size": 16, "max_position_embeddings": 256}, 2, 256
 EMBEDDING = {**ALL, "vocab_size": 20_000, "num_hidden_layers": 1}, 1, 8
 LOGITS = {**EMBEDDING[0], "max_position_embeddings": 1301}, 1, 1301  # two chunks, one of them a token longer
+# A dense block and seven experts: half of the shared and of the experts' matrices end within one.
+UNEVEN = {**WEIGHTS[0], "num_local_experts": 7, "num_experts_per_tok": 7, "first_k_dense_replace": 1}, *WEIGHTS[1:]
 SPARSE = {**PRESET, "num_local_experts": 8, "num_hidden_layers": 4, "max_position_embeddings": 512}, 2, 512
 
 
@@ -58,6 +60,8 @@ RECIPES = {
     "reduced to each": config("zero2", use_multi_rank_bucket_allreduce=False),
     "offload": config("zero2_offload"),
     "Lion, offload": config("zero2_lion"),
+    "Muon": config("zero2_muon"),
+    "Muon, bf16 sums": {**config("tiny"), "optimizer": config("zero2_muon")["optimizer"]},
 }
 BELOW_A_STACK = {
     f"bucket below a stack, {name}": config(ds, 100_000, **zero)
@@ -110,6 +114,8 @@ ON_TWO = {
        for name in (
            "bf16, fp32 sums", "bf16, bf16 sums", "reduced to each", "bf16 on the wire", "offload", "Lion, offload")},
     "offload, bf16 sums, accumulated": case(WEIGHTS, ACCUMULATED["offload, bf16 sums, accumulated"], ep_size=2),
+    "Muon, ep_size 2": case(WEIGHTS, RECIPES["Muon"], ep_size=2),
+    "Muon, cut": case(UNEVEN, RECIPES["Muon"]),
     **{name: case(WEIGHTS, ds) for name, ds in BELOW_A_STACK.items()},
     **{f"activations, ep_size {ep_size}": case(ACTIVATIONS, config("zero2"), ep_size) for ep_size in (1, 2)},
     "recomputed": case(DEEP, config("zero2"), ep_size=2, recompute_blocks=4),
@@ -249,6 +255,21 @@ def test_recomputed_blocks_keep_fewer_activations():
         setup = setup_of(group, "recomputed")
         stored, recomputed = (footprint(one).peak for one in (replace(setup, recompute_blocks=0), setup))
         assert recomputed["activations"] < stored["activations"] / 2
+
+
+MUON_CASES = [(0, "Muon, weights"), (0, "Muon, bf16 sums, weights"), (2, "Muon, cut"), (2, "Muon, ep_size 2")]
+
+
+@pytest.mark.parametrize(("group", "name"), MUON_CASES)
+def test_a_step_of_muon_takes_the_planned_bytes(group, name):
+    setup = setup_of(group, name)
+    for rank, found in enumerate(measured(group)):
+        planned = footprint(setup, rank)
+        assert planned.step.total() == pytest.approx(found[name].step, rel=0.002), rank
+        without = replace(setup, muon_bytes=None)
+        assert planned.between["optimizer state"] < 0.6 * footprint(without, rank).between["optimizer state"]
+    moved = {one.purpose for one in collectives(setup)}
+    assert ("experts' matrices cut by the end of a share" in moved) == ("cut" in name)
 
 
 def test_a_moment_less_is_all_that_tells_lion_from_adamw():

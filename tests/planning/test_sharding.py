@@ -60,7 +60,8 @@ def test_groups_hold_every_weight_of_a_rank_once(ep_size):
 @pytest.mark.parametrize("limit", [1000, 6144, 13_000, sharding.EXPERT_GROUP])
 @pytest.mark.parametrize("ep_size", [1, 2])
 @pytest.mark.parametrize("gated", [False, True])
-def test_groups_are_those_that_the_optimizer_is_given(gated, ep_size, limit, monkeypatch):
+@pytest.mark.parametrize("muon", [None, {"use_muon": True}], ids=["AdamW", "Muon"])
+def test_groups_are_those_that_the_optimizer_is_given(muon, gated, ep_size, limit, monkeypatch):
     config = CONFIG.model_copy(update={"gated_mlp": gated})
     split = partial(split_params_into_different_moe_groups_for_optimizer, max_group_size=limit)
     monkeypatch.setattr(engine, "split_params_into_different_moe_groups_for_optimizer", split)
@@ -68,10 +69,15 @@ def test_groups_are_those_that_the_optimizer_is_given(gated, ep_size, limit, mon
     with torch.device("meta"):
         model = Decoder(config, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size))
     names = {parameter: name for name, parameter in model.named_parameters()}
-    given = [[(names[one], one.numel()) for one in group["params"]] for group in engine.parameter_groups(model)]
-    assert [
-        list(group.sizes.items()) for group in parameter_groups(setup_of(ds_config(2), ep_size, ep_size, config))
-    ] == given
+    given = engine.parameter_groups(model, muon)
+    ds = ds_config(2, **({"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}} if muon else {}))
+    planned = parameter_groups(setup_of(ds, ep_size, ep_size, config))
+    assert [list(group.sizes.items()) for group in planned] == [
+        [(names[one], one.numel()) for one in group["params"]] for group in given
+    ]
+    for group, theirs in zip(planned, given, strict=True):
+        assert bool(group.matrices) == theirs.get("use_muon", False)
+        assert not group.matrices or sum(map(math.prod, group.matrices)) == sum(group.sizes.values())
 
 
 @pytest.mark.parametrize("ep_size", [1, 2, 4])

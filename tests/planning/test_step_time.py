@@ -21,12 +21,16 @@ from megamoe.planning.part_cost import NORM_OPERATORS_ON_CPU
 from megamoe.planning.rates import GPU, Rates
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import (
+    MUON_OPERATORS,
+    UPDATE_OPERATORS,
     Phase,
     gradient_bytes,
     gradient_operators,
     step_time,
 )
 from megamoe.planning.traffic import collectives
+from megamoe.training.matrix_share import MatrixShare
+from megamoe.training.muon import orthogonalize_share
 from megamoe.training.step import build_train_step
 
 SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
@@ -162,6 +166,26 @@ def test_an_update_takes_as_long_as_its_bytes():
     assert phases(FULL, rates=rates)["update"].seconds == pytest.approx(46 * weights / 3.35e12, rel=1e-4)
     lion = replace(FULL, state_bytes=4)
     assert phases(lion, rates=rates)["update"].seconds == pytest.approx(38 * weights / 3.35e12, rel=1e-4)
+
+
+def test_muon_adds_the_products_of_every_matrix():
+    setup = replace(FULL, muon_bytes=4)
+    layer = 2 * [(768, 768)] + 2 * [(256, 768)] + 16 * [(768, 2048)]  # attention; experts, either way round
+    flops = 24 * sum(5 * 2 * (2 * small**2 * large + small**3) for small, large in layer)
+    found = phases(setup, SLOW, replace(IDEAL, products=1.0))["update"].device["products"]
+    assert found == pytest.approx(flops / SLOW.flops(2))
+    assert phases(FULL, SLOW, replace(IDEAL, products=1.0))["update"].device["products"] == 0
+    more = phases(setup, rates=replace(IDEAL, operator=1.0))["update"].launches - UPDATE_OPERATORS
+    # Keys and values; outputs with the queries of the next layer, before which are those of the first; two stacks.
+    assert more == MUON_OPERATORS * (24 + 25 + 2 * 24)
+
+
+def test_muon_gives_the_device_what_is_counted_for_each_batch():
+    update, counted = torch.randn(3 * 24), Operators()
+    share = MatrixShare([(4, 6)] * 3, 72, 0, 1)
+    with counted:
+        orthogonalize_share(update, share, None, torch.bfloat16)
+    assert counted.calls.total() == MUON_OPERATORS
 
 
 def test_an_offloaded_optimizer_waits_for_the_host():

@@ -1,0 +1,85 @@
+"""Which matrices of a flat group lie on a rank, as a whole or in part, by arithmetic.
+
+Shape legend: R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+BATCH = 2**24  # values of the matrices that are multiplied at once, unless one has more
+
+Shape = tuple[int, int]  # (R, C)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Matrices of one shape, one after the other."""
+
+    start: int  # in the flat group
+    count: int
+    rows: int
+    columns: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count * self.rows * self.columns
+
+    def batches(self) -> Iterator[Run]:
+        """The same matrices, at most BATCH values or one matrix at a time."""
+        size = self.rows * self.columns
+        most = max(BATCH // size, 1)
+        for first in range(0, self.count, most):
+            yield replace(self, start=self.start + first * size, count=min(most, self.count - first))
+
+
+class MatrixShare:
+    """What a rank has of a flat group of matrices that is split evenly over ranks.
+
+    The end of a share may cut a matrix. It is `tail` on the rank on which it begins. So no rank has more than two
+    parts: of a tail of its own, and of one of a rank before.
+    """
+
+    def __init__(self, shapes: list[Shape], partition: int, rank: int, ranks: int):
+        """
+        Args:
+            shapes: of the matrices, in their order in the flat group.
+            partition: values on each rank, the fill of the last included.
+        """
+        matrices = list(_place(shapes))
+        self.start, self.end = rank * partition, (rank + 1) * partition
+        self._partition = partition
+
+        def cut_at(place: int) -> Run | None:
+            return next((one for one in matrices if one.start < place < one.end), None)
+
+        head, tail = cut_at(self.start), cut_at(self.end)
+        self.tail = tail if tail and tail.start >= self.start else None
+        home = head.start // partition if head else None
+        self.sent = [self._held(head, rank) if other == home else 0 for other in range(ranks)]
+        """Values of a matrix that begins on another rank, by rank: they go there to be orthogonalized."""
+        self.received = [self._held(self.tail, other) if other > rank else 0 for other in range(ranks)]
+        """Values of `tail` on the other ranks."""
+        self.is_cut = any(one.start // partition != (one.end - 1) // partition for one in matrices)
+        """Whether any matrix of the group is on more than one rank."""
+        whole = (one for one in matrices if self.start <= one.start and one.end <= self.end)
+        self.whole = [batch for run in _runs(whole) for batch in run.batches()]
+
+    def _held(self, matrix: Run | None, rank: int) -> int:
+        first, last = rank * self._partition, (rank + 1) * self._partition
+        return max(min(matrix.end, last) - max(matrix.start, first), 0) if matrix else 0
+
+
+def _place(shapes: list[Shape]) -> Iterator[Run]:
+    starts = itertools.accumulate((rows * columns for rows, columns in shapes), initial=0)
+    for start, (rows, columns) in zip(starts, shapes, strict=False):
+        yield Run(start, 1, rows, columns)
+
+
+def _runs(matrices: Iterable[Run]) -> Iterator[Run]:
+    """Neighbours of one shape together."""
+    for _, neighbours in itertools.groupby(matrices, lambda one: (one.rows, one.columns)):
+        first, *others = neighbours
+        yield replace(first, count=1 + len(others))

@@ -1,0 +1,48 @@
+"""The shares of all ranks together: each matrix is orthogonalized once, on one rank, from all of its values."""
+
+import itertools
+
+import pytest
+
+from megamoe.training import matrix_share
+from megamoe.training.matrix_share import MatrixShare, Run
+
+SHAPES = [(4, 6), (4, 6), (4, 6), (10, 3), (40, 5), (2, 2), (2, 2)]  # 310 values, of which the fifth has 200
+STARTS = [0, *itertools.accumulate(rows * columns for rows, columns in SHAPES)]
+
+
+def shares_of(ranks):
+    partition = -(-STARTS[-1] // ranks)
+    return partition, [MatrixShare(SHAPES, partition, rank, ranks) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 16, 200])
+def test_every_matrix_is_on_one_rank_or_begins_on_one_that_gets_the_rest(ranks):
+    partition, shares = shares_of(ranks)
+    taken = []
+    for rank, share in enumerate(shares):
+        for run in share.whole:
+            size = run.rows * run.columns
+            taken += [(start, run.rows, run.columns) for start in range(run.start, run.end, size)]
+            assert rank * partition <= run.start <= run.end <= (rank + 1) * partition
+        if share.tail:
+            taken.append((share.tail.start, share.tail.rows, share.tail.columns))
+            assert sum(share.received) + share.end - share.tail.start == share.tail.rows * share.tail.columns
+        assert share.sent == [other.received[rank] for other in shares]
+        assert sum(map(bool, share.sent)) <= 1
+    assert sorted(taken) == [(start, *shape) for start, shape in zip(STARTS, SHAPES, strict=False)]
+    assert {share.is_cut for share in shares} == {any(share.tail for share in shares)}
+
+
+def test_what_ends_with_a_share_is_not_cut():
+    assert [MatrixShare([(4, 6)] * 4, 48, rank, 2).is_cut for rank in (0, 1)] == [False, False]
+    assert MatrixShare([(4, 6)] * 3, 36, 0, 2).is_cut
+
+
+def test_neighbours_of_one_shape_are_one_batch_up_to_a_size(monkeypatch):
+    _, (share,) = shares_of(1)
+    assert share.whole == [Run(0, 3, 4, 6), Run(72, 1, 10, 3), Run(102, 1, 40, 5), Run(302, 2, 2, 2)]
+    monkeypatch.setattr(matrix_share, "BATCH", 50)
+    _, (share,) = shares_of(1)
+    assert share.whole[:3] == [Run(0, 2, 4, 6), Run(48, 1, 4, 6), Run(72, 1, 10, 3)]
+    assert Run(102, 1, 40, 5) in share.whole
