@@ -142,9 +142,8 @@ class Index(_Part):
     def kinds_of(self, name: str) -> tuple[str, ...]:
         """What is kept of a parameter: MASTERS, and of the optimizer's state tensors those that it has for it."""
         spec = find_optimizer(self.optimizer.name)
-        absent = (
-            {tensor.name for tensor in spec.state if tensor not in spec.state_of(is_projection(name))} if spec else ()
-        )
+        kept = spec.state_of(is_projection(name)) if spec else ()
+        absent = {tensor.name for tensor in spec.state if tensor not in kept} if spec else ()
         return tuple(kind for kind in self.kinds if kind not in absent)
 
     def parts(self, wanted: list[list[Range]]) -> list[Index]:
