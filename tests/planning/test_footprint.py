@@ -268,7 +268,10 @@ def test_a_step_of_muon_takes_the_planned_bytes(group, name):
     setup = setup_of(group, name)
     for rank, found in enumerate(measured(group)):
         planned = footprint(setup, rank)
-        assert planned.step.total() == pytest.approx(found[name].step, rel=0.002), rank
+        real, bucket = found[name].step, setup.bucket * setup.weight_bytes
+        late = 0 if setup.world_size == 1 else held_by_gloo(setup, real) + bucket
+        assert planned.step.total() <= real * 1.002, rank
+        assert real - late <= planned.step.total() * 1.002, rank
         without = replace(setup, muon_bytes=None)
         assert planned.between["optimizer state"] < 0.6 * footprint(without, rank).between["optimizer state"]
     moved = [one.purpose for one in collectives(setup) if "cut by" in one.purpose]
