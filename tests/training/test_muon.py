@@ -175,3 +175,27 @@ def test_torchs_own_muon_takes_the_same_step():
         theirs.step()
         ours.step()
     torch.testing.assert_close(flat.view(8, 24), weight, rtol=0, atol=5e-3)
+
+
+def momentum_behind_a_skipped_step():
+    """Whether the optimizer's state and the masters are what they were before a step with an infinite gradient on one
+    rank."""
+    engine = make(2, **JSON)
+    train(engine, 2)
+    zero, state = engine.optimizer, engine.optimizer.optimizer.state
+
+    def values():
+        masters = zero.single_partition_of_fp32_groups
+        return [
+            tensor.clone() for one in masters for tensor in (one.detach(), *map(torch.as_tensor, state[one].values()))
+        ]
+
+    before, sum_of_squares = values(), zero.sum_of_squares
+    zero.sum_of_squares = lambda: sum_of_squares() * (torch.inf if dist.get_rank() == 0 else 1)
+    train(engine, 1, 2)
+    return engine.skipped_steps, len(before), all(map(torch.equal, before, values()))
+
+
+def test_a_skipped_step_leaves_the_momentum_as_it_is():
+    # Masters and, of two groups of AdamW, three tensors; of two of Muon, one.
+    assert run_ranks(2, momentum_behind_a_skipped_step) == [(1, 4 + 2 * 3 + 2, True)] * 2
