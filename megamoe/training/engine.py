@@ -20,7 +20,7 @@ from megamoe.schedule_config import Schedule
 from megamoe.training import cpu
 from megamoe.training.operators import load_operator
 from megamoe.training.schedule import learning_rate
-from megamoe.training.zero_step import GivenNormOptimizer
+from megamoe.training.zero_step import GivenNormOptimizer, GuardedOptimizer
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -63,8 +63,8 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> de
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
     )
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        if not engine.optimizer.cpu_offload:
-            engine.optimizer.__class__ = GivenNormOptimizer  # the engine takes no class for it
+        # The engine takes no class for it.
+        engine.optimizer.__class__ = GuardedOptimizer if engine.optimizer.cpu_offload else GivenNormOptimizer
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
         if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
             _make_one_moment(engine.optimizer.optimizer)
