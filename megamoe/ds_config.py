@@ -252,6 +252,11 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
             "lower it, or raise that or set rope_scaling in the preset."
         )
+    if run.guard == "act" and section_of(ds, "bf16").get("check_grad_overflow") is False:
+        problems.append(
+            f'guard is "act", but "check_grad_overflow" in the "bf16" section of {run.ds_config} is false, with which '
+            "DeepSpeed skips no step; set it to true."
+        )
     if run.recompute_blocks > model.num_hidden_layers:
         problems.append(
             f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "

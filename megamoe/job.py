@@ -18,6 +18,7 @@ from megamoe.checkpoint import folders
 from megamoe.checkpoint.reader import model_problems, open_source
 from megamoe.config import ModelConfig
 from megamoe.data.batches import BatchShape, TrainData
+from megamoe.data.ledger import DataLedger, read_ledger
 from megamoe.data.ramp import BatchRamp
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer, numbering_problems
@@ -56,7 +57,9 @@ class Job:
         self.candidates: list[Path] = []
         self.initial_weights: list[Path] = []
         self.is_resuming = False
+        self.ledger = DataLedger()  # as the leading rank has it
         if self.folder:
+            self.ledger = problems.attempt(read_ledger, run.folder) or self.ledger
             self._find_start(self.folder)
             problems += self._folder_problems(self.folder)
         self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
@@ -95,7 +98,7 @@ class Job:
         run = self.run
         self.is_resuming = run.resume or (run.auto_resume and folder.began is not None)
         if self.is_resuming and any(folders.checkpoints(folder.checkpoints)):
-            self.candidates = folders.step_folders(folder.checkpoints)
+            self.candidates = folders.run_checkpoints(folder.checkpoints, self.ledger)
         elif run.init_from:
             self.initial_weights = folders.found_at(Path(run.init_from))
 

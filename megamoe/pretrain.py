@@ -20,6 +20,7 @@ from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
+from megamoe.data.ledger import DataLedger
 from megamoe.errors import Problems, UserError
 from megamoe.job import Job
 from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, words_of
@@ -28,8 +29,10 @@ from megamoe.launch.watch import Position, Watch
 from megamoe.run_config import RunConfig, parse_run
 from megamoe.training.determinism import make_deterministic
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
+from megamoe.training.guard import Guard, GuardSettings
 from megamoe.training.loop import Trainer
-from megamoe.training.sinks import Sink, open_sinks
+from megamoe.training.rollback import saved_guard
+from megamoe.training.sinks import SinkGroup, open_sinks
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
 
@@ -142,6 +145,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     checkpoint = restore(job, train_step)
     first = (folders.step_of(checkpoint) or 0) if checkpoint else 0
     has_average = bool(train_step.average and train_step.average.has_begun)
+    guard, ledger = restore_guard(job, checkpoint)
     sinks = enter(job, first, checkpoint, has_average) if dist.get_rank() == 0 else None
     writer = CheckpointWriter(
         train_step.engine,
@@ -152,10 +156,12 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
         keep_every=config.keep_every,
         background=not config.foreground_save,
         resumed=checkpoint,
+        generation=ledger.generation,
         waiting=lambda: position.at("saving"),
     )
     trainer = Trainer(
-        train_step, job.data, job.shape, writer, seed=config.seed, position=position, stop=stop,
+        train_step, job.data, job.shape, writer, seed=config.seed, guard=guard, ledger=ledger, position=position,
+        stop=stop,
         deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), tasks=job.tasks(position),
         sinks=sinks,
         folder_is_gone=job.folder.is_gone if job.folder else lambda: False,
@@ -170,7 +176,27 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
             sinks.close()
 
 
-def enter(job: Job, first: int, checkpoint: Path | None, has_average: bool) -> Sink:
+def restore_guard(job: Job, checkpoint: Path | None) -> tuple[Guard, DataLedger]:
+    """The run's guard as `checkpoint` has it, and its ledger. Collective."""
+    config = job.run
+    guard = Guard(
+        GuardSettings(
+            mode=config.guard,
+            deviations=config.guard_deviations,
+            window=config.guard_window,
+            margin=config.guard_margin,
+            skips=config.guard_skips,
+            rollbacks=config.guard_rollbacks,
+        )
+    )
+    if checkpoint:
+        guard.restore(saved_guard(checkpoint))
+    ledger = [job.ledger]
+    dist.broadcast_object_list(ledger)  # rank 0 has read it
+    return guard, ledger[0]
+
+
+def enter(job: Job, first: int, checkpoint: Path | None, has_average: bool) -> SinkGroup:
     """Record the start or the resume in the run folder; returns the run's sinks, open. On rank 0.
 
     Args:

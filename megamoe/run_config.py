@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -196,6 +196,22 @@ class RunConfig(BaseModel):
     )
     foreground_save: bool = Field(
         default=False, description="hold training while a checkpoint is written, instead of copying the state first"
+    )
+    guard: Literal["off", "warn", "act"] = Field(
+        default="warn", description="what is done about spikes of the loss or the gradient norm, see docs/guard.md"
+    )
+    guard_deviations: float = Field(
+        default=6.0, gt=0, allow_inf_nan=False, description="deviations above its window from which a step is a spike"
+    )
+    guard_window: int = Field(default=128, ge=4, le=4096, description="steps of that window, and of the smoothed loss")
+    guard_margin: float = Field(
+        default=0.5, gt=0, allow_inf_nan=False, description="nats of the smoothed loss above its best: a climb"
+    )
+    guard_skips: int = Field(
+        default=10, gt=0, description="with --guard act, skipped steps in a row after which the run goes back"
+    )
+    guard_rollbacks: int = Field(
+        default=3, ge=0, description="with --guard act, times that the run goes back to a checkpoint before it ends"
     )
     init_from: str | None = Field(
         default=None,

@@ -501,6 +501,14 @@ def test_a_batch_ramp_that_does_not_lead_up_to_the_full_batch_on_these_ranks_is_
     has(only(between(world_size=2, ds=ds, batch_ramp=ramp)), "batch_ramp", *words)
 
 
+def test_a_guard_that_acts_needs_deepspeed_to_look_for_overflows():
+    unchecked = {**ds_json(), "bf16": {"enabled": True, "check_grad_overflow": False}}
+    has(
+        only(between(ds=unchecked, guard="act")), 'guard is "act"', '"check_grad_overflow"', "ds.json", "set it to true"
+    )
+    assert between(ds=unchecked) == between(guard="act") == []
+
+
 def test_more_blocks_to_recompute_than_there_are_are_refused():
     has(only(between(recompute_blocks=3)), "recompute_blocks is 3", "mine has 2 blocks", "at most")
     assert between(recompute_blocks=2) == []

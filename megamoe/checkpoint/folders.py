@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megamoe.data.ledger import DataLedger, read_ledger
 from megamoe.disk import PARTIAL, flush
 from megamoe.run_folder import beginning
 
@@ -91,9 +92,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for path in step_folders(folder) if is_complete(path)]
 
 
+def run_checkpoints(folder: Path, ledger: DataLedger) -> list[Path]:
+    """As `step_folders`, without those that the run has gone back from for good."""
+    found = [(age_of(path), path) for path in step_folders(folder)]
+    return [path for age, path in found if age and not ledger.has_left(age.step, age.generation)]
+
+
 def found_at(path: Path) -> list[Path]:
-    """What there is to try at `path`, in order: a run's checkpoints, those of a folder of them, or `path` itself."""
-    return step_folders(path / "checkpoints") or step_folders(path) or [path]
+    """What there is to try at `path`, in order: a run's checkpoints, those of a folder of them, or `path` itself.
+    Raises UserError."""
+    of_run = run_checkpoints(path / "checkpoints", read_ledger(path)) if path.is_dir() else []
+    return of_run or step_folders(path) or [path]
 
 
 def run_of(checkpoint: Path) -> dict[str, Any] | None:

@@ -127,6 +127,8 @@ class Index(_Part):
     """The checkpoint that the run had resumed from."""
     topology: Topology
     training: TrainingRecord
+    guard: dict[str, Any] | None = None
+    """State of the run's guard, see `training/guard.py`; None without one."""
     optimizer: OptimizerRecord
     run: dict[str, Any]
     """The run's record: model, options, DeepSpeed JSON, versions."""

@@ -193,8 +193,12 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
     state: dict[int, dict[str, Any]] = {}
     held, kept = stretches_by_group(engine), state_by_group(engine)
     for group, master in enumerate(zero.single_partition_of_fp32_groups):
-        tensors = [one for one in kept[group] if one.name in names]
-        state[group] = {one.name: torch.zeros_like(master.data, dtype=one.dtype) for one in tensors}
+        held_state = zero.optimizer.state.get(master, {})  # of a run that goes back: a second one may not fit
+        state[group] = {
+            one.name: held_state[one.name] if one.name in held_state else torch.zeros_like(master.data, dtype=one.dtype)
+            for one in kept[group]
+            if one.name in names
+        }
         for kind, flat in {MASTERS: master.data, **state[group]}.items():  # one after the other, as they lie in files
             for one in held[group]:
                 values = source.read(one.part.name, kind, one.start, one.count)
@@ -206,8 +210,17 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
     if names:
         zero.optimizer.load_state_dict({**zero.optimizer.state_dict(), "state": state})
         zero._link_all_hp_params()
+    elif training:
+        _forget_state(zero.optimizer)
     if training:
         _restore_training_state(engine, training)
+
+
+def _forget_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state before the first applied step."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.zero_() if isinstance(value, Tensor) else 0
 
 
 def _state_names(engine: deepspeed.DeepSpeedEngine, source: Source, training: dict[str, Any]) -> list[str]:

@@ -74,6 +74,7 @@ class CheckpointWriter:
         keep_every: int = 0,
         background: bool = True,
         resumed: Path | None = None,
+        generation: int = 0,
         waiting: Callable[[], None] = lambda: None,
     ):
         """
@@ -84,6 +85,7 @@ class CheckpointWriter:
             keep_every: checkpoints at multiples of this many steps stay too.
             background: copy the state and write while training continues, if the host has memory for the copy.
             resumed: the checkpoint that the run resumes from.
+            generation: the least of the checkpoints to come.
             waiting: called repeatedly while training waits for files, so that the rank does not count as stalled.
         """
         self.engine = engine
@@ -104,15 +106,14 @@ class CheckpointWriter:
         self._size = 0  # in bytes
         self._waited = 0.0
         self._last_seconds = 0.0  # that the last save took
-        self._generation = 0
+        self._generation = generation
+        self._good_until: int | None = None  # the last step of a checkpoint that is good; None where any may be
         self._left_behind: list[Path] = []  # by a run that goes back: damaged, or not readable when it resumed
         self._skipped: dict[str, int] = {}  # steps of each checkpoint's window
         if self.rank == 0:
             with contextlib.suppress(OSError):  # then leftovers stay, and no name of theirs is used again
                 folders.clean(folder)
-            found = folders.step_folders(folder)
-            self._generation = _generation(found, resumed)
-            self._left_behind = found[: found.index(resumed)] if resumed in found else found
+            self._leave_behind(resumed)
 
     @property
     def pending(self) -> bool:
@@ -124,12 +125,43 @@ class CheckpointWriter:
         """Whether this rank's thread is still at it."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, hold: bool = False, skipped: int = 0) -> None:
+    def _leave_behind(self, resumed: Path | None) -> None:
+        found = folders.step_folders(self.folder)
+        self._generation = max(self._generation, _generation(found, resumed))
+        self._left_behind = found[: found.index(resumed)] if resumed in found else found
+
+    @property
+    def left_behind(self) -> list[Path]:
+        """On rank 0, checkpoints that the run has gone back from."""
+        return self._left_behind
+
+    def go_back(self, checkpoint: Path) -> int:
+        """What is saved from now on follows `checkpoint`; those after it stay, left behind. No save is pending.
+
+        Returns, on rank 0, the generation of the checkpoints to come. Raises OSError.
+        """
+        assert not self.pending
+        self._resumed, self._good_until = checkpoint, None
+        if self.rank == 0:
+            self._leave_behind(checkpoint)
+            disk.replace_file(self.folder / "latest", checkpoint.name)
+        return self._generation
+
+    def save(
+        self,
+        step: int,
+        hold: bool = False,
+        skipped: int = 0,
+        guard: dict[str, Any] | None = None,
+        good_until: int | None = None,
+    ) -> None:
         """Begin to save; `complete` ends it. Waits for the one before, if that is not complete.
 
         Args:
             hold: nothing is trained until it is complete, so that no copy is needed.
             skipped: steps since the save before whose gradients were not finite.
+            guard: state of the run's guard.
+            good_until: the last step whose checkpoint the run might go back to; None where it does not.
         """
         started = time.perf_counter()
         if self.pending:
@@ -137,7 +169,8 @@ class CheckpointWriter:
         self._saves += 1
         self._failure = "the thread that saves has failed"  # until it says otherwise
         self._engine_is_free.clear()
-        index = self._index(step, skipped) if self.rank == 0 else None
+        self._good_until = good_until
+        index = self._index(step, skipped, guard) if self.rank == 0 else None
         save = _Save(self._saves, step, rank_state(self.engine), index, hold, self._event(), started)
         self._thread = threading.Thread(target=self._work, args=(save, None if hold else self._host_copy), daemon=True)
         self._thread.start()
@@ -239,7 +272,7 @@ class CheckpointWriter:
 
     # --- rank 0 -----------------------------------------------------------------------------------------------------
 
-    def _index(self, step: int, skipped: int) -> Index:
+    def _index(self, step: int, skipped: int, guard: dict[str, Any] | None) -> Index:
         return Index(
             save_id=uuid.uuid4().hex,
             run_id=self.record.get("run_id"),
@@ -247,6 +280,7 @@ class CheckpointWriter:
             parent=self._resumed.name if self._resumed else None,
             topology=topology(self.engine),
             training=training_record(self.engine, skipped),
+            guard=guard,
             optimizer=optimizer_record(self.engine),
             run=self.record,
             shapes={},
@@ -302,7 +336,11 @@ class CheckpointWriter:
             print(f"error: old checkpoints in {self.folder} cannot be removed ({error}).", file=sys.stderr, flush=True)
 
     def _is_good(self, checkpoint: Path) -> bool:
-        """Whether no step of its window was skipped for a gradient that is not finite."""
+        """Whether no step of its window was skipped for a gradient that is not finite, and the run might go back to
+        it."""
+        step = folders.step_of(checkpoint)
+        if self._good_until is not None and step is not None and step > self._good_until:
+            return False
         if checkpoint.name not in self._skipped and folders.has_index(checkpoint):
             try:
                 self._skipped[checkpoint.name] = read_index(checkpoint).training.skipped_in_window

@@ -72,6 +72,11 @@ class TrainData:
         for start in range(first + rank * shape.micro_batch, first + samples, shape.micro_batch * shape.world_size):
             yield self.batch(start, shape.micro_batch, ahead)
 
+    def step_samples(self, step: int, shape: BatchShape) -> list[tuple[int, int]]:
+        """(corpus, sample), by number from 0, of all samples of a step over all ranks, in the order of positions."""
+        first = shape.ramp.samples_before(step)
+        return [self.order.at(position) for position in range(first, first + shape.ramp.samples_of(step))]
+
     def batch(self, first: int, count: int, ahead: int = 0) -> Batch:
         """The samples at positions first .. first + count - 1.
 

@@ -13,15 +13,22 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megamoe.model.dispatch import combine_rows
-from megamoe.model.moe import Placed
+from megamoe.model.moe import Placed, sum_of_entropies
 from megamoe.model.rope import Rotary
-from megamoe.model.router import Routing
+
+
+class Routed(NamedTuple):
+    """What is needed of a `Routing` behind the first region, so that nothing else is written to memory."""
+
+    weights: Tensor
+    counts: Tensor
+    losses: Tensor | None
 
 
 class CompiledBlock:
@@ -48,8 +55,8 @@ class CompiledBlock:
                 return dispatch.experts(rows, ends)
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        x, routing, placed = self.before_experts(block, x, rotary, mask)
-        dispatch.count_for_balancing(routing.counts)
+        x, routing, entropy, placed = self.before_experts(block, x, rotary, mask)
+        dispatch.count_for_balancing(routing.counts, entropy)
         # Eager blocks begin it before they place the rows; here both are behind the first region.
         incoming = dispatch.exchange_counts(routing.counts)
         results = dispatch.run_experts(placed, incoming, experts)
@@ -78,8 +85,9 @@ def whole(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> Tensor:
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
-def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Routing, Placed]:
-    """x (B, S, D) with attention and the shared experts added, the routing, and the rows by expert."""
+def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Routed, Tensor, Placed]:
+    """x (B, S, D) with attention and the shared experts added, the routing, its `sum_of_entropies`, and the rows
+    by expert."""
     x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
     hidden = block.post_attention_layernorm(x)
     rows = hidden.flatten(0, 1)
@@ -87,7 +95,8 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
         placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
-    return block.with_shared(x, hidden), routing, placed
+    routed = Routed(routing.weights, routing.counts, routing.losses)
+    return block.with_shared(x, hidden), routed, sum_of_entropies(routing.log_scores), placed
 
 
 def activate(experts: Any, inside: Tensor) -> Tensor:

@@ -120,6 +120,13 @@ class Decoder(nn.Module):
         """The routers, those of `config.sparse_blocks`."""
         return [moe.router for moe in self.moe_layers()]
 
+    def take_entropies(self) -> Tensor:
+        """(L,): of each router the `sum_of_entropies` of this rank's tokens since the last call."""
+        held = [moe.deepspeed_moe.step_entropy for moe in self.moe_layers()]
+        entropies = torch.stack(held)
+        torch._foreach_zero_(held)
+        return entropies
+
     @property
     def head(self) -> Tensor:
         """Weight of the head, (V, D)."""

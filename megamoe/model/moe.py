@@ -53,7 +53,13 @@ class Incoming(NamedTuple):
 
 
 class DroplessDispatch(nn.Module):
-    """Sends every token to its experts and brings the weighted results back; stands in for DeepSpeed's MOELayer."""
+    """Sends every token to its experts and brings the weighted results back; stands in for DeepSpeed's MOELayer.
+
+    Buffers:
+        step_entropy: (), `sum_of_entropies` of this rank's tokens since the last optimizer step; not saved.
+    """
+
+    step_entropy: Tensor
 
     def __init__(self, router: Router, experts: nn.Module, topology: ExpertTopology):
         super().__init__()
@@ -61,6 +67,7 @@ class DroplessDispatch(nn.Module):
         self.experts = experts
         self.topology = topology
         self.ep_group: dist.ProcessGroup | None = None
+        self.register_buffer("step_entropy", torch.zeros(()), persistent=False)
 
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:  # called by DeepSpeed's MoE
         self.ep_group = ep_group
@@ -71,18 +78,20 @@ class DroplessDispatch(nn.Module):
         Args:
             num_sequences: that the tokens are of.
         """
-        weights, expert_ids, counts, losses = self.router(x, num_sequences)  # (T, K), (T, K), (E,), (2,)
-        self.count_for_balancing(counts)
+        weights, expert_ids, counts, losses, log_scores = self.router(x, num_sequences)
+        self.count_for_balancing(counts, sum_of_entropies(log_scores) if self.training else None)
+        del log_scores  # as large as the scores
         incoming = self.exchange_counts(counts)
         placed = self.place(x, expert_ids, counts)  # while the counts are on their way
         results = self.run_experts(placed, incoming, self.experts)
         return combine_rows(results, weights, placed.token, placed.place), losses, counts
 
-    def count_for_balancing(self, counts: Tensor) -> None:
-        """Add the slots of each expert, (E,), to those of the step."""
+    def count_for_balancing(self, counts: Tensor, entropy: Tensor | None) -> None:
+        """Add the slots of each expert, (E,), and in training the `sum_of_entropies`, to those of the step."""
         # Inside a backward pass this is a recomputation: its slots were counted the first time.
-        if self.training and torch._C._current_graph_task_id() == -1:
+        if entropy is not None and torch._C._current_graph_task_id() == -1:
             self.router.step_counts += counts
+            self.step_entropy += entropy
 
     def exchange_counts(self, counts: Tensor) -> Incoming | None:
         """Tell the ranks that share experts how many slots (E,) this one has for each; None where each rank has all."""
@@ -120,6 +129,12 @@ class DroplessDispatch(nn.Module):
         rows = experts(rows, here.ends)
         rows = pick_rows(rows, here.place)
         return all_to_all(rows, receive, send, self.ep_group)
+
+
+def sum_of_entropies(log_scores: Tensor) -> Tensor:
+    """The entropies of all tokens' scores, each token's divided by their sum, from their logarithms (T, E): () in
+    nats."""
+    return torch.special.entr(log_scores.detach().softmax(-1)).sum()
 
 
 class MoE(deepspeed.moe.layer.MoE):

@@ -25,6 +25,7 @@ class Routing(NamedTuple):
     expert_ids: Tensor  # (T, K)
     counts: Tensor  # (E,) int64, slots of each expert
     losses: Tensor | None  # (2,), of `RouterLosses`; None without them and outside of training
+    log_scores: Tensor  # (T, E), at least fp32: logarithms of the scores, but for a constant of each token
 
 
 class Router(nn.Module):
@@ -107,7 +108,7 @@ class Router(nn.Module):
         losses = None
         if self.losses is not None and self.training:
             losses = self.losses(logits, log_scores, expert_ids, self.running_load, num_sequences)
-        return Routing(weights, expert_ids, counts, losses)
+        return Routing(weights, expert_ids, counts, losses, log_scores)
 
     def _choose(self, scores: Tensor) -> Tensor:
         """The experts (T, K) with the largest score + bias, out of the best groups; `scores` is (T, E)."""

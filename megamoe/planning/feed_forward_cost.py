@@ -44,8 +44,8 @@ def router_cost(setup: Setup) -> Cost:
     wide, outside, scores = 4 * tokens * m.hidden_size, s * tokens * m.hidden_size, 4 * tokens * m.num_local_experts
     is_sigmoid, balance = m.router_score == "sigmoid", m.router_aux_loss_coef > 0
     by_log_scores = m.norm_topk_prob or balance  # the gradient comes this way
-    # Products, scores, choices, their weights and counts; their input in fp32, and passes over the scores.
-    cost = Cost(BothWays(8, 5), BothWays(10, 8), BothWays(2, 3.5) * wide + BothWays(5, 6) * scores)
+    # Products, scores, choices, their weights, counts and entropy; their input in fp32, and passes over the scores.
+    cost = Cost(BothWays(12, 5), BothWays(10, 8), BothWays(2, 3.5) * wide + BothWays(10, 6) * scores)
     parts = [
         (Cost(BothWays(2, 2), NONE, BothWays(1, 1) * outside), s < 4),  # casts
         (Cost(BothWays(1, 0), NONE, BothWays(2, 0) * scores), m.router_bias),

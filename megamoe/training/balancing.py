@@ -30,6 +30,7 @@ class Balance:
 
     counts: Tensor  # (L, E) int64: slots per layer and expert over all ranks and micro-batches
     running_loads: Tensor  # (L, E) fp32: running means of the shares, this step included
+    entropies: list[float]  # (L,), nats: of a router's scores, which sum to 1, the mean over all tokens
 
     @property
     def batch_max_vio(self) -> Tensor:

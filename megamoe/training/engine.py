@@ -24,7 +24,7 @@ from megamoe.training.matrix_share import MatrixShare
 from megamoe.training.muon import Muon
 from megamoe.training.operators import load_operator
 from megamoe.training.schedule import learning_rate
-from megamoe.training.zero_step import GivenNormOptimizer
+from megamoe.training.zero_step import GivenNormOptimizer, GuardedOptimizer
 
 
 def parameter_groups(model: nn.Module, muon: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -76,8 +76,8 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> de
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
     )
     if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        if not engine.optimizer.cpu_offload:
-            engine.optimizer.__class__ = GivenNormOptimizer  # the engine takes no class for it
+        # The engine takes no class for it.
+        engine.optimizer.__class__ = GuardedOptimizer if engine.optimizer.cpu_offload else GivenNormOptimizer
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
         if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
             _make_one_moment(engine.optimizer.optimizer)

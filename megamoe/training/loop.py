@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,16 +13,21 @@ import torch.distributed as dist
 
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.data.batches import BatchShape, TrainData
+from megamoe.data.ledger import DataLedger
 from megamoe.data.prefetch import Prefetcher
+from megamoe.errors import UserError
 from megamoe.launch.exits import FAILED, REFUSED
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position
 from megamoe.training.balancing import Balance
 from megamoe.training.distributed import on_any_rank
 from megamoe.training.evaluation import Evaluator
+from megamoe.training.guard import Guard, Return
 from megamoe.training.metrics import StepMetrics
+from megamoe.training.rollback import go_back
+from megamoe.training.router_health import RouterHealth
 from megamoe.training.scoring import Share
-from megamoe.training.sinks import Sink
+from megamoe.training.sinks import SinkGroup
 from megamoe.training.skipped import SkippedSteps
 from megamoe.training.step import StepResult, TrainStep
 from megamoe.training.step_sums import Flags
@@ -40,18 +45,22 @@ class Trainer:
         writer: CheckpointWriter,
         *,
         seed: int,
+        guard: Guard,
+        ledger: DataLedger,
         position: Position,
         stop: StopRequest,
         deadline: Deadline,
         evaluator: Evaluator | None,
         tasks: TaskEvaluator | None = None,
-        sinks: Sink | None,
+        sinks: SinkGroup | None,
         folder_is_gone: Callable[[], bool],
     ):
         """
         Args:
             writer: saves the engine.
             seed: of dropout and jitter.
+            guard: watches the steps.
+            ledger: says which data each step reads.
             position: is told where this rank is.
             stop: the run saves and leaves when it asks for that.
             deadline: the run saves and leaves before it.
@@ -64,6 +73,10 @@ class Trainer:
         self.shape = shape
         self.writer = writer
         self.seed = seed
+        self.data = data
+        self.guard = guard
+        self.ledger = ledger
+        self.health = RouterHealth(train_step.model.config.sparse_blocks)
         self.position = position
         self.stop = stop
         self.deadline = deadline
@@ -77,7 +90,9 @@ class Trainer:
         self.rank = dist.get_rank()
         # Multi-token prediction needs the token after the one that follows a sample's last position.
         ahead = train_step.model.config.num_nextn_predict_layers
-        self.batches = Prefetcher(lambda step: data.step_batches(step, self.rank, shape, ahead), train_step.device)
+        self.batches = Prefetcher(
+            lambda data_step: data.step_batches(data_step, self.rank, shape, ahead), train_step.device
+        )
         position.follow(train_step.model.blocks())
 
     def run(
@@ -97,7 +112,9 @@ class Trainer:
         self.metrics.restart(first)
         longest = 0.0  # seconds from one step's end to the next
         with self.batches:
-            for step in range(first + 1, last + 1):
+            step = first
+            while step < last:
+                step += 1
                 started = time.perf_counter()
                 logs, saves = step % log_every == 0, _due(step, save_every)
                 # What stopping now would take, and as much again.
@@ -107,10 +124,15 @@ class Trainer:
                 # The update may still run on the device; the next step waits for it.
                 self.metrics.add(result, time.perf_counter() - started)
 
+                self._watch(step, last, result)
                 final = step == last or asked or out_of_time
                 if logs or final:
                     self._log(step, last, result.balance)
                 self._check(step, is_gone)
+                why = self.guard.must_go_back()
+                if why and not (asked or out_of_time):
+                    step = self._go_back(step, why)
+                    continue
                 # Tasks may take long: a run that leaves does not begin with them.
                 intervals = {self.evaluator: eval_every, self.tasks: 0 if asked or out_of_time else tasks_every}
                 due = [one for one, every in intervals.items() if one and (_due(step, every) or step == last)]
@@ -121,8 +143,8 @@ class Trainer:
                 if saves or final:
                     self._save(step, final)
                 if final and step < last:
-                    why = "by a signal" if asked else "before the time limit"
-                    self._say(step, f"stopped {why} after step {step}; continue with --resume")
+                    how = "by a signal" if asked else "before the time limit"
+                    self._say(step, f"stopped {how} after step {step}; continue with --resume")
                     return False
                 longest = max(longest, time.perf_counter() - started)
         return True
@@ -132,7 +154,9 @@ class Trainer:
         if self.writer.pending:
             self._complete()
         self._window = self.skipped.window
-        self.writer.save(step, hold=final, skipped=self._window)
+        self.writer.save(
+            step, hold=final, skipped=self._window, guard=self.guard.state(), good_until=self.guard.good_until
+        )
         if final and not self._complete():
             (is_gone,) = on_any_rank(self._folder_is_gone(), device=self.train_step.device)
             self._check(step, is_gone)
@@ -147,23 +171,54 @@ class Trainer:
 
     def _check(self, step: int, folder_is_gone: bool) -> None:
         """Warn, or end all ranks, where going on makes no sense."""
-        warning, error = self.skipped.warning(), self.skipped.error()
+        warning = self.skipped.warning()
+        error = None if self.guard.acts else self.skipped.error()  # it goes back first
         if folder_is_gone:
             error = f"{self.writer.folder.parent} has been removed while the run trained in it; start again"
         if warning:
             self._say(step, f"warning after step {step}: {warning}")
-        if not error:
-            return
+        if error:
+            self._end(step, error)
+
+    def _end(self, step: int, error: str) -> NoReturn:
         if self.writer.pending:
             self.writer.complete()
         if self.rank == 0:
             print(f"error: after step {step}: {error}.", file=sys.stderr, flush=True)
         sys.exit(REFUSED)
 
-    def _count_skipped(self, applied: bool) -> None:
+    def _watch(self, step: int, last: int, result: StepResult) -> None:
+        """Count a step that was skipped, and have the guard look at it and at the routers."""
         scaler = self.train_step.engine.optimizer.loss_scaler
-        lowers_scale = scaler.dynamic and scaler.cur_scale > scaler.min_scale
-        self.skipped.count(was_applied=applied or lowers_scale)
+        lowers_scale = scaler.dynamic and scaler.cur_scale > scaler.min_scale and not result.is_spike
+        self.skipped.count(was_applied=result.applied or result.is_spike or lowers_scale)
+        event = self.guard.after(step, result, lowers_scale)
+        if event and self.sinks:
+            data_step = self.ledger.data_step(step)
+            samples = self.data.step_samples(data_step, self.shape)
+            self.sinks.log_event({"event": event.kind, **event.values, "data_step": data_step, "samples": samples})
+            self._say(step, event.line)
+        if self.sinks and self.guard.watches and result.balance:
+            for line in self.health.warnings(step, last, result.balance):
+                self._say(step, line)
+
+    def _go_back(self, step: int, why: Return) -> int:
+        """Return to an older checkpoint; returns its step."""
+        self.position.at("going back to a checkpoint")
+        if self.writer.pending:
+            self._complete()
+        try:
+            done = go_back(why, step, writer=self.writer, guard=self.guard, ledger=self.ledger)
+        except UserError as error:
+            self._end(step, error.problems[0])
+        self.ledger = done.ledger
+        self.skipped = SkippedSteps()
+        self.metrics.restart(done.to_step)
+        if self.sinks:
+            self.sinks.go_back(done.to_step)
+            self.sinks.log_event(done.event)
+            self._say(done.to_step, done.line)
+        return done.to_step
 
     def _train(self, step: int, needed: float, looks_at_folder: bool) -> StepResult:
         """One optimizer step on this rank's micro-batches.
@@ -173,21 +228,20 @@ class Trainer:
         """
         self.position.at("reading data", step)
         self._seed_step(step)
-        batches = self.batches.step(step)
+        batches = self.batches.step(self.ledger.data_step(step))
         self.train_step.accumulate(len(batches))
         self.train_step.forward_backward(batches)
         self.position.at("optimizer step")
         self.writer.before_update()
-        result = self.train_step.update(
+        return self.train_step.update(
             Flags(
                 stop_asked=self.stop.asked,
                 out_of_time=self.deadline.within(needed),
                 writing=self.writer.writing,
                 folder_is_gone=looks_at_folder and self._folder_is_gone(),
-            )
+            ),
+            self.guard.skips if self.guard.acts else None,
         )
-        self._count_skipped(result.applied)
-        return result
 
     def _seed_step(self, step: int) -> None:
         """Dropout and jitter follow from (seed, rank, step): a resumed run draws what it would have drawn."""
@@ -196,7 +250,8 @@ class Trainer:
 
     def _log(self, step: int, last: int, balance: Balance | None) -> None:
         if self.sinks:
-            self.sinks.log_scalars("train", step, self.metrics.values(step, last))
+            values = {"guarded_steps": self.guard.guarded_steps, "rollbacks": self.ledger.rollbacks}
+            self.sinks.log_scalars("train", step, {**self.metrics.values(step, last), **values})
             if balance:
                 blocks = self.train_step.model.config.sparse_blocks
                 self.sinks.log_expert_loads(step, blocks, balance.counts)
@@ -221,8 +276,8 @@ class Trainer:
             values |= evaluator.run(self.train_step.model, share, self.train_step.device)
         return values
 
-    def _say(self, step: int, line: str) -> None:
-        if self.sinks:
+    def _say(self, step: int, line: str | None) -> None:
+        if self.sinks and line:
             self.sinks.log_text(step, line)
 
 

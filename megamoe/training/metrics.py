@@ -20,6 +20,7 @@ class StepMetrics:
         self._shape = shape
         weight = next(train_step.model.parameters())
         self._sample_flops = train_flops_per_token(train_step.model.config, shape.seq_len) * shape.seq_len
+        self._blocks = train_step.model.config.sparse_blocks
         self.peak = peak_flops(self._device, weight.dtype)
         self.restart(0)
 
@@ -49,6 +50,7 @@ class StepMetrics:
         rate = self._samples / self._seconds  # samples per second
         ramp = self._shape.ramp
         balance = self._last.balance
+        entropies = balance.entropies if balance else [math.nan]
         return {
             "loss": self._losses / steps,
             **{f"{name}_loss": total / steps for name, total in self._parts.items()},
@@ -59,6 +61,9 @@ class StepMetrics:
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
             "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
+            "router_entropy": sum(entropies) / max(len(entropies), 1),
+            "lowest_router_entropy": min(entropies, default=math.nan),
+            "router_entropy_by_block": dict(zip(map(str, self._blocks), entropies, strict=False)),
             "grad_norm": self._last.grad_norm,
             "memory_gib": memory_gib(self._device),
             "skipped_steps": self._engine.skipped_steps,

@@ -44,6 +44,9 @@ class Sink:
             counts: (L, E) int64.
         """
 
+    def log_event(self, values: dict[str, Any]) -> None:
+        """What the guard has met: "event", "step" and what belongs to it, see docs/guard.md."""
+
     def close(self) -> None:
         """Write what is left."""
 
@@ -59,7 +62,8 @@ class ConsoleSink(Sink):
 
 
 def _train_line(step: int, values: dict[str, Any]) -> str:
-    skipped = f" skipped={values['skipped_steps']}" if values["skipped_steps"] else ""
+    counts = {"skipped": "skipped_steps", "guarded": "guarded_steps", "rollbacks": "rollbacks"}
+    skipped = "".join(f" {word}={values[name]}" for word, name in counts.items() if values.get(name))
     batch = f"batch={values['batch_size']} " if "batch_size" in values else ""
     parts = [f"{name.removesuffix('_loss')}={value:.4g} " for name, value in values.items() if name.endswith("_loss")]
     return (
@@ -98,14 +102,30 @@ class JsonLinesSink(Sink):
             self._file.write("\n")
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        # JSON has no NaN and no infinity, which a skipped step brings.
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in values.items()}  # fmt: skip
-        self._file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        self._file.write(_json_line({"kind": kind, "step": step, **values}))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _json_line(values: dict[str, Any]) -> str:
+    # JSON has no NaN and no infinity, which a skipped step brings.
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+              for key, value in values.items()}  # fmt: skip
+    return json.dumps(finite) + "\n"
+
+
+class EventSink(Sink):
+    """RUN/guard.jsonl: a line per event; no file without one."""
+
+    def open(self, run_dir: Path, first_step: int) -> None:
+        self._path = run_dir / "guard.jsonl"
+
+    def log_event(self, values: dict[str, Any]) -> None:
+        is_torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write("\n" * is_torn + _json_line(values))
 
 
 class TensorBoardSink(Sink):
@@ -120,6 +140,9 @@ class TensorBoardSink(Sink):
         for key, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{key}", value, step)
+            elif isinstance(value, dict):  # by block
+                for block, inner in value.items():
+                    self._board.add_scalar(f"{key}/layer_{int(block):02d}", inner, step)
 
     def log_text(self, step: int, text: str) -> None:
         self._board.add_text("run", text, step)
@@ -144,7 +167,7 @@ class TensorBoardSink(Sink):
         self._board.close()
 
 
-SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink)
+SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink, EventSink)
 
 
 class SinkGroup(Sink):
@@ -175,6 +198,14 @@ class SinkGroup(Sink):
     def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
         self._call_each("log_expert_loads", step, blocks, counts)
 
+    def log_event(self, values: dict[str, Any]) -> None:
+        self._call_each("log_event", values)
+
+    def go_back(self, step: int) -> None:
+        """What was logged after `step` is superseded."""
+        self._call_each("close")
+        self._call_each("open", self._run_dir, step)
+
     def close(self) -> None:
         self._call_each("close")
         for sink, lost in self._lost.items():
@@ -203,7 +234,7 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def open_sinks(run_dir: Path, first_step: int) -> Sink:
+def open_sinks(run_dir: Path, first_step: int) -> SinkGroup:
     """All sinks of a run, open. On rank 0."""
     group = SinkGroup([kind() for kind in SINKS])
     group.open(run_dir, first_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ class StepResult:
     loss: float  # mean cross-entropy, in nats
     parts: dict[str, float]  # means of the other parts of the training loss, by name and without coefficients
     grad_norm: float  # before clipping; infinite where a gradient is not finite
-    applied: bool  # False where DeepSpeed has skipped the update for a gradient that is not finite
+    applied: bool  # False where the update was skipped, for a gradient that is not finite or as a spike
     flags: Flags  # whether any rank has set them
     balance: Balance | None  # None if skipped, or without routers
+    is_spike: bool = False  # it was skipped as one
 
 
 class TrainStep:
@@ -78,41 +80,61 @@ class TrainStep:
             if not self.engine.is_gradient_accumulation_boundary():
                 self.engine.step()  # DeepSpeed counts micro-batches by this call; nothing is applied yet
 
-    def update(self, flags: Flags = NO_FLAGS) -> StepResult:
-        """Apply the gradients, clipped, and move the balancing bias; or skip both where a gradient is not finite.
-        Collective, after `forward_backward` of this step.
+    def update(self, flags: Flags = NO_FLAGS, skips: Callable[[float, float], bool] | None = None) -> StepResult:
+        """Apply the gradients, clipped, and move the balancing bias; or skip both where a gradient is not finite, or
+        the step is a spike. Collective, after `forward_backward` of this step.
 
         Args:
             flags: of this rank.
+            skips: whether a step with this loss and this norm, which all ranks have alike, is to be skipped as a spike;
+                a pure function.
         """
         optimizer = self.engine.optimizer
         takes_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
         losses = self.model.step_losses
         counts = self.balancer.take_counts() if self.balancer else losses.new_zeros(0, 0)
-        sums = sum_over_ranks(optimizer.sum_of_squares() if takes_norm else 0.0, losses, flags, counts)
+        entropies = self.model.take_entropies() if self.balancer else losses.new_zeros(0)
+        sums = sum_over_ranks(optimizer.sum_of_squares() if takes_norm else 0.0, losses, flags, counts, entropies)
         losses.zero_()
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
         on_host = sums.read(running)
 
-        if takes_norm:
-            optimizer.give_norm(norm_of(on_host.squares))
-        self.engine.step()
-        applied = self.engine.was_step_applied()
-        if self.balancer and applied:
-            self.balancer.apply(running)
-        if self.average and applied:
-            self.average.update()
-
         micro_batches = self.engine.gradient_accumulation_steps() * dist.get_world_size()
         loss, *others = (total / micro_batches for total in on_host.losses)
+        if takes_norm:
+            optimizer.give_norm(norm_of(on_host.squares))
+        is_spike = self._apply(partial(skips, loss) if skips else None)
+        applied = self.engine.was_step_applied()
+        balance = None
+        if self.balancer and applied:
+            self.balancer.apply(running)
+            tokens = on_host.slots / self.model.config.num_experts_per_tok
+            entropies = [total / tokens for total in on_host.entropies]
+            balance = Balance(on_host.counts, on_host.running_loads, entropies)
+        if self.average and applied:
+            self.average.update()
         return StepResult(
             loss=loss,
             parts=dict(zip(self.model.loss_parts[1:], others, strict=True)),
-            grad_norm=float(self.engine.get_global_grad_norm()),
+            grad_norm=float(optimizer.spike if is_spike else self.engine.get_global_grad_norm()),
             applied=applied,
             flags=on_host.flags,
-            balance=Balance(on_host.counts, on_host.running_loads) if self.balancer and applied else None,
+            balance=balance,
+            is_spike=is_spike,
         )
+
+    def _apply(self, is_spike: Callable[[float], bool] | None) -> bool:
+        """DeepSpeed's step; returns whether it was skipped for a norm that `is_spike`."""
+        if is_spike is None:
+            self.engine.step()
+            return False
+        optimizer = self.engine.optimizer
+        optimizer.is_spike = is_spike
+        self.engine.step()
+        if optimizer.spike is None:
+            return False
+        self.engine.skipped_steps -= 1  # of steps whose gradients are not finite
+        return True
 
 
 def build_train_step(

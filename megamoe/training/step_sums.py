@@ -1,6 +1,6 @@
 """What the ranks tell each other in a step besides gradients: one vector, summed by one all-reduce, read once.
 
-Shape legend: E experts, L layers, P parts of the loss.
+Shape legend: E experts, L layers with experts, P parts of the loss.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class HostSums:
     squares: float  # of the gradients times the loss scale; NaN or infinite where one is not finite
     losses: list[float]  # (P,), of all micro-batches
     flags: Flags  # whether any rank has set them
+    entropies: list[float]  # (L,), of all tokens
+    slots: float  # of each layer
     counts: Tensor  # (L, E) int64
     running_loads: Tensor  # (L, E) fp32, as given to `read`
 
@@ -43,7 +45,7 @@ class HostSums:
 class StepSums:
     """The sums over all ranks, on the device."""
 
-    scalars: Tensor  # (SCALARS + P,) fp64: squares, flags, losses
+    scalars: Tensor  # (SCALARS + P + L,) fp64: squares, flags, losses, entropies
     counts: Tensor  # (L, E) fp64, of all routers
 
     def read(self, running_loads: Tensor) -> HostSums:
@@ -51,12 +53,18 @@ class StepSums:
         values = host_values(torch.cat((self.scalars, self.counts.flatten(), running_loads.flatten())))()
         size = len(self.scalars)
         squares, *flags = values[:SCALARS]
-        counts, running = torch.tensor(values[size:], dtype=torch.float64).view(2, *self.counts.shape)
+        layers, experts = self.counts.shape
+        means, slots = size - layers, sum(values[size : size + experts])
+        counts, running = torch.tensor(values[size:], dtype=torch.float64).view(2, layers, experts)
         flags = Flags(*(flag > 0 for flag in flags))
-        return HostSums(squares, values[SCALARS:size], flags, counts.long(), running.float())
+        return HostSums(
+            squares, values[SCALARS:means], flags, values[means:size], slots, counts.long(), running.float()
+        )
 
 
-def sum_over_ranks(squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor) -> StepSums:
+def sum_over_ranks(
+    squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor, entropies: Tensor
+) -> StepSums:
     """Sum what each rank gives, by one all-reduce. Collective; does not wait for the device.
 
     Args:
@@ -64,15 +72,15 @@ def sum_over_ranks(squares: Tensor | float, losses: Tensor, flags: Flags, counts
         losses: (P,), sums over this rank's micro-batches.
         flags: of this rank.
         counts: (L, E) int64, slots that this rank's routers have given each expert.
+        entropies: (L,), sums over this rank's tokens.
     """
-    size = SCALARS + len(losses)
-    scalars = torch.zeros(size, dtype=torch.float64, device=losses.device)
+    size = SCALARS + len(losses) + len(entropies)
+    scalars = torch.zeros(SCALARS, dtype=torch.float64, device=losses.device)
     # A number is filled in, for `scalars[0] = number` would copy it from the host and wait for the device.
     scalars[0].copy_(squares) if isinstance(squares, Tensor) else scalars[0].fill_(squares)
     for index, is_set in enumerate(flags, start=1):
         if is_set:
             scalars[index].fill_(1)
-    scalars[SCALARS:].copy_(losses)
-    sums = torch.cat((scalars, counts.flatten()))  # fp64 is exact for counts
+    sums = torch.cat((scalars, losses, entropies, counts.flatten()))  # fp64 is exact for counts
     dist.all_reduce(sums)
     return StepSums(sums[:size], sums[size:].view(counts.shape))

@@ -1,4 +1,5 @@
-"""What is replaced in the step of DeepSpeed's ZeRO optimizer: how it gets the norm, and its passes over the gradients.
+"""What is replaced in the step of DeepSpeed's ZeRO optimizer: how it gets the norm, its passes over the gradients, and
+which steps it skips.
 
 Its own step reads the gradients twice for infinities and copies each to fp64 for its norm; it reads that norm on the
 host, and again for every group that it clips; it copies the gradients in their own precision, then in fp32, and scales
@@ -29,13 +30,49 @@ class ScaledNorm:
     scale: float  # the loss scale that the gradients have
 
 
-class GivenNormOptimizer(DeepSpeedZeroOptimizer):
+class GuardedOptimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's ZeRO optimizer, which also skips a step whose norm is a spike.
+
+    It does so as for a gradient that is not finite, but the loss scale stays as it is: the norm is no sign of a scale
+    that is too large.
+    """
+
+    # Of the class: an optimizer of DeepSpeed's becomes one of these after it is built.
+    is_spike: Callable[[float], bool] | None = None  # asked in the next `step` about its norm, if that is finite
+    spike: float | None = None  # the norm of the last step, if that was skipped for it
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Apply the gradients, or skip the update for a norm that is not finite or a spike."""
+        self.spike = None
+        try:
+            super().step(closure)
+        finally:
+            self.is_spike = None
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Any:
+        """As DeepSpeed's; infinite for a spike."""
+        return self._unless_spike(super().scaled_global_norm(norm_type))
+
+    def _unless_spike(self, scaled_norm: Any) -> Any:
+        if self.is_spike is None:
+            return scaled_norm
+        norm = float(scaled_norm) / self.loss_scale
+        if 0 <= norm < math.inf and self.is_spike(norm):  # DeepSpeed says -1 for what is not finite
+            self.spike = norm
+            return math.inf
+        return scaled_norm
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        if self.spike is None:
+            super()._update_scale(has_overflow)
+
+
+class GivenNormOptimizer(GuardedOptimizer):
     """DeepSpeed's ZeRO optimizer for states on the device, which is given the norm and does not read the device.
 
     Every step: after the last backward pass `sum_of_squares`, then `give_norm`, then `step`.
     """
 
-    # Of the class: an optimizer of DeepSpeed's becomes one of these after it is built.
     overlap_comm: bool
     _given: ScaledNorm | None = None  # from `give_norm` to the end of `step`
     _unscaled: Tensor | None = None  # a group's flat gradient, until DeepSpeed asks to unscale it
@@ -62,7 +99,7 @@ class GivenNormOptimizer(DeepSpeedZeroOptimizer):
         self._given = ScaledNorm(scaled_norm, self.loss_scale)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Apply the gradients, or skip the update for a norm that is not finite.
+        """As `GuardedOptimizer`.
 
         Raises AssertionError without a norm that `give_norm` has set since the last step, and where DeepSpeed does not
         call what is replaced here.
@@ -110,7 +147,7 @@ class GivenNormOptimizer(DeepSpeedZeroOptimizer):
     def scaled_global_norm(self, norm_type: int = 2) -> float:
         """The norm that was given, times the loss scale; a Python number, so that no use of it reads the device."""
         assert self._given
-        return self._given.norm
+        return self._unless_spike(self._given.norm)
 
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor:
         """A group's gradients, unscaled and clipped: (partition_size of the group,) fp32."""

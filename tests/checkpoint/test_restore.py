@@ -107,12 +107,18 @@ RECIPES = {
 
 
 def save_and_resume(folder, stage, ds):
-    """Losses of the eight steps behind a save, and of the same steps after a resume on the same ranks."""
+    """Losses of the eight steps behind a save, and of the same steps after a resume on the same ranks, of a new engine
+    and of the one that had trained them."""
     # DeepSpeed does not ask torch, which has every operation in fp16, but for the speed of the processor.
     with patch.object(get_accelerator(), "is_fp16_supported", return_value=True):
-        _, losses = train_and_save(folder, 2, stage, 3, 8, **ds)
+        engine = make(2, stage, **ds)
+        train(engine, 3)
+        save(engine, folder, 3)
+        losses = train(engine, 8, 3)
+        assert restore_first_verified(engine, [folder / "step_3"])
+        again = train(engine, 8, 3)
         _, resumed = load_and_train(folder / "step_3", 2, stage, 8, **ds)
-    return losses, resumed
+    return losses, resumed, again
 
 
 def resave(checkpoint, out, ep_size, stage, ds):
@@ -123,11 +129,12 @@ def resave(checkpoint, out, ep_size, stage, ds):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_resume_on_the_same_topology_gives_the_same_losses_to_the_bit_and_on_another_the_same_state(tmp_path, recipe):
     stage, ds = RECIPES[recipe]
-    losses, resumed = run_ranks(2, save_and_resume, tmp_path / "run", stage, ds)[0]
+    losses, resumed, again = run_ranks(2, save_and_resume, tmp_path / "run", stage, ds)[0]
     if recipe == "AdamW, offloaded":  # DeepSpeed's CPU Adam computes its bias correction anew
         assert resumed == pytest.approx(losses, abs=1e-3)
+        assert again == pytest.approx(losses, abs=1e-3)
     else:
-        assert resumed == losses
+        assert resumed == again == losses
     assert losses[0] - losses[-1] > 0.1  # it learns, so the losses can tell
     checkpoint = tmp_path / "run" / "step_3"
     assert read_index(checkpoint).training.skipped_steps == 0
@@ -143,7 +150,10 @@ def test_a_resume_on_the_same_topology_gives_the_same_losses_to_the_bit_and_on_a
 def save_before_a_step(folder):
     engine = make(2)
     save(engine, folder, 0)
-    return train(engine, 5)
+    losses = train(engine, 5)
+    assert restore_first_verified(engine, [folder / "step_0"])
+    assert train(engine, 5) == losses
+    return losses
 
 
 def test_before_the_first_applied_step_there_are_no_moments_and_a_resume_goes_on_anywhere(tmp_path):

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import deepspeed.moe.layer
 import pytest
@@ -249,6 +250,32 @@ def test_a_recomputed_pass_is_not_counted_again(use_reentrant):
         checkpoint(lambda x: layer(x)[0], x, use_reentrant=use_reentrant).square().sum().backward()
         assert len(runs) == 2 * passes  # it did run again
         assert layer.router.step_counts.sum() == passes * T * 2
+        entropies = entropies_of(layer.router(x).log_scores.exp())
+        assert layer.deepspeed_moe.step_entropy.item() == pytest.approx(entropies.sum().item(), rel=1e-9)
+        layer.deepspeed_moe.step_entropy.zero_()
+
+
+def entropies_of(scores):
+    """Of each token, in the form of the definition."""
+    shares = (scores / scores.sum(-1, keepdim=True)).detach().double()
+    return -(shares * shares.log()).sum(-1)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_entropy_of_a_step_is_that_of_the_scores_of_all_its_tokens_in_training(score):
+    torch.manual_seed(0)
+    router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=2, router_score=score)
+    nn.init.normal_(router.weight)
+    layer, expected = layer_of(2, experts=Same(), router=router), 0.0
+    for tokens in (5, T):
+        x = torch.randn(tokens, D)
+        logits = x.double() @ router.weight.double().T
+        expected += entropies_of(logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)).sum().item()
+        layer(x)
+    layer.eval()
+    layer(torch.randn(T, D))
+    assert layer.deepspeed_moe.step_entropy.item() == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < (5 + T) * math.log(E)
 
 
 # --- as DeepSpeed's -------------------------------------------------------------------------------------------------

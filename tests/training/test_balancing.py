@@ -1,5 +1,7 @@
 """Loss-free balancing: the rules on one rank, and inside DeepSpeed's engine over several."""
 
+import math
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -45,7 +47,7 @@ def step(balancer):
     counts = balancer.take_counts()
     running = balancer.next_loads(counts)
     balancer.apply(running)
-    return Balance(counts, running)
+    return Balance(counts, running, [])
 
 
 # Shares [.75 .125 .125 0] and [0 .125 .25 .625]; the running mean starts at 1/4 and takes a tenth of them.
@@ -160,11 +162,12 @@ def statistics(engine):
 
 def three_steps(ds, ep_size):
     train_step = build_train_step(CONFIG, ds, ep_size=ep_size)
-    own, reported = [], []
+    own, reported, tokens_of = [], [], ds["train_micro_batch_size_per_gpu"] * 16
     for number in range(3):
         train_step.forward_backward([Batch(tokens(number), tokens(number + 1))])
         own.append(torch.stack([router.step_counts.clone() for router in train_step.model.routers()]))
-        reported.append(train_step.update().balance.counts)
+        means = [moe.deepspeed_moe.step_entropy.item() / tokens_of for moe in train_step.model.moe_layers()]
+        reported.append((train_step.update().balance, means))
     return statistics(train_step.engine), own, reported
 
 
@@ -183,7 +186,11 @@ def test_counts_are_the_sum_over_ranks_and_every_slot_is_counted_once():
     results = run_ranks(2, three_steps, ds_config(2), 1)
     for step in range(3):
         total = sum(own[step] for _, own, _ in results)
-        assert torch.equal(results[0][2][step], total)
+        balance = results[0][2][step][0]
+        assert torch.equal(balance.counts, total)
+        means = [reported[step][1] for _, _, reported in results]
+        assert balance.entropies == pytest.approx([sum(pair) / 2 for pair in zip(*means, strict=True)], rel=1e-6)
+        assert 0.5 < min(balance.entropies) < max(balance.entropies) < math.log(PRESET["num_local_experts"])
         assert total.sum(1).tolist() == [2 * 2 * 16 * PRESET["num_experts_per_tok"]] * PRESET["num_hidden_layers"]
 
 

@@ -21,7 +21,7 @@ LOSSES = 3
 
 def reads_of_a_step(rule):
     numbers = CONFIG.num_hidden_layers * CONFIG.num_local_experts
-    reads = step_sums.host_values = HostReads([1.0] * (SCALARS + LOSSES + 2 * numbers))
+    reads = step_sums.host_values = HostReads([1.0] * (SCALARS + LOSSES + CONFIG.num_hidden_layers + 2 * numbers))
     with fake_gpu():
         model = model_on_gpu(CONFIG.model_copy(update={"router_bias_rule": rule}), ep_size=2)
         optimizer = object.__new__(GivenNormOptimizer)
@@ -30,14 +30,17 @@ def reads_of_a_step(rule):
             1: [torch.empty(3, 5, dtype=torch.float32, device=DEVICE)],
         }
         balancer, losses = balancer_of(model), torch.zeros(LOSSES, device=DEVICE)
-        sums = sum_over_ranks(optimizer.sum_of_squares(), losses, Flags(stop_asked=True), balancer.take_counts())
+        sums = sum_over_ranks(
+            optimizer.sum_of_squares(), losses, Flags(stop_asked=True), balancer.take_counts(), model.take_entropies()
+        )
         running = balancer.next_loads(sums.counts)
         on_host = sums.read(running)
         balancer.apply(running)
         assert on_host.squares == 1.0
         assert on_host.losses == [1.0] * LOSSES
         assert on_host.flags == Flags(True, True, True, True)
-        balance = Balance(on_host.counts, on_host.running_loads)
+        balance = Balance(on_host.counts, on_host.running_loads, on_host.entropies)
+        assert balance.entropies == [1.0] * CONFIG.num_hidden_layers
         assert {balance.batch_max_vio.device.type, balance.running_max_vio.device.type} == {"cpu"}
         return reads.count
 

@@ -108,7 +108,7 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
     ds = ds_config(2, accumulation=2, gradient_clipping=0.01, **dtype)
     ds["zero_optimization"].update(stage=stage, reduce_bucket_size=5000)
     run = {**write_inputs(tmp_path, ds, preset), "run_dir": str(tmp_path / "run"), "ep_size": 2, "steps": 5}
-    results = run_ranks(2, watched, {**run, "log_interval": 2, "save_interval": 2})
+    results = run_ranks(2, watched, {**run, "log_interval": 2, "save_interval": 2, "guard": "act"})
     for reads, all_reduces, waits in results:
         assert waits == {"training/step_sums.py:read": 5}
         # Elsewhere: the layer, which on CPU lays out its rows on the host; a save; what looks at numbers of the host.

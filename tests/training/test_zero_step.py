@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from megamoe.data.batches import Batch
 from megamoe.training.step import TrainStep, balancer_of
-from megamoe.training.zero_step import GivenNormOptimizer, norm_of
+from megamoe.training.zero_step import GivenNormOptimizer, GuardedOptimizer, norm_of
 
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "loss_scale": 128}}
@@ -240,5 +240,77 @@ def test_an_offloaded_optimizer_computes_its_own_norm():
     zero = {"stage": 2, "contiguous_gradients": True, "reduce_scatter": True}
     offload = {**zero, "offload_optimizer": {"device": "cpu"}}
     (ours, here), (theirs, there) = (run_ranks(2, losses_and_norms, one)[0] for one in (zero, offload))
-    assert (ours, theirs) == (GivenNormOptimizer, DeepSpeedZeroOptimizer)
+    assert (ours, theirs) == (GivenNormOptimizer, GuardedOptimizer)
     torch.testing.assert_close(torch.tensor(here), torch.tensor(there), rtol=1e-5, atol=1e-6)
+
+
+# --- steps that are skipped as spikes -------------------------------------------------------------------------------
+
+OFFLOAD = {
+    "zero_optimization": {
+        "stage": 2, "contiguous_gradients": True, "reduce_scatter": True, "offload_optimizer": {"device": "cpu"},
+    }
+}  # fmt: skip
+
+
+def whole_state(train_step):
+    """All of this rank's state that a step may change."""
+    engine = train_step.engine
+    zero = engine.optimizer
+    tensors = [*zero.single_partition_of_fp32_groups, *engine.module.state_dict().values(), engine.module.step_losses]
+    states = [zero.optimizer.state[master] for master in zero.single_partition_of_fp32_groups]
+    numbers = [value for state in states for value in state.values() if not isinstance(value, torch.Tensor)]
+    tensors += [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    tensors += [router.step_counts for router in engine.module.routers()]
+    gradients = [weight.grad for weight in engine.module.parameters() if weight.grad is not None]
+    plain = (numbers, vars(zero.loss_scaler).copy(), engine.lr_scheduler.state_dict()["last_epoch"], len(gradients))
+    return [tensor.detach().clone() for tensor in tensors], (*plain, engine.skipped_steps)
+
+
+def with_and_without_spike(stage, changes, accumulation):
+    """The states (before, after) of a step that is a spike, those of the next step with and without it, and results."""
+
+    def one_step(train_step, number, factor=1.0):
+        for batch in batches(number, accumulation):
+            engine = train_step.engine
+            loss = engine(batch.input_ids, batch.labels)
+            engine.backward(loss * (factor if torch.distributed.get_rank() == 1 else 1.0))
+            if not engine.is_gradient_accumulation_boundary():
+                engine.step()
+        return train_step.update(skips=lambda loss, norm: norm > 10)
+
+    def fresh():
+        train_step = train_step_of(make(2, stage, gradient_accumulation_steps=accumulation, **changes))
+        for number in range(2):  # the first has a learning rate of 0
+            assert one_step(train_step, number).applied
+        return train_step
+
+    without = fresh()
+    one_step(without, 3)
+    with_spike = fresh()
+    before = whole_state(with_spike)
+    spike = one_step(with_spike, 2, 100.0 if "fp16" in changes else 1e4)
+    after = whole_state(with_spike)
+    result = one_step(with_spike, 3)
+    return before, after, whole_state(without), whole_state(with_spike), spike, result
+
+
+SPIKES = {
+    "fp32": (2, {}, 1),
+    "bf16, ZeRO-1, accumulated": (1, BF16, 2),
+    "fp16, growing scale": (2, {**GROWING, **SUMS_APART}, 1),
+    "offloaded": (2, OFFLOAD, 1),
+    "offloaded, bf16, accumulated": (2, {**OFFLOAD, **BF16}, 2),
+}
+
+
+@pytest.mark.parametrize("case", SPIKES)
+def test_a_step_that_is_a_spike_leaves_bit_for_bit_the_state_before_it(case):
+    for before, after, without, with_spike, spike, result in run_ranks(2, with_and_without_spike, *SPIKES[case]):
+        assert (spike.applied, spike.is_spike, spike.balance) == (False, True, None)
+        assert 10 < spike.grad_norm < torch.inf
+        assert (result.applied, result.is_spike) == (True, False)
+        for (one, numbers), (other, other_numbers) in ((before, after), (without, with_spike)):
+            assert numbers == other_numbers
+            assert all(itertools.starmap(torch.equal, zip(one, other, strict=True)))
+        assert not all(itertools.starmap(torch.equal, zip(after[0], with_spike[0], strict=True)))

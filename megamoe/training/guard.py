@@ -1,0 +1,200 @@
+"""The guard of a run: which steps are spikes, and when the run must go back to a checkpoint.
+
+Its decisions are pure functions of what every rank reads in a step, so all ranks take the same ones without another
+message, and a resumed run takes those of one that was not stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megamoe.training.running_window import RunningWindow, SmoothedLoss
+from megamoe.training.step import StepResult
+
+# Of the deviation, as shares of the mean. A norm varies by more than a loss, and clipping bounds what it does.
+LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
+SLACK = 0.1  # of the margin: a smoothed loss that is higher than that above its best has begun to climb
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What the command line says of it."""
+
+    mode: Literal["off", "warn", "act"] = "off"
+    deviations: float = 6.0  # above its window's mean, from which a loss or norm is a spike
+    window: int = 128  # steps of the windows, and of the smoothed loss
+    margin: float = 0.5  # nats by which the smoothed loss may climb above its best
+    skips: int = 10  # skipped steps in a row after which the run goes back
+    rollbacks: int = 3  # after which it ends instead
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened in a step."""
+
+    kind: Literal["skip", "warning"]
+    line: str | None  # to be said, if that is not said elsewhere
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Return:
+    """That the run must go back."""
+
+    reason: str
+    until: int  # the last step whose checkpoint is good
+
+
+class Guard:
+    """Watches the loss and the norm of every step."""
+
+    def __init__(self, settings: GuardSettings):
+        self.settings = settings
+        self._losses = RunningWindow(settings.window, LOSS_FLOOR)
+        self._norms = RunningWindow(settings.window, NORM_FLOOR)
+        self._smoothed = SmoothedLoss(settings.window, SLACK * settings.margin)
+        self._in_a_row = 0  # steps that were skipped, or trained on as spikes
+        self._last_good = 0  # step before them
+        self._has_said_climb = False
+        self.guarded_steps = 0  # skipped as spikes
+
+    @property
+    def acts(self) -> bool:
+        return self.settings.mode == "act"
+
+    @property
+    def watches(self) -> bool:
+        return self.settings.mode != "off"
+
+    @property
+    def good_until(self) -> int | None:
+        """The last step whose checkpoint a climb of the loss would leave good; None where nothing goes back."""
+        return self._smoothed.low_step if self.acts and self._smoothed.best is not None else None
+
+    def skips(self, loss: float, norm: float) -> bool:
+        """Whether a step with this loss and this finite norm is to be skipped. Changes nothing."""
+        return self.acts and self._is_spike(loss, norm)
+
+    def _is_spike(self, loss: float, norm: float) -> bool:
+        if not math.isfinite(loss):
+            return True
+        above = (self._losses.deviations(loss), self._norms.deviations(norm))
+        return any(one is not None and one > self.settings.deviations for one in above)
+
+    def after(self, step: int, result: StepResult, lowers_scale: bool) -> Event | None:
+        """Take what a step has come to; returns what there is to record.
+
+        Args:
+            lowers_scale: it was skipped for a gradient that is not finite, which lowers the loss scale of fp16, as is
+                needed now and then: it does not count as one of several in a row.
+        """
+        if not self.watches:
+            return None
+        self.guarded_steps += result.is_spike
+        if not math.isfinite(result.grad_norm):
+            self._in_a_row += not lowers_scale
+            reason = "not finite" + ", loss scale lowered" * lowers_scale
+            return Event("skip", None, self._values(step, result, reason))
+        if self._is_spike(result.loss, result.grad_norm):
+            return self._after_spike(step, result)
+        self._in_a_row, self._last_good = 0, step
+        self._losses.add(result.loss)
+        self._norms.add(result.grad_norm)
+        self._smoothed.add(step, result.loss)
+        return self._after_climb(step, result)
+
+    def _after_spike(self, step: int, result: StepResult) -> Event | None:
+        event = Event("skip" if self.acts else "warning", self._describe_spike(step, result),
+                      self._values(step, result, "spike"))  # fmt: skip
+        self._in_a_row += 1
+        if self.acts:
+            return event
+        is_first = self._in_a_row == 1
+        if self._in_a_row == self.settings.skips:  # it is the new level
+            self._losses.clear()
+            self._norms.clear()
+            self._in_a_row = 0
+        return event if is_first else None
+
+    def _after_climb(self, step: int, result: StepResult) -> Event | None:
+        """Where the run does not go back, say once that the loss climbs, and again only after it has come down."""
+        climb, margin = self._smoothed.climb, self.settings.margin
+        if climb < margin / 2:
+            self._has_said_climb = False
+        if self.acts or climb <= margin or self._has_said_climb:
+            return None
+        self._has_said_climb = True
+        line = f"guard: warning after step {step}: {self._describe_climb()}; with --guard act the run would go back"
+        return Event("warning", line, self._values(step, result, "climb"))
+
+    def must_go_back(self) -> Return | None:
+        """Why the run must go back to a checkpoint, if it must."""
+        if not self.acts:
+            return None
+        if self._in_a_row >= self.settings.skips:
+            return Return(f"the last {self._in_a_row} steps were skipped", self._last_good)
+        if self._smoothed.climb > self.settings.margin:
+            return Return(self._describe_climb(), self._smoothed.low_step)
+        return None
+
+    # --- what is said and recorded ----------------------------------------------------------------------------------
+
+    def _describe_climb(self) -> str:
+        best = self._smoothed.best
+        return (
+            f"the loss, smoothed over {self.settings.window} steps, has climbed {self._smoothed.climb:.3f} nats above "
+            f"its best, {best:.3f} at step {self._smoothed.best_step}"
+        )
+
+    def _describe_spike(self, step: int, result: StepResult) -> str:
+        parts = [
+            f"{name} {value:.4g} (mean {window.mean:.4g}, {window.deviations(value):+.1f} deviations)"
+            for name, value, window in (("loss", result.loss, self._losses), ("norm", result.grad_norm, self._norms))
+            if window.deviation is not None
+        ]
+        verb = "is skipped as a spike" if self.acts else "is a spike, and is trained on (--guard act skips it)"
+        return f"guard: step {step} {verb}: {', '.join(parts) or f'loss {result.loss}'}"
+
+    def _values(self, step: int, result: StepResult, reason: str) -> dict[str, Any]:
+        """Of a step that is in neither window."""
+        return {
+            "step": step,
+            "reason": reason,
+            "loss": result.loss,
+            "norm": result.grad_norm,
+            "loss_mean": self._losses.mean,
+            "loss_deviation": self._losses.deviation,
+            "norm_mean": self._norms.mean,
+            "norm_deviation": self._norms.deviation,
+            "smoothed_loss": self._smoothed.mean,
+            "best_smoothed_loss": self._smoothed.best,
+        }
+
+    # --- for a checkpoint -------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any] | None:
+        """For `restore`, as JSON; None where nothing is watched."""
+        if not self.watches:
+            return None
+        return {
+            "losses": self._losses.state(),
+            "norms": self._norms.state(),
+            "smoothed": self._smoothed.state(),
+            "in_a_row": self._in_a_row,
+            "last_good": self._last_good,
+            "has_said_climb": self._has_said_climb,
+            "guarded_steps": self.guarded_steps,
+        }
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from the state in a checkpoint; begin anew where it has none."""
+        if state is None:
+            self.__init__(self.settings)  # type: ignore[misc]
+            return
+        self._losses.restore(state["losses"])
+        self._norms.restore(state["norms"])
+        self._smoothed.restore(state["smoothed"])
+        self._in_a_row, self._last_good = state["in_a_row"], state["last_good"]
+        self._has_said_climb, self.guarded_steps = state["has_said_climb"], state["guarded_steps"]

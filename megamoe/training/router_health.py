@@ -1,0 +1,72 @@
+"""What is wrong with the routers of a run, said once each with what to do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megamoe.training.balancing import Balance
+
+FIRST_STEPS, FIRST_PART = 500, 10  # balance comes slowly: nothing is said before so many steps, nor a tenth of the run
+DEAD_SHARE = 0.01  # of the mean load
+COLLAPSED_SHARE = 0.02  # of the entropy of equal scores
+MAX_VIO = 2.0  # of the running loads: the busiest expert of a layer has three times the mean
+RECOVERED = 2.0  # factor from its limit at which a measure counts as recovered, and may be warned of again
+
+
+class RouterHealth:
+    """Looks at the balance of every step."""
+
+    def __init__(self, blocks: list[int]):
+        """
+        Args:
+            blocks: those that have experts, by number from 0.
+        """
+        self._blocks = blocks
+        self._said: set[str] = set()
+
+    def warnings(self, step: int, last: int, balance: Balance) -> list[str]:
+        """The lines to say after a step of a run that ends with `last`."""
+        if step < max(FIRST_STEPS, last // FIRST_PART):
+            return []
+        experts = balance.running_loads.shape[1]
+        loads, expert = (balance.running_loads * experts).min(-1)
+        entropy, of_entropy = min(zip(balance.entropies, self._blocks, strict=True))
+        max_vio = balance.running_max_vio
+        emptiest, fullest = int(loads.argmin()), int(max_vio.argmax())
+        blocks, even = self._blocks, math.log(experts)
+        lines = (
+            self._once(
+                "dead",
+                loads[emptiest].item() / DEAD_SHARE,
+                f"expert {expert[emptiest]} of block {blocks[emptiest]} gets {loads[emptiest]:.2%} of the mean load; "
+                "raise router_bias_rate or router_aux_loss_coef, or lower the learning rate",
+            ),
+            self._once(
+                "collapse",
+                entropy / (COLLAPSED_SHARE * even),
+                f"the router of block {of_entropy} has an entropy of {entropy:.3f} nats, where equal scores have "
+                f"{even:.2f}; lower the learning rate, or set router_z_loss_coef",
+            ),
+            self._once(
+                "max_vio",
+                MAX_VIO / max(max_vio[fullest].item(), torch.finfo().tiny),
+                f"the running MaxVio of block {blocks[fullest]} is {max_vio[fullest]:.2f}; raise router_bias_rate or "
+                'router_aux_loss_coef, or set router_bias_rule to "proportional"',
+            ),
+        )
+        return [line for line in lines if line]
+
+    def _once(self, name: str, distance: float, text: str) -> str | None:
+        """`text` as a warning, if it is new.
+
+        Args:
+            distance: of the measure from its limit as a factor, below 1 where it is beyond.
+        """
+        if distance >= RECOVERED:
+            self._said.discard(name)
+        if distance >= 1 or name in self._said:
+            return None
+        self._said.add(name)
+        return f"router warning: {text}"

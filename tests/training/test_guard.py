@@ -1,0 +1,146 @@
+"""Which steps are spikes, and when a run must go back: by losses and norms alone."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from megamoe.training.guard import Guard, GuardSettings, Return
+from megamoe.training.step import StepResult
+from megamoe.training.step_sums import NO_FLAGS
+
+DRAW = np.random.default_rng(0)
+LOSSES, NORMS = DRAW.normal(4, 0.1, 200).tolist(), DRAW.lognormal(-0.5, 0.2, 200).tolist()
+
+
+def settings(mode, **changes):
+    return GuardSettings(**{"mode": mode, "window": 20, "skips": 3, **changes})
+
+
+def give(guard, step, loss, norm, lowers_scale=False):
+    """What the loop and a step make of it."""
+    is_finite = math.isfinite(norm)
+    is_spike = is_finite and guard.skips(loss, norm)
+    result = StepResult(loss, {}, norm, is_finite and not is_spike, NO_FLAGS, None, is_spike)
+    return guard.after(step, result, lowers_scale)
+
+
+def guard_after(steps, mode="act", **changes):
+    guard = Guard(settings(mode, **changes))
+    for step in range(1, steps + 1):
+        assert give(guard, step, LOSSES[step], NORMS[step]) is None
+    return guard
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(5.0, 0.6), (4.0, 3.0), (math.nan, 0.6)])
+def test_a_loss_or_a_norm_far_above_the_window_is_a_spike_that_only_act_skips(loss, norm):
+    for mode in ("off", "warn", "act"):
+        guard = guard_after(100, mode)
+        before = json.dumps(guard.state())
+        assert guard.skips(loss, norm) == (mode == "act")
+        assert not guard.skips(4.0, 0.6)
+        assert not guard.skips(3.0, 0.01)  # far below
+        assert json.dumps(guard.state()) == before  # it was only asked
+        event = give(guard, 101, loss, norm)
+        assert (event and event.kind) == {"off": None, "warn": "warning", "act": "skip"}[mode]
+        if event:
+            window = LOSSES[81:101]
+            assert event.values["loss_mean"] == pytest.approx(np.mean(window))
+            assert event.values["loss_deviation"] == pytest.approx(np.std(window, ddof=1))
+            assert event.line.startswith("guard: step 101 is ")
+            assert guard.state()["losses"] == window  # the spike is not in it
+        assert guard.guarded_steps == (mode == "act")
+
+
+def test_nothing_is_judged_before_half_a_window():
+    guard = guard_after(9)
+    assert not guard.skips(100.0, 100.0)
+    give(guard, 10, 4.0, 0.6)
+    assert guard.skips(100.0, 100.0)
+
+
+def test_a_spike_is_said_once_under_warn_and_a_level_that_stays_is_taken():
+    guard = guard_after(50, "warn")
+    events = [give(guard, step, 8.0, 0.6) for step in range(51, 90)]
+    assert [event is not None and event.values["reason"] == "spike" for event in events] == [True] + [False] * 38
+    assert give(guard, 90, 4.0, 0.6) is None
+    assert guard.must_go_back() is None
+
+
+def test_so_many_skipped_steps_in_a_row_of_either_kind_send_the_run_back_to_before_them():
+    guard = guard_after(50)
+    reasons = []
+    for step, (loss, norm) in enumerate([(8.0, 0.6), (4.0, math.inf), (4.0, 9.0)], start=51):
+        event = give(guard, step, loss, norm)
+        assert event.kind == "skip"
+        reasons.append(guard.must_go_back())
+    assert reasons == [None, None, Return("the last 3 steps were skipped", 50)]
+
+
+def test_a_step_that_only_lowers_the_loss_scale_is_recorded_and_not_counted():
+    guard = guard_after(50)
+    for step in range(51, 60):
+        event = give(guard, step, 4.0, math.inf, lowers_scale=True)
+        assert event.values["reason"] == "not finite, loss scale lowered"
+    assert guard.must_go_back() is None
+
+
+def test_a_good_step_begins_a_new_row():
+    guard = guard_after(50)
+    for step in range(51, 100):
+        give(guard, step, *((4.0, 0.6) if step % 3 == 0 else (8.0, 0.6)))
+        assert guard.must_go_back() is None
+
+
+def climbing(guard, first, steps):
+    """A loss that climbs by 0.03 a step, which is no spike; returns the reasons and what is said."""
+    found = []
+    for step in range(first, first + steps):
+        event = give(guard, step, LOSSES[step] + 0.03 * (step - first), NORMS[step])
+        found.append((guard.must_go_back(), event and event.line))
+    return found
+
+
+def test_a_loss_that_climbs_past_its_best_by_the_margin_sends_the_run_back_to_its_best():
+    guard = guard_after(100)
+    assert guard.good_until > 90  # the best was before, but what is near it is noise
+    found = climbing(guard, 101, 60)
+    number = next(number for number, (why, _) in enumerate(found) if why)
+    assert 95 < found[number][0].until <= 110
+    assert 0.5 < 0.03 * number < 0.5 + 20 * 0.03 + 0.3  # it lags by its length
+    assert "has climbed 0.5" in found[number][0].reason
+    assert guard_after(199).must_go_back() is None
+
+
+def test_under_warn_a_climb_is_said_once():
+    guard = guard_after(100, "warn")
+    found = climbing(guard, 101, 60)
+    assert [why for why, _ in found if why] == []
+    (line,) = [line for _, line in found if line]
+    assert "with --guard act the run would go back" in line
+
+
+@pytest.mark.parametrize("at", [3, 51, 52, 110])
+def test_a_restored_guard_takes_the_decisions_of_one_that_went_on(at):
+    one = Guard(settings("act"))
+    other, decisions = None, []
+    for step in range(1, 160):
+        loss = 8.0 if step in (51, 52, 53) else LOSSES[step] + 0.03 * max(step - 100, 0)
+        pair = []
+        for guard in (one, other) if other else (one,):
+            event = give(guard, step, loss, NORMS[step])
+            pair.append((event and event.values, guard.must_go_back(), guard.guarded_steps, guard.good_until))
+        assert pair[-1] == pair[0]
+        decisions.append(pair[0][1])
+        if step == at:
+            other = Guard(settings("act"))
+            other.restore(json.loads(json.dumps(one.state())))
+    assert any(decisions)
+
+
+def test_without_a_state_a_guard_begins_anew():
+    guard = guard_after(50)
+    guard.restore(None)
+    assert guard.state() == Guard(settings("act")).state()
+    assert Guard(settings("off")).state() is None

@@ -1,0 +1,152 @@
+"""Whole runs that meet bad data: what they skip, where they go back to, and what they read from there on."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from ranks import run_ranks
+from toy import PRESET, ds_config, losses, train_here, write_inputs
+
+from megamoe.data.batches import TrainData
+from megamoe.data.ledger import read_ledger
+from megamoe.training.step import TrainStep
+
+MARK = PRESET["vocab_size"] - 1  # all labels of a poisoned batch
+SPIKES, NOT_FINITE = (12, 13, 14), 6  # data steps
+SAMPLES = 4
+GUARD = {
+    "guard": "act", "guard_window": 4, "guard_deviations": 20.0, "guard_skips": 3, "save_interval": 1, "steps": 16,
+    "eval_interval": 0, "ema_decay": 0.9,
+}  # fmt: skip
+
+
+def train_on_poisoned_data(run):
+    """Train; returns the log and the first tokens of all samples of this rank, step by step."""
+    read, rank = [], torch.distributed.get_rank()
+    step_batches, forward_backward = TrainData.step_batches, TrainStep.forward_backward
+
+    def poisoned(data, step, *args):
+        for batch in step_batches(data, step, *args):
+            if step in SPIKES or step == NOT_FINITE:
+                batch.labels[:] = MARK
+                batch.labels[:, 0] = step
+            yield batch
+
+    def watched(train_step, batches):
+        read.append([row.tolist() for batch in batches for row in batch.input_ids])
+        forward_backward(train_step, batches)
+        step = batches[0].labels[0, 0].item() if (batches[0].labels[:, 1:] == MARK).all() else None
+        for group in train_step.engine.optimizer.averaged_gradients.values() if step and rank == 0 else ():
+            for gradient in group:
+                gradient.mul_(torch.nan if step == NOT_FINITE else 1e4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainData, "step_batches", poisoned)
+        patch.setattr(TrainStep, "forward_backward", watched)
+        log = train_here(run)
+    return log, read
+
+
+def events(folder):
+    return [json.loads(line) for line in (folder / "guard.jsonl").read_text().splitlines()]
+
+
+def shared_batch():
+    """The recipe with so many samples a step, shared by any number of ranks."""
+    ds = ds_config(2)
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        del ds[key]
+    return {**ds, "train_batch_size": SAMPLES}
+
+
+def samples_of(data_step, folder):
+    """The tokens of the samples of a data step, as the order of the run has them."""
+    from megamoe.data.token_files import TokenCorpus
+
+    corpus = TokenCorpus(folder / "corpus" / "train", 16, PRESET["vocab_size"])
+    data = TrainData([corpus], [1.0], 1234)
+    return sorted(row.tolist() for row in data.batch((data_step - 1) * SAMPLES, SAMPLES).input_ids)
+
+
+def of_all_ranks(results, number):
+    return sorted(row for _, read in results for row in read[number])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, run, results) of a run on two ranks that was not stopped."""
+    folder = tmp_path_factory.mktemp("guarded")
+    run = {**write_inputs(folder, shared_batch()), **GUARD, "ep_size": 2}
+    return folder, run, run_ranks(2, train_on_poisoned_data, {**run, "run_dir": str(folder / "whole")})
+
+
+def test_spikes_and_a_nan_of_one_rank_are_skipped_and_several_in_a_row_send_the_run_back_past_their_data(whole):
+    folder, _, results = whole
+    found = events(folder / "whole")
+    assert [(one["event"], one["step"], one["reason"].split()[0]) for one in found] == [
+        ("skip", 6, "not"), *(("skip", step, "spike") for step in SPIKES), ("rollback", 14, "the"),
+    ]  # fmt: skip
+    assert [len(one["samples"]) for one in found[:4]] == [SAMPLES] * 4
+    assert found[0]["norm"] is None
+    assert found[1]["norm"] > found[1]["norm_mean"] + 20 * found[1]["norm_deviation"]
+    assert (found[-1]["to_step"], found[-1]["next_data_step"], found[-1]["checkpoint"]) == (11, 15, "step_11")
+    assert read_ledger(folder / "whole").data_step(12) == 15
+    log, read = results[0]
+    assert [row["step"] for row in log["train"]] == list(range(1, 17))
+    assert [log["train"][-1][name] for name in ("skipped_steps", "guarded_steps", "rollbacks")] == [1, 0, 1]
+    data_steps = [*range(1, 15), *range(15, 20)]  # of 14 steps, and of 12 to 16 once more
+    assert len(read) == len(data_steps)
+    for number, data_step in enumerate(data_steps):
+        assert of_all_ranks(results, number) == samples_of(data_step, folder)
+
+
+def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follows_its_ledger(whole, tmp_path):
+    folder, run, results = whole
+    cut = {**run, "run_dir": str(tmp_path / "cut")}
+    run_ranks(2, train_on_poisoned_data, {**cut, "steps": 13})  # two of three spikes in a row
+    resumed = run_ranks(2, train_on_poisoned_data, {**cut, "resume": True})
+    assert losses(resumed[0][0]) == losses(results[0][0])
+    assert resumed[0][0]["valid"] == results[0][0]["valid"]  # of the averaged weights too
+    assert [one for one in events(tmp_path / "cut")] == events(folder / "whole")
+    assert read_ledger(tmp_path / "cut") == read_ledger(folder / "whole")
+    # A run that ends before it has saved anything since: what it had gone back from is not what it resumes from.
+    shutil.copytree(folder / "whole", tmp_path / "killed")
+    for path in (tmp_path / "killed" / "checkpoints").glob("step_*.1"):
+        shutil.rmtree(path)
+    killed = {**run, "run_dir": str(tmp_path / "killed"), "resume": True}
+    again = run_ranks(2, train_on_poisoned_data, killed)
+    assert losses(again[0][0]) == losses(results[0][0])
+    assert again[0][0]["valid"] == results[0][0]["valid"]
+    assert len(again[0][1]) == 5
+    # On another number of ranks.
+    longer = {**run, "run_dir": str(folder / "whole"), "resume": True, "steps": 18, "ep_size": 1}
+    further = run_ranks(1, train_on_poisoned_data, longer)
+    assert [of_all_ranks(further, number) for number in (0, 1)] == [samples_of(step, folder) for step in (20, 21)]
+
+
+def what_ends(run):
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        train_on_poisoned_data(run)
+    return end.value.code, said.getvalue()
+
+
+def test_without_a_checkpoint_to_go_back_to_the_run_ends_with_a_sentence(tmp_path):
+    run = {**write_inputs(tmp_path, shared_batch()), **GUARD, "run_dir": str(tmp_path / "run"), "save_interval": 0}
+    ((code, said),) = run_ranks(1, what_ends, run)
+    assert code == 2
+    assert "after step 14: the last 3 steps were skipped, and" in said
+    assert "holds no checkpoint of step 11 or before to go back to; lower --save_interval" in said
+
+
+def test_without_a_spike_a_run_has_bit_for_bit_the_losses_of_one_without_a_guard(tmp_path):
+    inputs = write_inputs(tmp_path, shared_batch())
+    logs = []
+    for mode in ("off", "act"):
+        run = {**inputs, "guard": mode, "guard_window": 4, "guard_deviations": 1e6, "run_dir": str(tmp_path / mode)}
+        logs += run_ranks(1, train_here, {**run, "steps": 6})
+    for name in ("loss", "grad_norm", "lr", "running_max_vio", "router_entropy_by_block"):
+        assert [row[name] for row in logs[0]["train"]] == [row[name] for row in logs[1]["train"]]
+    assert not list(tmp_path.glob("*/guard.jsonl"))
