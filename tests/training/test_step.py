@@ -116,13 +116,14 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
         assert {who: count for who, count in reads.items() if not who.startswith(others)} == {
             "training/step_sums.py:read": 5,
             "training/distributed.py:on_any_rank": 1,  # before the first step
-            "training/evaluation.py:run": 1,  # after the last
+            "training/scoring.py:score": 1,  # after the last
+            "training/evaluation.py:run": 1,
         }
         assert all_reduces.pop("training/zero_step.py:allreduce_and_scatter") >= 5 * 2  # of gradients
         assert all_reduces == {
             "training/step_sums.py:sum_over_ranks": 5,
             "training/distributed.py:on_any_rank": 1,
-            "training/evaluation.py:run": 1,
+            "training/scoring.py:score": 1,
         }
 
 
