@@ -124,9 +124,12 @@ def test_tasks_of_every_kind_are_evaluated_again_and_again_with_one_result(tmp_p
         write_task(tmp_path, name, kind, [{"text": TEXT}] if kind == ROLLING else QUESTIONS)
     tokenizer = train_tokenizer([TEXT], 290)
     decoder, places = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK)), []
-    evaluator = TaskEvaluator(load_tasks(list(kinds), str(tmp_path), tokenizer, WINDOW), places.append)
+    tasks = load_tasks(list(kinds), str(tmp_path), tokenizer, WINDOW)
+    evaluator = TaskEvaluator(tasks, lambda activity, alone=False: places.append((activity, alone)))
     found = [evaluator.run(decoder, Share(micro_batch), torch.device("cpu")) for micro_batch in (2, 5)]
     metrics = ["rolling_bits_per_byte", "choice_acc", "choice_acc_norm", "answer_exact_match", "few_shots_perplexity"]
     assert list(found[0]) == metrics
     assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert places == [f"evaluation of {name}" for name in kinds] * 2  # which the stall detector is told
+    # What the stall detector is told: rank 0 is alone but for its calls, of which each of these tasks makes one.
+    calls = [(f"evaluation of {name}", alone) for name in kinds for alone in (True, False, True)]
+    assert places == [*calls, (f"evaluation of {name}", False)] * 2

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megamoe import cli
 from megamoe.architectures.config_json import find_preset
@@ -31,6 +30,7 @@ from megamoe.training.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.training.tasks import TaskEvaluator, Tasks, load_tasks
 
 SHOWN = 50  # documents of a text that are printed
+NO_TASK_VALUES = "the tasks gave no values; see the warning above."
 
 
 def parse() -> argparse.Namespace:
@@ -73,6 +73,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
             problems.append(f"--{name} is {value}; give at least 1.")
     if args.json and not args.json.absolute().parent.is_dir():
         problems.append(f"{args.json.parent} is no folder to write --json in; make it first.")
+    if args.json and args.json.is_dir():
+        problems.append(f"--json is {args.json}, a folder; give the path of a file.")
     problems.refuse()
     return args
 
@@ -167,12 +169,12 @@ def main() -> None:
             show(str(path), result)
     if args.tasks:
         found["tasks"] = TaskEvaluator(inputs.tasks).run(model, share, device)
-        if rank == 0:
-            for name, value in found["tasks"].items():
-                print(f"{name}: {value:.4f}")
+        for name, value in found["tasks"].items():  # empty but on rank 0
+            print(f"{name}: {value:.4f}")
     if rank == 0 and args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
-    dist.barrier()
+    # Rank 0 alone has them. The warning has said why there are none.
+    raise_on_any_rank([NO_TASK_VALUES] if rank == 0 and args.tasks and not found["tasks"] else [])
     end_groups()
 
 

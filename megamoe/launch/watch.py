@@ -45,10 +45,16 @@ class Position:
     def __init__(self) -> None:
         self.step = 0
         self.activity = "start"
+        self.is_alone = False
         self.changes = 0
 
-    def at(self, activity: str, step: int | None = None) -> None:
-        """Report that the rank has come to `activity`."""
+    def at(self, activity: str, step: int | None = None, *, alone: bool = False) -> None:
+        """Report that the rank has come to `activity`.
+
+        Args:
+            alone: on rank 0: it works without the other ranks, which wait for it; however long it takes is no stall.
+        """
+        self.is_alone = alone
         self.step = self.step if step is None else step
         self.activity = activity
         self.changes += 1
@@ -204,7 +210,8 @@ class Watch:
     def _check_progress(self, heartbeats: dict[int, str], progress: StallTimer) -> None:
         stalled = progress.seconds([heartbeat.partition(" ")[2] for heartbeat in heartbeats.values()])
         # Before the first step, reading a large checkpoint takes as long as it takes.
-        if stalled > self.collective_seconds and self.position.step:
+        is_limited = self.position.step and not self.position.is_alone
+        if stalled > self.collective_seconds and is_limited:
             self._exit(f"no rank has made progress for {self.collective_seconds:g} s: {self._positions(heartbeats)}")
 
     def _check_this_rank(self) -> None:

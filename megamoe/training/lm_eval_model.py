@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +114,12 @@ class HarnessTasks:
         self._loaded = {name: problems.attempt(_load, manager, name) for name in names}
         problems.refuse()
 
-    def evaluate(self, shared: SharedModel, report: Callable[[str], None]) -> dict[str, float]:
+    def evaluate(self, shared: SharedModel) -> dict[str, float]:
         """TASK_METRIC by name; of a group of tasks, its own values and those of its tasks."""
         model = HarnessModel(shared, self._tokenizer, self._end_of_text, self._max_length)
         values: dict[str, float] = {}
         for name, loaded in self._loaded.items():
-            report(f"evaluation of {name}")
+            shared.work_on(f"evaluation of {name}")
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
             values.update(_values(evaluate(model, task_dict=loaded, bootstrap_iters=0, log_samples=False)))

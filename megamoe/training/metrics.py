@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import Any
 
 from megamoe.data.batches import BatchShape
@@ -50,7 +51,7 @@ class StepMetrics:
         rate = self._samples / self._seconds  # samples per second
         ramp = self._shape.ramp
         balance = self._last.balance
-        entropies = balance.entropies if balance else [math.nan]
+        entropies = balance.entropies if balance else []
         return {
             "loss": self._losses / steps,
             **{f"{name}_loss": total / steps for name, total in self._parts.items()},
@@ -61,9 +62,9 @@ class StepMetrics:
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
             "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
-            "router_entropy": sum(entropies) / max(len(entropies), 1),
+            "router_entropy": fmean(entropies) if entropies else math.nan,
             "lowest_router_entropy": min(entropies, default=math.nan),
-            "router_entropy_by_block": dict(zip(map(str, self._blocks), entropies, strict=False)),
+            "router_entropy_by_block": dict(zip(map(str, self._blocks if entropies else []), entropies, strict=True)),
             "grad_norm": self._last.grad_norm,
             "memory_gib": memory_gib(self._device),
             "skipped_steps": self._engine.skipped_steps,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,27 @@ from megamoe.training.scoring import Share, Window, score
 
 
 class SharedModel:
-    """Rank 0 calls `score` and `generate`, then `release`; the others are in `follow` meanwhile."""
+    """Rank 0 says by `work_on` what it does, calls `score` and `generate`, then `release`; the others are in `follow`
+    meanwhile."""
 
-    def __init__(self, model: Decoder, share: Share, device: torch.device):
+    def __init__(
+        self, model: Decoder, share: Share, device: torch.device, report: Callable[..., None] = lambda *_, **__: None
+    ):
+        """
+        Args:
+            report: is told where this rank is, as `Position.at` is.
+        """
         self.model = model
         self.share = share
         self.device = device
         self.has_failed = False  # in a call of all ranks
+        self._report = report
+        self._activity = "evaluation"
+
+    def work_on(self, activity: str) -> None:
+        """Rank 0 works on `activity`, by itself but for its calls of all ranks."""
+        self._activity = activity
+        self._report(activity, alone=True)
 
     def score(self, windows: Sequence[Window], owners: int) -> list[list[float]]:
         """Sums of nats, tokens, and tokens of which another was more likely, of each owner: see `scoring.score`."""
@@ -37,6 +51,7 @@ class SharedModel:
 
     def release(self) -> None:
         """Let the other ranks go on."""
+        self._report(self._activity)
         if not self.has_failed:
             self._send(None)
 
@@ -47,9 +62,11 @@ class SharedModel:
 
     def _call(self, *call: Any) -> Any:
         self.has_failed = True  # until it has not: an error leaves the other ranks in the middle of a collective
+        self._report(self._activity)
         self._send(call)
         result = self._take_part(*call)
         self.has_failed = False
+        self.work_on(self._activity)
         return result
 
     def _send(self, call: Any) -> Any:

@@ -19,12 +19,8 @@ from megamoe.training.shared_model import SharedModel
 class Tasks(Protocol):
     """Tasks that are loaded, with their data."""
 
-    def evaluate(self, shared: SharedModel, report: Callable[[str], None]) -> dict[str, float]:
-        """TASK_METRIC by name.
-
-        Args:
-            report: is told which task is evaluated.
-        """
+    def evaluate(self, shared: SharedModel) -> dict[str, float]:
+        """TASK_METRIC by name."""
 
 
 def load_tasks(names: Sequence[str], folder: str | None, tokenizer: Tokenizer, max_length: int) -> Tasks:
@@ -48,11 +44,11 @@ def load_tasks(names: Sequence[str], folder: str | None, tokenizer: Tokenizer, m
 class TaskEvaluator:
     """Evaluates tasks on a model, on all ranks."""
 
-    def __init__(self, tasks: Tasks | None, report: Callable[[str], None] = lambda activity: None):
+    def __init__(self, tasks: Tasks | None, report: Callable[..., None] = lambda *_, **__: None):
         """
         Args:
             tasks: on rank 0; the other ranks need none, and no package.
-            report: is told where this rank is.
+            report: is told where this rank is, as `Position.at` is.
         """
         self._tasks = tasks
         self._report = report
@@ -60,12 +56,12 @@ class TaskEvaluator:
     def run(self, model: Decoder, share: Share, device: torch.device) -> dict[str, float]:
         """TASK_METRIC by name on rank 0, nothing elsewhere. Collective; leaves the model in evaluation mode. An error
         in the code of a task is said, and gives no values."""
-        shared = SharedModel(model, share, device)
+        shared = SharedModel(model, share, device, self._report)
         if self._tasks is None:
             shared.follow()
             return {}
         try:
-            return self._tasks.evaluate(shared, self._report)
+            return self._tasks.evaluate(shared)
         except Exception as error:  # of whatever code a task brings
             if shared.has_failed:
                 raise

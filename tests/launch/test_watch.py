@@ -91,6 +91,24 @@ def test_time_in_which_the_process_was_suspended_is_no_stall(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_ranks_that_wait_for_rank_0_alone_are_no_stall(alone, monkeypatch):
+    position, exits, now = Position(), [], iter(range(0, 99, 4))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    watching = SimpleNamespace(
+        collective_seconds=5, position=position, _exit=exits.append, _positions=lambda heartbeats: "there"
+    )
+    position.at("reading data", 3)
+    position.at("evaluation of a task", alone=alone)
+    progress = StallTimer()
+    for _ in range(4):
+        Watch._check_progress(watching, {0: "9 3 step 3", 1: "9 3 step 3"}, progress)
+    assert bool(exits) is not alone
+    position.at("forward of layer 0")
+    Watch._check_progress(watching, {0: "9 3 step 3", 1: "9 3 step 3"}, progress)
+    assert exits[-1] == "no rank has made progress for 5 s: there"
+
+
 class Ranks:
     """A job of which some ranks watch each other, as threads; the others have sent one heartbeat and no more."""
 

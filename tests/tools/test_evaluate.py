@@ -9,7 +9,7 @@ import evaluate
 import pytest
 import torch
 from exported import Weights, random_decoder
-from harness_tasks import CHOICE, QUESTIONS, write_task
+from harness_tasks import ANSWER, CHOICE, QUESTIONS, write_task
 from ranks import run_alone, start_processes
 from refusals import has, only, refusals
 from transformers import AutoModelForCausalLM
@@ -122,6 +122,14 @@ def test_ranks_and_overlapping_windows_give_transformers_numbers_too(folder):
     assert said.count("in all") == 1
 
 
+def test_tasks_that_give_no_values_are_an_error(folder):
+    write_task(folder, "broken", ANSWER.replace("max_gen_toks: 5", "max_gen_toks: many"), QUESTIONS)
+    said = folder / "said_of_broken"
+    code = run_alone(run_here, [folder / "hf", "--tasks", "broken", "--task_folder", folder], said)
+    assert code == 2
+    has(said.read_text(), "warning: the tasks have failed", f"error: {evaluate.NO_TASK_VALUES}")
+
+
 def test_problems_come_together(folder, monkeypatch):
     def refused(*words):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
@@ -135,5 +143,6 @@ def test_problems_come_together(folder, monkeypatch):
     words = ("absent", folder / "hf" / "model.safetensors", "--tasks", "x", "--task_folder", "nowhere")
     for problem, part in zip(refused(folder / "hf", *words), ("absent does", "UTF-8", "nowhere is no"), strict=True):
         has(problem, part)
+    has(only(refused(folder / "hf", folder / "texts", "--json", folder)), "--json is", "a folder")
     has(only(refused(folder / "hf", folder / "texts", "--stride", WINDOW + 1)), "--stride is 25", "lower it")
     has(only(refused(folder / "none", folder / "texts")), str(folder / "none"), "does not exist")

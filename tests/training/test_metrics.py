@@ -1,5 +1,6 @@
 """What is logged of a window of steps."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,15 @@ def test_speed_and_time_left_count_the_samples_that_each_step_takes():
     values = plain.values(1, 3)
     assert "batch_size" not in values
     assert values["tokens_per_second"] == pytest.approx(2 * 16 / 0.5)
+
+
+def test_a_skipped_step_has_no_balance_and_no_entropy_of_any_block():
+    window = metrics()
+    window.add(result(4.0), 0.5)
+    values = window.values(1, 3)
+    assert math.isnan(values["running_max_vio"])
+    assert math.isnan(values["router_entropy"])
+    assert values["router_entropy_by_block"] == {}  # not a number that JSON does not have
 
 
 def test_a_model_with_one_part_logs_the_loss_alone():

@@ -100,7 +100,7 @@ def test_the_live_model_scores_as_the_harness_scores_its_export(done, tmp_path, 
 
 def test_an_error_in_a_tasks_own_code_is_said_and_the_run_goes_on(capsys):
     class Broken:
-        def evaluate(self, shared, report):
+        def evaluate(self, shared):
             raise ZeroDivisionError("no documents")
 
     assert TaskEvaluator(Broken()).run(None, Share(1), torch.device("cpu")) == {}
