@@ -36,7 +36,7 @@ from megamoe.architectures.config_json import find_preset
 from megamoe.config import ModelConfig, validate
 from megamoe.data.ramp import BatchRamp
 from megamoe.ds_config import batch_sizes
-from megamoe.errors import Problems, UserError, unknown_key
+from megamoe.errors import Problems, UserError, shown, unknown_key
 from megamoe.json_files import read_json, write_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
 from megamoe.resume_rules import stages_of
@@ -88,6 +88,12 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     preset = problems.attempt(find_preset, str(table.get("preset", "tiny")))
     ds = problems.attempt(read_json, Path(table.get("ds_config", "ds_configs/tiny.json")))
     problems.refuse()
+    problems += [
+        f'{path}: change "{name}" is {shown(change)}; give an object with some of {", ".join(CHANGE_KEYS)}.'
+        for name, change in changes.items()
+        if not isinstance(change, dict)
+    ]
+    problems.refuse()
     trials = []
     for name, change in changes.items():
         trial = problems.attempt(_trial, f"{path}: {name}", name, change, preset, ds, table.get("options", {}), steps)
@@ -114,18 +120,23 @@ def _trial(
     if steps:
         ds["scheduler"]["params"]["total_num_steps"] = steps
     for key, value in change.get("ds_config", {}).items():
-        _set(ds, key.split("."), value)
-    steps = steps or read_schedule(ds, where).total_steps
+        _set(ds, key, value, where)
+    schedule = read_schedule(ds, where)
+    steps = steps or schedule.total_steps
     if steps is None:
         raise UserError(f"{where}: its schedule has no end; give --steps, or a change's own steps.")
     return steps, change, model, ds, options
 
 
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set the value at a path of keys; null removes it."""
-    *sections, key = path
+def _set(values: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Set the value at a path of keys with dots between them; null removes it. Raises UserError."""
+    *sections, key = path.split(".")
     for section in sections:
         values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(
+                f'{where}: ds_config: "{section}" of {path} is {shown(values)}, no section; change the path.'
+            )
     if value is None:
         values.pop(key, None)
     else:
@@ -310,7 +321,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, help="JSON lines to append to; by default TABLE.jsonl")
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="folder of the runs")
-    return parser.parse()
+    return parser.parse(check=check)
+
+
+def check(args: argparse.Namespace) -> argparse.Namespace:
+    problems = Problems()
+    for name in ("steps", "ranks", "parallel"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name} is {value}; give at least 1.")
+    problems.refuse()
+    return args
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """A table of changes becomes runs, lines of results, a table and a picture."""
 
 import json
+import sys
 from statistics import mean, stdev
 
 import ablate
@@ -92,8 +93,22 @@ def test_everything_wrong_in_a_table_is_said_at_once(write):
         strict=True,
     ):
         has(problem, *parts)
+    into_text = {"ds_config": {"optimizer.type.lr": 1}}
+    warms_up = {"ds_config": {"scheduler.params.warmup_num_steps": 10}}
+    first, second = refusals(read, write({"a": into_text, "b": warms_up}))
+    has(first, "a: ds_config", '"type" of optimizer.type.lr', '"AdamW"')
+    has(second, "b: ", "warmup_num_steps is 10", "total_num_steps 10")
+    (problem,) = refusals(read, write({"a": 3}))
+    has(problem, 'change "a" is 3', "preset")
     (problem,) = refusals(read, write({"a": {}}), 10, 1, (1,), ["aa"])
     has(problem, "aa", "a")
+
+
+def test_a_number_of_runs_or_steps_that_cannot_be_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "table.json", "--steps", "0", "--ranks", "0", "--parallel", "-1"])
+    problems = refusals(ablate.parse)
+    for problem, part in zip(problems, ("--steps is 0", "--ranks is 0", "--parallel is -1"), strict=True):
+        has(problem, part, "at least 1")
 
 
 def line(name, seed, bits, steps=10):
