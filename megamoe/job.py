@@ -74,6 +74,8 @@ class Job:
             self.loaded_tasks = problems.attempt(self._load_tasks) if leads and run.lm_eval_tasks else None
         if (run.lm_eval_interval or run.lm_eval_folder) and not run.lm_eval_tasks:
             problems.append("lm_eval_interval and lm_eval_folder are of tasks, and none is given; add --lm_eval_tasks.")
+        both = {source.name for source in run.valid_data} & set(run.lm_eval_tasks)
+        problems += [f"a held-out set and a task have the name {name}; write NAME=PATH with another." for name in both]
         if run.compile:
             problems += compiler_problems(device)
         if not problems:

@@ -86,10 +86,13 @@ def several(value: Any) -> Any:
 
 
 def with_own_names(sources: list[HeldOutSource]) -> list[HeldOutSource]:
-    """Raises ValueError where two have one name, or one has that of the averaged weights in the log."""
+    """Raises ValueError where two have one name, or one has a name of the averaged weights' values in the log."""
     names = [source.name for source in sources]
-    if "ema" in names:
-        raise ValueError("a held-out set has the name ema, which averaged weights have; write NAME=PATH with another.")
+    averaged = next((name for name in names if name == "ema" or name.startswith("ema_")), None)
+    if averaged:
+        raise ValueError(
+            f"a held-out set has the name {averaged}, as values of averaged weights have; write NAME=PATH with another."
+        )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ValueError(f"two held-out sets have the name {twice}; write NAME=PATH with names of their own.")

@@ -60,6 +60,13 @@ def further_sets(valid: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key.removesuffix("_loss") for row in valid for key in row if key.endswith("_loss")))
 
 
+def description(name: str) -> str:
+    """Which values a set's name stands for, as the end of a phrase; "" is the first set."""
+    is_averaged = name == "ema" or name.startswith("ema_")
+    name = name[len("ema_") :] if is_averaged else name
+    return (f" on {name}" if name else "") + (" with averaged weights" if is_averaged else "")
+
+
 def task_values(valid: list[dict[str, Any]]) -> list[str]:
     """Names of the values of tasks."""
     sets = further_sets(valid)
@@ -92,7 +99,7 @@ def draw(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
     )
     loss.plot(steps, [row["loss"] for row in train], label="training")
     sets = further_sets(valid)
-    names = {"loss": "held out", **{f"{name}_loss": f"held out: {name}" for name in sets}}
+    names = {"loss": "held out", **{f"{name}_loss": f"held out{description(name)}" for name in sets}}
     for key, label in names.items():
         if points(valid, key)[0]:
             loss.plot(*points(valid, key), "o-", label=label)
@@ -117,13 +124,13 @@ def draw(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def results(valid: list[dict[str, Any]]) -> Iterator[str]:
     """The last evaluation of each held-out set, and of the tasks."""
-    for name in (None, *further_sets(valid)):
+    for name in ("", *further_sets(valid)):
         prefix = f"{name}_" if name else ""
         last = next((row for row in reversed(valid) if f"{prefix}loss" in row), None)
         if last:
             bits = f", {last[f'{prefix}bits_per_byte']:.4f} bits per byte" if f"{prefix}bits_per_byte" in last else ""
-            on = f" on {name}" if name else ""
-            yield f"validation{on} at step {last['step']}: {last[f'{prefix}loss']:.4f} nats per token{bits}"
+            loss = f"{last[f'{prefix}loss']:.4f} nats per token{bits}"
+            yield f"validation{description(name)} at step {last['step']}: {loss}"
     for key in task_values(valid):
         steps, values = points(valid, key)
         yield f"{key} at step {steps[-1]}: {values[-1]:.4f}"

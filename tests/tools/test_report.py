@@ -98,6 +98,16 @@ def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, monkeypat
     assert not (tmp_path / "loss_lr.png").exists()
 
 
+def test_values_of_averaged_weights_are_called_so():
+    row = {**valid_row(20), "code_loss": 3.0, "ema_loss": 6.0, "ema_bits_per_byte": 2.0, "ema_code_loss": 2.5}
+    assert list(report.results([row])) == [
+        "validation at step 20: 7.7778 nats per token, 2.2222 bits per byte",
+        "validation on code at step 20: 3.0000 nats per token",
+        "validation with averaged weights at step 20: 6.0000 nats per token, 2.0000 bits per byte",
+        "validation on code with averaged weights at step 20: 2.5000 nats per token",
+    ]
+
+
 def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, monkeypatch, capsys):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
@@ -114,7 +124,7 @@ def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, mo
     assert "validation on code at step 20: 1.2500 nats per token, 0.5000 bits per byte\n" in said.out
     assert "arc_acc at step 30: 0.8750\n" in said.out
     loss, _, _, tasks = figures[0].axes
-    assert [line.get_label() for line in loss.lines] == ["training", "held out", "held out: code"]
+    assert [line.get_label() for line in loss.lines] == ["training", "held out", "held out on code"]
     assert [((*line.get_xdata(),), (*line.get_ydata(),)) for line in tasks.lines] == [((20, 30), (0.75, 0.875))]
 
 

@@ -112,6 +112,8 @@ def test_what_keeps_tasks_from_being_evaluated_is_said_before_the_run(inputs, tm
     said = only(problems({**inputs, "lm_eval_tasks": ["broken"]}))
     has(said, "task broken of lm-evaluation-harness cannot be loaded")
     has(only(problems({**inputs, "lm_eval_folder": "nowhere"})), "nowhere is no folder of tasks")
+    own = f"rolling={tmp_path / 'code'}"
+    has(only(problems({**inputs, "valid_data": [own]})), "a held-out set and a task have the name rolling")
     has(only(problems({**inputs, "lm_eval_tasks": []})), "lm_eval_interval and lm_eval_folder", "--lm_eval_tasks")
     monkeypatch.setattr("megamoe.training.lm_eval_model.TaskManager", own_tasks_only)
     said = problems({**inputs, "lm_eval_tasks": ["chioce", "rolling", "zzzzzz"]})
@@ -154,7 +156,12 @@ def test_a_set_has_its_own_name_or_that_of_its_folder(words, expected):
 
 
 def test_names_that_the_log_cannot_tell_apart_are_refused():
-    for words, part in ((["x=a", "b/x"], "have the name x"), (["ema=a"], "ema"), (["a b=c"], "pattern")):
+    for words, part in (
+        (["x=a", "b/x"], "have the name x"),
+        (["ema=a"], "ema"),
+        (["ema_x=a"], "ema_x"),
+        (["a b=c"], "pattern"),
+    ):
         has(only(refusals(parse_run, ["--ds_config", "ds.json", "--valid_data", *words])), "valid_data", part)
 
 
