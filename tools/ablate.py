@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -69,6 +70,12 @@ class Trial:
     def key(self) -> str:
         """What tells it from other runs in the lines of results."""
         return json.dumps([self.name, self.seed, self.steps, self.change], sort_keys=True)
+
+    @property
+    def recipe(self) -> str:
+        """A hash of all that it trains with."""
+        whole = json.dumps([self.model.model_dump(), self.ds, self.options], sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -175,7 +182,8 @@ def train(trial: Trial, folder: Path, threads: int) -> dict[str, Any]:
 
 
 def _named(trial: Trial) -> dict[str, Any]:
-    return {key: asdict(trial)[key] for key in ("name", "seed", "steps", "ranks", "change")}
+    named = {key: asdict(trial)[key] for key in ("name", "seed", "steps", "ranks", "change")}
+    return {**named, "recipe": trial.recipe}
 
 
 def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -203,8 +211,15 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
 
 
 def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> list[str]:
-    """Train those of which `lines` holds no result yet, and append theirs; returns what went wrong."""
-    done = {_key_of(line) for line in read_lines(lines)}
+    """Train those of which `lines` holds no result yet, and append theirs; returns what went wrong.
+    Raises UserError where a result is of another recipe than the table has now."""
+    done = {_key_of(line): line.get("recipe") for line in read_lines(lines)}
+    others = [trial.name for trial in trials if done.get(trial.key) not in (None, trial.recipe)]
+    if others:
+        raise UserError(
+            f"{lines} has results of {', '.join(dict.fromkeys(others))} with another preset, DeepSpeed JSON or options "
+            "than the table names now; give another --out."
+        )
     waiting = [trial for trial in trials if trial.key not in done]
     ranks = max((trial.ranks for trial in waiting), default=1)
     threads = max(len(os.sched_getaffinity(0)) // (parallel * ranks), 1)

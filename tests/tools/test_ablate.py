@@ -155,6 +155,10 @@ def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
     assert ablate.train_all(trials, lines, tmp_path / "other", parallel=2) == []
     assert lines.read_bytes() == before
     assert not (tmp_path / "other").exists()
+    # Nor are results of another recipe taken for those of the table.
+    changed = read(write({"wide": {"preset": {"intermediate_size": 64}}}, options={"seq_len": 8}), steps=3)
+    (problem,) = refusals(ablate.train_all, changed, lines, tmp_path / "other", 2)
+    has(problem, str(lines), "results of baseline, wide with another", "--out")
 
 
 def test_a_run_that_fails_is_named_with_its_reason_and_has_no_line(write, tmp_path):
