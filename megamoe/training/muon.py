@@ -121,6 +121,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(partition), torch.zeros_like(partition)
+        state["step"] = state["step"].to(partition.device)  # restored, it is on the host, as a file gives it
         adamw(
             [partition],
             [gradient],

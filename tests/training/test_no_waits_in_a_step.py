@@ -4,12 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_gpu import DEVICE, HostReads, fake_gpu, model_on_gpu
+import torch.distributed as dist
+from fake_gpu import DEVICE, HostReads, NoCopies, fake_gpu, model_on_gpu
 from ranks import run_alone
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megamoe.config import load_preset
 from megamoe.training import step_sums
 from megamoe.training.balancing import Balance
+from megamoe.training.matrix_share import MatrixShare
+from megamoe.training.muon import Muon
 from megamoe.training.step import balancer_of
 from megamoe.training.step_sums import SCALARS, Flags, sum_over_ranks
 from megamoe.training.weight_average import WeightAverage
@@ -65,3 +69,31 @@ def test_the_average_of_the_weights_is_updated_without_a_read():
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
 def test_norm_losses_flags_and_balance_come_in_one_read(rule):
     assert run_alone(reads_of_a_step, rule) == 1
+
+
+def muon_on_gpu():
+    """Steps of Muon, one of which follows a restore with AdamW's count on the host, as files give it; where its state
+    is then."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    with fake_gpu():
+        matrices, others = (torch.empty(size, device=DEVICE) for size in (124, 30))
+        muon = Muon([{"params": [others]}, {"params": [matrices], "use_muon": True}], lr=0.1, dtype=torch.bfloat16)
+        share = MatrixShare([(4, 6), (4, 6), (40, 5)], 124, 0, 2)
+        assert share.is_cut
+        muon.set_share(matrices, share, dist.group.WORLD)
+        for one in (matrices, others):
+            one.grad = torch.empty_like(one)
+        for _ in range(2):
+            muon.step()
+    with matrices.fake_mode:
+        restored = muon.state_dict()
+        restored["state"][0]["step"] = torch.zeros(())
+        muon.load_state_dict(restored)
+        muon.step()
+    with matrices.fake_mode, NoCopies():
+        muon.step()
+    return {value.device.type for state in muon.state.values() for value in state.values()}
+
+
+def test_steps_of_muon_read_nothing_and_its_state_is_on_the_device_after_a_restore_too():
+    assert run_alone(muon_on_gpu) == {DEVICE}
