@@ -25,7 +25,7 @@ from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import Source, load_buffers, open_source
 from megamoe.checkpoint.slice_file import DamagedError
 from megamoe.errors import UserError
-from megamoe.optimizers import MASTERS
+from megamoe.optimizers import AVERAGE, MASTERS
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,9 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
 
 
 def _forget_state(optimizer: torch.optim.Optimizer) -> None:
-    """The state before the first applied step."""
+    """The state before the first applied step, at which there is no average yet."""
     for state in optimizer.state.values():
+        state.pop(AVERAGE.name, None)
         for name, value in state.items():
             state[name] = value.zero_() if isinstance(value, Tensor) else 0
 

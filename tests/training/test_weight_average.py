@@ -174,6 +174,24 @@ def test_a_run_without_average_restores_none_but_finds_its_damage(on_two, tmp_pa
     has(only(problems), str(file), "SHA-256")
 
 
+def go_back_to_the_beginning(folder):
+    """The flat averages after a run's first step, and after the same step of the run that has gone back."""
+    engine = make(1)
+    average = WeightAverage(engine, DECAY)
+    save(engine, folder, 0)
+    train(engine, 1, average=average)
+    first = [one.clone() for one in flat_averages(engine)]
+    train(engine, 1, 1, average=average)
+    assert restore_first_verified(engine, [folder / "step_0"])
+    has_begun = average.has_begun
+    train(engine, 1, average=average)
+    return has_begun, all(map(torch.equal, first, flat_averages(engine)))
+
+
+def test_a_run_that_goes_back_to_before_its_first_applied_step_begins_its_average_anew(tmp_path):
+    assert run_ranks(1, go_back_to_the_beginning, tmp_path) == [(False, True)]
+
+
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 
