@@ -17,12 +17,13 @@ OPTIMIZATION = (
     "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type",
     "prescale_gradients", "gradient_predivide_factor",
 )  # fmt: skip
+PEAKS = ("lr", "adam_lr", "muon_lr")  # learning rates in optimizer.params
 
 
 def decisive(record: dict[str, Any]) -> dict[str, Any]:
     """Of a run's record, what decides its losses. Where a corpus lies does not; a field of the model that is newer than
     the record had its default."""
-    optimization = _with_peak_in_schedule({key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION})
+    optimization = _with_peaks_in_schedule({key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION})
     corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
     data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
     defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
@@ -30,14 +31,15 @@ def decisive(record: dict[str, Any]) -> dict[str, Any]:
     return {key: {**record, **model, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
 
 
-def _with_peak_in_schedule(optimization: dict[str, Any]) -> dict[str, Any]:
-    """The same settings, with the optimizer's learning rate among those of the schedule, which may change."""
+def _with_peaks_in_schedule(optimization: dict[str, Any]) -> dict[str, Any]:
+    """The same settings, with the optimizer's learning rates among those of the schedule, which may change."""
     optimizer, scheduler = optimization["optimizer"], optimization["scheduler"]
     params = optimizer.get("params") if isinstance(optimizer, dict) else None
-    if not isinstance(params, dict) or "lr" not in params or not isinstance(scheduler, dict):
+    if not isinstance(params, dict) or not isinstance(scheduler, dict):
         return optimization
-    rest = {**optimizer, "params": {key: value for key, value in params.items() if key != "lr"}}
-    return {**optimization, "optimizer": rest, "scheduler": {**scheduler, "optimizer.params.lr": params["lr"]}}
+    peaks = {f"optimizer.params.{key}": params[key] for key in PEAKS if key in params}
+    rest = {**optimizer, "params": {key: value for key, value in params.items() if key not in PEAKS}}
+    return {**optimization, "optimizer": rest, "scheduler": {**scheduler, **peaks}}
 
 
 def new_schedule(now: dict[str, Any], before: Any) -> dict[str, Any]:
@@ -48,7 +50,8 @@ def new_schedule(now: dict[str, Any], before: Any) -> dict[str, Any]:
     params = now.get("params", {})
     gone: dict[str, Any] = {key: None for key in before.get("params", {}) if key not in params}
     changes = part(now, before)
-    return {**changes, "params": {**changes.get("params", {}), **gone}}
+    changed = {**changes.get("params", {}), **gone}
+    return {**changes, **({"params": changed} if changed else {})}
 
 
 def remedy(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -136,6 +136,20 @@ def test_a_schedule_of_another_type_is_welcome_on_resume_with_its_peak_wherever_
     assert '"eps": 1e-05' in problem
 
 
+def test_the_peak_of_muons_matrices_changes_on_resume_as_that_of_the_schedule_does(inputs, tmp_path):
+    def with_muon(muon_lr, **others):
+        return ds_config(2, optimizer={"type": "Muon", "params": {"muon_lr": muon_lr, **others}})
+
+    started(inputs, deepspeed=with_muon(0.02))
+    (tmp_path / "ds.json").write_text(json.dumps(with_muon(0.01)))
+    assert job({**inputs, "resume": True}).new_schedule == {"optimizer.params.muon_lr": 0.01}
+    (problem,) = problems({**inputs, "auto_resume": True})
+    assert "give --resume to continue with the new schedule" in problem
+    (tmp_path / "ds.json").write_text(json.dumps(with_muon(0.01, momentum=0.9)))
+    (problem,) = problems({**inputs, "resume": True})
+    assert '"momentum": 0.9' in problem
+
+
 def test_a_key_that_a_new_schedule_leaves_out_is_said_to_be_gone(inputs, tmp_path):
     before = ds_config(2)
     before["scheduler"]["params"]["decay_min_ratio"] = 0.1
