@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from megamoe.config import ModelConfig
-from megamoe.ds_keys import OPTIMIZER_PARAMS, is_number, key_problems, value_problems, why
+from megamoe.ds_keys import ABOVE_0, OPTIMIZER_PARAMS, is_number, key_problems, value_problems, why
 from megamoe.errors import UserError, shown, unknown_key
 from megamoe.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
 from megamoe.run_config import RunConfig
@@ -146,6 +146,9 @@ def _muon_problems(ds: dict[str, Any], kind: str, params: dict[str, Any], where:
             f"{where}: optimizer.params.muon_lr is missing; give the peak learning rate of the matrices, such as 0.02: "
             "the scheduler has that of the other parameters, which AdamW takes."
         )
+    elif not ABOVE_0.fits(params["muon_lr"]):
+        rate = params["muon_lr"]
+        problems.append(f"{where}: optimizer.params.muon_lr is {shown(rate)}{why(rate)}; give {ABOVE_0.words}.")
     momentum = params.get("momentum", 0.95)
     if not is_number(momentum) or not 0 <= momentum < 1:
         problems.append(

@@ -80,7 +80,6 @@ DS_KEYS: dict[str, dict[Kind, str]] = {
 }  # fmt: skip
 OPTIMIZER_PARAMS = {
     NUMBER: "lr adam_lr eps weight_decay alpha",
-    ABOVE_0: "muon_lr",
     FLAG: "torch_adam adam_w_mode fused foreach bias_correction",
 }
 

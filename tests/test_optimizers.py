@@ -1,5 +1,6 @@
 """The table of optimizers: what DeepSpeed really keeps is what it says, and an entry is all that a new one needs."""
 
+import json
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -116,7 +117,10 @@ def test_muon_has_a_rate_of_its_own_and_the_scheduler_that_of_the_others():
     has(only(problems_of(json_with("Muon"))), "muon_lr is missing", "peak learning rate of the matrices", "scheduler")
     assert problems_of(json_with("Muon", muon_lr=0.02, adam_lr=1e-2, momentum=0.9, betas=[0.9, 0.95], eps=1e-8)) == []
     has(only(problems_of(json_with("Muon", muon_lr=0.02, adam_lr=1e-3))), "given twice", "adam_lr 0.001", "0.01")
-    has(only(problems_of(json_with("Muon", muon_lr=0))), "muon_lr is 0", "above 0")
+    for wrong in (0, None, "auto"):
+        problem = only(problems_of(json_with("Muon", muon_lr=wrong)))
+        has(problem, f"muon_lr is {json.dumps(wrong)}", "give a number above 0")
+        assert "leave it out" not in problem  # which is refused too
     has(only(problems_of(json_with("Muon", muon_lr=0.02, momentum=1))), "momentum is 1", "below 1")
     has(only(problems_of(json_with("Muon", muon_lr=0.02, ns_method="gram"))), "ns_method")
     has(only(problems_of(json_with("AdamW", muon_lr=0.02))), "muon_lr", "AdamW does not take")
