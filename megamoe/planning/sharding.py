@@ -250,6 +250,8 @@ def _groups(model: ModelConfig, topology: ExpertTopology, largest: int, muon: bo
         else:
             experts.append({name: size})
 
+    matrices = dict(sorted(matrices.items(), key=lambda one: parameters[one[0]][0].shape))  # as the engine has them
+
     def shapes(names: Iterable[str]) -> tuple[Shape, ...]:
         parts = [part for name in names for part in parameters[name]] if muon else []
         return tuple((part.shape[0], part.shape[1]) for part in parts)

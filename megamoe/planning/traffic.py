@@ -119,7 +119,8 @@ def collectives(setup: Setup) -> list[Collective]:
         if cut:
             payload = 4 * sum(sum(share.sent) + sum(share.received) for share in cut)
             found.append(Collective(purpose, "all_to_all", ranks, stride, 2 * len(cut), payload, "update"))
-    small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * m.num_local_experts)
+    per_router = m.num_local_experts + 1  # loads and entropy
+    small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * per_router)
     found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
     return found
 

@@ -40,6 +40,8 @@ def parameter_groups(model: nn.Module, muon: dict[str, Any] | None = None) -> li
     for name, parameter in model.named_parameters():
         by_muon = muon is not None and is_projection(name)
         (matrices if by_muon else undecayed if is_undecayed(name) else decayed).append(parameter)
+    # Neighbours of one shape are multiplied at once. A layer's experts are many of one shape already.
+    matrices.sort(key=lambda one: tuple(one.shape) if one.dim() == 2 else ())
     groups = split_params_into_different_moe_groups_for_optimizer(
         [
             {"name": "decayed", "params": decayed},

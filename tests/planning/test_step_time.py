@@ -176,8 +176,8 @@ def test_muon_adds_the_products_of_every_matrix():
     assert found == pytest.approx(flops / SLOW.flops(2))
     assert phases(FULL, SLOW, replace(IDEAL, products=1.0))["update"].device["products"] == 0
     more = phases(setup, rates=replace(IDEAL, operator=1.0))["update"].launches - UPDATE_OPERATORS
-    # Keys and values; outputs with the queries of the next layer, before which are those of the first; two stacks.
-    assert more == MUON_OPERATORS * (24 + 25 + 2 * 24)
+    # Keys and values of all layers; queries and outputs, 2**24 values at a time; two stacks of each layer.
+    assert more == MUON_OPERATORS * (1 + 2 + 2 * 24)
 
 
 def test_muon_gives_the_device_what_is_counted_for_each_batch():

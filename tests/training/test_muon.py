@@ -6,7 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.distributed as dist
-from engines import GATED, make, train
+from engines import CONFIG, GATED, make, train
 from ranks import run_ranks
 
 from megamoe.checkpoint.engine_state import stretches_by_group
@@ -122,6 +122,21 @@ def test_a_step_is_that_of_muon_on_whole_matrices_and_of_adamw_for_the_others(ca
         change, difference = (expected - master).norm(), (after[name] - expected).norm()
         assert change > 0, name
         assert difference <= (tolerance if by_muon else 1e-4) * change, name
+
+
+def batches_of_one_rank():
+    """The matrices that are multiplied at once, of shared and of expert parameters: (number, R, C)."""
+    muon = make(1, **JSON).optimizer.optimizer
+    shares = [muon._shares[group["params"][0]][0] for group in muon.param_groups if group["use_muon"]]
+    return [[(run.count, run.rows, run.columns) for run in share.whole] for share in shares]
+
+
+def test_shared_matrices_of_one_shape_are_multiplied_together_whatever_their_layers():
+    ((shared, experts),) = run_ranks(1, batches_of_one_rank)
+    shapes = [shape for _, *shape in shared]
+    assert len(shapes) == len({tuple(shape) for shape in shapes}) > 1
+    assert sum(count for count, *_ in shared) == 4 * CONFIG.num_hidden_layers
+    assert len(experts) == 2 * CONFIG.num_hidden_layers
 
 
 # --- without an engine ----------------------------------------------------------------------------------------------
