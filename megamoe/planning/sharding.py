@@ -16,7 +16,7 @@ from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, 
 from megamoe.model.products import Kernel
 from megamoe.optimizers import AVERAGE
 from megamoe.topology import ExpertTopology
-from megamoe.training.matrix_share import MatrixShare, Shape
+from megamoe.training.matrix_share import MatrixShare, Shape, place_of
 
 # Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
 FLAT_ALIGNMENT = 2
@@ -250,7 +250,7 @@ def _groups(model: ModelConfig, topology: ExpertTopology, largest: int, muon: bo
         else:
             experts.append({name: size})
 
-    matrices = dict(sorted(matrices.items(), key=lambda one: parameters[one[0]][0].shape))  # as the engine has them
+    matrices = dict(sorted(matrices.items(), key=lambda one: place_of(parameters[one[0]][0].shape)))
 
     def shapes(names: Iterable[str]) -> tuple[Shape, ...]:
         parts = [part for name in names for part in parameters[name]] if muon else []

@@ -20,7 +20,7 @@ from megamoe.ds_config import dtype_of, optimizer_of
 from megamoe.model.names import is_projection, is_undecayed, plain_parts
 from megamoe.schedule_config import Schedule
 from megamoe.training import cpu
-from megamoe.training.matrix_share import MatrixShare
+from megamoe.training.matrix_share import MatrixShare, place_of
 from megamoe.training.muon import Muon
 from megamoe.training.operators import load_operator
 from megamoe.training.schedule import learning_rate
@@ -40,8 +40,7 @@ def parameter_groups(model: nn.Module, muon: dict[str, Any] | None = None) -> li
     for name, parameter in model.named_parameters():
         by_muon = muon is not None and is_projection(name)
         (matrices if by_muon else undecayed if is_undecayed(name) else decayed).append(parameter)
-    # Neighbours of one shape are multiplied at once. A layer's experts are many of one shape already.
-    matrices.sort(key=lambda one: tuple(one.shape) if one.dim() == 2 else ())
+    matrices.sort(key=lambda one: place_of(one.shape) if one.dim() == 2 else ())  # stacked experts stay in order
     groups = split_params_into_different_moe_groups_for_optimizer(
         [
             {"name": "decayed", "params": decayed},

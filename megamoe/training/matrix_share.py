@@ -6,12 +6,18 @@ Shape legend: R rows, C columns.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 BATCH = 2**24  # values of the matrices that are multiplied at once, unless one has more
 
 Shape = tuple[int, int]  # (R, C)
+
+
+def place_of(shape: Sequence[int]) -> tuple[int, ...]:
+    """Sort key of the matrices that are no experts', in their flat group: those of one shape are neighbours, to be
+    multiplied at once, and the first rank has those of the most products per value."""
+    return -min(shape), *shape
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megamoe.training import matrix_share
-from megamoe.training.matrix_share import MatrixShare, Run
+from megamoe.training.matrix_share import MatrixShare, Run, place_of
 
 SHAPES = [(4, 6), (4, 6), (4, 6), (10, 3), (40, 5), (2, 2), (2, 2)]  # 310 values, of which the fifth has 200
 STARTS = [0, *itertools.accumulate(rows * columns for rows, columns in SHAPES)]
@@ -46,3 +46,19 @@ def test_neighbours_of_one_shape_are_one_batch_up_to_a_size(monkeypatch):
     _, (share,) = shares_of(1)
     assert share.whole[:3] == [Run(0, 2, 4, 6), Run(48, 1, 4, 6), Run(72, 1, 10, 3)]
     assert Run(102, 1, 40, 5) in share.whole
+
+
+def products_of(share):
+    """The products of a step, up to a factor that all matrices have alike."""
+    sizes = [(run.count, *sorted((run.rows, run.columns))) for run in share.whole]
+    return sum(count * (2 * small**2 * large + small**3) for count, small, large in sizes)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_in_order_each_shape_is_one_batch_and_no_rank_has_more_products_than_the_first(ranks):
+    shapes = sorted([(16, 64), (64, 16), (64, 128), (128, 64), (64, 64)] * 16, key=place_of)
+    partition = sum(rows * columns for rows, columns in shapes) // ranks
+    shares = [MatrixShare(shapes, partition, rank, ranks) for rank in range(ranks)]
+    assert sum(len(share.whole) for share in shares) <= 5 + ranks - 1
+    assert not any(share.is_cut for share in shares)
+    assert products_of(shares[0]) == max(map(products_of, shares))
