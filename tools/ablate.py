@@ -36,7 +36,7 @@ from megamoe import cli
 from megamoe.architectures.config_json import find_preset
 from megamoe.config import ModelConfig, validate
 from megamoe.data.ramp import BatchRamp
-from megamoe.ds_config import batch_sizes
+from megamoe.ds_config import batch_sizes, section_of
 from megamoe.errors import Problems, UserError, shown, unknown_key
 from megamoe.json_files import read_json, write_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
@@ -124,8 +124,9 @@ def _trial(
     problems.refuse()
     ds = copy.deepcopy(ds)
     steps = change.get("steps", steps)
-    if steps:
-        ds["scheduler"]["params"]["total_num_steps"] = steps
+    params = section_of(section_of(ds, "scheduler"), "params")
+    if steps and "total_num_steps" in params:  # a constant rate has no end
+        params["total_num_steps"] = steps
     for key, value in change.get("ds_config", {}).items():
         _set(ds, key, value, where)
     schedule = read_schedule(ds, where)

@@ -78,6 +78,15 @@ def test_the_schedule_ends_with_the_run(write):
     assert read(write({}), steps=None)[0].steps == read_json(DS)["scheduler"]["params"]["total_num_steps"]
 
 
+def test_a_constant_rate_has_the_steps_of_the_run_and_no_end(write):
+    constant = {"warmup_type": "linear", "warmup_num_steps": 1, "warmup_max_lr": 0.01}
+    path = write({"a": {"steps": 7}})
+    ds = read_json(path.parent / "ds.json")
+    (path.parent / "ds.json").write_text(json.dumps({**ds, "scheduler": {"type": "WarmupLR", "params": constant}}))
+    assert [(one.steps, one.ds["scheduler"]["params"]) for one in read(path)] == [(10, constant), (7, constant)]
+    has(refusals(read, path, None)[0], "baseline", "no end", "--steps")
+
+
 def test_everything_wrong_in_a_table_is_said_at_once(write):
     path = write(
         {
