@@ -99,8 +99,9 @@ class Job:
     def _find_start(self, folder: RunFolder) -> None:
         run = self.run
         self.is_resuming = run.resume or (run.auto_resume and folder.began is not None)
-        if self.is_resuming and any(folders.checkpoints(folder.checkpoints)):
-            self.candidates = folders.run_checkpoints(folder.checkpoints, self.ledger)
+        found = folders.run_checkpoints(folder.checkpoints, self.ledger) if self.is_resuming else []
+        if any(map(folders.is_complete, found)):
+            self.candidates = found
         elif run.init_from:
             self.initial_weights = folders.found_at(Path(run.init_from))
 
@@ -232,6 +233,7 @@ class Job:
         if step is None:
             return []
         taken = max((folders.step_of(path) or 0 for path in self.candidates), default=0)
+        taken = self.ledger.data_step(taken + 1) - 1  # steps of data, after the run has gone back
         if self.run.resume and step > taken:
             self.changes_ramp_at = step
             return []

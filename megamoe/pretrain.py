@@ -156,7 +156,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
         keep_every=config.keep_every,
         background=not config.foreground_save,
         resumed=checkpoint,
-        generation=ledger.generation,
+        ledger=ledger,
         waiting=lambda: position.at("saving"),
     )
     trainer = Trainer(
@@ -190,7 +190,7 @@ def restore_guard(job: Job, checkpoint: Path | None) -> tuple[Guard, DataLedger]
         )
     )
     if checkpoint:
-        guard.restore(saved_guard(checkpoint))
+        guard.restore(saved_guard(checkpoint), folders.step_of(checkpoint) or 0)
     ledger = [job.ledger]
     dist.broadcast_object_list(ledger)  # rank 0 has read it
     return guard, ledger[0]

@@ -14,6 +14,7 @@ from toy import PRESET, ds_config, write_inputs
 
 import megamoe.job
 from megamoe.architectures.config_json import preset_of
+from megamoe.data.ledger import DataLedger
 from megamoe.errors import UserError
 from megamoe.job import Job
 from megamoe.resume_rules import SAME_ON_RESUME
@@ -172,6 +173,11 @@ def test_a_batch_ramp_may_change_on_resume_for_steps_that_are_not_taken_yet_only
     assert "2 samples in step 1 of its batch_ramp, not 8" in problem
     (problem,) = problems({**with_ramp(inputs, tmp_path, "2:5"), "auto_resume": True})
     assert "give --resume to change step 6" in problem
+    # A run that has gone back to step 3 has read data of further steps.
+    DataLedger().gone_back(3, 6, generation=1).write(tmp_path / "run")
+    assert job({**with_ramp(inputs, tmp_path, "2:5", "4:6"), "resume": True}).changes_ramp_at == 7
+    (problem,) = problems({**with_ramp(inputs, tmp_path, "2:5"), "resume": True})
+    assert "4 samples in step 6 of its batch_ramp, not 8, and 6 steps are taken" in problem
 
 
 def test_a_run_that_began_before_there_were_ramps_had_none(inputs, tmp_path):
@@ -292,6 +298,16 @@ def test_resuming_without_a_complete_checkpoint_is_refused_and_auto_resume_begin
     again = job({**inputs, "auto_resume": True})
     assert again.is_resuming
     assert again.candidates == []
+
+
+def test_a_run_that_has_gone_back_from_all_its_checkpoints_begins_again_with_the_weights_it_was_started_with(inputs):
+    started(inputs)
+    record = json.loads((Path(inputs["run_dir"]) / "run.json").read_text())
+    record["run"]["init_from"] = "old.pt"
+    (Path(inputs["run_dir"]) / "run.json").write_text(json.dumps(record))
+    DataLedger().gone_back(1, 3, generation=1).write(Path(inputs["run_dir"]))
+    (problem,) = problems({**inputs, "auto_resume": True, "init_from": "old.pt"})
+    assert "old.pt" in problem
 
 
 def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with_only(inputs):

@@ -33,11 +33,11 @@ from megamoe.checkpoint.engine_state import (
     training_record,
 )
 from megamoe.checkpoint.exchange import SaveExchange
-from megamoe.checkpoint.folders import Age
 from megamoe.checkpoint.host_copy import HostCopy
-from megamoe.checkpoint.index import FileRecord, Index, SliceRecord, metadata, read_index, write_index
+from megamoe.checkpoint.index import FileRecord, Index, SliceRecord, metadata, write_index
+from megamoe.checkpoint.retention import Retention
 from megamoe.checkpoint.slice_file import sha256, write_tensors
-from megamoe.errors import UserError
+from megamoe.data.ledger import DataLedger
 
 POLL_SECONDS = 0.1
 SLOW_DISK_BYTES_PER_SECOND = 100e6
@@ -52,6 +52,7 @@ class _Save:
     state: RankState
     index: Index | None  # on rank 0: all but the files
     is_held: bool  # training waits for its end
+    good_until: int | None  # see `Retention.prune`
     ready: torch.cuda.Event | None  # on a GPU: the state has the values to be saved
     started: float
 
@@ -74,25 +75,22 @@ class CheckpointWriter:
         keep_every: int = 0,
         background: bool = True,
         resumed: Path | None = None,
-        generation: int = 0,
+        ledger: DataLedger | None = None,
         waiting: Callable[[], None] = lambda: None,
     ):
         """
         Args:
             record: of the run; goes into every checkpoint's index, with its "run_id".
             store: that all ranks share; None for a single rank.
-            keep_last: newest checkpoints that stay; 0 keeps all.
-            keep_every: checkpoints at multiples of this many steps stay too.
+            keep_last, keep_every: see `Retention`.
             background: copy the state and write while training continues, if the host has memory for the copy.
             resumed: the checkpoint that the run resumes from.
-            generation: the least of the checkpoints to come.
+            ledger: of the run; None for one that has never gone back.
             waiting: called repeatedly while training waits for files, so that the rank does not count as stalled.
         """
         self.engine = engine
         self.folder = folder
         self.record = record
-        self.keep_last = keep_last
-        self.keep_every = keep_every
         self.rank = dist.get_rank()
         self._resumed = resumed
         self._waiting = waiting
@@ -106,14 +104,11 @@ class CheckpointWriter:
         self._size = 0  # in bytes
         self._waited = 0.0
         self._last_seconds = 0.0  # that the last save took
-        self._generation = generation
-        self._good_until: int | None = None  # the last step of a checkpoint that is good; None where any may be
-        self._left_behind: list[Path] = []  # by a run that goes back: damaged, or not readable when it resumed
-        self._skipped: dict[str, int] = {}  # steps of each checkpoint's window
+        self.retention: Retention | None = None  # on rank 0
         if self.rank == 0:
             with contextlib.suppress(OSError):  # then leftovers stay, and no name of theirs is used again
                 folders.clean(folder)
-            self._leave_behind(resumed)
+            self.retention = Retention(folder, keep_last, keep_every, resumed, ledger or DataLedger())
 
     @property
     def pending(self) -> bool:
@@ -125,27 +120,13 @@ class CheckpointWriter:
         """Whether this rank's thread is still at it."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _leave_behind(self, resumed: Path | None) -> None:
-        found = folders.step_folders(self.folder)
-        self._generation = max(self._generation, _generation(found, resumed))
-        self._left_behind = found[: found.index(resumed)] if resumed in found else found
-
-    @property
-    def left_behind(self) -> list[Path]:
-        """On rank 0, checkpoints that the run has gone back from."""
-        return self._left_behind
-
     def go_back(self, checkpoint: Path) -> int:
-        """What is saved from now on follows `checkpoint`; those after it stay, left behind. No save is pending.
-
-        Returns, on rank 0, the generation of the checkpoints to come. Raises OSError.
-        """
-        assert not self.pending
-        self._resumed, self._good_until = checkpoint, None
-        if self.rank == 0:
-            self._leave_behind(checkpoint)
-            disk.replace_file(self.folder / "latest", checkpoint.name)
-        return self._generation
+        """Leave those after `checkpoint` behind; returns the generation of the next ones. On rank 0, with no save
+        pending. Raises OSError."""
+        assert self.retention
+        self._resumed = checkpoint
+        self._name_latest(checkpoint)
+        return self.retention.go_back(checkpoint)
 
     def save(
         self,
@@ -169,9 +150,8 @@ class CheckpointWriter:
         self._saves += 1
         self._failure = "the thread that saves has failed"  # until it says otherwise
         self._engine_is_free.clear()
-        self._good_until = good_until
         index = self._index(step, skipped, guard) if self.rank == 0 else None
-        save = _Save(self._saves, step, rank_state(self.engine), index, hold, self._event(), started)
+        save = _Save(self._saves, step, rank_state(self.engine), index, hold, good_until, self._event(), started)
         self._thread = threading.Thread(target=self._work, args=(save, None if hold else self._host_copy), daemon=True)
         self._thread.start()
         self._waited = time.perf_counter() - started
@@ -218,12 +198,13 @@ class CheckpointWriter:
             if save.index:
                 self._failure = self._commit(save.number, save.index)
                 self._exchange.conclude(save.number, self._failure)
-                self._last_seconds = time.perf_counter() - save.started
-                self._report(save)
-                self._prune()
             else:
                 self._failure = self._exchange.outcome(save.number)
-                self._last_seconds = time.perf_counter() - save.started
+            self._last_seconds = time.perf_counter() - save.started
+            if self.retention:
+                self._report(save)
+                if self._failure is None:
+                    self.retention.prune(save.good_until)
         except DistError as error:  # rank 0 has died; `launch/watch.py` ends this one
             self._failure = str(error)
         finally:
@@ -287,9 +268,6 @@ class CheckpointWriter:
             files={},
         )
 
-    def _checkpoint(self, step: int) -> Path:
-        return self.folder / folders.name_of(Age(self._generation, step))
-
     def _begin(self, index: Index) -> dict[str, Any]:
         """Make the folder; returns what every rank has to know."""
         checkpoint = self._checkpoint(index.step)
@@ -321,32 +299,19 @@ class CheckpointWriter:
             write_index(checkpoint, index.model_copy(update={"files": files, "shapes": shapes}))
         except Exception as error:
             return str(error) or repr(error)
-        self._skipped[checkpoint.name] = index.training.skipped_in_window
-        with contextlib.suppress(OSError):  # only other programs read it
-            disk.replace_file(self.folder / "latest", checkpoint.name)
+        assert self.retention
+        self.retention.add(checkpoint, index.training.skipped_in_window)
+        self._name_latest(checkpoint)
         self._size = sum(record.bytes for record in files.values())
         return None
 
-    def _prune(self) -> None:
-        if self._failure or not self.keep_last:
-            return
-        try:
-            folders.prune(self.folder, self.keep_last, self.keep_every, self._is_good, self._left_behind)
-        except OSError as error:
-            print(f"error: old checkpoints in {self.folder} cannot be removed ({error}).", file=sys.stderr, flush=True)
+    def _checkpoint(self, step: int) -> Path:
+        assert self.retention
+        return self.retention.path_of(step)
 
-    def _is_good(self, checkpoint: Path) -> bool:
-        """Whether no step of its window was skipped for a gradient that is not finite, and the run might go back to
-        it."""
-        step = folders.step_of(checkpoint)
-        if self._good_until is not None and step is not None and step > self._good_until:
-            return False
-        if checkpoint.name not in self._skipped and folders.has_index(checkpoint):
-            try:
-                self._skipped[checkpoint.name] = read_index(checkpoint).training.skipped_in_window
-            except UserError:
-                return False
-        return self._skipped.get(checkpoint.name, 0) == 0  # other forms do not say
+    def _name_latest(self, checkpoint: Path) -> None:
+        with contextlib.suppress(OSError):  # only other programs read it
+            disk.replace_file(self.folder / "latest", checkpoint.name)
 
     def _report(self, save: _Save) -> None:
         checkpoint = self._checkpoint(save.step)
@@ -376,14 +341,6 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _generation(found: list[Path], resumed: Path | None) -> int:
-    """Of the checkpoints to come: one more where there are newer ones than that from which the run resumes."""
-    newest = folders.age_of(found[0]) if found else None
-    if newest is None:
-        return 0
-    return newest.generation if found[0] == resumed else newest.generation + 1
 
 
 def _add_script(checkpoint: Path) -> FileRecord:

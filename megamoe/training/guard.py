@@ -52,11 +52,16 @@ class Guard:
 
     def __init__(self, settings: GuardSettings):
         self.settings = settings
+        self._begin(0)
+
+    def _begin(self, step: int) -> None:
+        """Watch the steps after `step`, with nothing known of those before."""
+        settings = self.settings
         self._losses = RunningWindow(settings.window, LOSS_FLOOR)
         self._norms = RunningWindow(settings.window, NORM_FLOOR)
-        self._smoothed = SmoothedLoss(settings.window, SLACK * settings.margin)
-        self._in_a_row = 0  # steps that were skipped, or trained on as spikes
-        self._last_good = 0  # step before them
+        self._smoothed = SmoothedLoss(settings.window, SLACK * settings.margin, step)
+        self._in_a_row = 0  # with "act" steps that were skipped, else spikes that were trained on
+        self._last_good = step  # before them
         self._has_said_climb = False
         self.guarded_steps = 0  # skipped as spikes
 
@@ -71,7 +76,7 @@ class Guard:
     @property
     def good_until(self) -> int | None:
         """The last step whose checkpoint a climb of the loss would leave good; None where nothing goes back."""
-        return self._smoothed.low_step if self.acts and self._smoothed.best is not None else None
+        return self._smoothed.low_step if self.acts else None
 
     def skips(self, loss: float, norm: float) -> bool:
         """Whether a step with this loss and this finite norm is to be skipped. Changes nothing."""
@@ -94,10 +99,10 @@ class Guard:
             return None
         self.guarded_steps += result.is_spike
         if not math.isfinite(result.grad_norm):
-            self._in_a_row += not lowers_scale
+            self._in_a_row += self.acts and not lowers_scale
             reason = "not finite" + ", loss scale lowered" * lowers_scale
             return Event("skip", None, self._values(step, result, reason))
-        if self._is_spike(result.loss, result.grad_norm):
+        if result.is_spike if self.acts else self._is_spike(result.loss, result.grad_norm):
             return self._after_spike(step, result)
         self._in_a_row, self._last_good = 0, step
         self._losses.add(result.loss)
@@ -112,7 +117,7 @@ class Guard:
         if self.acts:
             return event
         is_first = self._in_a_row == 1
-        if self._in_a_row == self.settings.skips:  # it is the new level
+        if self._in_a_row >= self.settings.skips:  # it is the new level
             self._losses.clear()
             self._norms.clear()
             self._in_a_row = 0
@@ -188,10 +193,10 @@ class Guard:
             "guarded_steps": self.guarded_steps,
         }
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from the state in a checkpoint; begin anew where it has none."""
+    def restore(self, state: dict[str, Any] | None, step: int) -> None:
+        """Go on after `step` from the state in its checkpoint; begin anew where it has none."""
+        self._begin(step)
         if state is None:
-            self.__init__(self.settings)  # type: ignore[misc]
             return
         self._losses.restore(state["losses"])
         self._norms.restore(state["norms"])

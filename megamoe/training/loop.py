@@ -113,6 +113,8 @@ class Trainer:
         longest = 0.0  # seconds from one step's end to the next
         with self.batches:
             step = first
+            if why := self.guard.must_go_back():  # it was stopped in the very step that has shown it
+                step = self._go_back(step, why)
             while step < last:
                 step += 1
                 started = time.perf_counter()
@@ -210,7 +212,7 @@ class Trainer:
         try:
             done = go_back(why, step, writer=self.writer, guard=self.guard, ledger=self.ledger)
         except UserError as error:
-            self._end(step, error.problems[0])
+            self._end(step, "; ".join(problem.rstrip(".") for problem in error.problems))
         self.ledger = done.ledger
         self.skipped = SkippedSteps()
         self.metrics.restart(done.to_step)

@@ -56,8 +56,8 @@ def go_back(why: Return, step: int, *, writer: CheckpointWriter, guard: Guard, l
             f"{why.reason}, and {writer.folder} holds no checkpoint of step {why.until} or before to go back to; lower "
             "--save_interval, or look at the data that guard.jsonl names, and start again"
         )
-    guard.restore(saved_guard(checkpoint))
     to_step = folders.step_of(checkpoint) or 0
+    guard.restore(saved_guard(checkpoint), to_step)
     ledger = _write(ledger.data_step(step), to_step, checkpoint, ledger, writer)
     next_data = ledger.data_step(to_step + 1)
     line = (
@@ -78,25 +78,27 @@ def go_back(why: Return, step: int, *, writer: CheckpointWriter, guard: Guard, l
 
 def _good(why: Return, writer: CheckpointWriter, ledger: DataLedger) -> list[Path]:
     """The checkpoints that the run may go back to, the newest first; on rank 0."""
-    if dist.get_rank() != 0:
+    if writer.retention is None:
         return []
     return [
         path
         for path in folders.run_checkpoints(writer.folder, ledger)
-        if folders.is_complete(path) and (folders.step_of(path) or 0) <= why.until and path not in writer.left_behind
+        if folders.is_complete(path)
+        and (folders.step_of(path) or 0) <= why.until
+        and path not in writer.retention.left_behind
     ]
 
 
 def _write(last_read: int, to_step: int, checkpoint: Path, ledger: DataLedger, writer: CheckpointWriter) -> DataLedger:
     """Begin the ledger of what follows `checkpoint`, the same on every rank. Raises OSError, on every rank."""
     shared: list[DataLedger | OSError | None] = [None]
-    try:
-        ledger = ledger.gone_back(to_step, last_read, writer.go_back(checkpoint))
-        if dist.get_rank() == 0:
-            ledger.write(writer.folder.parent)
-        shared = [ledger]
-    except OSError as error:
-        shared = [error]
+    if dist.get_rank() == 0:
+        try:
+            following = ledger.gone_back(to_step, last_read, writer.go_back(checkpoint))
+            following.write(writer.folder.parent)
+            shared = [following]
+        except OSError as error:
+            shared = [error]
     dist.broadcast_object_list(shared)
     if isinstance(shared[0], OSError):
         raise shared[0]

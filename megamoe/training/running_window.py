@@ -19,33 +19,34 @@ class RunningWindow:
         self._values: deque[float] = deque(maxlen=size)
         self._least = max(size // 2, 2)
         self._floor = floor
+        self.mean: float | None = None  # None without any value
+        self.deviation: float | None = None  # of a sample, at least the floor; None while there are too few values
 
     def add(self, value: float) -> None:
         """Take a value that is no spike; the oldest one goes."""
         self._values.append(value)
+        self._measure()
 
     def clear(self) -> None:
         """Begin anew."""
         self._values.clear()
+        self._measure()
 
-    @property
-    def mean(self) -> float | None:
-        """Of the values; None without any."""
-        return math.fsum(self._values) / len(self._values) if self._values else None
-
-    @property
-    def deviation(self) -> float | None:
-        """Their standard deviation (of a sample), at least the floor; None while there are too few."""
-        mean, count = self.mean, len(self._values)
-        if mean is None or count < self._least:
-            return None
-        squares = math.fsum((value - mean) ** 2 for value in self._values)
-        return max(math.sqrt(squares / (count - 1)), self._floor * abs(mean), math.ulp(1.0))
+    def _measure(self) -> None:
+        """Once for each value that is taken; exact sums, so that a restored window has them bit for bit."""
+        values, count = self._values, len(self._values)
+        self.mean = math.fsum(values) / count if count else None
+        self.deviation = None
+        if self.mean is not None and count >= self._least:
+            mean = self.mean
+            squares = math.fsum((value - mean) ** 2 for value in values)
+            self.deviation = max(math.sqrt(squares / (count - 1)), self._floor * abs(mean), math.ulp(1.0))
 
     def deviations(self, value: float) -> float | None:
         """By how many deviations `value` lies above the mean; None while there are too few values."""
-        mean, deviation = self.mean, self.deviation
-        return None if mean is None or deviation is None else (value - mean) / deviation
+        if self.mean is None or self.deviation is None:
+            return None
+        return (value - self.mean) / self.deviation
 
     def state(self) -> list[float]:
         """For `restore`; JSON keeps every bit of it."""
@@ -55,29 +56,32 @@ class RunningWindow:
         """Go on from `state`, of a window of any size."""
         self._values.clear()
         self._values.extend(state)
+        self._measure()
 
 
 class SmoothedLoss:
     """The exponential mean of a series, its least value so far, and since when it climbs."""
 
-    def __init__(self, steps: int, slack: float):
+    def __init__(self, steps: int, slack: float, first: int = 0):
         """
         Args:
             steps: over which it is smoothed; before so many it counts for nothing.
             slack: up to so much above its best it does not climb, but varies.
+            first: the step before that of its first loss.
         """
         self._steps = steps
         self._slack = slack
-        self._sum = 0.0
+        self._sum = self._weight = 0.0
         self._count = 0
         self.best: float | None = None
         self.best_step = 0
-        self.low_step = 0  # the last one before it began to climb
+        self.low_step = first  # the last one before it began to climb
 
     def add(self, step: int, loss: float) -> None:
         """Take the loss of a step."""
         decay = 1 - 1 / self._steps
         self._sum = decay * self._sum + (1 - decay) * loss
+        self._weight = decay * self._weight + (1 - decay)  # kept, for another run may have smoothed over other steps
         self._count += 1
         mean = self.mean
         if mean is not None and (self.best is None or mean < self.best):
@@ -88,9 +92,7 @@ class SmoothedLoss:
     @property
     def mean(self) -> float | None:
         """None while too few losses are in it."""
-        if self._count < self._steps:
-            return None
-        return self._sum / (1 - (1 - 1 / self._steps) ** self._count)
+        return None if self._count < self._steps else self._sum / self._weight
 
     @property
     def climb(self) -> float:
@@ -102,6 +104,7 @@ class SmoothedLoss:
         """For `restore`; JSON keeps every bit of it."""
         return {
             "sum": self._sum,
+            "weight": self._weight,
             "count": self._count,
             "best": self.best,
             "best_step": self.best_step,
@@ -109,6 +112,6 @@ class SmoothedLoss:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self._sum, self._count = state["sum"], state["count"]
+        """Go on from `state`, of a loss that was smoothed over any number of steps."""
+        self._sum, self._weight, self._count = state["sum"], state["weight"], state["count"]
         self.best, self.best_step, self.low_step = state["best"], state["best_step"], state["low_step"]

@@ -68,6 +68,18 @@ def test_a_spike_is_said_once_under_warn_and_a_level_that_stays_is_taken():
     assert guard.must_go_back() is None
 
 
+def test_a_gradient_that_is_not_finite_does_not_hide_the_spikes_after_it_nor_a_new_level():
+    guard = guard_after(50, "warn")
+    reasons = []
+    for step, (loss, norm) in enumerate(
+        [(4.0, math.inf), (8.0, 0.6), (8.0, 0.6), (4.0, math.inf), (8.0, 0.6)], start=51
+    ):
+        event = give(guard, step, loss, norm)
+        reasons.append(event and event.values["reason"])
+    assert reasons == ["not finite", "spike", None, "not finite", None]
+    assert guard.state()["losses"] == []  # three of the new level
+
+
 def test_so_many_skipped_steps_in_a_row_of_either_kind_send_the_run_back_to_before_them():
     guard = guard_after(50)
     reasons = []
@@ -135,12 +147,32 @@ def test_a_restored_guard_takes_the_decisions_of_one_that_went_on(at):
         decisions.append(pair[0][1])
         if step == at:
             other = Guard(settings("act"))
-            other.restore(json.loads(json.dumps(one.state())))
+            other.restore(json.loads(json.dumps(one.state())), step)
     assert any(decisions)
 
 
 def test_without_a_state_a_guard_begins_anew():
     guard = guard_after(50)
-    guard.restore(None)
-    assert guard.state() == Guard(settings("act")).state()
+    guard.restore(None, 700)
+    assert not guard.skips(100.0, 100.0)
     assert Guard(settings("off")).state() is None
+    # It knows of nothing before the checkpoint that it goes on from, which is good.
+    assert guard.good_until == 700
+    for step in (701, 702, 703):
+        give(guard, step, 4.0, math.inf)
+    assert guard.good_until == 700
+    assert guard.must_go_back().until == 700
+
+
+def test_in_its_first_steps_too_a_guard_that_acts_says_which_checkpoint_is_good():
+    guard = guard_after(7)
+    give(guard, 8, 4.0, math.inf)
+    assert guard.good_until == 7
+    assert guard_after(7, "warn").good_until is None
+
+
+def test_where_steps_are_skipped_what_a_step_has_done_counts():
+    guard = guard_after(50)
+    assert guard.skips(8.0, 0.6)
+    assert guard.after(51, StepResult(8.0, {}, 0.6, True, NO_FLAGS, None), False) is None
+    assert guard.must_go_back() is None

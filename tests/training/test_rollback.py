@@ -77,9 +77,10 @@ def of_all_ranks(results, number):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(folder, run, results) of a run on two ranks that was not stopped."""
+    """(folder, run, results) of a run on two ranks that was not stopped; Muon, with AdamW for what is no matrix."""
     folder = tmp_path_factory.mktemp("guarded")
-    run = {**write_inputs(folder, shared_batch()), **GUARD, "ep_size": 2}
+    optimizer = {"type": "Muon", "params": {"lr": 1e-2, "muon_lr": 5e-3, "momentum": 0.9}}
+    run = {**write_inputs(folder, {**shared_batch(), "optimizer": optimizer}), **GUARD, "ep_size": 2}
     return folder, run, run_ranks(2, train_on_poisoned_data, {**run, "run_dir": str(folder / "whole")})
 
 
@@ -125,6 +126,28 @@ def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follo
     longer = {**run, "run_dir": str(folder / "whole"), "resume": True, "steps": 18, "ep_size": 1}
     further = run_ranks(1, train_on_poisoned_data, longer)
     assert [of_all_ranks(further, number) for number in (0, 1)] == [samples_of(step, folder) for step in (20, 21)]
+
+
+def test_with_a_batch_ramp_a_run_that_went_back_goes_on_as_one_that_resumes_there(tmp_path):
+    ds = {**shared_batch(), "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
+    run = {**write_inputs(tmp_path, ds), **GUARD, "batch_ramp": ["2:4", "4:14"]}
+    whole = run_ranks(1, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "whole")})[0][0]
+    # Step 12 reads the data of step 15, with as many samples.
+    assert [row["batch_size"] for row in whole["train"]] == [2] * 4 + [4] * 7 + [8] * 5
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for path in (tmp_path / "killed" / "checkpoints").glob("step_*.1"):
+        shutil.rmtree(path)
+    again = run_ranks(1, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "killed"), "resume": True})[0][0]
+    assert losses(again) == losses(whole)
+    assert again["valid"] == whole["valid"]
+
+
+def test_a_run_that_was_stopped_in_the_step_that_sends_it_back_goes_back_before_it_trains(tmp_path):
+    run = {**write_inputs(tmp_path, shared_batch()), **GUARD, "run_dir": str(tmp_path / "run")}
+    run_ranks(1, train_on_poisoned_data, {**run, "steps": 13})  # two of three spikes in a row
+    run_ranks(1, train_on_poisoned_data, {**run, "resume": True, "guard_skips": 2, "steps": 14})
+    (rollback,) = [event for event in events(tmp_path / "run") if event["event"] == "rollback"]
+    assert (rollback["step"], rollback["to_step"], rollback["next_data_step"]) == (13, 11, 14)
 
 
 def what_ends(run):

@@ -62,3 +62,15 @@ def test_a_restored_state_goes_on_bit_for_bit():
             window.add(value)
             mean.add(step, value)
         assert (means[0].mean, means[0].best_step) == (means[1].mean, means[1].best_step)
+
+
+@pytest.mark.parametrize(("before", "after"), [(10, 40), (40, 10)])
+def test_a_mean_that_goes_on_over_another_number_of_steps_is_that_of_the_same_losses(before, after):
+    one, other = SmoothedLoss(before, 0.05), SmoothedLoss(after, 0.05)
+    for step in range(1, 41):
+        one.add(step, 4.0)
+    other.restore(one.state())
+    for step in range(41, 60):
+        other.add(step, 4.0)
+        assert other.mean == pytest.approx(4.0)
+        assert other.climb == pytest.approx(0)
