@@ -108,8 +108,8 @@ class TrainStep:
         balance = None
         if self.balancer and applied:
             self.balancer.apply(running)
-            tokens = (on_host.counts.sum(1) / self.model.config.num_experts_per_tok).tolist()
-            entropies = [total / count for total, count in zip(on_host.entropies, tokens, strict=True)]
+            chosen = self.model.config.num_experts_per_tok
+            entropies = [total * chosen / slots for total, slots in zip(on_host.entropies, on_host.slots, strict=True)]
             balance = Balance(on_host.counts, on_host.running_loads, entropies)
         if self.average and applied:
             self.average.update()

@@ -36,6 +36,7 @@ class HostSums:
     losses: list[float]  # (P,), of all micro-batches
     flags: Flags  # whether any rank has set them
     entropies: list[float]  # (L,), of all tokens
+    slots: list[float]  # (L,)
     counts: Tensor  # (L, E) int64
     running_loads: Tensor  # (L, E) fp32, as given to `read`
 
@@ -54,9 +55,12 @@ class StepSums:
         squares, *flags = values[:SCALARS]
         layers, experts = self.counts.shape
         means = size - layers
+        slots = [sum(values[size + layer * experts :][:experts]) for layer in range(layers)]
         counts, running = torch.tensor(values[size:], dtype=torch.float64).view(2, layers, experts)
         flags = Flags(*(flag > 0 for flag in flags))
-        return HostSums(squares, values[SCALARS:means], flags, values[means:size], counts.long(), running.float())
+        return HostSums(
+            squares, values[SCALARS:means], flags, values[means:size], slots, counts.long(), running.float()
+        )
 
 
 def sum_over_ranks(
