@@ -187,6 +187,7 @@ def restore_guard(job: Job, checkpoint: Path | None) -> tuple[Guard, DataLedger]
             margin=config.guard_margin,
             skips=config.guard_skips,
             rollbacks=config.guard_rollbacks,
+            warmup=job.schedule.warmup_steps,
         )
     )
     if checkpoint:

@@ -28,6 +28,7 @@ class GuardSettings:
     margin: float = 0.5  # nats by which the smoothed loss may climb above its best
     skips: int = 10  # skipped steps in a row after which the run goes back
     rollbacks: int = 3  # after which it ends instead
+    warmup: int = 0  # first steps, which no window takes: there the weights themselves cause spikes
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ class Guard:
         if result.is_spike if self.acts else self._is_spike(result.loss, result.grad_norm):
             return self._after_spike(step, result)
         self._in_a_row, self._last_good = 0, step
-        self._losses.add(result.loss)
-        self._norms.add(result.grad_norm)
+        if step > self.settings.warmup:
+            self._losses.add(result.loss)
+            self._norms.add(result.grad_norm)
         self._smoothed.add(step, result.loss)
         return self._after_climb(step, result)
 

@@ -60,6 +60,15 @@ def test_nothing_is_judged_before_half_a_window():
     assert guard.skips(100.0, 100.0)
 
 
+def test_the_steps_of_the_warm_up_enter_no_window():
+    guard = guard_after(30, warmup=25)
+    assert guard.state()["losses"] == LOSSES[26:31]
+    assert not guard.skips(100.0, 100.0)
+    for step in range(31, 36):
+        assert give(guard, step, LOSSES[step], NORMS[step]) is None
+    assert guard.skips(100.0, 100.0)
+
+
 def test_a_spike_is_said_once_under_warn_and_a_level_that_stays_is_taken():
     guard = guard_after(50, "warn")
     events = [give(guard, step, 8.0, 0.6) for step in range(51, 90)]
