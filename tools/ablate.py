@@ -1,4 +1,4 @@
-"""Measure what a change of the recipe is worth: `python tools/ablate.py docs/results/tiny_screen.json --steps 217`.
+"""Measure what a change of the recipe is worth: `python tools/ablate.py docs/results/tiny_adamw.json --steps 217`.
 
 TABLE.json names a preset, a DeepSpeed JSON and changes of them:
 
@@ -23,18 +23,19 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from threading import Lock
-from typing import Any
+from typing import Annotated, Any
 
-import matplotlib
+from ablation_results import BASELINE, draw, groups_of, measure_of, read_lines, table_of
+from pydantic import Field
 
 from megamoe import cli
 from megamoe.architectures.config_json import find_preset
-from megamoe.config import ModelConfig, validate
+from megamoe.config import JsonModel, ModelConfig, validate
 from megamoe.data.ramp import BatchRamp
 from megamoe.ds_config import batch_sizes, section_of
 from megamoe.errors import Problems, UserError, shown, unknown_key
@@ -46,9 +47,8 @@ from megamoe.schedule_config import read_schedule
 from megamoe.training.sinks import read_log
 
 ROOT = Path(__file__).parents[1]
-BASELINE = "baseline"
-TABLE_KEYS = ("preset", "ds_config", "options", "changes")
-CHANGE_KEYS = ("preset", "ds_config", "options", "steps", "ranks")
+Count = Annotated[int, Field(gt=0)]
+Section = Annotated[dict[str, Any], Field(default_factory=dict)]
 # Options of pretrain.py that the runner gives.
 OWN_OPTIONS = ("preset", "ds_config", "run_dir", "steps", "seed")
 
@@ -81,6 +81,25 @@ class Trial:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
+class Table(JsonModel):
+    """A table as its file has it."""
+
+    preset: str = "tiny"
+    ds_config: str = "ds_configs/tiny.json"
+    options: Section
+    changes: Annotated[dict[str, dict[str, Any]], Field(default_factory=dict)]
+
+
+class Change(JsonModel):
+    """One of its changes."""
+
+    preset: Section
+    ds_config: Section
+    options: Section
+    steps: Count | None = None
+    ranks: Count | None = None
+
+
 def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only: list[str]) -> list[Trial]:
     """The runs that a table asks for. Raises one UserError with all its problems.
 
@@ -88,52 +107,45 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
         steps: of a run whose change names no other number; by default those of the schedule. The schedule ends there.
         only: names of changes; empty for all.
     """
-    table = read_json(path)
-    changes = {BASELINE: {}, **table.get("changes", {})}
-    problems = Problems(unknown_key(str(path), key, TABLE_KEYS) for key in table if key not in TABLE_KEYS)
-    problems += [unknown_key(f"{path}: changes", name, changes, "change") for name in only if name not in changes]
-    preset = problems.attempt(find_preset, str(table.get("preset", "tiny")))
-    ds = problems.attempt(read_json, Path(table.get("ds_config", "ds_configs/tiny.json")))
+    table: Table = validate(Table, read_json(path), str(path))
+    changes = {BASELINE: {}, **table.changes}
+    problems = Problems(unknown_key(f"{path}: changes", one, changes, "change") for one in only if one not in changes)
+    preset = problems.attempt(find_preset, table.preset)
+    ds = problems.attempt(read_json, Path(table.ds_config))
     problems.refuse()
-    problems += [
-        f'{path}: change "{name}" is {shown(change)}; give an object with some of {", ".join(CHANGE_KEYS)}.'
-        for name, change in changes.items()
-        if not isinstance(change, dict)
-    ]
-    problems.refuse()
-    trials = []
+    trials: list[Trial] = []
+    base = Trial(BASELINE, seeds[0], ranks, steps or 0, {}, preset, ds, table.options)
     for name, change in changes.items():
-        trial = problems.attempt(_trial, f"{path}: {name}", name, change, preset, ds, table.get("options", {}), steps)
-        trials += [Trial(name, seed, change.get("ranks", ranks), *trial) for seed in seeds if trial]
+        trial = problems.attempt(_trial, f"{path}: {name}", name, change, base, steps)
+        trials += [replace(trial, seed=seed) for seed in seeds if trial]
     problems.refuse()
     return [trial for trial in trials if not only or trial.name in only]
 
 
-def _trial(
-    where: str, name: str, change: dict[str, Any], preset: ModelConfig, ds: dict[str, Any], options: Any, steps: Any
-) -> tuple[int, dict[str, Any], ModelConfig, dict[str, Any], dict[str, Any]]:
-    """(steps, change, model, DeepSpeed JSON, options) of one change. Raises UserError."""
-    problems = Problems(unknown_key(where, key, CHANGE_KEYS) for key in change if key not in CHANGE_KEYS)
-    model = problems.attempt(validate, ModelConfig, {**preset.model_dump(), **change.get("preset", {})}, where)
-    options = {**options, **change.get("options", {})}
+def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int | None) -> Trial:
+    """`base` with one change. Raises UserError."""
+    change: Change = validate(Change, given, where)
+    problems = Problems()
+    model = problems.attempt(validate, ModelConfig, {**base.model.model_dump(), **change.preset}, where)
+    options = {**base.options, **change.options}
     for option in options:
         if option in OWN_OPTIONS:
             problems.append(f"{where}: option {option} is given by the runner; leave it out.")
         elif option not in RunConfig.model_fields:
             problems.append(unknown_key(f"{where}: options", option, RunConfig.model_fields, "option"))
     problems.refuse()
-    ds = copy.deepcopy(ds)
-    steps = change.get("steps", steps)
+    ds = copy.deepcopy(base.ds)
+    steps = change.steps or steps
     params = section_of(section_of(ds, "scheduler"), "params")
     if steps and "total_num_steps" in params:  # a constant rate has no end
         params["total_num_steps"] = steps
-    for key, value in change.get("ds_config", {}).items():
+    for key, value in change.ds_config.items():
         _set(ds, key, value, where)
     schedule = read_schedule(ds, where)
     steps = steps or schedule.total_steps
     if steps is None:
         raise UserError(f"{where}: its schedule has no end; give --steps, or a change's own steps.")
-    return steps, change, model, ds, options
+    return Trial(name, base.seed, change.ranks or base.ranks, steps, given, model, ds, options)
 
 
 def _set(values: dict[str, Any], path: str, value: Any, where: str) -> None:
@@ -240,90 +252,11 @@ def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> li
     return problems
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results so far."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _key_of(line: dict[str, Any]) -> str:
     return json.dumps([line["name"], line["seed"], line["steps"], line["change"]], sort_keys=True)
 
 
-# --- what it says ---------------------------------------------------------------------------------------------------
-
-
-def measure_of(line: dict[str, Any]) -> float:
-    """What runs are compared by: held-out bits per byte, or the loss where the bytes are not known."""
-    held_out = line["held_out"]
-    return held_out.get("bits_per_byte", held_out.get("loss", line["loss"]))
-
-
-@dataclass(frozen=True)
-class Group:
-    """The runs of one change that differ by their seeds."""
-
-    name: str
-    lines: list[dict[str, Any]]
-
-    @property
-    def values(self) -> list[float]:
-        return [measure_of(line) for line in self.lines]
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds."""
-        return stdev(self.values) if len(self.values) > 1 else None
-
-
-def groups_of(lines: list[dict[str, Any]]) -> list[Group]:
-    """The runs by change and number of steps, best change first."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((line["name"], line["steps"]), []).append(line)
-    return sorted((Group(name, some) for (name, _), some in groups.items()), key=lambda group: mean(group.values))
-
-
-def table_of(groups: list[Group]) -> str:
-    """A line per change: its result, spread over seeds and difference to the baseline of as many steps."""
-    width = max(len(group.name) for group in groups)
-    base = {group.lines[0]["steps"]: mean(group.values) for group in groups if group.name == BASELINE}
-    rows = [f"{'change':<{width}} {'steps':>6} {'seeds':>5} {'result':>8} {'spread':>7} {'change':>8} {'worst':>7} "
-            f"{'MaxVio':>7} {'highest':>7} {'tok/s':>7}"]  # fmt: skip
-    for group in groups:
-        steps = group.lines[0]["steps"]
-        spread = "" if group.spread is None else f"{group.spread:.4f}"
-        difference = f"{mean(group.values) - base[steps]:+.4f}" if steps in base else ""
-        rows.append(
-            f"{group.name:<{width}} {steps:>6} {len(group.lines):>5} {mean(group.values):>8.4f} {spread:>7} "
-            f"{difference:>8} {max(group.values):>7.4f} {_mean(group, 'running_max_vio'):>7.3f} "
-            f"{_mean(group, 'highest_max_vio'):>7.3f} {_mean(group, 'tokens_per_second'):>7.0f}"
-        )
-    return "\n".join(rows)
-
-
-def _mean(group: Group, name: str) -> float:
-    return mean(line[name] for line in group.lines)
-
-
-def draw(groups: list[Group], path: Path) -> None:
-    """The result of every change, a dot per seed and a bar over their spread, as a PNG."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.25 * len(groups)), layout="constrained")
-    for row, group in enumerate(groups):
-        color = "tab:orange" if group.name == BASELINE else "tab:blue"
-        axes.plot(group.values, [row] * len(group.values), "o", color=color, markersize=4)
-        if group.spread is not None:
-            axes.errorbar(mean(group.values), row, xerr=group.spread, color=color, capsize=3)
-        if group.name == BASELINE:
-            axes.axvline(mean(group.values), color=color, linewidth=0.8)
-    axes.set_yticks(range(len(groups)), [f"{group.name} ({group.lines[0]['steps']})" for group in groups])
-    axes.invert_yaxis()
-    axes.set_xlabel("held-out bits per byte, with the standard deviation over seeds")
-    figure.savefig(path, dpi=120)
+# --- the command line -----------------------------------------------------------------------------------------------
 
 
 def parse() -> argparse.Namespace:

@@ -108,7 +108,7 @@ def test_everything_wrong_in_a_table_is_said_at_once(write):
     has(first, "a: ds_config", '"type" of optimizer.type.lr', '"AdamW"')
     has(second, "b: ", "warmup_num_steps is 10", "total_num_steps 10")
     (problem,) = refusals(read, write({"a": 3}))
-    has(problem, 'change "a" is 3', "preset")
+    has(problem, '"changes.a" is 3', "change it")
     (problem,) = refusals(read, write({"a": {}}), 10, 1, (1,), ["aa"])
     has(problem, "aa", "a")
 

@@ -21,8 +21,8 @@ from toy import PRESET, SHIPPED
 from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus
 from megamoe.data.tokenizer import train_tokenizer
 
-# benchmark_models is a part of benchmark_contender.
-TOOLS = sorted({path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py")} - {"benchmark_models"})
+PARTS = {"benchmark_models", "ablation_results"}  # of benchmark_contender and ablate
+TOOLS = sorted({path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py")} - PARTS)
 
 
 @pytest.mark.parametrize("name", TOOLS)
