@@ -1,6 +1,7 @@
 """`make gpu`, as far as a host without GPUs lets it: what it refuses, selects, reads and writes."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -49,7 +50,8 @@ EXPECTED = {
 
 def test_gpu_selects_these_tests_and_no_others():
     words = ["-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    done = subprocess.run([sys.executable, *words], cwd=check_gpu.ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run([sys.executable, *words], cwd=check_gpu.ROOT, capture_output=True, text=True, env=environment)
     found = Counter(line.removeprefix("tests/").partition("[")[0] for line in done.stdout.splitlines() if "::" in line)
     assert found == EXPECTED
 
