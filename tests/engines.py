@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from toy import PRESET, ds_config, new_store
 
 from megamoe.checkpoint.reader import open_source
@@ -19,6 +20,26 @@ CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
 GATED = CONFIG.model_copy(update={"gated_mlp": True})
 EXPERTS = CONFIG.num_local_experts
 BATCH = 8  # samples a step, whatever the ranks
+
+CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
+GATED = CONFIG.model_copy(update={"gated_mlp": True})
+EXPERTS = CONFIG.num_local_experts
+BATCH = 8  # samples a step, whatever the ranks
+
+
+class OneWeight(nn.Module):
+    """A loss whose gradient is its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.loss_parts = ("cross_entropy",)
+        self.register_buffer("step_losses", torch.zeros(1))
+
+    def forward(self, x):
+        loss = (self.weight * x).sum()
+        self.step_losses += loss.detach()
+        return loss
 
 
 def make(ep_size, stage=2, seed=0, config=CONFIG, **ds_changes):

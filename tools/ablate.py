@@ -73,8 +73,9 @@ class Trial:
 
     @property
     def recipe(self) -> str:
-        """A hash of all that it trains with."""
-        whole = json.dumps([self.model.model_dump(), self.ds, self.options], sort_keys=True)
+        """A hash of all that it trains with; a field that is newer than a result has its default."""
+        model = self.model.model_dump(exclude_defaults=True)
+        whole = json.dumps([model, self.ds, self.options], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
@@ -178,7 +179,8 @@ def train(trial: Trial, folder: Path, threads: int) -> dict[str, Any]:
     ]  # fmt: skip
     options: dict[str, Any] = {"eval_interval": 0, "save_interval": 0, **trial.options}
     for name, value in options.items():
-        words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
+        if value is not False:
+            words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
     launch = [sys.executable, ROOT / "megamoe/pretrain.py"]
     if trial.ranks > 1:
         launch = [ROOT / "launch_scripts/single_node.sh", trial.ranks]
@@ -226,8 +228,8 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
 def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> list[str]:
     """Train those of which `lines` holds no result yet, and append theirs; returns what went wrong.
     Raises UserError where a result is of another recipe than the table has now."""
-    done = {_key_of(line): line.get("recipe") for line in read_lines(lines)}
-    others = [trial.name for trial in trials if done.get(trial.key) not in (None, trial.recipe)]
+    done = {_key_of(line): line["recipe"] for line in read_lines(lines)}
+    others = [trial.name for trial in trials if done.get(trial.key, trial.recipe) != trial.recipe]
     if others:
         raise UserError(
             f"{lines} has results of {', '.join(dict.fromkeys(others))} with another preset, DeepSpeed JSON or options "

@@ -34,7 +34,7 @@ class Retention:
         self.go_back(resumed)
 
     def go_back(self, checkpoint: Path | None) -> int:
-        """Leave behind what is newer than `checkpoint`, or all where the run begins anew; returns the generation of
+        """Leave behind what is newer than `checkpoint`, or all where there is none; returns the generation of
         the checkpoints to come."""
         found = folders.step_folders(self._folder)
         self._generation = max(self._generation, _next_generation(found, checkpoint))

@@ -13,7 +13,7 @@ from typing import Literal
 
 from megamoe.hardware import Device
 from megamoe.model.decoder import loss_parts
-from megamoe.planning.sharding import Setup, elements_touched, parameter_groups
+from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 from megamoe.training.step_sums import SCALARS
 
 # Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
@@ -61,30 +61,41 @@ class Collective:
 def collectives(setup: Setup) -> list[Collective]:
     """Every collective of one step: forward and backward passes and the optimizer's step. Exact in bytes if the experts
     get equally many rows from and on every rank; calls of the gradients are at the least."""
+    m, groups = setup.model, parameter_groups(setup)
+    per_router = m.num_local_experts + 1  # loads and entropy
+    small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * per_router)
+    return [
+        *(_of_rows(setup) if setup.ep_size > 1 else []),
+        *_of_gradients(setup, groups),
+        *_of_update(setup, groups),
+        Collective("norm, loss, flags and expert loads", "all_reduce", setup.world_size, 1, 1, small, "update"),
+    ]
+
+
+def _of_rows(setup: Setup) -> list[Collective]:
     m, passes = setup.model, setup.accumulation
-    found = []
-    if setup.ep_size > 1:
-        rows = setup.weight_bytes * setup.rows * m.hidden_size
+    rows = setup.weight_bytes * setup.rows * m.hidden_size
 
-        def exchange(purpose: str, blocks: int, calls: int, size: int, phase: PhaseName = "forward") -> Collective:
-            calls *= blocks * passes
-            return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size, phase)
+    def exchange(purpose: str, blocks: int, calls: int, size: int, phase: PhaseName = "forward") -> Collective:
+        calls *= blocks * passes
+        return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size, phase)
 
-        blocks = len(m.sparse_blocks)
-        forward_blocks = blocks + sum(block < setup.recompute_blocks for block in m.sparse_blocks)
-        found += [
-            exchange("rows per expert", forward_blocks, 1, 8 * m.num_local_experts),
-            exchange("rows to experts and back, forward", forward_blocks, 2, rows),
-            exchange("rows to experts and back, backward", blocks, 2, rows, "backward"),
-        ]
-    groups = parameter_groups(setup)
+    blocks = len(m.sparse_blocks)
+    forward_blocks = blocks + sum(block < setup.recompute_blocks for block in m.sparse_blocks)
+    return [
+        exchange("rows per expert", forward_blocks, 1, 8 * m.num_local_experts),
+        exchange("rows to experts and back, forward", forward_blocks, 2, rows),
+        exchange("rows to experts and back, backward", blocks, 2, rows, "backward"),
+    ]
+
+
+def _of_gradients(setup: Setup, groups: list[Group]) -> list[Collective]:
+    topology, found = setup.topology(), []
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once per step.
-    reductions = passes if setup.zero_stage == 2 else 1
-    topology = setup.topology()
-    replicas, replica_stride = topology.replicas, topology.replica_stride
+    reductions = setup.accumulation if setup.zero_stage == 2 else 1
     for purpose, expert, ranks, stride in (
         ("gradients of shared weights", False, setup.world_size, 1),
-        ("gradients of experts", True, replicas, replica_stride),
+        ("gradients of experts", True, topology.replicas, topology.replica_stride),
     ):
         elements = sum(sum(group.sizes.values()) for group in groups if group.expert == expert)
         kind = "all_reduce" if setup.all_reduce else "reduce"
@@ -93,6 +104,12 @@ def collectives(setup: Setup) -> list[Collective]:
         payload = reductions * elements * setup.communication_bytes
         if setup.reduces(ranks):
             found.append(Collective(purpose, kind, ranks, stride, calls, payload, "reduction"))
+    return found
+
+
+def _of_update(setup: Setup, groups: list[Group]) -> list[Collective]:
+    topology, found = setup.topology(), []
+    replicas, replica_stride = topology.replicas, topology.replica_stride
     world = setup.world_size
     if setup.offload:
         expert_groups = sum(group.expert for group in groups)
@@ -119,9 +136,6 @@ def collectives(setup: Setup) -> list[Collective]:
         if cut:
             payload = 4 * sum(sum(share.sent) + sum(share.received) for share in cut)
             found.append(Collective(purpose, "all_to_all", ranks, stride, 2 * len(cut), payload, "update"))
-    per_router = m.num_local_experts + 1  # loads and entropy
-    small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * per_router)
-    found.append(Collective("norm, loss, flags and expert loads", "all_reduce", world, 1, 1, small, "update"))
     return found
 
 

@@ -196,7 +196,7 @@ class Guard:
         }
 
     def restore(self, state: dict[str, Any] | None, step: int) -> None:
-        """Go on after `step` from the state in its checkpoint; begin anew where it has none."""
+        """Go on after `step` from the state in its checkpoint; with nothing known where it has none."""
         self._begin(step)
         if state is None:
             return

@@ -28,7 +28,7 @@ class RunningWindow:
         self._measure()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Forget all values."""
         self._values.clear()
         self._measure()
 

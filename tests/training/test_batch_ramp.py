@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from engines import OneWeight
 from ranks import run_ranks
 from torch import nn
 from toy import ds_config, losses, train_here, write_inputs
@@ -10,21 +11,6 @@ from megamoe.checkpoint.index import read_index
 from megamoe.schedule_config import Schedule
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep
-
-
-class OneWeight(nn.Module):
-    """A loss whose gradient is its input."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.loss_parts = ("cross_entropy",)
-        self.register_buffer("step_losses", torch.zeros(1))
-
-    def forward(self, x):
-        loss = (self.weight * x).sum()
-        self.step_losses += loss.detach()
-        return loss
 
 
 def norms_of(zero, inputs):

@@ -160,7 +160,7 @@ def test_a_restored_guard_takes_the_decisions_of_one_that_went_on(at):
     assert any(decisions)
 
 
-def test_without_a_state_a_guard_begins_anew():
+def test_without_a_state_a_guard_knows_nothing_of_the_steps_before():
     guard = guard_after(50)
     guard.restore(None, 700)
     assert not guard.skips(100.0, 100.0)

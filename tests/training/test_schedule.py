@@ -2,6 +2,7 @@ import pytest
 import torch
 import transformers
 from deepspeed.runtime import lr_schedules
+from engines import OneWeight
 from ranks import run_ranks
 from torch import nn
 
@@ -149,23 +150,11 @@ def test_deepspeed_knows_the_types_that_have_its_names(kind):
     assert (kind in lr_schedules.VALID_LR_SCHEDULES) == (kind != "WarmupStableDecayLR")
 
 
-class OneWeight(nn.Module):
-    """A loss with gradient 1, for which AdamW without decay moves the weight by the learning rate."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.loss_parts = ("cross_entropy",)
-        self.register_buffer("step_losses", torch.zeros(1))
-
-    def forward(self, x):
-        return (self.weight * x).sum()
-
-
 def engine_rates():
     """The rates an engine holds after the logged steps, and how far its weight moves in the first 250.
 
-    The first 250 steps and the last three before each logged one are real; between them only its scheduler is moved on.
+    With AdamW without decay and a gradient of 1 that is the learning rate. The first 250 steps and the last three
+    before each logged one are real; between them only its scheduler is moved on.
     """
     ds = {
         "train_micro_batch_size_per_gpu": 1,

@@ -188,7 +188,7 @@ def go_back_to_the_beginning(folder):
     return has_begun, all(map(torch.equal, first, flat_averages(engine)))
 
 
-def test_a_run_that_goes_back_to_before_its_first_applied_step_begins_its_average_anew(tmp_path):
+def test_a_run_that_goes_back_to_before_its_first_applied_step_begins_its_average_again(tmp_path):
     assert run_ranks(1, go_back_to_the_beginning, tmp_path) == [(False, True)]
 
 
