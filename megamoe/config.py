@@ -31,6 +31,7 @@ class JsonModel(BaseModel):
 
 
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+BiasRule = Literal["sign", "proportional", "quantile"]
 
 
 class ModelConfig(JsonModel):
@@ -139,10 +140,10 @@ class ModelConfig(JsonModel):
     # --- balance ---
     router_bias: bool = True
     """Select by score + bias, and let the bias follow the load (loss-free balancing)."""
-    router_bias_rule: Literal["sign", "proportional"] = "sign"
-    """How the balancing bias follows the running load."""
+    router_bias_rule: BiasRule = "sign"
+    """How the balancing bias follows the running load, or "quantile", the scores of the step (`model/margins.py`)."""
     router_bias_rate: float = Field(default=1e-3, ge=0)
-    """Step of the balancing bias; 0 leaves it where it is."""
+    """Step of the balancing bias, in units of the score; 0 leaves it where it is. "quantile" has no rate."""
     router_load_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running mean of the expert loads."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
@@ -166,6 +167,11 @@ class ModelConfig(JsonModel):
     def shared_size(self) -> int:
         """Width inside the shared experts; 0 without them."""
         return self.n_shared_experts * self.expert_size
+
+    @property
+    def counts_margins(self) -> bool:
+        """Whether the routers count the margins of their experts for the balancing bias."""
+        return self.router_bias and self.router_bias_rule == "quantile"
 
     @property
     def value_dim(self) -> int:

@@ -40,6 +40,7 @@ PARTS = {
     "gated_shared_experts": {"n_shared_experts": 1, "shared_expert_gate": True, "moe_intermediate_size": 16},
     "dense_layers": {"first_k_dense_replace": 1, "mlp_only_layers": [2]},
     "sigmoid_groups": {"router_score": "sigmoid", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "quantile_bias": {"router_bias_rule": "quantile"},
     "plain_scores": {"norm_topk_prob": False, "router_bias": False},
     "sequence_loss": {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "output_z_loss_coef": 0.0001},
     "global_loss": {"router_aux_loss_coef": 0.01, "router_aux_loss_type": "global_batch", "router_score": "sigmoid"},

@@ -46,6 +46,7 @@ HUGGINGFACE_FILES = (
     "model/latent_attention.py",
     "model/rope.py",
     "model/router.py",
+    "model/margins.py",
     "model/router_losses.py",
     "model/sections.py",
 )

@@ -29,9 +29,10 @@ from .attention_function import AttentionFunction, AttentionWeights, TokenCache
 from .configuration_megamoe import MegaMoeConfig
 from .feed_forward import MLP
 from .latent_attention import MultiHeadLatentAttention
+from .margins import BINS  # noqa: F401 - transformers before 5.12 copies what this file imports alone
 from .rope import Rotary, rope_frequencies, rotary_table, softmax_scale
 from .router import Router
-from .router_losses import RouterLosses  # noqa: F401 - transformers before 5.12 copies what this file imports alone
+from .router_losses import RouterLosses  # noqa: F401 - the same
 from .sections import AttentionSection, LatentAttentionSection, MLPSection, RouterSection, section
 
 # The name under which this release of transformers hands a cache around.

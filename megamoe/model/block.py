@@ -42,7 +42,11 @@ class Block(nn.Module):
             self.mlp = MLP(intermediate_size=config.intermediate_size, **section(MLPSection, config))
             return
         self.moe = MoE(
-            router=Router(losses=build_router_losses(config), **section(RouterSection, config)),
+            router=Router(
+                losses=build_router_losses(config),
+                counts_margins=config.counts_margins,
+                **section(RouterSection, config),
+            ),
             experts=StackedExperts(num_experts=topology.experts_per_rank, **section(ExpertSection, config)),
             topology=topology,
             hidden_size=config.hidden_size,

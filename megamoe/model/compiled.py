@@ -29,6 +29,7 @@ class Routed(NamedTuple):
     weights: Tensor
     counts: Tensor
     losses: Tensor | None
+    margins: Tensor | None  # their bins
 
 
 class CompiledBlock:
@@ -56,7 +57,7 @@ class CompiledBlock:
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
         x, routing, entropy, placed = self.before_experts(block, x, rotary, mask)
-        dispatch.count_for_balancing(routing.counts, entropy)
+        dispatch.count_for_balancing(routing.counts, entropy, routing.margins)
         # Eager blocks begin it before they place the rows; here both are behind the first region.
         incoming = dispatch.exchange_counts(routing.counts)
         results = dispatch.run_experts(placed, incoming, experts)
@@ -95,7 +96,7 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
         placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
-    routed = Routed(routing.weights, routing.counts, routing.losses)
+    routed = Routed(routing.weights, routing.counts, routing.losses, routing.margin_bins)
     return block.with_shared(x, hidden), routed, sum_of_entropies(routing.log_scores), placed
 
 

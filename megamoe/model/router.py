@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .margins import BINS, bin_edges, margin_bins
 from .router_losses import RouterLosses
 
 
@@ -26,6 +27,7 @@ class Routing(NamedTuple):
     counts: Tensor  # (E,) int64, slots of each expert
     losses: Tensor | None  # (2,), of `RouterLosses`; None without them and outside of training
     log_scores: Tensor  # (T, E), at least fp32: logarithms of the scores, but for a constant of each token
+    margin_bins: Tensor | None  # (T, E) int64, of `margins.py`; None outside of training, or where they are not counted
 
 
 class Router(nn.Module):
@@ -37,11 +39,15 @@ class Router(nn.Module):
         running_load: (E,), running mean of the share of slots each expert got; sums to 1.
         step_counts: (E,) int64, slots routed since the last optimizer step on this rank, as the layer adds them up; not
             saved.
+        step_margins: (N, E) int64, their margins in bins, see `margins.py`, and margin_edges, (N - 1,), those between
+            the bins; not saved, and None without `counts_margins`.
     """
 
     selection_bias: Tensor | None
     running_load: Tensor
     step_counts: Tensor
+    step_margins: Tensor | None
+    margin_edges: Tensor | None
 
     def __init__(
         self,
@@ -56,6 +62,7 @@ class Router(nn.Module):
         n_group: int = 1,
         topk_group: int = 1,
         router_bias: bool = True,
+        counts_margins: bool = False,
         losses: RouterLosses | None = None,
     ):
         """
@@ -64,6 +71,7 @@ class Router(nn.Module):
             routed_scaling_factor: of the weights, after that.
             n_group: G; each group has E / G consecutive experts, at least two if there are several.
             topk_group: the groups whose experts may be chosen: those with the largest sums of two scores.
+            counts_margins: in training, for the bias; without groups only.
             losses: computed in training; None computes none.
         """
         super().__init__()
@@ -79,6 +87,9 @@ class Router(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(num_local_experts) if router_bias else None)
         self.register_buffer("running_load", torch.full((num_local_experts,), 1.0 / num_local_experts))
         self.register_buffer("step_counts", torch.zeros(num_local_experts, dtype=torch.int64), persistent=False)
+        margins = torch.zeros(BINS, num_local_experts, dtype=torch.int64) if counts_margins else None
+        self.register_buffer("step_margins", margins, persistent=False)
+        self.register_buffer("margin_edges", bin_edges() if counts_margins else None, persistent=False)
 
     def forward(self, x: Tensor, num_sequences: int = 1) -> Routing:
         """Route tokens `x` (T, D).
@@ -102,16 +113,17 @@ class Router(nn.Module):
         scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
         log_scores = F.logsigmoid(logits) if is_sigmoid else logits  # but for a constant
 
-        expert_ids = self._choose(scores.detach())
+        expert_ids, margins = self._choose(scores.detach())
         weights = self._weights(scores, log_scores, expert_ids)
         counts = count_ids(expert_ids.flatten(), self.step_counts.numel())
         losses = None
         if self.losses is not None and self.training:
             losses = self.losses(logits, log_scores, expert_ids, self.running_load, num_sequences)
-        return Routing(weights, expert_ids, counts, losses, log_scores)
+        return Routing(weights, expert_ids, counts, losses, log_scores, margins)
 
-    def _choose(self, scores: Tensor) -> Tensor:
-        """The experts (T, K) with the largest score + bias, out of the best groups; `scores` is (T, E)."""
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts (T, K) with the largest score + bias, out of the best groups, and the bins of all margins;
+        `scores` is (T, E)."""
         if self.selection_bias is not None:
             scores = scores + self.selection_bias
         if self.top_groups < self.num_groups:
@@ -119,7 +131,10 @@ class Router(nn.Module):
             best = groups.topk(2, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
             is_out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, False)
             scores = groups.masked_fill(is_out.unsqueeze(-1), -torch.inf).flatten(-2)
-        return scores.topk(self.top_k, dim=-1).indices
+        if self.margin_edges is None or not self.training:
+            return scores.topk(self.top_k, dim=-1).indices, None
+        best, ids = scores.topk(self.top_k + 1, dim=-1)
+        return ids[:, :-1].contiguous(), margin_bins(scores, best, self.margin_edges)
 
     def _weights(self, scores: Tensor, log_scores: Tensor, expert_ids: Tensor) -> Tensor:
         """Combine weights (T, K) by scores and their logarithms, (T, E)."""

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megamoe.model.loss import loss_chunk
+from megamoe.model.margins import BINS
 from megamoe.model.names import EMBEDDING, HEAD, engine_name
 from megamoe.planning.activations import BlockBytes, block_bytes
 from megamoe.planning.attention_cost import is_masked
@@ -98,7 +99,8 @@ def _hold(setup: Setup, groups: list[Group], states: Counter[str], ledger: Ledge
     if setup.offload:
         ledger.allocate("gradient buffer", setup.weight_bytes * _largest(groups))
     ahead = 8 * setup.micro_batch * m.num_nextn_predict_layers
-    routers = (12 + 4 * m.router_bias) * len(m.sparse_blocks) * m.num_local_experts
+    per_expert = 12 + 4 * m.router_bias + 8 * BINS * m.counts_margins
+    routers = per_expert * len(m.sparse_blocks) * m.num_local_experts
     ledger.allocate("batch and router state", 16 * setup.tokens + ahead + routers)
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from megamoe.hardware import Device
 from megamoe.model.decoder import loss_parts
+from megamoe.model.margins import BINS
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 from megamoe.training.step_sums import SCALARS
 
@@ -62,7 +63,7 @@ def collectives(setup: Setup) -> list[Collective]:
     """Every collective of one step: forward and backward passes and the optimizer's step. Exact in bytes if the experts
     get equally many rows from and on every rank; calls of the gradients are at the least."""
     m, groups = setup.model, parameter_groups(setup)
-    per_router = m.num_local_experts + 1  # loads and entropy
+    per_router = m.num_local_experts * (1 + BINS * m.counts_margins) + 1  # loads, margins and entropy
     small = 8 * (SCALARS + len(loss_parts(m)) + len(m.sparse_blocks) * per_router)
     return [
         *(_of_rows(setup) if setup.ep_size > 1 else []),

@@ -1,19 +1,20 @@
 """Loss-free balancing: the selection bias of every router moves toward the experts that got too little.
 
 No auxiliary loss pulls on the weights. Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for
-Mixture-of-Experts" (arXiv:2408.15664).
+Mixture-of-Experts" (arXiv:2408.15664); for the rule "quantile", see `model/margins.py`.
 
-Shape legend: E experts, L layers.
+Shape legend: E experts, L layers, N bins of margins.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megamoe.config import BiasRule
+from megamoe.model.margins import needed_shifts
 from megamoe.model.router import Router
 
 
@@ -47,16 +48,16 @@ class LoadBalancer:
     """Moves running load and selection bias of every router after a step, identically on every rank, and never waits
     for the device.
 
-    In a step: `take_counts`, sum them over all ranks, `next_loads` of the sums, and `apply` these unless the step is
-    skipped.
+    In a step: `take_counts` and `take_margins`, sum them over all ranks, `next_loads` of the sums, and `apply` these
+    unless the step is skipped.
     """
 
-    def __init__(self, routers: list[Router], rate: float, rule: Literal["sign", "proportional"], decay: float):
+    def __init__(self, routers: list[Router], rate: float, rule: BiasRule, decay: float):
         """
         Args:
             rate: change of a bias in one step ("sign"), or that at a load that is off by the mean ("proportional"),
                 before the mean of all changes is subtracted: with "sign" a bias moves by less than 2 * rate; in units
-                of the score.
+                of the score. "quantile" has no rate.
             decay: of the running mean of the loads, per step.
         """
         self.routers = routers
@@ -70,6 +71,16 @@ class LoadBalancer:
         torch._foreach_zero_([router.step_counts for router in self.routers])
         return counts
 
+    def take_margins(self) -> Tensor:
+        """(L, N, E) int64: tokens of this rank in each bin of the margins since the last call; empty where the rule
+        does not need them."""
+        held = [router.step_margins for router in self.routers if router.step_margins is not None]
+        if not held:
+            return self.routers[0].step_counts.new_zeros(0)
+        margins = torch.stack(held)
+        torch._foreach_zero_(held)
+        return margins
+
     def next_loads(self, counts: Tensor) -> Tensor:
         """(L, E) fp32: the running loads after a step with these counts (L, E) over all ranks."""
         loads = counts.float() / counts.sum(-1, keepdim=True).clamp_min(1).float()
@@ -77,14 +88,20 @@ class LoadBalancer:
         return self.decay * running + (1 - self.decay) * loads
 
     @torch.no_grad()
-    def apply(self, running: Tensor) -> None:
-        """Take (L, E) `running` for the running loads, and move by them the biases of routers that have one."""
-        delta = self.rate * self._direction(running)
+    def apply(self, running: Tensor, margins: Tensor) -> None:
+        """Take (L, E) `running` for the running loads, and move the biases of routers that have one, by these or, with
+        "quantile", by the margins of the step over all ranks, (L, N, E) fp64."""
+        delta = self._shifts(margins) if margins.numel() else self.rate * self._direction(running)
         delta -= delta.mean(-1, keepdim=True)
         torch._foreach_copy_([router.running_load for router in self.routers], list(running))
         biases = [router.selection_bias for router in self.routers if router.selection_bias is not None]
         if biases:
             torch._foreach_add_(biases, list(delta))
+
+    def _shifts(self, margins: Tensor) -> Tensor:
+        edges = self.routers[0].margin_edges
+        assert edges is not None
+        return needed_shifts(margins, self.routers[0].top_k / margins.shape[-1], edges.double()).float()
 
     def _direction(self, running: Tensor) -> Tensor:
         shortage = 1 - running * running.shape[-1]  # (mean - load) / mean

@@ -94,7 +94,9 @@ class TrainStep:
         losses = self.model.step_losses
         counts = self.balancer.take_counts() if self.balancer else losses.new_zeros(0, 0)
         entropies = self.model.take_entropies() if self.balancer else losses.new_zeros(0)
-        sums = sum_over_ranks(optimizer.sum_of_squares() if takes_norm else 0.0, losses, flags, counts, entropies)
+        margins = self.balancer.take_margins() if self.balancer else losses.new_zeros(0)
+        squares = optimizer.sum_of_squares() if takes_norm else 0.0
+        sums = sum_over_ranks(squares, losses, flags, counts, entropies, margins)
         losses.zero_()
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
         on_host = sums.read(running)
@@ -107,7 +109,7 @@ class TrainStep:
         applied = self.engine.was_step_applied()
         balance = None
         if self.balancer and applied:
-            self.balancer.apply(running)
+            self.balancer.apply(running, sums.margins)
             chosen = self.model.config.num_experts_per_tok
             entropies = [total * chosen / slots for total, slots in zip(on_host.entropies, on_host.slots, strict=True)]
             balance = Balance(on_host.counts, on_host.running_loads, entropies)

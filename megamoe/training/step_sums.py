@@ -1,6 +1,6 @@
 """What the ranks tell each other in a step besides gradients: one vector, summed by one all-reduce, read once.
 
-Shape legend: E experts, L layers with experts, P parts of the loss.
+Shape legend: E experts, L layers with experts, P parts of the loss, N bins of margins.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class StepSums:
 
     scalars: Tensor  # (SCALARS + P + L,) fp64: squares, flags, losses, entropies
     counts: Tensor  # (L, E) fp64, of all routers
+    margins: Tensor  # (L, N, E) fp64, or empty
 
     def read(self, running_loads: Tensor) -> HostSums:
         """Everything on the host, and (L, E) `running_loads` with it: the one wait of a step for the device."""
@@ -64,7 +65,7 @@ class StepSums:
 
 
 def sum_over_ranks(
-    squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor, entropies: Tensor
+    squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor, entropies: Tensor, margins: Tensor
 ) -> StepSums:
     """Sum what each rank gives, by one all-reduce. Collective; does not wait for the device.
 
@@ -74,6 +75,7 @@ def sum_over_ranks(
         flags: of this rank.
         counts: (L, E) int64, slots that this rank's routers have given each expert.
         entropies: (L,), sums over this rank's tokens.
+        margins: (L, N, E) int64, of this rank's tokens in each bin, or empty.
     """
     size = SCALARS + len(losses) + len(entropies)
     scalars = torch.zeros(SCALARS, dtype=torch.float64, device=losses.device)
@@ -82,6 +84,7 @@ def sum_over_ranks(
     for index, is_set in enumerate(flags, start=1):
         if is_set:
             scalars[index].fill_(1)
-    sums = torch.cat((scalars, losses, entropies, counts.flatten()))  # fp64 is exact for counts
+    sums = torch.cat((scalars, losses, entropies, counts.flatten(), margins.flatten()))  # fp64 is exact for counts
     dist.all_reduce(sums)
-    return StepSums(sums[:size], sums[size:].view(counts.shape))
+    scalars, counts_sum, margins_sum = sums.split((size, counts.numel(), margins.numel()))
+    return StepSums(scalars, counts_sum.view(counts.shape), margins_sum.view(margins.shape))

@@ -30,8 +30,8 @@ def step_of(config, ep_size=1, dtype=torch.bfloat16):
     """The counts of a forward and backward pass of the whole model."""
     model = Decoder(config, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size)).to(dtype)
     for router in model.routers():
-        router.running_load = router.running_load.float()
-        router.selection_bias = None if router.selection_bias is None else router.selection_bias.float()
+        for name, buffer in list(router.named_buffers()):
+            setattr(router, name, buffer.float() if buffer.is_floating_point() else buffer)
     for moe in model.moe_layers() if ep_size > 1 else ():
         moe.set_deepspeed_parallelism()
     torch.manual_seed(0)
@@ -94,6 +94,7 @@ MORE = {
     "gated_shared_experts": 20,
     "dense_layers": 0,
     "sigmoid_groups": 10,
+    "quantile_bias": 6,
     "plain_scores": 0,
     "sequence_loss": 27,  # and a z-loss
     "global_loss": 13,  # of sigmoid scores

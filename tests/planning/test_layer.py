@@ -59,8 +59,8 @@ def step(setup, layers, is_dense):
     topology = ExpertTopology(config.num_local_experts, setup.ep_size, setup.world_size)
     model = Decoder(config, topology=topology).to(DTYPES[setup.weight_bytes])
     for router in model.routers():
-        router.running_load = router.running_load.float()
-        router.selection_bias = None if router.selection_bias is None else router.selection_bias.float()
+        for name, buffer in list(router.named_buffers()):
+            setattr(router, name, buffer.float() if buffer.is_floating_point() else buffer)
     for moe in model.moe_layers() if setup.ep_size > 1 else ():
         moe.set_deepspeed_parallelism()
     torch.manual_seed(0)
@@ -118,6 +118,7 @@ OF_SPARSE_BLOCKS = {
     "shared experts": {"n_shared_experts": 2},
     "gated shared experts with a gate": {"n_shared_experts": 2, "shared_expert_gate": True, "gated_mlp": True},
     "groups": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "quantile bias": {"router_bias_rule": "quantile"},
     "plain scores": {"norm_topk_prob": False, "router_bias": False},
     "plain sigmoid scores": {"norm_topk_prob": False, "router_score": "sigmoid"},
     "balance of sequences": BALANCE,

@@ -7,9 +7,10 @@ from toy import PRESET, ds_config
 from megamoe.config import ModelConfig
 from megamoe.hardware import Device
 from megamoe.model.costs import parameter_count
-from megamoe.model.decoder import loss_parts
+from megamoe.model.decoder import Decoder, loss_parts
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, collectives, host_transfers
+from megamoe.training.step import balancer_of
 from megamoe.training.step_sums import NO_FLAGS, sum_over_ranks
 
 SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
@@ -79,10 +80,12 @@ def test_bf16_sums_of_an_offloaded_optimizer_go_there_and_back_for_every_micro_b
     assert host_transfers(replace(once, offload=False)) == (0, 0)
 
 
-def test_what_is_small_is_the_vector_that_a_step_sums(monkeypatch):
-    model, summed = SETUP.model, []
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
+def test_what_is_small_is_the_vector_that_a_step_sums(monkeypatch, rule):
+    model, summed = SETUP.model.model_copy(update={"router_bias_rule": rule}), []
     monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
     layers = len(model.sparse_blocks)
     counts = torch.zeros(layers, model.num_local_experts, dtype=torch.int64)
-    sum_over_ranks(0.0, torch.zeros(len(loss_parts(model))), NO_FLAGS, counts, torch.zeros(layers))
-    assert payload(SETUP, "norm, loss") == summed[0].nbytes
+    margins = balancer_of(Decoder(model)).take_margins()
+    sum_over_ranks(0.0, torch.zeros(len(loss_parts(model))), NO_FLAGS, counts, torch.zeros(layers), margins)
+    assert payload(replace(SETUP, model=model), "norm, loss") == summed[0].nbytes

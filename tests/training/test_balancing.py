@@ -10,11 +10,14 @@ from toy import PRESET, SHIPPED, ds_config
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
 from megamoe.json_files import read_json
+from megamoe.model.moe import DroplessDispatch
 from megamoe.model.router import Router
+from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer, max_violation
 from megamoe.training.step import build_train_step
 
 CONFIG = ModelConfig(**PRESET, router_bias_rate=0.01)
+QUANTILE = ModelConfig(**PRESET, router_bias_rule="quantile")
 SCORES = ["softmax", "sigmoid"]
 T, D, E, K = 40, 6, 5, 2
 
@@ -46,7 +49,7 @@ def step(balancer):
     """An applied step of the only rank."""
     counts = balancer.take_counts()
     running = balancer.next_loads(counts)
-    balancer.apply(running)
+    balancer.apply(running, balancer.take_margins().double())
     return Balance(counts, running, [])
 
 
@@ -120,6 +123,46 @@ def test_routers_without_a_bias_still_have_their_running_load():
     assert all(router.selection_bias is None for router in routers)
 
 
+@pytest.mark.parametrize(
+    ("score", "sharpness", "experts", "top_k"),
+    [("softmax", 0.05, 8, 2), ("softmax", 1.0, 64, 6), ("sigmoid", 1.0, 8, 1)],
+)
+def test_by_quantiles_a_skewed_router_is_in_balance_after_ten_steps_and_the_same_on_any_split(
+    score, sharpness, experts, top_k
+):
+    whole, split = (
+        router_with(dim=16, experts=experts, top_k=top_k, router_score=score, counts_margins=True) for _ in range(2)
+    )
+    for router in (whole, split):
+        draw = torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(router.weight, 0, sharpness, generator=draw)
+        with torch.no_grad():
+            router.weight[:2, 0] = 4 * sharpness  # every token has a 1 in dimension 0
+    layers = [DroplessDispatch(router, torch.nn.Identity(), ExpertTopology(experts)) for router in (whole, split)]
+    history = []
+    for _ in range(40):
+        tokens = torch.randn(2048, 16, generator=draw)
+        tokens[:, 0] = 1
+        for layer, parts in zip(layers, (1, 4), strict=True):
+            for part in tokens.chunk(parts):
+                routing = layer.router(part)
+                layer.count_for_balancing(routing.counts, torch.zeros(()), routing.margin_bins)
+        history.append(step(LoadBalancer([whole], 0, "quantile", 0.9)))
+        step(LoadBalancer([split], 0, "quantile", 0.9))
+        torch.testing.assert_close(split.selection_bias, whole.selection_bias)
+    assert history[0].batch_max_vio > 0.9
+    assert all(balance.batch_max_vio < 0.4 for balance in history[10:])
+    assert all(balance.running_max_vio < 0.1 for balance in history[-5:])
+
+
+def test_without_its_margins_or_in_evaluation_a_router_counts_none():
+    tokens = torch.randn(7, D)
+    assert router_with()(tokens).margin_bins is None
+    router = router_with(counts_margins=True)
+    assert router(tokens).margin_bins.shape == (7, E)
+    assert router.eval()(tokens).margin_bins is None
+
+
 @pytest.mark.parametrize("favoured", [1, 2])
 @pytest.mark.parametrize(
     ("score", "rule", "rate"),
@@ -160,8 +203,8 @@ def statistics(engine):
     return [(router.selection_bias.clone(), router.running_load.clone()) for router in engine.module.routers()]
 
 
-def three_steps(ds, ep_size):
-    train_step = build_train_step(CONFIG, ds, ep_size=ep_size)
+def three_steps(ds, ep_size, config=CONFIG):
+    train_step = build_train_step(config, ds, ep_size=ep_size)
     own, reported, tokens_of = [], [], ds["train_micro_batch_size_per_gpu"] * 16
     for number in range(3):
         train_step.forward_backward([Batch(tokens(number), tokens(number + 1))])
@@ -171,8 +214,9 @@ def three_steps(ds, ep_size):
     return statistics(train_step.engine), own, reported
 
 
-def test_statistics_are_fp32_and_identical_on_all_ranks():
-    results = run_ranks(4, three_steps, read_json(SHIPPED / "zero2.json"), 2)  # bf16
+@pytest.mark.parametrize("config", [CONFIG, QUANTILE], ids=["sign", "quantile"])
+def test_statistics_are_fp32_and_identical_on_all_ranks(config):
+    results = run_ranks(4, three_steps, read_json(SHIPPED / "zero2.json"), 2, config)  # bf16
     first = results[0][0]
     for layers, _, _ in results:
         for (bias, load), (first_bias, first_load) in zip(layers, first, strict=True):

@@ -35,11 +35,16 @@ def reads_of_a_step(rule):
         }
         balancer, losses = balancer_of(model), torch.zeros(LOSSES, device=DEVICE)
         sums = sum_over_ranks(
-            optimizer.sum_of_squares(), losses, Flags(stop_asked=True), balancer.take_counts(), model.take_entropies()
+            optimizer.sum_of_squares(),
+            losses,
+            Flags(stop_asked=True),
+            balancer.take_counts(),
+            model.take_entropies(),
+            balancer.take_margins(),
         )
         running = balancer.next_loads(sums.counts)
         on_host = sums.read(running)
-        balancer.apply(running)
+        balancer.apply(running, sums.margins)
         assert on_host.squares == 1.0
         assert on_host.losses == [1.0] * LOSSES
         assert on_host.flags == Flags(True, True, True, True)
@@ -66,7 +71,7 @@ def test_the_average_of_the_weights_is_updated_without_a_read():
     assert run_alone(average_on_gpu) == [(DEVICE, torch.float32, 7), (DEVICE, torch.float32, 100_000)]
 
 
-@pytest.mark.parametrize("rule", ["sign", "proportional"])
+@pytest.mark.parametrize("rule", ["sign", "proportional", "quantile"])
 def test_norm_losses_flags_and_balance_come_in_one_read(rule):
     assert run_alone(reads_of_a_step, rule) == 1
 

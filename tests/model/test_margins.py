@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from megamoe.model.margins import BINS, bin_edges, margin_bins, needed_shifts
+
+T, E, K = 4000, 8, 2
+
+
+def scores_of(sharpness, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    liked = torch.linspace(-1, 1, E, dtype=torch.float64)
+    return (sharpness * (torch.randn(T, E, generator=draw, dtype=torch.float64) + liked)).softmax(-1)
+
+
+def histogram_of(scores, edges):
+    bins = margin_bins(scores, scores.topk(K + 1, dim=-1).values, edges)
+    return torch.stack([torch.bincount(expert, minlength=BINS) for expert in bins.T], dim=1).double()
+
+
+def test_a_margin_above_zero_is_a_chosen_expert():
+    scores, edges = scores_of(1.0), bin_edges().double()
+    best = scores.topk(K + 1, dim=-1)
+    is_chosen = torch.zeros(T, E, dtype=torch.bool).scatter_(1, best.indices[:, :K], True)
+    assert torch.equal(margin_bins(scores, best.values, edges) > BINS // 2 - 1, is_chosen)
+    assert histogram_of(scores, edges).sum(0).tolist() == [T] * E
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
+def test_the_shift_is_the_quantile_of_the_margins_but_for_the_width_of_a_bin(sharpness):
+    scores, edges = scores_of(sharpness), bin_edges().double()
+    best = scores.topk(K + 1, dim=-1).values
+    margins = scores - best[:, K - 1 :].mean(-1, keepdim=True)
+    exact = -margins.quantile(1 - K / E, dim=0)
+    found = needed_shifts(histogram_of(scores, edges), K / E, edges)
+    assert (exact.abs() > 1e-4).any()
+    # Both are in the same bin, whose edges are a factor of 4 apart.
+    assert (torch.bucketize(-exact, edges) - torch.bucketize(-found, edges)).abs().max() <= 1
+    assert ((found / exact).log2().abs() <= 2).all()
+
+
+def test_an_expert_that_no_token_comes_near_moves_by_one_and_nothing_is_nan_without_tokens():
+    edges = bin_edges().double()
+    histogram = torch.zeros(2, BINS, 2, dtype=torch.float64)
+    histogram[0, 0, 0] = 100  # all margins below -1
+    histogram[0, -1, 1] = 100  # all above 1
+    assert needed_shifts(histogram, 0.5, edges).tolist() == [[1, -1], [-1, -1]]
+
+
+def test_the_shift_is_linear_within_a_bin():
+    edges = bin_edges().double()
+    histogram = torch.zeros(BINS, 1, dtype=torch.float64)
+    histogram[-2] = 100  # from 1/4 to 1
+    assert needed_shifts(histogram, 0.2, edges).item() == pytest.approx(-(1 - 0.2 * 0.75))
