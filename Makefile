@@ -1,6 +1,7 @@
 # make train              from a fresh clone to a trained tiny model and its samples
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
-# make train PRESET=tiny-glm  another model of that size: tiny-glm, tiny-deepseek
+# make train STEPS=2700  longer, the learning rate's schedule with it
+# make train PRESET=tiny-glm  another model of that size: tiny, tiny-glm, tiny-deepseek
 # make test               every test
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
 # make check              formatting, lint and types
@@ -9,28 +10,34 @@
 
 PYTHON ?= python3
 TEXT ?=
-PRESET ?= tiny
+PRESET ?= tiny-plus
+STEPS ?=
 ifndef RUN
 RUN := runs/$(PRESET)-$(shell date +%Y%m%d-%H%M%S)
 endif
+
+# The vocabulary is the preset's; its recipe is the JSON of its name, or else tiny.json.
+VOCAB := $(shell sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' megamoe/presets/$(PRESET).json)
+RECIPE := $(firstword $(wildcard ds_configs/$(subst -,_,$(PRESET)).json) ds_configs/tiny.json)
 
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
 ifeq ($(TEXT),)
 SOURCE := data/plays
-TOKENS := data/shakespeare
+TOKENS := data/shakespeare-$(VOCAB)
 else
 ifeq ($(wildcard $(TEXT)),)
 $(error TEXT is $(TEXT), which does not exist; give a text file, a folder, or JSON lines, without spaces in its path)
 endif
 SOURCE := $(TEXT)
-TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)
+TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)-$(VOCAB)
 endif
 
 .PHONY: train test gpu check bench bench-short
 train: .venv/.train $(TOKENS)/corpus.json
-	launch_scripts/single_node.sh 2 --ds_config ds_configs/tiny.json --preset $(PRESET) --ep_size 2 \
+	$(if $(STEPS),mkdir -p $(dir $(RUN)) && sed 's/"total_num_steps": [0-9]*/"total_num_steps": $(STEPS)/' $(RECIPE) > $(RUN).json)
+	launch_scripts/single_node.sh 2 --ds_config $(if $(STEPS),$(RUN).json,$(RECIPE)) --preset $(PRESET) --ep_size 2 \
 		--data $(TOKENS) --run_dir $(RUN) --eval_interval 100
 	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5
 	python tools/report.py $(RUN)
@@ -54,7 +61,7 @@ check: .venv/.test
 
 $(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
 	rm -rf $(TOKENS)
-	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size 1024
+	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size $(VOCAB)
 
 data/plays: | .venv/.train
 	python tools/fetch_corpus.py --out data/plays

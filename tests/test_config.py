@@ -111,6 +111,13 @@ def test_preset_names_are_the_files_that_ship():
 # --- the model ---
 
 
+def test_the_quantile_rule_is_refused_where_it_does_not_apply():
+    quantile = {"router_bias_rule": "quantile", "num_local_experts": 8}
+    has(only(shape_refusals(**quantile, n_group=4, topk_group=2)), "quantile", "topk_group is 2 of n_group 4", '"sign"')
+    has(only(shape_refusals(**quantile, num_experts_per_tok=8)), "quantile", "all 8 experts", "router_bias to false")
+    validate(ModelConfig, shape(**quantile, num_experts_per_tok=8, router_bias=False), "my.json")
+
+
 def test_an_unknown_preset_names_the_known_ones():
     has(only(refusals(load_preset, "tinny")), "'tinny'", "moe-680m", "tiny", ".json")
     has(only(refusals(load_preset, "no/such.json")), "no/such.json", "tiny")

@@ -1,10 +1,12 @@
 """Show what a run has done: `python tools/report.py runs/tiny` prints its losses and draws RUN/loss_lr.png.
 
 Of several runs, it prints a line each and draws losses and balance over the tokens of training, in comparison.png.
+`--reference CURVE.tsv` compares one run with a curve of losses that was logged elsewhere.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -32,6 +34,29 @@ def read_run(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     if not log["train"]:
         raise UserError(f"{run_dir}/log.jsonl holds no step yet; wait for the first one.")
     return log
+
+
+def read_reference(path: Path) -> dict[int, float]:
+    """Loss by step, from a table with tabs whose first two columns these are, after a line of names. Raises UserError."""
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t"))[1:]
+        curve = {int(step): float(loss) for step, loss, *_ in rows}
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no table of step and loss ({error}); separate its columns by tabs.") from error
+    if not curve:
+        raise UserError(f"{path} has no step below its line of names; add one.")
+    return curve
+
+
+def against_reference(train: list[dict[str, Any]], reference: dict[int, float]) -> str:
+    """At how many of the reference's steps that the run has logged its training loss is lower."""
+    losses = {row["step"]: row["loss"] for row in train}
+    both = [step for step in reference if step in losses]
+    lower = [step for step in both if losses[step] < reference[step]]
+    higher = ", ".join(str(step) for step in both if step not in lower)
+    line = f"training loss below the reference at {len(lower)} of the {len(both)} steps that both have"
+    return line + (f", not at {higher}" if higher else "")
 
 
 def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
@@ -85,8 +110,9 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def draw(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Loss, learning rate and expert balance over the steps, as a PNG."""
+def draw(log: dict[str, list[dict[str, Any]]], path: Path, reference: dict[int, float]) -> None:
+    """Loss, learning rate and expert balance over the steps, as a PNG; with the loss by step of a reference, if it has
+    any."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -103,6 +129,8 @@ def draw(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for key, label in names.items():
         if points(valid, key)[0]:
             loss.plot(*points(valid, key), "o-", label=label)
+    if reference:
+        loss.plot(list(reference), list(reference.values()), "k.--", linewidth=1, label="reference")
     loss.set_ylabel("loss (nats per token)")
     loss.legend()
     rate.plot(steps, [row["lr"] for row in train], color="tab:green")
@@ -136,9 +164,11 @@ def results(valid: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{key} at step {steps[-1]}: {values[-1]:.4f}"
 
 
-def show(run_dir: Path, log: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    draw(log, picture)
+def show(run_dir: Path, log: dict[str, list[dict[str, Any]]], picture: Path, reference: dict[int, float]) -> None:
+    draw(log, picture, reference)
     print(loss_table(log))
+    if reference:
+        print(against_reference(log["train"], reference))
     for line in results(log["valid"]):
         print(line)
     for what, place in (
@@ -227,13 +257,19 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="PNG to draw; by default RUN/loss_lr.png, or comparison.png here for several runs"
     )
+    parser.add_argument(
+        "--reference", type=Path, metavar="TSV", help="losses of another run, to compare one run with: step, loss"
+    )
     args = parser.parse()
     if args.out and args.out.suffix != ".png":
         raise UserError(f"--out is {args.out}; give it a name that ends in .png.")
     if len(args.run_dirs) == 1:
         (run_dir,) = args.run_dirs
-        show(run_dir, read_run(run_dir), args.out or run_dir / "loss_lr.png")
+        reference = read_reference(args.reference) if args.reference else {}
+        show(run_dir, read_run(run_dir), args.out or run_dir / "loss_lr.png", reference)
         return
+    if args.reference:
+        raise UserError(f"--reference is given with {len(args.run_dirs)} runs; give one run, or leave it out.")
     problems = Problems()
     runs = [problems.attempt(read_sized_run, run_dir) for run_dir in args.run_dirs]
     problems.refuse()

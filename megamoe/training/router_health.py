@@ -41,7 +41,8 @@ class RouterHealth:
                 "dead",
                 loads[emptiest].item() / DEAD_SHARE,
                 f"expert {expert[emptiest]} of block {blocks[emptiest]} gets {loads[emptiest]:.2%} of the mean load; "
-                "raise router_bias_rate or router_aux_loss_coef, or lower the learning rate",
+                'set router_bias_rule to "quantile", raise router_bias_rate or router_aux_loss_coef, or lower the '
+                "learning rate",
             ),
             self._once(
                 "collapse",
@@ -52,8 +53,8 @@ class RouterHealth:
             self._once(
                 "max_vio",
                 MAX_VIO / max(max_vio[fullest].item(), torch.finfo().tiny),
-                f"the running MaxVio of block {blocks[fullest]} is {max_vio[fullest]:.2f}; raise router_bias_rate or "
-                'router_aux_loss_coef, or set router_bias_rule to "proportional"',
+                f"the running MaxVio of block {blocks[fullest]} is {max_vio[fullest]:.2f}; set router_bias_rule to "
+                '"quantile", or raise router_bias_rate or router_aux_loss_coef',
             ),
         )
         return [line for line in lines if line]

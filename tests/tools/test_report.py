@@ -194,3 +194,39 @@ def test_all_runs_that_cannot_be_compared_are_named_and_nothing_is_drawn(two_run
     has(large, "large/run.json", "bring the file back")
     has(empty, "empty holds no log.jsonl")
     assert not (tmp_path / "comparison.png").exists()
+
+
+# --- a reference ---
+
+
+def test_the_training_loss_is_compared_with_a_reference_at_the_steps_that_both_have(monkeypatch, capsys, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    write_log(run_dir, *(train_row(step) for step in (10, 20, 30)))
+    curve = tmp_path / "curve.tsv"
+    curve.write_text("step\tavg_loss\tlr\n10\t9.95\t1e-5\n20\t9.7\t2e-5\n30\t9.8\t3e-5\n1000\t1.0\t4e-5\n")
+    plain, with_curve = tmp_path / "plain.png", tmp_path / "curve.png"
+    code, printed = run_report(monkeypatch, capsys, run_dir, "--reference", curve, "--out", with_curve)
+    assert code == 0
+    assert "training loss below the reference at 2 of the 3 steps that both have, not at 20" in printed.out
+    run_report(monkeypatch, capsys, run_dir, "--out", plain)
+    assert is_png(with_curve)
+    assert with_curve.read_bytes() != plain.read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "step\tloss\n", "step\tloss\nten\t3\n", "step\n10\n", None])
+def test_a_reference_that_is_no_table_is_refused(monkeypatch, capsys, tmp_path, text):
+    write_log(tmp_path, train_row(10))
+    curve = tmp_path / "curve.tsv"
+    if text is not None:
+        curve.write_text(text)
+    code, printed = run_report(monkeypatch, capsys, tmp_path, "--reference", curve)
+    assert code == 2
+    has(printed.err, str(curve), "step")
+    assert not (tmp_path / "loss_lr.png").exists()
+
+
+def test_a_reference_is_refused_with_several_runs(monkeypatch, capsys, tmp_path):
+    code, printed = run_report(monkeypatch, capsys, tmp_path, tmp_path, "--reference", tmp_path / "curve.tsv")
+    assert code == 2
+    has(printed.err, "--reference", "2 runs")
