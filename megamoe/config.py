@@ -171,7 +171,8 @@ class ModelConfig(JsonModel):
     @property
     def counts_margins(self) -> bool:
         """Whether the routers count the margins of their experts for the balancing bias."""
-        return self.router_bias and self.router_bias_rule == "quantile"
+        has_choice = self.num_experts_per_tok < self.num_local_experts
+        return has_choice and self.router_bias and self.router_bias_rule == "quantile"
 
     @property
     def value_dim(self) -> int:

@@ -123,17 +123,11 @@ def _router_problems(values: dict[str, Any]) -> list[str]:
         problems.append(f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it.")
     if not (_positive(groups) and _positive(chosen) and _positive(experts)):
         return problems
-    if values.get("router_bias_rule") == "quantile" and values.get("router_bias", True) is True:
-        if chosen < groups:
-            problems.append(
-                f'router_bias_rule "quantile" does not know groups, and topk_group is {chosen} of n_group {groups}; '
-                'use "sign" or "proportional".'
-            )
-        if top_k == experts:
-            problems.append(
-                f'router_bias_rule "quantile" has nothing to balance where all {experts} experts are chosen '
-                "(num_experts_per_tok); set router_bias to false."
-            )
+    if chosen < groups and values.get("router_bias_rule") == "quantile":
+        problems.append(
+            f'router_bias_rule "quantile" does not know groups, and topk_group is {chosen} of n_group {groups}; use '
+            '"sign" or "proportional".'
+        )
     if chosen > groups:
         problems.append(f"topk_group is {chosen}, above n_group {groups}; lower it.")
     elif experts % groups or (groups > 1 and experts // groups < 2):

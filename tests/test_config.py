@@ -111,11 +111,18 @@ def test_preset_names_are_the_files_that_ship():
 # --- the model ---
 
 
-def test_the_quantile_rule_is_refused_where_it_does_not_apply():
-    quantile = {"router_bias_rule": "quantile", "num_local_experts": 8}
-    has(only(shape_refusals(**quantile, n_group=4, topk_group=2)), "quantile", "topk_group is 2 of n_group 4", '"sign"')
-    has(only(shape_refusals(**quantile, num_experts_per_tok=8)), "quantile", "all 8 experts", "router_bias to false")
-    validate(ModelConfig, shape(**quantile, num_experts_per_tok=8, router_bias=False), "my.json")
+def test_the_quantile_rule_is_refused_with_groups():
+    grouped = {"router_bias_rule": "quantile", "num_local_experts": 8, "n_group": 4, "topk_group": 2}
+    has(only(shape_refusals(**grouped)), "quantile", "topk_group is 2 of n_group 4", '"sign"')
+
+
+def test_margins_are_counted_for_a_bias_that_needs_them():
+    def counts(**changes):
+        return ModelConfig(**shape(num_local_experts=8, router_bias_rule="quantile", **changes)).counts_margins
+
+    assert counts(num_experts_per_tok=2)
+    assert not counts(num_experts_per_tok=8)  # nothing to balance
+    assert not counts(num_experts_per_tok=2, router_bias=False)
 
 
 def test_an_unknown_preset_names_the_known_ones():

@@ -37,7 +37,7 @@ def read_run(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_reference(path: Path) -> dict[int, float]:
-    """Loss by step, from a table with tabs whose first two columns these are, after a line of names. Raises UserError."""
+    """Loss by step, from the first two columns of a table with tabs and a line of names. Raises UserError."""
     try:
         with path.open(newline="") as file:
             rows = list(csv.reader(file, delimiter="\t"))[1:]

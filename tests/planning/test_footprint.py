@@ -103,6 +103,7 @@ SHAPES_ON_ONE = {
     **{name: case(({**ACTIVATIONS[0], **change}, *ACTIVATIONS[1:]), config("zero2"))
        for name, change in OTHER_MODELS.items()},
     "routing that differs": case(SPARSE, config("zero2")),
+    "quantile": case(({**SPARSE[0], "router_bias_rule": "quantile"}, *SPARSE[1:]), config("zero2")),
     "embedding": case(EMBEDDING, config("zero2")),
     "embedding, fp32": case(EMBEDDING, config("zero2_fp32")),
     "embedding, offload": case(EMBEDDING, config("zero2_offload")),
