@@ -122,7 +122,7 @@ class RunConfig(BaseModel):
         default="moe-680m", description="name of a shipped preset, or path of its JSON or of a Hugging Face directory"
     )
     data: list[Annotated[Corpus, BeforeValidator(parse_corpus)]] = Field(
-        default=[Corpus(path="data/shakespeare")],
+        default=[Corpus(path="data/shakespeare-2048")],
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
     )
