@@ -15,10 +15,19 @@ STEPS ?=
 ifndef RUN
 RUN := runs/$(PRESET)-$(shell date +%Y%m%d-%H%M%S)
 endif
+override RUN := $(patsubst %/,%,$(RUN))
 
 # The vocabulary is the preset's; its recipe is the JSON of its name, or else tiny.json.
-VOCAB := $(shell sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' megamoe/presets/$(PRESET).json)
+VOCAB := $(shell sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' megamoe/presets/$(PRESET).json 2>/dev/null)
 RECIPE := $(firstword $(wildcard ds_configs/$(subst -,_,$(PRESET)).json) ds_configs/tiny.json)
+ifeq ($(and $(filter tiny%,$(PRESET)),$(VOCAB)),)
+$(error PRESET is $(PRESET), not a preset of this size; give tiny-plus, tiny, tiny-glm or tiny-deepseek)
+endif
+ifneq ($(STEPS),)
+ifneq ($(shell test '$(STEPS)' -gt 40 2>/dev/null && echo yes),yes)
+$(error STEPS is $(STEPS); give a whole number above 40, the steps of the warm-up)
+endif
+endif
 
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)

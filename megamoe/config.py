@@ -141,9 +141,9 @@ class ModelConfig(JsonModel):
     router_bias: bool = True
     """Select by score + bias, and let the bias follow the load (loss-free balancing)."""
     router_bias_rule: BiasRule = "sign"
-    """How the balancing bias follows the running load, or "quantile", the scores of the step (`model/margins.py`)."""
+    """What moves the bias: the running load ("sign", "proportional"), or the margins of a step ("quantile")."""
     router_bias_rate: float = Field(default=1e-3, ge=0)
-    """Step of the balancing bias, in units of the score; 0 leaves it where it is. "quantile" has no rate."""
+    """Step of the balancing bias, in units of the score; 0 leaves it where it is. "quantile" reads no other value."""
     router_load_decay: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the running mean of the expert loads."""
     router_aux_loss_coef: float = Field(default=0.0, ge=0)
@@ -171,8 +171,8 @@ class ModelConfig(JsonModel):
     @property
     def counts_margins(self) -> bool:
         """Whether the routers count the margins of their experts for the balancing bias."""
-        has_choice = self.num_experts_per_tok < self.num_local_experts
-        return has_choice and self.router_bias and self.router_bias_rule == "quantile"
+        moves = self.router_bias and self.router_bias_rate > 0 and self.num_experts_per_tok < self.num_local_experts
+        return moves and self.router_bias_rule == "quantile"
 
     @property
     def value_dim(self) -> int:

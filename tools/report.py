@@ -6,7 +6,7 @@ Of several runs, it prints a line each and draws losses and balance over the tok
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -39,13 +39,13 @@ def read_run(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
 def read_reference(path: Path) -> dict[int, float]:
     """Loss by step, from the first two columns of a table with tabs and a line of names. Raises UserError."""
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t"))[1:]
-        curve = {int(step): float(loss) for step, loss, *_ in rows}
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8").splitlines()[1:]
+        rows = [line.split("\t")[:2] for line in lines if line.strip()]
+        curve = {int(step): float(loss) for step, loss in rows}
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is no table of step and loss ({error}); separate its columns by tabs.") from error
-    if not curve:
-        raise UserError(f"{path} has no step below its line of names; add one.")
+    if not curve or not all(map(math.isfinite, curve.values())):
+        raise UserError(f"{path} has no step below its line of names, or a loss that is not finite; give finite ones.")
     return curve
 
 
@@ -53,10 +53,9 @@ def against_reference(train: list[dict[str, Any]], reference: dict[int, float]) 
     """At how many of the reference's steps that the run has logged its training loss is lower."""
     losses = {row["step"]: row["loss"] for row in train}
     both = [step for step in reference if step in losses]
-    lower = [step for step in both if losses[step] < reference[step]]
-    higher = ", ".join(str(step) for step in both if step not in lower)
-    line = f"training loss below the reference at {len(lower)} of the {len(both)} steps that both have"
-    return line + (f", not at {higher}" if higher else "")
+    not_lower = [step for step in both if losses[step] >= reference[step]]
+    line = f"training loss below the reference at {len(both) - len(not_lower)} of the {len(both)} steps that both have"
+    return line + (f", not at {', '.join(map(str, not_lower[:10]))}" if not_lower else "")
 
 
 def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:

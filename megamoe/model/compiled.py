@@ -29,7 +29,7 @@ class Routed(NamedTuple):
     weights: Tensor
     counts: Tensor
     losses: Tensor | None
-    margins: Tensor | None  # their bins
+    margins: Tensor | None
 
 
 class CompiledBlock:
@@ -96,7 +96,7 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
         placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
-    routed = Routed(routing.weights, routing.counts, routing.losses, routing.margin_bins)
+    routed = Routed(routing.weights, routing.counts, routing.losses, routing.margins)
     return block.with_shared(x, hidden), routed, sum_of_entropies(routing.log_scores), placed
 
 

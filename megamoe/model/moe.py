@@ -80,21 +80,22 @@ class DroplessDispatch(nn.Module):
         """
         weights, expert_ids, counts, losses, log_scores, margins = self.router(x, num_sequences)
         self.count_for_balancing(counts, sum_of_entropies(log_scores) if self.training else None, margins)
-        del log_scores, margins  # as large as the scores
+        del log_scores  # as large as the scores
         incoming = self.exchange_counts(counts)
         placed = self.place(x, expert_ids, counts)  # while the counts are on their way
         results = self.run_experts(placed, incoming, self.experts)
         return combine_rows(results, weights, placed.token, placed.place), losses, counts
 
     def count_for_balancing(self, counts: Tensor, entropy: Tensor | None, margins: Tensor | None) -> None:
-        """Add the slots of each expert, (E,), and in training the `sum_of_entropies`, and the bins (T, E) of the
-        margins, to those of the step."""
+        """Add the slots of each expert, (E,), and in training the `sum_of_entropies`, and the `margin_histogram`, to
+        those of the step."""
         # Inside a backward pass this is a recomputation: its slots were counted the first time.
         if entropy is not None and torch._C._current_graph_task_id() == -1:
             self.router.step_counts += counts
             self.step_entropy += entropy
-            if margins is not None and self.router.step_margins is not None:
-                self.router.step_margins.scatter_add_(0, margins, margins.new_ones(()).expand_as(margins))
+            if margins is not None:
+                assert self.router.step_margins is not None
+                self.router.step_margins += margins
 
     def exchange_counts(self, counts: Tensor) -> Incoming | None:
         """Tell the ranks that share experts how many slots (E,) this one has for each; None where each rank has all."""

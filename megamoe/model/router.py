@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .margins import BINS, bin_edges, margin_bins
+from .margins import BINS, bin_edges, margin_histogram
 from .router_losses import RouterLosses
 
 
@@ -27,7 +27,7 @@ class Routing(NamedTuple):
     counts: Tensor  # (E,) int64, slots of each expert
     losses: Tensor | None  # (2,), of `RouterLosses`; None without them and outside of training
     log_scores: Tensor  # (T, E), at least fp32: logarithms of the scores, but for a constant of each token
-    margin_bins: Tensor | None  # (T, E) int64, of `margins.py`; None outside of training, or where they are not counted
+    margins: Tensor | None  # (N, E) int64, `margin_histogram`; None outside of training, or where they are not counted
 
 
 class Router(nn.Module):
@@ -39,8 +39,8 @@ class Router(nn.Module):
         running_load: (E,), running mean of the share of slots each expert got; sums to 1.
         step_counts: (E,) int64, slots routed since the last optimizer step on this rank, as the layer adds them up; not
             saved.
-        step_margins: (N, E) int64, their margins in bins, see `margins.py`, and margin_edges, (N - 1,), those between
-            the bins; not saved, and None without `counts_margins`.
+        step_margins: (N, E) int64, tokens in each bin of each expert's margin since the last step on this rank, see
+            `margins.py`, and margin_edges, (N - 1,), those of the bins; not saved, and None without `counts_margins`.
     """
 
     selection_bias: Tensor | None
@@ -122,7 +122,7 @@ class Router(nn.Module):
         return Routing(weights, expert_ids, counts, losses, log_scores, margins)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The experts (T, K) with the largest score + bias, out of the best groups, and the bins of all margins;
+        """The experts (T, K) with the largest score + bias, out of the best groups, and the histogram of the margins;
         `scores` is (T, E)."""
         if self.selection_bias is not None:
             scores = scores + self.selection_bias
@@ -134,7 +134,7 @@ class Router(nn.Module):
         if self.margin_edges is None or not self.training:
             return scores.topk(self.top_k, dim=-1).indices, None
         best, ids = scores.topk(self.top_k + 1, dim=-1)
-        return ids[:, :-1].contiguous(), margin_bins(scores, best, self.margin_edges)
+        return ids[:, :-1].contiguous(), margin_histogram(scores, best, self.margin_edges)
 
     def _weights(self, scores: Tensor, log_scores: Tensor, expert_ids: Tensor) -> Tensor:
         """Combine weights (T, K) by scores and their logarithms, (T, E)."""

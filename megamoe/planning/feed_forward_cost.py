@@ -49,7 +49,7 @@ def router_cost(setup: Setup) -> Cost:
     parts = [
         (Cost(BothWays(2, 2), NONE, BothWays(1, 1) * outside), s < 4),  # casts
         (Cost(BothWays(1, 0), NONE, BothWays(2, 0) * scores), m.router_bias),
-        (Cost(BothWays(6, 0), BothWays(2, 0), BothWays(9, 0) * scores), m.counts_margins),
+        (Cost(BothWays(8, 0), BothWays(3, 0), BothWays(9, 0) * scores), m.counts_margins),
         (Cost(BothWays(1, 0)), m.norm_topk_prob),
         (Cost(BothWays(1, is_sigmoid * by_log_scores), NONE, BothWays(2, 3) * scores), is_sigmoid),
         (Cost(BothWays(1, 1)), m.routed_scaling_factor != 1),

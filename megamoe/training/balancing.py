@@ -57,7 +57,7 @@ class LoadBalancer:
         Args:
             rate: change of a bias in one step ("sign"), or that at a load that is off by the mean ("proportional"),
                 before the mean of all changes is subtracted: with "sign" a bias moves by less than 2 * rate; in units
-                of the score. "quantile" has no rate.
+                of the score. "quantile" does not read it.
             decay: of the running mean of the loads, per step.
         """
         self.routers = routers
@@ -90,19 +90,21 @@ class LoadBalancer:
     @torch.no_grad()
     def apply(self, running: Tensor, margins: Tensor) -> None:
         """Take (L, E) `running` for the running loads, and move the biases of routers that have one, by these or, with
-        "quantile", by the margins of the step over all ranks, (L, N, E) fp64."""
-        delta = self._shifts(margins) if margins.numel() else self.rate * self._direction(running)
+        "quantile", by the margins of the step over all ranks, (L, N, E)."""
+        delta = self._shifts(running, margins)
         delta -= delta.mean(-1, keepdim=True)
         torch._foreach_copy_([router.running_load for router in self.routers], list(running))
         biases = [router.selection_bias for router in self.routers if router.selection_bias is not None]
         if biases:
             torch._foreach_add_(biases, list(delta))
 
-    def _shifts(self, margins: Tensor) -> Tensor:
-        edges = self.routers[0].margin_edges
-        assert edges is not None
-        return needed_shifts(margins, self.routers[0].top_k / margins.shape[-1], edges.double()).float()
-
-    def _direction(self, running: Tensor) -> Tensor:
+    def _shifts(self, running: Tensor, margins: Tensor) -> Tensor:
         shortage = 1 - running * running.shape[-1]  # (mean - load) / mean
-        return shortage.sign() if self.rule == "sign" else shortage
+        if self.rule == "sign":
+            return self.rate * shortage.sign()
+        if self.rule == "proportional":
+            return self.rate * shortage
+        edges, share = self.routers[0].margin_edges, self.routers[0].top_k / running.shape[-1]
+        if edges is None:  # nothing to choose, or a bias that stays
+            return torch.zeros_like(running)
+        return needed_shifts(margins, share, edges.double()).float()

@@ -76,7 +76,7 @@ class Trainer:
         self.data = data
         self.guard = guard
         self.ledger = ledger
-        self.health = RouterHealth(train_step.model.config.sparse_blocks)
+        self.health = RouterHealth(train_step.model.config)
         self.position = position
         self.stop = stop
         self.deadline = deadline

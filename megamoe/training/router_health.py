@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from megamoe.config import ModelConfig
 from megamoe.training.balancing import Balance
 
 FIRST_STEPS, FIRST_PART = 500, 10  # balance comes slowly: nothing is said before so many steps, nor a tenth of the run
@@ -18,12 +19,9 @@ RECOVERED = 2.0  # factor from its limit at which a measure counts as recovered,
 class RouterHealth:
     """Looks at the balance of every step."""
 
-    def __init__(self, blocks: list[int]):
-        """
-        Args:
-            blocks: those that have experts, by number from 0.
-        """
-        self._blocks = blocks
+    def __init__(self, config: ModelConfig):
+        self._blocks = config.sparse_blocks
+        self._remedy = _remedy(config)
         self._said: set[str] = set()
 
     def warnings(self, step: int, last: int, balance: Balance) -> list[str]:
@@ -41,8 +39,7 @@ class RouterHealth:
                 "dead",
                 loads[emptiest].item() / DEAD_SHARE,
                 f"expert {expert[emptiest]} of block {blocks[emptiest]} gets {loads[emptiest]:.2%} of the mean load; "
-                'set router_bias_rule to "quantile", raise router_bias_rate or router_aux_loss_coef, or lower the '
-                "learning rate",
+                f"{self._remedy}, or lower the learning rate",
             ),
             self._once(
                 "collapse",
@@ -53,8 +50,7 @@ class RouterHealth:
             self._once(
                 "max_vio",
                 MAX_VIO / max(max_vio[fullest].item(), torch.finfo().tiny),
-                f"the running MaxVio of block {blocks[fullest]} is {max_vio[fullest]:.2f}; set router_bias_rule to "
-                '"quantile", or raise router_bias_rate or router_aux_loss_coef',
+                f"the running MaxVio of block {blocks[fullest]} is {max_vio[fullest]:.2f}; {self._remedy}",
             ),
         )
         return [line for line in lines if line]
@@ -71,3 +67,13 @@ class RouterHealth:
             return None
         self._said.add(name)
         return f"router warning: {text}"
+
+
+def _remedy(config: ModelConfig) -> str:
+    """What makes loads more even."""
+    if not config.router_bias:
+        return "raise router_aux_loss_coef"
+    if config.router_bias_rule == "quantile":
+        return "train on more tokens per step, or raise router_aux_loss_coef"
+    quantile = 'set router_bias_rule to "quantile", or ' if config.topk_group == config.n_group else ""
+    return f"{quantile}raise router_bias_rate or router_aux_loss_coef"

@@ -21,7 +21,7 @@ from megamoe.model.compiled import activate, after_experts, compile_region
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
 from megamoe.planning.step_profile import profile_step
-from megamoe.training.step import build_train_step
+from megamoe.training.step import balancer_of, build_train_step
 
 CONFIG = load_preset("tiny").model_copy(
     update={"num_hidden_layers": 3, "expert_dropout": 0.05, "router_jitter_noise": 0.3}
@@ -250,7 +250,10 @@ COMPRESSED = {
 }
 
 
-@pytest.mark.parametrize("parts", [MIXED, COMPRESSED], ids=["mixed", "latent_attention"])
+QUANTILE = {"router_bias_rule": "quantile", "num_nextn_predict_layers": 1}
+
+
+@pytest.mark.parametrize("parts", [MIXED, COMPRESSED, QUANTILE], ids=["mixed", "latent_attention", "quantile"])
 def test_blocks_of_every_part_give_the_losses_of_eager_ones(parts):
     def passes(compiled):
         model = decoder(torch.float32, **parts)
@@ -262,14 +265,16 @@ def test_blocks_of_every_part_give_the_losses_of_eager_ones(parts):
             labels = torch.cat((ids, ids[:, :1]), dim=1)[:, : LENGTH + model.config.num_nextn_predict_layers]
             model(ids, labels).backward()
             gradients = torch.cat([weight.grad.flatten().double() for weight in model.parameters()])
-            results.append((model.step_losses.clone(), slots_of(model), gradients))
+            results.append((model.step_losses.clone(), slots_of(model), balancer_of(model).take_margins(), gradients))
         return results
 
     torch._dynamo.reset()
-    for (losses, slots, gradients), expected in zip(passes(True), passes(False), strict=True):
+    for (losses, slots, margins, gradients), expected in zip(passes(True), passes(False), strict=True):
         torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=0)
         assert torch.equal(slots, expected[1])
-        assert (gradients - expected[2]).norm() < 1e-5 * expected[2].norm()
+        assert torch.equal(margins.sum(1), expected[2].sum(1))  # a margin may be rounded into the next bin
+        assert (margins - expected[2]).abs().sum() <= 0.01 * margins.sum()
+        assert (gradients - expected[3]).norm() < 1e-5 * expected[3].norm()
 
 
 # --- in the engine --------------------------------------------------------------------------------------------------

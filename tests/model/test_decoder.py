@@ -394,8 +394,9 @@ def test_the_backward_pass_does_not_count_routed_tokens_again():
 
 
 def stored_by_a_step(recompute_blocks):
-    """(gradients, slots counted, bytes that the blocks kept for backward) of a model with dropout and jitter."""
-    model = small_model(expert_dropout=0.3, router_jitter_noise=0.2)
+    """(gradients, slots and margins counted, bytes that the blocks kept for backward) of a model with dropout and
+    jitter."""
+    model = small_model(expert_dropout=0.3, router_jitter_noise=0.2, router_bias_rule="quantile")
     model.recompute_blocks = recompute_blocks
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
@@ -412,7 +413,9 @@ def stored_by_a_step(recompute_blocks):
         loss = model(ids, ids)
     size = sum(nbytes for _, nbytes in kept.values())
     loss.backward()
-    counts = torch.stack([router.step_counts for router in model.routers()])
+    counts = torch.stack(
+        [torch.cat((router.step_counts.unsqueeze(0), router.step_margins)) for router in model.routers()]
+    )
     return [weight.grad for weight in model.parameters()], counts, size
 
 

@@ -94,7 +94,7 @@ MORE = {
     "gated_shared_experts": 20,
     "dense_layers": 0,
     "sigmoid_groups": 10,
-    "quantile_bias": 6,
+    "quantile_bias": 8,
     "plain_scores": 0,
     "sequence_loss": 27,  # and a z-loss
     "global_loss": 13,  # of sigmoid scores

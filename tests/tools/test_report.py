@@ -204,7 +204,7 @@ def test_the_training_loss_is_compared_with_a_reference_at_the_steps_that_both_h
     run_dir.mkdir()
     write_log(run_dir, *(train_row(step) for step in (10, 20, 30)))
     curve = tmp_path / "curve.tsv"
-    curve.write_text("step\tavg_loss\tlr\n10\t9.95\t1e-5\n20\t9.7\t2e-5\n30\t9.8\t3e-5\n1000\t1.0\t4e-5\n")
+    curve.write_text("step\tavg_loss\tlr\n10\t9.95\t1e-5\n20\t9.7\t2e-5\n30\t9.8\t3e-5\n\n1000\t1.0\t4e-5\n\n")
     plain, with_curve = tmp_path / "plain.png", tmp_path / "curve.png"
     code, printed = run_report(monkeypatch, capsys, run_dir, "--reference", curve, "--out", with_curve)
     assert code == 0
@@ -214,7 +214,9 @@ def test_the_training_loss_is_compared_with_a_reference_at_the_steps_that_both_h
     assert with_curve.read_bytes() != plain.read_bytes()
 
 
-@pytest.mark.parametrize("text", ["", "step\tloss\n", "step\tloss\nten\t3\n", "step\n10\n", None])
+@pytest.mark.parametrize(
+    "text", ["", "step\tloss\n", "step\tloss\nten\t3\n", "step\n10\n", "step\tloss\n10\tnan\n", None]
+)
 def test_a_reference_that_is_no_table_is_refused(monkeypatch, capsys, tmp_path, text):
     write_log(tmp_path, train_row(10))
     curve = tmp_path / "curve.tsv"

@@ -10,11 +10,12 @@ from toy import PRESET, SHIPPED, ds_config
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
 from megamoe.json_files import read_json
+from megamoe.model.decoder import Decoder
 from megamoe.model.moe import DroplessDispatch
 from megamoe.model.router import Router
 from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer, max_violation
-from megamoe.training.step import build_train_step
+from megamoe.training.step import balancer_of, build_train_step
 
 CONFIG = ModelConfig(**PRESET, router_bias_rate=0.01)
 QUANTILE = ModelConfig(**PRESET, router_bias_rule="quantile")
@@ -146,7 +147,7 @@ def test_by_quantiles_a_skewed_router_is_in_balance_after_ten_steps_and_the_same
         for layer, parts in zip(layers, (1, 4), strict=True):
             for part in tokens.chunk(parts):
                 routing = layer.router(part)
-                layer.count_for_balancing(routing.counts, torch.zeros(()), routing.margin_bins)
+                layer.count_for_balancing(routing.counts, torch.zeros(()), routing.margins)
         history.append(step(LoadBalancer([whole], 0, "quantile", 0.9)))
         step(LoadBalancer([split], 0, "quantile", 0.9))
         torch.testing.assert_close(split.selection_bias, whole.selection_bias)
@@ -155,12 +156,26 @@ def test_by_quantiles_a_skewed_router_is_in_balance_after_ten_steps_and_the_same
     assert all(balance.running_max_vio < 0.1 for balance in history[-5:])
 
 
+def test_a_quantile_bias_of_rate_0_stays_and_counts_nothing():
+    model = Decoder(QUANTILE.model_copy(update={"router_bias_rate": 0}))
+    balancer, ids = balancer_of(model), torch.arange(32).view(2, 16)
+    model(ids, ids)
+    counts, margins = balancer.take_counts(), balancer.take_margins()
+    assert margins.numel() == 0
+    balancer.apply(balancer.next_loads(counts), margins)
+    for router in model.routers():
+        assert not router.selection_bias.any()
+        assert not torch.equal(
+            router.running_load, torch.full_like(router.running_load, 1 / PRESET["num_local_experts"])
+        )
+
+
 def test_without_its_margins_or_in_evaluation_a_router_counts_none():
     tokens = torch.randn(7, D)
-    assert router_with()(tokens).margin_bins is None
+    assert router_with()(tokens).margins is None
     router = router_with(counts_margins=True)
-    assert router(tokens).margin_bins.shape == (7, E)
-    assert router.eval()(tokens).margin_bins is None
+    assert router(tokens).margins.sum(0).tolist() == [7] * E
+    assert router.eval()(tokens).margins is None
 
 
 @pytest.mark.parametrize("favoured", [1, 2])
@@ -238,18 +253,23 @@ def test_counts_are_the_sum_over_ranks_and_every_slot_is_counted_once():
         assert total.sum(1).tolist() == [2 * 2 * 16 * PRESET["num_experts_per_tok"]] * PRESET["num_hidden_layers"]
 
 
+def counted_by(engine):
+    routers = engine.module.routers()
+    return sum(int(router.step_counts.sum() + router.step_margins.sum()) for router in routers)
+
+
 def evaluate_and_skip(ds):
-    train_step = build_train_step(CONFIG, ds, ep_size=2)
+    train_step = build_train_step(QUANTILE, ds, ep_size=2)
     engine = train_step.engine
     before = statistics(engine)
     engine.eval()
     with torch.no_grad():
         engine(tokens(0), tokens(1))
     engine.train()
-    counted_in_evaluation = sum(int(router.step_counts.sum()) for router in engine.module.routers())
+    counted_in_evaluation = counted_by(engine)
     engine.backward(engine(tokens(0), tokens(1)) * (torch.inf if torch.distributed.get_rank() == 0 else 1.0))
     balance = train_step.update().balance
-    left = sum(int(router.step_counts.sum()) for router in engine.module.routers())
+    left = counted_by(engine)
     return before, statistics(engine), counted_in_evaluation, balance, left, engine.skipped_steps, engine.get_lr()[0]
 
 

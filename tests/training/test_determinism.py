@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamoe.model import products
 from megamoe.training.determinism import SETTINGS, make_deterministic
+from megamoe.training.step import balancer_of
 
 
 def settings(environment):
@@ -69,14 +70,18 @@ class Operators(TorchDispatchMode):
 
 
 def operators_of_both_passes():
+    """And of balancing after them."""
     from fake_gpu import DEVICE, fake_gpu, model_on_gpu
 
-    config = CONFIG.model_copy(update={"expert_dropout": 0.1, "router_jitter_noise": 0.01, "gated_mlp": True})
+    changes = {"expert_dropout": 0.1, "router_jitter_noise": 0.01, "gated_mlp": True, "router_bias_rule": "quantile"}
     with fake_gpu():
-        model = model_on_gpu(config)
+        model = model_on_gpu(CONFIG.model_copy(update=changes))
         ids = torch.zeros(2, 16, dtype=torch.int64, device=DEVICE)
+        balancer = balancer_of(model)
         with Operators() as operators:
             model(ids, ids).backward()
+            margins = balancer.take_margins().double()
+            balancer.apply(balancer.next_loads(balancer.take_counts()), margins)
     return operators.called
 
 

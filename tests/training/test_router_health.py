@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from toy import PRESET
 
+from megamoe.config import ModelConfig
 from megamoe.training.balancing import Balance
 from megamoe.training.router_health import FIRST_STEPS, RouterHealth
+
+CONFIG = ModelConfig(**{**PRESET, "num_hidden_layers": 6, "mlp_only_layers": [1, 2, 3, 4]})
 
 
 def balance(loads=(0.25, 0.25, 0.25, 0.25), entropy=1.2):
@@ -25,7 +29,7 @@ CASES = {
 @pytest.mark.parametrize("text", CASES)
 def test_each_is_said_once_and_again_only_after_it_has_recovered(text):
     bad, good = CASES[text]
-    health = RouterHealth([0, 5])
+    health = RouterHealth(CONFIG)
     assert health.warnings(FIRST_STEPS - 1, 1000, bad) == []
     assert health.warnings(FIRST_STEPS, 10 * FIRST_STEPS + 10, bad) == []  # not a tenth of the run
     (line,) = health.warnings(FIRST_STEPS, 1000, bad)
@@ -37,8 +41,23 @@ def test_each_is_said_once_and_again_only_after_it_has_recovered(text):
 
 
 def test_nothing_is_said_of_balanced_routers_nor_again_of_one_that_is_hardly_better():
-    health = RouterHealth([0, 5])
+    health = RouterHealth(CONFIG)
     assert health.warnings(FIRST_STEPS, 1000, balance()) == []
     assert len(health.warnings(FIRST_STEPS, 1000, balance((0.349, 0.3, 0.001, 0.35)))) == 1
     assert health.warnings(FIRST_STEPS, 1000, balance((0.347, 0.3, 0.003, 0.35))) == []
     assert health.warnings(FIRST_STEPS, 1000, balance((0.349, 0.3, 0.001, 0.35))) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, 'set router_bias_rule to "quantile", or raise router_bias_rate or router_aux_loss_coef'),
+        ({"num_local_experts": 8, "n_group": 4, "topk_group": 2}, "raise router_bias_rate or router_aux_loss_coef"),
+        ({"router_bias": False}, "raise router_aux_loss_coef"),
+        ({"router_bias_rule": "quantile"}, "train on more tokens per step, or raise router_aux_loss_coef"),
+    ],
+)
+def test_the_remedy_is_one_that_the_configuration_leaves(changes, remedy):
+    health = RouterHealth(ModelConfig(**{**CONFIG.model_dump(), **changes}))
+    (line,) = health.warnings(FIRST_STEPS, 1000, balance((0.8, 0.1, 0.05, 0.05)))
+    assert line.endswith(f"; {remedy}")
