@@ -1,6 +1,6 @@
 # make train              from a fresh clone to a trained tiny model and its samples
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
-# make train STEPS=2700  longer, the learning rate's schedule with it
+# make train STEPS=3000  longer, the learning rate's schedule with it
 # make train PRESET=tiny-glm  another model of that size: tiny, tiny-glm, tiny-deepseek
 # make test               every test
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
