@@ -67,7 +67,7 @@ def _size_problems(values: dict[str, Any]) -> list[str]:
     if _positive(heads) and _positive(key_value_heads) and heads % key_value_heads:
         problems.append(
             f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {key_value_heads}; "
-            "choose a divisor of it."
+            "change one of them."
         )
     layers, experts = values.get("num_hidden_layers"), values.get("num_local_experts")
     if _positive(layers) and _positive(experts) and layers <= MAX_LAYERS and layers * experts > MAX_EXPERTS >= experts:
@@ -121,6 +121,8 @@ def _router_problems(values: dict[str, Any]) -> list[str]:
     )  # fmt: skip
     if _positive(top_k) and _positive(experts) and top_k > experts:
         problems.append(f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it.")
+    if values.get("router_bias") is False and values.get("router_bias_rule") == "quantile":
+        problems.append('router_bias_rule is "quantile", but router_bias is false; leave one of them out.')
     if not (_positive(groups) and _positive(chosen) and _positive(experts)):
         return problems
     if chosen < groups and values.get("router_bias_rule") == "quantile":
@@ -130,11 +132,11 @@ def _router_problems(values: dict[str, Any]) -> list[str]:
         )
     if chosen > groups:
         problems.append(f"topk_group is {chosen}, above n_group {groups}; lower it.")
-    elif experts % groups or (groups > 1 and experts // groups < 2):
+    if experts % groups or (groups > 1 and experts // groups < 2):
         problems.append(
             f"n_group {groups} does not divide num_local_experts {experts} into groups of two or more; choose another."
         )
-    elif _positive(top_k) and experts >= top_k > chosen * experts // groups:
+    elif chosen <= groups and _positive(top_k) and experts >= top_k > chosen * experts // groups:
         problems.append(
             f"num_experts_per_tok is {top_k}, above the {chosen * experts // groups} experts of topk_group {chosen} "
             f"groups; raise topk_group."
@@ -152,13 +154,19 @@ def _attention_problems(values: dict[str, Any]) -> list[str]:
             "turns pairs, so choose an even number of 2 or more."
         )
     if _positive(values.get("num_latent_tokens")) and _positive(values.get("sliding_window")):
-        problems.append("sliding_window cannot be combined with num_latent_tokens; set one of them to none or 0.")
+        problems.append(
+            f"num_latent_tokens is {values['num_latent_tokens']}, which sliding_window {values['sliding_window']} has "
+            "no place for; leave one of them out."
+        )
     given = [name for name in (*LATENT_ATTENTION, "q_lora_rank") if values.get(name) is not None]
     if not given:
         return problems
     missing = [name for name in LATENT_ATTENTION if values.get(name) is None]
     if missing:
-        return [*problems, f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add it."]
+        return [
+            *problems,
+            f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add what is missing.",
+        ]
     return problems + _latent_attention_problems(values)
 
 
@@ -200,7 +208,9 @@ def _rope_scaling_problems(scaling: Any, rotated: int | None) -> list[str]:
         return [f"rope_scaling: rope_type is {shown(kind)}; use one of {', '.join(ROPE_SCALINGS)}."]
     needed, others = ROPE_SCALINGS[kind]
     missing = needed - scaling.keys()
-    problems = [f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.'] if missing else []
+    problems = (
+        [f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add what is missing.'] if missing else []
+    )
     of_any_kind = {"rope_type"}.union(*(one | more for one, more in ROPE_SCALINGS.values()))
     for key, value in scaling.items():
         if key not in of_any_kind:

@@ -277,7 +277,7 @@ class Job:
         return (
             f"{run.preset}: {parameter_count(self.model):,} parameters, {dtype_of(self.ds)}"
             f"{', compiled' * run.compile}{', deterministic' * run.deterministic}, "
-            f"{shape.world_size} ranks, ep_size {run.ep_size}; {self._describe_batch()}; "
+            f"{shape.world_size} rank{'s' * (shape.world_size > 1)}, ep_size {run.ep_size}; {self._describe_batch()}; "
             f"{self.describe_corpora()}; {self._describe_held_out()}; steps {first} to {self.last_step}; "
             f"run folder {self.run_dir}"
         )

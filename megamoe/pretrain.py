@@ -206,6 +206,8 @@ def enter(job: Job, first: int, checkpoint: Path | None, has_average: bool) -> S
     job.enter_folder(first, checkpoint)
     sinks = open_sinks(job.run_dir, first)
     sinks.log_text(first, job.describe(first))
+    if checkpoint:
+        sinks.log_text(first, f"resumed from {checkpoint}")
     notes = (job.describe_initial(), job.describe_products(), job.describe_split_dependence())
     for line in filter(None, notes):
         sinks.log_text(first, line)

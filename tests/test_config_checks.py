@@ -29,9 +29,10 @@ MISFITS = [
     ({"num_latent_tokens": 0, "sliding_window": 4, "layer_types": [SLIDING]}, ["has 1 entries for 2 blocks"]),
     ({"layer_types": [SLIDING, FULL]}, ["sliding layers without a sliding_window"]),
     ({"num_latent_tokens": 0, "sliding_window": 4, "layer_types": [FULL, FULL]}, ["sliding_window is 4", "no sliding"]),
-    ({"sliding_window": 4}, ["sliding_window cannot be combined with num_latent_tokens"]),
+    ({"sliding_window": 4}, ["num_latent_tokens is 3, which sliding_window 4", "leave one"]),
     ({"shared_expert_gate": True}, ["shared_expert_gate is true", "set n_shared_experts"]),
     ({"n_group": 2, "topk_group": 3}, ["topk_group is 3, above n_group 2"]),
+    ({"router_bias": False, "router_bias_rule": "quantile"}, ['"quantile", but router_bias is false', "leave one"]),
     ({"n_group": 3}, ["n_group 3 does not divide num_local_experts 4"]),
     ({"n_group": 4}, ["n_group 4 does not divide num_local_experts 4 into groups of two or more"]),
     ({"num_experts_per_tok": 3, "n_group": 2}, ["num_experts_per_tok is 3", "the 2 experts of topk_group 1"]),
@@ -62,15 +63,16 @@ def test_fields_that_do_not_fit_each_other_are_refused_with_one_sentence(changes
 
 def test_misfits_of_several_kinds_come_at_once_and_next_to_a_wrong_field():
     several = {
-        "hidden_sise": 32, "mlp_only_layers": [5], "n_group": 3, "shared_expert_gate": True,
+        "hidden_sise": 32, "mlp_only_layers": [5], "n_group": 3, "topk_group": 4, "shared_expert_gate": True,
         "partial_rotary_factor": 0.4, "rope_scaling": {"rope_type": "linear", "factor": 0, "mscale": 1},
     }  # fmt: skip
     problems = misfits(**several)
-    assert len(problems) == 7, problems
+    assert len(problems) == 8, problems
     for part in (
         "hidden_sise",
         "mlp_only_layers",
-        "n_group",
+        "topk_group is 4",
+        "n_group 3 does not divide",
         "shared_expert_gate",
         "rotates 3",
         "factor is 0",

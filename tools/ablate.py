@@ -20,8 +20,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -30,6 +32,7 @@ from statistics import median
 from threading import Lock
 from typing import Annotated, Any
 
+import torch
 from ablation_results import BASELINE, draw, groups_of, measure_of, read_lines, table_of
 from pydantic import Field
 
@@ -39,10 +42,11 @@ from megamoe.config import JsonModel, ModelConfig, validate
 from megamoe.data.ramp import BatchRamp
 from megamoe.ds_config import batch_sizes, section_of
 from megamoe.errors import Problems, UserError, shown, unknown_key
+from megamoe.job import Job
 from megamoe.json_files import read_json, write_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
 from megamoe.resume_rules import stages_of
-from megamoe.run_config import RunConfig, parse_stage
+from megamoe.run_config import RunConfig, parse_run, parse_stage
 from megamoe.schedule_config import read_schedule
 from megamoe.training.sinks import read_log
 
@@ -69,7 +73,7 @@ class Trial:
     @property
     def key(self) -> str:
         """What tells it from other runs in the lines of results."""
-        return json.dumps([self.name, self.seed, self.steps, self.change], sort_keys=True)
+        return _key_of(asdict(self))
 
     @property
     def recipe(self) -> str:
@@ -118,6 +122,8 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     base = Trial(BASELINE, seeds[0], ranks, steps or 0, {}, preset, ds, table.options)
     for name, change in changes.items():
         trial = problems.attempt(_trial, f"{path}: {name}", name, change, base, steps)
+        if name == BASELINE:
+            problems.refuse()  # once, and not for every change
         trials += [replace(trial, seed=seed) for seed in seeds if trial]
     problems.refuse()
     return [trial for trial in trials if not only or trial.name in only]
@@ -146,7 +152,20 @@ def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int
     steps = steps or schedule.total_steps
     if steps is None:
         raise UserError(f"{where}: its schedule has no end; give --steps, or a change's own steps.")
-    return Trial(name, base.seed, change.ranks or base.ranks, steps, given, model, ds, options)
+    trial = Trial(name, base.seed, change.ranks or base.ranks, steps, given, model, ds, options)
+    _check_job(trial, where)
+    return trial
+
+
+def _check_job(trial: Trial, where: str) -> None:
+    """Raise UserError for what would end the run before its first step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config = parse_run(command_line(trial, Path(folder)))
+            Job(config, trial.ranks, device, leads=False, scans=False)
+        except UserError as error:
+            raise UserError(*(f"{where}: {one.replace(f'{folder}/', '')}" for one in error.problems)) from None
 
 
 def _set(values: dict[str, Any], path: str, value: Any, where: str) -> None:
@@ -167,10 +186,8 @@ def _set(values: dict[str, Any], path: str, value: Any, where: str) -> None:
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def train(trial: Trial, folder: Path, threads: int) -> dict[str, Any]:
-    """Train it in `folder`, whose checkpoints are removed; returns its line of results. Raises UserError."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def command_line(trial: Trial, folder: Path) -> list[str]:
+    """The options of pretrain.py, after writing the preset and the DeepSpeed JSON that they name into `folder`."""
     write_json(folder / "preset.json", trial.model.model_dump())
     write_json(folder / "ds_config.json", trial.ds)
     words = [
@@ -181,13 +198,26 @@ def train(trial: Trial, folder: Path, threads: int) -> dict[str, Any]:
     for name, value in options.items():
         if value is not False:
             words += [f"--{name}", *(value if isinstance(value, list) else [] if value is True else [value])]
+    return list(map(str, words))
+
+
+def train(trial: Trial, folder: Path, threads: int, processes: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
+    """Train it in `folder`, whose checkpoints are removed; returns its line of results. Raises UserError.
+
+    Args:
+        processes: gets the one that trains.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     launch = [sys.executable, ROOT / "megamoe/pretrain.py"]
     if trial.ranks > 1:
         launch = [ROOT / "launch_scripts/single_node.sh", trial.ranks]
     environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), **os.environ}
     with open(folder / "output.txt", "w") as output:
-        command = [str(word) for word in [*launch, *words]]
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
+        command = [*map(str, launch), *command_line(trial, folder)]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        processes.append(process)
+        code = process.wait()
     if code:
         lines = (folder / "output.txt").read_text().splitlines()
         why = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "no output")
@@ -236,13 +266,15 @@ def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> li
             "than the table names now; give another --out."
         )
     waiting = [trial for trial in trials if trial.key not in done]
+    print(f"{len(waiting)} of {len(trials)} runs to train; their output is in {work}/NAME-SEED/output.txt", flush=True)
     ranks = max((trial.ranks for trial in waiting), default=1)
     threads = max(len(os.sched_getaffinity(0)) // (parallel * ranks), 1)
     lock = Lock()
     problems = Problems()
+    processes: list[subprocess.Popen[bytes]] = []
 
     def run(trial: Trial) -> None:
-        result = problems.attempt(train, trial, work / f"{trial.name}-{trial.seed}", threads)
+        result = problems.attempt(train, trial, work / f"{trial.name}-{trial.seed}", threads, processes)
         if not result:
             return
         with lock, open(lines, "a", encoding="utf-8") as file:
@@ -250,12 +282,17 @@ def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> li
         print(f"{trial.name}, seed {trial.seed}: {measure_of(result):.4f}, {result['seconds']:.0f} s", flush=True)
 
     with ThreadPoolExecutor(parallel) as pool:
-        list(pool.map(run, waiting))
+        try:
+            list(pool.map(run, waiting))
+        except KeyboardInterrupt:  # Ctrl-C or SIGTERM; no run is left without its parent
+            for process in processes:
+                process.terminate()
+            raise
     return problems
 
 
 def _key_of(line: dict[str, Any]) -> str:
-    return json.dumps([line["name"], line["seed"], line["steps"], line["change"]], sort_keys=True)
+    return json.dumps([line[name] for name in ("name", "seed", "steps", "ranks", "change")], sort_keys=True)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -269,7 +306,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="SEED", help="seeds to train with")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="changes to train; by default all")
     parser.add_argument("--ranks", type=int, default=1, help="ranks of a run, on this host")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time; they share this host's cores")
     parser.add_argument("--out", type=Path, help="JSON lines to append to; by default TABLE.jsonl")
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     return parser.parse(check=check)
@@ -281,12 +318,15 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name} is {value}; give at least 1.")
+    if args.out and not args.out.parent.is_dir():
+        problems.append(f"--out is {args.out}, whose folder does not exist; make it first.")
     problems.refuse()
     return args
 
 
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     lines = args.out or args.table.with_suffix(".jsonl")
     trials = read_table(args.table, args.steps, args.ranks, args.seeds, args.only)
     problems = train_all(trials, lines, args.work, args.parallel)

@@ -34,6 +34,11 @@ class Group:
     lines: list[dict[str, Any]]
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Steps and ranks."""
+        return self.lines[0]["steps"], self.lines[0]["ranks"]
+
+    @property
     def values(self) -> list[float]:
         return [measure_of(line) for line in self.lines]
 
@@ -44,25 +49,26 @@ class Group:
 
 
 def groups_of(lines: list[dict[str, Any]]) -> list[Group]:
-    """The runs by change and number of steps, best change first."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    """The runs by change, number of steps and ranks, best first."""
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for line in lines:
-        groups.setdefault((line["name"], line["steps"]), []).append(line)
-    return sorted((Group(name, some) for (name, _), some in groups.items()), key=lambda group: mean(group.values))
+        groups.setdefault((line["name"], line["steps"], line["ranks"]), []).append(line)
+    return sorted((Group(key[0], some) for key, some in groups.items()), key=lambda group: mean(group.values))
 
 
 def table_of(groups: list[Group]) -> str:
-    """A line per change: its result, spread over seeds and difference to the baseline of as many steps."""
+    """A line per change: its result, spread over seeds and difference to the baseline of as many steps
+    and ranks."""
     width = max(len(group.name) for group in groups)
-    base = {group.lines[0]["steps"]: mean(group.values) for group in groups if group.name == BASELINE}
-    rows = [f"{'change':<{width}} {'steps':>6} {'seeds':>5} {'result':>8} {'spread':>7} {'change':>8} {'worst':>7} "
-            f"{'MaxVio':>7} {'highest':>7} {'tok/s':>7}"]  # fmt: skip
+    base = {group.size: mean(group.values) for group in groups if group.name == BASELINE}
+    rows = [f"{'change':<{width}} {'steps':>6} {'ranks':>5} {'seeds':>5} {'result':>8} {'spread':>7} {'change':>8} "
+            f"{'worst':>7} {'MaxVio':>7} {'highest':>7} {'tok/s':>7}"]  # fmt: skip
     for group in groups:
-        steps = group.lines[0]["steps"]
+        steps, ranks = group.size
         spread = "" if group.spread is None else f"{group.spread:.4f}"
-        difference = f"{mean(group.values) - base[steps]:+.4f}" if steps in base else ""
+        difference = f"{mean(group.values) - base[group.size]:+.4f}" if group.size in base else ""
         rows.append(
-            f"{group.name:<{width}} {steps:>6} {len(group.lines):>5} {mean(group.values):>8.4f} {spread:>7} "
+            f"{group.name:<{width}} {steps:>6} {ranks:>5} {len(group.lines):>5} {mean(group.values):>8.4f} {spread:>7} "
             f"{difference:>8} {max(group.values):>7.4f} {_mean(group, 'running_max_vio'):>7.3f} "
             f"{_mean(group, 'highest_max_vio'):>7.3f} {_mean(group, 'tokens_per_second'):>7.0f}"
         )
@@ -86,7 +92,7 @@ def draw(groups: list[Group], path: Path) -> None:
             axes.errorbar(mean(group.values), row, xerr=group.spread, color=color, capsize=3)
         if group.name == BASELINE:
             axes.axvline(mean(group.values), color=color, linewidth=0.8)
-    axes.set_yticks(range(len(groups)), [f"{group.name} ({group.lines[0]['steps']})" for group in groups])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(groups)), [f"{group.name} ({group.size[0]} steps)" for group in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel("held-out bits per byte, with the standard deviation over seeds")
     figure.savefig(path, dpi=120)

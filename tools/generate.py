@@ -21,8 +21,9 @@ from megamoe.model.generation import generate, sampling_problems
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
     problems = Problems(sampling_problems(args.temperature, args.top_k, args.top_p))
-    if args.num_samples < 1:
-        problems.append(f"num_samples is {args.num_samples}; it must be at least 1.")
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            problems.append(f"{name} is {getattr(args, name)}; it must be at least 1.")
     problems.refuse()
     return args
 

@@ -16,7 +16,8 @@ import matplotlib
 
 from megamoe import cli
 from megamoe.data.ramp import BatchRamp
-from megamoe.errors import Problems, UserError
+from megamoe.errors import Problems, UserError, shown
+from megamoe.json_files import read_regular
 from megamoe.resume_rules import stages_of
 from megamoe.run_folder import last_record
 from megamoe.training.sinks import read_log
@@ -38,12 +39,18 @@ def read_run(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
 
 def read_reference(path: Path) -> dict[int, float]:
     """Loss by step, from the first two columns of a table with tabs and a line of names. Raises UserError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()[1:]
-        rows = [line.split("\t")[:2] for line in lines if line.strip()]
-        curve = {int(step): float(loss) for step, loss in rows}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no table of step and loss ({error}); separate its columns by tabs.") from error
+    text = read_regular(path, "a table of step and loss").decode(errors="replace")
+    curve: dict[int, float] = {}
+    for number, line in enumerate(text.splitlines()[1:], start=2):
+        if not line.strip():
+            continue
+        try:
+            step, loss, *_ = line.split("\t")
+            curve[int(step)] = float(loss)
+        except ValueError:
+            raise UserError(
+                f"{path}: line {number} is {shown(line)}; give a step, a tab and a loss in each line."
+            ) from None
     if not curve or not all(map(math.isfinite, curve.values())):
         raise UserError(f"{path} has no step below its line of names, or a loss that is not finite; give finite ones.")
     return curve
@@ -59,11 +66,13 @@ def against_reference(train: list[dict[str, Any]], reference: dict[int, float]) 
 
 
 def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
-    """Step, training loss, held-out loss, learning rate and balance, evenly spaced over the run."""
-    train = log["train"]
-    every = -(-len(train) // ROWS)
-    rows = train[::-1][::every][::-1]  # counted from the end, so that the last step is there
+    """Step, training loss, held-out loss, learning rate and balance: lines evenly spaced over the run, and as many
+    evaluations."""
     valid = {record["step"]: record for record in log["valid"]}
+    evaluated = [row for row in log["train"] if row["step"] in valid]
+    rows = _thinned(log["train"], ROWS // 2 if evaluated else ROWS)
+    rows += [row for row in _thinned(evaluated, ROWS // 2) if row not in rows]
+    rows.sort(key=lambda row: row["step"])
     sets = further_sets(log["valid"])
     widths = {name: max(len(name), 8) for name in sets}
     columns = "".join(f" {name:>{width}}" for name, width in widths.items())
@@ -77,6 +86,12 @@ def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
             f"{row['running_max_vio']:>7.2f} {row['tokens_per_second']:>8.0f}"
         )
     return "\n".join(lines)
+
+
+def _thinned(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """At most so many, evenly spaced, with the last."""
+    every = max(-(-len(rows) // limit), 1)
+    return rows[::-1][::every]
 
 
 def further_sets(valid: list[dict[str, Any]]) -> list[str]:

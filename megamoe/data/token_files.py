@@ -87,7 +87,10 @@ def _checked_dtype(prefix: Path) -> type:
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     missing = [str(path) for path in (bin_path, idx_path) if not path.exists()]
     if missing:
-        raise UserError(f"corpus file {' and '.join(missing)} does not exist; make it with tools/prepare_data.py.")
+        raise UserError(
+            f"there is no {' and no '.join(missing)}; give a folder that tools/prepare_data.py has made, or the prefix "
+            "of a .bin/.idx pair."
+        )
     bin_size, idx_size = (check_regular(path, "a .bin/.idx pair") for path in (bin_path, idx_path))
     with open(idx_path, "rb") as stream:
         header = stream.read(IDX_HEADER.size)

@@ -1,7 +1,11 @@
 """A table of changes becomes runs, lines of results, a table and a picture."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from statistics import mean, stdev
 
 import ablate
@@ -113,6 +117,33 @@ def test_everything_wrong_in_a_table_is_said_at_once(write):
     has(problem, "aa", "a")
 
 
+def test_what_would_end_a_run_before_its_first_step_is_said_before_any_run(write, tmp_path):
+    path = write({"a": {"options": {"ep_size": 2}, "ds_config": {"optimizer.params.beta": [0.9, 0.99]}}})
+    key, size = refusals(read, path)
+    has(key, "table.json: a: ", "beta", "betas")
+    has(size, "table.json: a: ", "ep_size is 2", "the 1 ranks", "choose a divisor")
+    (problem,) = refusals(read, write({"a": {}, "b": {}}, options={"data": [str(tmp_path / "none")]}))
+    has(problem, "baseline", "none.idx", "prepare_data.py")  # and not for every change
+
+
+def test_a_signal_ends_the_runs_too(write, tmp_path):
+    words = [sys.executable, ablate.__file__, write({}), "--steps", "100000", "--work", tmp_path / "work"]
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, env=os.environ)
+    log = tmp_path / "work" / "baseline-1" / "run" / "log.jsonl"
+    wait_until(log.is_file, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert "stopped by a signal" in (tmp_path / "work" / "baseline-1" / "output.txt").read_text()
+
+
+def wait_until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_number_of_runs_or_steps_that_cannot_be_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ablate.py", "table.json", "--steps", "0", "--ranks", "0", "--parallel", "-1"])
     problems = refusals(ablate.parse)
@@ -120,27 +151,33 @@ def test_a_number_of_runs_or_steps_that_cannot_be_is_refused(monkeypatch):
         has(problem, part, "at least 1")
 
 
-def line(name, seed, bits, steps=10):
+def test_a_folder_of_results_that_does_not_exist_is_refused_before_anything_trains(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "table.json", "--out", str(tmp_path / "none" / "out.jsonl")])
+    (problem,) = refusals(ablate.parse)
+    has(problem, "--out is", "none", "make it")
+
+
+def line(name, seed, bits, steps=10, ranks=1):
     values = {"running_max_vio": 0.1, "highest_max_vio": 0.2, "tokens_per_second": 1000.0, "loss": 3.0, "change": {}}
-    return {"name": name, "seed": seed, "steps": steps, "held_out": {"loss": 2.0, "bits_per_byte": bits}, **values}
+    size = {"steps": steps, "ranks": ranks}
+    return {"name": name, "seed": seed, **size, "held_out": {"loss": 2.0, "bits_per_byte": bits}, **values}
 
 
 def test_the_table_gives_mean_spread_worst_and_difference_to_the_baseline_of_as_many_steps():
     bits = {"baseline": [2.5, 2.7], "a": [2.4, 2.5]}
     lines = [line(name, seed, value) for name, values in bits.items() for seed, value in enumerate(values)]
-    head, first, second, third = ablate.table_of(ablate.groups_of([*lines, line("a", 1, 2.9, steps=99)])).splitlines()
-    assert head.split()[:7] == ["change", "steps", "seeds", "result", "spread", "change", "worst"]
+    others = line("a", 1, 2.9, steps=99), line("a", 1, 3.0, ranks=2)
+    head, first, second, *alone = ablate.table_of(ablate.groups_of([*lines, *others])).splitlines()
+    assert head.split()[:8] == ["change", "steps", "ranks", "seeds", "result", "spread", "change", "worst"]
     spread = f"{stdev(bits['a']):.4f}"
     difference = f"{mean(bits['a']) - mean(bits['baseline']):+.4f}"
-    assert first.split()[:7] == ["a", "10", "2", "2.4500", spread, difference, "2.5000"]
-    assert second.split()[:6] == ["baseline", "10", "2", "2.6000", f"{stdev(bits['baseline']):.4f}", "+0.0000"]
-    assert third.split()[:5] == [
-        "a",
-        "99",
-        "1",
-        "2.9000",
-        "2.9000",
-    ]  # one seed has no spread, no baseline no difference
+    assert first.split()[:8] == ["a", "10", "1", "2", "2.4500", spread, difference, "2.5000"]
+    assert second.split()[:7] == ["baseline", "10", "1", "2", "2.6000", f"{stdev(bits['baseline']):.4f}", "+0.0000"]
+    # One seed has no spread, and without a baseline of its steps and ranks there is no difference.
+    assert [row.split()[:6] for row in alone] == [
+        ["a", "99", "1", "1", "2.9000", "2.9000"],
+        ["a", "10", "2", "1", "3.0000", "3.0000"],
+    ]
 
 
 def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
@@ -165,15 +202,19 @@ def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
     assert lines.read_bytes() == before
     assert not (tmp_path / "other").exists()
     # Nor are results of another recipe taken for those of the table.
-    changed = read(write({"wide": {"preset": {"intermediate_size": 64}}}, options={"seq_len": 8}), steps=3)
+    options = {"data": [str(tmp_path / "train")], "seq_len": 8}
+    changed = read(write({"wide": {"preset": {"intermediate_size": 64}}}, options=options), steps=3)
     (problem,) = refusals(ablate.train_all, changed, lines, tmp_path / "other", 2)
     has(problem, str(lines), "results of baseline, wide with another", "--out")
+    # A run on other ranks has another batch.
+    assert read(path, steps=3, ranks=2)[0].key != read(path, steps=3)[0].key == trials[0].key
 
 
 def test_a_run_that_fails_is_named_with_its_reason_and_has_no_line(write, tmp_path):
-    (trial,) = read(write({"a": {"options": {"ep_size": 3}}}), steps=3, only=["a"])
+    (trial,) = read(write({"a": {}}), steps=3, only=["a"])
+    (tmp_path / "train.bin").unlink()
     (problem,) = ablate.train_all([trial], tmp_path / "out.jsonl", tmp_path / "work", parallel=1)
-    has(problem, "a, seed 1", "code 2", "ep_size is 3", "output.txt")
+    has(problem, "a, seed 1", "code 2", "train.bin", "output.txt")
     assert not (tmp_path / "out.jsonl").exists()
 
 

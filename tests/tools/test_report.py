@@ -58,6 +58,12 @@ def test_the_loss_table_is_short_even_and_has_the_last_step(count):
     assert len({after - before for before, after in itertools.pairwise(steps)}) <= 1
 
 
+def test_the_loss_table_shows_evaluations_between_its_lines():
+    rows = table(*range(10, 1001, 10), valid=range(50, 1001, 50))
+    assert [int(row[0]) for row in rows if len(row) == 7] == [100, 250, 350, 400, 550, 700, 850, 1000]
+    assert len(rows) <= 16
+
+
 def run_report(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
     with pytest.raises(SystemExit) as caught:
