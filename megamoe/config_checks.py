@@ -121,8 +121,6 @@ def _router_problems(values: dict[str, Any]) -> list[str]:
     )  # fmt: skip
     if _positive(top_k) and _positive(experts) and top_k > experts:
         problems.append(f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it.")
-    if values.get("router_bias") is False and values.get("router_bias_rule") == "quantile":
-        problems.append('router_bias_rule is "quantile", but router_bias is false; leave one of them out.')
     if not (_positive(groups) and _positive(chosen) and _positive(experts)):
         return problems
     if chosen < groups and values.get("router_bias_rule") == "quantile":

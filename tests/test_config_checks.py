@@ -32,7 +32,6 @@ MISFITS = [
     ({"sliding_window": 4}, ["num_latent_tokens is 3, which sliding_window 4", "leave one"]),
     ({"shared_expert_gate": True}, ["shared_expert_gate is true", "set n_shared_experts"]),
     ({"n_group": 2, "topk_group": 3}, ["topk_group is 3, above n_group 2"]),
-    ({"router_bias": False, "router_bias_rule": "quantile"}, ['"quantile", but router_bias is false', "leave one"]),
     ({"n_group": 3}, ["n_group 3 does not divide num_local_experts 4"]),
     ({"n_group": 4}, ["n_group 4 does not divide num_local_experts 4 into groups of two or more"]),
     ({"num_experts_per_tok": 3, "n_group": 2}, ["num_experts_per_tok is 3", "the 2 experts of topk_group 1"]),

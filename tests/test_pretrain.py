@@ -121,6 +121,7 @@ def test_a_run_that_is_done_is_extended_with_a_longer_schedule_and_says_so(tmp_p
     longer["scheduler"]["params"].update(total_num_steps=12)
     (tmp_path / "ds.json").write_text(json.dumps(longer))
     (log,), said = run_and_hear(1, train_here, {**run, "resume": True})
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step_6'}" in said
     assert 'the schedule changes after step 6: {"params": {"total_num_steps": 12}}' in said
     rates = [row["lr"] for row in log["train"]]
     peak = longer["scheduler"]["params"]["warmup_max_lr"]

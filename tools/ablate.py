@@ -25,15 +25,17 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from threading import Lock
 from typing import Annotated, Any
 
+import psutil
 import torch
 from ablation_results import BASELINE, draw, groups_of, measure_of, read_lines, table_of
+from deepspeed.accelerator import get_accelerator
 from pydantic import Field
 
 from megamoe import cli
@@ -53,6 +55,7 @@ from megamoe.training.sinks import read_log
 ROOT = Path(__file__).parents[1]
 Count = Annotated[int, Field(gt=0)]
 Section = Annotated[dict[str, Any], Field(default_factory=dict)]
+KEY = ("name", "seed", "steps", "ranks", "change")  # what tells the runs of a table apart
 # Options of pretrain.py that the runner gives.
 OWN_OPTIONS = ("preset", "ds_config", "run_dir", "steps", "seed")
 
@@ -73,7 +76,7 @@ class Trial:
     @property
     def key(self) -> str:
         """What tells it from other runs in the lines of results."""
-        return _key_of(asdict(self))
+        return _key_of(vars(self))
 
     @property
     def recipe(self) -> str:
@@ -106,7 +109,7 @@ class Change(JsonModel):
 
 
 def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only: list[str]) -> list[Trial]:
-    """The runs that a table asks for. Raises one UserError with all its problems.
+    """The runs that a table asks for. Raises one UserError with all problems of its changes, or those of the base.
 
     Args:
         steps: of a run whose change names no other number; by default those of the schedule. The schedule ends there.
@@ -123,7 +126,7 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     for name, change in changes.items():
         trial = problems.attempt(_trial, f"{path}: {name}", name, change, base, steps)
         if name == BASELINE:
-            problems.refuse()  # once, and not for every change
+            problems.refuse()  # what is wrong with it is so with every change
         trials += [replace(trial, seed=seed) for seed in seeds if trial]
     problems.refuse()
     return [trial for trial in trials if not only or trial.name in only]
@@ -152,20 +155,7 @@ def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int
     steps = steps or schedule.total_steps
     if steps is None:
         raise UserError(f"{where}: its schedule has no end; give --steps, or a change's own steps.")
-    trial = Trial(name, base.seed, change.ranks or base.ranks, steps, given, model, ds, options)
-    _check_job(trial, where)
-    return trial
-
-
-def _check_job(trial: Trial, where: str) -> None:
-    """Raise UserError for what would end the run before its first step."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            config = parse_run(command_line(trial, Path(folder)))
-            Job(config, trial.ranks, device, leads=False, scans=False)
-        except UserError as error:
-            raise UserError(*(f"{where}: {one.replace(f'{folder}/', '')}" for one in error.problems)) from None
+    return Trial(name, base.seed, change.ranks or base.ranks, steps, given, model, ds, options)
 
 
 def _set(values: dict[str, Any], path: str, value: Any, where: str) -> None:
@@ -201,12 +191,8 @@ def command_line(trial: Trial, folder: Path) -> list[str]:
     return list(map(str, words))
 
 
-def train(trial: Trial, folder: Path, threads: int, processes: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
-    """Train it in `folder`, whose checkpoints are removed; returns its line of results. Raises UserError.
-
-    Args:
-        processes: gets the one that trains.
-    """
+def train(trial: Trial, folder: Path, threads: int) -> dict[str, Any]:
+    """Train it in `folder`, whose checkpoints are removed; returns its line of results. Raises UserError."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     launch = [sys.executable, ROOT / "megamoe/pretrain.py"]
@@ -215,20 +201,18 @@ def train(trial: Trial, folder: Path, threads: int, processes: list[subprocess.P
     environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), **os.environ}
     with open(folder / "output.txt", "w") as output:
         command = [*map(str, launch), *command_line(trial, folder)]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        processes.append(process)
-        code = process.wait()
+        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
     if code:
         lines = (folder / "output.txt").read_text().splitlines()
         why = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "no output")
         raise UserError(f"{trial.name}, seed {trial.seed}: exited with code {code}: {why} (see {folder}/output.txt)")
     shutil.rmtree(folder / "run" / "checkpoints")
-    return {**_named(trial), **results(trial, read_log(folder / "run"))}
+    return {**named(trial), **results(trial, read_log(folder / "run"))}
 
 
-def _named(trial: Trial) -> dict[str, Any]:
-    named = {key: asdict(trial)[key] for key in ("name", "seed", "steps", "ranks", "change")}
-    return {**named, "recipe": trial.recipe}
+def named(trial: Trial) -> dict[str, Any]:
+    """What the line of a run tells it by."""
+    return {**{name: getattr(trial, name) for name in KEY}, "recipe": trial.recipe}
 
 
 def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -255,9 +239,25 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     }
 
 
+def check_jobs(trials: list[Trial]) -> None:
+    """Raise UserError for files, sizes and options with which a run would end before its first step: each sentence
+    once, with the names of its changes."""
+    device = torch.device(get_accelerator().device_name())
+    found: dict[str, list[str]] = {}
+    for trial in {trial.name: trial for trial in trials}.values():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                Job(parse_run(command_line(trial, Path(folder))), trial.ranks, device, leads=False, scans=False)
+            except UserError as error:
+                for problem in error.problems:
+                    found.setdefault(problem.replace(f"{folder}/", ""), []).append(trial.name)
+    if found:
+        raise UserError(*(f"{', '.join(names)}: {problem}" for problem, names in found.items()))
+
+
 def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> list[str]:
     """Train those of which `lines` holds no result yet, and append theirs; returns what went wrong.
-    Raises UserError where a result is of another recipe than the table has now."""
+    Raises UserError where a result is of another recipe than the table has now, and where a run could not begin."""
     done = {_key_of(line): line["recipe"] for line in read_lines(lines)}
     others = [trial.name for trial in trials if done.get(trial.key, trial.recipe) != trial.recipe]
     if others:
@@ -266,15 +266,16 @@ def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> li
             "than the table names now; give another --out."
         )
     waiting = [trial for trial in trials if trial.key not in done]
-    print(f"{len(waiting)} of {len(trials)} runs to train; their output is in {work}/NAME-SEED/output.txt", flush=True)
+    check_jobs(waiting)
+    if waiting:
+        print(f"{len(waiting)} of {len(trials)} runs to train; see {work}/NAME-SEED/output.txt", flush=True)
     ranks = max((trial.ranks for trial in waiting), default=1)
     threads = max(len(os.sched_getaffinity(0)) // (parallel * ranks), 1)
     lock = Lock()
     problems = Problems()
-    processes: list[subprocess.Popen[bytes]] = []
 
     def run(trial: Trial) -> None:
-        result = problems.attempt(train, trial, work / f"{trial.name}-{trial.seed}", threads, processes)
+        result = problems.attempt(train, trial, work / f"{trial.name}-{trial.seed}", threads)
         if not result:
             return
         with lock, open(lines, "a", encoding="utf-8") as file:
@@ -282,17 +283,19 @@ def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> li
         print(f"{trial.name}, seed {trial.seed}: {measure_of(result):.4f}, {result['seconds']:.0f} s", flush=True)
 
     with ThreadPoolExecutor(parallel) as pool:
-        try:
-            list(pool.map(run, waiting))
-        except KeyboardInterrupt:  # Ctrl-C or SIGTERM; no run is left without its parent
-            for process in processes:
-                process.terminate()
-            raise
+        list(pool.map(run, waiting))
     return problems
 
 
+def end_with_runs(*_: object) -> None:
+    """At SIGTERM: end the runs too, which a Ctrl-C reaches by itself."""
+    for run in psutil.Process().children():
+        run.terminate()
+    os._exit(128 + signal.SIGTERM)
+
+
 def _key_of(line: dict[str, Any]) -> str:
-    return json.dumps([line[name] for name in ("name", "seed", "steps", "ranks", "change")], sort_keys=True)
+    return json.dumps([line[name] for name in KEY], sort_keys=True)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -326,7 +329,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end_with_runs)
     lines = args.out or args.table.with_suffix(".jsonl")
     trials = read_table(args.table, args.steps, args.ranks, args.seeds, args.only)
     problems = train_all(trials, lines, args.work, args.parallel)

@@ -57,8 +57,7 @@ def groups_of(lines: list[dict[str, Any]]) -> list[Group]:
 
 
 def table_of(groups: list[Group]) -> str:
-    """A line per change: its result, spread over seeds and difference to the baseline of as many steps
-    and ranks."""
+    """A line per change: its result, spread over seeds and difference to the baseline of its size."""
     width = max(len(group.name) for group in groups)
     base = {group.size: mean(group.values) for group in groups if group.name == BASELINE}
     rows = [f"{'change':<{width}} {'steps':>6} {'ranks':>5} {'seeds':>5} {'result':>8} {'spread':>7} {'change':>8} "
@@ -79,6 +78,11 @@ def _mean(group: Group, name: str) -> float:
     return mean(line[name] for line in group.lines)
 
 
+def _size_of(group: Group) -> str:
+    steps, ranks = group.size
+    return f"{steps} steps" + (f", {ranks} ranks" if ranks > 1 else "")
+
+
 def draw(groups: list[Group], path: Path) -> None:
     """The result of every change, a dot per seed and a bar over their spread, as a PNG."""
     matplotlib.use("Agg")
@@ -92,7 +96,7 @@ def draw(groups: list[Group], path: Path) -> None:
             axes.errorbar(mean(group.values), row, xerr=group.spread, color=color, capsize=3)
         if group.name == BASELINE:
             axes.axvline(mean(group.values), color=color, linewidth=0.8)
-    axes.set_yticks(range(len(groups)), [f"{group.name} ({group.size[0]} steps)" for group in groups])
+    axes.set_yticks(range(len(groups)), [f"{group.name} ({_size_of(group)})" for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel("held-out bits per byte, with the standard deviation over seeds")
     figure.savefig(path, dpi=120)

@@ -66,13 +66,14 @@ def against_reference(train: list[dict[str, Any]], reference: dict[int, float]) 
 
 
 def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
-    """Step, training loss, held-out loss, learning rate and balance: lines evenly spaced over the run, and as many
-    evaluations."""
+    """Step, training loss, held-out loss, learning rate and balance: lines evenly spaced over the run, half of
+    them at most for evaluations."""
+    rows = log["train"]
     valid = {record["step"]: record for record in log["valid"]}
-    evaluated = [row for row in log["train"] if row["step"] in valid]
-    rows = _thinned(log["train"], ROWS // 2 if evaluated else ROWS)
-    rows += [row for row in _thinned(evaluated, ROWS // 2) if row not in rows]
-    rows.sort(key=lambda row: row["step"])
+    if len(rows) > ROWS:
+        evaluated = _thinned([row for row in rows if row["step"] in valid], ROWS // 2)
+        even = [row for row in _thinned(rows, ROWS - len(evaluated)) if row not in evaluated]
+        rows = sorted(even + evaluated, key=lambda row: row["step"])
     sets = further_sets(log["valid"])
     widths = {name: max(len(name), 8) for name in sets}
     columns = "".join(f" {name:>{width}}" for name, width in widths.items())
@@ -91,7 +92,7 @@ def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
 def _thinned(rows: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """At most so many, evenly spaced, with the last."""
     every = max(-(-len(rows) // limit), 1)
-    return rows[::-1][::every]
+    return rows[::-1][::every][::-1]
 
 
 def further_sets(valid: list[dict[str, Any]]) -> list[str]:

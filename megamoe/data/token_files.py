@@ -86,6 +86,8 @@ def _checked_dtype(prefix: Path) -> type:
     """The numpy type of the tokens, after checking that the .idx is complete and describes the .bin."""
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     missing = [str(path) for path in (bin_path, idx_path) if not path.exists()]
+    if len(missing) == 2 and prefix.name == "valid" and prefix.with_name("train.idx").exists():
+        raise UserError(f"{prefix.parent} has no held-out split; prepare it with a --valid_fraction above 0.")
     if missing:
         raise UserError(
             f"there is no {' and no '.join(missing)}; give a folder that tools/prepare_data.py has made, or the prefix "

@@ -129,8 +129,11 @@ def _make_one_moment(optimizer: DeepSpeedCPULion) -> None:
 def deepspeed_own_problems(ds: dict[str, Any], where: str) -> list[str]:
     """What DeepSpeed's own configuration classes, or this device, refuse in a DeepSpeed JSON, one sentence each."""
     problems = []
+    own = copy.deepcopy(ds)
+    if "train_micro_batch_size_per_gpu" in own:  # without the other ranks DeepSpeed takes their product for wrong
+        own.pop("train_batch_size", None)
     try:
-        DeepSpeedConfig(copy.deepcopy(ds))
+        DeepSpeedConfig(own)
     except ValidationError as error:
         for detail in error.errors():
             key = ".".join(str(part) for part in detail["loc"])

@@ -53,4 +53,4 @@ def test_what_holds_no_documents_of_this_tokenizer_is_refused(tmp_path, tokenize
     write_corpus([("train", text) for text in TEXTS], train_tokenizer(TEXTS, 280), tmp_path / "other")
     has(refusal(read, tmp_path / "other" / "train", tokenizer), "numbers tokens otherwise", "tokenizer.json")
     write_corpus([("train", text) for text in TEXTS], tokenizer, tmp_path / "unheld")
-    has(refusal(read, tmp_path / "unheld", tokenizer), "valid.bin", "there is no")
+    has(refusal(read, tmp_path / "unheld", tokenizer), "unheld has no held-out split", "--valid_fraction")

@@ -1,7 +1,7 @@
 """A table of changes becomes runs, lines of results, a table and a picture."""
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import time
 from statistics import mean, stdev
 
 import ablate
+import psutil
 import pytest
 from corpora import build, random_tokens
 from refusals import has, refusals
@@ -118,25 +119,47 @@ def test_everything_wrong_in_a_table_is_said_at_once(write):
 
 
 def test_what_would_end_a_run_before_its_first_step_is_said_before_any_run(write, tmp_path):
-    path = write({"a": {"options": {"ep_size": 2}, "ds_config": {"optimizer.params.beta": [0.9, 0.99]}}})
-    key, size = refusals(read, path)
-    has(key, "table.json: a: ", "beta", "betas")
-    has(size, "table.json: a: ", "ep_size is 2", "the 1 ranks", "choose a divisor")
-    (problem,) = refusals(read, write({"a": {}, "b": {}}, options={"data": [str(tmp_path / "none")]}))
-    has(problem, "baseline", "none.idx", "prepare_data.py")  # and not for every change
+    none = {"options": {"data": [str(tmp_path / "none")]}}
+    unfit = {"options": {"ep_size": 2}, "ds_config": {"optimizer.params.beta": [0.9, 0.99]}}
+    lines, work = tmp_path / "out.jsonl", tmp_path / "work"
+    path = write({"a": none, "b": none, "c": unfit})
+    missing, key, size = refusals(ablate.train_all, read(path), lines, work, 1)
+    has(missing, "a, b: ", "none.idx", "prepare_data.py")
+    has(key, "c: ", "beta", "betas")
+    has(size, "c: ", "ep_size is 2", "ranks, 1", "change one")
+    assert not work.exists()
+    # Of runs that have results nothing is asked.
+    trials = read(path, only=["a"])
+    lines.write_text(json.dumps(ablate.named(trials[0])) + "\n")
+    assert ablate.train_all(trials, lines, work, 1) == []
 
 
-def test_a_signal_ends_the_runs_too(write, tmp_path):
-    words = [sys.executable, ablate.__file__, write({}), "--steps", "100000", "--work", tmp_path / "work"]
-    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, env=os.environ)
+def test_a_batch_that_is_right_for_several_ranks_is_not_refused_by_the_check(write):
+    batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    ablate.check_jobs(read(write({"a": {"ds_config": batch}}), ranks=2))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_ends_the_runs_too(write, tmp_path, ranks):
+    words = [ablate.__file__, write({}), "--steps", "100000", "--work", tmp_path / "work", "--ranks", ranks]
+    process = psutil.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)
     log = tmp_path / "work" / "baseline-1" / "run" / "log.jsonl"
-    wait_until(log.is_file, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
-    assert "stopped by a signal" in (tmp_path / "work" / "baseline-1" / "output.txt").read_text()
+    try:
+        wait_until(log.is_file, process)
+    finally:
+        runs = process.children(recursive=True)
+        process.terminate()
+    try:
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(runs, 120)[1]
+        assert "stopped by a signal" in (tmp_path / "work" / "baseline-1" / "output.txt").read_text()
+    finally:
+        for run in runs:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                run.kill()
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, process, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None
@@ -212,9 +235,9 @@ def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
 
 def test_a_run_that_fails_is_named_with_its_reason_and_has_no_line(write, tmp_path):
     (trial,) = read(write({"a": {}}), steps=3, only=["a"])
-    (tmp_path / "train.bin").unlink()
+    build(tmp_path / "train", [PRESET["vocab_size"]] * 2000)
     (problem,) = ablate.train_all([trial], tmp_path / "out.jsonl", tmp_path / "work", parallel=1)
-    has(problem, "a, seed 1", "code 2", "train.bin", "output.txt")
+    has(problem, "a, seed 1", "code 2", f"token id {PRESET['vocab_size']}", "output.txt")
     assert not (tmp_path / "out.jsonl").exists()
 
 
