@@ -126,8 +126,8 @@ def _cell(value: float | None) -> str:
 
 
 def draw(log: dict[str, list[dict[str, Any]]], path: Path, reference: dict[int, float]) -> None:
-    """Loss, learning rate and expert balance over the steps, as a PNG; with the loss by step of a reference, if it has
-    any."""
+    """Loss, learning rate and expert balance over the steps, as a PNG; with the loss by step of a reference, as far
+    as the run has come."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -144,8 +144,8 @@ def draw(log: dict[str, list[dict[str, Any]]], path: Path, reference: dict[int, 
     for key, label in names.items():
         if points(valid, key)[0]:
             loss.plot(*points(valid, key), "o-", label=label)
-    if reference:
-        loss.plot(list(reference), list(reference.values()), "k.--", linewidth=1, label="reference")
+    if reached := [step for step in reference if step <= steps[-1]]:
+        loss.plot(reached, [reference[step] for step in reached], "k.--", linewidth=1, label="reference")
     loss.set_ylabel("loss (nats per token)")
     loss.legend()
     rate.plot(steps, [row["lr"] for row in train], color="tab:green")
