@@ -67,7 +67,7 @@ def _size_problems(values: dict[str, Any]) -> list[str]:
     if _positive(heads) and _positive(key_value_heads) and heads % key_value_heads:
         problems.append(
             f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {key_value_heads}; "
-            "change one of them."
+            f"set that to a divisor of {heads}."
         )
     layers, experts = values.get("num_hidden_layers"), values.get("num_local_experts")
     if _positive(layers) and _positive(experts) and layers <= MAX_LAYERS and layers * experts > MAX_EXPERTS >= experts:
@@ -163,7 +163,7 @@ def _attention_problems(values: dict[str, Any]) -> list[str]:
     if missing:
         return [
             *problems,
-            f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add what is missing.",
+            f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add it.",
         ]
     return problems + _latent_attention_problems(values)
 
@@ -206,9 +206,7 @@ def _rope_scaling_problems(scaling: Any, rotated: int | None) -> list[str]:
         return [f"rope_scaling: rope_type is {shown(kind)}; use one of {', '.join(ROPE_SCALINGS)}."]
     needed, others = ROPE_SCALINGS[kind]
     missing = needed - scaling.keys()
-    problems = (
-        [f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add what is missing.'] if missing else []
-    )
+    problems = [f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.'] if missing else []
     of_any_kind = {"rope_type"}.union(*(one | more for one, more in ROPE_SCALINGS.values()))
     for key, value in scaling.items():
         if key not in of_any_kind:

@@ -26,9 +26,7 @@ class ExpertTopology:
             return [f"ep_size is {ep_size}; give at least 1."]
         found = []
         if world_size % ep_size:
-            found.append(
-                f"ep_size is {ep_size}, which does not divide the number of ranks, {world_size}; change one of them."
-            )
+            found.append(f"ep_size is {ep_size}, which does not divide the {world_size} ranks; choose a divisor.")
         if num_experts % ep_size:
             found.append(
                 f"ep_size is {ep_size}, which does not divide the {num_experts} experts of {preset}; choose a divisor."

@@ -46,7 +46,7 @@ def test_the_topology_of_a_checkpoint_follows_from_its_partitions():
 def test_what_does_not_divide_is_said_of_ranks_and_experts():
     problems = ExpertTopology.problems(3, 8, 4, "tiny")
     assert problems == [
-        "ep_size is 3, which does not divide the number of ranks, 4; change one of them.",
+        "ep_size is 3, which does not divide the 4 ranks; choose a divisor.",
         "ep_size is 3, which does not divide the 8 experts of tiny; choose a divisor.",
     ]
     assert ExpertTopology.problems(4, 8, 4, "tiny") == []

@@ -126,7 +126,7 @@ def test_what_would_end_a_run_before_its_first_step_is_said_before_any_run(write
     missing, key, size = refusals(ablate.train_all, read(path), lines, work, 1)
     has(missing, "a, b: ", "none.idx", "prepare_data.py")
     has(key, "c: ", "beta", "betas")
-    has(size, "c: ", "ep_size is 2", "ranks, 1", "change one")
+    has(size, "c: ", "ep_size is 2", "the 1 ranks", "choose a divisor")
     assert not work.exists()
     # Of runs that have results nothing is asked.
     trials = read(path, only=["a"])
