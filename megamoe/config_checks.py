@@ -161,10 +161,7 @@ def _attention_problems(values: dict[str, Any]) -> list[str]:
         return problems
     missing = [name for name in LATENT_ATTENTION if values.get(name) is None]
     if missing:
-        return [
-            *problems,
-            f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add it.",
-        ]
+        return [*problems, f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add it."]
     return problems + _latent_attention_problems(values)
 
 

@@ -154,7 +154,7 @@ def test_sigterm_ends_the_runs_too(write, tmp_path, ranks):
         assert not psutil.wait_procs(runs, 120)[1]
         assert "stopped by a signal" in (tmp_path / "work" / "baseline-1" / "output.txt").read_text()
     finally:
-        for run in runs:
+        for run in [process, *runs]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 run.kill()
 
