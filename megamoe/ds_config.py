@@ -23,9 +23,9 @@ ROW_ALIGNMENT = 16  # bytes that a row of each operand is a multiple of (torch.n
 
 
 def dtype_of(ds: dict[str, Any]) -> Literal["bf16", "fp16", "fp32"]:
-    """Precision of weights and activations that a DeepSpeed JSON asks for."""
+    """Precision of weights and activations that a DeepSpeed JSON asks for, once "auto" is resolved (`precision.py`)."""
     for name in ("bf16", "fp16"):
-        if section_of(ds, name).get("enabled"):
+        if section_of(ds, name).get("enabled") not in (None, False, "auto"):
             return name  # type: ignore[return-value]
     return "fp32"
 
@@ -226,9 +226,9 @@ def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[st
     problems = [
         f"{where}: {name}.enabled is {shown(section['enabled'])}{why(section['enabled'])}; set it to true or false."
         for name, section in (("bf16", bf16), ("fp16", fp16))
-        if not isinstance(section.get("enabled", False), bool)
+        if not isinstance(section.get("enabled", False), bool) and (name, section["enabled"]) != ("bf16", "auto")
     ]
-    if fp16.get("enabled") is True and bf16.get("enabled") is True:
+    if fp16.get("enabled") is True and bf16.get("enabled") in (True, "auto"):
         return [*problems, f"{where}: the precision is given twice, bf16 and fp16 are both enabled; disable one."]
     scale = fp16.get("loss_scale")
     if scale is not None and not (is_number(scale) and (scale >= 0 or on_cpu)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import time
@@ -20,6 +21,7 @@ KNOWN_PEAKS = {
     "A10G": (70e12, 35e12),
     "V100": (125e12, 15.7e12),
 }
+WITHOUT_BF16 = ("V100",)  # its 16-bit figure is that of fp16
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,12 @@ class Peak:
 
     def __str__(self) -> str:
         source = "measured, of square matrix products" if self.is_measured else "of the data sheet"
-        return f"{self.flops / 1e12:.3g} TFLOP/s per rank, {source}"
+        return f"{describe_flops(self.flops)} per rank, {source}"
+
+
+def describe_flops(rate: float) -> str:
+    """A rate in FLOP/s with its unit."""
+    return f"{rate / 1e12:.3g} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.3g} GFLOP/s"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
@@ -76,42 +83,51 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, (half, single) in KNOWN_PEAKS.items():
-            if re.search(rf"\b{known}(?!\d)", name):
+            if re.search(rf"\b{known}(?!\d)", name) and not (known in WITHOUT_BF16 and dtype == torch.bfloat16):
                 return Peak(single if dtype == torch.float32 else half, is_measured=False)
     return Peak(measured_flops(device, dtype), is_measured=True)
 
 
-# Sides of the square products that are measured: on CPU the first; on a GPU, which is far from its peak there, twice
-# the size again and again while the rate grows. The largest takes under 1 GiB in fp32, and a second on a slow GPU.
-SMALLEST_SQUARE, LARGEST_SQUARE = 1024, 8192
+# Sides of the square matrix products that are measured: twice the size again and again, while there is time and, on a
+# GPU, while the rate grows. The largest takes under 1 GiB in fp32.
+SMALLEST_SQUARE, LARGEST_SQUARE, LARGEST_SQUARE_ON_CPU = 128, 8192, 1024
+MEASURED_SECONDS = 0.3
+ROUNDS = 8
 GROWS = 1.02  # a rate that has not grown by this factor has stopped growing
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix products on `device`, with the threads that this process has."""
-    size, rate = SMALLEST_SQUARE, square_flops(device, dtype, SMALLEST_SQUARE)
-    while device.type != "cpu" and size < LARGEST_SQUARE:
-        size *= 2
-        before = rate
+    """FLOP/s of the fastest square matrix products on `device`, with the threads that this process has.
+
+    Takes MEASURED_SECONDS and one product more at the most: a processor without bf16 instructions needs seconds for a
+    large one in bf16.
+    """
+    size, best, on_cpu = SMALLEST_SQUARE, 0.0, device.type == "cpu"
+    _product_seconds(torch.randn(size, size, device=device, dtype=dtype))  # loads libraries, builds a kernel
+    until = time.perf_counter() + MEASURED_SECONDS
+    while size <= (LARGEST_SQUARE_ON_CPU if on_cpu else LARGEST_SQUARE):
+        before, seconds = best, math.inf
         try:
-            rate = max(before, square_flops(device, dtype, size))
+            a = torch.randn(size, size, device=device).to(dtype)
+            for _ in range(ROUNDS):
+                seconds = min(seconds, _product_seconds(a))
+                best = max(best, 2 * size**3 / seconds)
+                if time.perf_counter() > until:
+                    return best
         except torch.OutOfMemoryError:  # a model has the memory already
-            break
-        if rate < GROWS * before:
-            break
-    return rate
+            return best
+        is_flat = not on_cpu and size >= 1024 and best < GROWS * before
+        if is_flat or time.perf_counter() + 8 * seconds > until:
+            return best
+        size *= 2
+    return best
 
 
-def square_flops(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 8) -> float:
-    """FLOP/s of the fastest of some products of two square matrices."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        b = a @ a
-        b[-1, -1].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def _product_seconds(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    b = a @ a
+    b[-1, -1].item()  # waits for the device
+    return time.perf_counter() - start
 
 
 def measured_bandwidth(device: torch.device, size: int = 2**28, rounds: int = 5) -> float:

@@ -29,6 +29,7 @@ from megamoe.launch.watch import Position
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.costs import parameter_count
 from megamoe.model.products import DESCRIPTIONS, kernel_for
+from megamoe.precision import Precision, resolve
 from megamoe.resume_rules import decisive, new_schedule, part, remedy, stages_of
 from megamoe.run_config import HeldOutSource, RunConfig
 from megamoe.run_folder import RunFolder
@@ -41,15 +42,19 @@ from megamoe.training.tasks import TaskEvaluator, Tasks, load_tasks
 class Job:
     """Everything about a run that can be checked before anything is built or written."""
 
-    def __init__(self, run: RunConfig, world_size: int, device: torch.device, leads: bool = True, scans: bool = True):
+    def __init__(
+        self, run: RunConfig, world_size: int, device: torch.device, precision: Precision, leads: bool = True,
+        scans: bool = True,
+    ):  # fmt: skip
         """
         Args:
+            precision: says what "auto" in the DeepSpeed JSON stands for.
             leads: this rank locks the run folder, and checks what the run resumes or starts from, for all ranks.
             scans: this rank checks the tokens of the corpora, for all ranks of its host.
 
         Raises one UserError with all problems.
         """
-        self.run, self.device = run, device
+        self.run, self.device, self.precision = run, device, precision
         self.run_dir = run.folder
         problems = Problems()
         self.folder: RunFolder | None = problems.attempt(RunFolder, run.folder, run.auto_resume) if leads else None
@@ -62,7 +67,8 @@ class Job:
             self.ledger = problems.attempt(read_ledger, run.folder) or self.ledger
             self._find_start(self.folder)
             problems += self._folder_problems(self.folder)
-        self.ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
+        self.written_ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
+        self.ds = self.written_ds and resolve(self.written_ds, precision.choice)
         if self.ds is not None:
             problems += deepspeed_problems(self.ds, run.ds_config, world_size, device.type == "cpu")
             problems += length_problems(run, self.ds)
@@ -299,6 +305,10 @@ class Job:
             for name in differences(self.model, theirs)
         ]
         return f"the model has, for the weights in {directory}, {', '.join(changed)}" if changed else None
+
+    def describe_precision(self) -> str | None:
+        """What the precision is and why, where the device has a say in it."""
+        return self.precision.describe(self.written_ds, self.run.ds_config)
 
     def describe_products(self) -> str | None:
         """What multiplies rows with their experts' weights on this device, where it is not the fastest way."""

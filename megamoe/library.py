@@ -29,7 +29,8 @@ from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
 from megamoe.model import generation
 from megamoe.model.decoder import Decoder
-from megamoe.training.distributed import is_on_cpu
+from megamoe.precision import find_precision, is_auto, resolve
+from megamoe.training.distributed import is_on_cpu, this_device
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.training.step import StepResult, TrainStep, build_train_step
@@ -163,7 +164,7 @@ def build_trainer(
 
     Args:
         preset: the model's configuration, or what `load_preset` takes.
-        ds_config: the DeepSpeed JSON, or its path.
+        ds_config: the DeepSpeed JSON, or its path; "auto" in its "bf16" section takes what rank 0 finds the faster.
         ep_size: ranks that share one set of experts.
         seed: of the initial weights.
 
@@ -174,6 +175,11 @@ def build_trainer(
     config = _config_of(preset)
     ds = ds_config if isinstance(ds_config, dict) else read_json(Path(ds_config))
     where = "the DeepSpeed JSON" if isinstance(ds_config, dict) else str(ds_config)
+    if is_auto(ds):
+        precision = find_precision(this_device())
+        if dist.get_rank() == 0:
+            print(precision.describe(ds, where), flush=True)
+        ds = resolve(ds, precision.choice)
     world_size = dist.get_world_size()
     problems = Problems(deepspeed_problems(ds, where, world_size, is_on_cpu()))
     problems += placement_problems(config, ep_size, ds, world_size, "the model")

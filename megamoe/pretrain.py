@@ -21,11 +21,13 @@ from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.data.ledger import DataLedger
+from megamoe.ds_config import DTYPES, dtype_of
 from megamoe.errors import Problems, UserError
 from megamoe.job import Job
 from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, words_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
+from megamoe.precision import find_precision
 from megamoe.run_config import RunConfig, parse_run
 from megamoe.training.determinism import make_deterministic
 from megamoe.training.distributed import init_distributed, raise_on_any_rank
@@ -90,8 +92,12 @@ def check(config: RunConfig | None, problems: Problems, device: torch.device, is
         config: None where the command line has `problems`.
     """
     job = None
+    resumes = config and (config.resume or config.auto_resume)
+    precision = find_precision(device, config.folder if config and resumes else None)
     if config:
-        job = problems.attempt(Job, config, dist.get_world_size(), device, dist.get_rank() == 0, is_first_on_host)
+        job = problems.attempt(
+            Job, config, dist.get_world_size(), device, precision, dist.get_rank() == 0, is_first_on_host
+        )
     raise_on_any_rank(problems)
     assert job
     return job
@@ -161,7 +167,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     )
     trainer = Trainer(
         train_step, job.data, job.shape, writer, seed=config.seed, guard=guard, ledger=ledger, position=position,
-        stop=stop,
+        stop=stop, peak=job.precision.rates.mfu_peak(job.device, DTYPES[dtype_of(job.ds)]),
         deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), tasks=job.tasks(position),
         sinks=sinks,
         folder_is_gone=job.folder.is_gone if job.folder else lambda: False,
@@ -208,7 +214,9 @@ def enter(job: Job, first: int, checkpoint: Path | None, has_average: bool) -> S
     sinks.log_text(first, job.describe(first))
     if checkpoint:
         sinks.log_text(first, f"resumed from {checkpoint}")
-    notes = (job.describe_initial(), job.describe_products(), job.describe_split_dependence())
+    notes = (
+        job.describe_precision(), job.describe_initial(), job.describe_products(), job.describe_split_dependence()
+    )  # fmt: skip
     for line in filter(None, notes):
         sinks.log_text(first, line)
     if job.is_resuming and not checkpoint:

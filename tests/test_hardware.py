@@ -6,56 +6,70 @@ import pytest
 import torch
 
 from megamoe import hardware
-from megamoe.hardware import LARGEST_SQUARE, Peak, measured_flops, memory_gib, peak_flops, square_flops
+from megamoe.hardware import Peak, measured_flops, memory_gib, peak_flops
 
 
 def test_measured_flops_are_positive_and_finite():
     for dtype in (torch.float32, torch.bfloat16):
-        measured = square_flops(torch.device("cpu"), dtype, size=64, rounds=2)
-        assert 0 < measured < math.inf
+        assert 0 < measured_flops(torch.device("cpu"), dtype) < math.inf
 
 
-def test_the_measured_flops_are_those_of_the_fastest_round(monkeypatch):
-    clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0])  # rounds of 4, 2 and 3 seconds
-    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
-    assert square_flops(torch.device("cpu"), torch.float32, size=8, rounds=3) == 2 * 8**3 / 2
+def measured_with(monkeypatch, seconds_of, device="cpu"):
+    """(the rate found, the sizes measured, the seconds taken) where a product of a size takes `seconds_of(size)`, or
+    raises what that is."""
+    now, sizes = 0.0, []
+
+    def product_seconds(a):
+        nonlocal now
+        size = len(a)
+        if size not in sizes:
+            sizes.append(size)
+        seconds = seconds_of(size)
+        if isinstance(seconds, Exception):
+            raise seconds
+        now += seconds
+        return seconds
+
+    monkeypatch.setattr(hardware, "_product_seconds", product_seconds)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None, dtype=None: torch.empty(shape, device="meta"))
+    return measured_flops(torch.device(device), torch.bfloat16), sizes, now
 
 
-def measured_with(monkeypatch, rates, device="cuda"):
-    """(the rate found, the sizes measured) where a square product of each size has one of `rates`, or raises it."""
-    sizes = []
-
-    def square(on, dtype, size):
-        sizes.append(size)
-        rate = rates[len(sizes) - 1]
-        if isinstance(rate, Exception):
-            raise rate
-        return rate
-
-    monkeypatch.setattr(hardware, "square_flops", square)
-    return measured_flops(torch.device(device), torch.bfloat16), sizes
+def at_rate(rate):
+    return lambda size: 2 * size**3 / rate
 
 
-@pytest.mark.parametrize(
-    ("rates", "found", "sizes"),
-    [
-        ([100, 150, 151, 900], 151, [1024, 2048, 4096]),  # from there on it does not grow
-        ([100, 300, 250, 900], 300, [1024, 2048, 4096]),
-        ([100, 300, 700, 800], 800, [1024, 2048, 4096, LARGEST_SQUARE]),
-        ([100, 300, torch.OutOfMemoryError()], 300, [1024, 2048, 4096]),
-    ],
-)
-def test_a_gpu_is_measured_where_its_rate_has_stopped_growing(rates, found, sizes, monkeypatch):
-    assert measured_with(monkeypatch, rates) == (found, sizes)
+@pytest.mark.parametrize("rate", [0.1e9, 0.56e9, 5e9, 46e9, 1e12])
+def test_a_measurement_takes_less_than_half_a_second_at_any_rate(monkeypatch, rate):
+    found, sizes, seconds = measured_with(monkeypatch, at_rate(rate))
+    assert found == pytest.approx(rate)
+    assert seconds < 0.5
+    assert sizes[-1] == 1024 or rate < 46e9
 
 
-def test_a_cpu_is_measured_at_one_size(monkeypatch):
-    assert measured_with(monkeypatch, [100, 900], "cpu") == (100, [1024])
+def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
+    seconds = iter([9.0, 0.02, 0.01, 0.03, *[0.04] * 99])  # the first loads libraries
+    found, *_ = measured_with(monkeypatch, lambda size: next(seconds))
+    assert found == 2 * 128**3 / 0.01
+
+
+def test_a_gpu_is_measured_where_its_rate_has_stopped_growing(monkeypatch):
+    rates = {128: 1e13, 256: 3e13, 512: 9e13, 1024: 2e14, 2048: 3e14, 4096: 3.01e14}
+    found, sizes, _ = measured_with(monkeypatch, lambda size: 2 * size**3 / rates[size], "cuda")
+    assert (found, sizes) == (pytest.approx(3.01e14), list(rates))
+
+
+def test_a_gpu_without_memory_for_a_larger_product_has_the_rate_before(monkeypatch):
+    def seconds(size):
+        return torch.OutOfMemoryError() if size == 2048 else 2 * size**3 / (1e11 * size)
+
+    assert measured_with(monkeypatch, seconds, "cuda")[0] == pytest.approx(1024e11)
 
 
 def test_a_peak_says_whether_it_was_measured():
     assert str(Peak(989e12, is_measured=False)) == "989 TFLOP/s per rank, of the data sheet"
-    assert str(Peak(4.2e11, is_measured=True)) == "0.42 TFLOP/s per rank, measured, of square matrix products"
+    assert str(Peak(4.2e11, is_measured=True)) == "420 GFLOP/s per rank, measured, of square matrix products"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +81,6 @@ def test_a_peak_says_whether_it_was_measured():
         ("NVIDIA B200", 2250e12, 75e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
         ("NVIDIA A10G", 70e12, 35e12),
-        ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
     ],
 )
 def test_a_known_card_has_the_peak_of_its_data_sheet(monkeypatch, name, half, single):
@@ -76,8 +89,8 @@ def test_a_known_card_has_the_peak_of_its_data_sheet(monkeypatch, name, half, si
         assert peak_flops(torch.device("cuda"), dtype) == Peak(peak, is_measured=False)
 
 
-@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA RTX A1000 Laptop GPU"])
-def test_the_peak_of_an_unknown_card_is_measured(monkeypatch, name):
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA RTX A1000 Laptop GPU", "Tesla V100-SXM2-16GB"])
+def test_the_bf16_peak_of_an_unknown_card_or_one_without_bf16_is_measured(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: (device.type, dtype))
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == Peak(("cuda", torch.bfloat16), is_measured=True)

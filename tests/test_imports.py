@@ -28,6 +28,7 @@ LAYERS = [
         "hardware",
         "json_files",
         "run_folder",
+        "precision",
         "disk",
         "host_values",
     },

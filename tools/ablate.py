@@ -47,6 +47,7 @@ from megamoe.errors import Problems, UserError, shown, unknown_key
 from megamoe.job import Job
 from megamoe.json_files import read_json, write_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
+from megamoe.precision import Precision, gemm_rates
 from megamoe.resume_rules import stages_of
 from megamoe.run_config import RunConfig, parse_run, parse_stage
 from megamoe.schedule_config import read_schedule
@@ -243,11 +244,13 @@ def check_jobs(trials: list[Trial]) -> None:
     """Raise UserError for files, sizes and options with which a run would end before its first step: each sentence
     once, with the names of its changes."""
     device = torch.device(get_accelerator().device_name())
+    precision = Precision(gemm_rates(device))
     found: dict[str, list[str]] = {}
     for trial in {trial.name: trial for trial in trials}.values():
         with tempfile.TemporaryDirectory() as folder:
             try:
-                Job(parse_run(command_line(trial, Path(folder))), trial.ranks, device, leads=False, scans=False)
+                run = parse_run(command_line(trial, Path(folder)))
+                Job(run, trial.ranks, device, precision, leads=False, scans=False)
             except UserError as error:
                 for problem in error.problems:
                     found.setdefault(problem.replace(f"{folder}/", ""), []).append(trial.name)

@@ -27,13 +27,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from benchmark_contender import Turn, gemm_flops
+from benchmark_contender import Turn
 from pydantic import TypeAdapter
 
 from megamoe import cli
 from megamoe.config import ModelConfig, load_preset
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
+from megamoe.precision import Precision, gemm_rates, resolve
 
 ROOT = Path(__file__).parents[1]
 TURNS = TypeAdapter(list[Turn])
@@ -89,8 +90,7 @@ def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConf
         for name in ("contenders", "samples")
         if args.growth and name in given
     ]
-    if args.ds_config:
-        problems.attempt(read_json, Path(args.ds_config))
+    problems.attempt(read_json, Path(args.ds_config))
     if args.json and not args.json.parent.is_dir():
         problems.append(f"--json is {args.json}, whose folder is not there; make it first.")
     samples = tuple(sorted(set(args.samples)))  # those that fit come first
@@ -325,19 +325,21 @@ def print_growth(names: list[str], turns: list[list[Turn]]) -> None:
         print(f"| {name} | {seconds:.2f} | {ratio:.2f} | {rate:.0f} | {memory:.2f} GiB |")
 
 
-def faster_config(config: ModelConfig) -> str:
-    """The recipe of the dtype whose matrix products are faster here: not every processor has units for bf16."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rates = {dtype: gemm_flops(config, 2048, 1, device, dtype) for dtype in (torch.bfloat16, torch.float32)}
-    print(", ".join(f"{dtype}: {rate / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items()), file=sys.stderr)
-    half = rates[torch.bfloat16] >= rates[torch.float32]
-    return str(ROOT / "ds_configs" / ("zero2.json" if half else "zero2_fp32.json"))
+def resolved_file(ds_config: str, folder: Path) -> str:
+    """A DeepSpeed JSON in `folder` with the precision that this device is good at, for all turns."""
+    ds = read_json(Path(ds_config))
+    precision = Precision(gemm_rates(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    if note := precision.describe(ds, ds_config):
+        print(note, file=sys.stderr)
+    path = folder / "ds_config.json"
+    path.write_text(json.dumps(resolve(ds, precision.choice)))
+    return str(path)
 
 
 def main() -> None:
     parser = cli.Parser(description="Time a training step against DeepSpeed's MoE layer and transformers' Mixtral.")
     parser.add_argument("--preset", default="moe-680m", help="the model")
-    parser.add_argument("--ds_config", help="DeepSpeed JSON; the default is the recipe whose products are faster here")
+    parser.add_argument("--ds_config", default=str(ROOT / "ds_configs" / "zero2.json"), help="DeepSpeed JSON")
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -358,7 +360,7 @@ def main() -> None:
     config = load_preset(args.preset)
     with tempfile.TemporaryDirectory() as folder:
         cases = cases_of(args, parser.given, config, Path(folder))
-        ds_config = args.ds_config or faster_config(config)
+        ds_config = resolved_file(args.ds_config, Path(folder))
         one_size = not args.growth and len(args.samples) == 1
         turns = take_turns(cases, ds_config, args.rounds, args.steps, pieces=one_size, profile=args.profile)
     if args.growth:

@@ -29,6 +29,7 @@ from megamoe.data.batches import Batch
 from megamoe.errors import UserError
 from megamoe.hardware import memory_gib
 from megamoe.json_files import read_json
+from megamoe.precision import find_precision, resolve
 from megamoe.training.distributed import init_distributed
 from megamoe.training.step import build_train_step
 
@@ -63,7 +64,7 @@ class Bench:
     def __init__(self, preset: str, ds_config: str, ep_size: int, folder: Path, tokens: int):
         rendezvous, device = init_distributed()
         rank, world_size = rendezvous.rank_info.rank, rendezvous.rank_info.world_size
-        config, ds = load_preset(preset), read_json(Path(ds_config))
+        config, ds = load_preset(preset), resolve(read_json(Path(ds_config)), find_precision(device).choice)
         self.folder, self.store = folder, rendezvous.store
         self.bare_file = folder / f"bare_{rank}.pt"
         self.train_step = build_train_step(config, {**ds, "gradient_accumulation_steps": 1}, ep_size=ep_size)

@@ -40,6 +40,7 @@ from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import engine_parameters, engine_shape, expert_id, plain_parts, stretches
 from megamoe.optimizers import MASTERS
 from megamoe.planning.sharding import Group, Setup, parameter_groups, read_setup
+from megamoe.precision import resolve
 from megamoe.topology import ExpertTopology
 
 STATE = ("exp_avg", "exp_avg_sq")
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--resume_ep_size", type=int, help="their ep_size; by default the same")
     args = parser.parse()
     model: ModelConfig = load_preset(args.preset).model_copy(update={"num_local_experts": args.experts})
-    ds = read_json(Path(args.ds_config))
+    ds = resolve(read_json(Path(args.ds_config)), "bf16")
     again, again_ep = args.resume_on or args.ranks, args.resume_ep_size or args.ep_size
     problems = [
         *ExpertTopology.problems(args.ep_size, args.experts, args.ranks, args.preset),

@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import ContenderFailed, entry_of, out_of_memory_at, table_of_profiles, table_of_sizes, take_turn
+from benchmark import (
+    ContenderFailed,
+    entry_of,
+    out_of_memory_at,
+    resolved_file,
+    table_of_profiles,
+    table_of_sizes,
+    take_turn,
+)
 from gpu_table import ROOT, write_table
 
 from megamoe import cli
@@ -169,9 +177,12 @@ def run(results: Path, readme: Path) -> bool:
 
     result["checks"] = [asdict(check) for check in run_checks()]
     save()
-    for name, measured in measure_speed("moe-680m", str(ROOT / "ds_configs/zero2.json")):
-        result["speed"][name] = measured
-        save()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, measured in measure_speed(
+            "moe-680m", resolved_file(str(ROOT / "ds_configs/zero2.json"), Path(folder))
+        ):
+            result["speed"][name] = measured
+            save()
     write_table(readme, results)
     return report(result, file)
 

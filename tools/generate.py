@@ -1,7 +1,8 @@
 """Sample from a trained model: `python tools/generate.py runs/tiny --prompt "In a quiet library,"`.
 
 Takes a run (its newest checkpoint), a checkpoint, an export, or a directory of an open model. Several prompts are
-continued in one batch. A run computes in the dtype that it trained in, so its text may differ from that of an export.
+continued in one batch. A run computes in the dtype that it trained in, or in fp32 where the processor is slow in that
+one, so its text may differ from that of an export.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megamoe.checkpoint.open_model import open_model
 from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file
 from megamoe.errors import Problems
 from megamoe.model.generation import generate, sampling_problems
+from megamoe.precision import dtype_to_compute_in
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
@@ -51,7 +53,7 @@ def main() -> None:
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
     ids = encode(tokenizer, prompts)
     continuations = generate(
-        model.load(model.dtype, device),
+        model.load(dtype_to_compute_in(model.dtype, device), device),
         ids,
         args.max_new_tokens,
         temperature=args.temperature,

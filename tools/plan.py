@@ -19,6 +19,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simul
 
 from megamoe import cli
 from megamoe.config import validate
+from megamoe.ds_config import dtype_of
 from megamoe.errors import Problems
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
@@ -135,7 +136,8 @@ def main() -> None:
     setup = plan.setup
     print(
         f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
-        f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, ep_size {setup.ep_size}, ZeRO-{setup.zero_stage}; "
+        f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, {dtype_of(plan.ds)}, ep_size {setup.ep_size}, "
+        f"ZeRO-{setup.zero_stage}; "
         f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"
     )
     if plan.choices:

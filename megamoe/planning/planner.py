@@ -24,6 +24,7 @@ from megamoe.planning.search import Choice, best_choices, kept_free
 from megamoe.planning.sharding import Setup, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
+from megamoe.precision import resolve, sheet_rates
 from megamoe.run_config import RunConfig
 
 GIB = 2**30
@@ -111,7 +112,9 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     problems = Problems()
     ranks, on_cpu = options.gpus, options.device == "cpu"
     ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
+    device = this_machine(ranks) if on_cpu else DEVICES.get(options.device)
     if ds is not None:
+        ds = resolve(ds, sheet_rates(device).choice if device else "bf16")
         if options.micro_batch:
             ds["train_micro_batch_size_per_gpu"] = options.micro_batch
         problems += deepspeed_problems(ds, run.ds_config, ranks, on_cpu or options.simulate)
@@ -119,7 +122,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     model: ModelConfig = problems.attempt(find_preset, run.preset)
     if model:
         problems += run_problems(run, model, ds or {}, ranks)
-    if not on_cpu and options.device not in DEVICES:
+    if not device:
         problems.append(f"device is {options.device!r}; use one of {', '.join(DEVICES)}, cpu.")
     if options.best:
         given = {
@@ -129,9 +132,9 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
         }
         problems += [f"--best chooses {name} itself; leave --{name} out." for name, value in given.items() if value]
     problems.refuse()
+    assert device
 
     seq_len = run.seq_len or model.max_position_embeddings
-    device = this_machine(ranks) if on_cpu else DEVICES[options.device]
     # torch for CUDA comes with Triton.
     kernel = choose_kernel(device.capability, DTYPES[dtype_of(ds)], has_triton=True)
     setup = read_setup(

@@ -81,6 +81,11 @@ def choose_device(local_rank: int) -> tuple[torch.device, str | None]:
     return device, str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
+def this_device() -> torch.device:
+    """The device of this rank, once it has joined the others."""
+    return torch.device(get_accelerator().current_device_name())
+
+
 def is_on_cpu() -> bool:
     """Whether the ranks of this machine train on CPU."""
     return get_accelerator().device_name() == "cpu"

@@ -16,6 +16,7 @@ from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.ledger import DataLedger
 from megamoe.data.prefetch import Prefetcher
 from megamoe.errors import UserError
+from megamoe.hardware import Peak
 from megamoe.launch.exits import FAILED, REFUSED
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position
@@ -49,6 +50,7 @@ class Trainer:
         ledger: DataLedger,
         position: Position,
         stop: StopRequest,
+        peak: Peak,
         deadline: Deadline,
         evaluator: Evaluator | None,
         tasks: TaskEvaluator | None = None,
@@ -63,6 +65,7 @@ class Trainer:
             ledger: says which data each step reads.
             position: is told where this rank is.
             stop: the run saves and leaves when it asks for that.
+            peak: what MFU is the share of.
             deadline: the run saves and leaves before it.
             evaluator: of held-out sets; None trains without.
             tasks: of lm-evaluation-harness.
@@ -84,7 +87,7 @@ class Trainer:
         self.tasks = tasks
         self.sinks = sinks
         self._folder_is_gone = folder_is_gone
-        self.metrics = StepMetrics(train_step, shape)
+        self.metrics = StepMetrics(train_step, shape, peak)
         self.skipped = SkippedSteps()
         self._window = 0  # steps skipped before the save that is pending
         self.rank = dist.get_rank()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from megamoe.data.batches import BatchShape
-from megamoe.hardware import memory_gib, peak_flops
+from megamoe.hardware import Peak, memory_gib
 from megamoe.model.costs import train_flops_per_token
 from megamoe.training.step import StepResult, TrainStep
 
@@ -15,14 +16,18 @@ from megamoe.training.step import StepResult, TrainStep
 class StepMetrics:
     """Collects the steps since the last log line."""
 
-    def __init__(self, train_step: TrainStep, shape: BatchShape):
+    def __init__(self, train_step: TrainStep, shape: BatchShape, peak: Peak):
+        """
+        Args:
+            peak: what MFU is the share of; one that was measured, next to other work perhaps, rises to the rate of a
+                faster step.
+        """
         self._engine = train_step.engine
         self._device = train_step.device
         self._shape = shape
-        weight = next(train_step.model.parameters())
         self._sample_flops = train_flops_per_token(train_step.model.config, shape.seq_len) * shape.seq_len
         self._blocks = train_step.model.config.sparse_blocks
-        self.peak = peak_flops(self._device, weight.dtype)
+        self.peak = peak
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -49,6 +54,9 @@ class StepMetrics:
         """
         steps = step - self._first
         rate = self._samples / self._seconds  # samples per second
+        flops = rate * self._sample_flops / self._shape.world_size
+        if self.peak.is_measured:
+            self.peak = replace(self.peak, flops=max(self.peak.flops, flops))
         ramp = self._shape.ramp
         balance = self._last.balance
         entropies = balance.entropies if balance else []
@@ -58,7 +66,7 @@ class StepMetrics:
             "lr": self._engine.get_lr()[0],
             **({"batch_size": self._engine.train_batch_size()} if ramp.stages else {}),
             "tokens_per_second": rate * self._shape.seq_len,
-            "mfu": rate * self._sample_flops / (self.peak.flops * self._shape.world_size),
+            "mfu": flops / self.peak.flops,
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
             "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,

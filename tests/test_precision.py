@@ -1,0 +1,131 @@
+"""What "auto" stands for, what a resume keeps, and what a run says of it."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from toy import SHIPPED, write_inputs
+
+from megamoe import precision, pretrain
+from megamoe.ds_config import deepspeed_problems, dtype_of
+from megamoe.errors import Problems
+from megamoe.hardware import DEVICES, Peak
+from megamoe.json_files import read_json
+from megamoe.precision import GemmRates, Precision, dtype_to_compute_in, find_precision, resolve, sheet_rates
+from megamoe.run_config import RunConfig
+
+AVX2 = GemmRates(Peak(0.56e9, True), Peak(46e9, True))
+AMX = GemmRates(Peak(1000e9, True), Peak(180e9, True))
+
+
+def rates(ratio):
+    """Measured rates of which that of fp32 is `ratio` times that of bf16."""
+    return GemmRates(Peak(1e11, True), Peak(ratio * 1e11, True))
+
+
+@pytest.mark.parametrize(
+    ("found", "choice"), [(AVX2, "fp32"), (AMX, "bf16"), (rates(1.4), "bf16"), (rates(1.5), "fp32")]
+)
+def test_auto_is_bf16_unless_fp32_is_one_and_a_half_times_as_fast(found, choice):
+    assert Precision(found).choice == choice
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_auto_is_bf16_on_every_gpu_that_can_be_planned_for(name):
+    assert sheet_rates(DEVICES[name]).choice == "bf16"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("choice", ["bf16", "fp32"])
+def test_a_shipped_configuration_resolves_to_one_that_has_no_problems(path, choice):
+    written = read_json(path)
+    resolved = resolve(written, choice)
+    assert deepspeed_problems(resolved, path.name, 2, on_cpu=True) == []
+    assert dtype_of(resolved) == ("fp32" if path.stem == "zero2_fp32" else choice)
+    assert resolved.get("bf16", {}).get("enabled") != "auto"
+    assert written == read_json(path)
+
+
+def test_a_precision_that_the_json_demands_stays():
+    for ds in (
+        {"bf16": {"enabled": True}},
+        {"fp16": {"enabled": True}},
+        {},
+        {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}},
+    ):
+        assert resolve(ds, "fp32") == ds
+
+
+def test_auto_next_to_fp16_is_a_precision_given_twice():
+    ds = {**read_json(SHIPPED / "tiny.json"), "fp16": {"enabled": True}}
+    assert any("given twice" in problem for problem in deepspeed_problems(ds, "ds.json", 1, False))
+
+
+@pytest.mark.parametrize(
+    ("found", "recorded", "bf16", "begins"),
+    [
+        (AVX2, None, "auto", "computes in fp32: "),
+        (AMX, "bf16", "auto", "computes in bf16: "),
+        (AVX2, "bf16", "auto", "computes in bf16, as the run began; "),
+        (AMX, "fp32", "auto", "computes in fp32, as the run began; "),
+        (AVX2, None, True, "warning: "),
+    ],
+)
+def test_a_run_says_what_it_computes_in_and_both_rates(found, recorded, bf16, begins):
+    line = Precision(found, recorded).describe({"bf16": {"enabled": bf16}}, "ds.json")
+    assert line.startswith(f"{begins}{found}")
+    assert ('set "bf16": {"enabled": "auto"} in ds.json' in line) == (bf16 is True)
+
+
+def test_a_run_says_nothing_of_a_precision_that_is_given_and_fast():
+    assert Precision(AMX).describe({"bf16": {"enabled": True}}, "ds.json") is None
+    assert Precision(AVX2).describe({"bf16": {"enabled": False}}, "ds.json") is None
+
+
+def test_rates_have_their_units():
+    assert str(AVX2) == "matrix products run at 0.56 GFLOP/s in bf16 and at 46 GFLOP/s in fp32 here"
+    assert "at 1 TFLOP/s in bf16" in str(AMX)
+
+
+def test_mfu_is_a_share_of_the_faster_measured_rate_or_of_the_data_sheet():
+    cpu = torch.device("cpu")
+    assert AVX2.mfu_peak(cpu, torch.bfloat16) == AVX2.mfu_peak(cpu, torch.float32) == AVX2.fp32
+    h100 = sheet_rates(DEVICES["h100"])
+    assert h100.mfu_peak(torch.device("cuda"), torch.float32) == h100.fp32
+    assert h100.mfu_peak(torch.device("cuda"), torch.bfloat16) == h100.bf16
+
+
+def test_a_saved_16_bit_model_computes_in_fp32_where_that_is_faster_on_cpu(monkeypatch):
+    slow = {torch.bfloat16: 1e9, torch.float16: 1e9, torch.float32: 5e10}
+    monkeypatch.setattr(precision, "peak_flops", lambda device, dtype: Peak(slow[dtype], True))
+    for saved in slow:
+        assert dtype_to_compute_in(saved, torch.device("cpu")) == torch.float32
+    assert dtype_to_compute_in(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    slow[torch.bfloat16] = 4e10
+    assert dtype_to_compute_in(torch.bfloat16, torch.device("cpu")) == torch.bfloat16
+
+
+def checked_precision(run, found):
+    """What a run that is begun on these ranks resolves to, and records, where rank 0 measures `found`."""
+    measured = found if dist.get_rank() == 0 else GemmRates(Peak(1.0, True), Peak(1.0, True))  # which nobody asks
+    with mock.patch.object(precision, "gemm_rates", return_value=measured):
+        job = pretrain.check(RunConfig(**run), Problems(), torch.device("cpu"), is_first_on_host=False)
+    if job.folder:
+        job.enter_folder(0, None)
+    return dtype_of(job.ds), job.record()["deepspeed"]["bf16"]["enabled"]
+
+
+def test_all_ranks_take_what_rank_0_measured_and_a_resume_keeps_it(tmp_path):
+    ds = {**read_json(SHIPPED / "tiny.json"), "train_micro_batch_size_per_gpu": 1}
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "steps": 2, "auto_resume": True}
+    assert run_ranks(2, checked_precision, run, AVX2) == [("fp32", False)] * 2
+    assert json.loads((tmp_path / "run/run.json").read_text())["deepspeed"]["bf16"]["enabled"] is False
+    assert run_ranks(2, checked_precision, run, AMX) == [("fp32", False)] * 2
+    assert run_ranks(2, checked_precision, {**run, "run_dir": str(tmp_path / "other")}, AMX) == [("bf16", True)] * 2
+
+
+def test_one_process_finds_what_it_measures():
+    assert run_ranks(1, find_precision, torch.device("cpu"))[0].rates.fp32.is_measured
