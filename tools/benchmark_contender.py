@@ -25,10 +25,11 @@ from benchmark_models import Contender, build_engine_contender, build_mixtral
 from torch import nn
 
 from megamoe.config import ModelConfig, load_preset
-from megamoe.hardware import measured_bandwidth, memory_gib, peak_flops
+from megamoe.hardware import measured_bandwidth, memory_gib
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.moe import MoE
 from megamoe.planning.step_profile import StepProfile, profile_step
+from megamoe.precision import gemm_rates
 from megamoe.topology import ExpertTopology
 from megamoe.training.distributed import init_distributed
 
@@ -200,7 +201,7 @@ def measure_machine(
     """With `tokens` on each rank. Collective."""
     dist.barrier()
     gemm = gemm_flops(config, tokens, ep_size, device, dtype)
-    peak, bandwidth = peak_flops(device, dtype), measured_bandwidth(device)
+    peak, bandwidth = gemm_rates(device).mfu_peak(device, dtype), measured_bandwidth(device)
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Machine(
