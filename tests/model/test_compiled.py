@@ -155,7 +155,7 @@ def launched(layers, is_compiled):
 
 
 @pytest.mark.gpu(1)
-def test_a_compiled_layer_gives_a_gpu_less_to_do_than_an_eager_one(record_property):
+def test_a_compiled_layer_gives_the_device_less_to_do_than_an_eager_one(record_property):
     eager, compiled = (launched(3, is_compiled) - launched(2, is_compiled) for is_compiled in (False, True))
     record_property("kernels of one layer, eager", eager)
     record_property("kernels of one layer, compiled", compiled)
