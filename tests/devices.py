@@ -22,7 +22,7 @@ def on_gpus(ranks: int, *values: Any) -> Any:
 
 DEVICES = ["cpu", on_gpus(1, "cuda")]
 # By how much of their norm results and gradients may differ from those in float64.
-SHARES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}
+SHARES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 0.004, torch.bfloat16: 0.03}
 
 
 def rounded(part: Part, dtype: torch.dtype) -> Part:

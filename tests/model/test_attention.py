@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,36 +16,33 @@ from megamoe.model.attention import GroupedQueryAttention, LayerCache, attention
 from megamoe.model.rope import rope_frequencies, rotary_table
 
 
-@pytest.mark.parametrize("num_queries", [1, 3, 6])
-@pytest.mark.parametrize("num_latents", [0, 2])
-def test_a_query_sees_all_latents_real_tokens_up_to_itself_and_itself(num_queries, num_latents):
+def test_a_query_sees_all_latents_real_tokens_up_to_itself_and_itself():
     real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]]).bool()
-    mask = attention_mask(real, num_queries, num_latents)
-    assert mask.shape == (4, 1, num_queries, num_latents + 6)
-    assert mask.dtype == torch.bool
-    for row in range(4):
-        for number in range(num_queries):
+    for num_queries, num_latents in itertools.product((1, 3, 6), (0, 2)):
+        mask = attention_mask(real, num_queries, num_latents)
+        assert mask.shape == (4, 1, num_queries, num_latents + 6)
+        assert mask.dtype == torch.bool
+        for row, number in itertools.product(range(4), range(num_queries)):
             query = 6 - num_queries + number
             tokens = [key == query or (key < query and bool(real[row, key])) for key in range(6)]
             assert mask[row, 0, number].tolist() == [True] * num_latents + tokens
 
 
-@pytest.mark.parametrize("window", [1, 3, 9])
-@pytest.mark.parametrize("num_queries", [1, 4, 7])
-def test_a_window_is_transformers(num_queries, window):
-    mask = attention_mask(REAL, num_queries, 0, window)
-    expected = sdpa_mask(
-        batch_size=2,
-        q_length=num_queries,
-        kv_length=7,
-        q_offset=7 - num_queries,
-        mask_function=sliding_window_causal_mask_function(window),
-        attention_mask=REAL,
-        allow_is_causal_skip=False,
-    )
-    real = REAL[:, 7 - num_queries :]  # a padded query sees itself here, and nothing there
-    assert torch.equal(mask[:, 0][real], expected[:, 0][real])
-    assert torch.equal(mask[:, 0][~real].sum(-1), torch.ones((~real).sum(), dtype=torch.long))
+def test_a_window_is_transformers():
+    for num_queries, window in itertools.product((1, 4, 7), (1, 3, 9)):
+        mask = attention_mask(REAL, num_queries, 0, window)
+        expected = sdpa_mask(
+            batch_size=2,
+            q_length=num_queries,
+            kv_length=7,
+            q_offset=7 - num_queries,
+            mask_function=sliding_window_causal_mask_function(window),
+            attention_mask=REAL,
+            allow_is_causal_skip=False,
+        )
+        real = REAL[:, 7 - num_queries :]  # a padded query sees itself here, and nothing there
+        assert torch.equal(mask[:, 0][real], expected[:, 0][real])
+        assert torch.equal(mask[:, 0][~real].sum(-1), torch.ones((~real).sum(), dtype=torch.long))
 
 
 def attention(**changes):
@@ -112,8 +110,7 @@ def by_the_formula(layer, options, x, real, rotary_dim, window):
     return out
 
 
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("rotary_dim", [8, 4])
+@pytest.mark.parametrize(("rotary_dim", "window"), [(8, None), (4, 3)])
 @pytest.mark.parametrize("options", OPTIONS, ids=named)
 def test_attention_is_its_formula_whole_and_from_a_cache(options, rotary_dim, window):
     layer = attention(**options)
@@ -170,20 +167,16 @@ def test_attention_is_that_of_transformers_models(family):
     torch.testing.assert_close(layer(x, rotary, mask), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "rotary_dim", "most"),
-    [
+def test_each_option_adds_so_many_operators():
+    for options, rotary_dim, most in (
         ({}, 8, 29),
         ({"qk_norm": "head"}, 8, 33),
         ({"qk_norm": "full"}, 8, 33),
         ({"attention_bias": True, "attention_out_bias": True}, 8, 33),
         ({}, 4, 31),
-    ],
-    ids=["plain", "qk_norm head", "qk_norm full", "biases", "partial rotary"],
-)
-def test_each_option_adds_so_many_operators(options, rotary_dim, most):
-    operators = operators_of(attention(num_latent_tokens=0, **options), rotary_dim)
-    assert sum(operators.calls.values()) <= most, operators.calls
+    ):
+        operators = operators_of(attention(num_latent_tokens=0, **options), rotary_dim)
+        assert sum(operators.calls.values()) <= most, (options, operators.calls)
 
 
 def rotary_of(length, num_latents=3, dtype=torch.float64):
@@ -212,77 +205,24 @@ def test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(devic
         assert_near(found.grad, expected.grad, dtype, name)
 
 
-@pytest.mark.parametrize("num_latents", [0, 3])
-def test_attention_without_a_mask_is_attention_with_a_mask_of_no_padding(num_latents):
-    layer = attention(num_latent_tokens=num_latents)
-    x = torch.randn(2, 5, 24, dtype=torch.float64)
-    mask = attention_mask(torch.ones(2, 5, dtype=torch.bool), 5, num_latents)
-    rotary = rotary_of(5, num_latents)
-    torch.testing.assert_close(layer(x, rotary), layer(x, rotary, mask), rtol=0, atol=1e-12)
+def test_attention_without_a_mask_is_attention_with_a_mask_of_no_padding():
+    for num_latents in (0, 3):
+        layer = attention(num_latent_tokens=num_latents)
+        x = torch.randn(2, 5, 24, dtype=torch.float64)
+        mask = attention_mask(torch.ones(2, 5, dtype=torch.bool), 5, num_latents)
+        rotary = rotary_of(5, num_latents)
+        torch.testing.assert_close(layer(x, rotary), layer(x, rotary, mask), rtol=0, atol=1e-12)
 
 
-def test_the_first_token_sees_itself_and_every_latent_and_no_later_token():
-    layer = attention()
-    x = torch.randn(1, 5, 24, dtype=torch.float64, requires_grad=True)
-    layer(x, rotary_of(5))[0, 0].sum().backward()
-    assert x.grad[0, 0].abs().min() > 0
-    assert x.grad[0, 1:].abs().max() == 0
-    assert layer.latents.grad.abs().min() > 0
-
-
-def test_latents_are_not_rotated():
-    layer = attention()
-    x = torch.randn(1, 1, 24, dtype=torch.float64)  # the one token stands at angle 0, so nothing here is rotated
-    keys = torch.cat((layer.latents @ layer.k_proj.weight.T, x[0] @ layer.k_proj.weight.T)).view(4, 2, 8)
-    values = torch.cat((layer.latents @ layer.v_proj.weight.T, x[0] @ layer.v_proj.weight.T)).view(4, 2, 8)
-    query = (x[0, 0] @ layer.q_proj.weight.T).view(6, 8)
-    heads = []
-    for head in range(6):
-        shared = head // 3
-        heads.append(torch.softmax(keys[:, shared] @ query[head] / 8**0.5, 0) @ values[:, shared])
-    torch.testing.assert_close(layer(x, rotary_of(1))[0, 0], layer.o_proj.weight @ torch.cat(heads))
-
-
-def test_a_cache_returns_everything_appended_in_order():
+def test_a_cache_returns_everything_appended_in_order_from_the_memory_of_its_first_append():
     torch.manual_seed(0)
-    parts = [(torch.randn(2, 3, new, 4), torch.randn(2, 3, new, 4)) for new in (5, 1, 2)]
-    cache = LayerCache(capacity=10)
+    parts = [(torch.randn(2, 3, new, 6), torch.randn(2, 3, new, 4)) for new in (5, 1, 2)]
+    cache, first = LayerCache(capacity=10), None
     assert cache.length == 0
     for count, part in enumerate(parts, start=1):
         key, value = cache.append(*part)
         assert torch.equal(key, torch.cat([key for key, _ in parts[:count]], dim=2))
         assert torch.equal(value, torch.cat([value for _, value in parts[:count]], dim=2))
         assert cache.length == key.shape[2]
-
-
-def test_a_cache_holds_keys_and_values_of_different_widths():
-    torch.manual_seed(0)
-    parts = [(torch.randn(2, 3, new, 6), torch.randn(2, 3, new, 4)) for new in (5, 1)]
-    cache = LayerCache(capacity=10)
-    for part in parts:
-        found = cache.append(*part)
-    for one, pieces in zip(found, zip(*parts, strict=True), strict=True):
-        assert torch.equal(one, torch.cat(pieces, dim=2))
-
-
-def test_a_cache_stays_in_the_memory_of_its_first_append():
-    cache = LayerCache(capacity=7)
-    first, _ = cache.append(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2))  # two latents and one token
-    for _ in range(3):
-        key, _ = cache.append(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
-    assert cache.length == 6
-    assert key.data_ptr() == first.data_ptr()
-
-
-def test_a_cache_takes_the_latents_once():
-    layer = attention()
-    cache = LayerCache(capacity=7)
-    cos, sin = rotary_of(4)
-    x = torch.randn(1, 4, 24, dtype=torch.float64)
-    for token in range(4):
-        part = slice(token, token + 1)
-        mask = attention_mask(torch.ones(1, token + 1, dtype=torch.bool), 1, 3)
-        rotated = slice(0 if token == 0 else 3 + token, 3 + token + 1)  # the latents come with the first token
-        out = layer(x[:, part], (cos[:, rotated], sin[:, rotated]), mask, cache)
-        assert cache.length == 3 + token + 1
-    torch.testing.assert_close(out[:, 0], layer(x, rotary_of(4))[:, 3], rtol=0, atol=1e-12)
+        first = first or key.data_ptr()
+        assert key.data_ptr() == first

@@ -4,8 +4,7 @@ import torch
 from megamoe.model.dropout import Dropout
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.93])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("p", "dtype"), [(0.05, torch.bfloat16), (0.5, torch.float32), (0.93, torch.float32)])
 def test_dropout_drops_the_share_it_says_evenly_over_places_and_scales_the_rest(p, dtype):
     torch.manual_seed(0)
     x = torch.ones(4000, 101, dtype=dtype)  # 101: rows do not begin at a new draw

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import megamoe.model.loss
-from megamoe.config import load_preset
 from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_cross_entropy, chunked_head_loss, loss_chunk
 
 
@@ -18,14 +17,6 @@ def head(dtype, tokens=14, hidden=6, vocab=11, device="cpu"):
     labels = torch.randint(vocab, (tokens,), generator=generator)
     labels[[0, 1, 9]] = -100
     return *(tensor.to(device, dtype).requires_grad_() for tensor in draw), labels.to(device)
-
-
-def plain(hidden, weight, labels, scale=1.0):
-    """Loss and gradients by torch, in float64."""
-    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
-    loss = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100)
-    (loss * scale).backward()
-    return loss, hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize(("on_cpu", "most"), [(True, CPU_LOGITS), (False, GPU_LOGITS)])
@@ -38,43 +29,57 @@ def test_chunks_are_as_few_as_the_bytes_of_their_logits_allow_and_equally_long(o
             assert len(lengths) == 1 or 4 * vocab_size * math.ceil(tokens / (len(lengths) - 1)) > most
             assert max(lengths) - min(lengths) < len(lengths)
     assert loss_chunk(10, 2**40, on_cpu) == 1  # not even one token's fit
+    assert loss_chunk(8192, 49_152, on_cpu) == (512 if on_cpu else 4096)  # of moe-680m
     assert loss_chunk(0, 300, on_cpu) > 0
 
 
-def test_moe_680m_has_chunks_of_512_tokens_on_a_cpu_and_eight_times_as_many_on_a_gpu():
-    vocab_size = load_preset("moe-680m").vocab_size
-    assert [loss_chunk(tokens, vocab_size, True) for tokens in (2048, 8192)] == [512, 512]
-    assert [loss_chunk(tokens, vocab_size, False) for tokens in (2048, 8192, 16_384)] == [2048, 4096, 4096]
+def plain_parts(hidden, weight, labels, coefficient, scale=1.0):
+    """Cross-entropy, z-loss and the gradients of their weighted sum by torch, in float64."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    logits = hidden @ weight.T
+    cross_entropy = F.cross_entropy(logits, labels, ignore_index=-100)
+    z_loss = logits[labels != -100].exp().sum(-1).log().square().mean() if coefficient else 0 * cross_entropy
+    ((cross_entropy + coefficient * z_loss) * scale).backward()
+    return cross_entropy.detach(), z_loss.detach(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 14, 512])
-def test_loss_and_gradients_are_those_of_all_logits_at_once(chunk, monkeypatch):
-    monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_: chunk)
-    hidden, weight, labels = head(torch.float64)
-    loss = chunked_cross_entropy(hidden, weight, labels)
-    (loss * 3).backward()
-    torch.testing.assert_close((loss, hidden.grad, weight.grad), plain(hidden, weight, labels, 3), rtol=1e-12, atol=0)
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, monkeypatch):
+    for chunk in (1, 5, 14, 512):
+        monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_, chunk=chunk: chunk)
+        hidden, weight, labels = head(torch.float64)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient)
+        (loss.total * 3).backward()
+        exact = plain_parts(hidden, weight, labels, coefficient, 3)
+        found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(loss.total.detach(), exact[0] + coefficient * exact[1])
+        assert not loss.cross_entropy.requires_grad
+        assert not loss.z_loss.requires_grad
 
 
 @pytest.mark.parametrize(
     ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str
 )
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_loss_is_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, dtype, rtol):
-    hidden, weight, labels = head(dtype, device=device)
-    loss = chunked_cross_entropy(hidden, weight, labels)
-    loss.backward()
-    assert (loss.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32, dtype, dtype)
-    for one, exact in zip((loss, hidden.grad, weight.grad), plain(hidden, weight, labels), strict=True):
-        assert (one - exact).norm() <= rtol * exact.norm()
+def test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, dtype, rtol):
+    for coefficient in (0.0, 0.1):
+        hidden, weight, labels = head(dtype, device=device)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient)
+        loss.total.backward()
+        assert [part.dtype for part in loss] == [torch.float32] * 3
+        assert hidden.grad.dtype == weight.grad.dtype == dtype
+        found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
+        for one, exact in zip(found, plain_parts(hidden, weight, labels, coefficient), strict=True):
+            assert (one - exact).norm() <= rtol * exact.norm()
 
 
 def test_a_loss_scale_keeps_fp16_gradients_that_are_below_its_smallest_number():
     hidden, weight, labels = head(torch.float16)
     factor = 2.0**-24  # alone, these gradients would be zeros in fp16
     (chunked_cross_entropy(hidden, weight, labels) * factor * 2.0**16).backward()
-    expected = plain(hidden, weight, labels, factor * 2.0**16)
-    for one, exact in zip((hidden.grad, weight.grad), expected[1:], strict=True):
+    expected = plain_parts(hidden, weight, labels, 0.0, factor * 2.0**16)
+    for one, exact in zip((hidden.grad, weight.grad), expected[2:], strict=True):
         assert (one - exact).norm() <= 0.01 * exact.norm()
 
 
@@ -87,12 +92,13 @@ def test_no_label_at_all_gives_a_loss_of_0_and_zero_gradients(device):
     assert hidden.grad.abs().max() == weight.grad.abs().max() == 0
 
 
-def test_fp16_keeps_the_small_gradients_of_a_large_vocabulary():
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
+def test_fp16_keeps_the_small_gradients_of_a_large_vocabulary(coefficient):
     hidden, weight, labels = head(torch.float16, tokens=10, vocab=50_000)
     with torch.no_grad():
         weight *= 0.1  # every entry near 1 / 50,000
-    (chunked_cross_entropy(hidden, weight, labels) * 2.0**12).backward()
-    _, _, exact = plain(hidden, weight, labels, 2.0**12)
+    (chunked_head_loss(hidden, weight, labels, coefficient).total * 2.0**12).backward()
+    exact = plain_parts(hidden, weight, labels, coefficient, 2.0**12)[3]
     unseen = torch.ones(50_000, dtype=torch.bool)
     unseen[labels[labels >= 0]] = False
     assert (weight.grad[unseen] - exact[unseen]).norm() <= 2e-3 * exact[unseen].norm()
@@ -103,7 +109,7 @@ def test_where_no_gradient_is_asked_for_none_is_computed(monkeypatch):
     hidden, weight, labels = head(torch.float64)
     with torch.no_grad():
         loss = chunked_cross_entropy(hidden, weight, labels)
-    torch.testing.assert_close(loss, plain(hidden, weight, labels)[0].detach())
+    torch.testing.assert_close(loss, plain_parts(hidden, weight, labels, 0.0)[0])
 
 
 def test_never_are_more_logits_held_than_those_of_a_chunk(monkeypatch):
@@ -120,60 +126,6 @@ def test_never_are_more_logits_held_than_those_of_a_chunk(monkeypatch):
     with Sizes():
         chunked_cross_entropy(hidden, weight, labels).backward()
     assert max(seen) == 4 * 64
-
-
-# --- with the z-loss -------------------------------------------------------------------------------------------------
-
-
-def plain_parts(hidden, weight, labels, coefficient, scale=1.0):
-    """Cross-entropy, z-loss and the gradients of their weighted sum by torch, in float64."""
-    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
-    logits = hidden @ weight.T
-    cross_entropy = F.cross_entropy(logits, labels, ignore_index=-100)
-    z_loss = logits[labels != -100].exp().sum(-1).log().square().mean()
-    ((cross_entropy + coefficient * z_loss) * scale).backward()
-    return cross_entropy, z_loss, hidden.grad, weight.grad
-
-
-@pytest.mark.parametrize("coefficient", [1e-4, 0.5])
-@pytest.mark.parametrize("chunk", [1, 5, 14, 512])
-def test_the_z_loss_and_its_share_of_the_gradients_are_those_of_all_logits_at_once(chunk, coefficient, monkeypatch):
-    monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_: chunk)
-    hidden, weight, labels = head(torch.float64)
-    loss = chunked_head_loss(hidden, weight, labels, coefficient)
-    (loss.total * 3).backward()
-    exact = [tensor.detach() for tensor in plain_parts(hidden, weight, labels, coefficient, 3)]
-    found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
-    torch.testing.assert_close(found, tuple(exact), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(loss.total.detach(), exact[0] + coefficient * exact[1])
-    assert not loss.cross_entropy.requires_grad
-    assert not loss.z_loss.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str
-)
-@pytest.mark.parametrize("device", DEVICES)
-def test_parts_are_fp32_and_gradients_have_their_dtype_with_the_z_loss_too(device, dtype, rtol):
-    hidden, weight, labels = head(dtype, device=device)
-    loss = chunked_head_loss(hidden, weight, labels, 0.1)
-    loss.total.backward()
-    assert [part.dtype for part in loss] == [torch.float32] * 3
-    assert hidden.grad.dtype == weight.grad.dtype == dtype
-    found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
-    for one, exact in zip(found, plain_parts(hidden, weight, labels, 0.1), strict=True):
-        assert (one - exact).norm() <= rtol * exact.norm()
-
-
-def test_fp16_keeps_the_small_gradients_of_the_z_loss():
-    hidden, weight, labels = head(torch.float16, tokens=10, vocab=50_000)
-    with torch.no_grad():
-        weight *= 0.1
-    (chunked_head_loss(hidden, weight, labels, 1e-2).total * 2.0**12).backward()
-    exact = plain_parts(hidden, weight, labels, 1e-2, 2.0**12)[3]
-    unseen = torch.ones(50_000, dtype=torch.bool)
-    unseen[labels[labels >= 0]] = False
-    assert (weight.grad[unseen] - exact[unseen]).norm() <= 2e-3 * exact[unseen].norm()
 
 
 def test_the_z_loss_makes_no_tensor_of_the_size_of_the_logits_more():
