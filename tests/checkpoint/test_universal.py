@@ -41,7 +41,7 @@ def train_and_save(folder, make_engine, config):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """For each of TRAINED (out, checkpoint, config, losses): made of a checkpoint that 4 ranks x ep_size 2 have saved at
+    """For each of TRAINED (out, checkpoint, config, losses): made of what 4 ranks x ep_size 2 have saved at
     step 3, with the losses of the 4 steps after."""
     return {form: make_universal(tmp_path_factory.mktemp("universal"), form) for form in TRAINED}
 
