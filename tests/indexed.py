@@ -25,24 +25,24 @@ KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 RANKS = 2
 
 
-def values(name, kind, seed=0):
+def values(name, kind, seed=0, shapes=SHAPES):
     """What `write` puts there, flat."""
-    generator = torch.Generator().manual_seed(1000 * seed + 10 * [*SHAPES, BIAS].index(name) + len(kind))
-    return torch.randn(torch.Size(SHAPES.get(name, (4,))).numel(), generator=generator)
+    generator = torch.Generator().manual_seed(1000 * seed + 10 * [*shapes, BIAS].index(name) + len(kind))
+    return torch.randn(torch.Size(shapes.get(name, (4,))).numel(), generator=generator)
 
 
-def write(checkpoint: Path, seed=0, run_id=None) -> Index:
+def write(checkpoint: Path, seed=0, run_id=None, shapes=SHAPES) -> Index:
     """Save it as two ranks do that share each parameter; returns its index."""
     checkpoint.mkdir(parents=True)
     save_id = f"{seed:032x}"
     files = {}
     for rank in range(RANKS):
-        pieces = [(name, range(*span), KINDS) for name in SHAPES if (span := _span(name, rank))]
+        pieces = [(name, _span(shape, rank), KINDS) for name, shape in shapes.items()]
         if rank == 0:
             pieces.append((BIAS, range(4), ("buffer",)))
         file = f"rank_{rank:05d}.safetensors"
         flat = {
-            f"{kind}/{name}": values(name, kind, seed)[span.start : span.stop]
+            f"{kind}/{name}": values(name, kind, seed, shapes)[span.start : span.stop]
             for name, span, kinds in pieces
             for kind in kinds
         }
@@ -72,17 +72,17 @@ def write(checkpoint: Path, seed=0, run_id=None) -> Index:
             name="adamw", state=list(KINDS[1:]), step=2.0, step_dtype="float32", groups=[{"lr": 0.1}]
         ),
         run={"preset": "made up"},
-        shapes={**{name: list(shape) for name, shape in SHAPES.items()}, BIAS: [4]},
+        shapes={**{name: list(shape) for name, shape in shapes.items()}, BIAS: [4]},
         files=files,
     )  # fmt: skip
     write_index(checkpoint, index)
     return index
 
 
-def _span(name, rank):
-    count = len(values(name, "fp32"))
+def _span(shape, rank):
+    count = torch.Size(shape).numel()
     middle = 2 * count // 3
-    return (0, middle) if rank == 0 else (middle, count)
+    return range(middle) if rank == 0 else range(middle, count)
 
 
 def flip_bit(path: Path, byte: int, bit: int = 0) -> None:

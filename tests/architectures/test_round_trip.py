@@ -15,7 +15,7 @@ from megamoe.architectures.table import ARCHITECTURES
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.model.generation import generate
 
-STEPS = 20
+STEPS = 10
 
 
 def first_batch():

@@ -60,9 +60,9 @@ def test_the_newest_comes_first_by_generation_and_then_by_step(tmp_path):
     assert folders.checkpoints(tmp_path / "nothing") == []
 
 
-@pytest.mark.parametrize(("last", "complete"), [("index.json", True), ("manifest.json", True), (None, False)])
-def test_a_checkpoint_is_complete_once_its_index_or_its_manifest_is_there(tmp_path, last, complete):
-    assert folders.is_complete(write(tmp_path, "step_1", last)) is complete
+def test_a_checkpoint_is_complete_once_its_index_or_its_manifest_is_there(tmp_path):
+    for step, (last, complete) in enumerate((("index.json", True), ("manifest.json", True), (None, False))):
+        assert folders.is_complete(write(tmp_path, f"step_{step}", last)) is complete
 
 
 def test_what_is_found_at_a_path_is_a_runs_checkpoints_a_folder_of_them_or_the_path_itself(tmp_path):
@@ -96,6 +96,7 @@ def test_a_line_says_what_is_passed_over_and_why(tmp_path):
 def test_cleaning_removes_what_a_save_has_left_and_nothing_else(tmp_path):
     for name, complete in (("step_1", "index.json"), ("step_2", "manifest.json"), ("step_4", None)):
         write(tmp_path, name, complete)
+    (tmp_path / "step_1" / "index.json").write_text("{")  # damaged, but no leftover
     (tmp_path / "step_3").mkdir()  # as DeepSpeed alone writes it
     (tmp_path / "step_3" / "mp_rank_00_model_states.pt").write_bytes(b"x")
     (tmp_path / "step_5").mkdir()
@@ -117,15 +118,20 @@ def test_a_link_to_a_checkpoint_is_removed_alone(tmp_path):
     assert len(list(elsewhere.iterdir())) == 4
 
 
-@pytest.mark.parametrize(
-    ("last", "every", "kept"),
-    [(1, 0, [6]), (2, 0, [5, 6]), (2, 3, [3, 5, 6]), (1, 2, [2, 4, 6]), (9, 1, [1, 2, 3, 4, 5, 6]), (6, 0, None)],
-)
-def test_retention_keeps_the_last_ones_and_every_nth(tmp_path, last, every, kept):
-    for step in range(1, 7):
-        write(tmp_path, f"step_{step}")
-    folders.prune(tmp_path, last, every, is_good=lambda path: True)
-    assert sorted(map(folders.step_of, tmp_path.iterdir())) == (kept or [1, 2, 3, 4, 5, 6])
+def test_retention_keeps_the_last_ones_and_every_nth(tmp_path):
+    everything = [1, 2, 3, 4, 5, 6]
+    for last, every, kept in (
+        (1, 0, [6]),
+        (2, 3, [3, 5, 6]),
+        (1, 2, [2, 4, 6]),
+        (9, 1, everything),
+        (6, 0, everything),
+    ):
+        folder = tmp_path / f"{last} {every}"
+        for step in everything:
+            write(folder, f"step_{step}")
+        folders.prune(folder, last, every, is_good=lambda path: True)
+        assert sorted(map(folders.step_of, folder.iterdir())) == kept
 
 
 def test_retention_keeps_the_newest_good_one_where_the_last_ones_are_not(tmp_path):
@@ -139,12 +145,12 @@ def test_retention_keeps_the_newest_good_one_where_the_last_ones_are_not(tmp_pat
     assert names(tmp_path.iterdir()) == ["step_6"]
 
 
-def test_retention_goes_by_age_and_not_by_step_and_leaves_what_is_not_complete(tmp_path):
-    for name in ("step_50", "step_7.1", "step_8.1"):
+def test_retention_goes_by_age_and_leaves_what_is_not_complete_or_left_behind(tmp_path):
+    for name in ("step_50", "step_60", "step_7.1", "step_8.1"):
         write(tmp_path, name)
     write(tmp_path, "step_9.1", complete=None)  # is being written
-    folders.prune(tmp_path, 2, 0, is_good=lambda path: True)
-    assert sorted(names(tmp_path.iterdir())) == ["step_7.1", "step_8.1", "step_9.1"]
+    folders.prune(tmp_path, 2, 0, is_good=lambda path: True, left_behind=[tmp_path / "step_60"])
+    assert sorted(names(tmp_path.iterdir())) == ["step_60", "step_7.1", "step_8.1", "step_9.1"]
 
 
 def test_a_folder_that_cannot_be_listed_or_an_index_that_cannot_be_read_now_is_no_absent_one(tmp_path, monkeypatch):
@@ -161,19 +167,6 @@ def test_a_folder_that_cannot_be_listed_or_an_index_that_cannot_be_read_now_is_n
             with contextlib.suppress(OSError):
                 folders.clean(tmp_path)
     assert names(folders.checkpoints(tmp_path)) == ["step_1"]
-
-
-def test_a_folder_whose_index_is_damaged_is_not_cleaned_away(tmp_path):
-    write(tmp_path, "step_1")
-    (tmp_path / "step_1" / "index.json").write_text("{")
-    folders.clean(tmp_path)
-    assert names(folders.step_folders(tmp_path)) == ["step_1"]
-
-
-def test_checkpoints_that_are_left_behind_stay_and_do_not_count(tmp_path):
-    paths = [write(tmp_path, name) for name in ("step_1", "step_2", "step_3", "step_2.1")]
-    folders.prune(tmp_path, 2, 0, lambda path: True, left_behind=paths[2:3])
-    assert names(folders.checkpoints(tmp_path)) == ["step_2.1", "step_3", "step_2"]
 
 
 class Killed(BaseException):
@@ -202,8 +195,11 @@ def interrupt(monkeypatch, at, error):
     return raised
 
 
-@pytest.mark.parametrize("error", [Killed(), OSError(errno.EIO, "Input/output error")], ids=["kill", "disk"])
-@pytest.mark.parametrize("complete", [folders.INDEX, folders.MANIFEST])
+@pytest.mark.parametrize(
+    ("error", "complete"),
+    [(Killed(), folders.INDEX), (OSError(errno.EIO, "Input/output error"), folders.MANIFEST)],
+    ids=["kill", "disk"],
+)
 def test_whenever_a_removal_is_cut_off_what_counts_as_a_checkpoint_has_all_of_its_files(
     tmp_path, monkeypatch, error, complete
 ):

@@ -135,34 +135,12 @@ def test_it_does_with_everything_else_that_the_architecture_takes(name, tokenize
     assert largest_difference(LlamaCpp(tmp_path / "m.gguf"), decoder(source, config)) < 1e-4
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_probabilities_in_16_bits_are_within_two_hundredths(name, tokenizer, tmp_path):
-    config = preset(PUBLISHED[name])
+def test_probabilities_in_16_bits_are_within_two_hundredths(tokenizer, tmp_path):
+    config = preset(PUBLISHED["deepseek2"])
     source = RandomSource(config)
     write_gguf(source, tmp_path / "m.gguf", torch.float16, config, tokenizer)
     difference = largest_difference(LlamaCpp(tmp_path / "m.gguf"), decoder(source, config))
     assert 1e-4 < difference < 0.02
-
-
-@pytest.mark.parametrize("name", ["minimax-m2", "glm4moe", "deepseek2"])
-def test_the_balancing_bias_chooses_the_experts_that_run(name, tokenizer, tmp_path):
-    config = preset(PUBLISHED[name])
-    source = RandomSource(config)
-    unbiased = decoder(source, config)
-    for bias in source.buffers.values():
-        bias.copy_(torch.tensor([0.0, 0, 9, 9, 9, 0, 0, 0]))  # whatever a token's scores: these three
-    write_gguf(source, tmp_path / "m.gguf", torch.float32, config, tokenizer)
-    for router in unbiased.routers():
-        router.selection_bias.zero_()
-    llama = LlamaCpp(tmp_path / "m.gguf")
-    assert largest_difference(llama, decoder(source, config)) < 1e-4
-    assert largest_difference(llama, unbiased) > 0.1
-    for parameter, tensor in source.tensors.items():  # what does not run may be anything
-        if ".experts." in parameter and parameter.split(".experts.")[1][0] in "01567":
-            tensor.zero_()
-    write_gguf(source, tmp_path / "zeroed.gguf", torch.float32, config, tokenizer)
-    zeroed = LlamaCpp(tmp_path / "zeroed.gguf")
-    assert all(torch.equal(zeroed.log_probs(IDS[:n], 300), llama.log_probs(IDS[:n], 300)) for n in LENGTHS)
 
 
 def test_matrices_have_the_dtype_and_vectors_router_and_bias_are_fp32(tokenizer, tmp_path):

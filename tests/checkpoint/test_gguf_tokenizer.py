@@ -62,11 +62,6 @@ def test_llama_cpp_tokenises_as_the_library_does(rule, tmp_path):
     llama = LlamaCpp(written(tokenizer, tmp_path))
     for text in (TEXT, TEXT[::-1], TEXT.swapcase(), TEXT.replace("\n", " \n"), "1" * 7, " ", "\n\n"):
         assert llama.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
-
-
-def test_the_end_of_a_text_is_one_token(tmp_path):
-    tokenizer = trained("gpt-2", [TEXT])
-    llama = LlamaCpp(written(tokenizer, tmp_path))
     assert llama.tokenize("be<|endoftext|>") == tokenizer.encode("be<|endoftext|>").ids
     assert llama.tokenize("be<|endoftext|>")[-1] == 0
 
@@ -87,32 +82,16 @@ def test_special_added_and_unused_tokens_are_marked(tmp_path):
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (
-            {"pre_tokenizer": {"type": "ByteLevel", "trim_offsets": True, "add_prefix_space": True, "use_regex": True}},
-            "by another rule",
-        ),
-        (
-            {
-                "pre_tokenizer": {
-                    "type": "ByteLevel",
-                    "trim_offsets": True,
-                    "add_prefix_space": False,
-                    "use_regex": False,
-                }
-            },
-            "by another rule",
-        ),
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path):
+    tokenizer, bytes_alone = trained("gpt-2", [TEXT]), {"type": "ByteLevel", "trim_offsets": True}
+    for changes, words in (
+        ({"pre_tokenizer": bytes_alone | {"add_prefix_space": True, "use_regex": True}}, "by another rule"),
+        ({"pre_tokenizer": bytes_alone | {"add_prefix_space": False, "use_regex": False}}, "by another rule"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "by another rule"),
         ({"pre_tokenizer": None}, "by another rule"),
         ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
-    ],
-    ids=str,
-)
-def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(changes, words, tmp_path):
-    has(refusal(written, trained("gpt-2", [TEXT]), tmp_path, changes), "tokenizer.json", words, "llama.cpp knows")
+    ):
+        has(refusal(written, tokenizer, tmp_path, changes), "tokenizer.json", words, "llama.cpp knows")
     assert not list(tmp_path.glob("*.gguf*"))
 
 

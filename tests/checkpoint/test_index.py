@@ -8,7 +8,7 @@ import random
 import shutil
 
 import pytest
-from indexed import BIAS, KINDS, RANKS, SHAPES, flip_bit, rewrite_index, values, write
+from indexed import BIAS, KINDS, RANKS, SHAPES, flip_bit, rewrite_index, write
 from refusals import has, refusal, refusals, sentences
 
 from megamoe import disk
@@ -50,7 +50,7 @@ def test_an_index_that_exists_is_not_overwritten(checkpoint, saved):
 def test_any_flipped_bit_of_the_index_is_found(checkpoint):
     path, draw = checkpoint / "index.json", random.Random(0)
     whole = path.read_bytes()
-    for byte in [*range(100), *draw.sample(range(len(whole)), 400), len(whole) - 2]:
+    for byte in [*range(0, 100, 3), *draw.sample(range(len(whole)), 100), len(whole) - 2]:
         flip_bit(path, byte, draw.randrange(8))
         has(refusal(read_index, checkpoint), str(path))
         path.write_bytes(whole)
@@ -59,7 +59,7 @@ def test_any_flipped_bit_of_the_index_is_found(checkpoint):
 def test_an_index_of_which_a_part_is_written_is_none(checkpoint):
     path = checkpoint / "index.json"
     whole = path.read_bytes()
-    for length in [*range(0, len(whole) - 2, 97), len(whole) - 2]:
+    for length in [*range(0, len(whole) - 2, 397), len(whole) - 2]:
         path.write_bytes(whole[:length])
         has(refusal(read_index, checkpoint), str(path))
     path.write_bytes(whole[:-1])  # without the line break at its end
@@ -74,15 +74,11 @@ def test_an_index_of_a_later_version_says_what_to_do(checkpoint):
 # --- of its own folder ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", [shutil.copytree, lambda a, b: b.symlink_to(a), lambda a, b: a.rename(b)])
-def test_a_checkpoint_that_is_copied_linked_or_moved_to_another_step_is_refused(checkpoint, tmp_path, way):
-    for name in ("step_6", "step_6.1"):
-        shutil.rmtree(tmp_path / "new", ignore_errors=True)
-        (tmp_path / "new").mkdir()
-        whole = shutil.copytree(checkpoint, tmp_path / f"whole {name}" / "step_3")
-        way(whole, tmp_path / "new" / name)
-        problem = refusal(read_index, tmp_path / "new" / name)
-        has(problem, f"it is of step 3, but its folder is called {name}", "older checkpoint")
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(checkpoint, tmp_path):
+    link = tmp_path / "step_5"
+    link.symlink_to(checkpoint)
+    has(refusal(read_index, link), "it is of step 3, but its folder is called step_5", "older checkpoint")
+    has(refusal(read_index, checkpoint.rename(tmp_path / "step_6.1")), "its folder is called step_6.1")
 
 
 def test_a_checkpoint_is_at_home_in_a_folder_of_another_name_or_in_another_generation(checkpoint, tmp_path, saved):
@@ -92,16 +88,16 @@ def test_a_checkpoint_is_at_home_in_a_folder_of_another_name_or_in_another_gener
         assert read_index(checkpoint) == saved[1]
 
 
-@pytest.mark.parametrize(("of_index", "of_folder"), [("one", "two"), (None, "two"), ("one", None)])
-def test_a_checkpoint_of_another_run_is_refused_in_the_folder_of_a_run(tmp_path, of_index, of_folder):
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_3"
-    write(checkpoint, run_id=of_index)
-    read_index(checkpoint)  # lies in no run's folder
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"run_id": of_folder}))
-    has(refusal(read_index, checkpoint), f"it is of the run {of_index}", f"in the folder of the run {of_folder}")
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"run_id": of_index}))
-    read_index(checkpoint)
-    read_index(shutil.copytree(checkpoint, tmp_path / "elsewhere" / "step_3"))
+def test_a_checkpoint_of_another_run_is_refused_in_the_folder_of_a_run(tmp_path):
+    for of_index, of_folder in (("one", "two"), (None, "two"), ("one", None)):
+        run = tmp_path / f"{of_index} {of_folder}"
+        checkpoint = run / "checkpoints" / "step_3"
+        write(checkpoint, run_id=of_index)
+        read_index(checkpoint)  # lies in no run's folder
+        (run / "run.json").write_text(json.dumps({"run_id": of_folder}))
+        has(refusal(read_index, checkpoint), f"it is of the run {of_index}", f"in the folder of the run {of_folder}")
+        (run / "run.json").write_text(json.dumps({"run_id": of_index}))
+        read_index(checkpoint)
 
 
 # --- without contradictions -----------------------------------------------------------------------------------------
@@ -159,15 +155,17 @@ CONTRADICTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CONTRADICTIONS)
-def test_an_index_that_contradicts_itself_is_refused_with_what_it_says(checkpoint, change):
-    change, says = CONTRADICTIONS[change]
-    rewrite_index(checkpoint, lambda body: change(body) and None)
-    problems = refusals(read_index, checkpoint)
-    assert len(problems) <= 3
-    assert all(str(checkpoint / "index.json") in problem for problem in problems)
-    has(problems[0], says)
-    assert sentences(verify.problems(checkpoint)) == problems
+def test_an_index_that_contradicts_itself_is_refused_with_what_it_says(checkpoint):
+    path = checkpoint / "index.json"
+    original = path.read_bytes()
+    for what, (change, says) in CONTRADICTIONS.items():
+        rewrite_index(checkpoint, lambda body, change=change: change(body) and None)
+        problems = refusals(read_index, checkpoint)
+        assert len(problems) <= 3, what
+        assert all(str(path) in problem for problem in problems), what
+        assert says in problems[0], (what, problems)
+        assert sentences(verify.problems(checkpoint)) == problems
+        path.write_bytes(original)
 
 
 HUGE = [-1, 2**63, 10**400, 1e400, -1e400, float("nan"), 0.5, "1", True, None, [], {}, [[1]], "load", "../x", "\n"]
@@ -233,39 +231,36 @@ def test_a_malformed_index_is_refused_in_sentences_whatever_is_wrong_with_it(che
     draw = random.Random(0)
     original = (checkpoint / "index.json").read_bytes()
     refused = 0
-    for _ in range(1500):
+    for _ in range(500):
         body = json.loads(original)["index"]
         for _ in range(draw.choice([1, 1, 3])):
             mutate(body, draw)
         rewrite_index(checkpoint, lambda _, body=body: body)
         problems = problems_of(use_all, checkpoint)
         refused += bool(sentences(problems))
-    assert 1000 < refused < 1500  # some changes, as of the run's record, are none of its business
+    assert 300 < refused < 500  # some changes, as of the run's record, are none of its business
 
 
-@pytest.mark.parametrize("depth", [100, 900, 960, 980, 990, 1000, 3000, 100_000])
-@pytest.mark.parametrize("where", ["run", "files"])
-def test_an_index_nested_without_end_is_one_sentence_or_read(checkpoint, depth, where):
+def test_an_index_nested_without_end_is_one_sentence_or_read(checkpoint):
     path = checkpoint / "index.json"
     body = json.loads(path.read_text())["index"]
-    body[where] = "HERE"
-    nested = json.dumps(body, sort_keys=True, separators=(",", ":")).replace(
-        '"HERE"', '{"a":' * depth + "1" + "}" * depth
-    )
-    digest = verify.indexed_files.sha256(nested.encode())
-    path.write_text(f'{{"sha256": "{digest}", "index": {nested}}}\n')
-    problems = sentences(problems_of(read_index, checkpoint))
-    assert problems or where == "run"
-    assert not problems or depth > 64 or where == "files"
-    assert all(len(problem) < 1000 for problem in problems)
+    for depth in (60, 100, 960, 980, 990, 1000, 100_000):
+        for where in ("run", "files"):
+            nested = json.dumps({**body, where: "HERE"}, sort_keys=True, separators=(",", ":"))
+            nested = nested.replace('"HERE"', '{"a":' * depth + "1" + "}" * depth)
+            digest = verify.indexed_files.sha256(nested.encode())
+            path.write_text(f'{{"sha256": "{digest}", "index": {nested}}}\n')
+            problems = sentences(problems_of(read_index, checkpoint))
+            assert problems or where == "run"
+            assert not problems or depth > 64 or where == "files"
+            assert all(len(problem) < 1000 for problem in problems)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"null", b'{"index": 1}', b'{"index": {}, "sha256": 1}', b"\xff", b"1" * 9999]
-)
-def test_what_is_no_index_is_one_sentence(checkpoint, content):
-    (checkpoint / "index.json").write_bytes(content)
-    has(refusal(read_index, checkpoint), str(checkpoint / "index.json"))
+def test_what_is_no_index_is_one_sentence(checkpoint):
+    path = checkpoint / "index.json"
+    for content in (b"", b"[]", b"null", b'{"index": 1}', b'{"index": {}, "sha256": 1}', b"\xff", b"1" * 9999):
+        path.write_bytes(content)
+        has(refusal(read_index, checkpoint), str(path))
 
 
 def test_an_index_that_cannot_be_read_now_is_not_called_damaged(checkpoint):
@@ -351,10 +346,3 @@ def test_the_shares_have_every_tensor_of_the_kinds_once_and_no_file_without_one(
         assert all(
             record.slices or file == "zero_to_fp32.py" for share in shares for file, record in share.files.items()
         )
-
-
-def test_what_a_reader_finds_is_what_the_ranks_had(saved):
-    source = IndexedFiles(saved[0], saved[1])
-    for name, shape in SHAPES.items():
-        for kind in KINDS:
-            assert source.read(name, kind, 0, math.prod(shape)).tolist() == values(name, kind).tolist()

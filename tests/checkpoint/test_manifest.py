@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 
-import pytest
 from refusals import has, only, refusal, sentences
 
 from megamoe.checkpoint import manifest
@@ -28,6 +27,7 @@ def problems(checkpoint, *share):
 
 
 def test_a_manifest_has_size_and_sha256_of_every_file(tmp_path):
+    assert manifest.read_manifest(tmp_path) is None
     checkpoint = write(tmp_path / "step_5", layout="universal")
     record = json.loads((checkpoint / "manifest.json").read_text())
     assert (record["step"], record["layout"]) == (5, "universal")
@@ -44,19 +44,17 @@ def test_a_file_of_many_blocks_is_hashed_whole(tmp_path):
     assert manifest.file_record(tmp_path / "x") == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda path: path.unlink(), "is missing"),
-        (lambda path: os.truncate(path, 3), "has 3 bytes, not the 11"),
-        (lambda path: path.write_bytes(b"Xeightsa.pt"), "SHA-256"),
-        (lambda path: (path.unlink(), path.mkdir()), "is missing"),
-    ],
-)
-def test_damage_is_one_sentence_with_the_file(tmp_path, damage, says):
+def test_damage_is_one_sentence_with_the_file(tmp_path):
     checkpoint = write(tmp_path / "step_5")
-    damage(checkpoint / "a.pt")
-    has(only(problems(checkpoint)), str(checkpoint / "a.pt"), says, "older checkpoint")
+    path = checkpoint / "a.pt"
+    for damage, says in (
+        (lambda: path.write_bytes(b"Xeightsa.pt"), "SHA-256"),
+        (lambda: os.truncate(path, 3), "has 3 bytes, not the 11"),
+        (path.unlink, "is missing"),
+        (path.mkdir, "is missing"),
+    ):
+        damage()
+        has(only(problems(checkpoint)), str(path), says, "older checkpoint")
 
 
 def test_the_shares_of_a_verification_cover_every_file_once(tmp_path):
@@ -68,10 +66,6 @@ def test_the_shares_of_a_verification_cover_every_file_once(tmp_path):
     assert sorted(problem for one in found for problem in one) == sorted(problems(checkpoint))
 
 
-def test_a_folder_that_deepspeed_wrote_itself_has_no_manifest(tmp_path):
-    assert manifest.read_manifest(tmp_path) is None
-
-
 def test_a_manifest_under_the_name_of_another_step_is_refused(tmp_path):
     checkpoint = write(tmp_path / "step_5")
     assert manifest.read_manifest(checkpoint.rename(tmp_path / "anything"))["step"] == 5
@@ -79,14 +73,11 @@ def test_a_manifest_under_the_name_of_another_step_is_refused(tmp_path):
     has(refusal(manifest.read_manifest, tmp_path / "step_6"), "is of step 5", "step_6", "older checkpoint")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ['{"files": 1}', '{"files": {"a.pt": {"bytes": 1}}}', '{"files": {"a.pt": 1}}',
-     '{"files": {"a.pt": {"bytes": "1", "sha256": "x"}}}', "{}"],
-)  # fmt: skip
-def test_a_manifest_without_sizes_or_digests_is_refused(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    has(refusal(manifest.read_manifest, tmp_path), "bytes and sha256")
+def test_a_manifest_without_sizes_or_digests_is_refused(tmp_path):
+    for text in ('{"files": 1}', '{"files": {"a.pt": {"bytes": 1}}}', '{"files": {"a.pt": 1}}', "{}",
+                 '{"files": {"a.pt": {"bytes": "1", "sha256": "x"}}}'):  # fmt: skip
+        (tmp_path / "manifest.json").write_text(text)
+        has(refusal(manifest.read_manifest, tmp_path), "bytes and sha256")
 
 
 def test_a_file_that_the_disk_cannot_give_is_a_problem_and_no_trace(tmp_path, monkeypatch):

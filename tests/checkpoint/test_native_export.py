@@ -49,31 +49,27 @@ def write(source, config, out, dtype=torch.float32, **options):
 # --- which class ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["moe-680m", "tiny"])
-def test_latent_tokens_fit_no_class_and_are_named(preset):
-    architecture, sentence = native_class(SimpleNamespace(buffers={}), load_preset(preset))
+def test_latent_tokens_fit_no_class_and_are_named():
+    architecture, sentence = native_class(SimpleNamespace(buffers={}), load_preset("moe-680m"))
     assert architecture is None
     has(sentence, "MixtralForCausalLM is the nearest", "num_latent_tokens", "gated_mlp false")
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "fields"),
-    [
-        ("Mixtral", {"hidden_act": "relu", "n_shared_experts": 1}, ["n_shared_experts 1"]),
-        ("Mixtral", {"layer_types": ["full_attention"] + 2 * ["sliding_attention"]}, ["layer_types"]),
-        ("Qwen3Moe", {"attention_out_bias": False}, ["attention_out_bias false"]),
-        ("Olmoe", {"head_dim": 12}, ["head_dim 12"]),
-        ("Glm4Moe", {"first_k_dense_replace": 0, "mlp_only_layers": [2]}, ["mlp_only_layers [2]"]),
-        ("Glm4Moe", {"n_shared_experts": 0}, ["n_shared_experts 0"]),
-        ("DeepseekV3", {"shared_expert_gate": True}, ["shared_expert_gate true"]),
-        ("MiniMaxM2", {"routed_scaling_factor": 2.0}, ["routed_scaling_factor 2"]),
-    ],
-)
-def test_fields_without_a_place_are_named(model_of, name, changes, fields):
-    _, source, config = model_of(name, **changes)
-    architecture, sentence = native_class(source, config)
-    assert architecture is None
-    has(sentence, f"{name}ForCausalLM is the nearest", *fields)
+def test_fields_without_a_place_are_named(model_of):
+    for name, changes, field in (
+        ("Mixtral", {"hidden_act": "relu", "n_shared_experts": 1}, "n_shared_experts 1"),
+        ("Mixtral", {"layer_types": ["full_attention"] + 2 * ["sliding_attention"]}, "layer_types"),
+        ("Qwen3Moe", {"attention_out_bias": False}, "attention_out_bias false"),
+        ("Olmoe", {"head_dim": 12}, "head_dim 12"),
+        ("Glm4Moe", {"first_k_dense_replace": 0, "mlp_only_layers": [2]}, "mlp_only_layers [2]"),
+        ("Glm4Moe", {"n_shared_experts": 0}, "n_shared_experts 0"),
+        ("DeepseekV3", {"shared_expert_gate": True}, "shared_expert_gate true"),
+        ("MiniMaxM2", {"routed_scaling_factor": 2.0}, "routed_scaling_factor 2"),
+    ):
+        _, source, config = model_of(name, **changes)
+        architecture, sentence = native_class(source, config)
+        assert architecture is None
+        has(sentence, f"{name}ForCausalLM is the nearest", field)
 
 
 def test_a_bias_that_is_zero_fits_the_softmax_classes_and_another_does_not(model_of, tmp_path):
@@ -102,11 +98,10 @@ def run_of(model, batch):
 # --- what is in the files ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["MiniMaxM2", "Glm4Moe", "DeepseekV3"])
-def test_biases_are_fp32_in_a_bf16_file_and_a_model_without_them_has_zeros(model_of, tmp_path, name):
-    for bias in (True, False):
+def test_biases_are_fp32_in_a_bf16_file_and_a_model_without_them_has_zeros(model_of, tmp_path):
+    for name, bias in (("MiniMaxM2", True), ("Glm4Moe", True), ("DeepseekV3", True), ("DeepseekV3", False)):
         model, source, config = model_of(name, 0.1 * bias, router_bias=bias)
-        out = write(source, config, tmp_path / f"out_{bias}", torch.bfloat16)
+        out = write(source, config, tmp_path / f"{name}_{bias}", torch.bfloat16)
         held = load_file(out / "model.safetensors")
         biases = {key: tensor for key, tensor in held.items() if key.endswith("e_score_correction_bias")}
         assert {tensor.dtype for tensor in biases.values()} == {torch.float32}
@@ -177,27 +172,22 @@ def test_multi_token_prediction_is_left_out_unless_it_is_kept(model_of, tmp_path
     assert len(MtpModel.from_pretrained(theirs).layers) == theirs.config.num_nextn_predict_layers == 1
 
 
-@pytest.mark.parametrize("name", native_models.CLASSES)
-def test_a_class_without_a_place_for_multi_token_prediction_leaves_it_out_and_cannot_keep_it(model_of, tmp_path, name):
-    _, source, config = model_of(name, num_nextn_predict_layers=1)
-    held = load_file(write(source, config, tmp_path / "without") / "model.safetensors")
-    assert not any("layers.3." in key or "mtp" in key for key in held)
-    architecture, sentence = native_class(source, config, keep_mtp=True)
-    assert (architecture is None) == (name not in ("Glm4Moe", "DeepseekV3"))
-    if architecture is None:
+def test_a_class_without_a_place_for_multi_token_prediction_leaves_it_out_and_cannot_keep_it(model_of, tmp_path):
+    for name in native_models.CLASSES.keys() - {"Glm4Moe", "DeepseekV3"}:
+        _, source, config = model_of(name, num_nextn_predict_layers=1)
+        held = load_file(write(source, config, tmp_path / name) / "model.safetensors")
+        assert not any("layers.3." in key or "mtp" in key for key in held)
+        architecture, sentence = native_class(source, config, keep_mtp=True)
+        assert architecture is None
         has(sentence, f"{name}ForCausalLM", "num_nextn_predict_layers", "--keep_mtp")
 
 
-@pytest.mark.parametrize("name", native_models.CLASSES)
-def test_no_key_of_a_tiny_model_has_the_value_that_it_has_where_it_is_missing(name):
-    values = native_models.COMMON | native_models.CLASSES[name]
-    architecture = ARCHITECTURES[f"{name}ForCausalLM"]
-    exempt = {"tie_word_embeddings", AUX_LOSS}  # true in three classes; training alone
-    exempt |= {"num_key_value_heads", "head_dim"} if name in ("Olmoe", "DeepseekV3") else set()
-    for key, one in architecture.keys.items():
-        if key not in exempt:
-            assert values.get(key, values.get(one.alias, one.default)) != one.default, key
-
-
-def test_every_architecture_has_a_tiny_model():
+def test_every_architecture_has_a_tiny_model_in_which_no_key_has_the_value_that_it_has_where_it_is_missing():
     assert {f"{name}ForCausalLM" for name in native_models.CLASSES} == ARCHITECTURES.keys()
+    for name, own in native_models.CLASSES.items():
+        values = native_models.COMMON | own
+        exempt = {"tie_word_embeddings", AUX_LOSS}  # true in three classes; training alone
+        exempt |= {"num_key_value_heads", "head_dim"} if name in ("Olmoe", "DeepseekV3") else set()
+        for key, one in ARCHITECTURES[f"{name}ForCausalLM"].keys.items():
+            if key not in exempt:
+                assert values.get(key, values.get(one.alias, one.default)) != one.default, (name, key)

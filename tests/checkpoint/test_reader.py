@@ -156,25 +156,24 @@ def write_index(folder, state):
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}'.replace("'", '"'))
 
 
-@pytest.mark.parametrize("form", ["pt", "safetensors", "index", "tied head"])
-def test_plain_weights_of_every_form_load_into_a_model(tmp_path, form):
-    state, path = weights(), tmp_path
-    if form == "pt":
-        torch.save(state, path := tmp_path / "w.pt")
-    elif form == "safetensors":
-        save_file(state, path := tmp_path / "w.safetensors")
-    elif form == "tied head":
-        torch.save({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, tmp_path / "pytorch_model.bin")
-    else:
-        write_index(tmp_path, state)
-    source = open_source(path)
-    assert isinstance(source, PlainFiles)
-    assert model_problems(source, CONFIG, "it") == []
-    model = Decoder(CONFIG)
-    load_weights(model, source, torch.float32)
-    loaded = plain_state(model)
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+def test_plain_weights_of_every_form_load_into_a_model(tmp_path):
+    state = weights()
+    folders = [tmp_path / name for name in ("tied", "index")]
+    for folder in folders:
+        folder.mkdir()
+    torch.save(state, tmp_path / "w.pt")
+    save_file(state, tmp_path / "w.safetensors")
+    torch.save({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, folders[0] / "pytorch_model.bin")
+    write_index(folders[1], state)
+    for path in (tmp_path / "w.pt", tmp_path / "w.safetensors", *folders):
+        source = open_source(path)
+        assert isinstance(source, PlainFiles)
+        assert model_problems(source, CONFIG, "it") == []
+        model = Decoder(CONFIG)
+        load_weights(model, source, torch.float32)
+        loaded = plain_state(model)
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items()), path
 
 
 def test_a_shard_that_the_index_names_and_is_missing_is_named(tmp_path):
@@ -200,11 +199,11 @@ def test_a_head_that_equals_the_embedding_is_a_head_of_its_own_where_the_model_h
         assert model_problems(source, CONFIG.model_copy(update={"tie_word_embeddings": tied}), "it") == []
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
-def test_an_index_without_a_map_is_one_sentence(tmp_path, index):
+def test_an_index_without_a_map_is_one_sentence(tmp_path):
     write_index(tmp_path, weights())
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    has(refusal(open_source, tmp_path), "has no weight_map")
+    for index in ("{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(index)
+        has(refusal(open_source, tmp_path), "has no weight_map")
 
 
 def test_a_head_of_its_own_is_read_and_does_not_fit_a_model_that_ties_it(tmp_path):
@@ -239,30 +238,27 @@ def test_weights_load_in_the_dtype_asked_for_and_router_statistics_in_fp32(run_d
 # --- another model --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "fields"),
-    [
-        ({"hidden_size": 64}, ["hidden_size 32, not 64"]),
-        ({"vocab_size": 100}, ["vocab_size 96, not 100"]),
-        ({"intermediate_size": 50}, ["intermediate_size 48, not 50"]),
-        ({"num_hidden_layers": 3}, ["num_hidden_layers 2, not 3"]),
-        ({"num_hidden_layers": 1}, ["num_hidden_layers 2, not 1"]),
-        ({"num_local_experts": 8}, ["num_local_experts 4, not 8"]),
-        ({"num_local_experts": 2}, ["num_local_experts 4, not 2"]),
-        ({"num_latent_tokens": 0}, ["with num_latent_tokens, not without it"]),
-        ({"num_key_value_heads": 4}, ["num_key_value_heads x head_dim 16, not 32"]),
-        ({"gated_mlp": True}, ["gated_mlp false, not true"]),
-        ({"vocab_size": 1, "intermediate_size": 2}, ["vocab_size 96, not 1;", "intermediate_size 48, not 2;"]),
-    ],
-    ids=str,
-)
-def test_a_checkpoint_of_another_shape_is_refused_with_each_field_that_differs(run_dir, changes, fields):
+SHAPES = [
+    ({"hidden_size": 64}, ["hidden_size 32, not 64"]),
+    ({"num_hidden_layers": 3}, ["num_hidden_layers 2, not 3"]),
+    ({"num_hidden_layers": 1}, ["num_hidden_layers 2, not 1"]),
+    ({"num_local_experts": 8}, ["num_local_experts 4, not 8"]),
+    ({"num_local_experts": 2}, ["num_local_experts 4, not 2"]),
+    ({"num_latent_tokens": 0}, ["with num_latent_tokens, not without it"]),
+    ({"num_key_value_heads": 4}, ["num_key_value_heads x head_dim 16, not 32"]),
+    ({"gated_mlp": True}, ["gated_mlp false, not true"]),
+    ({"vocab_size": 1, "intermediate_size": 2}, ["vocab_size 96, not 1;", "intermediate_size 48, not 2;"]),
+]
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_each_field_that_differs(run_dir):
     source = open_source(run_dir / "checkpoints" / "step_4")
     assert model_problems(source, ModelConfig(**PRESET), "step_4") == []
-    problems = model_problems(source, ModelConfig(**{**PRESET, **changes}), "step_4")
-    assert len(problems) == len(fields)
-    for problem, field in zip(problems, fields, strict=True):
-        has(problem, "step_4 was made with", field)
+    for changes, fields in SHAPES:
+        problems = model_problems(source, ModelConfig(**{**PRESET, **changes}), "step_4")
+        assert len(problems) == len(fields)
+        for problem, field in zip(problems, fields, strict=True):
+            has(problem, "step_4 was made with", field)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
@@ -278,17 +274,14 @@ def source_of(config):
     return SimpleNamespace(shapes=shapes, buffers={name: one for name, one in state.items() if is_buffer(name)})
 
 
-@pytest.mark.parametrize(
-    ("made", "wanted", "words"),
-    [
+def test_parts_that_a_model_has_or_has_not_are_named_by_their_fields():
+    for made, wanted, words in (
         ({}, {"num_nextn_predict_layers": 1}, ["without num_nextn_predict_layers, not with it"]),
         ({"first_k_dense_replace": 1}, {}, ["dense blocks [0], not []", "first_k_dense_replace"]),
         ({"mlp_only_layers": [1]}, {"mlp_only_layers": [0]}, ["dense blocks [1], not [0]", "mlp_only_layers"]),
-    ],
-)
-def test_parts_that_a_model_has_or_has_not_are_named_by_their_fields(made, wanted, words):
-    source = source_of(ModelConfig(**PRESET, **made))
-    has(only(model_problems(source, ModelConfig(**PRESET, **wanted), "it")), "it was made", *words, "preset")
+    ):
+        source = source_of(ModelConfig(**PRESET, **made))
+        has(only(model_problems(source, ModelConfig(**PRESET, **wanted), "it")), "it was made", *words, "preset")
 
 
 def test_a_balancing_bias_that_the_model_has_no_place_for_is_refused_unless_it_is_zero():

@@ -22,35 +22,44 @@ from megamoe.checkpoint.index import BUFFER, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.reader import load_buffers, open_source, run_record
 from megamoe.checkpoint.universal import write_universal
+from megamoe.model.decoder import Decoder
 from megamoe.optimizers import MASTERS
 
-TRAINED = {"form 1": (make_for_deepspeed, CONFIG), "form 2": (make, CONFIG), "form 2, gated": (make, GATED)}
+TRAINED = {"form 1": (make_for_deepspeed, CONFIG), "form 2": (make, GATED)}
 
 
 def train_and_save(folder, make_engine, config):
-    """Save at step 3, in form 1 what DeepSpeed can save; returns the losses of the five steps that follow."""
+    """Save at step 3, in form 1 what DeepSpeed can save; returns the losses of the four steps that follow."""
     engine = make_engine(2, config=config)
     train(engine, 3)
     if make_engine is make_for_deepspeed:
         engine.save_checkpoint(str(folder), tag="step_3")
     else:
         save(engine, folder, 3)
-    return train(engine, 5, 3)
+    return train(engine, 4, 3)
 
 
-@pytest.fixture(scope="module", params=TRAINED)
-def universal(request, tmp_path_factory):
-    """(out, checkpoint, config, losses): made of a checkpoint that 4 ranks x ep_size 2 have saved at step 3, with the
-    losses of the 5 steps after."""
-    folder = tmp_path_factory.mktemp("universal")
-    make_engine, config = TRAINED[request.param]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """For each of TRAINED (out, checkpoint, config, losses): made of what 4 ranks x ep_size 2 have saved at
+    step 3, with the losses of the 4 steps after."""
+    return {form: make_universal(tmp_path_factory.mktemp("universal"), form) for form in TRAINED}
+
+
+def make_universal(folder, form):
+    make_engine, config = TRAINED[form]
     losses = run_ranks(4, train_and_save, folder, make_engine, config)[0]
     checkpoint, out = folder / "step_3", folder / "out" / "step_3"
-    if request.param == "form 1":
+    if form == "form 1":
         seal(checkpoint, {"model": config.model_dump()})
     write_universal(open_source(checkpoint, open_files=1), run_record(checkpoint), out)
     (out.parent / "latest_universal").write_text("step_3")
     return out, checkpoint, config, losses
+
+
+@pytest.fixture(params=TRAINED)
+def universal(made, request):
+    return made[request.param]
 
 
 def test_the_universal_layout_holds_the_same_state_and_a_manifest_that_verifies(universal):
@@ -66,7 +75,7 @@ def test_the_universal_layout_holds_the_same_state_and_a_manifest_that_verifies(
 
 def test_it_has_a_folder_for_each_parameter_of_an_engine_that_holds_all_experts_with_deepspeeds_marks(universal):
     out, _, config, _ = universal
-    shapes = run_ranks(1, shapes_of_engine, config)[0]
+    shapes = {name: one.shape for name, one in Decoder(config).named_parameters()}  # as one rank alone has it
     assert {path.name for path in (out / "zero").iterdir() if path.is_dir()} == shapes.keys()
     # fp32, two moments and step of each; beside them the main file, that of the optimizer and the record.
     assert len(manifest.read_manifest(out)["files"]) == len(shapes) * 4 + 3
@@ -77,11 +86,9 @@ def test_it_has_a_folder_for_each_parameter_of_an_engine_that_holds_all_experts_
             assert saved == ({"is_expert_param": True, "ep_num_experts": EXPERTS} if len(shape) == 3 else {})
 
 
-def shapes_of_engine(config):
-    return {name: one.shape for name, one in make(1, config=config).module.named_parameters()}
-
-
-@pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("universal", "ranks", "ep_size"), [("form 1", 1, 1), ("form 2", 2, 2)], indirect=["universal"]
+)
 def test_the_universal_layout_goes_on_at_any_ep_size(universal, ranks, ep_size):
     out, _, config, losses = universal
     _, resumed = run_ranks(ranks, load_and_train_as, config, out, ep_size)[0]
@@ -89,7 +96,7 @@ def test_the_universal_layout_goes_on_at_any_ep_size(universal, ranks, ep_size):
 
 
 def load_and_train_as(config, checkpoint, ep_size):
-    return load_and_train(checkpoint, ep_size, steps=5, config=config)
+    return load_and_train(checkpoint, ep_size, steps=4, config=config)
 
 
 def one_folder_per_expert(universal, out):
@@ -109,14 +116,12 @@ def one_folder_per_expert(universal, out):
     return out
 
 
-@pytest.mark.parametrize("universal", ["form 2"], indirect=True)
+@pytest.mark.parametrize("universal", ["form 1"], indirect=True)
 def test_one_with_a_folder_for_each_expert_as_versions_before_wrote_it_is_read(universal, tmp_path):
-    out, checkpoint, config, losses = universal
+    out, checkpoint, _, _ = universal
     before = one_folder_per_expert(out, tmp_path / "step_3")
     assert len(list((before / "zero").glob("*.deepspeed_experts.*"))) == 2 * 2 * EXPERTS
     same_state(checkpoint, before)
-    _, resumed = run_ranks(2, load_and_train_as, config, before, 2)[0]
-    torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
 
 
 # --- DeepSpeed's own loader -----------------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ SPLIT = "megamoe.training.engine.split_params_into_different_moe_groups_for_opti
 
 
 def load_by_deepspeed(folder, checkpoint, config, ep_size, most):
-    """What this rank then holds, compared with `checkpoint`; returns the rates, and the losses of five more steps.
+    """What this rank then holds, compared with `checkpoint`; returns the rates, and the losses of four more steps.
 
     Args:
         most: elements in a group of experts.
@@ -148,13 +153,14 @@ def load_by_deepspeed(folder, checkpoint, config, ep_size, most):
     kinds = {kind for piece in state.slices for kind in piece.tensors}
     load_buffers(engine.module, source)  # DeepSpeed restores none from it
     names = [group["name"] for group in engine.optimizer.param_groups]
-    return kinds - {BUFFER}, names, engine.get_lr(), train(engine, 5, engine.global_steps)
+    return kinds - {BUFFER}, names, engine.get_lr(), train(engine, 4, engine.global_steps)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "ep_size", "most"),
-    [(1, 1, 2**27), (2, 2, 2**27), (4, 4, 2**27), (1, 1, 25_000)],
-    ids=["1", "2", "4", "1, with more groups than were saved"],
+    ("universal", "ranks", "ep_size", "most"),
+    [("form 1", 2, 2, 2**27), ("form 1", 1, 1, 25_000), ("form 2", 4, 4, 2**27), ("form 2", 1, 1, 2**27)],
+    ids=["form 1, 2", "form 1, 1, with more groups than were saved", "form 2, 4", "form 2, 1"],
+    indirect=["universal"],
 )
 def test_deepspeeds_own_universal_loader_gives_every_rank_its_experts_to_the_bit(universal, ranks, ep_size, most):
     out, checkpoint, config, losses = universal
@@ -171,6 +177,7 @@ def test_deepspeeds_own_universal_loader_gives_every_rank_its_experts_to_the_bit
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("universal", ["form 2"], indirect=True)
 def test_a_damaged_universal_checkpoint_is_found(universal, tmp_path):
     checkpoint = shutil.copytree(universal[0], tmp_path / "step_3")
     path = next((checkpoint / "zero").glob("*/exp_avg.pt"))

@@ -57,26 +57,24 @@ def with_attribute(name, value):
     return scaler
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "kind"),
-    [
-        ("cur_scale", LossScaler(1.0), "LossScaler"),  # an object of another allowed class
-        ("mine", LossScaler, "type"),  # something to call
-        ("mine", [1.0], "list"),
-        ("mine", {"x": fragment_address(1, 2)}, "dict"),
-        ("update_scale", 1.0, "float"),  # hides a method
-        ("__class__", "x", "str"),
-        ("loss_scale", 1.0, "float"),  # hides a property
-    ],
-)
-@pytest.mark.parametrize(
-    "place", [lambda x: x, lambda x: {"a": [(1, {"b": x})]}, lambda x: {x: 1}, lambda x: OrderedDict(a=x)]
-)
-def test_an_object_with_an_attribute_that_its_class_does_not_give_it_is_refused(tmp_path, name, value, kind, place):
-    torch.save(place(with_attribute(name, value)), tmp_path / "x.pt")
-    torch.load(tmp_path / "x.pt", weights_only=False)
-    problem = refusal(safe_load, tmp_path / "x.pt")
-    has(problem, str(tmp_path / "x.pt"), f"a DynamicLossScaler with {name!r} as a {kind}", "do not open it")
+# What a scaler is given, and where it lies in the file.
+ATTRIBUTES = [
+    ("cur_scale", LossScaler(1.0), "LossScaler", lambda x: x),  # an object of another allowed class
+    ("mine", LossScaler, "type", lambda x: {"a": [(1, {"b": x})]}),  # something to call
+    ("mine", [1.0], "list", lambda x: {x: 1}),
+    ("mine", {"x": fragment_address(1, 2)}, "dict", lambda x: OrderedDict(a=x)),
+    ("update_scale", 1.0, "float", lambda x: x),  # hides a method
+    ("__class__", "x", "str", lambda x: {"a": [(1, {"b": x})]}),
+    ("loss_scale", 1.0, "float", lambda x: {x: 1}),  # hides a property
+]
+
+
+def test_an_object_with_an_attribute_that_its_class_does_not_give_it_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    for name, value, kind, place in ATTRIBUTES:
+        torch.save(place(with_attribute(name, value)), path)
+        torch.load(path, weights_only=False)
+        has(refusal(safe_load, path), str(path), f"a DynamicLossScaler with {name!r} as a {kind}", "do not open it")
 
 
 def test_a_value_that_holds_itself_is_opened(tmp_path):
@@ -103,7 +101,7 @@ def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(tmp_p
     path, draw = tmp_path / "x.pt", random.Random(0)
     start = whole.index(b"optimizer_state_dict") - 20
     refused = 0
-    for _ in range(300):
+    for _ in range(100):
         data = bytearray(whole)
         data[start + draw.randrange(4000)] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
@@ -112,7 +110,7 @@ def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(tmp_p
         except UserError as error:
             refused += 1
             has(only(error.problems), str(path))
-    assert refused > 100
+    assert refused > 30
 
 
 def test_a_missing_file_is_named(tmp_path):

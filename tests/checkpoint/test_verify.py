@@ -1,6 +1,5 @@
 """One check for every form: is a checkpoint what was saved, and does a folder without index or manifest count?"""
 
-import json
 import shutil
 
 import pytest
@@ -66,10 +65,6 @@ def test_what_lies_under_the_name_of_another_step_is_found(checkpoint):
     assert verify.problems(checkpoint.rename(checkpoint.with_name("step_3.1"))) == []
 
 
-def test_a_path_without_anything_is_said_to_be_so(tmp_path):
-    has(only_problem(tmp_path / "step_3"), f"{tmp_path / 'step_3'} does not exist")
-
-
 # --- without index and manifest -------------------------------------------------------------------------------------
 
 
@@ -83,6 +78,7 @@ def test_a_folder_of_a_run_without_index_or_manifest_was_not_saved_completely(tm
 
 
 def test_a_rank_s_file_alone_was_not_saved_completely_wherever_it_lies(tmp_path):
+    has(only_problem(tmp_path / "x"), f"{tmp_path / 'x'} does not exist")
     write(tmp_path / "x")
     (tmp_path / "x" / "index.json").unlink()
     has(only_problem(tmp_path / "x"), "was not saved completely")
@@ -92,10 +88,7 @@ def test_what_megamoe_has_not_written_cannot_be_verified_and_is_taken_as_it_is(t
     (tmp_path / "weights.pt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "weights.pt"):
         assert verify.problems(path) == []
-
-
-def test_a_run_folder_without_checkpoints_is_no_incomplete_checkpoint(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")  # a run folder without checkpoints is no incomplete one
     assert verify.problems(tmp_path) == []
 
 
@@ -105,8 +98,8 @@ def test_a_run_whose_record_is_torn_is_one_sentence(tmp_path):
     has(only_problem(tmp_path / "run" / "checkpoints" / "step_3"), str(tmp_path / "run" / "run.json"), "not valid JSON")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"files": 1}', "[" * 100_000, json.dumps({"files": {"a": {"bytes": 1}}})])
-def test_a_manifest_that_is_none_is_one_sentence(tmp_path, text):
+def test_a_manifest_that_is_none_is_one_sentence(tmp_path):
     checkpoint = shutil.copytree(BEFORE, tmp_path / "x")
-    (checkpoint / "manifest.json").write_text(text)
-    has(only_problem(checkpoint), str(checkpoint / "manifest.json"))
+    for text in ("{", "[]", '{"files": 1}', "[" * 100_000):
+        (checkpoint / "manifest.json").write_text(text)
+        has(only_problem(checkpoint), str(checkpoint / "manifest.json"))

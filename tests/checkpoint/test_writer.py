@@ -1,10 +1,11 @@
 """Saving over real ranks: alongside training, and into trouble."""
 
-import time
+import threading
 
+import psutil
 import pytest
 import torch.distributed as dist
-from engines import make, same_state, train, train_and_save, writer_for
+from engines import make, same_state, save, train, train_and_save, writer_for
 from ranks import run_ranks
 
 from megamoe.checkpoint import folders, slice_file, verify
@@ -12,57 +13,58 @@ from megamoe.checkpoint import writer as writer_module
 from megamoe.checkpoint.host_copy import HostCopy
 from megamoe.checkpoint.index import read_index
 
-
-def train_while_saving(folder, ep_size, background):
-    """Save after steps 2 and 4, training on at once, with a copy that takes longer than a step's forward pass."""
-    real = HostCopy.take
-
-    def slow(self, *args):
-        time.sleep(0.5)
-        return real(self, *args)
-
-    engine = make(ep_size)
-    writer = writer_for(engine, folder, background=background)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostCopy, "take", slow)
-        for step in (2, 4):
-            train(engine, 2, step - 2, writer)
-            writer.save(step)
-        train(engine, 3, 4, writer)  # everything changes while the thread writes
-        assert writer.complete()
-    assert not writer.pending
+LONG = 300  # seconds, after which a hang ends
 
 
-@pytest.fixture(scope="module")
-def saved_alone(tmp_path_factory):
-    """Checkpoints of two runs that end at steps 2 and 4."""
-    folder = tmp_path_factory.mktemp("alone")
+def train_while_saving(folder):
+    """Save after steps 2 and 4: once while nothing else happens; once training on at once, with a copy that takes
+    longer than a step's forward and backward pass; once without a copy."""
+    engine = make(2)
     for step in (2, 4):
-        run_ranks(2, train_and_save, folder / str(step), 2, 2, step)
-    return folder
+        train(engine, 2, step - 2)
+        save(engine, folder / f"alone {step}", step)
+    waits = threading.Event()  # set once training waits for the copy, or without one for the file
+    for background in (True, False):
+        engine = make(2)
+        writer = writer_for(engine, folder / f"background {background}", background=background, waiting=waits.set)
+        late, name = (HostCopy, "take") if background else (writer_module.CheckpointWriter, "_write_file")
+        real = getattr(late, name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(late, name, lambda *args, real=real: (waits.wait(LONG), real(*args))[1])
+            for step in (2, 4):
+                train(engine, 2, step - 2, writer)
+                if writer.pending:
+                    assert writer.complete()
+                waits.clear()
+                writer.save(step)
+            train(engine, 3, 4, writer)  # everything changes while the thread writes
+            assert writer.complete()
+        assert not writer.pending
 
 
-@pytest.mark.parametrize("background", [True, False])
-def test_a_checkpoint_holds_the_state_at_its_step_though_training_went_on(tmp_path, saved_alone, background):
-    run_ranks(2, train_while_saving, tmp_path, 2, background)
+def test_a_checkpoint_holds_the_state_at_its_step_though_training_went_on(tmp_path):
+    run_ranks(2, train_while_saving, tmp_path)
     for step in (2, 4):
-        same_state(saved_alone / str(step) / f"step_{step}", tmp_path / f"step_{step}")
+        for background in (True, False):
+            found = tmp_path / f"background {background}" / f"step_{step}"
+            same_state(tmp_path / f"alone {step}" / f"step_{step}", found)
 
 
 def save_without_room(folder):
-    import psutil
-
+    """Whether the thread that saves was done when training went on: it may not read what the next step changes."""
     engine = make(1)
     train(engine, 1)
     memory = psutil.virtual_memory()._replace(available=1000)
     writer = writer_for(engine, folder)
-    real_write, written = writer._write_file, []
-    writer._write_file = lambda *work: (time.sleep(0.3), real_write(*work), written.append(True))[1]
+    real_write, written, waited = writer._write_file, [], threading.Event()
+    writer._write_file = lambda *work: (waited.wait(LONG), real_write(*work), written.append(True))[1]
+    writer._waiting = waited.set
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: memory)
         writer.save(1)
         writer.before_update()
-        thread_is_done = bool(written)  # it may not read what the next step changes
+        thread_is_done = bool(written)
+        waited.set()
         train(engine, 1, 1)
         assert writer.complete()
     return thread_is_done
@@ -74,36 +76,6 @@ def test_where_memory_has_no_room_for_a_copy_the_save_is_waited_for(tmp_path):
     same_state(tmp_path / "b" / "step_1", tmp_path / "a" / "step_1")
 
 
-def full(*args):
-    raise OSError(28, "No space left on device")
-
-
-def save_with_a_full_disk_on_rank_1(folder):
-    """Step 1 is saved; at step 2 rank 1's disk is full; step 3 is saved. Returns what `complete` said."""
-    engine = make(2)
-    writer = writer_for(engine, folder)
-    outcomes = []
-    for step in (1, 2, 3):
-        train(engine, 1, step - 1)
-        with pytest.MonkeyPatch.context() as patch:
-            if step == 2 and dist.get_rank() == 1:
-                patch.setattr(slice_file, "_write", full)
-            writer.save(step)
-            train(engine, 0)
-            outcomes.append(writer.complete())
-        dist.barrier()
-        outcomes.append(sorted(path.name for path in folder.iterdir()))
-    return outcomes
-
-
-def test_a_save_that_fails_on_one_rank_leaves_the_older_checkpoint_and_training_goes_on(tmp_path):
-    first, second = run_ranks(2, save_with_a_full_disk_on_rank_1, tmp_path / "checkpoints")
-    assert first == second
-    assert first == [True, ["latest", "step_1"], False, ["latest", "step_1"], True, ["latest", "step_1", "step_3"]]
-    for name in ("step_1", "step_3"):
-        assert verify.problems(tmp_path / "checkpoints" / name) == []
-
-
 def fail(*args, **kwargs):
     raise OSError(30, "Read-only file system")
 
@@ -112,55 +84,55 @@ def fail_without_words(*args, **kwargs):
     raise MemoryError
 
 
+def full(*args):
+    raise OSError(28, "No space left on device")
+
+
+def as_a_stranger(self, checkpoint, save_id, *rest):
+    """A part of another save, as of a process that has outlived its run."""
+    return REAL_WRITE(self, checkpoint, "0" * 32, *rest)
+
+
+REAL_WRITE = writer_module.CheckpointWriter._write_file
+# What goes wrong on which rank, and whether there is a checkpoint all the same: cleaning fails only where there is
+# something to clean; that old ones cannot be removed is no failed save.
 TROUBLE = [
-    (writer_module, "write_index", 0, fail),
-    (folders, "clean", 0, fail),
-    (writer_module, "write_tensors", 1, fail_without_words),
-    (folders, "prune", 0, fail),
-    (HostCopy, "take", 1, fail),
-    (writer_module, "_add_script", 0, fail),
+    (writer_module, "write_index", 0, fail, False),
+    (folders, "clean", 0, fail, True),
+    (writer_module, "write_tensors", 1, fail_without_words, False),
+    (folders, "prune", 0, fail, True),
+    (HostCopy, "take", 1, fail, False),
+    (writer_module, "_add_script", 0, fail, False),
+    (slice_file, "_write", 1, full, False),
+    (writer_module.CheckpointWriter, "_write_file", 1, as_a_stranger, False),
 ]
 
 
 def save_in_trouble(folder):
-    """Whether each of these saves is a checkpoint; all ranks come to the end, whatever happens on one of them."""
+    """Whether each of these saves is a checkpoint, and what then lies in the folder; training goes on after each."""
     engine = make(2)
-    train(engine, 1)
     outcomes = []
-    for step, (owner, name, rank, trouble) in enumerate(TROUBLE):
+    for step, (owner, name, rank, trouble, _) in enumerate(TROUBLE):
+        train(engine, 1, step)
         writer = writer_for(engine, folder, keep_last=1)
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == rank:
                 patch.setattr(owner, name, trouble)
             writer.save(step)
-            outcomes.append(writer.complete())
+            saved = writer.complete()
+        dist.barrier()
+        outcomes.append((saved, sorted(path.name for path in folder.iterdir())))
+        dist.barrier()
     return outcomes
 
 
-def test_no_failure_on_one_rank_hangs_the_others_or_makes_a_checkpoint_of_less(tmp_path):
-    outcomes = run_ranks(2, save_in_trouble, tmp_path / "checkpoints")
-    # Cleaning fails only where there is something to clean; that old ones cannot be removed is no failed save.
-    assert outcomes == [[False, True, False, True, False, False]] * 2
-    left = folders.step_folders(tmp_path / "checkpoints")
-    assert [folders.step_of(path) for path in left] == [3, 1]
-    assert all(verify.problems(path) == [] for path in left)
-
-
-def save_with_a_stranger(folder):
-    """Rank 1's part comes from another save, as of a process that has outlived its run."""
-    engine = make(1)
-    train(engine, 1)
-    writer = writer_for(engine, folder)
-    if dist.get_rank() == 1:
-        real = writer._write_file
-        writer._write_file = lambda checkpoint, save_id, *rest: real(checkpoint, "0" * 32, *rest)
-    writer.save(1, hold=True)
-    return writer.complete()
-
-
-def test_a_file_of_another_save_is_not_committed(tmp_path, capfd):
-    assert run_ranks(2, save_with_a_stranger, tmp_path / "checkpoints") == [False, False]
-    assert folders.step_folders(tmp_path / "checkpoints") == []
+def test_a_save_that_fails_on_one_rank_hangs_no_other_and_leaves_the_older_checkpoint_alone(tmp_path):
+    outcomes, others = run_ranks(2, save_in_trouble, tmp_path / "checkpoints")
+    assert outcomes == others
+    assert [saved for saved, _ in outcomes] == [is_saved for *_, is_saved in TROUBLE]
+    after_1, after_3 = ["latest", "step_1"], ["latest", "step_1", "step_3.1"]
+    assert [left for _, left in outcomes] == [[], after_1, after_1, *[after_3] * 5]
+    assert all(verify.problems(path) == [] for path in folders.step_folders(tmp_path / "checkpoints"))
 
 
 def go_back_and_save(folder):

@@ -92,27 +92,22 @@ def test_the_configurations_together_change_every_field():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_logits_are_the_decoders_with_padding_and_cache(exported, attn_implementation):
+def test_logits_and_text_are_the_decoders_with_padding_and_with_every_cache(exported):
     folder, decoder = exported
-    model = load(folder, attn_implementation=attn_implementation)
-    expected = decoder(IDS, attention_mask=LEFT)
+    expected, whole = decoder(IDS, attention_mask=LEFT), decoder(IDS)
     assert expected.std() > 0.3
-    close(model(IDS, attention_mask=LEFT).logits[LEFT], expected[LEFT])
-    close(model(IDS).logits, decoder(IDS))
-    cache = cache_of(model(IDS[:, :20], attention_mask=LEFT[:, :20], use_cache=True))
-    for end in range(21, 25):
-        outputs = model(IDS[:, end - 1 : end], attention_mask=LEFT[:, :end], past_key_values=cache)
-        close(outputs.logits[:, 0], expected[:, end - 1])
-
-
-@torch.no_grad()
-def test_static_and_dynamic_caches_give_the_text_without_a_cache(exported):
-    model = load(exported[0])
+    for attn_implementation in ("eager", "sdpa"):
+        model = load(folder, attn_implementation=attn_implementation)
+        close(model(IDS, attention_mask=LEFT).logits[LEFT], expected[LEFT])
+        close(model(IDS).logits, whole)
+        cache = cache_of(model(IDS[:, :20], attention_mask=LEFT[:, :20], use_cache=True))
+        for end in range(21, 25):
+            outputs = model(IDS[:, end - 1 : end], attention_mask=LEFT[:, :end], past_key_values=cache)
+            close(outputs.logits[:, 0], expected[:, end - 1])
     options = {"attention_mask": LEFT.long(), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(IDS, use_cache=False, **options)
+    text = model.generate(IDS, use_cache=False, **options)
     for cache in ("static", "dynamic"):
-        assert torch.equal(model.generate(IDS, cache_implementation=cache, **options), expected), cache
+        assert torch.equal(model.generate(IDS, cache_implementation=cache, **options), text), cache
 
 
 def test_training_under_autocast_gives_every_weight_a_gradient(exported):
@@ -157,17 +152,17 @@ def test_every_field_of_the_written_configuration_matters(exported, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keep_mtp", [False, True])
-def test_multi_token_prediction_is_left_out_unless_asked_for(tmp_path, keep_mtp):
-    config = ModelConfig(**SHAPE, num_nextn_predict_layers=1)
-    decoder = random_decoder(config)
-    folder = export(decoder, tmp_path / "hf", keep_mtp=keep_mtp)
-    names = load_file(folder / "model.safetensors").keys()
-    assert any(name.startswith(MTP) for name in names) == keep_mtp
-    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == int(keep_mtp)
-    model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    close(model.eval()(IDS).logits, decoder(IDS))
-    assert not found["unexpected_keys"]  # nor a warning of them
+def test_multi_token_prediction_is_left_out_unless_asked_for(tmp_path):
+    decoder = random_decoder(ModelConfig(**SHAPE, num_nextn_predict_layers=1))
+    expected = decoder(IDS)
+    for keep_mtp in (False, True):
+        folder = export(decoder, tmp_path / f"hf_{keep_mtp}", keep_mtp=keep_mtp)
+        names = load_file(folder / "model.safetensors").keys()
+        assert any(name.startswith(MTP) for name in names) == keep_mtp
+        assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == int(keep_mtp)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        close(model.eval()(IDS).logits, expected)
+        assert not found["unexpected_keys"]  # nor a warning of them
 
 
 def test_the_model_imports_every_file_that_goes_with_it():

