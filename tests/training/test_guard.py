@@ -142,7 +142,7 @@ def test_under_warn_a_climb_is_said_once():
     assert "with --guard act the run would go back" in line
 
 
-@pytest.mark.parametrize("at", [3, 51, 52, 110])
+@pytest.mark.parametrize("at", [3, 52, 110])
 def test_a_restored_guard_takes_the_decisions_of_one_that_went_on(at):
     one = Guard(settings("act"))
     other, decisions = None, []

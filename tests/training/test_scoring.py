@@ -23,9 +23,9 @@ def all_windows(length, stride):
     return [window for owner, ids in enumerate(texts()) for window in windows_of(ids, BEFORE, length, stride, owner)]
 
 
-@pytest.mark.parametrize(("length", "stride"), [(8, 8), (8, 3), (8, 1), (5, 4), (64, 64), (64, 1)])
-def test_every_token_is_predicted_once_with_what_stands_before_it(length, stride):
-    for total in (1, 7, 8, 9, 23):
+@pytest.mark.parametrize("total", [1, 8, 9, 23])
+def test_every_token_is_predicted_once_with_what_stands_before_it(total):
+    for length, stride in ((8, 8), (8, 3), (8, 1), (64, 64), (64, 1)):
         check_windows(length, stride, total)
 
 
