@@ -110,7 +110,7 @@ class Worker:
 
 
 class NotJoined(AssertionError):
-    """The ranks have formed no group, and called nothing."""
+    """The ranks have formed no group: that of all, before they called anything, or one of DeepSpeed's."""
 
 
 class RankPool:
@@ -120,37 +120,36 @@ class RankPool:
         self.device = device
         self.workers: list[Worker] = []
 
+    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        return self._tried(lambda: _collect(self._start(world_size, function, args)))
+
     def start(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Worker]:
         """The workers that call the function, in a group that has formed."""
+        return self._tried(lambda: self._start(world_size, function, args))
+
+    def _tried(self, call: Callable[[], Any]) -> Any:
         for left in reversed(range(TRIES)):
             try:
-                self._form(world_size, function, args)
-                break
-            except NotJoined:
+                return call()
+            except BaseException as error:
                 self.end()
-                if not left:
+                if not left or not isinstance(error, NotJoined):
                     raise
-        for worker in self.workers[:world_size]:
-            worker.pipe.send_bytes(b"go on")
-        return self.workers[:world_size]
 
-    def _form(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _start(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Worker]:
         if any(worker.calls == CALLS for worker in self.workers):
             self.end()
         while len(self.workers) < world_size:
             self.workers.append(_start_worker(self.device))
+        workers = self.workers[:world_size]
         with _hold_port() as held:
-            for worker, environment in zip(self.workers, _environments(world_size, held), strict=False):
+            for worker, environment in zip(workers, _environments(world_size, held), strict=True):
                 worker.calls += 1
                 worker.pipe.send_bytes(pickle.dumps((environment, function, args)))
-            _collect(self.workers[:world_size])
-
-    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
-        try:
-            return _collect(self.start(world_size, function, args))
-        except BaseException:
-            self.end()
-            raise
+            _collect(workers)
+        for worker in workers:
+            worker.pipe.send_bytes(b"all have joined")
+        return workers
 
     def end(self) -> None:
         for worker in self.workers:
@@ -253,7 +252,8 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
             result = _call_in_group(pipe, function, args) if environment else function(*args)
             pipe.send_bytes(pickle.dumps((result, None, None)))
         except BaseException as error:
-            failure = NotJoined if isinstance(error, NotJoined) else None
+            is_refused = isinstance(error, NotJoined) or "connectFullMesh failed" in str(error)
+            failure = NotJoined if is_refused else None
             pipe.send_bytes(pickle.dumps((None, traceback.format_exc(), failure)))
             os._exit(1)
         faulthandler.cancel_dump_traceback_later()
@@ -278,7 +278,7 @@ def _call_in_group(pipe: connection.Connection, function: Callable[..., Any], ar
         raise NotJoined from error
     try:
         pipe.send_bytes(pickle.dumps((None, None, None)))
-        pipe.recv_bytes()  # all have joined
+        pipe.recv_bytes()  # that all have joined
         return function(*args)
     finally:
         deepspeed.comm.destroy_process_group()  # with the expert groups that DeepSpeed keeps

@@ -80,6 +80,17 @@ def test_ranks_that_cannot_join_at_their_port_try_again_at_another(monkeypatch):
             run_ranks(1, dist.get_rank)
 
 
+def refused_at_first(folder):
+    if dist.get_rank() == 1 and not (folder / "again").exists():
+        (folder / "again").touch()
+        raise RuntimeError("Gloo connectFullMesh failed with ... Connection refused")
+    return (folder / "again").exists()
+
+
+def test_a_call_whose_further_groups_do_not_form_is_repeated(tmp_path):
+    assert run_ranks(2, refused_at_first, tmp_path)[1]
+
+
 def test_the_system_gives_a_held_port_to_nobody_but_a_server_that_shares_it():
     with ranks._hold_port() as held, socket.socket() as other, socket.socket() as server:
         with pytest.raises(OSError, match="in use"):
