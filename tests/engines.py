@@ -21,11 +21,6 @@ GATED = CONFIG.model_copy(update={"gated_mlp": True})
 EXPERTS = CONFIG.num_local_experts
 BATCH = 8  # samples a step, whatever the ranks
 
-CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
-GATED = CONFIG.model_copy(update={"gated_mlp": True})
-EXPERTS = CONFIG.num_local_experts
-BATCH = 8  # samples a step, whatever the ranks
-
 
 class OneWeight(nn.Module):
     """A loss whose gradient is its input."""

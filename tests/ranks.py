@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -26,7 +27,8 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from megamoe.launch.network import free_port
+from megamoe import hardware
+from megamoe.errors import PeerError
 from megamoe.launch.stopping import REQUESTS
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
@@ -47,6 +49,7 @@ _contexts["cpu"].set_forkserver_preload(
 )
 TIMEOUT = 480  # seconds: a hang is a failure; an operator that DeepSpeed compiles first takes minutes on busy cores
 GRACE = 20  # seconds for the other ranks to fail once one has
+TRIES = 3  # to form a group: on a busy host gloo may be refused a connection
 CALLS = 30  # that a process serves: an engine that is gone leaves threads and files of its groups behind
 
 
@@ -71,15 +74,15 @@ def run_new_ranks(world_size: int, function: Callable[..., Any], *args: Any, dev
 def start_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
     """Start `function(*args)` on every rank of a new gloo group of new processes, for the caller to kill."""
     pool = RankPool()
-    pool.send(world_size, function, args)
-    return [worker.process for worker in pool.workers]
+    return [worker.process for worker in pool.start(world_size, function, args)]
 
 
 def start_processes(
     world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu"
 ) -> list[BaseProcess]:
     """Start `function(*args)` in new processes with the environment of ranks, for the function to join them."""
-    return [_start(device, _as_rank, environment, function, args) for environment in _environments(world_size)]
+    _held.append(held := _hold_port())  # to the end: nobody says when rank 0 listens
+    return [_start(device, _as_rank, environment, function, args) for environment in _environments(world_size, held)]
 
 
 def this_device() -> torch.device:
@@ -106,6 +109,10 @@ class Worker:
     calls: int = 0
 
 
+class NotJoined(AssertionError):
+    """The ranks have formed no group: that of all, before they called anything, or one of DeepSpeed's."""
+
+
 class RankPool:
     """Processes that serve as ranks. Those of a call that failed are not used again."""
 
@@ -113,22 +120,36 @@ class RankPool:
         self.device = device
         self.workers: list[Worker] = []
 
-    def send(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        return self._tried(lambda: _collect(self._start(world_size, function, args)))
+
+    def start(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Worker]:
+        """The workers that call the function, in a group that has formed."""
+        return self._tried(lambda: self._start(world_size, function, args))
+
+    def _tried(self, call: Callable[[], Any]) -> Any:
+        for left in reversed(range(TRIES)):
+            try:
+                return call()
+            except BaseException as error:
+                self.end()
+                if not left or not isinstance(error, NotJoined):
+                    raise
+
+    def _start(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Worker]:
         if any(worker.calls == CALLS for worker in self.workers):
             self.end()
         while len(self.workers) < world_size:
             self.workers.append(_start_worker(self.device))
-        for worker, environment in zip(self.workers, _environments(world_size), strict=False):
-            worker.calls += 1
-            worker.pipe.send_bytes(pickle.dumps((environment, function, args)))
-
-    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
-        try:
-            self.send(world_size, function, args)
-            return _collect(self.workers[:world_size])
-        except BaseException:
-            self.end()
-            raise
+        workers = self.workers[:world_size]
+        with _hold_port() as held:
+            for worker, environment in zip(workers, _environments(world_size, held), strict=True):
+                worker.calls += 1
+                worker.pipe.send_bytes(pickle.dumps((environment, function, args)))
+            _collect(workers)
+        for worker in workers:
+            worker.pipe.send_bytes(b"all have joined")
+        return workers
 
     def end(self) -> None:
         for worker in self.workers:
@@ -137,9 +158,17 @@ class RankPool:
         self.workers = []
 
 
-def _environments(world_size: int) -> list[dict[str, str]]:
+def _hold_port() -> socket.socket:
+    """A socket with a port at which rank 0 can listen, and which the system gives to nobody else until it is closed."""
+    held = socket.socket()
+    held.bind(("", 0))
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so may torch's store, next to one that does not listen
+    return held
+
+
+def _environments(world_size: int, held: socket.socket) -> list[dict[str, str]]:
     """What a launcher sets for each rank."""
-    port = str(free_port())
+    port = str(held.getsockname()[1])
     return [
         {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
@@ -149,6 +178,7 @@ def _environments(world_size: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+_held: list[socket.socket] = []
 _pools = {device: RankPool(device) for device in _contexts}
 for _pool in _pools.values():
     atexit.register(_pool.end)
@@ -172,16 +202,17 @@ def _start_worker(device: str = "cpu") -> Worker:
 
 
 def _collect(workers: list[Worker]) -> list[Any]:
-    """The results by rank. Raises AssertionError with what the failed ranks say."""
+    """What each rank gives next. Raises AssertionError, or NotJoined, with what the failed ranks say."""
     waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
     results: list[Any] = [None] * len(workers)
-    errors = []
+    errors, failure = [], AssertionError
     until = time.monotonic() + TIMEOUT
     while waiting and time.monotonic() < until:
         for pipe in connection.wait(list(waiting), until - time.monotonic()):
             rank = waiting.pop(pipe)
             try:
-                results[rank], error = pickle.loads(pipe.recv_bytes())
+                results[rank], error, failed = pickle.loads(pipe.recv_bytes())
+                failure = failed or failure
             except (EOFError, ConnectionError):
                 workers[rank].process.join()
                 error = f"exit code {workers[rank].process.exitcode}"
@@ -191,16 +222,23 @@ def _collect(workers: list[Worker]) -> list[Any]:
     for rank in waiting.values():
         trace = workers[rank].trace
         errors.append(f"rank {rank} hangs: {os.read(trace.fileno(), 2**16).decode() if trace.poll() else ''}")
-    assert not errors, "\n".join(errors)
+    if errors:
+        raise failure("\n".join(errors))
     return results
 
 
 # --- in the process of a rank ---------------------------------------------------------------------------------------
 
 
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    # A run measures the peak of its MFU, which in bf16 takes an older CPU half a minute per rank.
+    hardware.SMALLEST_SQUARE = 32
+
+
 def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
     """Run what comes through the pipe until it is closed. A call that fails is the last one."""
-    torch.set_num_threads(1)
+    _prepare()
     gc.freeze()  # what the server has imported stays, and need not be looked through after every call
     state = _State()
     while True:
@@ -211,10 +249,12 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
         faulthandler.dump_traceback_later(TIMEOUT - 20, file=trace.fileno())
         try:
             os.environ.update(environment)
-            result = _call_in_group(function, args) if environment else function(*args)
-            pipe.send_bytes(pickle.dumps((result, None)))
-        except BaseException:
-            pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
+            result = _call_in_group(pipe, function, args) if environment else function(*args)
+            pipe.send_bytes(pickle.dumps((result, None, None)))
+        except BaseException as error:
+            is_refused = isinstance(error, NotJoined) or "connectFullMesh failed" in str(error)
+            failure = NotJoined if is_refused else None
+            pipe.send_bytes(pickle.dumps((None, traceback.format_exc(), failure)))
             os._exit(1)
         faulthandler.cancel_dump_traceback_later()
         del result, function, args
@@ -222,18 +262,23 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
 
 
 def _as_rank(environment: dict[str, str], function: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
+    _prepare()
     os.environ.update(environment)
     function(*args)
 
 
-def _call_in_group(function: Callable[..., Any], args: Any) -> Any:
+def _call_in_group(pipe: connection.Connection, function: Callable[..., Any], args: Any) -> Any:
     import deepspeed.comm
 
     from megamoe.training.distributed import init_distributed
 
-    init_distributed()
     try:
+        init_distributed()
+    except (RuntimeError, PeerError) as error:
+        raise NotJoined from error
+    try:
+        pipe.send_bytes(pickle.dumps((None, None, None)))
+        pipe.recv_bytes()  # that all have joined
         return function(*args)
     finally:
         deepspeed.comm.destroy_process_group()  # with the expert groups that DeepSpeed keeps

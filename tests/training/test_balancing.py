@@ -19,7 +19,6 @@ from megamoe.training.step import balancer_of, build_train_step
 
 CONFIG = ModelConfig(**PRESET, router_bias_rate=0.01)
 QUANTILE = ModelConfig(**PRESET, router_bias_rule="quantile")
-SCORES = ["softmax", "sigmoid"]
 T, D, E, K = 40, 6, 5, 2
 
 
@@ -59,30 +58,27 @@ COUNTS = [6, 1, 1, 0], [0, 1, 2, 5]
 RUNNING = [[0.3, 0.2375, 0.2375, 0.225], [0.225, 0.2375, 0.25, 0.2875]]
 
 
-def test_a_step_takes_a_tenth_of_the_batch_into_the_running_mean():
+@pytest.mark.parametrize(
+    ("rule", "biases"),
+    [
+        ("sign", [[-0.015, 0.005, 0.005, 0.005]]),  # the other layer has a load that is even but for rounding
+        ("proportional", [[-0.002, 0.0005, 0.0005, 0.001], [0.001, 0.0005, 0.0, -0.0015]]),  # (1/4 - running) / (1/4)
+    ],
+)
+def test_a_step_takes_a_tenth_of_the_batch_into_the_running_mean_and_moves_the_bias_with_its_mean_taken_out(
+    rule, biases
+):
     routers = routers_that_counted(*COUNTS)
-    balance = step(LoadBalancer(routers, 0.01, "sign", 0.9))
+    balancer = LoadBalancer(routers, 0.01, rule, 0.9)
+    balance = step(balancer)
+    for router, bias in zip(routers, biases, strict=False):
+        torch.testing.assert_close(router.selection_bias, torch.tensor(bias), rtol=1e-5, atol=1e-8)
     for router, running in zip(routers, RUNNING, strict=True):
         torch.testing.assert_close(router.running_load, torch.tensor(running))
         assert router.step_counts.tolist() == [0, 0, 0, 0]
     assert balance.counts.tolist() == [list(count) for count in COUNTS]
     torch.testing.assert_close(balance.batch_max_vio, torch.tensor([2.0, 1.5]))
     torch.testing.assert_close(balance.running_max_vio, torch.tensor([0.2, 0.15]))
-
-
-@pytest.mark.parametrize(
-    ("rule", "shares"),
-    [
-        ("sign", [-1, 1, 1, 1]),
-        ("proportional", [-0.2, 0.05, 0.05, 0.1]),  # (1/4 - running) / (1/4)
-    ],
-)
-def test_the_bias_moves_toward_the_underloaded_with_the_mean_taken_out(rule, shares):
-    (router,) = routers_that_counted(COUNTS[0])
-    step(LoadBalancer([router], 0.01, rule, 0.9))
-    mean = sum(shares) / 4
-    torch.testing.assert_close(router.selection_bias, torch.tensor([0.01 * (share - mean) for share in shares]))
-    assert router.selection_bias.sum().item() == pytest.approx(0, abs=1e-8)
 
 
 def test_the_bias_follows_the_running_load_and_not_the_batch():
@@ -94,15 +90,6 @@ def test_the_bias_follows_the_running_load_and_not_the_batch():
     # running [.2825 .23875 .23875 .24]: expert 0 is still above 1/4, so both steps moved alike
     torch.testing.assert_close(router.running_load, torch.tensor([0.2825, 0.23875, 0.23875, 0.24]))
     torch.testing.assert_close(router.selection_bias, torch.tensor([-0.03, 0.01, 0.01, 0.01]))
-
-
-def test_each_layer_has_its_own_statistics_and_bias():
-    routers = routers_that_counted(*COUNTS)
-    step(LoadBalancer(routers, 0.01, "proportional", 0.9))
-    torch.testing.assert_close(routers[0].selection_bias, torch.tensor([-0.002, 0.0005, 0.0005, 0.001]))
-    torch.testing.assert_close(
-        routers[1].selection_bias, torch.tensor([0.001, 0.0005, 0.0, -0.0015]), rtol=0, atol=1e-8
-    )
 
 
 def test_counts_are_taken_once_and_move_nothing_until_they_are_applied():
@@ -124,10 +111,7 @@ def test_routers_without_a_bias_still_have_their_running_load():
     assert all(router.selection_bias is None for router in routers)
 
 
-@pytest.mark.parametrize(
-    ("score", "sharpness", "experts", "top_k"),
-    [("softmax", 0.05, 8, 2), ("softmax", 1.0, 64, 6), ("sigmoid", 1.0, 8, 1)],
-)
+@pytest.mark.parametrize(("score", "sharpness", "experts", "top_k"), [("softmax", 0.05, 8, 2), ("sigmoid", 1.0, 32, 3)])
 def test_by_quantiles_a_skewed_router_is_in_balance_after_ten_steps_and_the_same_on_any_split(
     score, sharpness, experts, top_k
 ):
@@ -141,7 +125,7 @@ def test_by_quantiles_a_skewed_router_is_in_balance_after_ten_steps_and_the_same
             router.weight[:2, 0] = 4 * sharpness  # every token has a 1 in dimension 0
     layers = [DroplessDispatch(router, torch.nn.Identity(), ExpertTopology(experts)) for router in (whole, split)]
     history = []
-    for _ in range(40):
+    for _ in range(30):
         tokens = torch.randn(2048, 16, generator=draw)
         tokens[:, 0] = 1
         for layer, parts in zip(layers, (1, 4), strict=True):
@@ -178,15 +162,9 @@ def test_without_its_margins_or_in_evaluation_a_router_counts_none():
     assert router.eval()(tokens).margins is None
 
 
-@pytest.mark.parametrize("favoured", [1, 2])
 @pytest.mark.parametrize(
-    ("score", "rule", "rate"),
-    [
-        ("softmax", "sign", 0.001),
-        ("softmax", "proportional", 0.005),
-        ("sigmoid", "sign", 0.002),
-        ("sigmoid", "proportional", 0.005),
-    ],
+    ("score", "rule", "rate", "favoured"),
+    [("softmax", "sign", 0.001, 1), ("softmax", "proportional", 0.005, 2), ("sigmoid", "sign", 0.002, 2)],
 )
 def test_a_badly_skewed_router_comes_into_balance(score, rule, rate, favoured):
     router = router_with(dim=16, experts=8, router_score=score)

@@ -39,11 +39,7 @@ def norms_of(zero, inputs):
     return norms, weights, engine.global_steps, engine.global_samples
 
 
-@pytest.mark.parametrize(
-    "zero",
-    [{"stage": 1}, {"stage": 2}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
-    ids=["zero1", "zero2", "offload"],
-)
+@pytest.mark.parametrize("zero", [{"stage": 1}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}])
 def test_a_step_is_the_mean_of_its_micro_batches_however_many_the_steps_before_had(zero):
     inputs = [[1.0], [2.0], [3.0], [1.0, 7.0], [2.0, 4.0, 9.0], [4.0, 4.0, 7.0], [5.0]]
     means = [sum(values) / len(values) for values in inputs]

@@ -14,21 +14,28 @@ from megamoe.training.evaluation import tokens_per_byte
 TEXTS = [f"The mouse reads map {number}; the owl sings — naïve 😀.\n" * 20 for number in range(30)]
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "corpus"
+    tokenizer = train_tokenizer(TEXTS[:3], 300)
+    write_corpus([("train", TEXTS[0]), *(("valid", text) for text in TEXTS)], tokenizer, folder)
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path):
-    tokenizer = train_tokenizer(TEXTS, 300)
-    write_corpus([("train", TEXTS[0]), *(("valid", text) for text in TEXTS)], tokenizer, tmp_path / "corpus")
-    return tmp_path / "corpus"
+def folder(corpus, tmp_path):
+    return shutil.copytree(corpus, tmp_path / "corpus")
 
 
 def held_out(path, seq_len=16):
     return TokenCorpus(corpus_prefix(str(path), "valid"), seq_len, 300)
 
 
-@pytest.mark.parametrize("form", ["", "valid", "valid.bin", "valid.idx", "train"])
-def test_a_prepared_folder_or_a_prefix_in_it_has_its_own_counts(folder, form):
-    counts = json.loads((folder / "corpus.json").read_text())["train" if form == "train" else "valid"]
-    assert tokens_per_byte(held_out(folder / form), 5) == counts["tokens"] / counts["bytes"]
+def test_a_prepared_folder_or_a_prefix_in_it_has_its_own_counts(corpus):
+    counts = json.loads((corpus / "corpus.json").read_text())
+    for form in ("", "valid", "valid.bin", "valid.idx", "train"):
+        own = counts["train" if form == "train" else "valid"]
+        assert tokens_per_byte(held_out(corpus / form), 5) == own["tokens"] / own["bytes"], form
 
 
 @pytest.mark.parametrize("seq_len", [16, 301])

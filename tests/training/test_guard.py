@@ -86,7 +86,7 @@ def test_a_gradient_that_is_not_finite_does_not_hide_the_spikes_after_it_nor_a_n
         event = give(guard, step, loss, norm)
         reasons.append(event and event.values["reason"])
     assert reasons == ["not finite", "spike", None, "not finite", None]
-    assert guard.state()["losses"] == []  # three of the new level
+    assert guard.state()["losses"] == guard.state()["norms"] == []  # three of the new level
 
 
 def test_so_many_skipped_steps_in_a_row_of_either_kind_send_the_run_back_to_before_them():
@@ -142,7 +142,7 @@ def test_under_warn_a_climb_is_said_once():
     assert "with --guard act the run would go back" in line
 
 
-@pytest.mark.parametrize("at", [3, 51, 52, 110])
+@pytest.mark.parametrize("at", [3, 52, 110])
 def test_a_restored_guard_takes_the_decisions_of_one_that_went_on(at):
     one = Guard(settings("act"))
     other, decisions = None, []

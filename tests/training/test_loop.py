@@ -25,32 +25,31 @@ from megamoe.training.scoring import Share
 from megamoe.training.sinks import read_log
 from megamoe.training.step import TrainStep
 
+STEPS = 12
+
 
 @pytest.fixture(scope="module")
 def one_rank_losses(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_rank")
     run = write_inputs(folder, ds_config(micro_batch=8))
-    return losses(run_ranks(1, train_here, {**run, "run_dir": str(folder / "run"), "steps": 20})[0])
+    return losses(run_ranks(1, train_here, {**run, "run_dir": str(folder / "run"), "steps": STEPS})[0])
 
 
-@pytest.mark.parametrize(
-    ("world_size", "ep_size", "micro_batch"),
-    [(1, 1, 2), (2, 1, 4), (2, 2, 4), (2, 2, 1), (4, 1, 2), (4, 2, 2), (4, 4, 1)],
-)
+@pytest.mark.parametrize(("world_size", "ep_size", "micro_batch"), [(2, 1, 4), (2, 2, 1), (4, 2, 2), (4, 4, 1)])
 def test_the_same_batches_give_the_same_losses_on_any_split(
     tmp_path, one_rank_losses, world_size, ep_size, micro_batch
 ):
     ds = ds_config(micro_batch, accumulation=8 // (world_size * micro_batch))
-    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "steps": 20, "ep_size": ep_size}
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "steps": STEPS, "ep_size": ep_size}
     log = run_ranks(world_size, train_here, run)[0]
-    assert len(one_rank_losses) == 20
+    assert len(one_rank_losses) == STEPS
     assert one_rank_losses[-1] < one_rank_losses[0] - 0.5  # it learns, so the losses can tell
     torch.testing.assert_close(losses(log), one_rank_losses, atol=1e-5, rtol=0)
 
 
 def test_recomputed_blocks_leave_the_losses_of_two_ranks_as_they_are(tmp_path):
     noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
-    run = {**write_inputs(tmp_path, ds_config(4), noisy), "steps": 6, "ep_size": 2}
+    run = {**write_inputs(tmp_path, ds_config(4), noisy), "steps": 3, "ep_size": 2}
     runs = [{**run, "run_dir": str(tmp_path / str(blocks)), "recompute_blocks": blocks} for blocks in (0, 1)]
     stored, recomputed = [run_ranks(2, train_here, one)[0] for one in runs]
     assert losses(stored) == losses(recomputed)
@@ -117,7 +116,7 @@ def evaluate_here(prefix, limit, micro_batch):
     return Evaluator(sets, limit).run(model, Share(micro_batch, rank, world_size), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (2, 4), (4, 3)])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (4, 3)])
 def test_evaluation_is_the_mean_over_just_the_held_out_tokens_on_any_number_of_ranks(tmp_path, world_size, micro_batch):
     write_inputs(tmp_path, ds_config(1))
     tokens = torch.from_numpy(np.fromfile(tmp_path / "corpus" / "valid.bin", dtype=np.int16)).long()

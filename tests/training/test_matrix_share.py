@@ -16,7 +16,7 @@ def shares_of(ranks):
     return partition, [MatrixShare(SHAPES, partition, rank, ranks) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 16, 200])
+@pytest.mark.parametrize("ranks", [1, 3, 200])
 def test_every_matrix_is_on_one_rank_or_begins_on_one_that_gets_the_rest(ranks):
     partition, shares = shares_of(ranks)
     taken = []
@@ -54,7 +54,7 @@ def products_of(share):
     return sum(count * (2 * small**2 * large + small**3) for count, small, large in sizes)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_in_order_each_shape_is_one_batch_and_no_rank_has_more_products_than_the_first(ranks):
     shapes = sorted([(16, 64), (64, 16), (64, 128), (128, 64), (64, 64)] * 16, key=place_of)
     partition = sum(rows * columns for rows, columns in shapes) // ranks

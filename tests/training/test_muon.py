@@ -95,11 +95,9 @@ def reference(master, gradients, rates, by_muon, decays):
 
 # Rounded to 16 bits, what is 0 but for rounding in a gradient of few tokens is not so behind five steps.
 CASES = {
-    "one rank": (1, UNEVEN, 1, 2, {}, 1e-4),
     "cut": (2, UNEVEN, 1, 2, {}, 1e-4),
     "ZeRO-1, expert parallel": (2, GATED, 2, 1, {}, 1e-4),
     "bf16, cut": (2, UNEVEN, 1, 2, BF16, 0.25),
-    "bf16, expert parallel": (2, GATED, 2, 2, BF16, 0.25),
 }
 
 
@@ -141,7 +139,7 @@ def test_shared_matrices_of_one_shape_are_multiplied_together_whatever_their_lay
 
 # --- without an engine ----------------------------------------------------------------------------------------------
 
-SHAPES = [(4, 6), (4, 6), (40, 5), (3, 9), (2, 2)]  # the third is on four of five ranks
+SHAPES = [(4, 6), (4, 6), (40, 5), (3, 9), (2, 2)]  # the third is on all of four ranks
 
 
 def share_of(partition):
@@ -155,7 +153,7 @@ def share_of(partition):
 
 
 def test_a_matrix_on_many_ranks_is_put_together_and_given_back():
-    results = run_ranks(5, share_of, 60)
+    results = run_ranks(4, share_of, 70)
     flat, found = results[0][0], torch.cat([part for _, part in results])
     start = 0
     for rows, columns in SHAPES:
@@ -190,27 +188,3 @@ def test_torchs_own_muon_takes_the_same_step():
         theirs.step()
         ours.step()
     torch.testing.assert_close(flat.view(8, 24), weight, rtol=0, atol=5e-3)
-
-
-def momentum_behind_a_skipped_step():
-    """Whether the optimizer's state and the masters are what they were before a step with an infinite gradient on one
-    rank."""
-    engine = make(2, **JSON)
-    train(engine, 2)
-    zero, state = engine.optimizer, engine.optimizer.optimizer.state
-
-    def values():
-        masters = zero.single_partition_of_fp32_groups
-        return [
-            tensor.clone() for one in masters for tensor in (one.detach(), *map(torch.as_tensor, state[one].values()))
-        ]
-
-    before, sum_of_squares = values(), zero.sum_of_squares
-    zero.sum_of_squares = lambda: sum_of_squares() * (torch.inf if dist.get_rank() == 0 else 1)
-    train(engine, 1, 2)
-    return engine.skipped_steps, len(before), all(map(torch.equal, before, values()))
-
-
-def test_a_skipped_step_leaves_the_momentum_as_it_is():
-    # Masters and, of two groups of AdamW, three tensors; of two of Muon, one.
-    assert run_ranks(2, momentum_behind_a_skipped_step) == [(1, 4 + 2 * 3 + 2, True)] * 2

@@ -71,7 +71,7 @@ def test_the_average_of_the_weights_is_updated_without_a_read():
     assert run_alone(average_on_gpu) == [(DEVICE, torch.float32, 7), (DEVICE, torch.float32, 100_000)]
 
 
-@pytest.mark.parametrize("rule", ["sign", "proportional", "quantile"])
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
 def test_norm_losses_flags_and_balance_come_in_one_read(rule):
     assert run_alone(reads_of_a_step, rule) == 1
 

@@ -1,13 +1,15 @@
 """The operators that DeepSpeed compiles: whoever was killed while it compiled keeps no later start waiting."""
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from engines import make
-from ranks import run_new_ranks
+from ranks import run_new_ranks, start_processes
 
 from megamoe.ds_config import operator_builder
 from megamoe.errors import UserError
@@ -15,63 +17,68 @@ from megamoe.training import operators
 
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
-# Takes its turn to compile, which leaves torch's `lock` in the folder for as long as it takes.
-COMPILER = """
-import os, pathlib, sys, time
-from megamoe.training import operators
-folder = pathlib.Path(sys.argv[1])
-def meet():
-    (folder / f"in-{os.getpid()}").touch()
-    for _ in range(200):
-        if len(list(folder.glob("in-*"))) == 3:
-            return
-        time.sleep(0.1)
-    sys.exit("the others do not load at the same time")
-def load():
-    if sys.argv[2] == "meet":
-        return meet()
+
+class Lines:
+    """A standard output that sends each line through a pipe."""
+
+    def __init__(self, pipe):
+        self.pipe, self.text = pipe, ""
+
+    def write(self, text):
+        *lines, self.text = (self.text + text).split("\n")
+        for line in lines:
+            self.pipe.send(line)
+
+    def flush(self):
+        pass
+
+
+def compiler(pipe, folder, how):
+    """Take the turn to compile, which leaves torch's `lock` in the folder for as long as it takes: with "hold", until
+    something comes through the pipe. With "meet", load what is compiled, until three do."""
+    sys.stdout = Lines(pipe)
     lock = folder / "lock"
-    for _ in range(50):
-        if not lock.exists():
-            break
-        time.sleep(0.1)
-    else:
-        sys.exit("torch waits like this without an end")
-    file = open(lock, "x")
-    print("begun", flush=True)
-    if sys.argv[2] == "hold":
-        sys.stdin.readline()
-    lock.unlink()
-    (folder / "cpu_adam.so").touch()
-operators.QUIET_SECONDS, operators.MOST_SECONDS = 0, 30
-operators.load_in_turn("cpu_adam", folder, load)
-print("done", flush=True)
-"""
+
+    def load():
+        if how == "meet":
+            pipe.send("meets")
+            pipe.recv()
+            return
+        assert not lock.exists(), "torch waits for it without an end"
+        with open(lock, "x"):
+            print("begun")
+            if how == "hold":
+                pipe.recv()
+            lock.unlink()
+        (folder / "cpu_adam.so").touch()
+
+    operators.QUIET_SECONDS, operators.POLL_SECONDS = 0, 0.01
+    operators.load_in_turn("cpu_adam", folder, load)
+    print("done")
 
 
 @pytest.fixture
 def start(tmp_path):
+    """Starts a compiler; gives its process and the pipe to it."""
     processes = []
 
-    def compiler(how=""):
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}  # or DeepSpeed says that it finds no other
-        words = [sys.executable, "-c", COMPILER, str(tmp_path), how]
-        processes.append(
-            subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        )
-        return processes[-1]
+    def new(how=""):
+        pipe, far_end = multiprocessing.Pipe()
+        (process,) = start_processes(1, compiler, far_end, tmp_path, how)
+        far_end.close()
+        processes.append(process)
+        return process, pipe
 
-    yield compiler
+    yield new
     for process in processes:
         process.kill()
-        process.communicate()
+        process.join()
 
 
-def read_until(process, text):
-    lines = []
-    while not lines or (lines[-1] != text and lines[-1]):
-        lines.append(process.stdout.readline().strip())
-    assert lines[-1] == text, lines
+def read_until(pipe, text):
+    lines = [pipe.recv()]
+    while lines[-1] != text:
+        lines.append(pipe.recv())
     return lines
 
 
@@ -79,32 +86,35 @@ def read_until(process, text):
 def test_a_lock_whose_holder_was_killed_is_removed_by_the_next_start(compiled, start, tmp_path):
     if compiled:  # it is killed while it loads that, or compiles anew
         (tmp_path / "cpu_adam.so").touch()
-    killed = start("hold")
-    read_until(killed, "begun")
+    killed, pipe = start("hold")
+    read_until(pipe, "begun")
     killed.kill()
-    killed.wait()
+    killed.join()
     assert (tmp_path / "lock").exists()
-    after = start()
-    lines = read_until(after, "done")
+    lines = read_until(start()[1], "done")
     compiling = [f"compiling cpu_adam, once on this host, in {tmp_path}; this takes minutes"]
     assert lines == ["begun", "done"] if compiled else [*compiling, "begun", "done"]
     assert not (tmp_path / "lock").exists()
 
 
 def test_a_start_says_for_whom_it_waits_and_goes_on_when_that_one_is_done(start):
-    first = start("hold")
-    read_until(first, "begun")
-    second = start()
-    waiting = second.stdout.readline()
+    first, pipe = start("hold")
+    read_until(pipe, "begun")
+    _, second = start()
+    waiting = second.recv()
     assert re.match(rf"waiting for process {first.pid} on \S+, which compiles or loads cpu_adam in /", waiting)
-    first.stdin.write("\n")
-    first.stdin.flush()
+    pipe.send("go on")
     assert "compiling" not in "".join(read_until(second, "done"))  # it is compiled
 
 
-def test_a_lock_that_a_process_of_this_host_has_open_is_left_alone(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def impatient(monkeypatch):
     monkeypatch.setattr(operators, "QUIET_SECONDS", 0)
-    monkeypatch.setattr(operators, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(operators, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(operators, "POLL_SECONDS", 0.01)
+
+
+def test_a_lock_that_a_process_of_this_host_has_open_is_left_alone(tmp_path, impatient, capsys):
     hold = "import sys; file = open(sys.argv[1], 'x'); print(flush=True); input()"
     words = [sys.executable, "-c", hold, str(tmp_path / "lock")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
@@ -120,8 +130,7 @@ def test_a_lock_that_a_process_of_this_host_has_open_is_left_alone(tmp_path, mon
     assert (tmp_path / "lock").exists()
 
 
-def test_a_compiler_that_has_outlived_its_rank_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(operators, "MOST_SECONDS", 0.5)
+def test_a_compiler_that_has_outlived_its_rank_is_waited_for(tmp_path, impatient):
     (tmp_path / "lock").touch()
     (tmp_path / "holder").write_text("process 1 on h1\n")  # the rank
     with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as ninja:
@@ -132,29 +141,31 @@ def test_a_compiler_that_has_outlived_its_rank_is_waited_for(tmp_path, monkeypat
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_lock_of_another_program_that_cannot_be_seen_is_left_alone_until_it_is_old(start, tmp_path):
-    read_until(start(), "done")  # leaves nothing that would make the lock ours
+def test_a_lock_of_another_program_that_cannot_be_seen_is_left_alone_until_it_is_old(tmp_path, impatient, capsys):
+    operators.load_in_turn("cpu_adam", tmp_path, lambda: None)  # leaves nothing that would make the lock ours
     lock = tmp_path / "lock"
     lock.touch()
-    waits = start()
-    said = waits.stdout.readline()
-    assert said.startswith("waiting for a process that cannot be seen from here, which compiles or loads cpu_adam in /")
+    os.utime(lock, times=(time.time() + 60,) * 2)
+    with pytest.raises(UserError, match="a process that cannot be seen from here compiles or loads cpu_adam in /"):
+        operators.load_in_turn("cpu_adam", tmp_path, pytest.fail)
     assert lock.exists()
     os.utime(lock, (0, 0))
-    read_until(waits, "done")
+    operators.load_in_turn("cpu_adam", tmp_path, lambda: None)
     assert not lock.exists()
 
 
 def test_all_ranks_load_what_is_compiled_at_the_same_time(start, tmp_path):
     (tmp_path / "cpu_adam.so").touch()
-    for rank in [start("meet") for _ in range(3)]:
-        assert read_until(rank, "done") == ["done"]
+    pipes = [start("meet")[1] for _ in range(3)]
+    assert [pipe.recv() for pipe in pipes] == ["meets"] * 3
+    for pipe in pipes:
+        pipe.send("go on")
+        assert pipe.recv() == "done"
     assert (tmp_path / "holder").read_text() == ""
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "params", "zero", "builder"),
-    [
+def test_an_optimizer_has_the_operator_that_deepspeed_takes():
+    for kind, params, zero, builder in (
         ("AdamW", {"torch_adam": True}, {"stage": 2}, None),
         ("AdamW", {"torch_adam": True}, OFFLOADED, None),
         ("AdamW", {}, {"stage": 2}, "FusedAdamBuilder"),
@@ -162,37 +173,29 @@ def test_all_ranks_load_what_is_compiled_at_the_same_time(start, tmp_path):
         ("Lion", {}, {"stage": 1}, "FusedLionBuilder"),
         ("Lion", {}, OFFLOADED, "CPULionBuilder"),
         ("Unheard", {}, OFFLOADED, None),
-    ],
-)
-def test_an_optimizer_has_the_operator_that_deepspeed_takes(optimizer, params, zero, builder):
-    ds = {"optimizer": {"type": optimizer, "params": params}, "zero_optimization": zero}
-    assert operator_builder(ds) == builder
+    ):
+        assert operator_builder({"optimizer": {"type": kind, "params": params}, "zero_optimization": zero}) == builder
 
 
-def operators_of(changes):
-    """The operators that an engine has loaded in turn, and those that DeepSpeed has loaded in all."""
+def operators_of(*engines):
+    """For each engine of a new process, the operators that have been loaded in turn, and by DeepSpeed, in all."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    in_turn, load_in_turn = [], operators.load_in_turn
+    in_turn, load_in_turn, found = [], operators.load_in_turn, []
 
     def recorded(name, folder, load):
         in_turn.append(name)
         load_in_turn(name, folder, load)
 
     operators.load_in_turn = recorded
-    make(1, **changes)
-    return in_turn, list(OpBuilder._loaded_ops)
+    for optimizer, zero in engines:
+        make(1, optimizer=optimizer, zero_optimization=zero)
+        found.append((list(in_turn), list(OpBuilder._loaded_ops)))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "expected"),
-    [
-        ({"type": "AdamW", "params": {"torch_adam": True}}, []),
-        ({"type": "AdamW", "params": {}}, ["cpu_adam"]),
-        ({"type": "Lion", "params": {}}, ["cpu_lion"]),
-    ],
-)
-def test_an_engine_loads_the_operator_that_it_uses_in_turn_and_no_other(optimizer, expected):
-    zero = OFFLOADED if expected else {"stage": 2}
-    changes = {"optimizer": optimizer, "zero_optimization": zero}
-    assert run_new_ranks(1, operators_of, changes) == [(expected, expected)]
+def test_an_engine_loads_the_operator_that_it_uses_in_turn_and_no_other():
+    without = {"type": "AdamW", "params": {"torch_adam": True}}, {"stage": 2}
+    ((none, one),) = run_new_ranks(1, operators_of, without, ({"type": "AdamW", "params": {}}, OFFLOADED))
+    assert none == ([], [])
+    assert one == (["cpu_adam"], ["cpu_adam"])

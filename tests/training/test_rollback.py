@@ -84,6 +84,14 @@ def whole(tmp_path_factory):
     return folder, run, run_ranks(2, train_on_poisoned_data, {**run, "run_dir": str(folder / "whole")})
 
 
+@pytest.fixture(scope="module")
+def cut(whole, tmp_path_factory):
+    """The same run, stopped after two of three spikes in a row."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    run_ranks(2, train_on_poisoned_data, {**whole[1], "run_dir": str(folder), "steps": 13})
+    return folder
+
+
 def test_spikes_and_a_nan_of_one_rank_are_skipped_and_several_in_a_row_send_the_run_back_past_their_data(whole):
     folder, _, results = whole
     found = events(folder / "whole")
@@ -104,14 +112,13 @@ def test_spikes_and_a_nan_of_one_rank_are_skipped_and_several_in_a_row_send_the_
         assert of_all_ranks(results, number) == samples_of(data_step, folder)
 
 
-def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follows_its_ledger(whole, tmp_path):
+def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follows_its_ledger(whole, cut, tmp_path):
     folder, run, results = whole
-    cut = {**run, "run_dir": str(tmp_path / "cut")}
-    run_ranks(2, train_on_poisoned_data, {**cut, "steps": 13})  # two of three spikes in a row
-    resumed = run_ranks(2, train_on_poisoned_data, {**cut, "resume": True})
+    shutil.copytree(cut, tmp_path / "cut")
+    resumed = run_ranks(2, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "cut"), "resume": True})
     assert losses(resumed[0][0]) == losses(results[0][0])
     assert resumed[0][0]["valid"] == results[0][0]["valid"]  # of the averaged weights too
-    assert [one for one in events(tmp_path / "cut")] == events(folder / "whole")
+    assert events(tmp_path / "cut") == events(folder / "whole")
     assert read_ledger(tmp_path / "cut") == read_ledger(folder / "whole")
     # A run that ends before it has saved anything since: what it had gone back from is not what it resumes from.
     shutil.copytree(folder / "whole", tmp_path / "killed")
@@ -142,10 +149,9 @@ def test_with_a_batch_ramp_a_run_that_went_back_goes_on_as_one_that_resumes_ther
     assert again["valid"] == whole["valid"]
 
 
-def test_a_run_that_was_stopped_in_the_step_that_sends_it_back_goes_back_before_it_trains(tmp_path):
-    run = {**write_inputs(tmp_path, shared_batch()), **GUARD, "run_dir": str(tmp_path / "run")}
-    run_ranks(1, train_on_poisoned_data, {**run, "steps": 13})  # two of three spikes in a row
-    run_ranks(1, train_on_poisoned_data, {**run, "resume": True, "guard_skips": 2, "steps": 14})
+def test_a_run_that_was_stopped_in_the_step_that_sends_it_back_goes_back_before_it_trains(whole, cut, tmp_path):
+    run = {**whole[1], "run_dir": str(shutil.copytree(cut, tmp_path / "run")), "resume": True}
+    run_ranks(2, train_on_poisoned_data, {**run, "guard_skips": 2, "steps": 14})
     (rollback,) = [event for event in events(tmp_path / "run") if event["event"] == "rollback"]
     assert (rollback["step"], rollback["to_step"], rollback["next_data_step"]) == (13, 11, 14)
 
@@ -169,7 +175,7 @@ def test_without_a_spike_a_run_has_bit_for_bit_the_losses_of_one_without_a_guard
     logs = []
     for mode in ("off", "act"):
         run = {**inputs, "guard": mode, "guard_window": 4, "guard_deviations": 1e6, "run_dir": str(tmp_path / mode)}
-        logs += run_ranks(1, train_here, {**run, "steps": 6})
+        logs += run_ranks(1, train_here, {**run, "steps": 5})
     for name in ("loss", "grad_norm", "lr", "running_max_vio", "router_entropy_by_block"):
         assert [row[name] for row in logs[0]["train"]] == [row[name] for row in logs[1]["train"]]
     assert not list(tmp_path.glob("*/guard.jsonl"))

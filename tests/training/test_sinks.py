@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megamoe.training.sinks import JsonLinesSink, Sink, SinkGroup, duration, open_sinks, read_log
 
@@ -41,45 +40,25 @@ def logged(folder, *records):
 
 
 def board(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
     return events.Reload()
-
-
-def test_the_console_line_begins_in_the_logged_form(tmp_path, capsys):
-    logged(tmp_path, record())
-    line = capsys.readouterr().out
-    assert line.startswith("step=10 avg_loss=10.9641 lr=1.5e-05 ")
-    assert line == (
-        "step=10 avg_loss=10.9641 lr=1.5e-05 tok/s=5322 mfu=43.2% max_vio=1.23 running_max_vio=0.57 grad_norm=2.35 "
-        "mem=3.46GiB left=1:02:03\n"
-    )
 
 
 PARTS = {"balance_loss": 1.0234567, "router_z_loss": 3.14159, "mtp_loss": 5.2}
 
 
-def test_the_other_parts_of_the_loss_are_shown_after_it_and_logged_by_name(tmp_path, capsys):
-    logged(tmp_path, record(**PARTS))
-    line = capsys.readouterr().out
-    assert line.startswith("step=10 avg_loss=10.9641 balance=1.023 router_z=3.142 mtp=5.2 lr=1.5e-05 ")
-    assert read_log(tmp_path)["train"] == [record(**PARTS)]
-    events = board(tmp_path)
-    assert {name: events.Scalars(f"train/{name}")[0].value for name in PARTS} == pytest.approx(PARTS)
-
-
-@pytest.mark.parametrize(
-    ("lr", "shown"), [(1.5e-3, "0.0015"), (0.00149983333, "0.00149983"), (0.0, "0"), (1.66666667e-7, "1.66667e-07")]
-)
-def test_the_learning_rate_is_printed_to_six_significant_digits(tmp_path, capsys, lr, shown):
-    logged(tmp_path, record(lr=lr))
-    assert f" lr={shown} " in capsys.readouterr().out
-
-
-def test_skipped_steps_are_said_when_there_are_any(tmp_path, capsys):
-    logged(tmp_path, record(), record(step=20, skipped_steps=3))
-    first, second = capsys.readouterr().out.splitlines()
-    assert "skipped" not in first
+def test_the_console_line_is_that_of_a_step_with_what_it_has_of_parts_and_skipped_steps(tmp_path, capsys):
+    logged(tmp_path, record(), record(20, skipped_steps=3, lr=0.00149983333, **PARTS), record(lr=1.66666667e-7))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == (
+        "step=10 avg_loss=10.9641 lr=1.5e-05 tok/s=5322 mfu=43.2% max_vio=1.23 running_max_vio=0.57 grad_norm=2.35 "
+        "mem=3.46GiB left=1:02:03"
+    )
+    assert second.startswith("step=20 avg_loss=10.9641 balance=1.023 router_z=3.142 mtp=5.2 lr=0.00149983 ")
     assert second.endswith(" skipped=3")
+    assert " lr=1.66667e-07 " in third
 
 
 def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path, capsys):
@@ -97,69 +76,45 @@ def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path,
     ]
 
 
-def test_the_log_holds_every_record_unrounded(tmp_path):
+def test_the_log_and_tensorboard_hold_every_number_unrounded_and_lines_about_the_run_apart(tmp_path, capsys):
     sinks = open_sinks(tmp_path, 0)
-    valid = {"step": 20, "loss": 2.3456789, "tokens": 4096, "bits_per_byte": 1.23456789}
+    valid = {"step": 20, "loss": 2.3456789, "tokens": 4096, "bits_per_byte": 1.25}
+    sinks.log_text(0, "tiny: 5 parameters")
     log(sinks, "train", record())
     log(sinks, "valid", valid)
-    log(sinks, "train", record(step=20))
+    assert read_log(tmp_path) == {"train": [record()], "valid": [valid]}  # on disk before the run ends
+    log(sinks, "train", record(step=20, loss=9.5, **PARTS))
     sinks.close()
-    assert read_log(tmp_path) == {"train": [record(), record(step=20)], "valid": [valid]}
+    assert read_log(tmp_path) == {"train": [record(), record(step=20, loss=9.5, **PARTS)], "valid": [valid]}
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert kinds == ["train", "valid", "train"]
-
-
-def test_a_record_is_on_disk_before_the_run_ends(tmp_path):
-    sinks = open_sinks(tmp_path, 0)
-    log(sinks, "train", record())
-    assert read_log(tmp_path)["train"] == [record()]
-    sinks.close()
-
-
-def test_what_a_resumed_run_left_behind_is_not_read_back(tmp_path):
-    logged(tmp_path, record(10), record(20, loss=5.0), record(30, loss=4.0))
-    logged(tmp_path, record(15, loss=6.0), record(20, loss=5.5), record(40, loss=3.5))
-    rows = read_log(tmp_path)["train"]
-    assert [(row["step"], row["loss"]) for row in rows] == [(10, 10.964131), (15, 6.0), (20, 5.5), (40, 3.5)]
-
-
-def test_a_log_that_was_not_balanced_is_read_back(tmp_path):
-    logged(tmp_path, record(max_vio=math.nan))
-    assert math.isnan(read_log(tmp_path)["train"][0]["max_vio"])
-
-
-def tear_last_line(folder):
-    path = folder / "log.jsonl"
-    path.write_bytes(path.read_bytes()[:-25])
-
-
-def test_a_log_torn_in_its_last_line_is_read_up_to_there(tmp_path):
-    logged(tmp_path, record(10), record(20))
-    tear_last_line(tmp_path)
-    assert read_log(tmp_path)["train"] == [record(10)]
-
-
-def test_a_resumed_run_writes_on_after_a_torn_line(tmp_path):
-    logged(tmp_path, record(10), record(20))
-    tear_last_line(tmp_path)
-    logged(tmp_path, record(20, loss=3.0), record(30))
-    assert read_log(tmp_path)["train"] == [record(10), record(20, loss=3.0), record(30)]
-
-
-def test_tensorboard_holds_the_scalars(tmp_path):
-    sinks = open_sinks(tmp_path, 0)
-    log(sinks, "train", record(10))
-    log(sinks, "train", record(20, loss=9.5))
-    log(sinks, "valid", {"step": 20, "loss": 2.5, "tokens": 4096, "bits_per_byte": 1.25})
-    sinks.close()
+    assert capsys.readouterr().out.startswith("tiny: 5 parameters\nstep=10 ")
     events = board(tmp_path)
+    assert events.Tags()["tensors"] == ["run/text_summary"]
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (10, pytest.approx(10.964131)),
         (20, 9.5),
     ]
     assert [(event.step, event.value) for event in events.Scalars("valid/bits_per_byte")] == [(20, 1.25)]
-    expected = {f"train/{name}" for name in record() if name != "step"}
+    expected = {f"train/{name}" for name in record(**PARTS) if name != "step"}
     assert set(events.Tags()["scalars"]) == expected | {"valid/loss", "valid/tokens", "valid/bits_per_byte"}
+
+
+def test_what_a_resumed_run_left_behind_is_not_read_back(tmp_path):
+    logged(tmp_path, record(10, max_vio=math.nan), record(20, loss=5.0), record(30, loss=4.0))
+    logged(tmp_path, record(15, loss=6.0), record(20, loss=5.5), record(40, loss=3.5))
+    rows = read_log(tmp_path)["train"]
+    assert [(row["step"], row["loss"]) for row in rows] == [(10, 10.964131), (15, 6.0), (20, 5.5), (40, 3.5)]
+    assert math.isnan(rows[0]["max_vio"])  # of a step that was not balanced
+
+
+def test_a_log_torn_in_its_last_line_is_read_up_to_there_and_written_on_after_it(tmp_path):
+    logged(tmp_path, record(10), record(20))
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-25])
+    assert read_log(tmp_path)["train"] == [record(10)]
+    logged(tmp_path, record(20, loss=3.0), record(30))
+    assert read_log(tmp_path)["train"] == [record(10), record(20, loss=3.0), record(30)]
 
 
 def test_tensorboard_holds_the_load_of_every_expert_in_every_layer(tmp_path):
@@ -193,12 +148,9 @@ def loads(histogram, experts):
     return found
 
 
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0, "0:00:00"), (59.4, "0:00:59"), (59.6, "0:01:00"), (3600, "1:00:00"), (3723, "1:02:03"), (360061, "100:01:01")],
-)
-def test_durations_are_hours_minutes_and_seconds(seconds, shown):
-    assert duration(seconds) == shown
+def test_durations_are_hours_minutes_and_seconds():
+    seconds = (0, 59.4, 59.6, 3600, 3723, 360061)
+    assert [*map(duration, seconds)] == ["0:00:00", "0:00:59", "0:01:00", "1:00:00", "1:02:03", "100:01:01"]
 
 
 class Broken(Sink):
@@ -213,15 +165,16 @@ class Broken(Sink):
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("at", ["open", "log_scalars", "log_text", "log_expert_loads", "close"])
-def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, at):
-    class Kept(Sink):
-        def __init__(self):
-            self.given = []
+class Kept(Sink):
+    def __init__(self):
+        self.given = []
 
-        def log_scalars(self, kind, step, values):
-            self.given.append(step)
+    def log_scalars(self, kind, step, values):
+        self.given.append(step)
 
+
+@pytest.mark.parametrize(("at", "lost"), [("open", 6), ("log_text", 4), ("close", 0)])
+def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, at, lost):
     broken, kept = Broken(at), Kept()
     sinks = SinkGroup([broken, kept])
     sinks.open(tmp_path, 0)
@@ -233,7 +186,6 @@ def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, 
     assert kept.given == [10, 20]
     first, *last = capsys.readouterr().err.splitlines()
     assert first.startswith("warning: Broken failed ([Errno 28] No space left on device); training continues")
-    lost = {"open": 6, "log_scalars": 6, "log_text": 4, "log_expert_loads": 2, "close": 0}[at]
     assert last == ([f"warning: Broken has lost {lost} entries of this run."] if lost else [])
 
 
@@ -263,12 +215,3 @@ def test_a_full_disk_costs_the_log_only(tmp_path, capsys, monkeypatch):
     assert first.startswith("warning: JsonLinesSink failed (")
     assert last == "warning: JsonLinesSink has lost 2 entries of this run."
     assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10, 20]
-
-
-def test_lines_about_the_run_go_to_the_console_and_tensorboard_and_not_among_the_numbers(tmp_path, capsys):
-    sinks = open_sinks(tmp_path, 0)
-    sinks.log_text(0, "tiny: 5 parameters")
-    sinks.close()
-    assert capsys.readouterr().out == "tiny: 5 parameters\n"
-    assert board(tmp_path).Tags()["tensors"] == ["run/text_summary"]
-    assert read_log(tmp_path) == {"train": [], "valid": []}

@@ -106,14 +106,12 @@ def check_flat(masters, averages):
     assert any(np.abs(averages[0] - masters[STEPS][0]) > 1e-4)
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_the_average_is_that_of_the_masters_of_each_applied_step_on_one_rank(offload):
-    ((masters, averages, weights, swapped, after),) = run_ranks(1, averaged_run, None, 1, offload)
+def test_offloaded_masters_in_bf16_have_their_average_and_the_model_takes_it_rounded_and_gives_it_back():
+    ((masters, averages, weights, swapped, after),) = run_ranks(1, averaged_run, None, 1, True)
     check_flat(masters, averages)
     for name, value in weights[STEPS].items():
         assert np.array_equal(after[name], value), name
-    if offload:  # bf16: the model computes with the average, rounded
-        assert sum(not np.array_equal(swapped[name], after[name]) for name in after) > len(after) / 2
+    assert sum(not np.array_equal(swapped[name], after[name]) for name in after) > len(after) / 2
 
 
 def test_each_rank_averages_what_it_owns_and_the_model_takes_the_whole_average_and_gives_it_back(on_two):
@@ -129,24 +127,21 @@ def test_each_rank_averages_what_it_owns_and_the_model_takes_the_whole_average_a
     assert {expert_id(name) for name in names} == {None, *range(EXPERTS)}
 
 
-def expected_weights(on_two):
-    return {name: value for rank in on_two[0] for name, value in rank[3].items()}
-
-
 def test_a_checkpoint_holds_the_average_of_every_weight(on_two):
+    expected = {name: value for rank in on_two[0] for name, value in rank[3].items()}
     source = open_source(on_two[1])
     assert source.state_names == ("exp_avg", "exp_avg_sq", "ema")
     for name, shape in source.shapes.items():
         found = source.read(name, "ema", 0, math.prod(shape)).view(shape)
-        assert np.array_equal(found, expected_weights(on_two)[name]), name
+        assert np.array_equal(found, expected[name]), name
 
 
-def restore_and_save(checkpoint, out, ep_size, stage, decay=DECAY):
+def restore_and_save(checkpoint, out, ep_size, stage):
     engine = make(ep_size, stage, seed=99)
-    average = WeightAverage(engine, decay) if decay else None
+    average = WeightAverage(engine, DECAY)
     assert restore_first_verified(engine, [checkpoint]) == checkpoint
     save(engine, out, STEPS)
-    return average and average.has_begun
+    return average.has_begun
 
 
 def test_it_is_restored_bit_for_bit_on_other_ranks_and_by_way_of_a_universal_checkpoint(on_two, tmp_path):
@@ -287,22 +282,13 @@ def test_tools_and_library_take_the_average_and_say_where_there_is_none(runs, tm
 
 
 def test_a_decay_is_between_0_and_1():
-    for decay in (0, 1, -0.5):
+    for decay in (0, 1):
         has(only(refusals(parse_run, ["--ds_config", "x.json", "--ema_decay", str(decay)])), "ema_decay", str(decay))
     assert parse_run(["--ds_config", "x.json"]).ema_decay is None
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "has_begun", "says"),
-    [
-        (None, None, False, None),
-        (0.9, 0.9, True, None),
-        (None, 0.9, True, None),  # of a run before the last
-        (0.9, 0.9, False, "begins"),
-        (0.9, 0.99, True, "0.9 -> 0.99"),
-        (0.9, None, False, "ends after step 7"),
-    ],
-)
-def test_a_resume_says_what_becomes_of_the_average(before, now, has_begun, says):
-    line = describe_change(7, before, now, has_begun)
-    assert line is None if says is None else says in line
+def test_a_resume_says_nothing_of_an_average_that_goes_on_or_is_not_there():
+    assert describe_change(7, None, None, False) is None
+    assert describe_change(7, 0.9, 0.9, True) is None
+    assert describe_change(7, None, 0.9, True) is None  # of a run before the last
+    assert "begins" in describe_change(7, 0.9, 0.9, False)
