@@ -41,6 +41,7 @@ _contexts["cpu"].set_forkserver_preload(
     [
         "megamoe.pretrain",
         "torch.utils.tensorboard",
+        "pytest",  # which the functions' modules import
         # What torch and DeepSpeed import at the first step only.
         "torch._dynamo",
         "torch._inductor.compile_fx",

@@ -34,10 +34,11 @@ from megamoe.launch import rendezvous
 from megamoe.launch.network import free_port
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.versions import versions
-from megamoe.launch.watch import Position, Watch
+from megamoe.launch.watch import Intervals, Position, Watch
 
 RANKS_PER_HOST = 8
 IDLE_SECONDS = 5  # in which the watch's processor time is measured
+INTERVALS = Intervals()
 REPORT_SECONDS = 60  # for all ranks to report
 
 _fork = multiprocessing.get_context("fork")  # torch is imported once
@@ -168,7 +169,7 @@ class Job:
         store: Any = joined.store
         self._reports.put(("joined", rank, (time.monotonic(), store.requests.total(), store.bytes)))
         self._may_watch.wait()
-        watch = Watch(joined, Position(), leave)
+        watch = Watch(joined, Position(), leave, INTERVALS)
         self._reports.put(("watches", rank, None))
         os.read(self._collective, 1)
         watch.fail(RuntimeError("connection closed by peer"))

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-import random
+import os
 import socket
+import zlib
+from collections import deque
 
 import psutil
 
-# Below those that Linux gives to connections, unless ip_local_port_range is changed, and those of Kubernetes' services.
-LISTENING_PORTS = range(20_000, 30_000)
+from megamoe.launch.holders import pid_space
+
+# Below those that Linux gives to connections, unless ip_local_port_range is changed, and those of Kubernetes' services;
+# without 29400 and 29500, which torchrun and DeepSpeed take by default.
+LISTENING_PORTS = range(20_000, 29_000)
+_kept: deque[socket.socket] = deque(maxlen=64)  # what this process has drawn last
 
 
 def free_port() -> int:
-    """A TCP port that is free, and of those that the system does not give to connections meanwhile."""
-    draw = random.SystemRandom()  # not seeded: two processes must not draw the same ports
-    while not is_free(port := draw.choice(LISTENING_PORTS)):
-        pass
-    return port
+    """A TCP port that is free and that no other call on this host gives before a server listens on it.
+
+    Each process begins at another port, for it may end before the port is used. And the port stays bound to this
+    process, which keeps it from other calls but not from a server with SO_REUSEADDR, as torch's is.
+    """
+    first = zlib.crc32(pid_space().encode()) + os.getpid()
+    for place in range(first, first + len(LISTENING_PORTS)):
+        port = LISTENING_PORTS[place % len(LISTENING_PORTS)]
+        probe = socket.socket()
+        try:
+            probe.bind(("", port))
+        except OSError:
+            probe.close()
+            continue
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _kept.append(probe)
+        return port
+    raise OSError(f"no port from {LISTENING_PORTS[0]} to {LISTENING_PORTS[-1]} is free")
 
 
 def is_free(port: int) -> bool:

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -30,13 +31,20 @@ from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, word
 from megamoe.launch.holders import Holders, is_alive
 from megamoe.launch.rendezvous import Rendezvous
 
-HEARTBEAT_SECONDS = 1.0
-SILENT_SECONDS = 30  # without a heartbeat: a host that lost its power or its network sends nothing
 MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
-DEAD_SECONDS = 5  # without a heartbeat, after a collective has failed
-READ_SECONDS = 10  # for the others to read that the job fails; they look once a second
-LAUNCHER_SECONDS = 1.5  # until a launcher, which looks once a second, has seen the code of a dead rank before ours
-SHUTDOWN_SECONDS = 60  # to wait for the others after the last step
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Seconds between two looks at the others, and of the waits for them."""
+
+    heartbeat: float = 1.0
+    silent: float = 30  # without a heartbeat: a host that lost its power or its network sends nothing
+    dead: float = 5  # without a heartbeat, after a collective has failed
+    read: float = 10  # for the others to read that the job fails; they look once a heartbeat
+    launcher: float = 1.5  # until a launcher, which looks once a second, has seen the code of a dead rank before ours
+    shutdown: float = 60  # to wait for the others after the last step
+    farewell: float = 0.2  # until the others have read that rank 0 exits
 
 
 class Position:
@@ -101,12 +109,19 @@ class StallTimer:
 class Watch:
     """Ends all ranks with one exit code, and one line for all of them, when the job cannot continue."""
 
-    def __init__(self, rendezvous: Rendezvous, position: Position, leave: Callable[[int], NoReturn] = leave):
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        position: Position,
+        leave: Callable[[int], NoReturn] = leave,
+        intervals: Intervals = Intervals(),
+    ):
         """
         Args:
             leave: ends this rank with an exit code.
         """
         self._leave = leave
+        self.intervals = intervals
         self.rendezvous = rendezvous
         self.position = position
         self.collective_seconds = math.inf  # without progress of any rank; set once the options are known
@@ -138,12 +153,12 @@ class Watch:
         try:
             if self._rank == 0:
                 others = [f"left/{rank}" for rank in range(1, self.rendezvous.rank_info.world_size)]
-                wait_for_keys(others, self._store, time.monotonic() + SHUTDOWN_SECONDS)
+                wait_for_keys(others, self._store, time.monotonic() + self.intervals.shutdown)
                 self._store.set("left/0", "")
-                time.sleep(0.2)  # until the others have read it
+                time.sleep(self.intervals.farewell)
             else:
                 self._store.set(f"left/{self._rank}", "")
-                self._store.wait(["left/0"], timedelta(seconds=SHUTDOWN_SECONDS))
+                self._store.wait(["left/0"], timedelta(seconds=self.intervals.shutdown))
         except DistError:
             pass  # rank 0 has exited, which does no harm now
 
@@ -158,7 +173,7 @@ class Watch:
             if self._store and _may_be_of_a_collective(error):
                 # Rank 0, which reads all heartbeats anyway, looks for the dead: its report ends this process.
                 self._store.set("suspicion", "")
-                time.sleep(DEAD_SECONDS + 2 * HEARTBEAT_SECONDS)
+                time.sleep(self.intervals.dead + 2 * self.intervals.heartbeat)
             self._closing.set()
             code = self._report(self._words(error), code_of(error))
         except DistError:
@@ -174,7 +189,7 @@ class Watch:
         beats = [StallTimer() for _ in self.rendezvous.hosts]
         progress = StallTimer()
         try:
-            while not self._closing.wait(HEARTBEAT_SECONDS):
+            while not self._closing.wait(self.intervals.heartbeat):
                 self._send_heartbeat()
                 if store.check(["failure"]) and not self._closing.is_set():
                     self._leave(self._read_report(store.get("failure").decode()))
@@ -185,7 +200,7 @@ class Watch:
                     self._check_silence(store, heartbeats, beats)
                     self._check_progress(heartbeats, progress)
         except DistError:
-            if not self._closing.wait(DEAD_SECONDS):  # the job may be exiting normally
+            if not self._closing.wait(self.intervals.dead):  # the job may be exiting normally
                 self._exit_without_store()
 
     def _check_processes(self) -> None:
@@ -200,11 +215,12 @@ class Watch:
     def _check_silence(self, store: Store, heartbeats: dict[int, str], beats: list[StallTimer]) -> None:
         seconds = {rank: beats[rank].seconds(heartbeat) for rank, heartbeat in heartbeats.items()}
         is_suspected = store.check(["suspicion"])
-        limit = DEAD_SECONDS if is_suspected else SILENT_SECONDS
+        limit = self.intervals.dead if is_suspected else self.intervals.silent
         # The ranks of a lost host fall silent within a second of each other, and are named together.
-        silent = self._without_exited([rank for rank in seconds if seconds[rank] > limit - 2 * HEARTBEAT_SECONDS])
+        together = limit - 2 * self.intervals.heartbeat
+        silent = self._without_exited([rank for rank in seconds if seconds[rank] > together])
         if any(seconds[rank] > limit for rank in silent):
-            sent_none = f"{'have' if len(silent) > 1 else 'has'} sent no heartbeat for {limit} s"
+            sent_none = f"{'have' if len(silent) > 1 else 'has'} sent no heartbeat for {limit:g} s"
             self._exit_for(silent, "died" if is_suspected else sent_none, heartbeats)
 
     def _check_progress(self, heartbeats: dict[int, str], progress: StallTimer) -> None:
@@ -216,11 +232,11 @@ class Watch:
 
     def _check_this_rank(self) -> None:
         answers = StallTimer()
-        while not self._closing.wait(HEARTBEAT_SECONDS):
+        while not self._closing.wait(self.intervals.heartbeat):
             if self._holders and not self._holders.are_alive():
                 self._holders = None
                 os.kill(os.getpid(), signal.SIGTERM)  # asks all ranks to save and exit
-            if self._store and answers.seconds(self._answers) > SILENT_SECONDS:
+            if self._store and answers.seconds(self._answers) > self.intervals.silent:
                 self._exit_without_store()
 
     # --- messages and exits -----------------------------------------------------------------------------------------
@@ -283,10 +299,10 @@ class Watch:
         if self._store:
             self._store.set(f"heard/{self._rank}", "")
         if dead:
-            time.sleep(LAUNCHER_SECONDS)
+            time.sleep(self.intervals.launcher)
         if self._store and self._rank == 0:
             others = set(range(1, self.rendezvous.rank_info.world_size)) - set(dead)
-            wait_for_keys([f"heard/{rank}" for rank in others], self._store, time.monotonic() + READ_SECONDS)
+            wait_for_keys([f"heard/{rank}" for rank in others], self._store, time.monotonic() + self.intervals.read)
         return code
 
     def _exit_for(self, dead: list[int], what: str, heartbeats: dict[int, str]) -> NoReturn:

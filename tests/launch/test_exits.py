@@ -1,15 +1,19 @@
 """With which code every rank leaves, whatever went wrong on whichever rank and when."""
 
 import errno
-import itertools
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
+import psutil
 import pytest
+import stub_rank
 from devices import on_gpus
 from ranks import start_processes
 from torch.distributed import DistError
@@ -17,13 +21,17 @@ from toy import ds_config, write_inputs
 
 from megamoe import pretrain
 from megamoe.errors import UserError
-from megamoe.launch import exits, watch
-from megamoe.launch.exits import FAILED, INTERRUPTED, LOST, REFUSED, leave
+from megamoe.launch import exits
+from megamoe.launch.exits import FAILED, INTERRUPTED, LOST, REFUSED, STOPPED, leave
+from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RANK_ON_HOST
+from megamoe.launch.watch import Intervals, Watch
 from megamoe.training import distributed
 from megamoe.training.step import TrainStep
 
 KILLED = -signal.SIGKILL
+DEADLINE = 240  # seconds, which end a hang
+QUICK = Intervals(heartbeat=0.1, silent=DEADLINE, read=DEADLINE, launcher=0, farewell=0.1)
 
 
 def refuse():
@@ -63,64 +71,128 @@ TABLE = {
     fall_over_as_torch_does: (FAILED, FAILED, "RuntimeError: a bug in an operator"),
     kill: (KILLED, LOST, " died"),
 }
-MOMENTS = {"check": 0, "first step": 1, "later step": 3}
 
 
-def pretrain_with(fault, moment, failing, words, output):
-    """Be a rank of pretrain.py, whose rank `failing` has a fault."""
+def be_rank(fault, moment, failing, words, output, intervals=QUICK):
+    """Be a rank of pretrain.py, whose rank `failing` has a fault: without an engine on a CPU."""
     os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
     os.dup2(1, 2)
     sys.argv = ["pretrain.py", *words]
-    watch.HEARTBEAT_SECONDS, watch.DEAD_SECONDS, watch.READ_SECONDS = 0.2, 1, 1
-    if int(os.environ["RANK"]) == failing:
-        plant(fault, MOMENTS[moment])
-    pretrain.main()
+    pretrain.Watch = partial(Watch, intervals=intervals)
+    fails = int(os.environ["RANK"]) == failing
+    if os.environ["DS_ACCELERATOR"] == "cuda":
+        if fails:
+            plant_in_step(fault, 3)
+        pretrain.main()
+    if fails and moment == "check":
+        stub_rank.check = lambda *args, **options: fault()
+    stub_rank.main(lambda step: fault() if fails and step == 3 and moment == "step" else None)
 
 
-def plant(fault, step):
+def plant_in_step(fault, step):
     steps = iter(range(1, 10))
-    train, check = TrainStep.forward_backward, pretrain.Job
+    train = TrainStep.forward_backward
 
     def fail_in_step(*args):
         if next(steps) == step:
             fault()
         return train(*args)
 
-    def fail_in_check(*args, **options):
-        if step == 0:
-            fault()
-        return check(*args, **options)
-
-    TrainStep.forward_backward, pretrain.Job = fail_in_step, fail_in_check
+    TrainStep.forward_backward = fail_in_step
 
 
-def words_for(folder):
-    """A command line."""
-    run = write_inputs(folder, ds_config(2))
+def words_for(folder, *more, device="cpu", steps=4):
+    """A command line; its files are there for a rank with an engine."""
+    run = write_inputs(folder, ds_config(2)) if device == "cuda" else {"ds_config": "", "preset": "", "data": [""]}
     return ["--ds_config", run["ds_config"], "--preset", run["preset"], "--data", *run["data"],
-            "--run_dir", str(folder / "run"), "--steps", "4", "--eval_interval", "0"]  # fmt: skip
+            "--run_dir", str(folder / "run"), "--steps", str(steps), "--eval_interval", "0", *more]  # fmt: skip
 
 
+def codes_of(ranks):
+    for rank in ranks:
+        rank.join(DEADLINE)
+    return [rank.exitcode for rank in ranks]
+
+
+# Each fault on each rank, and at each moment.
 CASES = [
-    *itertools.product(["cpu"], [2], TABLE, [0, 1], MOMENTS),
-    on_gpus(1, "cuda", 1, fall_over_as_torch_does, 0, "later step"),
-    *(on_gpus(2, "cuda", 2, fault, 1, "later step") for fault in (fall_over_as_torch_does, fill_disk, kill)),
+    *(
+        ("cpu", 2, fault, failing, ("check", "step")[(failing + number) % 2])
+        for number, fault in enumerate(TABLE)
+        for failing in (0, 1)
+    ),
+    on_gpus(1, "cuda", 1, fall_over_as_torch_does, 0, "step"),
+    *(on_gpus(2, "cuda", 2, fault, 1, "step") for fault in (fall_over_as_torch_does, fill_disk, kill)),
 ]
 
 
 @pytest.mark.parametrize(("device", "number", "fault", "failing", "moment"), CASES)
 def test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one(device, number, fault, failing, moment, tmp_path):
     output = tmp_path / "output"
-    words = words_for(tmp_path)
-    ranks = start_processes(number, pretrain_with, fault, moment, failing, words, str(output), device=device)
-    for rank in ranks:
-        rank.join(240)  # an operator may be compiled first
+    words = words_for(tmp_path, device=device)
+    ranks = start_processes(number, be_rank, fault, moment, failing, words, str(output), device=device)
     expected = dict.fromkeys(range(number), TABLE[fault][1]) | {failing: TABLE[fault][0]}
+    assert codes_of(ranks) == list(expected.values()), output.read_text()
     said = output.read_text()
-    assert {number: rank.exitcode for number, rank in enumerate(ranks)} == expected, said
     assert said.count(TABLE[fault][2]) == 1, said
     assert said.count("Traceback") == (fault in (fall_over, fall_over_as_torch_does)), said
     assert ("resume from the last checkpoint" in said) == (fault is not refuse)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+STALL = r"""error: no rank has made progress for 2 s: rank.* in step 3, reading data"""
+ENDS = {  # what happens on rank 1 in step 3, the line that tells of it, and the code of both ranks
+    "a signal": (partial(send, signal.SIGTERM), (), r"stopped by a signal after step \d", STOPPED),
+    "Ctrl-C": (partial(send, signal.SIGINT), (), r"stopped by a signal after step \d", STOPPED),
+    "the time limit": (do_nothing, ("--time_limit", "0:00:01"), "stopped before the time limit after step 1", STOPPED),
+    "nothing": (do_nothing, (), "saved .*step_4", 0),
+}
+
+
+@pytest.mark.parametrize("what", ENDS)
+def test_both_ranks_end_together_with_a_checkpoint(what, tmp_path):
+    event, options, line, code = ENDS[what]
+    words = words_for(tmp_path, *options, steps=100_000 if code else 4)
+    output = tmp_path / "output"
+    ranks = start_processes(2, be_rank, event, "step", 1, words, str(output))
+    assert codes_of(ranks) == [code, code], output.read_text()
+    said = output.read_text()
+    assert len(re.findall(line, said)) == 1, said
+    last = re.findall(r"step=(\d+) ", said)[-1]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{last}"
+
+
+def be_rank_below_a_script(script, *args):
+    os.environ["MEGAMOE_SCRIPT"] = script
+    be_rank(*args)
+
+
+def test_ranks_whose_launch_script_was_killed_save_and_leave(tmp_path):
+    script = subprocess.Popen(["sleep", "1000"])
+    words, output = words_for(tmp_path, steps=100_000), tmp_path / "output"
+    args = do_nothing, "", 0, words, str(output)
+    ranks = start_processes(2, be_rank_below_a_script, f"{script.pid},{pid_space()}", *args)
+    while not (output.exists() and "step=2 " in output.read_text()) and ranks[0].is_alive():
+        time.sleep(0.05)
+    script.kill()
+    script.wait()
+    assert codes_of(ranks) == [STOPPED, STOPPED], output.read_text()
+
+
+def test_ranks_that_wait_for_one_that_hangs_say_where_each_is(tmp_path):
+    words, output = words_for(tmp_path, "--collective_timeout", "2"), tmp_path / "output"
+    intervals = replace(QUICK, read=0.1)  # which the one that hangs will not do
+    hang = partial(send, signal.SIGSTOP)
+    first, second = start_processes(2, be_rank, hang, "step", 1, words, str(output), intervals)
+    first.join(DEADLINE)
+    psutil.Process(second.pid).resume()
+    second.join(DEADLINE)
+    said = output.read_text()
+    assert (first.exitcode, second.exitcode) == (LOST, LOST), said
+    assert len(re.findall(STALL, said)) == 1, said
 
 
 def leave_with(code, environment):
@@ -134,40 +206,31 @@ def test_the_first_rank_of_a_host_leaves_its_code_and_torchrun_sees_a_stop_as_an
 ):
     note = tmp_path / "note"
     environment = {"MEGAMOE_EXIT_NOTE": str(note), **({"TORCHELASTIC_RUN_ID": "x"} if torchrun else {})}
-    ranks = start_processes(2, leave_with, code, environment)
-    for rank in ranks:
-        rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [expected, expected]
+    assert codes_of(start_processes(2, leave_with, code, environment)) == [expected, expected]
     assert note.read_text() == f"{code}\n"
 
 
 def test_a_second_rank_that_sees_its_own_device_alone_is_not_the_first(tmp_path):
     environment = {"MEGAMOE_EXIT_NOTE": str(tmp_path / "note"), "LOCAL_RANK": "0", RANK_ON_HOST: "1"}
-    (rank,) = start_processes(1, leave_with, 2, environment)
-    rank.join(60)
-    assert rank.exitcode == 2
+    assert codes_of(start_processes(1, leave_with, 2, environment)) == [2]
     assert not (tmp_path / "note").exists()
 
 
 def test_a_note_that_cannot_be_written_changes_no_code(tmp_path):
-    (rank,) = start_processes(1, leave_with, 75, {"MEGAMOE_EXIT_NOTE": str(tmp_path / "gone" / "note")})
-    rank.join(60)
-    assert rank.exitcode == 75
+    assert codes_of(start_processes(1, leave_with, 75, {"MEGAMOE_EXIT_NOTE": str(tmp_path / "gone" / "note")})) == [75]
 
 
-def pretrain_with_groups_that_never_end(*args):
-    exits.END_SECONDS = 0.5
+def be_rank_whose_groups_never_end(*args):
+    exits.END_SECONDS = 0.1
     exits._abort_process_group = exits.dist.destroy_process_group = lambda: time.sleep(600)
-    pretrain_with(*args)
+    be_rank(*args)
 
 
 @pytest.mark.parametrize(("fault", "code"), [(fall_over, FAILED), (do_nothing, 0)], ids=["bug", "end"])
 def test_process_groups_that_never_end_hold_no_rank(fault, code, tmp_path):
     output, words = tmp_path / "output", words_for(tmp_path)
-    ranks = start_processes(2, pretrain_with_groups_that_never_end, fault, "later step", 1, words, str(output))
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [code, code]
+    ranks = start_processes(2, be_rank_whose_groups_never_end, fault, "step", 1, words, str(output))
+    assert codes_of(ranks) == [code, code]
     assert output.read_text().count("KeyError: 'a bug'") == bool(code)
 
 
@@ -217,7 +280,7 @@ def start_with(fault, output, note):
 def test_a_rank_that_fails_before_the_others_watch_it_says_why_and_leaves_its_code(fault, tmp_path):
     output, note = tmp_path / "output", tmp_path / "note"
     (rank,) = start_processes(1, start_with, fault, str(output), str(note))
-    rank.join(60)
+    rank.join(DEADLINE)
     code, words = AT_THE_START[fault]
     said = output.read_text()
     assert rank.exitcode == code, said

@@ -1,7 +1,10 @@
 """What a host knows of its own network."""
 
+import os
 import socket
 
+from megamoe.launch import network
+from megamoe.launch.exchange import open_store
 from megamoe.launch.network import address_towards, free_port, interface_towards, is_free
 
 
@@ -15,11 +18,31 @@ def test_there_is_no_route_to_an_unknown_name():
     assert interface_towards("no-such-host.invalid") is None
 
 
-def test_a_free_port_is_not_one_that_the_system_gives_to_connections():
-    for _ in range(20):
-        port = free_port()
-        assert is_free(port)
-        assert port < 32_768  # where they begin by default (net.ipv4.ip_local_port_range)
+def test_free_ports_are_distinct_and_torchs_store_can_listen_there_while_no_other_call_gets_them():
+    ports = [free_port() for _ in range(5)]
+    assert len(set(ports)) == 5
+    assert all(map(is_free, ports))
+    assert max(ports) < 29_400  # torchrun's, DeepSpeed's, and those that the system gives to connections
+    store = open_store("127.0.0.1", ports[0], True, 240)
+    store.set("key", "value")
+    assert open_store("127.0.0.1", ports[0], False, 240).get("key") == b"value"
+
+
+def test_processes_that_draw_at_once_and_end_before_they_listen_have_different_ports(monkeypatch):
+    """As the launch scripts do. Here, all of them are this process, which keeps nothing."""
+    drawn = []
+    for pid in range(70_000, 70_050):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        drawn.append(free_port())
+        network._kept.clear()
+    assert len(set(drawn)) == 50
+
+
+def test_a_port_that_another_process_keeps_is_not_drawn(monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 70_100)
+    taken = free_port()
+    monkeypatch.setattr(network, "_kept", network._kept.copy())  # which another process has not
+    assert free_port() != taken
 
 
 def test_a_port_with_a_server_is_not_free():

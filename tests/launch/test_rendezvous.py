@@ -4,7 +4,9 @@ import os
 import re
 import socket
 import threading
+import time
 from dataclasses import replace
+from datetime import timedelta
 
 from benchmark_ranks import CountedStore
 
@@ -17,7 +19,7 @@ from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import join
 
 
-def join_all(infos, seconds=30.0, devices=None):
+def join_all(infos, seconds=240.0, devices=None):
     """What each of the ranks gets, a Rendezvous or a UserError (a PeerError is one); each on a thread of its own."""
     answers = {}
 
@@ -55,10 +57,11 @@ def pretend_hosts(monkeypatch, host_of):
 
 def test_ranks_know_the_host_of_each_and_the_processes_of_their_own(monkeypatch):
     pretend_hosts(monkeypatch, lambda rank: f"h{rank % 2}")
+    ranks = infos(range(4), 4)
     pids = iter(range(100, 104))
     monkeypatch.setattr(rendezvous, "pid_space", lambda: "container" if threading.current_thread().name == "2" else "")
     monkeypatch.setattr(os, "getpid", lambda: next(pids))
-    joined = join_all(infos(range(4), 4))
+    joined = join_all(ranks)
     assert [one.hosts for one in joined] == [["h0", "h1", "h0", "h1"]] * 4
     assert [sorted(one.neighbors) for one in joined] == [[], [3], [], [1]]  # rank 2 has process ids of its own
     assert len({*joined[1].neighbors.values(), *joined[3].neighbors.values()}) == 2
@@ -90,8 +93,20 @@ def test_a_rank_alone_needs_no_store():
     assert alone.store is None
 
 
-def test_ranks_that_do_not_join_are_named_once_and_all_exit():
-    first, other = join_all(infos([0, 2], 4), seconds=2)
+def be_late(monkeypatch, *others):
+    """Let rank 0's time be over as soon as these others have joined."""
+    serve = rendezvous.serve
+
+    def serve_late(store, rank, record, ranks, deadline, *args, **options):
+        store.wait([f"record/{other}" for other in others], timedelta(seconds=240))
+        return serve(store, rank, record, ranks, time.monotonic(), *args, **options)
+
+    monkeypatch.setattr(rendezvous, "serve", serve_late)
+
+
+def test_ranks_that_do_not_join_are_named_once_and_all_exit(monkeypatch):
+    be_late(monkeypatch, 2)
+    first, other = join_all(infos([0, 2], 4))
     assert len(first.problems) == 1
     assert "2 of 4 ranks have joined" in first.problems[0]
     assert "rank 1, 3 did not" in first.problems[0]
@@ -101,7 +116,7 @@ def test_ranks_that_do_not_join_are_named_once_and_all_exit():
 
 def test_a_rank_that_joins_twice_is_refused():
     port = free_port()
-    first, *others = join_all([*infos([0, 1], 2, port), *infos([1], 2, port)], seconds=5)
+    first, *others = join_all([*infos([0, 1], 2, port), *infos([1], 2, port)])
     refused = [answer for answer in others if isinstance(answer, UserError)]
     assert len(refused) == 1
     assert "is not the first rank 1 to join" in refused[0].problems[0]
@@ -110,7 +125,7 @@ def test_a_rank_that_joins_twice_is_refused():
 
 
 def test_a_rank_0_that_does_not_join_is_reported_by_the_others():
-    (answer,) = join_all(infos([1], 2), seconds=1)
+    (answer,) = join_all(infos([1], 2), seconds=0.1)
     assert "rank 1 on " in answer.problems[0]
     assert "cannot reach rank 0 at 127.0.0.1:" in answer.problems[0]
     assert code_of(answer) == FAILED
@@ -125,7 +140,7 @@ def test_a_rank_0_whose_name_is_unknown_is_for_a_restart_to_cure():
 def test_a_rank_0_that_is_lost_during_the_rendezvous_is_for_a_restart_to_cure(monkeypatch):
     monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0)
     (info,) = infos([1], 2)
-    store = open_store(info.address, info.port, True, 5)  # which gives no answer
+    store = open_store(info.address, info.port, True, 240)  # which gives no answer
     (answer,) = join_all([info], seconds=1)
     assert "has lost rank 0 at 127.0.0.1:" in answer.problems[0]
     assert code_of(answer) == FAILED
@@ -162,6 +177,7 @@ def test_other_versions_are_for_the_user_to_change_also_where_a_rank_is_late(mon
     names, versions = iter(["h1", "h2"]), iter([{"torch": "2.13"}, {"torch": "2.12"}])
     monkeypatch.setattr(socket, "gethostname", lambda: next(names))
     monkeypatch.setattr(rendezvous, "versions", lambda: next(versions))
-    answers = join_all(infos([0, 1], 3), seconds=2)
+    be_late(monkeypatch, 1)
+    answers = join_all(infos([0, 1], 3))
     assert [code_of(answer) for answer in answers] == [REFUSED, REFUSED]
     assert len(answers[0].problems) == 2

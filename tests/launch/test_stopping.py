@@ -1,125 +1,136 @@
 """Requests to stop a run."""
 
+import ctypes
+import multiprocessing
 import os
-import select
 import signal
 import subprocess
-import sys
+import threading
 import time
 
 import psutil
 import pytest
+from ranks import start_processes
 
-from megamoe.launch.exits import INTERRUPTED
-from megamoe.launch.stopping import Deadline
+from megamoe.launch import stopping
+from megamoe.launch.exits import INTERRUPTED, Stopped
+from megamoe.launch.holders import is_alive
+from megamoe.launch.stopping import Deadline, StopRequest
 
-# The main thread is in a call that does not return for a handler, as in a collective.
-WAITING = """
-import ctypes, sys, threading, time
-from megamoe.launch.stopping import StopRequest
-stop = StopRequest()
-def tell():
-    while not stop.asked:
-        time.sleep(0.01)
-    print("asked", flush=True)
-threading.Thread(target=tell, daemon=True).start()
-print("ready", flush=True)
-end = time.monotonic() + 20
-while time.monotonic() < end:  # a signal interrupts sleep
-    ctypes.CDLL(None).sleep(20)
-"""
+DEADLINE = 240  # seconds, which end a hang
 
 
-def heed_signals():
-    """Tests that run in the background have been started with these signals ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+def wait_as_in_a_collective(pipe, seconds_of_one_interrupt, ignored=()):
+    """Be a process whose main thread is in a call that does not return for a handler; it tells of each request."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    stopping.SAME_INTERRUPT_SECONDS = seconds_of_one_interrupt
+    stop = StopRequest()
+
+    def tell():
+        while True:
+            if stop.asked:
+                stop.asked = False
+                pipe.send("asked")
+            time.sleep(0.005)
+
+    threading.Thread(target=tell, daemon=True).start()
+    pipe.send("ready")
+    while True:  # a signal interrupts sleep
+        ctypes.CDLL(None).sleep(1000)
 
 
-def start(program, **options):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", program], **pipes, **options)
-    assert process.stdout.readline() == "ready\n"
-    return process
+class Started:
+    """A process that has said that it is ready."""
+
+    def __init__(self, function, *args):
+        self.pipe, far_end = multiprocessing.get_context("forkserver").Pipe()
+        (self.process,) = start_processes(1, function, far_end, *args)
+        far_end.close()
+        self.hears("ready")
+
+    def hears(self, expected):
+        assert self.pipe.poll(DEADLINE)
+        assert self.pipe.recv() == expected
+
+    def send(self, *numbers):
+        for number in numbers:
+            os.kill(self.process.pid, number)
 
 
 @pytest.fixture
-def waiting():
-    process = start(WAITING, preexec_fn=heed_signals)
-    yield process
-    process.kill()
-    process.wait()
+def start():
+    started = []
+
+    def one(*args):
+        started.append(Started(*args))
+        return started[-1]
+
+    yield one
+    for each in started:
+        each.process.kill()
 
 
-# A compiler runs below this process, as below torch.
-COMPILING = """
-import subprocess, sys
-from megamoe.launch.exits import Stopped
-from megamoe.launch.stopping import StopRequest
-stop = StopRequest()
-try:
-    with stop.interrupting():
-        compiler = subprocess.Popen(["sh", "-c", "sleep 60; true"])
-        print("ready", flush=True)
-        if compiler.wait():
-            raise RuntimeError("Error building extension")
-except Stopped as stopped:
-    print(stopped, flush=True)
-sys.stdin.readline()
-"""
+def test_each_signal_requests_a_stop_at_once_and_ends_nothing_and_one_ctrl_c_may_arrive_twice(start):
+    waiting = start(wait_as_in_a_collective, DEADLINE)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        waiting.send(number)
+        waiting.hears("asked")
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # from the terminal, and from a launcher
+        waiting.send(number)
+        waiting.hears("asked")
 
 
-@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the rank", "to the rank and its compiler"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_request_while_something_is_compiled_ends_the_compiler_and_the_wait_without_a_trace(number, send):
-    with start(COMPILING, start_new_session=True, stderr=subprocess.PIPE, preexec_fn=heed_signals) as process:
-        compilers = psutil.Process(process.pid).children(recursive=True)
-        send(process.pid, number)
-        assert process.stdout.readline() == "stopped by a signal before the first step\n"
-        process.send_signal(number)  # again, as scripts do
-        assert process.communicate("\n")[1] == ""
-    assert process.returncode == 0
-    assert psutil.wait_procs(compilers, timeout=10)[1] == []
+def test_a_second_ctrl_c_exits_at_once_and_another_request_between_changes_nothing(start):
+    waiting = start(wait_as_in_a_collective, 0)
+    waiting.send(signal.SIGINT)
+    waiting.hears("asked")
+    waiting.send(signal.SIGTERM)
+    waiting.hears("asked")
+    waiting.send(signal.SIGINT)
+    waiting.process.join(DEADLINE)
+    assert waiting.process.exitcode == INTERRUPTED
 
 
-def test_a_hang_up_that_is_ignored_stays_so():
-    with start(WAITING, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:  # under nohup
-        process.send_signal(signal.SIGHUP)
-        assert select.select([process.stdout], [], [], 0.5)[0] == []
-        assert process.poll() is None
-        process.kill()
+def test_a_hang_up_that_is_ignored_stays_so(start):
+    waiting = start(wait_as_in_a_collective, 0, (signal.SIGHUP,))  # under nohup
+    with open(f"/proc/{waiting.process.pid}/status") as status:
+        (ignored,) = (line.split()[1] for line in status if line.startswith("SigIgn"))
+    assert int(ignored, 16) & 1 << signal.SIGHUP - 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_requests_a_stop_at_once_and_ends_nothing(waiting, number):
-    waiting.send_signal(number)
-    assert waiting.stdout.readline() == "asked\n"
-    assert waiting.poll() is None
+def compile_something(pipe):
+    """Be a process below which a compiler runs, as below torch."""
+    os.setsid()
+    stop = StopRequest()
+    try:
+        with stop.interrupting():
+            compiler = subprocess.Popen(["sh", "-c", "sleep 1000; true"])
+            pipe.send("ready")
+            if compiler.wait():
+                raise RuntimeError("Error building extension")
+    except Stopped as stopped:
+        pipe.send(str(stopped))
+    pipe.recv()
+    pipe.send("heard")
 
 
-def test_a_second_ctrl_c_exits_at_once(waiting):
-    waiting.send_signal(signal.SIGINT)
-    assert waiting.stdout.readline() == "asked\n"
-    time.sleep(0.7)
-    waiting.send_signal(signal.SIGINT)
-    assert waiting.wait(10) == INTERRUPTED
-
-
-def test_one_ctrl_c_that_arrives_twice_counts_once(waiting):
-    waiting.send_signal(signal.SIGINT)
-    waiting.send_signal(signal.SIGINT)  # from the terminal, and from a launcher that forwards it
-    assert waiting.stdout.readline() == "asked\n"
-    with pytest.raises(subprocess.TimeoutExpired):
-        waiting.wait(1)
-
-
-def test_other_requests_after_a_ctrl_c_change_nothing(waiting):
-    waiting.send_signal(signal.SIGINT)
-    assert waiting.stdout.readline() == "asked\n"
-    time.sleep(0.7)
-    waiting.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        waiting.wait(1)
+@pytest.mark.parametrize(
+    ("send", "number"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)]
+)
+def test_a_request_while_something_is_compiled_ends_the_compiler_and_the_wait(start, send, number):
+    """The signal goes to the rank, or to it and its compiler."""
+    compiling = start(compile_something)
+    compilers = psutil.Process(compiling.process.pid).children(recursive=True)
+    assert compilers
+    send(compiling.process.pid, number)
+    compiling.hears("stopped by a signal before the first step")
+    compiling.send(number)
+    compiling.pipe.send("")
+    compiling.hears("heard")
+    compiling.process.join(DEADLINE)
+    assert compiling.process.exitcode == 0
+    assert not any(map(is_alive, compilers))
 
 
 def test_without_a_limit_there_is_no_deadline():
@@ -130,12 +141,12 @@ def test_a_limit_counts_from_the_start_of_the_process():
     age = time.time() - psutil.Process(os.getpid()).create_time()
     deadline = Deadline(age + 1000, {})
     assert deadline.within(1010)
-    assert not deadline.within(900)
+    assert not deadline.within(100)
 
 
 def test_the_end_of_a_slurm_job_counts_if_it_is_earlier():
-    soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)}
-    assert Deadline(None, soon).within(110)
-    assert not Deadline(None, soon).within(80)
-    assert Deadline(10**9, soon).within(110)
+    soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 1000)}
+    assert Deadline(None, soon).within(1010)
+    assert not Deadline(None, soon).within(100)
+    assert Deadline(10**9, soon).within(1010)
     assert Deadline(0, soon).within(0)

@@ -17,8 +17,10 @@ from megamoe.launch import watch
 from megamoe.launch.exits import FAILED, LOST
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import Rendezvous
-from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Position, StallTimer, Watch
+from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Intervals, Position, StallTimer, Watch
 from megamoe.model.decoder import Decoder
+
+DEADLINE = 240  # seconds, which end a hang
 
 
 class Recorder(Position):
@@ -112,7 +114,7 @@ def test_ranks_that_wait_for_rank_0_alone_are_no_stall(alone, monkeypatch):
 class Ranks:
     """A job of which some ranks watch each other, as threads; the others have sent one heartbeat and no more."""
 
-    def __init__(self, world_size, watching):
+    def __init__(self, world_size, watching, intervals):
         store = HashStore()
         self.stores = {rank: CountedStore("", store) for rank in range(world_size)}
         for rank in set(self.stores) - set(watching):
@@ -122,7 +124,7 @@ class Ranks:
         self.watches = {
             rank: Watch(
                 Rendezvous(RankInfo(rank, world_size, 0, 1, "", 0, "none"), hosts, {}, self.stores[rank]),
-                Position(), self.leave_with(rank),
+                Position(), self.leave_with(rank), intervals,
             )
             for rank in watching
         }  # fmt: skip
@@ -132,7 +134,7 @@ class Ranks:
             self.watches[rank]._closing.set()
             if rank not in self.exits:
                 self.exits[rank] = code
-                self._exited.wait(30)
+                self._exited.wait(DEADLINE)
             sys.exit()  # ends a thread
 
         return leave
@@ -140,16 +142,8 @@ class Ranks:
     def fail(self, rank, error):
         """The rank's collective fails; returns the exit codes once all have exited."""
         threading.Thread(target=self.watches[rank].fail, args=(error,), daemon=True).start()
-        self._exited.wait(30)
+        self._exited.wait(DEADLINE)
         return self.exits
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr(watch, "DEAD_SECONDS", 1)
-    monkeypatch.setattr(watch, "LAUNCHER_SECONDS", 0)
-    monkeypatch.setattr(watch, "READ_SECONDS", 1000)  # for ranks that are not dead
 
 
 in_threads = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -157,10 +151,8 @@ in_threads = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 @in_threads
 @pytest.mark.parametrize("world_size", [8, 64])
-def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads_all_heartbeats(
-    world_size, quick, capsys
-):
-    ranks = Ranks(world_size, range(world_size - 2))
+def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads_all_heartbeats(world_size, capsys):
+    ranks = Ranks(world_size, range(world_size - 2), Intervals(heartbeat=0.05, dead=1, launcher=0, read=DEADLINE))
     assert ranks.fail(3, RuntimeError("closed by peer")) == dict.fromkeys(range(world_size - 2), LOST)
     said = capsys.readouterr().err
     assert said == (
@@ -171,8 +163,8 @@ def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads
 
 
 @in_threads
-def test_a_collective_that_fails_while_all_ranks_live_is_the_error_of_its_rank(quick, capsys):
-    ranks = Ranks(4, range(4))
+def test_a_collective_that_fails_while_all_ranks_live_is_the_error_of_its_rank(capsys):
+    ranks = Ranks(4, range(4), Intervals(heartbeat=0.05, dead=0.1, read=DEADLINE))
     assert ranks.fail(1, RuntimeError("sizes do not match")) == dict.fromkeys(range(4), FAILED)
     assert capsys.readouterr().err.count("rank 1 on h0 failed in step 0, start (sizes do not match)") == 1
 
@@ -200,10 +192,10 @@ def what_a_failing_rank_does(monkeypatch, store, error):
         done.append(code)
         raise SystemExit
 
-    monkeypatch.setattr(watch, "HEARTBEAT_SECONDS", 600)  # the threads do nothing
     monkeypatch.setattr(watch, "end_groups", lambda failed: done.append(f"aborts {failed}"))
     monkeypatch.setattr(sys, "stderr", Output())
-    one = Watch(Rendezvous(RankInfo(1, 2, 1, 2, "h1", 1, "none"), ["h1", "h1"], {}, store), Position(), leave)
+    rendezvous = Rendezvous(RankInfo(1, 2, 1, 2, "h1", 1, "none"), ["h1", "h1"], {}, store)
+    one = Watch(rendezvous, Position(), leave, Intervals(heartbeat=600))  # the threads do nothing
     one._store = SimpleNamespace(set=store.set, compare_set=report)
     with contextlib.suppress(SystemExit):
         one.fail(error)

@@ -60,9 +60,9 @@ def test_saving_and_loading_are_timed_and_leave_nothing(tmp_path):
 
 QUICK_RANKS = """
 import benchmark_ranks
-from megamoe.launch import watch
+from megamoe.launch.watch import Intervals
 
-benchmark_ranks.IDLE_SECONDS, watch.HEARTBEAT_SECONDS, watch.DEAD_SECONDS = 0.1, 0.2, 1
+benchmark_ranks.IDLE_SECONDS, benchmark_ranks.INTERVALS = 0.1, Intervals(heartbeat=0.2, dead=1)
 benchmark_ranks.main()
 """
 
