@@ -36,6 +36,7 @@ def test_every_tool_explains_itself(monkeypatch, capsys):
         assert caught.value.code == 0, name
         has(capsys.readouterr().out, "usage: ", "--help")
         assert len((tool.__doc__ or "").splitlines()[0]) > 20, name
+        assert 'if __name__ == "__main__":' in Path(tool.__file__).read_text(), name
 
 
 def run_tool(tool, words, said):
