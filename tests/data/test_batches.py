@@ -1,6 +1,5 @@
 """Batches of a run."""
 
-import pytest
 import torch
 from corpora import build, random_tokens
 
@@ -29,23 +28,18 @@ def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
         assert labels[row].tolist() == tokens[1:]
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3, 25])
-def test_labels_further_ahead_go_on_in_the_corpus_and_end_with_it(tmp_path, ahead):
+def test_labels_further_ahead_go_on_in_the_corpus_and_end_with_it(tmp_path):
     tokens = random_tokens(34, 50).tolist()  # three samples, and three tokens that are in none
     corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
     data = TrainData([corpus], [1.0], seed=1)
-    batch = data.batch(0, 3, ahead)
-    assert batch.input_ids.shape == (3, 10)
-    assert batch.labels.shape == (3, 10 + ahead)
     followed = [*tokens, *[-100] * 30]
-    for row in range(3):
-        start = 10 * data.order.at(row)[1]
-        assert batch.input_ids[row].tolist() == tokens[start : start + 10]
-        for further in range(ahead + 1):
-            expected = followed[start + 1 + further : start + 11 + further]
-            assert batch.labels[row, further : further + 10].tolist() == expected
-    (step,) = data.step_batches(1, 0, BatchShape(3, 1, 1, 10), ahead)
-    assert torch.equal(step.labels, batch.labels)
+    for ahead in (0, 1, 3, 25):
+        batch = data.batch(0, 3, ahead)
+        starts = [10 * data.order.at(row)[1] for row in range(3)]
+        assert batch.input_ids.tolist() == [tokens[start : start + 10] for start in starts]
+        assert batch.labels.tolist() == [followed[start + 1 : start + 11 + ahead] for start in starts]
+        (step,) = data.step_batches(1, 0, BatchShape(3, 1, 1, 10), ahead)
+        assert torch.equal(step.labels, batch.labels)
 
 
 def samples_of_step(source, step, micro_batch, accumulation, world_size):
@@ -80,11 +74,11 @@ def test_the_steps_of_a_ramp_take_the_samples_in_order_on_any_number_of_ranks(tm
             position += samples
 
 
-@pytest.mark.parametrize("is_pinned", [True, False])
-def test_only_a_pinned_batch_is_copied_while_the_host_goes_on(is_pinned, monkeypatch):
+def test_only_a_pinned_batch_is_copied_while_the_host_goes_on(monkeypatch):
     batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
     copies = []
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: is_pinned)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: copies.append(options) or tensor)
-    batch.to(torch.device("cuda"))
-    assert copies == [{"non_blocking": is_pinned}] * 2
+    for is_pinned in (True, False):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, is_pinned=is_pinned: is_pinned)
+        batch.to(torch.device("cuda"))
+    assert copies == [{"non_blocking": True}] * 2 + [{"non_blocking": False}] * 2

@@ -26,10 +26,10 @@ def test_the_hash_begins_as_splitmix64():
     assert order_module._mix(1234567) == 6457827717110365317  # first output of the reference code for this seed
 
 
-@pytest.mark.parametrize("size", [*range(1, 71), 127, 128, 129, 1000, 4096, 4097, 10007])
-def test_permute_is_a_bijection(size):
-    for key in ((0,), (3, 5)):
-        assert sorted(permutation(size, *key)) == list(range(size))
+def test_permute_is_a_bijection():
+    for size in (*range(1, 71), 127, 128, 129, 1000, 4096, 4097):
+        for key in ((0,), (3, 5)):
+            assert sorted(permutation(size, *key)) == list(range(size)), size
 
 
 def test_permute_differs_by_every_part_of_its_key():
@@ -48,10 +48,10 @@ def assert_uniform(counts, cells):
     assert abs(excess) < 5, excess
 
 
-@pytest.mark.parametrize("size", [2, 3, 7, 10, 16, 17])
-def test_every_index_goes_everywhere_equally_often_over_the_keys(size):
-    counts = Counter((index, permute(index, size, 11, key)) for key in range(1500) for index in range(size))
-    assert_uniform(counts, size * size)
+def test_every_index_goes_everywhere_equally_often_over_the_keys():
+    for size in (2, 3, 7, 16, 17):
+        counts = Counter((index, permute(index, size, 11, key)) for key in range(1000) for index in range(size))
+        assert_uniform(counts, size * size)
 
 
 def test_neighbours_are_sent_to_unrelated_places():
@@ -83,28 +83,15 @@ def test_each_epoch_visits_each_sample_once_in_another_order():
     assert len(set(epochs)) == 50
 
 
-@pytest.mark.parametrize("weights", [[1.0], [5.0, 1.0, 2.0]])
-def test_each_corpus_is_walked_through_before_it_begins_again(weights):
-    sizes = [97, 40, 701][: len(weights)]
+def test_each_corpus_is_walked_through_before_it_begins_again():
+    sizes = [97, 40, 701]
     visits = [[] for _ in sizes]
-    for corpus, sample in walk(SampleOrder.of(sizes, weights, seed=4), 0, 2 * MIX_BLOCK):
+    for corpus, sample in walk(SampleOrder.of(sizes, [5.0, 1.0, 2.0], seed=4), 0, 2 * MIX_BLOCK):
         visits[corpus].append(sample)
     for samples, size in zip(visits, sizes, strict=True):
         epochs = [samples[start : start + size] for start in range(0, len(samples) - size + 1, size)]
         assert len(epochs) >= 2
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-
-
-def test_at_the_end_of_a_block_no_sample_is_more_than_one_visit_ahead():
-    sizes = [1500, 40, 701]
-    order = SampleOrder.of(sizes, [5.0, 1.0, 2.0], seed=4)
-    seen = [Counter() for _ in sizes]
-    for block in range(3):
-        for corpus, sample in walk(order, block * MIX_BLOCK, MIX_BLOCK):
-            seen[corpus][sample] += 1
-        for counts, size in zip(seen, sizes, strict=True):
-            epochs, rest = divmod(counts.total(), size)
-            assert sorted(counts[sample] for sample in range(size)) == [epochs] * (size - rest) + [epochs + 1] * rest
 
 
 def test_the_order_is_a_pure_function_of_seed_and_position():
@@ -151,22 +138,14 @@ def test_shares_are_those_of_the_largest_remainder():
     assert SampleOrder.of([1] * 3, [1.0] * 3, 0).shares == (1366, 1365, 1365)
 
 
-@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, 0.2, 0.1], [10.0, 1.0, 1.0, 0.01], [1.0]])
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [10.0, 1.0, 1.0, 0.01]])
 def test_every_block_holds_each_corpus_in_its_exact_share(weights):
     order = SampleOrder.of([900 + i for i in range(len(weights))], weights, seed=8)
     places = [tuple(corpus for corpus, _ in walk(order, block * MIX_BLOCK, MIX_BLOCK)) for block in (0, 1, 10**9)]
     for block in places:
         counts = Counter(block)
         assert tuple(counts[corpus] for corpus in range(len(weights))) == independent_shares(weights)
-    assert len(set(places)) == (3 if len(weights) > 1 else 1)
-
-
-def test_over_a_long_run_the_weights_are_kept():
-    weights = [0.7, 0.2, 0.1]
-    order = SampleOrder.of([1000, 2000, 50], weights, seed=9)
-    counts = Counter(corpus for corpus, _ in walk(order, 12_345, 50_000))
-    for corpus, weight in enumerate(weights):
-        assert abs(counts[corpus] / 50_000 - weight) < 1 / MIX_BLOCK + MIX_BLOCK / 50_000 * 0.02
+    assert len(set(places)) == 3
 
 
 def test_corpora_are_shuffled_within_a_block():
@@ -244,8 +223,7 @@ def at_by_definition(order, position):
     return corpus, permute_by_definition(index, order.sizes[corpus], order.seed, corpus, epoch)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 12, 2**31, 2**63 - 1, 2**64 + 3])
-@pytest.mark.parametrize("corpora", [1, 2, 3, 9])
+@pytest.mark.parametrize(("seed", "corpora"), [(0, 2), (12, 1), (2**31, 9), (2**63 - 1, 3), (2**64 + 3, 2)])
 def test_the_order_is_that_of_its_definition_computed_number_by_number(seed, corpora):
     draw = np.random.default_rng([seed % 2**32, corpora])
     for largest in (3, 100, 10**6, 10**12):
@@ -257,11 +235,12 @@ def test_the_order_is_that_of_its_definition_computed_number_by_number(seed, cor
             assert order.at(position) == at_by_definition(order, position)
 
 
-def test_a_whole_block_of_the_smallest_shares_is_that_of_the_definition():
-    order = SampleOrder.of([5] * 4096, [1.0] * 4096, seed=2)
-    assert walk(order, 4096, 4096) == [at_by_definition(order, position) for position in range(4096, 8192)]
-    order = SampleOrder.of([7, 1000], [4095.0, 1.0], seed=2)
-    assert walk(order, 0, 4096) == [at_by_definition(order, position) for position in range(4096)]
+def test_a_block_of_the_smallest_shares_is_that_of_the_definition():
+    for sizes, weights, first in (([5] * 4096, [1.0] * 4096, 4096), ([7, 1000], [4095.0, 1.0], 0)):
+        order = SampleOrder.of(sizes, weights, seed=2)
+        assert walk(order, first, 4096) == [
+            at_by_definition(order, position) for position in range(first, first + 4096)
+        ]
 
 
 def test_the_order_has_the_numbers_of_the_first_release():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -64,29 +65,26 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     assert len(problems) == 6
 
 
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (("--gpus", 0), ("gpus", "greater than 0")),
+def test_every_wrong_option_is_refused(monkeypatch, capsys):
+    for options, *expected in (
         (("--gpus", 8, "--efficiency", 1.5), ("efficiency", "1.5")),
         (("--gpus", 8, "--micro_batch", "two"), ("micro_batch", "two")),
         (("--gpus", 8, "--ep_sise", 2), ("--ep_sise", "--ep_size")),
         ((), ("gpus", "missing")),
         (("--gpus", 8, "--ep_size", 0), ("ep_size", "greater than 0")),
-    ],
-)
-def test_a_wrong_option_is_refused(options, parts, monkeypatch, capsys):
-    code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *options)
-    assert (code, out) == (2, "")
-    (problem,) = problems
-    has(problem, *parts)
-
-
-def test_problems_of_the_run_and_of_the_plan_come_together(monkeypatch, capsys):
-    code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, "--seq_len", 1, "--gpus", 0)
-    assert (code, out) == (2, "")
-    assert len(sentences(problems)) == 2
-    has(" ".join(problems), "seq_len", "gpus")
+        (("--gpus", 0, "--seq_len", 1), ("seq_len",), ("gpus", "greater than 0")),
+        # What a search chooses.
+        (
+            ("--gpus", 8, "--best", "--ep_size", 8, "--micro_batch", 2, "--recompute_blocks", 3),
+            ("--ep_size",),
+            ("--recompute_blocks",),
+            ("--micro_batch",),
+        ),
+    ):
+        code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *options)
+        assert (code, out) == (2, "")
+        for problem, parts in zip(sentences(problems), expected, strict=True):
+            has(problem, *parts)
 
 
 def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
@@ -159,28 +157,24 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys):
     assert planned(micro_batch=100, device="h200").fits
 
 
-@pytest.mark.parametrize("name", ["A100", "H100", "H200", "B200"])
-def test_a_device_has_the_peak_that_mfu_is_measured_by(name):
-    plan = planned(device=name.lower())
-    assert (plan.device.flops(2), plan.device.flops(4)) == KNOWN_PEAKS[name]
-    flops = train_flops_per_token(plan.setup.model, 1024) * 2048
-    assert plan.time.mfu == pytest.approx(flops / KNOWN_PEAKS[name][0] / plan.time.seconds)
+def test_a_device_has_the_peak_that_mfu_is_measured_by():
+    for name in ("A100", "H100", "H200", "B200"):
+        plan = planned(device=name.lower())
+        assert (plan.device.flops(2), plan.device.flops(4)) == KNOWN_PEAKS[name]
+        flops = train_flops_per_token(plan.setup.model, 1024) * 2048
+        assert plan.time.mfu == pytest.approx(flops / KNOWN_PEAKS[name][0] / plan.time.seconds)
 
 
-@pytest.mark.parametrize(
-    ("device", "ds", "kernel", "said"),
-    [
+def test_what_the_experts_products_are_is_said():
+    for device, ds, kernel, said in (
         ("h100", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
         ("b200", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
         ("a100", "zero2", "triton", "Triton"),
         ("h100", "zero2_fp32", "loop", "waits for the device in every layer"),
-    ],
-)
-def test_what_the_experts_products_are_is_said(device, ds, kernel, said):
-    plan = planned(device=device, ds_config=str(SHIPPED / f"{ds}.json"))
-    assert plan.setup.kernel == kernel
-    (sentence,) = [sentence for sentence in assumptions(plan) if "experts' products" in sentence]
-    assert said in sentence
+    ):
+        plan = planned(device=device, ds_config=str(SHIPPED / f"{ds}.json"))
+        assert plan.setup.kernel == kernel
+        has(only([sentence for sentence in assumptions(plan) if "experts' products" in sentence]), said)
 
 
 def said_of_buckets(path):
@@ -192,11 +186,8 @@ def test_gradients_larger_than_a_bucket_are_said(tmp_path):
     ds["zero_optimization"]["reduce_bucket_size"] = 768 * 49_152 - 1  # the embedding has one number more
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     has(only(said_of_buckets(tmp_path / "ds.json")), "37,748,735", "37,748,736", "end of backward")
-
-
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
-def test_the_shipped_buckets_have_room_for_every_gradient(path):
-    assert said_of_buckets(path) == []
+    for path in SHIPPED.glob("*.json"):
+        assert said_of_buckets(path) == []
 
 
 def test_more_ranks_in_a_node_make_the_links_faster():
@@ -254,14 +245,6 @@ def test_the_best_split_is_planned_and_said(tmp_path, monkeypatch, capsys):
     assert again.time.tokens_per_second == best["predicted"]["tokens_per_second"]
 
 
-def test_a_search_is_given_nothing_that_it_chooses(monkeypatch, capsys):
-    options = ("--gpus", 8, "--best", "--ep_size", 8, "--micro_batch", 2, "--recompute_blocks", 3)
-    code, _, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *options)
-    assert code == 2
-    assert len(sentences(problems)) == 3
-    has(" ".join(problems), "--ep_size", "--micro_batch", "--recompute_blocks")
-
-
 def test_a_search_in_which_nothing_fits_says_so(tmp_path):
     ds = read_json(SHIPPED / "zero2.json") | {"train_batch_size": 512}
     ds.pop("train_micro_batch_size_per_gpu")
@@ -272,18 +255,18 @@ def test_a_search_in_which_nothing_fits_says_so(tmp_path):
         planned(gpus=2, ep_size=1, best=True, preset=str(wide), ds_config=str(tmp_path / "ds.json"))
 
 
-@pytest.mark.parametrize(("stage", "overlap"), [(1, True), (1, False), (2, True), (2, False)])
-@pytest.mark.parametrize("accumulation", [1, 2, 3])
-@pytest.mark.parametrize(("on_cpu", "offload"), [(True, False), (False, False), (True, True), (False, True)])
-def test_whatever_a_step_takes_it_gives_back(stage, overlap, accumulation, on_cpu, offload):
-    setup = replace(planned().setup, on_cpu=on_cpu, offload=offload)
-    for latents in (0, 3):
-        model = setup.model.model_copy(update={**PRESET, "num_latent_tokens": latents})
-        changed = replace(setup, model=model, ep_size=4, zero_stage=stage, overlap=overlap, accumulation=accumulation)
-        for rank in (0, 5, 15):
-            found = footprint(changed, rank)  # which asserts it
-            assert all(size >= 0 for size in found.peak.values())
-            assert found.peak.total() > max(found.between.total(), found.peak["activations"])
+def test_whatever_a_step_takes_it_gives_back():
+    setup = planned().setup
+    models = itertools.cycle(
+        setup.model.model_copy(update={**PRESET, "num_latent_tokens": latents}) for latents in (0, 3)
+    )
+    ranks = itertools.cycle((0, 5, 15))
+    names = ("zero_stage", "overlap", "accumulation", "on_cpu", "offload")
+    for values in itertools.product((1, 2), (True, False), (1, 2, 3), (True, False), (True, False)):
+        changed = replace(setup, model=next(models), ep_size=4, **dict(zip(names, values, strict=True)))
+        found = footprint(changed, next(ranks))  # which asserts it
+        assert all(size >= 0 for size in found.peak.values())
+        assert found.peak.total() > max(found.between.total(), found.peak["activations"])
 
 
 def test_an_unreadable_json_is_refused():

@@ -1,25 +1,26 @@
 """A table of changes becomes runs, lines of results, a table and a picture."""
 
-import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 from statistics import mean, stdev
+from threading import Lock
 
 import ablate
-import psutil
 import pytest
 from corpora import build, random_tokens
-from refusals import has, refusals
+from ranks import start_processes
+from refusals import has, only, refusal, refusals
 from toy import PRESET, SHIPPED
 
+from megamoe import pretrain
 from megamoe.config import ModelConfig
-from megamoe.errors import UserError
 from megamoe.json_files import read_json
 
-DS = SHIPPED / "tiny.json"
+DS = SHIPPED / "zero2_fp32.json"
 
 
 @pytest.fixture
@@ -65,13 +66,13 @@ def test_every_change_and_the_baseline_are_trained_with_every_seed(write):
 def test_a_change_reaches_the_preset_the_json_and_the_options_and_nothing_else(write):
     change = {
         "preset": {"qk_norm": "head"},
-        "ds_config": {"optimizer.params.betas": [0.9, 0.99], "bf16": None},
+        "ds_config": {"optimizer.params.betas": [0.9, 0.99], "gradient_clipping": None},
         "options": {"seq_len": 8},
     }
     base, changed = read(write({"a": change}))
     assert changed.model == ModelConfig(**PRESET, qk_norm="head")
     assert changed.ds["optimizer"]["params"]["betas"] == [0.9, 0.99]
-    assert "bf16" not in changed.ds
+    assert "gradient_clipping" not in changed.ds
     assert changed.options["seq_len"] == 8
     assert base.model == ModelConfig(**PRESET)
     assert {**base.ds, "scheduler": None} == {**read_json(DS), "scheduler": None}
@@ -81,9 +82,7 @@ def test_a_change_reaches_the_preset_the_json_and_the_options_and_nothing_else(w
 def test_the_schedule_ends_with_the_run(write):
     assert read(write({}), steps=10)[0].ds["scheduler"]["params"]["total_num_steps"] == 10
     assert read(write({}), steps=None)[0].steps == read_json(DS)["scheduler"]["params"]["total_num_steps"]
-
-
-def test_a_constant_rate_has_the_steps_of_the_run_and_no_end(write):
+    # A constant rate has no end.
     constant = {"warmup_type": "linear", "warmup_num_steps": 1, "warmup_max_lr": 0.01}
     path = write({"a": {"steps": 7}})
     ds = read_json(path.parent / "ds.json")
@@ -112,10 +111,9 @@ def test_everything_wrong_in_a_table_is_said_at_once(write):
     first, second = refusals(read, write({"a": into_text, "b": warms_up}))
     has(first, "a: ds_config", '"type" of optimizer.type.lr', '"AdamW"')
     has(second, "b: ", "warmup_num_steps is 10", "total_num_steps 10")
-    (problem,) = refusals(read, write({"a": 3}))
-    has(problem, '"changes.a" is 3', "change it")
-    (problem,) = refusals(read, write({"a": {}}), 10, 1, (1,), ["aa"])
-    has(problem, "aa", "a")
+    has(refusal(read, write({"a": 3})), '"changes.a" is 3', "change it")
+    has(refusal(read, write({"a": {}}), 10, 1, (1,), ["aa"]), "aa", "a")
+    has(refusal(read, path.parent / "none.json"), "none.json")
 
 
 def test_what_would_end_a_run_before_its_first_step_is_said_before_any_run(write, tmp_path):
@@ -132,52 +130,53 @@ def test_what_would_end_a_run_before_its_first_step_is_said_before_any_run(write
     trials = read(path, only=["a"])
     lines.write_text(json.dumps(ablate.named(trials[0])) + "\n")
     assert ablate.train_all(trials, lines, work, 1) == []
-
-
-def test_a_batch_that_is_right_for_several_ranks_is_not_refused_by_the_check(write):
+    # A batch that is right for several ranks is.
     batch = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     ablate.check_jobs(read(write({"a": {"ds_config": batch}}), ranks=2))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigterm_ends_the_runs_too(write, tmp_path, ranks):
-    words = [ablate.__file__, write({}), "--steps", "100000", "--work", tmp_path / "work", "--ranks", ranks]
-    process = psutil.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL)
-    log = tmp_path / "work" / "baseline-1" / "run" / "log.jsonl"
-    try:
-        wait_until(log.is_file, process)
-    finally:
-        runs = process.children(recursive=True)
-        process.terminate()
-    try:
-        assert process.wait(60) == 128 + signal.SIGTERM
-        assert not psutil.wait_procs(runs, 120)[1]
-        assert "stopped by a signal" in (tmp_path / "work" / "baseline-1" / "output.txt").read_text()
-    finally:
-        for run in [process, *runs]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                run.kill()
+# Stands for a run: says that it has begun, and which signal ends it.
+RUN = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[2], "w").write("ended"), os._exit(0)))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+open(sys.argv[1], "w").write("begun")
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+signal.pause()
+"""
 
 
-def wait_until(condition, process, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.1)
+def ablate_runs_that_wait(words, run):
+    sys.argv = words
+    ablate.ROOT = run.parent.parent
+    ablate.command_line = lambda trial, folder: [str(run.parent / "begun"), str(run.parent / "ended")]
+    ablate.check_jobs = lambda trials: None
+    ablate.main()
 
 
-def test_a_number_of_runs_or_steps_that_cannot_be_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ablate.py", "table.json", "--steps", "0", "--ranks", "0", "--parallel", "-1"])
-    problems = refusals(ablate.parse)
+def test_sigterm_ends_the_runs_too(write, tmp_path):
+    run = tmp_path / "megamoe" / "pretrain.py"
+    run.parent.mkdir()
+    run.write_text(RUN)
+    begun, ended = run.parent / "begun", run.parent / "ended"
+    os.mkfifo(begun)
+    os.mkfifo(ended)
+    words = ["ablate.py", str(write({})), "--work", str(tmp_path / "work")]
+    (process,) = start_processes(1, ablate_runs_that_wait, words, run)
+    assert begun.read_text() == "begun"  # which waits for it
+    process.terminate()
+    assert ended.read_text() == "ended"
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_wrong_options_are_refused_before_anything_trains(monkeypatch, tmp_path):
+    words = ["ablate.py", "table.json", "--steps", "0", "--ranks", "0", "--parallel", "-1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "none" / "out.jsonl")])
+    *problems, out = refusals(ablate.parse)
     for problem, part in zip(problems, ("--steps is 0", "--ranks is 0", "--parallel is -1"), strict=True):
         has(problem, part, "at least 1")
-
-
-def test_a_folder_of_results_that_does_not_exist_is_refused_before_anything_trains(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["ablate.py", "table.json", "--out", str(tmp_path / "none" / "out.jsonl")])
-    (problem,) = refusals(ablate.parse)
-    has(problem, "--out is", "none", "make it")
+    has(out, "--out is", "none", "make it")
 
 
 def line(name, seed, bits, steps=10, ranks=1):
@@ -201,9 +200,33 @@ def test_the_table_gives_mean_spread_worst_and_difference_to_the_baseline_of_as_
         ["a", "99", "1", "1", "2.9000", "2.9000"],
         ["a", "10", "2", "1", "3.0000", "3.0000"],
     ]
+    # A result without bytes is compared by its loss.
+    assert [ablate.measure_of({"loss": 3.0, "held_out": held_out}) for held_out in ({"loss": 2.0}, {})] == [2.0, 3.0]
 
 
-def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
+def pretrain_here(words, output):
+    os.dup2(os.open(output, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    sys.argv = words
+    pretrain.main()
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """Runs of one rank are forked, with their imports done."""
+    one_at_a_time = Lock()
+
+    def run(command, stdout, **_):
+        assert Path(command[1]) == Path(pretrain.__file__)
+        with one_at_a_time:
+            (process,) = start_processes(1, pretrain_here, command[1:], stdout.name)
+        process.join()
+        return subprocess.CompletedProcess(command, process.exitcode)
+
+    monkeypatch.setattr(ablate.subprocess, "run", run)
+
+
+def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path, forked_runs):
     path, lines, work = (
         write({"wide": {"preset": {"intermediate_size": 64}}}),
         tmp_path / "out.jsonl",
@@ -216,7 +239,7 @@ def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
     log = ablate.read_log(work / "wide-1" / "run")
     assert found["wide"]["loss"] == log["train"][-1]["loss"]
     assert found["wide"]["held_out"]["loss"] == log["valid"][-1]["loss"]
-    assert found["wide"]["tokens"] == 3 * 4 * PRESET["max_position_embeddings"]
+    assert found["wide"]["tokens"] == 3 * 2 * PRESET["max_position_embeddings"]
     assert found["wide"]["parameters"] > found["baseline"]["parameters"]
     assert found["wide"]["change"] == {"preset": {"intermediate_size": 64}}
     assert not (work / "wide-1" / "run" / "checkpoints").exists()
@@ -227,30 +250,20 @@ def test_runs_are_lines_that_the_next_call_does_not_repeat(write, tmp_path):
     # Nor are results of another recipe taken for those of the table.
     options = {"data": [str(tmp_path / "train")], "seq_len": 8}
     changed = read(write({"wide": {"preset": {"intermediate_size": 64}}}, options=options), steps=3)
-    (problem,) = refusals(ablate.train_all, changed, lines, tmp_path / "other", 2)
+    problem = refusal(ablate.train_all, changed, lines, tmp_path / "other", 2)
     has(problem, str(lines), "results of baseline, wide with another", "--out")
     # A run on other ranks has another batch.
     assert read(path, steps=3, ranks=2)[0].key != read(path, steps=3)[0].key == trials[0].key
 
 
-def test_a_run_that_fails_is_named_with_its_reason_and_has_no_line(write, tmp_path):
+def test_a_run_that_fails_is_named_with_its_reason_and_has_no_line(write, tmp_path, forked_runs):
     (trial,) = read(write({"a": {}}), steps=3, only=["a"])
     build(tmp_path / "train", [PRESET["vocab_size"]] * 2000)
-    (problem,) = ablate.train_all([trial], tmp_path / "out.jsonl", tmp_path / "work", parallel=1)
+    problem = only(ablate.train_all([trial], tmp_path / "out.jsonl", tmp_path / "work", parallel=1))
     has(problem, "a, seed 1", "code 2", f"token id {PRESET['vocab_size']}", "output.txt")
     assert not (tmp_path / "out.jsonl").exists()
-
-
-def test_a_result_without_bytes_is_compared_by_its_loss():
-    assert ablate.measure_of({"loss": 3.0, "held_out": {"loss": 2.0}}) == 2.0
-    assert ablate.measure_of({"loss": 3.0, "held_out": {}}) == 3.0
 
 
 def test_the_picture_has_a_row_for_every_change(tmp_path):
     ablate.draw(ablate.groups_of([line("baseline", 1, 2.5), line("a", 1, 2.4), line("a", 2, 2.3)]), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_table_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(UserError):
-        read(tmp_path / "none.json")

