@@ -2,7 +2,6 @@
 
 import torch
 from engines import plain_state
-from transformers import AutoModelForCausalLM
 
 from megamoe.checkpoint.export import write_huggingface
 from megamoe.model.decoder import Decoder
@@ -41,6 +40,8 @@ def export(decoder, folder, tokenizer=None, dtype=torch.float32, **options):
 
 
 def load(folder, **options):
+    from transformers import AutoModelForCausalLM  # takes seconds, which the ranks of these tests need not spend
+
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
