@@ -68,7 +68,6 @@ MISFITS = [
     ),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2, "factr": 2}}, ['"factr"', 'did you mean "factor"?']),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, ["beta_fast is 3", '"linear" does not']),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "mscale": 3}}, ["mscale is 3", '"dynamic" does not']),
     ({"rope_scaling": {**LLAMA3, "attention_factor": 1}}, ["attention_factor is 1", '"llama3" does not read']),
     ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, ["low_freq_factor is 4, not below high_freq_factor 4.0"]),
     (

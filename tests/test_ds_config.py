@@ -112,7 +112,6 @@ FP16 = {"bf16": ..., "fp16.enabled": True}
 REFUSED = [
     ({"optimizer.params.eps": "1e-8"}, ['eps is "1e-8"', "in quotes", "a number of at least 0"]),
     ({"optimizer.params.weight_decay": True}, ["weight_decay is true", "a number", "leave it out"]),
-    ({"optimizer.params.weight_decay": None}, ["weight_decay is null"]),
     ({"optimizer.params.betas": [True, 0.9]}, ["betas", "two numbers"]),
     ({"optimizer.params.betas": [0.9, 1]}, ["betas", "to below 1"]),
     ({"optimizer.params.fused": "true"}, ['fused is "true"', "in quotes", "true or false"]),
@@ -136,7 +135,6 @@ REFUSED = [
         ["scheduler.params", "decay_num_steps is 91", "warmup_num_steps 10 leaves 90 of total_num_steps 100"],
     ),
     ({**CONSTANT, "scheduler.params.total_num_steps": 9}, ["scheduler.params", "unknown key", '"total_num_steps"']),
-    ({"scheduler.params.decay_num_steps": 9}, ["scheduler.params", "unknown key", '"decay_num_steps"']),
     ({**STABLE, "scheduler.params.cos_min_ratio": 1}, ["scheduler.params", "unknown key", '"cos_min_ratio"']),
     ({**COSINE, "scheduler.params.warmup_max_lr": 2e-3}, ["no warmup_max_lr; give optimizer.params.lr"]),
     ({**COSINE, "scheduler.params.warmup_min_lr": 0.0}, ["no warmup_min_lr; give", "warmup_min_ratio"]),
@@ -146,7 +144,6 @@ REFUSED = [
     ({"zero_optimization.stage": 3}, ["stage is 3", "MoE", "1 or 2"]),
     ({"zero_optimization": ...}, ["stage is 0", "1 or 2"]),
     ({"zero_optimization.stage": True}, ["stage is true", "1 or 2"]),
-    ({"zero_optimization.stage": "2"}, ['stage is "2"', "1 or 2"]),
     ({"zero_optimization.contiguous_gradients": False}, ["contiguous_gradients is false", "set it to true"]),
     ({"zero_optimization.reduce_scatter": False}, ["reduce_scatter is false", "set it to true"]),
     ({"zero_optimization.round_robin_gradients": True}, ["round_robin_gradients is true", "leave it out"]),
@@ -169,7 +166,7 @@ REFUSED = [
     ({"train_micro_batch_size_per_gpu": ...}, ['add "train_micro_batch_size_per_gpu"']),
     *(
         ({"train_micro_batch_size_per_gpu": value}, ["train_micro_batch_size_per_gpu", json.dumps(value), "at least 1"])
-        for value in (0, 1.5, "2", True)
+        for value in (0, True)
     ),
 ]
 
@@ -179,11 +176,11 @@ def test_a_value_that_cannot_be_run_is_a_sentence_with_what_to_give(changes, par
     has(only(problems_of(changes)), "ds.json", *parts)
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "comet", "csv_monitor"])
-def test_deepspeeds_monitors_are_refused_with_where_the_losses_are(name):
-    for section in ({"enabled": True, "project": "x"}, {}, None, "auto"):
-        has(only(problems_of({name: section})), f'"{name}"', "tensorboard/", "log.jsonl", "leave it out")
-    assert problems_of({name: {"enabled": False}}) == []
+def test_deepspeeds_monitors_are_refused_with_where_the_losses_are():
+    for name in ("tensorboard", "wandb", "comet", "csv_monitor"):
+        for section in ({"enabled": True, "project": "x"}, {}, None, "auto"):
+            has(only(problems_of({name: section})), f'"{name}"', "tensorboard/", "log.jsonl", "leave it out")
+        assert problems_of({name: {"enabled": False}}) == []
 
 
 def test_what_can_be_run_has_no_problem():
