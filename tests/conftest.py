@@ -1,6 +1,7 @@
 """One thread a process, on the CPU and without the Hugging Face hub: the workers of pytest, their ranks and their
 programs share the cores."""
 
+import gc
 import os
 
 import pytest
@@ -10,6 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's choice, on a host with GPUs too; tests on a GPU choose that
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when its package is imported; what the tests load is on this disk
 torch.set_num_threads(1)
+gc.disable()  # until all is imported and collected, which stays
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

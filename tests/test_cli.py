@@ -41,16 +41,6 @@ def test_options_are_read_and_have_defaults():
     assert vars(values) == {"steps": 7, "seed": "-1", "data": ["a", "b=2"], "resume": True}
 
 
-def test_an_option_given_twice_with_different_values_is_refused_with_both():
-    assert refusal("--steps", "3", "--steps=4") == "--steps is given twice, as 3 and as 4; keep one."
-    assert refusal("--seed=3", "--seed", "4") == "--seed is given twice, as 3 and as 4; keep one."
-    assert refusal("--data", "a", "b", "--data", "c") == "--data is given twice, as a b and as c; keep one."
-
-
-def test_an_option_given_twice_is_refused_even_where_the_second_is_the_default():
-    assert refusal("--steps", "3", "--steps", "7") == "--steps is given twice, as 3 and as 7; keep one."
-
-
 def test_an_option_given_twice_with_the_same_value_is_fine():
     words = ["--steps", "3", "--data", "a", "b", "--steps=3", "--data", "a", "b", "--resume", "--resume"]
     values = parser().parse(words)
@@ -62,26 +52,28 @@ def test_a_parser_forgets_the_command_line_before():
     assert [one.parse(["--seed", seed]).seed for seed in ("1", "2")] == ["1", "2"]
 
 
-def test_an_unknown_option_names_the_nearest():
-    for words in (["--sede", "3"], ["--sede=3"]):
-        assert refusal(*words) == 'command line: unknown option "--sede"; did you mean "--seed"?'
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("--steps 3 --steps=4", ["--steps is given twice, as 3 and as 4; keep one."]),
+        ("--data a b --data c", ["--data is given twice, as a b and as c"]),
+        ("--steps 3 --steps 7", ["--steps is given twice, as 3 and as 7"]),  # the default
+        ("--sede=3", ['unknown option "--sede"; did you mean "--seed"?']),
+        ("--step 3", ['unknown option "--step"', "did you mean"]),  # not taken by its beginning
+        ("--zzz", ['"--zzz"', "--steps", "--seed", "--data", "--resume"]),
+        ("--seed 3 stray", ["'stray'", "--help"]),
+        ("--steps many", ["--steps", "int", "'many'", "--help"]),
+        ("--seed", ["--seed", "expected one argument", "--help"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_the_option_and_the_remedy(words, parts):
+    has(refusal(*words.split()), *parts)
 
 
-def test_an_option_near_to_none_names_them_all():
-    problem = refusal("--zzz")
-    assert all(option in problem for option in ('"--zzz"', "--steps", "--seed", "--data", "--resume"))
-
-
-def test_every_unknown_option_is_named_at_once():
-    first, second = refusals("--sede", "3", "--stepps=4")
-    assert "--seed" in first
-    assert "--steps" in second
-
-
-def test_an_unknown_option_hides_no_other_problem_of_the_command_line():
-    problems = refusals("--stepps", "3", "--seed", "1", "--seed", "2", "--data")
-    assert len(problems) == 3
-    has(" ".join(problems), 'unknown option "--stepps"', "--seed is given twice", "--data: expected at least one")
+def test_all_problems_of_a_command_line_come_at_once():
+    problems = refusals("--stepps", "3", "--sede=3", "--seed", "1", "--seed", "2", "--data")
+    assert len(problems) == 4
+    has(" ".join(problems), '"--stepps"', '"--sede"', "--seed is given twice", "--data: expected at least one")
 
     def check(values):
         raise UserError(f"steps is {values.steps}; raise it.", "the name is missing; give one.")
@@ -96,71 +88,39 @@ def test_what_checks_the_values_may_turn_them_into_something_else():
     assert parser().parse(["--steps", "3"], lambda values: values.steps + 1) == 4
 
 
-def test_an_option_is_not_taken_by_its_beginning():
-    assert "did you mean" in refusal("--step", "3")
+ENDS = [  # what ends a program, its exit code, and what it says
+    (
+        UserError("the size is 3, above 2; lower it.", "the name is empty; give one."),
+        2,
+        "error: the size is 3, above 2; lower it.\nerror: the name is empty; give one.\n",
+    ),
+    # what a restart can cure
+    (PeerError("h2 cannot be reached; see that it is up."), 1, "error: h2 cannot be reached; see that it is up.\n"),
+    (BrokenPipeError(), 1, ""),  # not 0: a launcher must not take a rank that left for one that is done
+    (
+        OSError(errno.ENOSPC, "No space left on device", "runs/log.jsonl"),
+        2,
+        "error: runs/log.jsonl: No space left on device; fix it and try again.\n",
+    ),
+    (KeyboardInterrupt(), 130, ""),
+]
 
 
-def test_a_word_that_belongs_to_no_option_is_refused():
-    problem = refusal("--seed", "3", "stray")
-    assert "'stray'" in problem
-    assert "--help" in problem
+@pytest.mark.parametrize(("end", "code", "said"), ENDS, ids=lambda one: type(one).__name__)
+def test_the_exit_code_and_the_sentences_say_how_a_program_ended(capsys, end, code, said):
+    def main():
+        raise end
+
+    ended, printed = outcome(main, capsys)
+    assert (ended, printed.out, printed.err) == (code, "", said)
 
 
-def test_a_value_of_the_wrong_kind_and_a_missing_value_are_refused():
-    assert all(part in refusal("--steps", "many") for part in ("--steps", "int", "'many'", "--help"))
-    assert all(part in refusal("--seed") for part in ("--seed", "expected one argument", "--help"))
-
-
-def test_run_exits_with_0_after_work_well_done(capsys):
+def test_work_well_done_and_help_exit_with_0(capsys):
     code, said = outcome(lambda: print("done"), capsys)
     assert (code, said.out, said.err) == (0, "done\n", "")
-
-
-def test_run_exits_with_2_and_one_line_for_each_problem(capsys):
-    def main():
-        raise UserError("the size is 3, above 2; lower it.", "the name is empty; give one.")
-
-    code, said = outcome(main, capsys)
-    assert code == 2
-    assert said.out == ""
-    assert said.err == "error: the size is 3, above 2; lower it.\nerror: the name is empty; give one.\n"
-
-
-def test_run_exits_with_1_for_what_a_restart_can_cure(capsys):
-    def main():
-        raise PeerError("h2 cannot be reached; see that it is up.")
-
-    code, said = outcome(main, capsys)
-    assert (code, said.err) == (1, "error: h2 cannot be reached; see that it is up.\n")
-
-
-def test_a_wrong_command_line_ends_with_2_and_no_stack_trace(capsys):
-    code, said = outcome(lambda: parser().parse(["--steps", "3", "--steps", "4"]), capsys)
-    assert code == 2
-    assert said.err == "error: --steps is given twice, as 3 and as 4; keep one.\n"
-
-
-def test_help_exits_with_0_and_names_the_options(capsys):
     code, said = outcome(lambda: parser().parse(["--help"]), capsys)
     assert code == 0
     assert "--steps" in said.out
-
-
-def test_a_reader_that_has_gone_ends_the_program_without_a_word(capsys):
-    def main():
-        raise BrokenPipeError
-
-    code, said = outcome(main, capsys)
-    assert (code, said.err) == (1, "")  # not 0: a launcher must not take a rank that left for one that is done
-
-
-def test_a_full_disk_is_one_sentence_with_the_file(capsys):
-    def main():
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/log.jsonl")
-
-    code, said = outcome(main, capsys)
-    assert code == 2
-    assert said.err == "error: runs/log.jsonl: No space left on device; fix it and try again.\n"
 
 
 def test_a_bug_keeps_its_stack_trace():
@@ -169,14 +129,6 @@ def test_a_bug_keeps_its_stack_trace():
 
     with pytest.raises(KeyError, match="oops"):
         cli.run(main)
-
-
-def test_run_exits_with_130_after_ctrl_c_and_says_nothing(capsys):
-    def main():
-        raise KeyboardInterrupt
-
-    code, said = outcome(main, capsys)
-    assert (code, said.out, said.err) == (130, "", "")
 
 
 def test_a_console_whose_reader_has_gone_drops_what_is_written():

@@ -1,11 +1,13 @@
 """What does not fit between the fields of a model's configuration: one sentence each, all at once."""
 
+import json
+
 import pytest
 from refusals import has, only, refusals
 from toy import PRESET
 
 from megamoe.config import ModelConfig, validate
-from megamoe.huggingface.configuration_megamoe import MegaMoeConfig
+from megamoe.config_checks import MAX_EXPERTS, ROPE_SCALINGS
 
 
 def misfits(**changes):
@@ -44,8 +46,28 @@ MISFITS = [
     ({**LATENT, "num_latent_tokens": 2}, ["num_latent_tokens is 2, which latent attention has no place for"]),
     ({**LATENT, "qk_norm": "head"}, ['qk_norm is "head", which latent attention has no place for']),
     ({**LATENT, "partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5, which latent attention has no place"]),
+    (
+        {"router_bias_rule": "quantile", "n_group": 2, "num_experts_per_tok": 1},
+        ['"quantile"', "topk_group is 1 of n_group 2", '"sign"'],
+    ),
+    ({"num_key_value_heads": 3}, ["num_attention_heads is 4", "num_key_value_heads 3", "divisor"]),
+    ({"num_experts_per_tok": 5}, ["num_experts_per_tok is 5", "num_local_experts 4", "lower it"]),
+    (
+        {"num_hidden_layers": 5000, "num_local_experts": 5000},
+        ["num_hidden_layers 5000 x num_local_experts 5000", "25,000,000", f"{MAX_EXPERTS:,}", "lower one"],
+    ),
+    *(
+        ({"rope_scaling": {"rope_type": kind, "factor": 2}}, ["rope_type", json.dumps(kind), *ROPE_SCALINGS])
+        for kind in ("yarm", ["yarn"])
+    ),
+    ({"rope_scaling": {}}, ["rope_type is null", *ROPE_SCALINGS]),
+    ({"rope_scaling": {"rope_type": "yarn"}}, ["yarn", "factor", "add it"]),
+    *(
+        ({"rope_scaling": {"rope_type": "linear", "factor": factor}}, [f"factor is {json.dumps(factor)}"])
+        for factor in ("two", 0, None)
+    ),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2, "factr": 2}}, ['"factr"', 'did you mean "factor"?']),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, ["beta_fast is 3", '"linear" does not']),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2, "mscale": 3}}, ["mscale is 3", '"dynamic" does not']),
     ({"rope_scaling": {**LLAMA3, "attention_factor": 1}}, ["attention_factor is 1", '"llama3" does not read']),
     ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, ["low_freq_factor is 4, not below high_freq_factor 4.0"]),
     (
@@ -80,25 +102,41 @@ def test_misfits_of_several_kinds_come_at_once_and_next_to_a_wrong_field():
         assert any(part in problem for problem in problems), part
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_attention_heads": "4"}, {"num_key_value_heads": 0}, {"head_dim": "8"}, {"qk_rope_head_dim": "4"},
-        {"qk_norm": "heads"}, {"num_latent_tokens": "3"}, {"partial_rotary_factor": 2},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_field_that_is_wrong_itself_has_one_sentence_and_none_with_others(changes):
-    (name,) = changes
-    has(only(misfits(**{**LATENT, **changes})), f'"{name}" is')
+def test_a_field_that_is_wrong_itself_has_one_sentence_and_none_with_others():
+    for name, value in {
+        "num_attention_heads": "4",
+        "num_key_value_heads": 0,
+        "head_dim": "8",
+        "qk_rope_head_dim": "4",
+        "qk_norm": "heads",
+        "num_latent_tokens": "3",
+        "partial_rotary_factor": 2,
+    }.items():
+        has(only(misfits(**{**LATENT, name: value})), f'"{name}" is')
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 88, 96, 128])
-def test_a_factor_that_is_a_quotient_rotates_as_many_dimensions_as_it_says(head_dim):
-    for rotated in range(2, head_dim + 1, 2):
-        config = validate(
-            ModelConfig, {**PRESET, "head_dim": head_dim, "partial_rotary_factor": rotated / head_dim}, "my.json"
-        )
-        assert config.rotary_dim == rotated
-        exported = MegaMoeConfig(head_dim=head_dim, partial_rotary_factor=config.partial_rotary_factor)
-        assert exported.rotary_dim == rotated
+def test_llama3_rope_scaling_needs_its_four_numbers():
+    for name in LLAMA3.keys() - {"rope_type"}:
+        fewer = {key: value for key, value in LLAMA3.items() if key != name}
+        has(only(misfits(rope_scaling=fewer)), "llama3", name, "add it")
+
+
+def test_what_fits_is_accepted():
+    for changes in (
+        {"num_hidden_layers": 126},
+        {"num_hidden_layers": 61, "num_local_experts": 2048},
+        {"rope_scaling": LLAMA3},
+        *({"rope_scaling": {"rope_type": kind, "factor": 2.5}} for kind in ("linear", "dynamic", "yarn")),
+    ):
+        config = validate(ModelConfig, {**PRESET, **changes}, "my.json")
+        assert changes.items() <= config.model_dump().items()
+
+
+def test_a_factor_that_is_a_quotient_rotates_as_many_dimensions_as_it_says():
+    from megamoe.huggingface.configuration_megamoe import MegaMoeConfig
+
+    for head_dim in (64, 80, 88, 96, 128):
+        for rotated in range(2, head_dim + 1, 2):
+            changes = {"head_dim": head_dim, "partial_rotary_factor": rotated / head_dim}
+            assert validate(ModelConfig, {**PRESET, **changes}, "my.json").rotary_dim == rotated
+            assert MegaMoeConfig(**changes).rotary_dim == rotated

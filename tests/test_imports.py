@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import megamoe
@@ -61,16 +62,18 @@ DEEPSPEED_MODULES = {
 }
 
 
+@cache
 def imports(module, source):
     """Full names of everything imported anywhere in `source`, relative imports as of the module's package."""
-    package = ["megamoe", *module.split(".")[:-1]]
+    package, names = ["megamoe", *module.split(".")[:-1]], []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join(base + [node.module] * bool(node.module))
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
 
 
 def modules_imported(module, source):

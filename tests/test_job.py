@@ -7,24 +7,20 @@ from pathlib import Path
 import native_models
 import pytest
 import torch
-import torch._inductor.config
-from refusals import refusals
+from refusals import has, only, refusals
 from tokenizers import Tokenizer, models
 from toy import PRESET, ds_config, write_inputs
 
 import megamoe.job
 from megamoe.architectures.config_json import preset_of
 from megamoe.data.ledger import DataLedger
-from megamoe.errors import UserError
 from megamoe.job import Job
 from megamoe.resume_rules import SAME_ON_RESUME
 from megamoe.run_config import RunConfig
 
 
 def problems(run, world_size=1):
-    with pytest.raises(UserError) as caught:
-        Job(RunConfig(**run), world_size, torch.device("cpu"))
-    return caught.value.problems
+    return refusals(job, run, world_size)
 
 
 def job(run, world_size=1):
@@ -39,6 +35,10 @@ def inputs(tmp_path):
 def write_tokenizer(folder, size=96):
     vocabulary = {"<|endoftext|>": 0, **{f"w{number}": number for number in range(1, size)}}
     Tokenizer(models.WordLevel(vocabulary)).save(str(folder / "tokenizer.json"))
+
+
+def write_ds(folder, **changes):
+    (folder / "ds.json").write_text(json.dumps({**ds_config(2), **changes}))
 
 
 def started(run, **changes):
@@ -59,16 +59,12 @@ def test_problems_of_all_owners_come_together(inputs, tmp_path):
     assert all(any(part in problem for problem in said) for part in parts), said
 
 
-def test_a_vocabulary_too_small_for_the_corpus_is_refused_before_training(inputs, tmp_path):
-    (tmp_path / "preset.json").write_text(json.dumps({**PRESET, "vocab_size": 50}))
-    said = problems(inputs)
-    assert any("beyond the model's vocabulary of 50" in problem for problem in said)
-
-
-def test_only_the_first_rank_of_a_host_reads_the_corpora_before_training(inputs, tmp_path):
+def test_a_vocabulary_too_small_for_the_corpus_is_found_by_the_rank_that_reads_it_before_training(inputs, tmp_path):
     (tmp_path / "preset.json").write_text(json.dumps({**PRESET, "vocab_size": 50}))
     cpu = torch.device("cpu")
-    assert len(refusals(Job, RunConfig(**inputs), 2, cpu, False, True)) == 2  # training and held-out text
+    said = refusals(Job, RunConfig(**inputs), 2, cpu, False, True)
+    assert len(said) == 2  # training and held-out text
+    has(said[0], "beyond the model's vocabulary of 50")
     assert Job(RunConfig(**inputs), 2, cpu, False, False).data.corpora[0].num_tokens == 6000
 
 
@@ -86,37 +82,44 @@ def test_another_run_is_not_written_over(inputs):
     assert "holds another run" in problem
 
 
-@pytest.mark.parametrize("key", sorted(set(SAME_ON_RESUME) - {"data", "optimization"}))
-def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_both(inputs, key):
-    another = {"num_hidden_layers": 9} if key == "model" else "another"
-    started(inputs, **{key: PRESET | another if key == "model" else another})
-    (problem,) = problems({**inputs, "resume": True})
-    assert f"{key} {json.dumps(another)}, not " in problem
+@pytest.fixture
+def resumed(inputs, tmp_path):
+    """What is said of a resume of a run that was started with the changes."""
+
+    def problem(**changes):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        started(inputs, **changes)
+        return only(problems({**inputs, "resume": True}))
+
+    return problem
 
 
-@pytest.mark.parametrize(
-    ("section", "value"),
-    [("optimizer", {"type": "Adam"}), ("gradient_clipping", 2.0), ("bf16", {"enabled": True})],
-)
-def test_resuming_with_other_rules_of_optimization_is_refused(inputs, section, value):
-    started(inputs, deepspeed={**ds_config(2), section: value})
-    (problem,) = problems({**inputs, "resume": True})
-    assert f'optimization {{"{section}": ' in problem
+def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_what_differs(inputs, resumed):
+    model = {**job(inputs).record()["model"], "hidden_size": 64}
+    for key in sorted(set(SAME_ON_RESUME) - {"model", "data", "optimization"}):
+        has(resumed(**{key: "another"}), f'{key} "another", not ')
+    has(resumed(model=model), 'holds a run with model {"hidden_size": 64}, not {"hidden_size": 32}')
+    for section, value in (
+        ("optimizer", {"type": "Adam"}),
+        ("gradient_clipping", 2.0),
+        ("bf16", {"enabled": True}),
+        ("communication_data_type", "fp32"),
+    ):
+        has(resumed(deepspeed={**ds_config(2), section: value}), f'optimization {{"{section}": ')
 
 
 def test_a_longer_schedule_is_welcome_on_resume_and_refused_with_that_advice_on_auto_resume(inputs, tmp_path):
-    started(inputs)
+    before = ds_config(2)
+    before["scheduler"]["params"]["decay_min_ratio"] = 0.1  # which the new one leaves out
+    started(inputs, deepspeed=before)
     longer = ds_config(2)
     longer["scheduler"]["params"]["total_num_steps"] = 80
-    (tmp_path / "ds.json").write_text(json.dumps(longer))
-    assert job({**inputs, "resume": True}).new_schedule == {"params": {"total_num_steps": 80}}
+    write_ds(tmp_path, **longer)
+    assert job({**inputs, "resume": True}).new_schedule == {"params": {"total_num_steps": 80, "decay_min_ratio": None}}
     (problem,) = problems({**inputs, "auto_resume": True})
-    assert '"total_num_steps": 40' in problem
-    assert "give --resume to continue with the new schedule" in problem
-    longer["gradient_clipping"] = 9.0
-    (tmp_path / "ds.json").write_text(json.dumps(longer))
-    (problem,) = problems({**inputs, "resume": True})
-    assert "gradient_clipping" in problem
+    has(problem, '"total_num_steps": 40', "give --resume to continue with the new schedule")
+    write_ds(tmp_path, **{**longer, "gradient_clipping": 9.0})
+    has(only(problems({**inputs, "resume": True})), "gradient_clipping")
 
 
 def test_a_schedule_of_another_type_is_welcome_on_resume_with_its_peak_wherever_that_is_set(inputs, tmp_path):
@@ -149,13 +152,6 @@ def test_the_peak_of_muons_matrices_changes_on_resume_as_that_of_the_schedule_do
     (tmp_path / "ds.json").write_text(json.dumps(with_muon(0.01, momentum=0.9)))
     (problem,) = problems({**inputs, "resume": True})
     assert '"momentum": 0.9' in problem
-
-
-def test_a_key_that_a_new_schedule_leaves_out_is_said_to_be_gone(inputs, tmp_path):
-    before = ds_config(2)
-    before["scheduler"]["params"]["decay_min_ratio"] = 0.1
-    started(inputs, deepspeed=before)
-    assert job({**inputs, "resume": True}).new_schedule == {"params": {"decay_min_ratio": None}}
 
 
 def with_ramp(inputs, tmp_path, *ramp):
@@ -191,23 +187,15 @@ def test_a_run_that_began_before_there_were_ramps_had_none(inputs, tmp_path):
     assert "8 samples in step 1 of its batch_ramp, not 2" in problem
 
 
-@pytest.mark.parametrize("way", ["resume", "auto_resume"])
-def test_a_run_without_a_precision_for_its_reductions_may_get_one_and_only_that(inputs, tmp_path, way):
+def test_a_run_without_a_precision_for_its_reductions_may_get_one_and_only_that(inputs, tmp_path):
     started(inputs)
-    (tmp_path / "ds.json").write_text(json.dumps({**ds_config(2), "communication_data_type": "fp32"}))
-    assert job({**inputs, way: True}).reduces_in_fp32_now
-    (tmp_path / "ds.json").write_text(
-        json.dumps({**ds_config(2, gradient_clipping=9.0), "communication_data_type": "fp32"})
-    )
-    (problem,) = problems({**inputs, way: True})
-    assert "gradient_clipping" in problem
-    assert "communication_data_type" not in problem
-
-
-def test_a_precision_for_reductions_that_a_run_has_stays(inputs, tmp_path):
-    started(inputs, deepspeed={**ds_config(2), "communication_data_type": "fp32"})
-    (problem,) = problems({**inputs, "resume": True})
-    assert 'optimization {"communication_data_type": "fp32"}, not' in problem
+    for way in ("resume", "auto_resume"):
+        write_ds(tmp_path, communication_data_type="fp32")
+        assert job({**inputs, way: True}).reduces_in_fp32_now
+        write_ds(tmp_path, communication_data_type="fp32", gradient_clipping=9.0)
+        (problem,) = problems({**inputs, way: True})
+        assert "gradient_clipping" in problem
+        assert "communication_data_type" not in problem
 
 
 def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record(inputs, tmp_path):
@@ -238,25 +226,15 @@ def test_resuming_with_another_corpus_is_refused_but_it_may_lie_elsewhere(inputs
     assert job({**inputs, "resume": True, "data": [str(tmp_path / "elsewhere")]}).candidates
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
+def test_resuming_with_what_leaves_the_losses_alone_is_welcome(inputs, tmp_path):
+    started(inputs)
+    for change in (
         {"zero_optimization": {"stage": 1}},
         {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
         {"steps_per_print": 7},
-    ],
-    ids=str,
-)
-def test_resuming_with_what_leaves_the_losses_alone_is_welcome(inputs, tmp_path, change):
-    started(inputs)
-    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2) | change))
-    assert job({**inputs, "resume": True}).candidates
-
-
-def test_a_refused_resume_says_only_what_differs(inputs):
-    started(inputs, model={**job(inputs).record()["model"], "hidden_size": 64})
-    (problem,) = problems({**inputs, "resume": True})
-    assert 'holds a run with model {"hidden_size": 64}, not {"hidden_size": 32}' in problem
+    ):
+        write_ds(tmp_path, **change)
+        assert job({**inputs, "resume": True}).candidates
 
 
 def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
@@ -270,18 +248,14 @@ def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
     assert all(str(tmp_path / name / "tokenizer.json") in problem for name in ("corpus", "other"))
 
 
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
+def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path):
+    for change, parts in (
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, ["device", "'gpu'", "nvme"]),
         ({"flops_profiler": {"enabled": "maybe"}}, ["DeepSpeed refuses", "'str'"]),  # a TypeError in its code
         ({"communication_data_type": "foo"}, ["DeepSpeed refuses"]),
-    ],
-)
-def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path, change, parts):
-    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, **change)))
-    (problem,) = problems(inputs)
-    assert all(part in problem for part in parts), problem
+    ):
+        write_ds(tmp_path, **change)
+        has(only(problems(inputs)), *parts)
 
 
 def test_resuming_goes_on_from_the_newest_checkpoint_whatever_latest_says(inputs):
@@ -324,19 +298,14 @@ def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with
     assert 'init_from "old.pt", not "new.pt"' in problem
 
 
-def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one(inputs):
+def test_auto_resume_begins_a_run_goes_on_with_it_and_is_content_with_a_done_one_and_with_no_other(inputs):
     assert not job({**inputs, "auto_resume": True, "run_dir": inputs["run_dir"] + "-new"}).candidates
     started(inputs)
     again = job({**inputs, "auto_resume": True})
     assert [path.name for path in again.candidates] == ["step_3"]
     assert not again.claims_to_be_done
     assert job({**inputs, "auto_resume": True, "steps": 3}).claims_to_be_done
-
-
-def test_auto_resume_does_not_go_on_with_another_run(inputs):
-    started(inputs)
-    (problem,) = problems({**inputs, "auto_resume": True, "seed": 7})
-    assert "holds a run with seed" in problem
+    has(only(problems({**inputs, "auto_resume": True, "seed": 7})), "holds a run with seed")
 
 
 def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(inputs, tmp_path):
@@ -349,19 +318,21 @@ def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(in
     assert "\n" not in unheld.describe(0)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "said"), [("grouped_mm", None), ("triton", "Triton"), ("loop", "waits for the device")]
-)
-def test_experts_products_other_than_torchs_one_kernel_are_said(inputs, monkeypatch, kernel, said):
-    asked = []
-    monkeypatch.setattr(megamoe.job, "kernel_for", lambda *of: asked.append(of) or kernel)
-    line = job(inputs).describe_products()
-    assert (said in line and line.startswith("the experts' products are ")) if said else line is None
-    assert asked == [(torch.device("cpu"), torch.float32)]
+def test_experts_products_other_than_torchs_one_kernel_are_said(inputs, monkeypatch):
+    for kernel, said in (("grouped_mm", None), ("triton", "Triton"), ("loop", "waits for the device")):
+        asked = []
+        monkeypatch.setattr(
+            megamoe.job, "kernel_for", lambda *of, kernel=kernel, asked=asked: asked.append(of) or kernel
+        )
+        line = job(inputs).describe_products()
+        assert (said in line and line.startswith("the experts' products are ")) if said else line is None
+        assert asked == [(torch.device("cpu"), torch.float32)]
 
 
 def test_compiling_without_a_compiler_is_refused(inputs):
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+    import torch._inductor.config as inductor
+
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
         (problem,) = problems({**inputs, "compile": True})
         assert "--compile needs a C++ compiler" in problem
         assert job(inputs)
@@ -383,15 +354,14 @@ def test_a_tokenizer_with_ids_beyond_the_model_or_that_is_none_is_refused(inputs
     assert "tokenizer.json cannot be read" in problem
 
 
-@pytest.mark.parametrize(
-    "change", [{"run": []}, {"deepspeed": "auto"}, {"data": {}}, {"data": [7]}, {"model": []}, {"seed": {}}], ids=str
-)
-def test_a_run_json_of_wrong_types_is_refused_in_a_sentence(inputs, change):
+def test_a_run_json_of_wrong_types_is_refused_in_a_sentence(inputs):
     started(inputs)
     file = Path(inputs["run_dir"]) / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    said = problems({**inputs, "resume": True})
-    assert any(key in problem and inputs["run_dir"] in problem for key in change for problem in said), said
+    record = json.loads(file.read_text())
+    for key, value in (("run", []), ("deepspeed", "auto"), ("data", {}), ("data", [7]), ("model", []), ("seed", {})):
+        file.write_text(json.dumps({**record, key: value}))
+        said = problems({**inputs, "resume": True})
+        assert any(key in problem and inputs["run_dir"] in problem for problem in said), said
 
 
 # --- from a Hugging Face directory ------------------------------------------------------------------------------------

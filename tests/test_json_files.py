@@ -4,17 +4,14 @@ import copy
 import json
 import os
 import random
-import sys
 from pathlib import Path
 
-import plan
-import pytest
 import torch
 from refusals import has, refusal, sentences
 from tokenizers import Tokenizer, models
-from toy import PRESET, SHIPPED, ds_config, write_inputs
+from toy import PRESET, ds_config, write_inputs
 
-from megamoe import cli, json_files
+from megamoe import json_files
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.reader import open_source
 from megamoe.config import load_preset
@@ -43,31 +40,23 @@ MALFORMED = {
     "an end too early": ('{"a": 1', "line 1"),
     "two documents": ("{}{}", "Extra data"),
     "nothing": ("", "not valid JSON"),
+    "a mistake in a line": ('{\n "a": 1,\n "b" 2}', "line 3"),
     "null": ("null", "JSON object"),
+    "a list": ("[1, 2]", "list"),
     "a text": ('"a"', "JSON object"),
     "a control character": ('{"a": "\n"}', "control character"),
     "zeros": (bytes(100), "not valid JSON"),
 }
 
 
-@pytest.fixture(params=MALFORMED)
-def malformed(request, tmp_path):
-    """A malformed file, and what the sentence about it must say."""
-    content, says = MALFORMED[request.param]
-    path = tmp_path / "broken.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path, says
-
-
-def test_a_malformed_json_is_one_short_sentence(malformed):
-    path, says = malformed
-    problem = refusal(read_json, path)
-    has(problem, str(path), says)
-    assert len(problem) < 500
-
-
-def test_a_malformed_tokenizer_is_one_sentence(malformed):
-    has(refusal(load_tokenizer, malformed[0]), str(malformed[0]), "cannot be read", "give a tokenizer.json")
+def test_a_malformed_file_is_one_short_sentence_as_a_json_and_as_a_tokenizer(tmp_path):
+    for number, (content, says) in enumerate(MALFORMED.values()):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        problem = refusal(read_json, path)
+        has(problem, str(path), says)
+        assert len(problem) < 500
+        has(refusal(load_tokenizer, path), str(path), "cannot be read", "give a tokenizer.json")
 
 
 def test_nesting_is_accepted_up_to_the_limit(tmp_path):
@@ -95,31 +84,17 @@ def test_a_json_above_the_limit_of_its_size_is_not_read(tmp_path, monkeypatch):
     has(refusal(load_tokenizer, path), "limit")
 
 
-def test_a_key_given_twice_with_different_values_is_refused_with_both(tmp_path):
+def test_a_key_given_twice_is_refused_with_both_values_where_they_differ(tmp_path):
     path = tmp_path / "a.json"
     for text in ('{"hidden_size": 64, "hidden_size": 128}', '{"scheduler": {"lr": 64, "lr": 128}}'):
         path.write_text(text)
         has(refusal(read_json, path), str(path), "given twice", "64", "128", "keep one")
-
-
-def test_a_key_given_twice_with_the_same_value_is_fine(tmp_path):
-    path = tmp_path / "a.json"
     path.write_text('{"hidden_size": 64, "hidden_size": 64}')
     assert read_json(path) == {"hidden_size": 64}
 
 
-def test_broken_json_is_refused_with_the_place(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{\n "a": 1,\n "b" 2}')
-    has(refusal(read_json, path), str(path), "line 3", "fix")
-
-
-def test_a_json_file_that_is_missing_undecodable_or_no_object_is_refused(tmp_path):
+def test_a_json_file_that_is_missing_is_refused(tmp_path):
     has(refusal(read_json, tmp_path / "no.json"), "no.json", "cannot be read", "give the path")
-    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
-    has(refusal(read_json, tmp_path / "latin.json"), "latin.json", "0xe9")
-    (tmp_path / "list.json").write_text("[1, 2]")
-    has(refusal(read_json, tmp_path / "list.json"), "list.json", "list", "object")
 
 
 # --- devices and pipes ---
@@ -145,16 +120,6 @@ def test_a_file_that_a_process_has_open_is_regular(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with open(tmp_path / "a.json") as file:
         assert check_regular(Path(f"/proc/self/fd/{file.fileno()}"), "a JSON file") == 2
-
-
-def test_a_preset_that_is_a_pipe_ends_the_planner_with_2(tmp_path, monkeypatch, capsys):
-    os.mkfifo(tmp_path / "pipe.json")
-    words = ["--gpus", "8", "--ds_config", str(SHIPPED / "zero2.json"), "--preset", str(tmp_path / "pipe.json")]
-    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(plan.main)
-    assert caught.value.code == 2
-    has(capsys.readouterr().err, "error: ", "pipe.json", "not a regular file")
 
 
 # --- whatever a file holds, its consumers say what is wrong ---
@@ -218,11 +183,18 @@ def complaints(function, *args):
     return []
 
 
-def random_files(folder, name, document, count, seed):
+def random_files(path, document, count, seed):
+    """The path, with one changed document after another in it."""
     draw = random.Random(seed)
     for _ in range(count):
-        (folder / name).write_bytes(garbled(draw, json.dumps(changed(draw, document), ensure_ascii=False)))
-        yield folder / name
+        path.write_bytes(garbled(draw, json.dumps(changed(draw, document), ensure_ascii=False)))
+        yield path
+
+
+def some_are_refused(path, document, check, seed, count=100):
+    """Whether the check refuses some of the changed documents in sentences, and accepts others."""
+    refused = sum(bool(complaints(check, file)) for file in random_files(path, document, count, seed))
+    return count / 10 < refused < count
 
 
 def check_ds(path):
@@ -239,11 +211,6 @@ def check_ds(path):
         raise UserError(*found)
 
 
-def refused(files, check):
-    """Of the files, how many the check refuses."""
-    return sum(bool(complaints(check, path)) for path in files)
-
-
 def test_any_deepspeed_json_is_accepted_or_refused_in_sentences(tmp_path):
     ds = {
         **ds_config(2, 2),
@@ -252,47 +219,35 @@ def test_any_deepspeed_json_is_accepted_or_refused_in_sentences(tmp_path):
         "communication_data_type": "fp32",
     }
     ds["zero_optimization"]["offload_optimizer"] = {"device": "none"}
-    assert 200 < refused(random_files(tmp_path, "ds.json", ds, 400, 1), check_ds) < 400
+    assert some_are_refused(tmp_path / "ds.json", ds, check_ds, seed=1, count=300)
 
 
 def test_any_preset_is_accepted_or_refused_in_sentences(tmp_path):
-    preset = {
-        **PRESET,
-        "rope_theta": 1e4,
-        "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
-        "router_score": "softmax",
-    }
-    files = random_files(tmp_path, "preset.json", preset, 400, 2)
-    assert 200 < refused(files, lambda path: load_preset(str(path))) < 400
+    scaling = {"rope_type": "yarn", "factor": 2.0}
+    preset = {**PRESET, "rope_theta": 1e4, "rope_scaling": scaling, "router_score": "softmax"}
+    assert some_are_refused(tmp_path / "a.json", preset, lambda path: load_preset(str(path)), seed=2, count=200)
 
 
 def test_any_run_json_is_accepted_or_refused_in_sentences(tmp_path):
     run = RunConfig(**write_inputs(tmp_path, ds_config(2)), run_dir=str(tmp_path / "run"), auto_resume=True)
     cpu = torch.device("cpu")
-    first = Job(run.model_copy(update={"auto_resume": False}), 1, cpu)
-    first.enter_folder(0, None)
-    record = read_json(tmp_path / "run" / "run.json")
-    files = random_files(tmp_path / "run", "run.json", record, 100, 3)
-    assert 20 < refused(files, lambda _: Job(run, 1, cpu)) < 100
+    Job(run.model_copy(update={"auto_resume": False}), 1, cpu).enter_folder(0, None)
+    path = tmp_path / "run" / "run.json"
+    assert some_are_refused(path, read_json(path), lambda _: Job(run, 1, cpu), seed=3, count=60)
 
 
 def test_any_counts_index_or_manifest_is_accepted_or_refused_in_sentences(tmp_path):
     counts = {split: {"documents": 3, "tokens": 600, "bytes": 1800} for split in ("train", "valid")}
-    files = random_files(tmp_path, "corpus.json", counts, 200, 4)
-    assert 20 < refused(files, lambda _: split_counts(tmp_path / "valid")) < 200
-
+    assert some_are_refused(tmp_path / "corpus.json", counts, lambda _: split_counts(tmp_path / "valid"), seed=4)
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     index = {"metadata": {"total_size": 4}, "weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model.bin"}}
-    files = random_files(tmp_path, "pytorch_model.bin.index.json", index, 200, 5)
-    assert 20 < refused(files, lambda _: open_source(tmp_path)) < 200
-
+    path = tmp_path / "pytorch_model.bin.index.json"
+    assert some_are_refused(path, index, lambda _: open_source(tmp_path), seed=5)
     record = {"step": 3, "files": {"a.pt": {"bytes": 4, "sha256": "0" * 64}}}
-    files = random_files(tmp_path, "manifest.json", record, 200, 6)
-    assert 20 < refused(files, lambda _: manifest.read_manifest(tmp_path)) < 200
+    assert some_are_refused(tmp_path / "manifest.json", record, lambda _: manifest.read_manifest(tmp_path), seed=6)
 
 
 def test_any_tokenizer_is_accepted_or_refused_in_sentences(tmp_path):
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, "a"))
-    documents = [json.loads(words.to_str()), json.loads(train_tokenizer(["ab"], 257).to_str())]
-    found = [refused(random_files(tmp_path, "t.json", document, 100, 7), load_tokenizer) for document in documents]
-    assert all(20 < count < 100 for count in found), found
+    for tokenizer in (words, train_tokenizer(["ab"], 257)):
+        assert some_are_refused(tmp_path / "t.json", json.loads(tokenizer.to_str()), load_tokenizer, seed=7, count=60)

@@ -6,14 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from model_parts import model_of
-from ranks import run_ranks
+from ranks import run_alone, run_ranks
 from refusals import has, only, refusals
 from toy import PRESET, ds_config, train_here, write_inputs
 
@@ -151,11 +153,6 @@ def losses_of_training():
     return [megamoe.train_step(trainer, [megamoe.Batch(ids[:, :-1], ids[:, 1:])]).loss for _ in range(12)]
 
 
-def test_steps_on_the_same_batch_lower_its_loss():
-    (losses,) = run_ranks(1, losses_of_training)
-    assert losses[-1] < losses[0] - 0.2
-
-
 def losses_around_an_evaluation():
     """(loss, whether the balancing bias has moved) of a step before and a step after the model is in evaluation."""
     trainer = megamoe.build_trainer(megamoe.ModelConfig(**PRESET), ds_config(1, accumulation=2))
@@ -169,8 +166,13 @@ def losses_around_an_evaluation():
     return before.loss, after.loss, after.balance.counts.sum().item(), few, many
 
 
-def test_a_step_trains_after_an_evaluation_and_takes_as_many_micro_batches_as_are_accumulated():
-    ((before, after, routed, few, many),) = run_ranks(1, losses_around_an_evaluation)
+def losses_of_training_and_around_an_evaluation():
+    return losses_of_training(), losses_around_an_evaluation()
+
+
+def test_steps_lower_the_loss_after_an_evaluation_too_and_take_as_many_micro_batches_as_are_accumulated():
+    ((losses, (before, after, routed, few, many)),) = run_ranks(1, losses_of_training_and_around_an_evaluation)
+    assert losses[-1] < losses[0] - 0.2
     assert 0.5 * before < after < before
     assert routed == 2 * 2 * 16 * 2  # layers, micro-batches, positions, experts of each
     has(few, "1 micro-batches", "accumulates 2", "give 2")
@@ -203,13 +205,21 @@ def test_what_a_trainer_cannot_be_built_from_is_said_in_sentences(tmp_path):
     has(only(said["DeepSpeed's own"]), "the DeepSpeed JSON: DeepSpeed refuses")
 
 
+def output_of(code):
+    with chdir(README.parent), redirect_stdout(StringIO()) as output:
+        exec(code, {})
+    return output.getvalue()
+
+
 def test_the_example_of_the_readme_runs(run_dir, tmp_path):
     section = README.read_text().split("## From Python")[1]
     example = section.split("```python\n")[1].split("```")[0]
     assert len(example.splitlines()) <= 20
     (tmp_path / "short.txt").write_text(TEXT)
-    code = example.replace("runs/glm", str(run_dir)).replace("README.md", str(tmp_path / "short.txt"))
-    root = README.parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "bits_per_byte" in run.stdout
+    # Its places, and shorter sequences.
+    for theirs, ours in (("runs/glm", run_dir), ("README.md", tmp_path / "short.txt"), ("257", 17)):
+        assert theirs in example
+        example = example.replace(theirs, str(ours))
+    lines = run_alone(output_of, example).splitlines()
+    assert any("bits_per_byte" in line for line in lines)
+    assert lines[-1].startswith("2 ")  # the last step

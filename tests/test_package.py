@@ -18,11 +18,10 @@ def pip(*words):
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+@pytest.fixture
+def installed(tmp_path):
     """A folder with nothing but the installed wheel of this checkout."""
-    folder = tmp_path_factory.mktemp("package")
-    source = folder / "source"
+    folder, source = tmp_path, tmp_path / "source"
     source.mkdir()
     for name in BUILT:
         path = ROOT / name
@@ -44,10 +43,6 @@ def files(folder):
     }
 
 
-def test_the_wheel_holds_every_module_preset_and_hugging_face_file(installed):
-    assert files(installed / "megamoe") == files(ROOT / "megamoe")
-
-
 USE = """
 import runpy, sys
 from pathlib import Path
@@ -63,7 +58,8 @@ runpy.run_module("megamoe.pretrain", run_name="__main__")
 """
 
 
-def test_an_installed_package_has_its_presets_and_what_exports_copy_and_pretrain_shows_its_help(installed):
+def test_an_installed_package_has_every_file_and_its_presets_and_what_exports_copy_and_shows_its_help(installed):
+    assert files(installed / "megamoe") == files(ROOT / "megamoe")
     environment = {**os.environ, "PYTHONPATH": str(installed)}  # ahead of the checkout of an editable install
     command = [sys.executable, "-c", USE]
     done = subprocess.run(command, env=environment, cwd=installed, capture_output=True, text=True)

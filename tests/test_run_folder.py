@@ -37,13 +37,10 @@ def holder(tmp_path):
     process.wait()
 
 
-def test_a_second_run_in_a_folder_is_refused_with_the_name_of_the_first(tmp_path, holder):
+def test_a_second_run_in_a_folder_is_refused_with_the_name_of_the_first_until_that_is_killed(tmp_path, holder):
     with pytest.raises(UserError) as caught:
         RunFolder(tmp_path)
     assert f"in use by process {holder.pid} on {socket.gethostname()}, since 20" in str(caught.value)
-
-
-def test_the_lock_of_a_killed_run_is_free(tmp_path, holder):
     holder.kill()
     holder.wait()
     assert RunFolder(tmp_path).began is not None

@@ -3,9 +3,7 @@
 import ast
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
-from deepspeed.utils import groups
 from ranks import run_ranks
 
 from megamoe.topology import ExpertTopology
@@ -17,39 +15,36 @@ PROGRAM = sorted([*(ROOT / "megamoe").rglob("*.py"), *(ROOT / "tools").glob("*.p
 SPELLING = "deepspeed_" + "experts"
 
 
-def groups_of_deepspeed(ep_size):
-    """(ranks that hold one set of experts together, ranks that hold the same experts), as DeepSpeed has made them."""
-    groups._create_expert_and_data_parallel(ep_size)
-    name = groups._get_max_expert_size_name()
-    members = [groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)]
-    return [dist.get_process_group_ranks(group) for group in members]
+def groups_of_deepspeed(sizes):
+    """By ep_size (ranks that hold one set of experts together, ranks that hold the same experts), as DeepSpeed has made
+    them."""
+    from deepspeed.utils import groups
+
+    found = {}
+    for ep_size in sizes:
+        groups._create_expert_and_data_parallel(ep_size)
+        name = f"ep_size_{ep_size}"
+        members = [groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)]
+        found[ep_size] = [dist.get_process_group_ranks(group) for group in members]
+    return found
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 4])
-def test_the_groups_are_those_that_deepspeed_makes(ep_size):
-    for rank, (together, alike) in enumerate(run_ranks(4, groups_of_deepspeed, ep_size)):
-        here = ExpertTopology(8, ep_size, 4, rank)
-        others = [ExpertTopology(8, ep_size, 4, other) for other in range(4)]
-        assert together.index(rank) == here.ep_rank
-        assert alike.index(rank) == here.replica
-        assert alike == [other.rank for other in others if other.expert_ids == here.expert_ids]
-        assert len(alike) == here.replicas
-        assert len(alike) == 1 or alike[1] - alike[0] == here.replica_stride
-        assert [expert for other in together for expert in others[other].expert_ids] == list(range(8))
+def test_the_groups_are_those_that_deepspeed_makes():
+    for rank, made in enumerate(run_ranks(4, groups_of_deepspeed, (1, 2, 4))):
+        for ep_size, (together, alike) in made.items():
+            here = ExpertTopology(8, ep_size, 4, rank)
+            others = [ExpertTopology(8, ep_size, 4, other) for other in range(4)]
+            assert together.index(rank) == here.ep_rank
+            assert alike.index(rank) == here.replica
+            assert alike == [other.rank for other in others if other.expert_ids == here.expert_ids]
+            assert len(alike) == here.replicas
+            assert len(alike) == 1 or alike[1] - alike[0] == here.replica_stride
+            assert [expert for other in together for expert in others[other].expert_ids] == list(range(8))
 
 
 def test_the_topology_of_a_checkpoint_follows_from_its_partitions():
     assert ExpertTopology.from_partitions(8, [8, 8, 2], 5) == ExpertTopology(8, 4, 8, 5)
     assert ExpertTopology.from_partitions(8, [3, 3, 3], 0) == ExpertTopology(8, 1, 3, 0)
-
-
-def test_what_does_not_divide_is_said_of_ranks_and_experts():
-    problems = ExpertTopology.problems(3, 8, 4, "tiny")
-    assert problems == [
-        "ep_size is 3, which does not divide the 4 ranks; choose a divisor.",
-        "ep_size is 3, which does not divide the 8 experts of tiny; choose a divisor.",
-    ]
-    assert ExpertTopology.problems(4, 8, 4, "tiny") == []
 
 
 def arithmetic_with_ep_size(source):

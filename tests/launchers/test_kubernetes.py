@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from megamoe.config import load_preset
 from megamoe.launch.exits import REFUSED
@@ -27,6 +26,8 @@ def unknown(given, known, path=""):
 
 
 def through_schema(manifest):
+    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
     return JobsetV1alpha2JobSet.from_dict(manifest).to_dict()
 
 
