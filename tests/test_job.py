@@ -9,7 +9,7 @@ import pytest
 import torch
 from refusals import has, only, refusals
 from tokenizers import Tokenizer, models
-from toy import PRESET, ds_config, write_inputs
+from toy import PRECISION, PRESET, ds_config, write_inputs
 
 import megamoe.job
 from megamoe.architectures.config_json import preset_of
@@ -24,7 +24,7 @@ def problems(run, world_size=1):
 
 
 def job(run, world_size=1):
-    return Job(RunConfig(**run), world_size, torch.device("cpu"))
+    return Job(RunConfig(**run), world_size, torch.device("cpu"), PRECISION)
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def test_problems_of_all_owners_come_together(inputs, tmp_path):
 def test_a_vocabulary_too_small_for_the_corpus_is_found_by_the_rank_that_reads_it_before_training(inputs, tmp_path):
     (tmp_path / "preset.json").write_text(json.dumps({**PRESET, "vocab_size": 50}))
     cpu = torch.device("cpu")
-    said = refusals(Job, RunConfig(**inputs), 2, cpu, False, True)
+    said = refusals(Job, RunConfig(**inputs), 2, cpu, PRECISION, False, True)
     assert len(said) == 2  # training and held-out text
     has(said[0], "beyond the model's vocabulary of 50")
-    assert Job(RunConfig(**inputs), 2, cpu, False, False).data.corpora[0].num_tokens == 6000
+    assert Job(RunConfig(**inputs), 2, cpu, PRECISION, False, False).data.corpora[0].num_tokens == 6000
 
 
 def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(inputs, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from refusals import has, refusal, sentences
 from tokenizers import Tokenizer, models
-from toy import PRESET, ds_config, write_inputs
+from toy import PRECISION, PRESET, ds_config, write_inputs
 
 from megamoe import json_files
 from megamoe.checkpoint import manifest
@@ -231,9 +231,9 @@ def test_any_preset_is_accepted_or_refused_in_sentences(tmp_path):
 def test_any_run_json_is_accepted_or_refused_in_sentences(tmp_path):
     run = RunConfig(**write_inputs(tmp_path, ds_config(2)), run_dir=str(tmp_path / "run"), auto_resume=True)
     cpu = torch.device("cpu")
-    Job(run.model_copy(update={"auto_resume": False}), 1, cpu).enter_folder(0, None)
+    Job(run.model_copy(update={"auto_resume": False}), 1, cpu, PRECISION).enter_folder(0, None)
     path = tmp_path / "run" / "run.json"
-    assert some_are_refused(path, read_json(path), lambda _: Job(run, 1, cpu), seed=3, count=60)
+    assert some_are_refused(path, read_json(path), lambda _: Job(run, 1, cpu, PRECISION), seed=3, count=60)
 
 
 def test_any_counts_index_or_manifest_is_accepted_or_refused_in_sentences(tmp_path):

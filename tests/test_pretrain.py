@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from toy import ds_config, losses, new_store, train_here, write_inputs
+from toy import PRECISION, ds_config, losses, new_store, train_here, write_inputs
 
 from megamoe.architectures.config_json import preset_of
 from megamoe.checkpoint.index import read_index
@@ -47,7 +47,7 @@ def run_and_hear(ranks, function, run):
 
 def done_here(run):
     """Whether a start would find nothing to do."""
-    return is_done(Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0))
+    return is_done(Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), PRECISION, dist.get_rank() == 0))
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_a_run_says_what_its_preset_changes_of_the_directory_that_it_starts_from
 
 def remove_folder_after_a_step(run):
     """Train with a run folder that is removed once step 2 is logged."""
-    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), dist.get_rank() == 0)
+    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), PRECISION, dist.get_rank() == 0)
     real = ConsoleSink.log_scalars
 
     def remove(self, kind, step, values):

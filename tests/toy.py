@@ -14,10 +14,12 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megamoe.data.corpus import SplitWriter
 from megamoe.errors import UserError
+from megamoe.hardware import Peak
 from megamoe.job import Job
 from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
+from megamoe.precision import GemmRates, Precision
 from megamoe.pretrain import run as pretrain
 from megamoe.run_config import RunConfig
 from megamoe.training.determinism import make_deterministic
@@ -37,6 +39,8 @@ PRESET = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+# Of a device that "auto" computes in bf16 on, whatever this one is.
+PRECISION = Precision(GemmRates(Peak(1e12, is_measured=True), Peak(1e12, is_measured=True)))
 SHIPPED = Path(__file__).parent.parent / "ds_configs"
 
 
@@ -82,7 +86,7 @@ def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         make_deterministic()
     job, problems = None, []
     try:
-        job = Job(RunConfig(**run), dist.get_world_size(), this_device(), dist.get_rank() == 0)
+        job = Job(RunConfig(**run), dist.get_world_size(), this_device(), PRECISION, dist.get_rank() == 0)
     except UserError as error:
         problems = error.problems
     raise_on_any_rank(problems)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRESET, ds_config, losses, train_here, write_inputs
+from toy import PRECISION, PRESET, ds_config, losses, train_here, write_inputs
 
 from megamoe.config import ModelConfig
 from megamoe.data import token_files
@@ -95,7 +95,7 @@ def stop_after_two_steps(run):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStep, "forward_backward", forward_backward)
-        job = Job(RunConfig(**run), 1, torch.device("cpu"))
+        job = Job(RunConfig(**run), 1, torch.device("cpu"), PRECISION)
         assert not pretrain(job, None, Position(), stop)
     threads = [one.name for one in threading.enumerate() if one.name.startswith(THREAD)]
     return read_log(job.run_dir), threads

@@ -10,6 +10,7 @@ from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.config import ModelConfig
 from megamoe.data.batches import BatchShape
+from megamoe.hardware import Peak
 from megamoe.model.decoder import Decoder
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.step import StepResult
@@ -20,12 +21,12 @@ def result(loss, **parts):
     return StepResult(loss=loss, parts=parts, grad_norm=1.0, applied=True, flags=NO_FLAGS, balance=None)
 
 
-def metrics(batches=(2,) * 9, stages=()):
+def metrics(batches=(2,) * 9, stages=(), peak=Peak(1e12, is_measured=False)):  # noqa: B008 - it is frozen
     """Of steps that take as many samples as `batches` has."""
     engine = SimpleNamespace(get_lr=lambda: [0.1], skipped_steps=0, train_batch_size=iter(batches).__next__)
     model = Decoder(ModelConfig(**PRESET))
     step = SimpleNamespace(engine=engine, device=torch.device("cpu"), model=model)
-    return StepMetrics(step, BatchShape(2, accumulation=3, world_size=1, seq_len=16, stages=stages))
+    return StepMetrics(step, BatchShape(2, accumulation=3, world_size=1, seq_len=16, stages=stages), peak)
 
 
 def test_loss_and_its_parts_are_means_over_the_steps_of_a_window():
@@ -55,6 +56,18 @@ def test_speed_and_time_left_count_the_samples_that_each_step_takes():
     values = plain.values(1, 3)
     assert "batch_size" not in values
     assert values["tokens_per_second"] == pytest.approx(2 * 16 / 0.5)
+
+
+def test_mfu_is_a_share_of_the_peak_and_a_faster_step_raises_a_measured_one():
+    exact = metrics()
+    exact.add(result(4.0), 0.5)
+    flops = 1e12 * exact.values(1, 1)["mfu"]  # of a step that takes half a second
+    for is_measured, shares in ((True, [0.5, 1.0, 0.5]), (False, [0.5, 2.0, 1.0])):
+        window = metrics(peak=Peak(2 * flops, is_measured))
+        for step, (seconds, share) in enumerate(zip((0.5, 0.125, 0.25), shares, strict=True), start=1):
+            window.add(result(4.0), seconds)
+            assert window.values(step, 9)["mfu"] == pytest.approx(share)
+            window.restart(step)
 
 
 def test_a_skipped_step_has_no_balance_and_no_entropy_of_any_block():

@@ -9,7 +9,7 @@ import torch
 from harness_tasks import ANSWER, CHOICE, QUESTIONS, ROLLING, WORDS, write_task
 from ranks import run_ranks
 from refusals import has, only, refusals
-from toy import ds_config, train_here, write_inputs
+from toy import PRECISION, ds_config, train_here, write_inputs
 
 import megamoe
 from megamoe.checkpoint.export import write_huggingface
@@ -61,7 +61,7 @@ def inputs(tmp_path):
 
 
 def problems(run):
-    return refusals(lambda: Job(RunConfig(**run), 1, torch.device("cpu")))
+    return refusals(lambda: Job(RunConfig(**run), 1, torch.device("cpu"), PRECISION))
 
 
 def test_every_set_and_task_is_logged_at_its_own_interval(done):
@@ -163,11 +163,11 @@ def test_a_set_has_its_own_name_or_that_of_its_folder_and_names_that_the_log_can
 
 def test_a_run_with_sets_is_resumed_where_its_record_has_one_set_as_text_or_none(inputs, tmp_path):
     run = {name: value for name, value in inputs.items() if not name.startswith("lm_eval")}
-    Job(RunConfig(**run), 1, torch.device("cpu")).enter_folder(0, None)
+    Job(RunConfig(**run), 1, torch.device("cpu"), PRECISION).enter_folder(0, None)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["run"]["valid_data"][1] == {"name": "source", "path": str(tmp_path / "code")}
     for before in (None, str(tmp_path / "plays"), record["run"]["valid_data"]):
         record["run"]["valid_data"] = before
         (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-        assert len(Job(RunConfig(**{**run, "auto_resume": True}), 1, torch.device("cpu")).valid) == 2
+        assert len(Job(RunConfig(**{**run, "auto_resume": True}), 1, torch.device("cpu"), PRECISION).valid) == 2
         assert RunConfig(**record["run"])
