@@ -101,7 +101,7 @@ def test_fp16_keeps_the_small_gradients_of_a_large_vocabulary(coefficient):
     exact = plain_parts(hidden, weight, labels, coefficient, 2.0**12)[3]
     unseen = torch.ones(50_000, dtype=torch.bool)
     unseen[labels[labels >= 0]] = False
-    assert (weight.grad[unseen] - exact[unseen]).norm() <= 2e-3 * exact[unseen].norm()
+    assert (weight.grad[unseen] - exact[unseen]).norm() <= 6e-4 * exact[unseen].norm()
 
 
 def test_where_no_gradient_is_asked_for_none_is_computed(monkeypatch):
