@@ -3,6 +3,7 @@ programs share the cores."""
 
 import gc
 import os
+import tempfile
 
 import pytest
 import torch
@@ -10,6 +11,11 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's choice, on a host with GPUs too; tests on a GPU choose that
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when its package is imported; what the tests load is on this disk
+# Inductor's cache does not tell apart what it has compiled for AVX-512 and for AVX2.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(tempfile.gettempdir(), f"megamoe-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
+)
 torch.set_num_threads(1)
 gc.disable()  # until all is imported and collected, which stays
 

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from megamoe import hardware
 from megamoe.errors import PeerError
 from megamoe.launch.stopping import REQUESTS
 
@@ -231,15 +230,9 @@ def _collect(workers: list[Worker]) -> list[Any]:
 # --- in the process of a rank ---------------------------------------------------------------------------------------
 
 
-def _prepare() -> None:
-    torch.set_num_threads(1)
-    # A run measures the peak of its MFU, which in bf16 takes an older CPU half a minute per rank.
-    hardware.SMALLEST_SQUARE = 32
-
-
 def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
     """Run what comes through the pipe until it is closed. A call that fails is the last one."""
-    _prepare()
+    torch.set_num_threads(1)
     gc.freeze()  # what the server has imported stays, and need not be looked through after every call
     state = _State()
     while True:
@@ -263,7 +256,7 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
 
 
 def _as_rank(environment: dict[str, str], function: Callable[..., Any], args: Any) -> None:
-    _prepare()
+    torch.set_num_threads(1)
     os.environ.update(environment)
     function(*args)
 
