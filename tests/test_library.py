@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import chdir, redirect_stdout
+from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -206,7 +207,8 @@ def test_what_a_trainer_cannot_be_built_from_is_said_in_sentences(tmp_path):
 
 
 def output_of(code):
-    with chdir(README.parent), redirect_stdout(StringIO()) as output:
+    os.chdir(README.parent)
+    with redirect_stdout(StringIO()) as output:
         exec(code, {})
     return output.getvalue()
 
