@@ -173,12 +173,8 @@ def test_the_operators_counted_of_every_part_are_those_dispatched(on_cpu, is_den
 
 
 WIDE = {
-    "vocab_size": 256,
-    "hidden_size": 512,
-    "intermediate_size": 768,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+    "vocab_size": 256, "hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def assert_bytes(setup, kind, moved, allowed=0.04):
