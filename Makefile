@@ -2,7 +2,8 @@
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
 # make train STEPS=3000  longer, the learning rate's schedule with it
 # make train PRESET=tiny-glm  another model of that size: tiny, tiny-glm, tiny-deepseek
-# make test               every test
+# make test               every test that needs one host, no GPU and no root
+# make test-cluster       the launchers on two hosts in namespaces: needs root on Debian, installs sshd, pdsh and Slurm
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
 # make check              formatting, lint and types
 # make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
@@ -43,7 +44,7 @@ SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)-$(VOCAB)
 endif
 
-.PHONY: train test gpu check bench bench-short
+.PHONY: train test test-cluster gpu check bench bench-short
 train: .venv/.train $(TOKENS)/corpus.json
 	$(if $(STEPS),mkdir -p $(dir $(RUN)) && sed 's/"total_num_steps": [0-9]*/"total_num_steps": $(STEPS)/' $(RECIPE) > $(RUN).json)
 	launch_scripts/single_node.sh 2 --ds_config $(if $(STEPS),$(RUN).json,$(RECIPE)) --preset $(PRESET) --ep_size 2 \
@@ -53,6 +54,9 @@ train: .venv/.train $(TOKENS)/corpus.json
 
 test: .venv/.test
 	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+test-cluster: .venv/.test
+	python -m pytest tests/launchers -m cluster
 
 gpu: .venv/.test
 	timeout 30m python tools/check_gpu.py

@@ -23,6 +23,7 @@ PACKAGES = {
     "pkill": "procps",
 }
 NAMES = ("h1", "h2")
+DEADLINE = 300  # seconds, which end a hang on a busy machine
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of a rank: each host takes all cores for its own
 
 
@@ -90,7 +91,7 @@ class Host:
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            self.words(*command), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
+            self.words(*command), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=DEADLINE,
             env={**os.environ, **ONE_THREAD},
         )  # fmt: skip
 
@@ -230,7 +231,7 @@ class Cluster:
             )
 
 
-def wait_for(condition, otherwise, seconds: float = 30) -> None:
+def wait_for(condition, otherwise, seconds: float = DEADLINE) -> None:
     """Wait until `condition()` is true; AssertionError with the words `otherwise`, or that it gives, if not in time."""
     until = time.monotonic() + seconds
     while not condition():

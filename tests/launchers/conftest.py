@@ -1,14 +1,25 @@
-"""The two hosts, for as long as the tests of this folder run, and a table of how long each end took."""
+"""The two hosts, for as long as the tests of this folder run."""
 
-import contextlib
 import os
 import tempfile
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from cluster import Cluster, install, why_impossible
+from stub_rank import make_tree
+
+
+def pytest_collection_modifyitems(items):
+    """`make test-cluster` runs all tests of this folder, but for those that `make gpu` runs."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("gpu"):
+            item.add_marker("cluster")
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory):
+    """A tree whose launch scripts start ranks without an engine."""
+    return make_tree(tmp_path_factory.mktemp("stub"))
 
 
 @pytest.fixture(scope="session")
@@ -37,29 +48,3 @@ def cluster(two_hosts):
 def slurm(two_hosts):
     two_hosts.start_slurm()
     return two_hosts
-
-
-ENDINGS = pytest.StashKey()
-
-
-@pytest.fixture(scope="session")
-def ending(request):
-    """`with ending(CASE) as end: ...; end.code = ...` puts a row into the table that is printed after the tests."""
-    rows = request.config.stash.setdefault(ENDINGS, [])
-
-    @contextlib.contextmanager
-    def measured(case):
-        end = SimpleNamespace(code="")
-        started = time.monotonic()
-        yield end
-        rows.append((case, time.monotonic() - started, end.code))
-
-    return measured
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash.get(ENDINGS, [])
-    if rows:
-        terminalreporter.section("how long it took")
-    for case, seconds, code in rows:
-        terminalreporter.write_line(f"{case:75s} {seconds:6.1f} s  {code}")

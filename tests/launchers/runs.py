@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import psutil
-from cluster import ROOT, Host, wait_for
+from cluster import DEADLINE, ROOT, Host, wait_for
 from toy import write_inputs
 
 from megamoe.json_files import read_json
@@ -101,10 +101,10 @@ class Run:
         """Lines of errors; pdsh puts the host before each."""
         return [line[line.index("error: "):] for line in self.said.splitlines() if "error: " in line]  # fmt: skip
 
-    def await_text(self, text: str, seconds: float = 240) -> None:
+    def await_text(self, text: str, seconds: float = DEADLINE) -> None:
         self.await_any(text, self, seconds)
 
-    def await_any(self, text: str, other: Run, seconds: float = 240) -> None:
+    def await_any(self, text: str, other: Run, seconds: float = DEADLINE) -> None:
         """Wait until this run or the other prints `text`."""
 
         def seen() -> bool:
@@ -114,7 +114,7 @@ class Run:
 
         wait_for(seen, lambda: f"{text!r} does not come:\n{self.said}{other.said}", seconds)
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = DEADLINE) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -137,7 +137,7 @@ class Run:
     def assert_saved_at_the_last_step(self) -> None:
         assert self.latest == f"step_{self.last_step}"
 
-    def assert_none_left(self, seconds: float = 60) -> None:
+    def assert_none_left(self, seconds: float = DEADLINE) -> None:
         wait_for(lambda: self.processes() == [], "processes are left", seconds)
 
     def end(self) -> None:

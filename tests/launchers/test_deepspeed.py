@@ -1,33 +1,31 @@
-"""pretrain.py under DeepSpeed's own launcher on one host, without a script: how it runs, refuses, and ends."""
+"""pretrain.py under DeepSpeed's own launcher on one host, without a script: how it refuses, and ends.
+
+On a CPU it ends without an engine."""
 
 import json
 import os
 import re
 import shutil
 import signal
-import time
 
 import psutil
 import pytest
-import torch
-from cluster import ROOT
+from cluster import DEADLINE, ROOT
 from devices import on_gpus
 from runs import BIN, LOST, STOPPED, Run, ThisHost, inputs
 from toy import ds_config
 
-from megamoe.checkpoint.reader import find_checkpoint, load_weights, open_source
-from megamoe.config import ModelConfig
 from megamoe.launch.network import free_port
-from megamoe.model.decoder import Decoder
 
 
 @pytest.fixture
-def launch(tmp_path):
+def launch(stub, tmp_path):
     runs = []
 
-    def start(*options, device="cpu", ranks=2, steps=100_000, until="step=5 ", change_inputs=lambda: None):
+    def start(*options, device="cpu", ranks=2, until="step=5 ", tree=None, change_inputs=lambda: None):
+        tree = tree or (stub if device == "cpu" else ROOT)
         launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
-        words = [*launcher, str(ROOT / "megamoe" / "pretrain.py"), *inputs(tmp_path, steps, *options)]
+        words = [*launcher, str(tree / "megamoe" / "pretrain.py"), *inputs(tmp_path, 100_000, *options)]
         change_inputs()
         runs.append(Run(ThisHost(device), tmp_path, words))
         if until:
@@ -39,26 +37,14 @@ def launch(tmp_path):
         run.end()
 
 
-def test_a_run_prints_the_logged_form_saves_and_its_weights_load_into_a_plain_model(launch):
-    run = launch("--ep_size", "2", steps=4, until="")
-    assert run.wait(200) == 0, run.said
-    lines = [line for line in run.said.splitlines() if re.match(r"step=\d+ avg_loss=", line)]
-    assert len(lines) == 4  # only one rank prints
-    assert re.match(r"step=4 avg_loss=\d\.\d{4} lr=\S+ tok/s=\d+ mfu=\d+\.\d% max_vio=", lines[-1])
-    preset = json.loads((run.run_dir / "run.json").read_text())["model"]
-    model = Decoder(ModelConfig(**preset))
-    load_weights(model, open_source(find_checkpoint(run.run_dir)), torch.float32)
-    assert torch.isfinite(model.eval()(torch.arange(16).unsqueeze(0))).all()
-
-
 def test_every_problem_is_printed_once_with_exit_code_2_and_nothing_written(launch, tmp_path):
     def change_inputs():
         ds = ds_config(2, zero_optimization={"stage": 3}, fp16={"enabled": True}, gradient_cliping=1.0)
         (tmp_path / "ds.json").write_text(json.dumps(ds))
         shutil.rmtree(tmp_path / "corpus")
 
-    run = launch("--ep_size", "3", until="", change_inputs=change_inputs)
-    assert run.wait(200) == 2
+    run = launch("--ep_size", "3", until="", tree=ROOT, change_inputs=change_inputs)
+    assert run.wait() == 2
     assert len(run.errors) == len(set(run.errors))
     assert any("zero_optimization.stage is 3" in line for line in run.errors)
     assert any("fp16 on CPU has no loss scale" in line for line in run.errors)
@@ -73,24 +59,20 @@ def test_every_problem_is_printed_once_with_exit_code_2_and_nothing_written(laun
 
 
 @pytest.mark.parametrize(("device", "ranks"), [("cpu", 2), on_gpus(1, "cuda", 1), on_gpus(2, "cuda", 2)])
-def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, ending, device, ranks):
+def test_a_signal_to_one_rank_ends_all_at_a_steps_end_with_a_checkpoint(launch, device, ranks):
     run = launch(device=device, ranks=ranks)
-    with ending("SIGTERM to a rank") as end:
-        run.ranks()[-1].terminate()
-        end.code = run.wait(60)
-    assert end.code == STOPPED, run.said
+    run.ranks()[-1].terminate()
+    assert run.wait() == STOPPED, run.said
     assert f"stopped by a signal after step {run.last_step}" in run.said
     run.assert_saved_at_the_last_step()
     run.assert_none_left()
 
 
 @pytest.mark.parametrize("device", ["cpu", on_gpus(2, "cuda")])
-def test_a_killed_rank_is_named_and_the_other_ends(launch, ending, device):
+def test_a_killed_rank_is_named_and_the_other_ends(launch, device):
     run = launch(device=device)
-    with ending("SIGKILL to a rank") as end:
-        run.ranks()[1].kill()
-        end.code = run.wait(60)
-    assert end.code == 256 - signal.SIGKILL, run.said
+    run.ranks()[1].kill()
+    assert run.wait() == 256 - signal.SIGKILL, run.said
     (error,) = run.errors
     named = r"error: rank 1 on \S+ died, last heard of in step \d+, .*; resume from the last checkpoint with --resume\."
     assert re.match(named, error)
@@ -101,24 +83,21 @@ def test_a_killed_rank_is_named_and_the_other_ends(launch, ending, device):
     ("send", "number", "target"),
     [(os.kill, signal.SIGTERM, "deepspeed alone"), (os.killpg, signal.SIGINT, "deepspeed and all its processes")],
 )
-def test_ending_deepspeed_leaves_no_orphan_and_a_checkpoint(launch, ending, send, number, target):
+def test_ending_deepspeed_leaves_no_orphan_and_a_checkpoint(launch, send, number, target):
     run = launch()
-    with ending(f"{number.name} to {target}, until all have exited") as end:
-        send(run.process.pid, number)
-        end.code = run.wait(60)
-        run.assert_none_left()
+    send(run.process.pid, number)
+    run.wait()
+    run.assert_none_left()
     run.assert_saved_at_the_last_step()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGKILL, 0)])
-def test_ending_launch_py_alone_leaves_no_orphan_and_a_checkpoint(launch, ending, number, code):
+def test_ending_launch_py_alone_leaves_no_orphan_and_a_checkpoint(launch, number, code):
     run = launch()
     (launcher,) = run.processes("-m deepspeed.launcher.launch")
-    with ending(f"{number.name} to launch.py, until all have exited") as end:
-        launcher.send_signal(number)  # SIGTERM: it ends the ranks one after another; the first one's signal stops all
-        end.code = run.wait(60)
-        run.assert_none_left()
-    assert end.code == code  # DeepSpeed's own, whatever became of the ranks
+    launcher.send_signal(number)  # SIGTERM: it ends the ranks one after another; the first one's signal stops all
+    assert run.wait() == code  # DeepSpeed's own, whatever became of the ranks
+    run.assert_none_left()
     run.assert_saved_at_the_last_step()
 
 
@@ -126,15 +105,14 @@ def test_ending_launch_py_alone_leaves_no_orphan_and_a_checkpoint(launch, ending
 def test_stalled_ranks_end_and_print_where_each_of_them_is(launch, device):
     run = launch("--collective_timeout", "5", device=device)
     first, second = run.ranks()
-    time.sleep(2.5)  # until each has posted that it is in a step
     second.suspend()
-    assert psutil.wait_procs([first], timeout=60)[1] == []
+    assert psutil.wait_procs([first], timeout=DEADLINE)[1] == []
     (error,) = run.errors
     place = r"in step \d+, (forward of layer \d|backward of layer \d|optimizer step|reading data)"
     both, each = rf"ranks 0, 1 on \S+ {place}", rf"rank 0 on \S+ {place}; rank 1 on \S+ {place}"
     assert re.match(rf"error: no rank has made progress for 5 s: ({both}|{each}); resume from", error)
     second.resume()
-    assert run.wait(60) == LOST, run.said
+    assert run.wait() == LOST, run.said
 
 
 # As Slurm starts them with a GPU per task. On the CPU, tests/training/test_distributed.py shows what a rank takes.
@@ -148,19 +126,8 @@ def test_ranks_that_each_see_one_gpu_take_that(tmp_path, local_ranks):
         for rank, local_rank in enumerate(local_ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "CUDA_VISIBLE_DEVICES": str(rank)}
             runs.append(Run(ThisHost("cuda", f"rank-{rank}"), tmp_path, words, {**shared, **own}))
-        assert [run.wait(200) for run in runs] == [0] * count, "".join(run.said for run in runs)
+        assert [run.wait() for run in runs] == [0] * count, "".join(run.said for run in runs)
     finally:
         for run in runs:
             run.end()
     assert runs[0].last_step == 4
-
-
-def test_a_rank_without_a_launcher_saves_and_exits_before_its_time_limit(tmp_path):
-    words = [str(BIN / "python"), str(ROOT / "megamoe" / "pretrain.py")]
-    run = Run(ThisHost(), tmp_path, [*words, *inputs(tmp_path, 100_000, "--time_limit", "0:00:20")])
-    try:
-        assert run.wait(100) == STOPPED, run.said
-    finally:
-        run.end()
-    assert f"the time limit after step {run.last_step}" in run.said
-    run.assert_saved_at_the_last_step()

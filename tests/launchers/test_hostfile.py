@@ -1,4 +1,5 @@
-"""multi_node_pdsh.sh, as it ships, on two hosts. The loss of a host is in test_power_cut.py."""
+"""multi_node_pdsh.sh, as it ships, on two hosts: a run, and how ranks without an engine end. The loss of a host is in
+test_power_cut.py."""
 
 import re
 import signal
@@ -13,13 +14,13 @@ SCRIPT = "launch_scripts/multi_node_pdsh.sh"
 
 
 @pytest.fixture
-def start(cluster, tmp_path):
+def start(cluster, stub, tmp_path):
     runs = []
 
-    def launch(*options, steps=100_000, until="", slots=1, **variables):
+    def launch(*options, tree=stub, steps=100_000, until="", slots=1, **variables):
         hostfile = tmp_path / "hostfile"
         hostfile.write_text(f"h1 slots={slots}\nh2 slots={slots}\n")
-        words = [SCRIPT, str(hostfile), *inputs(tmp_path, steps, *options)]
+        words = [str(tree / SCRIPT), str(hostfile), *inputs(tmp_path, steps, *options)]
         runs.append(Run(cluster.hosts["h1"], tmp_path, words, variables))
         if until:
             runs[-1].await_text(until)
@@ -61,7 +62,7 @@ def busy_port(cluster):
 
 
 def test_a_run_trains_over_both_hosts_to_its_last_step(start):
-    run = start("--ep_size", "2", steps=3)
+    run = start("--ep_size", "2", tree=ROOT, steps=3)
     assert run.wait() == 0, run.said
     assert "2 ranks, ep_size 2" in run.said
     assert len(re.findall(r"step=3 avg_loss=", run.said)) == 1
@@ -94,39 +95,36 @@ def test_every_problem_of_every_host_is_named_at_once_and_nothing_starts(start, 
 # --- how it ends before its last step -------------------------------------------------------------------------------
 
 
-def test_a_killed_rank_is_named_and_the_other_hosts_ranks_end(start, ending):
+def test_a_killed_rank_is_named_and_the_other_hosts_ranks_end(start):
     run = start(until="step=3 ", slots=2)
-    with ending("SIGKILL to a rank on the second host, under pdsh, until all have exited") as end:
-        run.ranks()[3].kill()
-        end.code = run.wait(60)
-        run.assert_none_left()
-    assert end.code != 0
+    run.ranks()[3].kill()
+    code = run.wait()
+    run.assert_none_left()
+    assert code != 0
     error, _ = run.errors  # and the script's, of the code
     named = r"error: rank 3 on h2 died, last heard of in step \d+, .*; resume from the last checkpoint with --resume\."
     assert re.match(named, error)
 
 
-def test_a_killed_launcher_leaves_no_rank_on_any_host_and_a_checkpoint(start, ending):
+def test_a_killed_launcher_leaves_no_rank_on_any_host_and_a_checkpoint(start):
     run = start(until="step=3 ")
     (launcher,) = (one for one in run.processes("--force_multi") if one.cmdline()[1].endswith("deepspeed"))
-    with ending("SIGKILL to deepspeed below multi_node_pdsh.sh, until all have exited") as end:
-        launcher.kill()
-        end.code = run.wait()
-        run.assert_none_left()
-    assert end.code == 128 + signal.SIGKILL
+    launcher.kill()
+    code = run.wait()
+    run.assert_none_left()
+    assert code == 128 + signal.SIGKILL
     run.assert_saved_at_the_last_step()
 
 
 @pytest.mark.parametrize("killed", ["the script", "pdsh"])
-def test_a_killed_script_or_pdsh_leaves_no_rank_on_any_host_and_a_checkpoint(start, ending, killed):
+def test_a_killed_script_or_pdsh_leaves_no_rank_on_any_host_and_a_checkpoint(start, killed):
     run = start(until="step=3 ")
-    with ending(f"SIGKILL to {killed}, with multi_node_pdsh.sh, until all have exited") as end:
-        if killed == "pdsh":
-            next(one for one in run.processes("--world_info") if one.name().startswith("pdsh")).kill()
-        else:
-            run.script.kill()
-        end.code = run.wait()
-        run.assert_none_left()
-    assert end.code == (1 if killed == "pdsh" else -signal.SIGKILL), run.said
+    if killed == "pdsh":
+        next(one for one in run.processes("--world_info") if one.name().startswith("pdsh")).kill()
+    else:
+        run.script.kill()
+    code = run.wait()
+    run.assert_none_left()
+    assert code == (1 if killed == "pdsh" else -signal.SIGKILL), run.said
     run.assert_saved_at_the_last_step()
     assert not list(run.run_dir.parent.glob(".exit-*")) or killed == "the script"
