@@ -44,7 +44,7 @@ class Intervals:
     read: float = 10  # for the others to read that the job fails; they look once a heartbeat
     launcher: float = 1.5  # until a launcher, which looks once a second, has seen the code of a dead rank before ours
     shutdown: float = 60  # to wait for the others after the last step
-    farewell: float = 0.2  # until the others have read that rank 0 exits
+    exit_delay: float = 0.2  # until the others have read that rank 0 exits
 
 
 class Position:
@@ -155,7 +155,7 @@ class Watch:
                 others = [f"left/{rank}" for rank in range(1, self.rendezvous.rank_info.world_size)]
                 wait_for_keys(others, self._store, time.monotonic() + self.intervals.shutdown)
                 self._store.set("left/0", "")
-                time.sleep(self.intervals.farewell)
+                time.sleep(self.intervals.exit_delay)
             else:
                 self._store.set(f"left/{self._rank}", "")
                 self._store.wait(["left/0"], timedelta(seconds=self.intervals.shutdown))
