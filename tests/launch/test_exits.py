@@ -31,7 +31,7 @@ from megamoe.training.step import TrainStep
 
 KILLED = -signal.SIGKILL
 DEADLINE = 240  # seconds, which end a hang
-QUICK = Intervals(heartbeat=0.1, silent=DEADLINE, read=DEADLINE, launcher=0, farewell=0.1)
+QUICK = Intervals(heartbeat=0.1, silent=DEADLINE, read=DEADLINE, launcher=0, exit_delay=0.1)
 
 
 def refuse():
