@@ -69,7 +69,7 @@ def test_a_run_that_is_killed_in_a_save_resumes_bit_for_bit(tmp_path):
 
 class KillAt:
     """Kills this process at the nth call of the thread that saves which changes the disk, before it; or halfway through
-    the nth write."""
+    the nth write or removal."""
 
     def __init__(self, nth, half):
         self.left = nth
@@ -78,7 +78,7 @@ class KillAt:
             setattr(owner, name, self.counted(getattr(owner, name)))
         slice_file._write = self.sampled(slice_file._write, self.counted(slice_file._write, write_half))
         disk.write_file = self.counted(disk.write_file, lambda path, data: path.write_bytes(data[: len(data) // 2]))
-        folders.shutil.rmtree = self.counted(folders.shutil.rmtree)
+        folders.shutil.rmtree = self.counted(folders.shutil.rmtree, remove_a_file)
         builtins.open = self.counted_open(builtins.open)
 
     def counted(self, real, halfway=None):
@@ -107,6 +107,10 @@ class KillAt:
 def write_half(file, data):
     file.write(data[: len(data) // 2])
     file.flush()
+
+
+def remove_a_file(folder):
+    os.unlink(min(folder.glob("rank_*")))
 
 
 def save_and_exit(engine, checkpoints, store, kill_at):

@@ -103,7 +103,7 @@ def test_ending_launch_py_alone_leaves_no_orphan_and_a_checkpoint(launch, number
 
 @pytest.mark.parametrize("device", ["cpu", on_gpus(2, "cuda")])
 def test_stalled_ranks_end_and_print_where_each_of_them_is(launch, device):
-    run = launch("--collective_timeout", "5", device=device)
+    run = launch("--collective_timeout", "5", device=device, until="step=200 ")  # each has posted that it is in a step
     first, second = run.ranks()
     second.suspend()
     assert psutil.wait_procs([first], timeout=DEADLINE)[1] == []
