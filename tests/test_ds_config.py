@@ -65,7 +65,7 @@ def test_every_shipped_deepspeed_json_has_no_problem():
 def test_the_documented_recipes_are_shipped_and_zero2_is_the_original_one():
     ds = read_json(SHIPPED["zero2"])
     assert ds["zero_optimization"]["stage"] == 2
-    assert dtype_of(ds) == "bf16"
+    assert ds["bf16"]["enabled"] == "auto"
     assert ds["gradient_clipping"] == 1.0
     assert ds["optimizer"]["type"] == "AdamW"
     assert ds["optimizer"]["params"].items() >= {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01}.items()

@@ -19,7 +19,7 @@ from megamoe.job import Job
 from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
-from megamoe.precision import GemmRates, Precision
+from megamoe.precision import GemmRates, Precision, resolve
 from megamoe.pretrain import run as pretrain
 from megamoe.run_config import RunConfig
 from megamoe.training.determinism import make_deterministic
@@ -44,9 +44,14 @@ PRECISION = Precision(GemmRates(Peak(1e12, is_measured=True), Peak(1e12, is_meas
 SHIPPED = Path(__file__).parent.parent / "ds_configs"
 
 
+def shipped(name: str) -> dict[str, Any]:
+    """A shipped DeepSpeed JSON, with bf16 for "auto" on any device."""
+    return resolve(read_json(SHIPPED / f"{name}.json"), "bf16")
+
+
 def ds_config(micro_batch: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
     """The shipped fp32 recipe with a short schedule."""
-    ds = read_json(SHIPPED / "zero2_fp32.json")
+    ds = shipped("zero2_fp32")
     ds.update(train_micro_batch_size_per_gpu=micro_batch, gradient_accumulation_steps=accumulation)
     ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40, warmup_max_lr=1e-2)
     return {**ds, **changes}

@@ -21,7 +21,7 @@ from engines import (
     train_and_save,
 )
 from ranks import run_ranks
-from toy import SHIPPED
+from toy import shipped
 
 from megamoe.checkpoint import restore
 from megamoe.checkpoint.engine_state import rank_state
@@ -30,7 +30,7 @@ from megamoe.checkpoint.reader import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.slice_file import SliceFile
 from megamoe.checkpoint.universal import write_universal
-from megamoe.config import ModelConfig, read_json
+from megamoe.config import ModelConfig
 from megamoe.errors import UserError
 from megamoe.model.names import is_buffer
 from megamoe.optimizers import MASTERS
@@ -102,7 +102,7 @@ def test_every_saved_topology_goes_on_on_every_other_as_it_was_saved(tmp_path, s
 
 # --- every precision, optimizer and part of a model ------------------------------------------------------------------
 
-OFFLOAD = {key: read_json(SHIPPED / "zero2_offload.json")[key] for key in ("bf16", "data_types", "zero_optimization")}
+OFFLOAD = {key: shipped("zero2_offload")[key] for key in ("bf16", "data_types", "zero_optimization")}
 FP16 = {"enabled": True, "initial_scale_power": 7, "loss_scale_window": 2}  # so that the scale has changed at the save
 LION = {"optimizer": {"type": "Lion", "params": {"weight_decay": 0.05}}}
 SHAPE = {

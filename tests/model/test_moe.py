@@ -122,7 +122,7 @@ def test_the_layer_is_the_sum_over_chosen_experts_and_so_are_its_gradients(
 
 @pytest.mark.parametrize(
     ("routing", "gated"),
-    zip(ROUTINGS, (False, True, True), strict=True),
+    list(zip(ROUTINGS, (False, True, True), strict=True)),
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,10 +11,9 @@ from devices import on_gpus
 from model_parts import PARTS
 from model_parts import SHAPE as PARTS_SHAPE
 from ranks import run_alone, run_new_ranks, run_ranks, this_device
-from toy import PRESET, SHIPPED
+from toy import PRESET, shipped
 
 from megamoe.config import ModelConfig, load_preset
-from megamoe.json_files import read_json
 from megamoe.model import products
 from megamoe.planning.expert_layer import expert_bytes
 from megamoe.planning.footprint import footprint
@@ -39,7 +38,7 @@ SPARSE = {**PRESET, "num_local_experts": 8, "num_hidden_layers": 4, "max_positio
 
 def config(name, bucket=200_000, accumulation=1, **zero):
     """A shipped DeepSpeed JSON with buckets that a small model fills, some more than once."""
-    ds = read_json(SHIPPED / f"{name}.json")
+    ds = shipped(name)
     ds["zero_optimization"].update(reduce_bucket_size=bucket, **zero)
     ds["gradient_accumulation_steps"] = accumulation
     return ds

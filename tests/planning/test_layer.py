@@ -9,10 +9,9 @@ import torch
 from operators import Operators, rms_norm_as_one_operator
 from ranks import run_alone
 from torch import nn
-from toy import SHIPPED
+from toy import shipped
 
 from megamoe.config import load_preset
-from megamoe.json_files import read_json
 from megamoe.model import dispatch, dropout
 from megamoe.model.attention import attend
 from megamoe.model.decoder import Decoder
@@ -39,7 +38,7 @@ SPARSE, DENSE = BlockKind(False), BlockKind(True)
 
 def setup_of(changes, ep_size=1, weight_bytes=2, on_cpu=True):
     config = load_preset("tiny").model_copy(update=changes)
-    ds = read_json(SHIPPED / ("zero2.json" if weight_bytes == 2 else "zero2_fp32.json"))
+    ds = shipped("zero2" if weight_bytes == 2 else "zero2_fp32")
     ds["train_micro_batch_size_per_gpu"] = BATCH
     return read_setup(config, ds, ep_size, ep_size, LENGTH, on_cpu)
 

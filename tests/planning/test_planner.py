@@ -8,13 +8,12 @@ import plan as tool
 import psutil
 import pytest
 from refusals import has, only, sentences
-from toy import PRESET, SHIPPED, ds_config
+from toy import PRESET, SHIPPED, ds_config, shipped
 
 from megamoe import cli
 from megamoe.config import load_preset
 from megamoe.errors import UserError
 from megamoe.hardware import KNOWN_PEAKS
-from megamoe.json_files import read_json
 from megamoe.model.costs import train_flops_per_token
 from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
@@ -182,7 +181,7 @@ def said_of_buckets(path):
 
 
 def test_gradients_larger_than_a_bucket_are_said(tmp_path):
-    ds = read_json(SHIPPED / "zero2.json")
+    ds = shipped("zero2")
     ds["zero_optimization"]["reduce_bucket_size"] = 768 * 49_152 - 1  # the embedding has one number more
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     has(only(said_of_buckets(tmp_path / "ds.json")), "37,748,735", "37,748,736", "end of backward")
@@ -246,7 +245,7 @@ def test_the_best_split_is_planned_and_said(tmp_path, monkeypatch, capsys):
 
 
 def test_a_search_in_which_nothing_fits_says_so(tmp_path):
-    ds = read_json(SHIPPED / "zero2.json") | {"train_batch_size": 512}
+    ds = shipped("zero2") | {"train_batch_size": 512}
     ds.pop("train_micro_batch_size_per_gpu")
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     wide = tmp_path / "wide.json"

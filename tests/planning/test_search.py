@@ -2,18 +2,17 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from toy import SHIPPED
+from toy import shipped
 
 from megamoe.config import load_preset
 from megamoe.hardware import DEVICES
-from megamoe.json_files import read_json
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import GPU
 from megamoe.planning.search import MICRO_BATCHES, best_choices, kept_free
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
 
-SETUP = read_setup(load_preset("tiny"), read_json(SHIPPED / "zero2.json"), 8, 1, 256, False)
+SETUP = read_setup(load_preset("tiny"), shipped("zero2"), 8, 1, 256, False)
 
 
 def memory(setup):

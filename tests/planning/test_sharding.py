@@ -8,10 +8,9 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
-from toy import PRESET, SHIPPED, ds_config
+from toy import PRESET, SHIPPED, ds_config, shipped
 
 from megamoe.config import ModelConfig, load_preset
-from megamoe.json_files import read_json
 from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder
 from megamoe.planning import sharding
@@ -29,7 +28,7 @@ def setup_of(ds, ranks=1, ep_size=1, model=CONFIG):
 @pytest.mark.parametrize("removed", ["reduce_bucket_size", "overlap_comm", None])
 def test_what_a_json_leaves_out_is_read_as_deepspeed_reads_it(removed):
     for path in SHIPPED.glob("*.json"):
-        ds = read_json(path)
+        ds = shipped(path.stem)
         ds["zero_optimization"].pop(removed, None)
         own, setup = DeepSpeedConfig(dict(ds)), setup_of(ds)
         assert setup.bucket == own.zero_config.reduce_bucket_size

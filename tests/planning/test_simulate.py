@@ -7,7 +7,7 @@ import sys
 import plan
 import pytest
 from ranks import run_alone, run_ranks
-from toy import PRESET, SHIPPED
+from toy import PRESET, shipped
 
 from megamoe.config import ModelConfig
 from megamoe.json_files import read_json
@@ -17,7 +17,7 @@ MODEL = {**PRESET, "num_local_experts": 8, "num_hidden_layers": 4, "vocab_size":
 
 
 def config(bucket=60_000):
-    ds = read_json(SHIPPED / "zero2.json")
+    ds = shipped("zero2")
     ds["zero_optimization"]["reduce_bucket_size"] = bucket
     return ds
 

@@ -5,15 +5,14 @@ from dataclasses import replace
 import benchmark_plan as tool
 import pytest
 from ranks import run_alone
-from toy import PRESET, SHIPPED
+from toy import PRESET, shipped
 
 from megamoe.config import ModelConfig
 from megamoe.errors import UserError
 from megamoe.hardware import Device
-from megamoe.json_files import read_json
 from megamoe.planning import rates
 
-DS = read_json(SHIPPED / "zero2.json")
+DS = shipped("zero2")
 CPU = Device("CPU", 4e11, 1e11, 1e10, 2e10, 1e9, 1e9, 1e9, 1e9)
 RATES = replace(
     tool.IDEAL, products=0.7, attention=0.7 * rates.CPU.attention / rates.CPU.products, memory=1.5, operator=3e-5

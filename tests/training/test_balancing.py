@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRESET, SHIPPED, ds_config
+from toy import PRESET, ds_config, shipped
 
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
-from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder
 from megamoe.model.moe import DroplessDispatch
 from megamoe.model.router import Router
@@ -209,7 +208,7 @@ def three_steps(ds, ep_size, config=CONFIG):
 
 @pytest.mark.parametrize("config", [CONFIG, QUANTILE], ids=["sign", "quantile"])
 def test_statistics_are_fp32_and_identical_on_all_ranks(config):
-    results = run_ranks(4, three_steps, read_json(SHIPPED / "zero2.json"), 2, config)  # bf16
+    results = run_ranks(4, three_steps, shipped("zero2"), 2, config)  # bf16
     first = results[0][0]
     for layers, _, _ in results:
         for (bias, load), (first_bias, first_load) in zip(layers, first, strict=True):
@@ -252,7 +251,7 @@ def evaluate_and_skip(ds):
 
 
 def test_evaluation_and_a_step_skipped_for_one_ranks_infinity_move_nothing_anywhere():
-    for result in run_ranks(2, evaluate_and_skip, read_json(SHIPPED / "zero2.json")):
+    for result in run_ranks(2, evaluate_and_skip, shipped("zero2")):
         before, after, counted_in_evaluation, balance, left, skipped, lr = result
         for old, new in zip(before, after, strict=True):
             assert torch.equal(old[0], new[0])

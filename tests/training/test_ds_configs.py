@@ -4,14 +4,12 @@ import math
 
 import pytest
 from ranks import run_ranks
-from toy import SHIPPED, train_here, write_inputs
-
-from megamoe.json_files import read_json
+from toy import SHIPPED, shipped, train_here, write_inputs
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.json")))
 def test_a_shipped_configuration_trains_two_steps_and_resumes_on_other_ranks(tmp_path, name):
-    ds = read_json(SHIPPED / f"{name}.json")
+    ds = shipped(name)
     samples = 2 * ds["train_micro_batch_size_per_gpu"] * ds.pop("gradient_accumulation_steps")
     ds["train_batch_size"] = samples
     ds["train_micro_batch_size_per_gpu"] = 1

@@ -9,11 +9,10 @@ import pytest
 import torch
 from devices import on_gpus
 from ranks import run_new_ranks, run_ranks
-from toy import PRESET, SHIPPED, ds_config, losses, train_here, write_inputs
+from toy import PRESET, ds_config, losses, shipped, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
 from megamoe.errors import UserError
-from megamoe.json_files import read_json
 from megamoe.training.determinism import SETTINGS
 
 
@@ -34,7 +33,7 @@ def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(
             ranks, train_here, {**run, "run_dir": str(tmp_path / folder), "steps": steps, **options}, device=device
         )[0]
 
-    ds = read_json(SHIPPED / "zero2.json")  # bf16
+    ds = shipped("zero2")  # bf16
     ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40)
     noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
     run = {**write_inputs(tmp_path, ds, noisy), "ep_size": ranks, "eval_interval": 3, "deterministic": device == "cuda"}

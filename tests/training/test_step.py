@@ -11,13 +11,12 @@ from devices import on_gpus
 from operators import Operators
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import PRESET, SHIPPED, ds_config, train_here, write_inputs
+from toy import PRESET, ds_config, shipped, train_here, write_inputs
 
 import megamoe
 from megamoe.config import ModelConfig, load_preset
 from megamoe.data.batches import Batch
 from megamoe.host_values import host_values
-from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder
 from megamoe.training import step_sums
 from megamoe.training.loop import Trainer
@@ -277,7 +276,7 @@ def operators_of_an_update(recipe, sums):
     """By name, of the third step of a narrow `tiny` with 64 experts, whose gradients are clipped."""
     narrow = {"num_local_experts": 64, "hidden_size": 64, "head_dim": 16, "intermediate_size": 32, "vocab_size": 96}
     config = load_preset("tiny").model_copy(update=narrow)
-    ds = read_json(SHIPPED / recipe)
+    ds = shipped(recipe)
     ds.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.01)
     if sums:
         ds["data_types"] = {"grad_accum_dtype": sums}
@@ -292,7 +291,7 @@ def operators_of_an_update(recipe, sums):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "sums", "most"), [("zero2.json", None, 60), ("zero2.json", "bf16", 65), ("zero2_fp32.json", None, 65)]
+    ("recipe", "sums", "most"), [("zero2", None, 60), ("zero2", "bf16", 65), ("zero2_fp32", None, 65)]
 )
 def test_an_update_has_at_most_so_many_operators_whatever_the_number_of_experts(recipe, sums, most):
     (calls,) = run_ranks(1, operators_of_an_update, recipe, sums)

@@ -15,14 +15,13 @@ from engines import EXPERTS, make, plain_state, same_state, save, train
 from indexed import flip_bit
 from ranks import run_ranks
 from refusals import has, only, refusals
-from toy import SHIPPED, losses, train_here, write_inputs
+from toy import losses, shipped, train_here, write_inputs
 
 import megamoe
 from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.reader import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.universal import write_universal
-from megamoe.json_files import read_json
 from megamoe.model.names import expert_id, is_buffer
 from megamoe.run_config import parse_run
 from megamoe.training.weight_average import WeightAverage, describe_change
@@ -67,7 +66,7 @@ def skip_a_step(engine, average, step):
 def averaged_run(folder, ep_size, offload=False):
     """Train with an average; returns what this rank holds: its flat masters by step, its flat averages, the model's
     weights by step, those with the average in the model, and those after it."""
-    changes = {"zero_optimization": read_json(SHIPPED / "zero2_offload.json")["zero_optimization"]} if offload else {}
+    changes = {"zero_optimization": shipped("zero2_offload")["zero_optimization"]} if offload else {}
     engine = make(ep_size, **changes, **({"bf16": {"enabled": True}} if offload else {}))
     average = WeightAverage(engine, DECAY)
     masters, weights = {}, {}
@@ -205,7 +204,7 @@ def evaluations(log, *names):
 def runs(tmp_path_factory):
     """Options of a run in bf16, and two of four steps: with an average, and without."""
     folder = tmp_path_factory.mktemp("runs")
-    ds = read_json(SHIPPED / "zero2.json")
+    ds = shipped("zero2")
     ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40, warmup_max_lr=1e-2)
     inputs = write_inputs(folder, ds)
     counts = {split: {"tokens": 600, "bytes": 1800} for split in ("train", "valid")}
