@@ -14,7 +14,7 @@ import engines
 import torch.distributed as dist
 from engines import make, save, train, writer_for
 from ranks import run_ranks, start_processes
-from toy import losses, shipped, train_here, write_inputs
+from toy import ds_config, losses, train_here, write_inputs
 
 from megamoe import disk, pretrain
 from megamoe.checkpoint import folders, slice_file, verify, writer
@@ -42,10 +42,14 @@ def train_until_killed(words, output):
 
 
 def test_a_run_that_is_killed_in_a_save_resumes_bit_for_bit(tmp_path):
-    ds = shipped("zero2")  # bf16
-    ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=10_000)
     noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
-    run = {**write_inputs(tmp_path, ds, noisy), "ep_size": 2, "save_interval": 2, "eval_interval": 0, "keep_last": 2}
+    run = {
+        **write_inputs(tmp_path, ds_config(2), noisy),
+        "ep_size": 2,
+        "save_interval": 2,
+        "eval_interval": 0,
+        "keep_last": 2,
+    }
     cut = {**run, "run_dir": str(tmp_path / "cut")}
     words = [f"--{key}={value[0] if isinstance(value, list) else value}" for key, value in cut.items()]
     output = tmp_path / "output"
