@@ -53,7 +53,7 @@ train: .venv/.train $(TOKENS)/corpus.json
 	python tools/report.py $(RUN)
 
 test: .venv/.test
-	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	python -m pytest --numprocesses 3 --dist loadfile
 
 test-cluster: .venv/.test
 	python -m pytest tests/launchers -m cluster
