@@ -14,6 +14,7 @@ from megamoe.launch.holders import pid_space
 # Below those that Linux gives to connections, unless ip_local_port_range is changed, and those of Kubernetes' services;
 # without 29400 and 29500, which torchrun and DeepSpeed take by default.
 LISTENING_PORTS = range(20_000, 29_000)
+SPACING = 61  # ports between the first ones of two processes that follow each other, for those that are taken
 _kept: deque[socket.socket] = deque(maxlen=64)  # what this process has drawn last
 
 
@@ -23,7 +24,7 @@ def free_port() -> int:
     Each process begins at another port, for it may end before the port is used. And the port stays bound to this
     process, which keeps it from other calls but not from a server with SO_REUSEADDR, as torch's is.
     """
-    first = zlib.crc32(pid_space().encode()) + os.getpid()
+    first = zlib.crc32(pid_space().encode()) + SPACING * os.getpid()
     for place in range(first, first + len(LISTENING_PORTS)):
         port = LISTENING_PORTS[place % len(LISTENING_PORTS)]
         probe = socket.socket()

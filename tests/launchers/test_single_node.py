@@ -1,4 +1,4 @@
-"""single_node.sh, as it ships: how ranks without an engine end. With one it is in tests/launch/test_single_node.py."""
+"""single_node.sh, as it ships: how ranks without an engine end. With one it is in tests/launch/test_training_run.py."""
 
 import os
 import signal
