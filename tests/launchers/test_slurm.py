@@ -78,7 +78,7 @@ def test_a_job_that_loses_a_rank_before_any_checkpoint_ends(submit):
 
 
 def test_a_configuration_error_ends_the_job_once(submit):
-    job = submit(100_000, "--ep_size", "3", nodes="1", tasks=2)
+    job = submit(100_000, "--ep_size", "3", tree=ROOT, nodes="1", tasks=2)
     job.await_state("FAILED")
     assert job.facts["ExitCode"] == "2:0"
     assert len(re.findall(r"^error: ep_size is 3, which does not divide the 2", job.said, re.MULTILINE)) == 1
