@@ -2,13 +2,13 @@
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
 # make train STEPS=3000  longer, the learning rate's schedule with it
 # make train PRESET=tiny-glm  another model of that size: tiny, tiny-glm, tiny-deepseek
+# make train PYTHON=python3.12  .venv is made with that Python
 # make test               every test
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
 # make check              formatting, lint and types
 # make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
 # make bench-short        a tiny model compared with DeepSpeed's MoE layer: a minute
 
-PYTHON ?= python3
 TEXT ?=
 PRESET ?= tiny-plus
 STEPS ?=
@@ -16,6 +16,13 @@ ifndef RUN
 RUN := runs/$(PRESET)-$(shell date +%Y%m%d-%H%M%S)
 endif
 override RUN := $(patsubst %/,%,$(RUN))
+
+# What stops a path from being one word for the shell.
+SIGNS := " ; & | < > ` \ $$ * ? [ ] ( ) '
+odd = $(or $(filter-out 1,$(words $(1))),$(strip $(foreach sign,$(SIGNS),$(findstring $(sign),$(1)))))
+ifneq ($(call odd,$(RUN)),)
+$(error RUN is '$(RUN)'; give the path of a run folder, without spaces or any of $(SIGNS))
+endif
 
 # The vocabulary is the preset's; its recipe is the JSON of its name, or else tiny.json.
 VOCAB := $(shell sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' megamoe/presets/$(PRESET).json 2>/dev/null)
@@ -32,12 +39,24 @@ endif
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
+# .venv/.train holds the folder in which .venv was made.
+MADE_IN := $(shell cat .venv/.train 2>/dev/null)
+ifneq ($(or $(MADE_IN),$(CURDIR)),$(CURDIR))
+$(error .venv was made in $(MADE_IN) and cannot be moved to $(CURDIR); remove it, rm -r .venv, and try again)
+endif
+ifeq ($(realpath .venv/bin/python),)
+.PHONY: .venv/.train # to be made anew, as its Python has gone
+endif
+
 ifeq ($(TEXT),)
 SOURCE := data/plays
 TOKENS := data/shakespeare-$(VOCAB)
 else
+ifneq ($(call odd,$(TEXT))$(findstring :,$(TEXT)),)
+$(error TEXT is '$(TEXT)'; give one path, without spaces or any of : $(SIGNS); a link will do: ln -s 'my text.txt' my.txt)
+endif
 ifeq ($(wildcard $(TEXT)),)
-$(error TEXT is $(TEXT), which does not exist; give a text file, a folder, or JSON lines, without spaces in its path)
+$(error TEXT is $(TEXT), which does not exist; give a text file, a folder, or JSON lines)
 endif
 SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)-$(VOCAB)
@@ -64,9 +83,9 @@ bench-short: .venv/.train
 	python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20
 
 check: .venv/.test
-	ruff format --check .
-	ruff check .
-	mypy
+	python -m ruff format --check .
+	python -m ruff check .
+	python -m mypy
 
 $(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
 	rm -rf $(TOKENS)
@@ -76,14 +95,13 @@ data/plays: | .venv/.train
 	python tools/fetch_corpus.py --out data/plays
 
 .venv/.train: pyproject.toml
-	$(PYTHON) -m venv .venv
-	python -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	tools/install.sh .
+	pwd -P > $@
 
 .venv/.bench: .venv/.train
-	python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	tools/install.sh ".[bench]"
 	touch $@
 
 .venv/.test: .venv/.train
-	python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	tools/install.sh ".[dev]"
 	touch $@
