@@ -2,6 +2,7 @@
 # make train TEXT=my.txt  the same on your own text: a file, a folder, or .jsonl, .jsonl.gz, .jsonl.zst
 # make train STEPS=3000  longer, the learning rate's schedule with it
 # make train PRESET=tiny-glm  another model of that size: tiny, tiny-glm, tiny-deepseek
+# make train PYTHON=python3.12  .venv is made with that Python
 # make test               every test that needs one host, no GPU and no root
 # make test-cluster       the launchers on two hosts in namespaces: needs root on Debian, installs sshd, pdsh and Slurm
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
@@ -9,7 +10,6 @@
 # make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
 # make bench-short        a tiny model compared with DeepSpeed's MoE layer: a minute
 
-PYTHON ?= python3
 TEXT ?=
 PRESET ?= tiny-plus
 STEPS ?=
@@ -17,6 +17,10 @@ ifndef RUN
 RUN := runs/$(PRESET)-$(shell date +%Y%m%d-%H%M%S)
 endif
 override RUN := $(patsubst %/,%,$(RUN))
+
+ifneq ($(words $(RUN)),1)
+$(error RUN is '$(RUN)'; give the path of a run folder, without spaces)
+endif
 
 # The vocabulary is the preset's; its recipe is the JSON of its name, or else tiny.json.
 VOCAB := $(shell sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' megamoe/presets/$(PRESET).json 2>/dev/null)
@@ -33,12 +37,24 @@ endif
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
+# .venv/.train holds the folder in which .venv was made.
+MADE_IN := $(shell cat .venv/.train 2>/dev/null)
+ifneq ($(or $(MADE_IN),$(CURDIR)),$(CURDIR))
+$(error .venv was made in $(MADE_IN) and cannot be moved to $(CURDIR); remove it, rm -r .venv, and try again)
+endif
+ifeq ($(realpath .venv/bin/python),)
+.PHONY: .venv/.train # its Python is gone
+endif
+
 ifeq ($(TEXT),)
 SOURCE := data/plays
 TOKENS := data/shakespeare-$(VOCAB)
 else
+ifneq ($(words $(TEXT)),1)
+$(error TEXT is '$(TEXT)'; give one path, without spaces; a link will do: ln -s 'my text.txt' my.txt)
+endif
 ifeq ($(wildcard $(TEXT)),)
-$(error TEXT is $(TEXT), which does not exist; give a text file, a folder, or JSON lines, without spaces in its path)
+$(error TEXT is $(TEXT), which does not exist; give a text file, a folder, or JSON lines)
 endif
 SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)-$(VOCAB)
@@ -68,9 +84,9 @@ bench-short: .venv/.train
 	python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20
 
 check: .venv/.test
-	ruff format --check .
-	ruff check .
-	mypy
+	python -m ruff format --check .
+	python -m ruff check .
+	python -m mypy
 
 $(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
 	rm -rf $(TOKENS)
@@ -80,14 +96,13 @@ data/plays: | .venv/.train
 	python tools/fetch_corpus.py --out data/plays
 
 .venv/.train: pyproject.toml
-	$(PYTHON) -m venv .venv
-	python -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	tools/install.sh .
+	pwd -P > $@
 
 .venv/.bench: .venv/.train
-	python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	tools/install.sh ".[bench]"
 	touch $@
 
 .venv/.test: .venv/.train
-	python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	tools/install.sh ".[dev]"
 	touch $@

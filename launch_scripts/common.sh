@@ -62,6 +62,14 @@ stop_launcher() {
 }
 
 ask_ranks() {
-  local ask="launchers=\$(pgrep -d, -f '$1') && pkill -USR1 -P \$launchers"
-  if [[ -n $2 ]]; then ssh -n -o BatchMode=yes "$2" "$ask"; else bash -c "$ask"; fi
+  if [[ -n $2 ]]; then
+    ssh -n -o BatchMode=yes "$2" "launchers=\$(pgrep -d, -f '$1') && pkill -USR1 -P \$launchers"
+    return
+  fi
+  local process words ranks=()
+  for process in /proc/[0-9]*; do # not by pgrep, which slim containers lack
+    { mapfile -d '' -t words < "$process/cmdline" && [[ ${words[*]} =~ $1 ]] || continue; } 2> /dev/null
+    ranks+=($(cat "$process"/task/*/children 2> /dev/null)) || true
+  done
+  [[ ${#ranks[@]} -gt 0 ]] && kill -USR1 "${ranks[@]}"
 }

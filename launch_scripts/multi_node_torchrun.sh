@@ -22,7 +22,7 @@ MEGAMOE_EXIT_NOTE=$(mktemp)
 export MEGAMOE_EXIT_NOTE
 trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
 code=0
-run_launcher "^[^ ]*python[^ ]* .*--rdzv-endpoint=$endpoint" "" \
+run_launcher "^(/.*)?python[^ ]* .*--rdzv-endpoint=$endpoint" "" \
   torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "${MAX_RESTARTS:-0}" --local-addr "$address" \
   --rdzv-backend c10d --rdzv-id=megamoe --rdzv-endpoint="$endpoint" --rdzv-conf "is_host=$is_host" \
   "$root/megamoe/pretrain.py" "$@" || code=$?

@@ -25,6 +25,7 @@ MEGAMOE_EXIT_NOTE=$(mktemp)
 export MEGAMOE_EXIT_NOTE
 trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
 code=0
-run_launcher "^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \
-  deepspeed "${devices[@]}" --master_port "$port" --log_level warning "$root/${PROGRAM:-megamoe/pretrain.py}" "$@" || code=$?
+# Not `deepspeed`: pip writes its path into the first line of that script, where a path with a space does not work.
+run_launcher "^(/.*)?python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \
+  python -m deepspeed.launcher.runner "${devices[@]}" --master_port "$port" --log_level warning "$root/${PROGRAM:-megamoe/pretrain.py}" "$@" || code=$?
 leave "$code"

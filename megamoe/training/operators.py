@@ -13,7 +13,10 @@ import errno
 import fcntl
 import math
 import os
+import shlex
+import shutil
 import socket
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +39,41 @@ POLL_SECONDS = 0.2
 def load_operator(ds: dict[str, Any]) -> None:
     """Load the operator that the engine of a DeepSpeed JSON will use, if it uses one; compile it if need be.
 
-    Raises UserError where another process compiles it without an end.
+    Raises UserError where it cannot be compiled here, or another process compiles it without an end.
     """
     name = operator_builder(ds)
     builder = get_accelerator().create_op_builder(name) if name else None
     if builder and not installed_ops.get(builder.name):
-        load_in_turn(builder.name, Path(_get_build_directory(builder.name, False)), builder.load)
+        folder = build_folder(builder.name)
+        if not (folder / f"{builder.name}.so").exists():
+            check_compiler(builder.name)
+        load_in_turn(builder.name, folder, builder.load)
+
+
+def build_folder(name: str) -> Path:
+    """Where torch keeps an operator that it compiles. Raises UserError where that cannot be written."""
+    try:
+        folder = Path(_get_build_directory(name, False))
+        (folder / "holder").touch()
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}), where torch keeps {name} when it is compiled; set "
+            "TORCH_EXTENSIONS_DIR to a folder that can."
+        ) from None
+    return folder
+
+
+def check_compiler(name: str) -> None:
+    """Raises UserError where the host lacks what an operator is compiled with."""
+    compiler = os.environ.get("CXX") or "c++"  # as torch takes it
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not shutil.which(shlex.split(compiler)[0]):
+        lack = f"there is no C++ compiler {compiler}; install one (Debian, Ubuntu: apt install g++), or set CXX."
+    elif not header.exists():
+        lack = f"there is no {header}; install Python's headers (Debian, Ubuntu: apt install python3-dev)."
+    else:
+        return
+    raise UserError(f"DeepSpeed compiles {name} on this host, where {lack}")
 
 
 def load_in_turn(name: str, folder: Path, load: Callable[[], Any]) -> None:

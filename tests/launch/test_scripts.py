@@ -12,9 +12,9 @@ from megamoe.launch.network import free_port
 
 SCRIPTS = Path(__file__).parent.parent.parent / "launch_scripts"
 
-# deepspeed starts launch.py, whose command line the scripts look for, and that starts ranks.
-DEEPSPEED = """#!/usr/bin/env bash
-exec -a "python -u -m deepspeed.launcher.launch --master_port=$4" bash "$0.ranks" &
+# python -m deepspeed.launcher.runner starts launch.py, whose command line the scripts look for, and that starts ranks.
+RUNNER = """#!/usr/bin/env bash
+exec -a "/home/a user/python -u -m deepspeed.launcher.launch --master_port=$6" bash "$0.ranks" &
 wait $!
 """
 RANKS = """
@@ -76,9 +76,10 @@ def test_a_script_refuses_what_is_missing_with_exit_code_2_before_any_python(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_code(tmp_path, number):
-    (tmp_path / "deepspeed").write_text(DEEPSPEED)
-    (tmp_path / "deepspeed").chmod(stat.S_IRWXU)
-    (tmp_path / "deepspeed.ranks").write_text(RANKS)
+    for name, text in {"python": RUNNER, "pgrep": "#!/bin/sh\nexit 127\n"}.items():  # which slim containers lack
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    (tmp_path / "python.ranks").write_text(RANKS)
 
     def heed_signals():
         for one in (signal.SIGINT, signal.SIGHUP):
@@ -100,9 +101,9 @@ def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_cod
 
 @pytest.mark.parametrize(("visible", "words"), [("", "--num_gpus 2"), ("5,3,1", "--include localhost:5,3")])
 def test_the_ranks_of_a_host_get_the_devices_that_the_user_made_visible(tmp_path, visible, words):
-    programs = {"deepspeed": f'#!/bin/sh\necho "$@" > {tmp_path}/words\n'}
+    programs = {"python": f'#!/bin/sh\necho "$@" > {tmp_path}/words\n'}
     run_script(tmp_path, programs, SCRIPTS / "single_node.sh", "2", CUDA_VISIBLE_DEVICES=visible)
-    assert (tmp_path / "words").read_text().startswith(f"{words} --master_port ")
+    assert (tmp_path / "words").read_text().startswith(f"-m deepspeed.launcher.runner {words} --master_port ")
 
 
 # --- what the code of the ranks makes a script do -------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(lau
     }
     pdsh = [str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile"]
     assert run_script(tmp_path, programs, *pdsh, MAX_RESTARTS="1")[:2] == (code, 1 + restarted)
-    programs["python"] = "#!/bin/sh\necho 1234\n"
+    programs["python"] = f'#!/bin/sh\n[ "$1" = -m ] || {{ echo 1234; exit; }}\nexec {tmp_path}/deepspeed\n'
     single = [str(SCRIPTS / "single_node.sh"), "2"]
     end, _, said = run_script(tmp_path, programs, *single)
     assert end == code

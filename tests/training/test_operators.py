@@ -10,6 +10,7 @@ import time
 import pytest
 from engines import make
 from ranks import run_new_ranks, start_processes
+from refusals import has, refusal
 
 from megamoe.ds_config import operator_builder
 from megamoe.errors import UserError
@@ -199,3 +200,30 @@ def test_an_engine_loads_the_operator_that_it_uses_in_turn_and_no_other():
     ((none, one),) = run_new_ranks(1, operators_of, without, ({"type": "AdamW", "params": {}}, OFFLOADED))
     assert none == ([], [])
     assert one == (["cpu_adam"], ["cpu_adam"])
+
+
+@pytest.mark.parametrize(
+    ("lacking", "parts"),
+    [
+        ({"CXX": "/none/c++ -O2"}, ["no C++ compiler /none/c++ -O2; install one", "or set CXX."]),
+        ({"include": "/none"}, ["no /none/Python.h; install Python's headers"]),
+    ],
+)
+def test_a_host_that_cannot_compile_is_told_what_it_lacks(lacking, parts, monkeypatch):
+    if "CXX" in lacking:
+        monkeypatch.setenv("CXX", lacking["CXX"])
+    else:
+        monkeypatch.setattr(operators.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(operators.sysconfig, "get_path", lambda name: lacking[name])
+    has(
+        refusal(operators.check_compiler, "cpu_adam"),
+        "DeepSpeed compiles cpu_adam on this host, where there is",
+        *parts,
+    )
+
+
+def test_a_folder_for_what_is_compiled_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    problem = refusal(operators.build_folder, "cpu_adam")
+    has(problem, f"{tmp_path}/file", "cannot be written (Not a directory)", "cpu_adam", "set TORCH_EXTENSIONS_DIR to")
