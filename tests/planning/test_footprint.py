@@ -70,7 +70,7 @@ def with_part(part):
     """A shape with one of PARTS, mostly of activations; as many rows travel whatever the routing."""
     shape = {**PARTS_SHAPE, "vocab_size": 16, "hidden_size": 64, "max_position_embeddings": 256}
     shape["num_experts_per_tok"] = 4 if "topk_group" in PARTS[part] else 8  # all that may be chosen
-    return {**shape, "head_dim": 32, **PARTS[part]}, 1, 256
+    return {**shape, "head_dim": 32, **PARTS[part]}, 2, 256
 
 
 # Chosen so that no operator, number or condition of the arithmetic can be changed unseen that any mix would show.

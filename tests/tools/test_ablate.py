@@ -1,7 +1,9 @@
 """A table of changes becomes runs, lines of results, a table and a picture."""
 
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -135,15 +137,25 @@ def test_what_would_end_a_run_before_its_first_step_is_said_before_any_run(write
     ablate.check_jobs(read(write({"a": {"ds_config": batch}}), ranks=2))
 
 
-# Stands for a run: says that it has begun, and which signal ends it.
+# Stands for a run: says who it is, and that a signal ends it.
 RUN = """
 import os, signal, sys
 signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[2], "w").write("ended"), os._exit(0)))
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-open(sys.argv[1], "w").write("begun")
+open(sys.argv[1], "w").write(str(os.getpid()))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 signal.pause()
 """
+
+
+def written_to(pipe):
+    """The first that is written there."""
+    file = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert select.select([file], [], [], 240)[0]
+        return os.read(file, 100).decode()
+    finally:
+        os.close(file)
 
 
 def ablate_runs_that_wait(words, run):
@@ -163,9 +175,13 @@ def test_sigterm_ends_the_runs_too(write, tmp_path):
     os.mkfifo(ended)
     words = ["ablate.py", str(write({})), "--work", str(tmp_path / "work")]
     (process,) = start_processes(1, ablate_runs_that_wait, words, run)
-    assert begun.read_text() == "begun"  # which waits for it
-    process.terminate()
-    assert ended.read_text() == "ended"
+    child = int(written_to(begun))
+    try:
+        process.terminate()
+        assert written_to(ended) == "ended"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
 
