@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 from refusals import has
@@ -129,6 +131,13 @@ def test_a_bug_keeps_its_stack_trace():
 
     with pytest.raises(KeyError, match="oops"):
         cli.run(main)
+
+
+def test_ctrl_c_while_a_program_imports_is_no_stack_trace_and_a_bug_is_one():
+    for kind, traces in (("KeyboardInterrupt", 0), ("ImportError", 1)):
+        program = [sys.executable, "-c", f"import megamoe.interrupts; raise {kind}"]
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert (done.returncode != 0, done.stderr.count("Traceback")) == (True, traces)
 
 
 def test_a_console_whose_reader_has_gone_drops_what_is_written():

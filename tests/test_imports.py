@@ -26,6 +26,7 @@ LAYERS = [
         "optimizers",
         "topology",
         "cli",
+        "interrupts",
         "hardware",
         "json_files",
         "run_folder",

@@ -7,6 +7,9 @@ one, so its text may differ from that of an export.
 
 from __future__ import annotations
 
+import megamoe.interrupts  # noqa: F401
+
+# isort: split
 import argparse
 from pathlib import Path
 

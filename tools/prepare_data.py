@@ -6,6 +6,9 @@ is used, with --vocab_size one is trained on the training split first.
 
 from __future__ import annotations
 
+import megamoe.interrupts  # noqa: F401
+
+# isort: split
 import argparse
 import sys
 from collections.abc import Callable, Iterator

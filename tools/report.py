@@ -6,6 +6,9 @@ Of several runs, it prints a line each and draws losses and balance over the tok
 
 from __future__ import annotations
 
+import megamoe.interrupts  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Iterator
 from pathlib import Path
