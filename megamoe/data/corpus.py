@@ -12,9 +12,7 @@ import io
 import itertools
 import json
 import os
-import shutil
 import sys
-import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
-from megamoe.disk import check_absent
+from megamoe.disk import new_folder
 from megamoe.errors import UserError
 from megamoe.json_files import check_regular
 
@@ -245,14 +243,11 @@ def write_corpus(
 
     Returns documents, tokens and bytes of each split. Raises UserError if `out` exists or there is no training text.
     """
-    check_absent(out)
     end_id = end_of_text_id(tokenizer, end_of_text)
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
     # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
     dtype = np.int16 if vocabulary_of(tokenizer) <= 1 << 15 else np.int32
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_folder(out) as partial:
         writers = {split: SplitWriter(partial / split, dtype) for split in ("train", "valid")}
         for batch in _batches(_pieces(documents)):
             encoded = encode(tokenizer, [text for _, text, _ in batch])
@@ -266,10 +261,6 @@ def write_corpus(
             raise UserError("the corpus is empty: no document holds any text; give one that does.")
         tokenizer.save(str(partial / "tokenizer.json"))
         (partial / "corpus.json").write_text(json.dumps(counts, indent=2) + "\n")
-        partial.chmod(0o755)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return counts
 
 

@@ -410,6 +410,18 @@ def test_nothing_is_left_when_the_index_cannot_be_written(tmp_path, tokenizer, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_out_that_another_process_has_made_meanwhile_is_refused_and_left_untouched(tmp_path, tokenizer):
+    out = tmp_path / "out"
+
+    def documents():
+        yield "train", DOCUMENTS[0]
+        out.mkdir()
+        (out / "kept").write_text("precious")
+
+    has(refusal(write_corpus, documents(), tokenizer, out), str(out), "exists already", "remove it, or choose another")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [out / "kept"]
+
+
 def test_an_out_that_exists_or_is_below_a_file_is_refused_and_left_untouched(tmp_path, tokenizer):
     (tmp_path / "file").write_text("precious")
     (tmp_path / "folder").mkdir()
