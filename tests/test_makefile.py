@@ -72,7 +72,7 @@ def test_a_checkout_that_was_moved_with_its_environment_is_refused(checkout):
 def programs(folder, **texts):
     """A PATH with these programs in place of the host's Python."""
     folder.mkdir()
-    for name in ("sh", "make", "cat", "sed", "date", "rm", "ln", "mkdir", "find", "test"):
+    for name in ("sh", "make", "cat", "sed", "date", "rm", "ln", "mkdir", "find", "test", "flock"):
         (folder / name).symlink_to(shutil.which(name))
     for name, text in texts.items():
         (folder / name).write_text(text.format(python=sys.executable))
