@@ -42,8 +42,8 @@ MADE_IN := $(shell cat .venv/.train 2>/dev/null)
 ifneq ($(or $(MADE_IN),$(CURDIR)),$(CURDIR))
 $(error .venv was made in $(MADE_IN) and cannot be moved to $(CURDIR); remove it, rm -r .venv, and try again)
 endif
-ifeq ($(realpath .venv/bin/python),)
-.PHONY: .venv/.train # its Python is gone
+ifneq ($(or $(PYTHON),$(if $(realpath .venv/bin/python),,gone)),)
+.PHONY: .venv/.train # tools/install.sh looks whether its Python is the one that is asked for, or is gone
 endif
 
 ifeq ($(TEXT),)

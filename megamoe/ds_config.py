@@ -224,7 +224,8 @@ def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
 def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
     fp16, bf16 = section_of(ds, "fp16"), section_of(ds, "bf16")
     problems = [
-        f"{where}: {name}.enabled is {shown(section['enabled'])}{why(section['enabled'])}; set it to true or false."
+        f"{where}: {name}.enabled is {shown(section['enabled'])}{why(section['enabled'])}; set it to true or false"
+        f"{', or to "auto"' if name == 'bf16' else ''}."
         for name, section in (("bf16", bf16), ("fp16", fp16))
         if not isinstance(section.get("enabled", False), bool) and (name, section["enabled"]) != ("bf16", "auto")
     ]

@@ -99,11 +99,11 @@ GROWS = 1.02  # a rate that has not grown by this factor has stopped growing
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest square matrix products on `device`, with the threads that this process has.
 
-    Takes MEASURED_SECONDS and one product more at the most: a processor without bf16 instructions needs seconds for a
-    large one in bf16.
+    Takes MEASURED_SECONDS and two small products more at the most: a processor without bf16 instructions needs seconds
+    for a large one in bf16.
     """
     size, best, on_cpu = SMALLEST_SQUARE, 0.0, device.type == "cpu"
-    _product_seconds(torch.randn(size, size, device=device, dtype=dtype))  # loads libraries, builds a kernel
+    _product_seconds(torch.randn(size, size, device=device).to(dtype))  # loads libraries, builds a kernel
     until = time.perf_counter() + MEASURED_SECONDS
     while size <= (LARGEST_SQUARE_ON_CPU if on_cpu else LARGEST_SQUARE):
         before, seconds = best, math.inf
@@ -117,7 +117,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         except torch.OutOfMemoryError:  # a model has the memory already
             return best
         is_flat = not on_cpu and size >= 1024 and best < GROWS * before
-        if is_flat or time.perf_counter() + 8 * seconds > until:
+        if is_flat or time.perf_counter() + 2**3 * seconds > until:  # what a product of twice the size takes
             return best
         size *= 2
     return best

@@ -1,4 +1,4 @@
-"""The precision that a device is good at: what `"bf16": {"enabled": "auto"}` in a DeepSpeed JSON stands for.
+"""The faster precision of a device: what `"bf16": {"enabled": "auto"}` in a DeepSpeed JSON stands for.
 
 bf16 takes half the memory of fp32 and is the faster one on GPUs and recent server processors. A processor without bf16
 instructions, as in most laptops, multiplies bf16 matrices up to a hundred times slower than fp32 ones.
@@ -22,6 +22,11 @@ from megamoe.run_folder import last_record
 FASTER = 1.5  # how many times the FLOP/s of bf16 those of fp32 must be for fp32 to be chosen
 
 
+def is_fp32_faster(half: Peak, single: Peak) -> bool:
+    """Whether fp32 is so much faster than a 16-bit dtype that it is worth twice the memory."""
+    return single.flops >= FASTER * half.flops
+
+
 @dataclass(frozen=True)
 class GemmRates:
     """Peak FLOP/s of matrix products on this rank's device."""
@@ -32,7 +37,7 @@ class GemmRates:
     @property
     def choice(self) -> Literal["bf16", "fp32"]:
         """The precision that "auto" stands for here."""
-        return "fp32" if self.fp32.flops >= FASTER * self.bf16.flops else "bf16"
+        return "fp32" if is_fp32_faster(self.bf16, self.fp32) else "bf16"
 
     def mfu_peak(self, device: torch.device, dtype: torch.dtype) -> Peak:
         """What MFU is the share of: the data sheet's peak for `dtype`, or else the faster of the measured rates."""
@@ -43,7 +48,8 @@ class GemmRates:
 
     def __str__(self) -> str:
         bf16, fp32 = describe_flops(self.bf16.flops), describe_flops(self.fp32.flops)
-        return f"matrix products run at {bf16} in bf16 and at {fp32} in fp32 here"
+        source = "here" if self.bf16.is_measured else "by the data sheet"
+        return f"matrix products run at {bf16} in bf16 and at {fp32} in fp32 {source}"
 
 
 def gemm_rates(device: torch.device) -> GemmRates:
@@ -51,9 +57,10 @@ def gemm_rates(device: torch.device) -> GemmRates:
     return GemmRates(peak_flops(device, torch.bfloat16), peak_flops(device, torch.float32))
 
 
-def sheet_rates(device: Device) -> GemmRates:
+def planned_rates(device: Device) -> GemmRates:
     """Of a device that is planned for."""
-    return GemmRates(Peak(device.half_flops, is_measured=False), Peak(device.single_flops, is_measured=False))
+    is_measured = device.multiprocessors == 0  # a CPU, this one
+    return GemmRates(Peak(device.half_flops, is_measured), Peak(device.single_flops, is_measured))
 
 
 def is_auto(ds: dict[str, Any]) -> bool:
@@ -69,8 +76,8 @@ def resolve(ds: dict[str, Any], choice: Literal["bf16", "fp32"]) -> dict[str, An
 def dtype_to_compute_in(saved: torch.dtype, device: torch.device) -> torch.dtype:
     """Of a model whose weights were saved in `saved`: fp32 where this device multiplies 16-bit matrices slowly."""
     if saved.itemsize < 4 and device.type == "cpu":
-        half, single = (peak_flops(device, dtype).flops for dtype in (saved, torch.float32))
-        return torch.float32 if single >= FASTER * half else saved
+        half, single = (peak_flops(device, dtype) for dtype in (saved, torch.float32))
+        return torch.float32 if is_fp32_faster(half, single) else saved
     return saved
 
 

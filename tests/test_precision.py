@@ -14,7 +14,7 @@ from megamoe.ds_config import deepspeed_problems, dtype_of
 from megamoe.errors import Problems
 from megamoe.hardware import DEVICES, Peak
 from megamoe.json_files import read_json
-from megamoe.precision import GemmRates, Precision, dtype_to_compute_in, find_precision, resolve, sheet_rates
+from megamoe.precision import GemmRates, Precision, dtype_to_compute_in, find_precision, resolve, planned_rates
 from megamoe.run_config import RunConfig
 
 AVX2 = GemmRates(Peak(0.56e9, True), Peak(46e9, True))
@@ -35,7 +35,7 @@ def test_auto_is_bf16_unless_fp32_is_one_and_a_half_times_as_fast(found, choice)
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_auto_is_bf16_on_every_gpu_that_can_be_planned_for(name):
-    assert sheet_rates(DEVICES[name]).choice == "bf16"
+    assert planned_rates(DEVICES[name]).choice == "bf16"
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
@@ -93,7 +93,7 @@ def test_rates_have_their_units():
 def test_mfu_is_a_share_of_the_faster_measured_rate_or_of_the_data_sheet():
     cpu = torch.device("cpu")
     assert AVX2.mfu_peak(cpu, torch.bfloat16) == AVX2.mfu_peak(cpu, torch.float32) == AVX2.fp32
-    h100 = sheet_rates(DEVICES["h100"])
+    h100 = planned_rates(DEVICES["h100"])
     assert h100.mfu_peak(torch.device("cuda"), torch.float32) == h100.fp32
     assert h100.mfu_peak(torch.device("cuda"), torch.bfloat16) == h100.bf16
 

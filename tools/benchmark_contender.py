@@ -152,7 +152,7 @@ class Machine:
     """What the devices of all ranks reach together, all of them at work."""
 
     gemm_flops: float  # on the model's own shapes
-    peak_flops: float  # the data sheet's where the device is known, else measured of square products
+    peak_flops: float  # the data sheet's where the device is known, else of square products, in the faster dtype
     bandwidth: float  # bytes/s
     device: str
     dtype: str

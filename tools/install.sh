@@ -15,13 +15,13 @@ python=${PYTHON:-python3}
 PATH=${PATH#"$(pwd -P)/.venv/bin:"} # make has put it there
 
 if ! .venv/bin/python -c "$recent" 2> /dev/null ||
-  { [ -n "${PYTHON:-}" ] && [ "$(.venv/bin/python --version)" != "$($python --version 2>&1)" ]; }; then
-  command -v $python > /dev/null || refuse "there is no $python; install Python 3.10 or newer, or $other"
-  $python -c "$recent" || refuse "$python is $($python --version 2>&1), but megamoe needs 3.10 or newer; install one, or $other"
-  $python -c 'import ensurepip, venv' 2> /dev/null ||
+  { [ -n "${PYTHON:-}" ] && [ "$(.venv/bin/python --version)" != "$("$python" --version 2>&1)" ]; }; then
+  command -v "$python" > /dev/null || refuse "there is no $python; install Python 3.10 or newer, or $other"
+  "$python" -c "$recent" || refuse "$python is $("$python" --version 2>&1), but megamoe needs 3.10 or newer; install one, or $other"
+  "$python" -c 'import ensurepip, venv' 2> /dev/null ||
     refuse "$python lacks venv or ensurepip; install them (Debian, Ubuntu: apt install python3-venv), or $other"
   rm -rf .venv
-  $python -m venv .venv
+  "$python" -m venv .venv
 fi
 .venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null
 

@@ -256,7 +256,10 @@ class Trainer:
     def _log(self, step: int, last: int, balance: Balance | None) -> None:
         if self.sinks:
             values = {"guarded_steps": self.guard.guarded_steps, "rollbacks": self.ledger.rollbacks}
+            before = self.metrics.peak
             self.sinks.log_scalars("train", step, {**self.metrics.values(step, last), **values})
+            if self.metrics.peak != before:
+                self._say(step, f"mfu is the share of {self.metrics.peak} from here on, which these steps reached")
             if balance:
                 blocks = self.train_step.model.config.sparse_blocks
                 self.sinks.log_expert_loads(step, blocks, balance.counts)
