@@ -224,9 +224,8 @@ def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
 def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
     fp16, bf16 = section_of(ds, "fp16"), section_of(ds, "bf16")
     problems = [
-        f"{where}: {name}.enabled is {shown(section['enabled'])}{why(section['enabled'])}; set it to true or false"
-        f"{', or to "auto"' if name == 'bf16' else ''}."
-        for name, section in (("bf16", bf16), ("fp16", fp16))
+        f"{where}: {name}.enabled is {shown(section['enabled'])}{why(section['enabled'])}; set it to {values}."
+        for name, section, values in (("bf16", bf16, 'true, false or "auto"'), ("fp16", fp16, "true or false"))
         if not isinstance(section.get("enabled", False), bool) and (name, section["enabled"]) != ("bf16", "auto")
     ]
     if fp16.get("enabled") is True and bf16.get("enabled") in (True, "auto"):

@@ -14,7 +14,7 @@ from megamoe.ds_config import deepspeed_problems, dtype_of
 from megamoe.errors import Problems
 from megamoe.hardware import DEVICES, Peak
 from megamoe.json_files import read_json
-from megamoe.precision import GemmRates, Precision, dtype_to_compute_in, find_precision, resolve, planned_rates
+from megamoe.precision import GemmRates, Precision, dtype_to_compute_in, find_precision, planned_rates, resolve
 from megamoe.run_config import RunConfig
 
 AVX2 = GemmRates(Peak(0.56e9, True), Peak(46e9, True))
