@@ -26,15 +26,23 @@ ROOT = Path(__file__).parent.parent
 STEP_SECONDS = 0.02
 SAVE_SECONDS = 5  # before a time limit
 
+PROGRAM = f"""
+import os, sys, time
+if "STUB_LOADS" in os.environ:
+    time.sleep(1000)
+sys.path.insert(1, {str(ROOT / "tests")!r})
+import stub_rank
+stub_rank.main()
+"""
+
 
 def make_tree(folder: Path) -> Path:
-    """The launch scripts and their tools, with a pretrain.py that is this stub."""
+    """The launch scripts and their tools, with a pretrain.py that is this stub; with STUB_LOADS in its environment, it
+    never comes to an end of loading Python."""
     shutil.copytree(ROOT / "launch_scripts", folder / "launch_scripts")
     (folder / "tools").symlink_to(ROOT / "tools")
     (folder / "megamoe").mkdir()
-    (folder / "megamoe" / "pretrain.py").write_text(
-        f"import sys\nsys.path.insert(1, {str(ROOT / 'tests')!r})\nimport stub_rank\nstub_rank.main()\n"
-    )
+    (folder / "megamoe" / "pretrain.py").write_text(PROGRAM)
     return folder
 
 

@@ -62,7 +62,7 @@ def test_after_a_killed_rank_torchrun_restarts_and_a_signal_to_one_script_ends_b
 
 
 def test_a_job_that_is_asked_to_stop_while_its_ranks_load_is_not_restarted(start):
-    first, second = start(MAX_RESTARTS="3")
+    first, second = start(MAX_RESTARTS="3", STUB_LOADS="1")
     wait_for(lambda: len(first.ranks()) == 2, "no ranks")
     first.script.send_signal(signal.SIGTERM)
     assert 0 not in (first.wait(), second.wait()), first.said + second.said
