@@ -71,6 +71,8 @@ train: .venv/.train $(TOKENS)/corpus.json
 	python tools/report.py $(RUN)
 
 test: .venv/.test
+	@command -v $${CXX:-c++} >/dev/null || { echo "error: there is no C++ compiler $${CXX:-c++}, by which tests compile" \
+		"operators; install one (Debian, Ubuntu: apt install g++), or set CXX." >&2; exit 2; }
 	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 gpu: .venv/.test
