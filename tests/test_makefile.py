@@ -13,10 +13,8 @@ from refusals import has
 ROOT = Path(__file__).parent.parent
 # What a Python that is too old, or without Debian's python3-venv, does with `-c PROGRAM` and `--version`.
 TOO_OLD = '#!/bin/sh\n[ "$1" != --version ] || echo Python 3.9.2\nexit 1\n'
-WITHOUT_VENV = '#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\nexec {python} "$@"\n'
-NEW = (
-    "#!/bin/sh\n[ $1 != -m ] || {{ mkdir -p .venv/bin; ln -s {python} .venv/bin/python; echo made; exit 3; }}\nexit 0\n"
-)
+WITHOUT_VENV = '#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\nexec "{python}" "$@"\n'
+NEW = '#!/bin/sh\n[ $1 != -m ] || {{ mkdir -p .venv/bin; ln -s "{python}" .venv/bin/python; echo made; exit 3; }}\n'
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="this host has no make")
 

@@ -1,6 +1,7 @@
 """The launch scripts without Python: what they refuse by themselves, and how they forward signals."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -72,6 +73,15 @@ def test_a_script_refuses_what_is_missing_with_exit_code_2_before_any_python(
     assert done.returncode == 2
     assert done.stderr.startswith(error)
     assert done.stdout == ""
+
+
+def test_a_hostfile_is_refused_in_a_folder_with_a_space(tmp_path):
+    scripts = shutil.copytree(SCRIPTS, tmp_path / "a checkout" / "launch_scripts")
+    done = subprocess.run(["bash", scripts / "multi_node_pdsh.sh", "hostfile"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: DeepSpeed's launcher for several hosts takes no path with a space, but this is "
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
