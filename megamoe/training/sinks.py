@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -134,6 +135,7 @@ class TensorBoardSink(Sink):
     def open(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _of_thread
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -165,6 +167,12 @@ class TensorBoardSink(Sink):
 
     def close(self) -> None:
         self._board.close()
+
+
+def _of_thread(failure: Any) -> None:
+    """`threading.excepthook` but for TensorBoard's writers, whose error the sink gets, too, and which is named once."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink, EventSink)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -215,3 +216,16 @@ def test_a_full_disk_costs_the_log_only(tmp_path, capsys, monkeypatch):
     assert first.startswith("warning: JsonLinesSink failed (")
     assert last == "warning: JsonLinesSink has lost 2 entries of this run."
     assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10, 20]
+
+
+def test_a_disk_that_is_full_for_tensorboard_is_said_without_a_stack_trace(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # so that it is put back
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", Broken("open").fail)
+    logged(tmp_path, record(10), record(20))
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("warning: TensorBoardSink failed ([Errno 28]")
+    assert last.startswith("warning: TensorBoardSink has lost ")
+    other = threading.Thread(target=lambda: 1 / 0)
+    other.start()
+    other.join()
+    assert "ZeroDivisionError" in capsys.readouterr().err
