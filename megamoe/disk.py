@@ -65,5 +65,8 @@ def new_folder(out: Path) -> Iterator[Path]:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 check_absent(out)
             raise
+    except OSError as error:
+        error.filename = error.filename or str(out)  # a write to a full disk does not say where
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

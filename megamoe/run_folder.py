@@ -24,6 +24,7 @@ from megamoe.errors import UserError, shown
 from megamoe.json_files import parse_json, read_json
 
 LOCK = "lock"
+BEGUN = {LOCK, "tokenizer.json", "run.json" + disk.PARTIAL}  # all that a start leaves that was cut off
 LEASE_SECONDS = 100  # after which a file server gives up the locks of a host that it does not hear of any more
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MISSES, MISS_SECONDS = 3, 1.0  # a folder that a file server moves or mounts again is absent for a moment
@@ -56,7 +57,8 @@ class RunFolder:
         """Whether there is something else at this path."""
         if self.began is not None or not self.path.exists():
             return False
-        return not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {""}
+        return not names <= (BEGUN if LOCK in names else set())
 
     def last_record(self) -> dict[str, Any]:
         """The record of the last resume, or of the start. Raises UserError."""

