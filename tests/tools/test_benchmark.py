@@ -19,6 +19,7 @@ from toy import PRESET, SHIPPED
 from megamoe.config import ModelConfig, load_preset
 from megamoe.hardware import Peak
 from megamoe.model.costs import parameter_count
+from megamoe.precision import GemmRates
 
 FULL = load_preset("moe-680m")
 RECIPE = str(SHIPPED / "zero2_fp32.json")
@@ -104,7 +105,8 @@ def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
 
 def contend(words):
     sys.argv = words
-    benchmark_contender.peak_flops = lambda *_: Peak(1e12, is_measured=True)  # they take longer than the steps
+    peak = Peak(1e12, is_measured=True)
+    benchmark_contender.gemm_rates = lambda device: GemmRates(peak, peak)  # they take longer than the steps
     benchmark_contender.measured_bandwidth = lambda *_: 1e10
     benchmark_contender.main()
 
@@ -141,6 +143,7 @@ def test_the_program_measures_all_contenders_and_writes_what_it_saw(measure):
         assert name in said
         assert one["tokens"] == 2 * PRESET["max_position_embeddings"]
         assert one.keys() == asdict(turn()).keys()
+        assert one["machine"]["peak_flops"] == 1e12  # of `contend`
         assert min(*one["forward_backward"], *one["update"], *one["bare_update"]) > 0
         assert sum(one["bare_update"]) < sum(one["update"])
         if one["pieces"]:
