@@ -103,6 +103,15 @@ def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
     assert len(refusals(benchmark.main)) == 8
 
 
+def test_all_turns_compute_in_what_this_device_is_the_faster_in(tmp_path, monkeypatch, capsys):
+    for half, choice in ((0.56e9, "fp32"), (1000e9, "bf16")):
+        rates = GemmRates(Peak(half, True), Peak(46e9, True))
+        monkeypatch.setattr(benchmark, "gemm_rates", lambda device, rates=rates: rates)
+        ds = json.loads(Path(benchmark.resolved_file(str(SHIPPED / "zero2.json"), tmp_path)).read_text())
+        assert ds["bf16"]["enabled"] == (choice == "bf16")
+        has(capsys.readouterr().err, f"computes in {choice}: ")
+
+
 def contend(words):
     sys.argv = words
     peak = Peak(1e12, is_measured=True)
