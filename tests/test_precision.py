@@ -129,3 +129,18 @@ def test_all_ranks_take_what_rank_0_measured_and_a_resume_keeps_it(tmp_path):
 
 def test_one_process_finds_what_it_measures():
     assert run_ranks(1, find_precision, torch.device("cpu"))[0].rates.fp32.is_measured
+
+
+def precisions_of_records(folder, records):
+    """What each record, in place of run.json, has a resume keep."""
+    found = []
+    for record in records:
+        (folder / "run.json").write_text(record)
+        found.append(find_precision(torch.device("cpu"), folder).recorded)
+    return found
+
+
+def test_a_resume_keeps_fp32_and_bf16_only_and_nothing_of_a_damaged_record(tmp_path):
+    sections = ({"bf16": {"enabled": True}}, {"bf16": {"enabled": False}}, {"fp16": {"enabled": True}})
+    records = [*(json.dumps({"deepspeed": ds}) for ds in sections), '{"deepspeed": 1}', '{"deepsp']
+    assert run_ranks(1, precisions_of_records, tmp_path, records) == [["bf16", "fp32", None, None, None]]

@@ -186,6 +186,13 @@ def test_a_run_says_what_its_preset_changes_of_the_directory_that_it_starts_from
     assert f"for the weights in {directory}, rope_theta 500000.0 in place of 300.0" in said
 
 
+def test_a_run_says_once_what_auto_has_it_compute_in(tmp_path):
+    ds = ds_config(2, bf16={"enabled": "auto"})
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "steps": 1}
+    _, said = run_and_hear(2, train_here, run)
+    assert said.count("computes in ") == said.count(f"computes in bf16: {PRECISION.rates}\n") == 1
+
+
 def remove_folder_after_a_step(run):
     """Train with a run folder that is removed once step 2 is logged."""
     job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), PRECISION, dist.get_rank() == 0)

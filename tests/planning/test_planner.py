@@ -7,6 +7,7 @@ from typing import get_args
 import plan as tool
 import psutil
 import pytest
+import torch
 from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config, shipped
 
@@ -206,6 +207,17 @@ def test_on_this_machine_all_ranks_share_its_memory_and_its_rate(monkeypatch):
     assert plan.gpus_per_node == 16
     assert plan.setup.on_cpu
     assert plan.time == step_time(plan.setup, plan.device, 16, CPU)
+
+
+@pytest.mark.parametrize(("half", "dtype", "weight_bytes"), [(0.56e9, "fp32", 4), (1000e9, "bf16", 2)])
+def test_auto_is_planned_in_what_this_machine_is_the_faster_in(monkeypatch, capsys, half, dtype, weight_bytes):
+    monkeypatch.setattr(planner, "measured_flops", lambda _, dtype: half if dtype == torch.bfloat16 else 46e9)
+    monkeypatch.setattr(planner, "measured_bandwidth", lambda device: 1e10)
+    plan = planned(device="cpu", preset="tiny", gpus=2, ep_size=1)
+    assert plan.ds["bf16"]["enabled"] == (dtype == "bf16")
+    assert plan.setup.weight_bytes == weight_bytes
+    options = ("--device", "cpu", "--preset", "tiny", "--gpus", 2, "--ds_config", ZERO2)
+    assert f"2 ranks on CPU, {dtype}, ep_size 1" in run(monkeypatch, capsys, *options)[1]
 
 
 def test_options_take_the_place_of_what_is_assumed():

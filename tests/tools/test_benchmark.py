@@ -19,6 +19,7 @@ from toy import PRESET, SHIPPED
 from megamoe.config import ModelConfig, load_preset
 from megamoe.hardware import Peak
 from megamoe.model.costs import parameter_count
+from megamoe.precision import GemmRates
 
 FULL = load_preset("moe-680m")
 RECIPE = str(SHIPPED / "zero2_fp32.json")
@@ -102,9 +103,19 @@ def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
     assert len(refusals(benchmark.main)) == 8
 
 
+def test_all_turns_compute_in_what_this_device_is_the_faster_in(tmp_path, monkeypatch, capsys):
+    for half, choice in ((0.56e9, "fp32"), (1000e9, "bf16")):
+        rates = GemmRates(Peak(half, True), Peak(46e9, True))
+        monkeypatch.setattr(benchmark, "gemm_rates", lambda device, rates=rates: rates)
+        ds = json.loads(Path(benchmark.resolved_file(str(SHIPPED / "zero2.json"), tmp_path)).read_text())
+        assert ds["bf16"]["enabled"] == (choice == "bf16")
+        has(capsys.readouterr().err, f"computes in {choice}: ")
+
+
 def contend(words):
     sys.argv = words
-    benchmark_contender.peak_flops = lambda *_: Peak(1e12, is_measured=True)  # they take longer than the steps
+    peak = Peak(1e12, is_measured=True)
+    benchmark_contender.gemm_rates = lambda device: GemmRates(peak, peak)  # they take longer than the steps
     benchmark_contender.measured_bandwidth = lambda *_: 1e10
     benchmark_contender.main()
 
@@ -141,6 +152,7 @@ def test_the_program_measures_all_contenders_and_writes_what_it_saw(measure):
         assert name in said
         assert one["tokens"] == 2 * PRESET["max_position_embeddings"]
         assert one.keys() == asdict(turn()).keys()
+        assert one["machine"]["peak_flops"] == 1e12  # of `contend`
         assert min(*one["forward_backward"], *one["update"], *one["bare_update"]) > 0
         assert sum(one["bare_update"]) < sum(one["update"])
         if one["pieces"]:

@@ -353,6 +353,15 @@ def test_generation_uses_the_newest_checkpoint_that_holds(call, run_dir):
     has(refusal(call, *words), "holds no checkpoint yet")
 
 
+def test_generation_computes_in_the_dtype_that_is_chosen_for_the_saved_one(call, run_dir, monkeypatch):
+    choices = {torch.float32: torch.bfloat16}  # a choice that nothing else would make
+    monkeypatch.setattr(generate, "dtype_to_compute_in", lambda saved, device: choices[saved])
+    seen = []
+    monkeypatch.setattr(generate, "generate", lambda model, ids, *_, **__: seen.append(model) or ids)
+    call(generate, run_dir, "--prompt", "to be")
+    assert only(seen).embed_tokens.weight.dtype == torch.bfloat16
+
+
 def test_wrong_options_of_generate_come_at_once(call, run_dir):
     problems = refusals(call, generate, run_dir, "--num_samples", "0", "--top_p", "2", "--promt", "a")
     assert len(problems) == 3

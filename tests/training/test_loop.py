@@ -1,20 +1,27 @@
 """Whole runs over several ranks: the same model for any split, and its evaluation."""
 
+import contextlib
+import io
 import math
 import threading
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRECISION, PRESET, ds_config, losses, train_here, write_inputs
+from toy import PRECISION, PRESET, ds_config, losses, new_store, train_here, write_inputs
 
+from megamoe.checkpoint import verify
+from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import ModelConfig
 from megamoe.data import token_files
 from megamoe.data.prefetch import THREAD
 from megamoe.data.token_files import TokenCorpus
 from megamoe.errors import UserError
 from megamoe.job import Job
+from megamoe.launch import stopping
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.model.decoder import Decoder
@@ -106,6 +113,34 @@ def test_a_run_that_is_asked_to_stop_leaves_no_thread_of_its_data(tmp_path):
     ((log, threads),) = run_ranks(1, stop_after_two_steps, run)
     assert [row["step"] for row in log["train"]] == [1, 2]
     assert not threads
+
+
+def train_to_the_limit(run, left, saving):
+    """Train where rank 1 always has `left` seconds to its time limit, and a save should take `saving` seconds; returns
+    whether the run reached its last step, and what it printed on this rank."""
+    rank, limit = torch.distributed.get_rank(), 1e6
+    now = psutil.Process().create_time() + rank * (limit - left)
+    job = Job(RunConfig(**run, time_limit=limit), 2, torch.device("cpu"), PRECISION, rank == 0)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(stopping, "time", SimpleNamespace(time=lambda: now))
+        patch.setattr(CheckpointWriter, "expected_seconds", lambda writer: saving)
+        done = pretrain(job, new_store("run"), Position(), StopRequest())
+    return done, out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("left", "saving", "last"), [(1.5, 1, 1), (0, 0, 2)]
+)  # the first step's time is known after it
+def test_a_run_saves_and_leaves_when_one_rank_has_no_time_for_another_step(tmp_path, left, saving, last):
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 4}
+    (done, said), (also_done, _) = run_ranks(2, train_to_the_limit, run, left, saving)
+    assert not done
+    assert not also_done
+    assert said.count(f"stopped before the time limit after step {last}; continue with --resume") == 1
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("step_*")] == [f"step_{last}"]
+    assert verify.problems(checkpoints / f"step_{last}") == []
+    assert len(read_log(tmp_path / "run")["train"]) == last
 
 
 def evaluate_here(prefix, limit, micro_batch):
