@@ -12,10 +12,12 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -25,9 +27,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 
-from megamoe.errors import PeerError
+from megamoe.errors import UserError
 from megamoe.launch.stopping import REQUESTS
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
@@ -50,6 +51,8 @@ _contexts["cpu"].set_forkserver_preload(
 TIMEOUT = 480  # seconds: a hang is a failure; an operator that DeepSpeed compiles first takes minutes on busy cores
 GRACE = 20  # seconds for the other ranks to fail once one has
 TRIES = 3  # to form a group: on a busy host gloo may be refused a connection
+NO_MESH = "connectFullMesh failed"
+PORT_IN_USE_OR_REFUSED = re.compile(rf"EADDRINUSE|port \d+ is in use|Connection refused|{NO_MESH}")
 CALLS = 30  # that a process serves: an engine that is gone leaves threads and files of its groups behind
 
 
@@ -71,23 +74,12 @@ def run_new_ranks(world_size: int, function: Callable[..., Any], *args: Any, dev
         pool.end()
 
 
-def start_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
-    """Start `function(*args)` on every rank of a new gloo group of new processes, for the caller to kill."""
-    pool = RankPool()
-    return [worker.process for worker in pool.start(world_size, function, args)]
-
-
 def start_processes(
     world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu"
 ) -> list[BaseProcess]:
     """Start `function(*args)` in new processes with the environment of ranks, for the function to join them."""
     _held.append(held := _hold_port())  # to the end: nobody says when rank 0 listens
     return [_start(device, _as_rank, environment, function, args) for environment in _environments(world_size, held)]
-
-
-def this_device() -> torch.device:
-    """The device of a rank."""
-    return torch.device(get_accelerator().current_device_name())
 
 
 def run_alone(function: Callable[..., Any], *args: Any) -> Any:
@@ -110,7 +102,7 @@ class Worker:
 
 
 class NotJoined(AssertionError):
-    """The ranks have formed no group: that of all, before they called anything, or one of DeepSpeed's."""
+    """The ranks have formed no group, for want of a port or a connection: that of all, or one of DeepSpeed's."""
 
 
 class RankPool:
@@ -121,20 +113,21 @@ class RankPool:
         self.workers: list[Worker] = []
 
     def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
-        return self._tried(lambda: _collect(self._start(world_size, function, args)))
-
-    def start(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Worker]:
-        """The workers that call the function, in a group that has formed."""
-        return self._tried(lambda: self._start(world_size, function, args))
-
-    def _tried(self, call: Callable[[], Any]) -> Any:
-        for left in reversed(range(TRIES)):
+        for _ in range(TRIES - 1):
             try:
-                return call()
-            except BaseException as error:
-                self.end()
-                if not left or not isinstance(error, NotJoined):
-                    raise
+                return self._run(world_size, function, args)
+            except NotJoined as error:
+                warnings.warn(
+                    f"{function.__name__} is called again, for its ranks formed no group: {error}", stacklevel=3
+                )
+        return self._run(world_size, function, args)
+
+    def _run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        try:
+            return _collect(self._start(world_size, function, args))
+        except BaseException:
+            self.end()
+            raise
 
     def _start(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Worker]:
         if any(worker.calls == CALLS for worker in self.workers):
@@ -246,8 +239,7 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
             result = _call_in_group(pipe, function, args) if environment else function(*args)
             pipe.send_bytes(pickle.dumps((result, None, None)))
         except BaseException as error:
-            is_refused = isinstance(error, NotJoined) or "connectFullMesh failed" in str(error)
-            failure = NotJoined if is_refused else None
+            failure = NotJoined if isinstance(error, NotJoined) or NO_MESH in str(error) else None
             pipe.send_bytes(pickle.dumps((None, traceback.format_exc(), failure)))
             os._exit(1)
         faulthandler.cancel_dump_traceback_later()
@@ -268,8 +260,10 @@ def _call_in_group(pipe: connection.Connection, function: Callable[..., Any], ar
 
     try:
         init_distributed()
-    except (RuntimeError, PeerError) as error:
-        raise NotJoined from error
+    except (RuntimeError, UserError) as error:
+        if PORT_IN_USE_OR_REFUSED.search(str(error)):
+            raise NotJoined from error
+        raise
     try:
         pipe.send_bytes(pickle.dumps((None, None, None)))
         pipe.recv_bytes()  # that all have joined

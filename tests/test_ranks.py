@@ -73,11 +73,16 @@ def test_ranks_that_cannot_join_at_their_port_try_again_at_another(monkeypatch):
         other.listen()
         ports = [taken.dup()]
         monkeypatch.setattr(ranks, "_hold_port", lambda: ports.pop() if ports else hold())
-        assert run_ranks(1, dist.get_rank) == [0]
+        with pytest.warns(UserWarning, match=r"get_rank is called again(?s:.*)EADDRINUSE"):
+            assert run_ranks(1, dist.get_rank) == [0]
         assert not ports
         ports += [taken.dup() for _ in range(ranks.TRIES)]
-        with pytest.raises(NotJoined, match=r"rank 0: (?s:.*)EADDRINUSE"):
+        with (
+            pytest.warns(UserWarning, match="is called again") as said,
+            pytest.raises(NotJoined, match=r"rank 0: (?s:.*)EADDRINUSE"),
+        ):
             run_ranks(1, dist.get_rank)
+        assert len(said) == ranks.TRIES - 1
 
 
 def refused_at_first(folder):
@@ -88,7 +93,8 @@ def refused_at_first(folder):
 
 
 def test_a_call_whose_further_groups_do_not_form_is_repeated(tmp_path):
-    assert run_ranks(2, refused_at_first, tmp_path)[1]
+    with pytest.warns(UserWarning, match="refused_at_first is called again"):
+        assert run_ranks(2, refused_at_first, tmp_path)[1]
 
 
 def test_the_system_gives_a_held_port_to_nobody_but_a_server_that_shares_it():

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from ranks import this_device
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -23,7 +22,7 @@ from megamoe.precision import GemmRates, Precision, resolve
 from megamoe.pretrain import run as pretrain
 from megamoe.run_config import RunConfig
 from megamoe.training.determinism import make_deterministic
-from megamoe.training.distributed import raise_on_any_rank
+from megamoe.training.distributed import raise_on_any_rank, this_device
 from megamoe.training.sinks import read_log
 
 PRESET = {

@@ -35,12 +35,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(tmp_path):
     end = threading.Timer(DEADLINE, os.killpg, (script.pid, signal.SIGKILL))
     end.start()
     said = []
-    for line in script.stdout:  # until the last of its processes has closed it
-        said.append(line)
-        if "step=2 avg_loss" in line:
-            script.send_signal(signal.SIGTERM)
-    assert script.wait() == 75, "".join(said)
-    end.cancel()
+    try:
+        for line in script.stdout:  # until the last of its processes has closed it
+            said.append(line)
+            if "step=2 avg_loss" in line:
+                script.send_signal(signal.SIGTERM)
+        assert script.wait(DEADLINE) == 75, "".join(said)
+    finally:
+        end.cancel()
     logged = [line for line in said if re.search(r"step=\d+ avg_loss=\d\.\d{4} lr=\S+ tok/s=\d+ mfu=\d+\.\d% ", line)]
     last = len(logged)  # only one rank prints
     assert any(f"stopped by a signal after step {last};" in line for line in said), "".join(said)

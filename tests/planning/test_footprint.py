@@ -11,7 +11,7 @@ import torch
 from devices import on_gpus
 from model_parts import PARTS
 from model_parts import SHAPE as PARTS_SHAPE
-from ranks import run_alone, run_new_ranks, run_ranks, this_device
+from ranks import run_alone, run_new_ranks, run_ranks
 from toy import PRESET, shipped
 
 from megamoe.config import ModelConfig, load_preset
@@ -21,6 +21,7 @@ from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import parameter_groups, read_setup
 from megamoe.planning.simulate import measure, one_rank_of
 from megamoe.planning.traffic import collectives
+from megamoe.training.distributed import this_device
 
 # Every token goes to every expert: how many rows travel does not depend on the routing.
 ALL = {**PRESET, "num_experts_per_tok": PRESET["num_local_experts"]}

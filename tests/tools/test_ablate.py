@@ -23,6 +23,7 @@ from megamoe.config import ModelConfig
 from megamoe.json_files import read_json
 
 DS = SHIPPED / "zero2_fp32.json"
+DEADLINE = 240  # seconds, which end a hang
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def written_to(pipe):
     """The first that is written there."""
     file = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        assert select.select([file], [], [], 240)[0]
+        assert select.select([file], [], [], DEADLINE)[0], f"nothing has been written to {pipe.name}"
         return os.read(file, 100).decode()
     finally:
         os.close(file)
@@ -182,7 +183,7 @@ def test_sigterm_ends_the_runs_too(write, tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
-    process.join()
+    process.join(DEADLINE)
     assert process.exitcode == 128 + signal.SIGTERM
 
 
@@ -236,7 +237,8 @@ def forked_runs(monkeypatch):
         assert Path(command[1]) == Path(pretrain.__file__)
         with one_at_a_time:
             (process,) = start_processes(1, pretrain_here, command[1:], stdout.name)
-        process.join()
+        process.join(DEADLINE)
+        assert process.exitcode is not None, f"{command} hangs"
         return subprocess.CompletedProcess(command, process.exitcode)
 
     monkeypatch.setattr(ablate.subprocess, "run", run)

@@ -24,6 +24,7 @@ from megamoe.launch.watch import Intervals
 from megamoe.run_config import parse_run
 
 PARTS = {"benchmark_models", "ablation_results"}  # of benchmark_contender and ablate
+DEADLINE = 240  # seconds, which end a hang
 TOOLS = sorted({path.stem for path in (Path(__file__).parents[2] / "tools").glob("*.py")} - PARTS)
 
 
@@ -67,7 +68,7 @@ def join_and_die(words, said):
 
 def test_ranks_join_and_learn_of_a_death_with_one_line(tmp_path):
     (process,) = start_processes(1, join_and_die, ["benchmark_ranks.py", "--ranks", "8"], tmp_path / "said")
-    process.join()
+    process.join(DEADLINE)
     assert process.exitcode == 0
     said = (tmp_path / "said").read_text()
     assert re.search(r"join: .* store 6 requests and [\d,]+ bytes per rank", said)

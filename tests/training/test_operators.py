@@ -16,6 +16,7 @@ from megamoe.ds_config import operator_builder
 from megamoe.errors import UserError
 from megamoe.training import operators
 
+DEADLINE = 240  # seconds, which end a hang
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
@@ -76,10 +77,15 @@ def start(tmp_path):
         process.join()
 
 
+def read(pipe):
+    assert pipe.poll(DEADLINE), "the compiler hangs"
+    return pipe.recv()
+
+
 def read_until(pipe, text):
-    lines = [pipe.recv()]
+    lines = [read(pipe)]
     while lines[-1] != text:
-        lines.append(pipe.recv())
+        lines.append(read(pipe))
     return lines
 
 
@@ -102,7 +108,7 @@ def test_a_start_says_for_whom_it_waits_and_goes_on_when_that_one_is_done(start)
     first, pipe = start("hold")
     read_until(pipe, "begun")
     _, second = start()
-    waiting = second.recv()
+    waiting = read(second)
     assert re.match(rf"waiting for process {first.pid} on \S+, which compiles or loads cpu_adam in /", waiting)
     pipe.send("go on")
     assert "compiling" not in "".join(read_until(second, "done"))  # it is compiled
@@ -158,10 +164,10 @@ def test_a_lock_of_another_program_that_cannot_be_seen_is_left_alone_until_it_is
 def test_all_ranks_load_what_is_compiled_at_the_same_time(start, tmp_path):
     (tmp_path / "cpu_adam.so").touch()
     pipes = [start("meet")[1] for _ in range(3)]
-    assert [pipe.recv() for pipe in pipes] == ["meets"] * 3
+    assert [read(pipe) for pipe in pipes] == ["meets"] * 3
     for pipe in pipes:
         pipe.send("go on")
-        assert pipe.recv() == "done"
+        assert read(pipe) == "done"
     assert (tmp_path / "holder").read_text() == ""
 
 
