@@ -139,15 +139,16 @@ def test_every_rope_and_router_of_a_preset_survives_the_export(trained, tmp_path
 
 
 @torch.no_grad()
-def test_every_activation_gated_or_not_survives_the_export_as_does_a_config_from_before_there_were_any(tmp_path):
+def test_every_activation_survives_the_export_and_a_config_that_names_none_is_silu_without_gates(tmp_path):
     for number, activation in enumerate(["silu", *ACTIVATIONS]):
-        changes = {"hidden_act": activation, "gated_mlp": bool(number % 2), "initializer_range": 0.3}
+        is_gated = bool(number % 2)  # every second one
+        changes = {"hidden_act": activation, "gated_mlp": is_gated, "initializer_range": 0.3}
         config, weights = CONFIG.model_copy(update=changes), tmp_path / f"{number}.pt"
         decoder = Decoder(config, seed=1).eval()
         expected = decoder(IDS)
         torch.save({name: tensor.clone() for name, tensor in plain_state(decoder).items()}, weights)
         folder = huggingface(weights, tmp_path / f"hf_{number}", config=config)
-        if number == 0:  # silu without gates
+        if number == 0:  # silu without gates, as in every config before there was a choice
             values = json.loads((folder / "config.json").read_text())
             del values["hidden_act"], values["gated_mlp"]
             (folder / "config.json").write_text(json.dumps(values))

@@ -66,8 +66,8 @@ def saved(tmp_path_factory):
 
 
 def restore_each(checkpoints, out, ep_size, stage, changes):
-    """Restore each of these checkpoints into one engine, save it again and train so many steps more; returns rates and
-    losses of each."""
+    """Restore each of these checkpoints into one engine, save it again and train the number of steps given for it;
+    returns rates and losses of each."""
     results = []
     with quick_checks():
         engine = make(ep_size, stage, seed=99, **changes)  # other weights, so that a restore shows
@@ -184,7 +184,8 @@ def test_a_resume_on_the_same_topology_gives_the_same_losses_to_the_bit_and_on_a
     out.mkdir()
     ((_, elsewhere),) = run_ranks(ranks, restore_each, checkpoints, out, ep_size, other_stage, changes)[0]
     same_state(checkpoint, out / "run" / "step_3")
-    assert elsewhere == pytest.approx(losses[: len(elsewhere)], rel=1e-5)
+    if recipe == "fp32":  # the others have been trained no further there
+        assert elsewhere == pytest.approx(losses, rel=1e-5)
 
 
 def names_by_kind():

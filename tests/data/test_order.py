@@ -29,7 +29,7 @@ def test_the_hash_begins_as_splitmix64():
 def test_permute_is_a_bijection():
     for size in (*range(1, 71), 127, 128, 129, 1000, 4096, 4097):
         for key in ((0,), (3, 5)):
-            assert sorted(permutation(size, *key)) == list(range(size)), size
+            assert sorted(permutation(size, *key)) == list(range(size)), (size, key)
 
 
 def test_permute_differs_by_every_part_of_its_key():
@@ -42,23 +42,23 @@ def chi_square(counts, cells):
     return sum((counts[cell] - expected) ** 2 for cell in counts) / expected + (cells - len(counts)) * expected
 
 
-def assert_uniform(counts, cells):
+def assert_uniform(counts, cells, case):
     """Chi-square with cells - 1 degrees of freedom, normal approximation, five standard deviations."""
     excess = (chi_square(counts, cells) - cells) / math.sqrt(2 * cells)
-    assert abs(excess) < 5, excess
+    assert abs(excess) < 5, (case, excess)
 
 
 def test_every_index_goes_everywhere_equally_often_over_the_keys():
     for size in (2, 3, 7, 16, 17):
         counts = Counter((index, permute(index, size, 11, key)) for key in range(1000) for index in range(size))
-        assert_uniform(counts, size * size)
+        assert_uniform(counts, size * size, size)
 
 
 def test_neighbours_are_sent_to_unrelated_places():
     places = permutation(20_000, 5)
     for stride in (1, 2, 64):
         pairs = Counter((a * 10 // 20_000, b * 10 // 20_000) for a, b in zip(places, places[stride:], strict=False))
-        assert_uniform(pairs, 100)
+        assert_uniform(pairs, 100, stride)
 
 
 def test_a_permutation_has_as_many_fixed_points_and_rises_as_chance_gives():
@@ -90,8 +90,8 @@ def test_each_corpus_is_walked_through_before_it_begins_again():
         visits[corpus].append(sample)
     for samples, size in zip(visits, sizes, strict=True):
         epochs = [samples[start : start + size] for start in range(0, len(samples) - size + 1, size)]
-        assert len(epochs) >= 2
-        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len(epochs) >= 2, size
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs), size
 
 
 def test_the_order_is_a_pure_function_of_seed_and_position():
@@ -113,7 +113,7 @@ def test_corpora_of_one_size_are_walked_in_different_orders():
 def test_another_seed_gives_another_order_of_a_single_corpus_and_of_a_mix():
     for sizes in ([97], [97, 97]):
         orders = [SampleOrder.of(sizes, [1.0] * len(sizes), seed) for seed in range(10)]
-        assert len({tuple(sample for _, sample in walk(order, 0, 97)) for order in orders}) == 10
+        assert len({tuple(sample for _, sample in walk(order, 0, 97)) for order in orders}) == 10, sizes
 
 
 def independent_shares(weights):
@@ -132,8 +132,8 @@ def test_shares_are_those_of_the_largest_remainder():
     for _ in range(200):
         weights = draw.uniform(0.01, 1, draw.integers(1, 12)).tolist()
         shares = SampleOrder.of([10] * len(weights), weights, seed=0).shares
-        assert sum(shares) == MIX_BLOCK
-        assert shares == independent_shares(weights)
+        assert sum(shares) == MIX_BLOCK, weights
+        assert shares == independent_shares(weights), weights
     assert SampleOrder.of([1, 1], [3.0, 1.0], 0).shares == (3072, 1024)
     assert SampleOrder.of([1] * 3, [1.0] * 3, 0).shares == (1366, 1365, 1365)
 
@@ -155,7 +155,7 @@ def test_corpora_are_shuffled_within_a_block():
     assert abs(changes - MIX_BLOCK * 2 * 0.25 * 0.75) < 5 * math.sqrt(MIX_BLOCK * 0.375 * 0.625)
     for quarter in range(4):
         share = corpora[quarter * 1024 : quarter * 1024 + 1024].count(0)
-        assert abs(share - 256) < 5 * math.sqrt(1024 * 0.25 * 0.75)
+        assert abs(share - 256) < 5 * math.sqrt(1024 * 0.25 * 0.75), quarter
 
 
 def test_a_weight_too_small_for_one_position_is_refused():
@@ -232,7 +232,7 @@ def test_the_order_is_that_of_its_definition_computed_number_by_number(seed, cor
         block = int(draw.integers(0, 10**9)) if largest > 3 else 0
         slots = [0, 1, 2, 4094, 4095, 4096, *draw.integers(0, 4096, 50).tolist()]
         for position in (block * 4096 + slot for slot in slots):
-            assert order.at(position) == at_by_definition(order, position)
+            assert order.at(position) == at_by_definition(order, position), (order.sizes, position)
 
 
 def test_a_block_of_the_smallest_shares_is_that_of_the_definition():

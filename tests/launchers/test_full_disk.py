@@ -12,7 +12,7 @@ from toy import ds_config, losses, train_here, write_inputs
 
 
 def run_on_a_small_disk(run, folder, kilobytes):
-    """Train into a file system of so many kilobytes, in a mount namespace of its own; its run folder is copied out."""
+    """Train into a file system of that size, in a mount namespace of its own; its run folder is copied out."""
     words = [sys.executable, str(ROOT / "megamoe" / "pretrain.py")]
     for name, value in {**run, "run_dir": str(folder / "small" / "run")}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -43,7 +43,7 @@ def test_on_a_full_disk_training_goes_on_from_the_old_checkpoint_with_a_loud_lin
     options = {**run, "save_interval": 3, "steps": 9}
     if foreground:
         options["foreground_save"] = []
-    # Room for one checkpoint and a half, and for the log.
+    # Enough for one checkpoint and a half, and for the log.
     done = run_on_a_small_disk(options, tmp_path, 150 + size * 3 // 2 // 1024)
     loud = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1, done.stderr  # a restart can cure it
@@ -56,7 +56,7 @@ def test_on_a_full_disk_training_goes_on_from_the_old_checkpoint_with_a_loud_lin
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith("step=9 avg")]
     left = sorted(path.name for path in (tmp_path / "copy" / "checkpoints").iterdir())
     assert left == ["latest", "step_3"]
-    # With room, the run goes on from there as if nothing had been.
+    # On a disk that is not full, the run goes on from there with the losses of one that met no full disk.
     shutil.move(tmp_path / "copy", tmp_path / "run")
     log = run_ranks(1, train_here, {**run, "run_dir": str(tmp_path / "run"), "steps": 12, "resume": True})[0]
     assert losses(log) == losses(whole)

@@ -25,9 +25,10 @@ def test_chunks_are_as_few_as_the_bytes_of_their_logits_allow_and_equally_long(o
         for vocab_size in (2, 300, 49_152, 163_840):
             chunk = loss_chunk(tokens, vocab_size, on_cpu)
             lengths = [min(chunk, tokens - start) for start in range(0, tokens, chunk)]
-            assert 4 * max(lengths) * vocab_size <= most
-            assert len(lengths) == 1 or 4 * vocab_size * math.ceil(tokens / (len(lengths) - 1)) > most
-            assert max(lengths) - min(lengths) < len(lengths)
+            case = f"{tokens} tokens, {vocab_size} ids"
+            assert 4 * max(lengths) * vocab_size <= most, case
+            assert len(lengths) == 1 or 4 * vocab_size * math.ceil(tokens / (len(lengths) - 1)) > most, case
+            assert max(lengths) - min(lengths) < len(lengths), case
     assert loss_chunk(10, 2**40, on_cpu) == 1  # not even one token's fit
     assert loss_chunk(8192, 49_152, on_cpu) == (512 if on_cpu else 4096)  # of moe-680m
     assert loss_chunk(0, 300, on_cpu) > 0
@@ -52,10 +53,10 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, monke
         (loss.total * 3).backward()
         exact = plain_parts(hidden, weight, labels, coefficient, 3)
         found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
-        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-14, msg=lambda said, at=chunk: f"{at}: {said}")
         torch.testing.assert_close(loss.total.detach(), exact[0] + coefficient * exact[1])
-        assert not loss.cross_entropy.requires_grad
-        assert not loss.z_loss.requires_grad
+        assert not loss.cross_entropy.requires_grad, chunk
+        assert not loss.z_loss.requires_grad, chunk
 
 
 @pytest.mark.parametrize(
@@ -67,11 +68,11 @@ def test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(dev
         hidden, weight, labels = head(dtype, device=device)
         loss = chunked_head_loss(hidden, weight, labels, coefficient)
         loss.total.backward()
-        assert [part.dtype for part in loss] == [torch.float32] * 3
-        assert hidden.grad.dtype == weight.grad.dtype == dtype
+        assert [part.dtype for part in loss] == [torch.float32] * 3, coefficient
+        assert hidden.grad.dtype == weight.grad.dtype == dtype, coefficient
         found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
         for one, exact in zip(found, plain_parts(hidden, weight, labels, coefficient), strict=True):
-            assert (one - exact).norm() <= rtol * exact.norm()
+            assert (one - exact).norm() <= rtol * exact.norm(), (coefficient, exact.shape)
 
 
 def test_a_loss_scale_keeps_fp16_gradients_that_are_below_its_smallest_number():
@@ -80,7 +81,7 @@ def test_a_loss_scale_keeps_fp16_gradients_that_are_below_its_smallest_number():
     (chunked_cross_entropy(hidden, weight, labels) * factor * 2.0**16).backward()
     expected = plain_parts(hidden, weight, labels, 0.0, factor * 2.0**16)
     for one, exact in zip((hidden.grad, weight.grad), expected[2:], strict=True):
-        assert (one - exact).norm() <= 0.01 * exact.norm()
+        assert (one - exact).norm() <= 0.01 * exact.norm(), exact.shape
 
 
 @pytest.mark.parametrize("device", DEVICES)

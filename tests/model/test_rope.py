@@ -26,6 +26,11 @@ SCALINGS = [
 ]  # fmt: skip
 
 
+def named(case):
+    """A message of torch's comparison that names the case."""
+    return lambda said: f"{case}: {said}"
+
+
 def llama_config(scaling):
     return LlamaConfig(
         hidden_size=2 * HEAD_DIM,
@@ -50,7 +55,7 @@ def test_scaled_frequencies_are_those_of_transformers():
         theirs = ROPE_INIT_FUNCTIONS[scaling["rope_type"]]
         expected, expected_factor = theirs(llama_config(scaling), "cpu", seq_len=length)
         frequencies, factor = frequencies_for(scaling, length)
-        torch.testing.assert_close(frequencies[0], expected, rtol=2e-6, atol=0)
+        torch.testing.assert_close(frequencies[0], expected, rtol=2e-6, atol=0, msg=named((scaling, length)))
         assert factor == pytest.approx(expected_factor), scaling
 
 
@@ -71,8 +76,8 @@ def test_rotation_of_halves_is_llamas():
         cos, sin = LlamaRotaryEmbedding(llama_config(scaling))(query, positions)
         expected = llama_rotary(query, key, cos, sin, unsqueeze_dim=2)
         rotary = table_of(positions, scaling, length)
-        torch.testing.assert_close(apply_rotary(query, rotary, False), expected[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(apply_rotary(key, rotary, False), expected[1], rtol=1e-4, atol=1e-4)
+        for x, exact in zip((query, key), expected, strict=True):
+            torch.testing.assert_close(apply_rotary(x, rotary, False), exact, rtol=1e-4, atol=1e-4, msg=named(scaling))
 
 
 def test_rotation_of_neighbours_is_gptjs():
@@ -116,13 +121,14 @@ def test_a_part_of_each_head_is_rotated_as_if_alone_and_the_rest_stays(interleav
     for at_end in (False, True):
         whole, expected = (torch.cat((rest, one) if at_end else (one, rest), -1) for one in (part, rotated))
         given = whole.clone()
-        assert torch.equal(apply_rotary(whole, rotary, interleaved, at_end), expected)
-        assert torch.equal(whole, given)
+        assert torch.equal(apply_rotary(whole, rotary, interleaved, at_end), expected), at_end
+        assert torch.equal(whole, given), at_end
 
 
 def test_the_scale_of_the_scores_is_deepseeks():
     for scaling in (None, *SCALINGS):
-        assert softmax_scale(24, scaling) == pytest.approx(yarn_apply_mscale(scaling or {}, 24**-0.5), rel=1e-12)
+        expected = yarn_apply_mscale(scaling or {}, 24**-0.5)
+        assert softmax_scale(24, scaling) == pytest.approx(expected, rel=1e-12), scaling
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -144,7 +150,8 @@ def test_each_row_is_rotated_by_its_own_positions_and_length():
     both = apply_rotary(x, table_of(positions, scaling, 4, 200), False)
     for row, length in enumerate((4, 200)):
         rotary = table_of(positions[row : row + 1], scaling, length)
-        torch.testing.assert_close(both[row : row + 1], apply_rotary(x[row : row + 1], rotary, False))
+        alone = apply_rotary(x[row : row + 1], rotary, False)
+        torch.testing.assert_close(both[row : row + 1], alone, msg=named(length))
 
 
 def test_angles_are_taken_in_fp32_and_only_the_table_has_the_models_dtype():

@@ -82,7 +82,7 @@ def test_every_wrong_option_is_refused(monkeypatch, capsys):
         ),
     ):
         code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *options)
-        assert (code, out) == (2, "")
+        assert (code, out) == (2, ""), options
         for problem, parts in zip(sentences(problems), expected, strict=True):
             has(problem, *parts)
 
@@ -120,8 +120,8 @@ def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeyp
     on_device, on_host = planned(), planned(ds_config=offload)
     assert not on_device.footprint.host
     for kind in ("fp32 masters", "optimizer state"):
-        assert on_host.footprint.host[kind] == on_device.footprint.peak[kind] > 0
-        assert kind not in on_host.footprint.peak
+        assert on_host.footprint.host[kind] == on_device.footprint.peak[kind] > 0, kind
+        assert kind not in on_host.footprint.peak, kind
     assert on_host.footprint.between.total() < on_device.footprint.between.total()
     assert json.loads((tmp_path / "plan.json").read_text())["predicted"]["memory"]["host"] == dict(
         on_host.footprint.host
@@ -160,9 +160,9 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys):
 def test_a_device_has_the_peak_that_mfu_is_measured_by():
     for name in ("A100", "H100", "H200", "B200"):
         plan = planned(device=name.lower())
-        assert (plan.device.flops(2), plan.device.flops(4)) == KNOWN_PEAKS[name]
+        assert (plan.device.flops(2), plan.device.flops(4)) == KNOWN_PEAKS[name], name
         flops = train_flops_per_token(plan.setup.model, 1024) * 2048
-        assert plan.time.mfu == pytest.approx(flops / KNOWN_PEAKS[name][0] / plan.time.seconds)
+        assert plan.time.mfu == pytest.approx(flops / KNOWN_PEAKS[name][0] / plan.time.seconds), name
 
 
 def test_what_the_experts_products_are_is_said():
@@ -173,7 +173,7 @@ def test_what_the_experts_products_are_is_said():
         ("h100", "zero2_fp32", "loop", "waits for the device in every layer"),
     ):
         plan = planned(device=device, ds_config=str(SHIPPED / f"{ds}.json"))
-        assert plan.setup.kernel == kernel
+        assert plan.setup.kernel == kernel, (device, ds)
         has(only([sentence for sentence in assumptions(plan) if "experts' products" in sentence]), said)
 
 
@@ -187,7 +187,7 @@ def test_gradients_larger_than_a_bucket_are_said(tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     has(only(said_of_buckets(tmp_path / "ds.json")), "37,748,735", "37,748,736", "end of backward")
     for path in SHIPPED.glob("*.json"):
-        assert said_of_buckets(path) == []
+        assert said_of_buckets(path) == [], path
 
 
 def test_more_ranks_in_a_node_make_the_links_faster():
@@ -276,8 +276,8 @@ def test_whatever_a_step_takes_it_gives_back():
     for values in itertools.product((1, 2), (True, False), (1, 2, 3), (True, False), (True, False)):
         changed = replace(setup, model=next(models), ep_size=4, **dict(zip(names, values, strict=True)))
         found = footprint(changed, next(ranks))  # which asserts it
-        assert all(size >= 0 for size in found.peak.values())
-        assert found.peak.total() > max(found.between.total(), found.peak["activations"])
+        assert all(size >= 0 for size in found.peak.values()), changed
+        assert found.peak.total() > max(found.between.total(), found.peak["activations"]), changed
 
 
 def test_an_unreadable_json_is_refused():
