@@ -1,6 +1,12 @@
 # Sourced by the launch scripts.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# DeepSpeed looks for numactl, and a folder of PATH that this user may not enter, as root's in a container, would end it.
+entered=
+IFS=: read -ra folders <<< "$PATH"
+for folder in "${folders[@]}"; do [[ ! -x $folder/. ]] || entered+=:$folder; done
+PATH=${entered#:}
+
 # This script's process, for ranks on this host: they save and exit when it has died.
 MEGAMOE_SCRIPT=$$,$(< /proc/sys/kernel/random/boot_id),$(readlink /proc/self/ns/pid)
 export MEGAMOE_SCRIPT

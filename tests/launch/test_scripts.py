@@ -116,6 +116,13 @@ def test_the_ranks_of_a_host_get_the_devices_that_the_user_made_visible(tmp_path
     assert (tmp_path / "words").read_text().startswith(f"-m deepspeed.launcher.runner {words} --master_port ")
 
 
+def test_a_folder_of_path_that_cannot_be_entered_does_not_reach_deepspeed(tmp_path):
+    programs = {"python": f'#!/bin/sh\necho "$PATH" > {tmp_path}/path\n'}
+    path = f"{tmp_path}:/none/bin:/usr/bin:/bin"
+    run_script(tmp_path, programs, SCRIPTS / "single_node.sh", "2", PATH=path)
+    assert (tmp_path / "path").read_text() == f"{tmp_path}:/usr/bin:/bin\n"
+
+
 # --- what the code of the ranks makes a script do -------------------------------------------------------------------
 
 COUNTED = """#!/bin/sh
