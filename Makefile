@@ -58,9 +58,10 @@ $(error TEXT is $(TEXT), which does not exist; give a text file, a folder, or JS
 endif
 SOURCE := $(TEXT)
 TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' ' -f1)-$(VOCAB)
+CHANGED := $(if $(shell find -L $(TEXT) -newer $(TOKENS)/corpus.json -print -quit 2>/dev/null),changed)
 endif
 
-.PHONY: train ready test test-cluster gpu check bench bench-short
+.PHONY: changed train ready test test-cluster gpu check bench bench-short
 train:
 	@flock --nonblock Makefile true || echo "waiting for another 'make train' here to prepare its data" >&2
 	@flock --no-fork Makefile $(MAKE) --no-print-directory ready
@@ -95,7 +96,7 @@ check: .venv/.test
 	python -m ruff check .
 	python -m mypy
 
-$(TOKENS)/corpus.json: $(SOURCE) | .venv/.train
+$(TOKENS)/corpus.json: $(SOURCE) $(CHANGED) | .venv/.train
 	rm -rf $(TOKENS) data/.$(notdir $(TOKENS))-*
 	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size $(VOCAB)
 
