@@ -94,9 +94,11 @@ def resumed(inputs, tmp_path):
 
 
 def test_resuming_with_another_setting_that_changes_the_losses_is_refused_with_what_differs(inputs, resumed):
-    model = {**job(inputs).record()["model"], "hidden_size": 64}
+    record = job(inputs).record()
+    model = {**record["model"], "hidden_size": 64}
     for key in ("seed", "seq_len", "samples_per_step", "tokenizer_sha256"):
         has(resumed(**{key: "another"}), f'{key} "another", not ')
+    has(resumed(data=[{**record["data"][0], "weight": 2.0}]), 'data [{"', '"weight": 2.0')
     has(resumed(model=model), 'holds a run with model {"hidden_size": 64}, not {"hidden_size": 32}')
     for section, value in (
         ("optimizer", {"type": "Adam"}),

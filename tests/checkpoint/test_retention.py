@@ -32,6 +32,14 @@ def test_what_a_run_has_gone_back_from_stays_after_a_resume_and_is_not_kept_for_
     assert names(folders.checkpoints(folder)) == ["step_11", "step_12", "step_13", "step_13.1"]
 
 
+def test_the_newest_checkpoint_that_the_run_might_go_back_to_stays(folder):
+    retention = Retention(folder, 1, 0, folder / "step_13.1", LEDGER)
+    for name in ("step_11", "step_12.1", "step_13.1"):
+        retention.add(folder / name, 0)
+    retention.prune(11)
+    assert names(folders.checkpoints(folder)) == ["step_11", "step_12", "step_13", "step_13.1"]
+
+
 def test_a_run_that_goes_back_again_leaves_what_it_had_left(folder):
     retention = Retention(folder, 1, 0, folder / "step_13.1", LEDGER)
     assert retention.path_of(14) == folder / "step_14.1"

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from engines import make, same_state, save, train, train_and_save, writer_for
 from ranks import run_ranks
 
+from megamoe import disk
 from megamoe.checkpoint import folders, slice_file, verify
 from megamoe.checkpoint import writer as writer_module
 from megamoe.checkpoint.host_copy import HostCopy
@@ -155,6 +156,25 @@ def test_a_step_that_is_saved_again_goes_to_a_new_folder_and_is_the_newest(tmp_p
     assert [path.name for path in folders.checkpoints(folder)] == ["step_3.1", "step_2.1", "step_3", "step_2", "step_1"]
     assert (folder / "latest").read_text() == "step_3.1"
     assert read_index(folder / "step_3.1").parent == "step_1"
+
+
+def flushed_before_the_index(folder):
+    """Names of what rank 0 has on the disk when it writes the index, whose creation is the commit, and the others at
+    all."""
+    flushed, at_commit = [], []
+    flush, write_index = disk.flush, writer_module.write_index
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "flush", lambda path: (flushed.append(path.name), flush(path)))
+        patch.setattr(writer_module, "write_index", lambda *args: (at_commit.extend(flushed), write_index(*args)))
+        save(make(1), folder, 1)
+    return at_commit or flushed
+
+
+def test_the_files_of_all_ranks_are_on_the_disk_before_the_index_says_that_they_are(tmp_path):
+    flushed = run_ranks(2, flushed_before_the_index, tmp_path / "checkpoints")
+    files = {path.name for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors")}
+    assert len(files) == 2
+    assert [len(files & set(names)) for names in flushed] == [1, 1]
 
 
 def save_into_a_run_folder_that_is_gone(folder):
