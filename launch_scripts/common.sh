@@ -21,9 +21,8 @@ refuse() {
 
 # leave CODE: exit with the code of a run, and say what nobody says where all ranks were killed at once.
 leave() {
-  case ${stopping:-}:$1 in
-  1:143 | 1:241 | 1:246) echo "stopped by a signal before the first step" >&2 ;; # as Python was still loading
-  *:0 | *:2 | *:75 | *:130) ;;
+  case $1 in
+  0 | 2 | 75 | 130) ;;
   *) echo "error: the ranks exited with code $1; if no line above says why, they were killed (out of memory?); resume with --resume." >&2 ;;
   esac
   exit "$1"
@@ -61,11 +60,10 @@ run_launcher() {
 
 stop_launcher() {
   stopping=1
-  trap : INT TERM HUP USR1 # make passes on what its whole process group has got
-  ask_ranks "$1" "$2" || kill -TERM -- "-$launcher" # no ranks yet; at an INT Python prints stack traces, or overlooks it
   trap 'kill -INT -- "-$launcher"' INT TERM HUP USR1
+  ask_ranks "$1" "$2" || kill -INT -- "-$launcher" # no ranks yet
   # The signal ends ranks that were still loading Python, and torchrun may have started others.
-  while sleep 5 && kill -0 "$launcher" 2> /dev/null; do ask_ranks "$1" "$2" || true; done > /dev/null 2>&1 &
+  while sleep 5 && kill -0 "$launcher" 2> /dev/null; do ask_ranks "$1" "$2" || true; done &
   asking=$!
 }
 

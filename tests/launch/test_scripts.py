@@ -185,14 +185,6 @@ def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(lau
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".exit")] == []
 
 
-def test_a_signal_while_the_launcher_still_loads_python_ends_it_in_one_line(tmp_path):
-    handles = "until [ $((0x$(sed -n 's/^SigCgt:.//p' /proc/$PPID/status) & 0x200)) != 0 ]; do :; done"  # of USR1
-    runner = f"trap '' INT\n{handles}\nkill -USR1 $PPID\nexec sleep 50\n"
-    programs = {"python": f'#!/bin/bash\n[ "$1" = -m ] || {{ echo 1234; exit; }}\n{runner}'}
-    end, _, said = run_script(tmp_path, programs, str(SCRIPTS / "single_node.sh"), "2")
-    assert (end, said) == (143, "stopped by a signal before the first step\n")
-
-
 def test_what_libraries_read_from_the_environment_is_forwarded_to_the_other_hosts(tmp_path):
     read = {
         "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "DS_ACCELERATOR": "cuda",
