@@ -3,6 +3,7 @@ programs share the cores."""
 
 import gc
 import os
+import signal
 import tempfile
 
 import pytest
@@ -17,6 +18,10 @@ os.environ.setdefault(
     os.path.join(tempfile.gettempdir(), f"megamoe-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
 )
 torch.set_num_threads(1)
+# Ignored, and so in every process of a test, where the tests run in the background of a script or under nohup.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 gc.disable()  # until all is imported and collected, which stays
 
 

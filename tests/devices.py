@@ -16,7 +16,7 @@ Part = TypeVar("Part", bound=nn.Module)
 
 
 def on_gpus(ranks: int, *values: Any) -> Any:
-    """A case of a parametrised test that needs so many GPUs."""
+    """A case of a parametrised test that needs that number of GPUs."""
     return pytest.param(*values, marks=pytest.mark.gpu(ranks))
 
 

@@ -48,7 +48,7 @@ _contexts["cpu"].set_forkserver_preload(
         "deepspeed.module_inject.auto_ep_layer",
     ]
 )
-TIMEOUT = 480  # seconds: a hang is a failure; an operator that DeepSpeed compiles first takes minutes on busy cores
+DEADLINE = 480  # seconds, which end a hang; an operator that DeepSpeed compiles first takes minutes on busy cores
 GRACE = 20  # seconds for the other ranks to fail once one has
 TRIES = 3  # to form a group: on a busy host gloo may be refused a connection
 NO_MESH = "connectFullMesh failed"
@@ -199,7 +199,7 @@ def _collect(workers: list[Worker]) -> list[Any]:
     waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
     results: list[Any] = [None] * len(workers)
     errors, failure = [], AssertionError
-    until = time.monotonic() + TIMEOUT
+    until = time.monotonic() + DEADLINE
     while waiting and time.monotonic() < until:
         for pipe in connection.wait(list(waiting), until - time.monotonic()):
             rank = waiting.pop(pipe)
@@ -233,7 +233,7 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
             environment, function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             os._exit(0)
-        faulthandler.dump_traceback_later(TIMEOUT - 20, file=trace.fileno())
+        faulthandler.dump_traceback_later(DEADLINE - 20, file=trace.fileno())
         try:
             os.environ.update(environment)
             result = _call_in_group(pipe, function, args) if environment else function(*args)

@@ -35,7 +35,7 @@ def resumed(before, folder, ranks, ep_size):
     assert [record["step"] for record in log] == [4, 5, 6, 7, 8]
     found = folders.checkpoints(folder / "run" / "checkpoints")
     assert [path.name for path in found] == ["step_8", "step_3"]
-    assert read_index(found[0]).parent == "step_3"  # the new form, beside the old one
+    assert read_index(found[0]).parent == "step_3"  # the new form, next to the old one
     assert find_checkpoint(folder / "run") == found[0]
     return [record["loss"] for record in log]
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 from corpora import build, random_tokens
+from ranks import DEADLINE
 
 from megamoe.data import prefetch
 from megamoe.data.batches import Batch, BatchShape, TrainData
@@ -54,7 +55,7 @@ def test_the_next_step_is_made_while_this_one_is_used_and_no_more_than_that():
     with Prefetcher(make, CPU) as batches:  # whose end waits for whatever the thread still has to do
         assert not threads()
         batches.step(1)
-        assert next_is_made.wait(60)
+        assert next_is_made.wait(DEADLINE)
     assert [step for step, _ in made] == [1, 2]
     assert {thread for _, thread in made}.isdisjoint({threading.current_thread()})
 
@@ -85,7 +86,7 @@ def test_an_error_in_a_step_that_is_never_asked_for_is_not_raised_and_no_thread_
 
     with Prefetcher(make, CPU) as batches:
         batches.step(1)
-        assert failed.wait(60)
+        assert failed.wait(DEADLINE)
     assert not threads()
 
 
@@ -95,13 +96,13 @@ def test_an_error_does_not_wait_for_what_the_thread_makes():
     def make(step):
         if step == 2:
             begun.set()
-            goes_on.wait(60)
+            goes_on.wait(DEADLINE)
         return []
 
     def fail_in_step_1():
         with Prefetcher(make, CPU) as batches:
             batches.step(1)
-            assert begun.wait(60)
+            assert begun.wait(DEADLINE)
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -109,7 +110,7 @@ def test_an_error_does_not_wait_for_what_the_thread_makes():
     assert threads()
     goes_on.set()
     for thread in threads():
-        thread.join(60)
+        thread.join(DEADLINE)
     assert not threads()
 
 

@@ -5,12 +5,11 @@ import time
 from datetime import timedelta
 
 import pytest
+from ranks import DEADLINE
 from torch.distributed import DistError
 
 from megamoe.launch.exchange import ask, open_store, serve
 from megamoe.launch.network import free_port
-
-DEADLINE = 240  # seconds, which end a hang
 
 
 @pytest.fixture

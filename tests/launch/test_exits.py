@@ -15,7 +15,7 @@ import psutil
 import pytest
 import stub_rank
 from devices import on_gpus
-from ranks import start_processes
+from ranks import DEADLINE, start_processes
 from torch.distributed import DistError
 from toy import ds_config, write_inputs
 
@@ -30,7 +30,6 @@ from megamoe.training import distributed
 from megamoe.training.step import TrainStep
 
 KILLED = -signal.SIGKILL
-DEADLINE = 240  # seconds, which end a hang
 QUICK = Intervals(heartbeat=0.1, silent=DEADLINE, read=DEADLINE, launcher=0, exit_delay=0.1)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from benchmark_ranks import CountedStore
+from ranks import DEADLINE
 
 from megamoe.errors import UserError
 from megamoe.launch import rendezvous
@@ -19,7 +20,7 @@ from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import join
 
 
-def join_all(infos, seconds=240.0, devices=None):
+def join_all(infos, seconds=float(DEADLINE), devices=None):
     """What each of the ranks gets, a Rendezvous or a UserError (a PeerError is one); each on a thread of its own."""
     answers = {}
 
@@ -98,7 +99,7 @@ def be_late(monkeypatch, *others):
     serve = rendezvous.serve
 
     def serve_late(store, rank, record, ranks, deadline, *args, **options):
-        store.wait([f"record/{other}" for other in others], timedelta(seconds=240))
+        store.wait([f"record/{other}" for other in others], timedelta(seconds=DEADLINE))
         return serve(store, rank, record, ranks, time.monotonic(), *args, **options)
 
     monkeypatch.setattr(rendezvous, "serve", serve_late)

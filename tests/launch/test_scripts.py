@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ranks import DEADLINE
 
 from megamoe.launch.network import free_port
 
@@ -91,10 +92,6 @@ def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_cod
         (tmp_path / name).chmod(stat.S_IRWXU)
     (tmp_path / "python.ranks").write_text(RANKS)
 
-    def heed_signals():
-        for one in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(one, signal.SIG_DFL)
-
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": str(free_port())}
     with subprocess.Popen(
         [SCRIPTS / "single_node.sh", "2"],
@@ -102,11 +99,10 @@ def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_cod
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=heed_signals,
     ) as script:
         assert [script.stdout.readline(), script.stdout.readline()] == ["ready\n", "ready\n"]
         script.send_signal(number)
-        assert script.wait(20) == 75
+        assert script.wait(DEADLINE) == 75
 
 
 @pytest.mark.parametrize(("visible", "words"), [("", "--num_gpus 2"), ("5,3,1", "--include localhost:5,3")])
@@ -138,7 +134,7 @@ def run_script(folder, programs, *words, **variables):
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=DEADLINE)
     starts = folder / "starts"
     return done.returncode, len(starts.read_text().splitlines()) if starts.exists() else 0, done.stderr
 

@@ -10,14 +10,12 @@ import time
 
 import psutil
 import pytest
-from ranks import start_processes
+from ranks import DEADLINE, start_processes
 
 from megamoe.launch import stopping
 from megamoe.launch.exits import INTERRUPTED, Stopped
 from megamoe.launch.holders import is_alive
 from megamoe.launch.stopping import Deadline, StopRequest
-
-DEADLINE = 240  # seconds, which end a hang
 
 
 def wait_as_in_a_collective(pipe, seconds_of_one_interrupt, ignored=()):

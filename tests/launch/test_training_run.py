@@ -9,17 +9,11 @@ import sys
 import threading
 from pathlib import Path
 
-from ranks import run_ranks
-from test_stopping import DEADLINE
+from ranks import DEADLINE, run_ranks
 from toy import ds_config, train_here, write_inputs
 
 SCRIPT = Path(__file__).parent.parent.parent / "launch_scripts" / "single_node.sh"
 NO_GPU = "Setting accelerator to CPU. If you have GPU or other"  # which DeepSpeed prints in every process
-
-
-def heed_signals():
-    """Tests that run in the background have been started with this signal ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_resumes(tmp_path):
@@ -30,7 +24,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = subprocess.Popen(
         [SCRIPT, "2", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "PATH": path}, preexec_fn=heed_signals,
+        env={**os.environ, "PATH": path},
     )  # fmt: skip
     end = threading.Timer(DEADLINE, os.killpg, (script.pid, signal.SIGKILL))
     end.start()

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark_ranks import CountedStore
+from ranks import DEADLINE
 from torch.distributed import DistError, HashStore
 from toy import PRESET
 
@@ -19,8 +20,6 @@ from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import Rendezvous
 from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Intervals, Position, StallTimer, Watch
 from megamoe.model.decoder import Decoder
-
-DEADLINE = 240  # seconds, which end a hang
 
 
 class Recorder(Position):

@@ -47,14 +47,8 @@ class ThisHost:
         with open(output, "w") as file:
             return subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                env=environment, preexec_fn=heed_signals,
+                env=environment,
             )  # fmt: skip
-
-
-def heed_signals() -> None:
-    """Tests that run in the background have been started with these signals ignored."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def processes_of(run_dir: Path, *parts: str) -> list[psutil.Process]:

@@ -77,7 +77,7 @@ def attend_as_on_a_gpu(self, query, key, value):
 
 
 def step(setup, layers, is_dense):
-    """(operators, bytes) of forward and backward with so many layers, of which the last may be dense."""
+    """(operators, bytes) of forward and backward with that number of layers, of which the last may be dense."""
     changed = {"num_hidden_layers": layers, "mlp_only_layers": [1] if layers > 1 and is_dense else []}
     config = setup.model.model_copy(update=changed)
     topology = ExpertTopology(config.num_local_experts, setup.ep_size, setup.world_size)

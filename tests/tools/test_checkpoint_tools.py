@@ -184,12 +184,10 @@ def test_a_newest_folder_that_was_not_saved_completely_is_passed_over(call, run_
     has(refusal(call, convert_checkpoint, folder, tmp_path / "v.pt"), "was not saved completely")
 
 
-# --- the script beside every checkpoint -----------------------------------------------------------------------------
+# --- the script in every checkpoint -----------------------------------------------------------------------------
 
 
-def test_the_script_beside_every_checkpoint_makes_the_state_dict_that_the_tool_makes(
-    call, run_dir, tmp_path, monkeypatch
-):
+def test_the_script_in_every_checkpoint_makes_the_state_dict_that_the_tool_makes(call, run_dir, tmp_path, monkeypatch):
     call(convert_checkpoint, run_dir, tmp_path / "tool.pt")
     script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
     done = subprocess.run([sys.executable, script, "a.pt"], cwd=tmp_path, capture_output=True, text=True)

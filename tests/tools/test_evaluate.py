@@ -10,7 +10,7 @@ import pytest
 import torch
 from exported import Weights, random_decoder
 from harness_tasks import ANSWER, CHOICE, QUESTIONS, write_task
-from ranks import run_alone, start_processes
+from ranks import DEADLINE, run_alone, start_processes
 from refusals import has, only, refusals
 from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def run_here(words, said):
 
 
 def run_ranks(ranks, folder, *words):
-    """The numbers that the tool writes, started on so many ranks, and what rank 0 prints."""
+    """The numbers that the tool writes, started on that number of ranks, and what rank 0 prints."""
     out, said = folder / f"{ranks}.json", folder / "said"
     words = [folder / "hf", folder / "texts", *words, "--json", out]
     if ranks == 1:
@@ -70,7 +70,7 @@ def run_ranks(ranks, folder, *words):
     else:
         processes = start_processes(ranks, run_here, words, said)
         for process in processes:
-            process.join(120)
+            process.join(DEADLINE)
             assert process.exitcode == 0
     return json.loads(out.read_text()), said.read_text()
 

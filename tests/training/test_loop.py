@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import DEADLINE, run_ranks
 from toy import PRECISION, PRESET, ds_config, losses, new_store, train_here, write_inputs
 
 from megamoe.checkpoint import verify
@@ -66,7 +66,7 @@ def threads_of_data():
     """Names of those that stay after a run."""
     threads = [one for one in threading.enumerate() if one.name.startswith(THREAD)]
     for one in threads:
-        one.join(60)  # a run that fails does not wait for what its thread reads
+        one.join(DEADLINE)  # a run that fails does not wait for what its thread reads
     return [one.name for one in threads if one.is_alive()]
 
 

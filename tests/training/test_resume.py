@@ -59,7 +59,7 @@ def problems_of(run):
 
 
 def shared_batch(samples):
-    """The recipe with so many samples a step, shared by any number of ranks."""
+    """The recipe with the same samples per step on any number of ranks."""
     ds = ds_config(2)
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         del ds[key]

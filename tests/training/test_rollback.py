@@ -23,14 +23,14 @@ GUARD = {
 }  # fmt: skip
 
 
-def train_on_poisoned_data(run):
+def train_on_poisoned_data(run, spikes=SPIKES):
     """Train; returns the log and the first tokens of all samples of this rank, step by step."""
     read, rank = [], torch.distributed.get_rank()
     step_batches, forward_backward = TrainData.step_batches, TrainStep.forward_backward
 
     def poisoned(data, step, *args):
         for batch in step_batches(data, step, *args):
-            if step in SPIKES or step == NOT_FINITE:
+            if step in spikes or step == NOT_FINITE:
                 batch.labels[:] = MARK
                 batch.labels[:, 0] = step
             yield batch
@@ -55,7 +55,7 @@ def events(folder):
 
 
 def shared_batch():
-    """The recipe with so many samples a step, shared by any number of ranks."""
+    """The recipe with the same samples per step on any number of ranks."""
     ds = ds_config(2)
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         del ds[key]
@@ -154,6 +154,25 @@ def test_a_run_that_was_stopped_in_the_step_that_sends_it_back_goes_back_before_
     run_ranks(2, train_on_poisoned_data, {**run, "guard_skips": 2, "steps": 14})
     (rollback,) = [event for event in events(tmp_path / "run") if event["event"] == "rollback"]
     assert (rollback["step"], rollback["to_step"], rollback["next_data_step"]) == (13, 11, 14)
+
+
+def test_a_run_that_goes_back_a_second_time_passes_over_the_data_of_both_times(tmp_path):
+    run = {**write_inputs(tmp_path, shared_batch()), **GUARD, "run_dir": str(tmp_path / "run")}
+    results = run_ranks(1, train_on_poisoned_data, run, (*SPIKES, 17, 18, 19))
+    rollbacks = [event for event in events(tmp_path / "run") if event["event"] == "rollback"]
+    assert [(one["step"], one["to_step"], one["next_data_step"]) for one in rollbacks] == [(14, 11, 15), (16, 13, 20)]
+    # Steps 1 to 14, 12 to 16 and 14 to 16 have read one data step after the other.
+    assert [of_all_ranks(results, number) for number in range(22)] == [
+        samples_of(data_step, tmp_path) for data_step in range(1, 23)
+    ]
+
+
+def test_no_spike_is_skipped_during_the_warm_up_of_the_learning_rate(tmp_path):
+    ds = shared_batch()
+    ds["scheduler"]["params"]["warmup_num_steps"] = SPIKES[-1]
+    run = {**write_inputs(tmp_path, ds), **GUARD, "run_dir": str(tmp_path / "run"), "steps": SPIKES[-1]}
+    run_ranks(1, train_on_poisoned_data, run)
+    assert [(event["event"], event["step"]) for event in events(tmp_path / "run")] == [("skip", NOT_FINITE)]
 
 
 def what_ends(run):
