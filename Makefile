@@ -75,7 +75,7 @@ ready: .venv/.train $(TOKENS)/corpus.json
 	@:
 
 test: .venv/.test
-	@command -v $${CXX:-c++} >/dev/null || { echo "error: there is no C++ compiler $${CXX:-c++}, by which tests compile" \
+	@command -v $${CXX:-c++} >/dev/null || { echo "error: there is no C++ compiler $${CXX:-c++}, with which tests compile" \
 		"operators; install one (Debian, Ubuntu: apt install g++), or set CXX." >&2; exit 2; }
 	python -m pytest --numprocesses 3 --dist loadfile
 

@@ -1,7 +1,7 @@
 # Sourced by the launch scripts.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# DeepSpeed looks for numactl, and a folder of PATH that this user may not enter, as root's in a container, would end it.
+# DeepSpeed looks for numactl, and would end at a folder of PATH that this user may not enter, as root's in a container.
 entered=
 IFS=: read -ra folders <<< "$PATH"
 for folder in "${folders[@]}"; do [[ ! -x $folder/. ]] || entered+=:$folder; done

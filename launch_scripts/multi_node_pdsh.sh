@@ -9,8 +9,9 @@ source "$(dirname "$0")/common.sh"
 [[ ${1:--} != -* ]] ||
   refuse "the hostfile is '${1:-}'; start launch_scripts/multi_node_pdsh.sh HOSTFILE --ds_config FILE [options of pretrain.py]."
 [[ ${MAX_RESTARTS:-0} =~ ^[0-9]+$ ]] || refuse "MAX_RESTARTS is '$MAX_RESTARTS'; give a whole number."
-[[ $root$PWD != *" "* ]] ||
-  refuse "DeepSpeed's launcher for several hosts takes no path with a space, but this is $root in $PWD; rename the folder."
+for folder in "$root" "$PWD"; do
+  [[ $folder != *" "* ]] || refuse "DeepSpeed's launcher for several hosts takes no path with a space; rename $folder."
+done
 hostfile=$1
 shift
 

@@ -23,7 +23,8 @@ ROW_ALIGNMENT = 16  # bytes that a row of each operand is a multiple of (torch.n
 
 
 def dtype_of(ds: dict[str, Any]) -> Literal["bf16", "fp16", "fp32"]:
-    """Precision of weights and activations that a DeepSpeed JSON asks for, once "auto" is resolved (`precision.py`)."""
+    """Precision of weights and activations that a DeepSpeed JSON asks for; "auto" counts as fp32 until `precision.py`
+    has resolved it."""
     for name in ("bf16", "fp16"):
         if section_of(ds, name).get("enabled") not in (None, False, "auto"):
             return name  # type: ignore[return-value]

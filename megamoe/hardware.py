@@ -44,6 +44,10 @@ class Device:
         """Peak FLOP/s for weights of 2 or 4 bytes."""
         return self.half_flops if weight_bytes == 2 else self.single_flops
 
+    def mfu_peak(self, weight_bytes: int) -> float:
+        """What MFU is the share of: on a CPU the faster of both, as in `Precision.mfu_peak`."""
+        return self.flops(weight_bytes) if self.multiprocessors else max(self.half_flops, self.single_flops)
+
 
 # Data sheets of the SXM boards (memory, memory bandwidth, half of the "bidirectional" figures of NVLink and of PCIe, of
 # generation 4 for A100 and 5 for the others) and of DGX A100, H100, H200 and B200: one adapter of 200 Gb/s per GPU in
@@ -97,30 +101,37 @@ GROWS = 1.02  # a rate that has not grown by this factor has stopped growing
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix products on `device`, with the threads that this process has.
+    """FLOP/s of the fastest square matrix products on `device`, with the threads that this process has; 0 where it
+    computes none.
 
-    Takes MEASURED_SECONDS and two small products more at the most: a processor without bf16 instructions needs seconds
-    for a large one in bf16.
+    Takes MEASURED_SECONDS and a few small products more at the most: a processor without bf16 instructions needs
+    seconds for a large one in bf16.
     """
     size, best, on_cpu = SMALLEST_SQUARE, 0.0, device.type == "cpu"
-    _product_seconds(torch.randn(size, size, device=device).to(dtype))  # loads libraries, builds a kernel
-    until = time.perf_counter() + MEASURED_SECONDS
-    while size <= (LARGEST_SQUARE_ON_CPU if on_cpu else LARGEST_SQUARE):
-        before, seconds = best, math.inf
-        try:
-            a = torch.randn(size, size, device=device).to(dtype)
+    try:
+        _product_seconds(_square(size, device, dtype))  # loads libraries, builds a kernel
+        until = time.perf_counter() + MEASURED_SECONDS
+        while size <= (LARGEST_SQUARE_ON_CPU if on_cpu else LARGEST_SQUARE):
+            before, seconds, a = best, math.inf, _square(size, device, dtype)
+            if not on_cpu:
+                until += _product_seconds(a)  # loads this size's kernel
             for _ in range(ROUNDS):
                 seconds = min(seconds, _product_seconds(a))
                 best = max(best, 2 * size**3 / seconds)
                 if time.perf_counter() > until:
                     return best
-        except torch.OutOfMemoryError:  # a model has the memory already
-            return best
-        is_flat = not on_cpu and size >= 1024 and best < GROWS * before
-        if is_flat or time.perf_counter() + 2**3 * seconds > until:  # what a product of twice the size takes
-            return best
-        size *= 2
+            is_flat = not on_cpu and size >= 1024 and best < GROWS * before
+            if is_flat or time.perf_counter() + 2**3 * seconds > until:  # what a product of twice the size takes
+                return best
+            size *= 2
+    except RuntimeError:  # out of memory, or no kernel for this dtype
+        pass
     return best
+
+
+def _square(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    draw = torch.Generator(device).manual_seed(0)  # torch's own goes on as if nothing had been drawn
+    return torch.randn(size, size, device=device, generator=draw).to(dtype)
 
 
 def _product_seconds(a: torch.Tensor) -> float:

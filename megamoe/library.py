@@ -24,7 +24,7 @@ from megamoe.checkpoint.open_model import open_model, tokenizer_of
 from megamoe.config import ModelConfig, validate
 from megamoe.data import tokenizer as tokenizers
 from megamoe.data.batches import Batch
-from megamoe.ds_config import deepspeed_problems, placement_problems
+from megamoe.ds_config import deepspeed_problems, dtype_of, placement_problems
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
 from megamoe.model import generation
@@ -175,10 +175,10 @@ def build_trainer(
     config = _config_of(preset)
     ds = ds_config if isinstance(ds_config, dict) else read_json(Path(ds_config))
     where = "the DeepSpeed JSON" if isinstance(ds_config, dict) else str(ds_config)
-    if is_auto(ds):
+    if is_auto(ds) or dtype_of(ds) == "bf16":
         precision = find_precision(this_device())
-        if dist.get_rank() == 0:
-            print(precision.describe(ds, where), flush=True)
+        if dist.get_rank() == 0 and (note := precision.describe(ds, where)):
+            print(note, flush=True)
         ds = resolve(ds, precision.choice)
     world_size = dist.get_world_size()
     problems = Problems(deepspeed_problems(ds, where, world_size, is_on_cpu()))

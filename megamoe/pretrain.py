@@ -141,6 +141,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
         stop: asks for an end before the last step.
     """
     config = job.run
+    peak = job.precision.mfu_peak(job.device, DTYPES[dtype_of(job.ds)])  # before the model takes the memory
     position.at("building the engine")
     with stop.interrupting():  # there is nothing to save, and a compiler may run for minutes
         train_step = build_train_step(
@@ -167,7 +168,7 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
     )
     trainer = Trainer(
         train_step, job.data, job.shape, writer, seed=config.seed, guard=guard, ledger=ledger, position=position,
-        stop=stop, peak=job.precision.rates.mfu_peak(job.device, DTYPES[dtype_of(job.ds)]),
+        stop=stop, peak=peak,
         deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), tasks=job.tasks(position),
         sinks=sinks,
         folder_is_gone=job.folder.is_gone if job.folder else lambda: False,

@@ -18,7 +18,7 @@ os.environ.setdefault(
     os.path.join(tempfile.gettempdir(), f"megamoe-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"),
 )
 torch.set_num_threads(1)
-# Ignored, and so in every process of a test, where the tests run in the background of a script or under nohup.
+# A script's background jobs and nohup ignore them, which every process of a test would inherit.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)

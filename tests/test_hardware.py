@@ -9,9 +9,13 @@ from megamoe import hardware
 from megamoe.hardware import Peak, measured_flops, memory_gib, peak_flops
 
 
-def test_measured_flops_are_positive_and_finite():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert 0 < measured_flops(torch.device("cpu"), dtype) < math.inf
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measured_flops_are_positive_and_finite_and_draw_nothing_from_torch(dtype):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert 0 < measured_flops(torch.device("cpu"), dtype) < math.inf
+    assert torch.rand(1) == expected
 
 
 def measured_with(monkeypatch, seconds_of, device="cpu"):
@@ -32,7 +36,7 @@ def measured_with(monkeypatch, seconds_of, device="cpu"):
 
     monkeypatch.setattr(hardware, "_product_seconds", product_seconds)
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(torch, "randn", lambda *shape, device=None, dtype=None: torch.empty(shape, device="meta"))
+    monkeypatch.setattr(hardware, "_square", lambda size, *_: torch.empty(size, size, device="meta"))
     return measured_flops(torch.device(device), torch.bfloat16), sizes, now
 
 
@@ -65,6 +69,10 @@ def test_a_gpu_without_memory_for_a_larger_product_has_the_rate_before(monkeypat
         return torch.OutOfMemoryError() if size == 2048 else 2 * size**3 / (1e11 * size)
 
     assert measured_with(monkeypatch, seconds, "cuda")[0] == pytest.approx(1024e11)
+
+
+def test_a_device_without_a_kernel_for_a_dtype_has_the_rate_0(monkeypatch):
+    assert measured_with(monkeypatch, lambda size: RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), "cuda")[0] == 0
 
 
 def test_a_peak_says_whether_it_was_measured():

@@ -26,7 +26,7 @@ from megamoe import precision
 from megamoe.checkpoint.export import write_huggingface, write_safetensors, write_state_dict
 from megamoe.checkpoint.reader import find_checkpoint, open_source
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.hardware import Peak
+from megamoe.precision import by_rates
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = "to be or not to be, that is the question. " * 4
@@ -185,18 +185,18 @@ def test_steps_lower_the_loss_after_an_evaluation_too_and_take_as_many_micro_bat
 
 def dtype_of_a_trainer(rates):
     """Of the model that the shipped tiny.json trains where rank 0 measures `rates`, and what this rank says."""
-    measured = rates if torch.distributed.get_rank() == 0 else None  # which nobody asks
+    measured = by_rates(*rates) if torch.distributed.get_rank() == 0 else None  # which nobody asks
     ds = SHIPPED / "tiny.json"
-    with mock.patch.object(precision, "gemm_rates", return_value=measured), redirect_stdout(StringIO()) as said:
+    with mock.patch.object(precision, "precision_of", return_value=measured), redirect_stdout(StringIO()) as said:
         trainer = megamoe.build_trainer(megamoe.ModelConfig(**PRESET), ds)
     return trainer.model.embed_tokens.weight.dtype, said.getvalue()
 
 
 def test_auto_trains_in_what_rank_0_is_the_faster_in_and_is_said_once():
-    rates = precision.GemmRates(Peak(0.56e9, True), Peak(46e9, True))
+    rates = (0.56e9, 46e9)
     (dtype, said), (other_dtype, other_said) = run_ranks(2, dtype_of_a_trainer, rates)
     assert dtype == other_dtype == torch.float32
-    assert said.count(f"computes in fp32: {rates}\n") == 1
+    assert said.count(f"computes in fp32: {by_rates(*rates).reason}\n") == 1
     assert "computes in" not in other_said
 
 

@@ -1,6 +1,7 @@
 """What make and tools/install.sh refuse on machines that lack something, before they install anything."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -24,8 +25,11 @@ def checkout(tmp_path):
     """A folder, with a space in its path, that has what make reads."""
     folder = tmp_path / "a checkout"
     folder.mkdir()
-    for name in ("Makefile", "megamoe", "ds_configs", "tools", "launch_scripts", "pyproject.toml"):
+    for name in ("megamoe", "ds_configs", "launch_scripts", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "Makefile", folder)  # a lock on it is this test's alone
+    (folder / "tools").mkdir()
+    shutil.copy(ROOT / "tools/install.sh", folder / "tools")
     return folder
 
 
@@ -48,6 +52,26 @@ def test_a_text_that_is_not_there_is_refused(checkout):
     code, said = make(checkout, "-n", "train", "TEXT=none.txt")
     assert code == 2
     has(said, "TEXT is none.txt, which does not exist; give a text file")
+
+
+def test_a_text_is_prepared_once_and_again_when_it_has_changed(checkout):
+    text, venv = checkout / "my.txt", checkout / ".venv"
+    text.touch()
+    venv.mkdir()
+    (venv / ".train").write_text(f"{checkout}\n")
+
+    def prepares():
+        code, said = make(checkout, "-n", "train", f"TEXT={text.name}")
+        assert code == 0, said
+        return re.findall(r"prepare_data.py my.txt --out (\S+)", said)
+
+    (tokens,) = prepares()
+    (checkout / tokens).mkdir(parents=True)
+    (checkout / tokens / "corpus.json").touch()
+    assert prepares() == []
+    later = (checkout / tokens / "corpus.json").stat().st_mtime + 1
+    os.utime(text, (later, later))
+    assert prepares() == [tokens]
 
 
 @pytest.mark.parametrize("run", ["", "runs/my run"])
@@ -104,6 +128,17 @@ def test_an_environment_is_made_in_place_of_one_that_does_not_work(checkout, tmp
     assert code == 2  # the stand-in ends there
     assert "\nmade\n" in said
     assert not (broken / "python3").is_symlink()
+
+
+def test_an_environment_whose_python_is_too_old_is_made_again_with_that_of_the_host(checkout, tmp_path):
+    old = checkout / ".venv/bin"
+    old.mkdir(parents=True)
+    for name in ("python", "python3"):
+        (old / name).write_text(TOO_OLD)
+        (old / name).chmod(stat.S_IRWXU)
+    code, said = make(checkout, "train", path=programs(tmp_path / "bin", python3=NEW))
+    assert code == 2  # the stand-in ends there
+    assert "\nmade\n" in said
 
 
 def test_an_environment_of_the_user_that_works_is_kept(checkout, tmp_path):

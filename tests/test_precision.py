@@ -1,6 +1,7 @@
 """What "auto" stands for, what a resume keeps, and what a run says of it."""
 
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -14,28 +15,31 @@ from megamoe.ds_config import deepspeed_problems, dtype_of
 from megamoe.errors import Problems
 from megamoe.hardware import DEVICES, Peak
 from megamoe.json_files import read_json
-from megamoe.precision import GemmRates, Precision, dtype_to_compute_in, find_precision, planned_rates, resolve
+from megamoe.precision import by_rates, dtype_to_compute_in, faster_of, find_precision, precision_of, resolve
 from megamoe.run_config import RunConfig
 
-AVX2 = GemmRates(Peak(0.56e9, True), Peak(46e9, True))
-AMX = GemmRates(Peak(1000e9, True), Peak(180e9, True))
+AVX2, AMX = by_rates(0.56e9, 46e9), by_rates(1000e9, 180e9)
 
 
-def rates(ratio):
-    """Measured rates of which that of fp32 is `ratio` times that of bf16."""
-    return GemmRates(Peak(1e11, True), Peak(ratio * 1e11, True))
-
-
-@pytest.mark.parametrize(
-    ("found", "choice"), [(AVX2, "fp32"), (AMX, "bf16"), (rates(1.4), "bf16"), (rates(1.5), "fp32")]
-)
-def test_auto_is_bf16_unless_fp32_is_one_and_a_half_times_as_fast(found, choice):
-    assert Precision(found).choice == choice
+@pytest.mark.parametrize(("ratio", "choice"), [(82, "fp32"), (0.18, "bf16"), (1.4, "bf16"), (1.5, "fp32")])
+def test_auto_is_bf16_unless_fp32_is_one_and_a_half_times_as_fast(ratio, choice):
+    assert by_rates(1e11, ratio * 1e11).choice == choice
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_auto_is_bf16_on_every_gpu_that_can_be_planned_for(name):
-    assert planned_rates(DEVICES[name]).choice == "bf16"
+    assert faster_of(DEVICES[name].half_flops, DEVICES[name].single_flops) == "bf16"
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_is_bf16_on_a_gpu_with_bf16_instructions_whatever_is_measured(has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GB10")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+    found = precision_of(torch.device("cuda"))
+    assert found.choice == ("bf16" if has_bf16 else "fp32")
+    assert found.describe({"bf16": {"enabled": "auto"}}, "ds.json").startswith(
+        f"computes in {found.choice}: NVIDIA GB10 has {'' if has_bf16 else 'no '}bf16 instructions"
+    )
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
@@ -71,36 +75,37 @@ def test_auto_next_to_fp16_is_a_precision_given_twice():
         (AMX, "bf16", "auto", "computes in bf16: "),
         (AVX2, "bf16", "auto", "computes in bf16, as the run began; "),
         (AMX, "fp32", "auto", "computes in fp32, as the run began; "),
-        (AVX2, None, True, "warning: "),
+        (AVX2, None, True, "warning: computes in bf16, as ds.json demands, but "),
     ],
 )
 def test_a_run_says_what_it_computes_in_and_both_rates(found, recorded, bf16, begins):
-    line = Precision(found, recorded).describe({"bf16": {"enabled": bf16}}, "ds.json")
-    assert line.startswith(f"{begins}{found}")
-    assert ('set "bf16": {"enabled": "auto"} in ds.json' in line) == (bf16 is True)
+    line = replace(found, recorded=recorded).describe({"bf16": {"enabled": bf16}}, "ds.json")
+    assert line.startswith(f"{begins}{found.reason}")
+    assert ('set "bf16": {"enabled": "auto"} there' in line) == (bf16 is True)
 
 
 def test_a_run_says_nothing_of_a_precision_that_is_given_and_fast():
-    assert Precision(AMX).describe({"bf16": {"enabled": True}}, "ds.json") is None
-    assert Precision(AVX2).describe({"bf16": {"enabled": False}}, "ds.json") is None
+    assert AMX.describe({"bf16": {"enabled": True}}, "ds.json") is None
+    assert AVX2.describe({"bf16": {"enabled": False}}, "ds.json") is None
 
 
 def test_rates_have_their_units():
-    assert str(AVX2) == "matrix products run at 0.56 GFLOP/s in bf16 and at 46 GFLOP/s in fp32 here"
-    assert "at 1 TFLOP/s in bf16" in str(AMX)
+    assert AVX2.reason == "matrix products run at 0.56 GFLOP/s in bf16 and at 46 GFLOP/s in fp32 here"
+    assert "at 1 TFLOP/s in bf16" in AMX.reason
 
 
-def test_mfu_is_a_share_of_the_faster_measured_rate_or_of_the_data_sheet():
-    cpu = torch.device("cpu")
-    assert AVX2.mfu_peak(cpu, torch.bfloat16) == AVX2.mfu_peak(cpu, torch.float32) == AVX2.fp32
-    h100 = planned_rates(DEVICES["h100"])
-    assert h100.mfu_peak(torch.device("cuda"), torch.float32) == h100.fp32
-    assert h100.mfu_peak(torch.device("cuda"), torch.bfloat16) == h100.bf16
+def test_mfu_is_a_share_of_the_faster_measured_rate_or_of_the_data_sheet(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for dtype, of_h100 in ((torch.bfloat16, 989e12), (torch.float32, 67e12)):
+        assert AVX2.mfu_peak(torch.device("cpu"), dtype) == Peak(46e9, is_measured=True)
+        gpu = torch.device("cuda")
+        assert precision_of(gpu).mfu_peak(gpu, dtype) == Peak(of_h100, is_measured=False)
 
 
 def test_a_saved_16_bit_model_computes_in_fp32_where_that_is_faster_on_cpu(monkeypatch):
     slow = {torch.bfloat16: 1e9, torch.float16: 1e9, torch.float32: 5e10}
-    monkeypatch.setattr(precision, "peak_flops", lambda device, dtype: Peak(slow[dtype], True))
+    monkeypatch.setattr(precision, "measured_flops", lambda device, dtype: slow[dtype])
     for saved in slow:
         assert dtype_to_compute_in(saved, torch.device("cpu")) == torch.float32
     assert dtype_to_compute_in(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
@@ -110,8 +115,7 @@ def test_a_saved_16_bit_model_computes_in_fp32_where_that_is_faster_on_cpu(monke
 
 def checked_precision(run, found):
     """What a run that is begun on these ranks resolves to, and records, where rank 0 measures `found`."""
-    measured = found if dist.get_rank() == 0 else GemmRates(Peak(1.0, True), Peak(1.0, True))  # which nobody asks
-    with mock.patch.object(precision, "gemm_rates", return_value=measured):
+    with mock.patch.object(precision, "precision_of", return_value=found if dist.get_rank() == 0 else None):
         job = pretrain.check(RunConfig(**run), Problems(), torch.device("cpu"), is_first_on_host=False)
     if job.folder:
         job.enter_folder(0, None)
@@ -127,16 +131,12 @@ def test_all_ranks_take_what_rank_0_measured_and_a_resume_keeps_it(tmp_path):
     assert run_ranks(2, checked_precision, {**run, "run_dir": str(tmp_path / "other")}, AMX) == [("bf16", True)] * 2
 
 
-def test_one_process_finds_what_it_measures():
-    assert run_ranks(1, find_precision, torch.device("cpu"))[0].rates.fp32.is_measured
-
-
 def precisions_of_records(folder, records):
     """What each record, in place of run.json, has a resume keep."""
     found = []
     for record in records:
         (folder / "run.json").write_text(record)
-        with mock.patch.object(precision, "gemm_rates", return_value=AMX):
+        with mock.patch.object(precision, "precision_of", return_value=AMX):
             found.append(find_precision(torch.device("cpu"), folder).recorded)
     return found
 

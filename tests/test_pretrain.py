@@ -190,7 +190,7 @@ def test_a_run_says_once_what_auto_has_it_compute_in(tmp_path):
     ds = ds_config(2, bf16={"enabled": "auto"})
     run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "steps": 1}
     _, said = run_and_hear(2, train_here, run)
-    assert said.count("computes in ") == said.count(f"computes in bf16: {PRECISION.rates}\n") == 1
+    assert said.count("computes in ") == said.count(f"computes in bf16: {PRECISION.reason}\n") == 1
 
 
 def remove_folder_after_a_step(run):

@@ -13,12 +13,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from megamoe.data.corpus import SplitWriter
 from megamoe.errors import UserError
-from megamoe.hardware import Peak
 from megamoe.job import Job
 from megamoe.json_files import read_json
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
-from megamoe.precision import GemmRates, Precision, resolve
+from megamoe.precision import by_rates, resolve
 from megamoe.pretrain import run as pretrain
 from megamoe.run_config import RunConfig
 from megamoe.training.determinism import make_deterministic
@@ -39,7 +38,7 @@ PRESET = {
     "num_experts_per_tok": 2,
 }
 # Of a device that "auto" computes in bf16 on, whatever this one is.
-PRECISION = Precision(GemmRates(Peak(1e12, is_measured=True), Peak(1e12, is_measured=True)))
+PRECISION = by_rates(1e12, 1e12)
 SHIPPED = Path(__file__).parent.parent / "ds_configs"
 
 

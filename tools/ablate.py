@@ -47,7 +47,7 @@ from megamoe.errors import Problems, UserError, shown, unknown_key
 from megamoe.job import Job
 from megamoe.json_files import read_json, write_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
-from megamoe.precision import Precision, gemm_rates
+from megamoe.precision import precision_of, resolve
 from megamoe.resume_rules import stages_of
 from megamoe.run_config import RunConfig, parse_run, parse_stage
 from megamoe.schedule_config import read_schedule
@@ -122,6 +122,7 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     preset = problems.attempt(find_preset, table.preset)
     ds = problems.attempt(read_json, Path(table.ds_config))
     problems.refuse()
+    ds = resolve(ds, precision_of(_device()).choice)  # the same for all runs, and in the hash of their recipe
     trials: list[Trial] = []
     base = Trial(BASELINE, seeds[0], ranks, steps or 0, {}, preset, ds, table.options)
     for name, change in changes.items():
@@ -131,6 +132,11 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
         trials += [replace(trial, seed=seed) for seed in seeds if trial]
     problems.refuse()
     return [trial for trial in trials if not only or trial.name in only]
+
+
+def _device() -> torch.device:
+    """What the runs train on."""
+    return torch.device(get_accelerator().device_name())
 
 
 def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int | None) -> Trial:
@@ -243,8 +249,8 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
 def check_jobs(trials: list[Trial]) -> None:
     """Raise UserError for files, sizes and options with which a run would end before its first step: each sentence
     once, with the names of its changes."""
-    device = torch.device(get_accelerator().device_name())
-    precision = Precision(gemm_rates(device))
+    device = _device()
+    precision = precision_of(device)
     found: dict[str, list[str]] = {}
     for trial in {trial.name: trial for trial in trials}.values():
         with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from megamoe import cli
 from megamoe.config import ModelConfig, load_preset
 from megamoe.errors import Problems, UserError
 from megamoe.json_files import read_json
-from megamoe.precision import Precision, gemm_rates, resolve
+from megamoe.precision import precision_of, resolve
 
 ROOT = Path(__file__).parents[1]
 TURNS = TypeAdapter(list[Turn])
@@ -328,7 +328,7 @@ def print_growth(names: list[str], turns: list[list[Turn]]) -> None:
 def resolved_file(ds_config: str, folder: Path) -> str:
     """A DeepSpeed JSON in `folder` with the precision that this device is good at, for all turns."""
     ds = read_json(Path(ds_config))
-    precision = Precision(gemm_rates(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    precision = precision_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if note := precision.describe(ds, ds_config):
         print(note, file=sys.stderr)
     path = folder / "ds_config.json"

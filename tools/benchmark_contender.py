@@ -29,7 +29,7 @@ from megamoe.hardware import measured_bandwidth, memory_gib
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.moe import MoE
 from megamoe.planning.step_profile import StepProfile, profile_step
-from megamoe.precision import gemm_rates
+from megamoe.precision import precision_of
 from megamoe.topology import ExpertTopology
 from megamoe.training.distributed import init_distributed
 
@@ -201,7 +201,7 @@ def measure_machine(
     """With `tokens` on each rank. Collective."""
     dist.barrier()
     gemm = gemm_flops(config, tokens, ep_size, device, dtype)
-    peak, bandwidth = gemm_rates(device).mfu_peak(device, dtype), measured_bandwidth(device)
+    peak, bandwidth = precision_of(device).mfu_peak(device, dtype), measured_bandwidth(device)
     ranks = dist.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Machine(

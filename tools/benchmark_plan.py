@@ -38,7 +38,7 @@ from megamoe.planning.rates import CPU, Rates
 from megamoe.planning.sharding import Setup, read_setup
 from megamoe.planning.simulate import one_rank_of
 from megamoe.planning.step_time import step_time
-from megamoe.precision import gemm_rates, resolve
+from megamoe.precision import precision_of, resolve
 from megamoe.training.cpu import keep_freed_memory
 from megamoe.training.step import TrainStep, build_train_step
 
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps of each model")
     parser.add_argument("--json", type=Path, help="file to write all measurements and predictions to")
     args = parser.parse(check=check)
-    ds = resolve(read_json(Path(args.ds_config)), gemm_rates(torch.device("cpu")).choice)
+    ds = resolve(read_json(Path(args.ds_config)), precision_of(torch.device("cpu")).choice)
     fitted, predicted = cases()
     every = {**fitted, **predicted}
     with contextlib.redirect_stdout(sys.stderr), one_rank_of(1):  # DeepSpeed prints as it starts

@@ -12,7 +12,9 @@ refuse() {
 recent='import sys; sys.exit(sys.version_info < (3, 10))'
 other='name another: make train PYTHON=/usr/bin/python3.12'
 python=${PYTHON:-python3}
-PATH=${PATH#"$(pwd -P)/.venv/bin:"} # make has put it there
+bin=$(pwd -P)/.venv/bin: # each make has put it there, and an activated .venv
+while [ "${PATH#"$bin"}" != "$PATH" ]; do PATH=${PATH#"$bin"}; done
+exec 9< "$0" && flock 9 # one at a time in a checkout
 
 if ! .venv/bin/python -c "$recent" 2> /dev/null ||
   { [ -n "${PYTHON:-}" ] && [ "$(.venv/bin/python --version)" != "$("$python" --version 2>&1)" ]; }; then

@@ -32,6 +32,8 @@ from megamoe.launch.holders import Holders, is_alive
 from megamoe.launch.rendezvous import Rendezvous
 
 MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
+SHUTDOWN_SECONDS = 60  # to wait for the others after the last step
+EXIT_DELAY = 0.2  # seconds until the others have read that rank 0 exits
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,6 @@ class Intervals:
     dead: float = 5  # without a heartbeat, after a collective has failed
     read: float = 10  # for the others to read that the job fails; they look once a heartbeat
     launcher: float = 1.5  # until a launcher, which looks once a second, has seen the code of a dead rank before ours
-    shutdown: float = 60  # to wait for the others after the last step
-    exit_delay: float = 0.2  # until the others have read that rank 0 exits
 
 
 class Position:
@@ -153,12 +153,12 @@ class Watch:
         try:
             if self._rank == 0:
                 others = [f"left/{rank}" for rank in range(1, self.rendezvous.rank_info.world_size)]
-                wait_for_keys(others, self._store, time.monotonic() + self.intervals.shutdown)
+                wait_for_keys(others, self._store, time.monotonic() + SHUTDOWN_SECONDS)
                 self._store.set("left/0", "")
-                time.sleep(self.intervals.exit_delay)
+                time.sleep(EXIT_DELAY)
             else:
                 self._store.set(f"left/{self._rank}", "")
-                self._store.wait(["left/0"], timedelta(seconds=self.intervals.shutdown))
+                self._store.wait(["left/0"], timedelta(seconds=SHUTDOWN_SECONDS))
         except DistError:
             pass  # rank 0 has exited, which does no harm now
 

@@ -24,7 +24,7 @@ from megamoe.planning.search import Choice, best_choices, kept_free
 from megamoe.planning.sharding import Setup, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
-from megamoe.precision import planned_rates, resolve
+from megamoe.precision import faster_of, resolve
 from megamoe.run_config import RunConfig
 
 GIB = 2**30
@@ -114,7 +114,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
     device = this_machine(ranks) if on_cpu else DEVICES.get(options.device)
     if ds is not None:
-        ds = resolve(ds, planned_rates(device).choice if device else "bf16")
+        ds = resolve(ds, faster_of(device.half_flops, device.single_flops) if device else "bf16")
         if options.micro_batch:
             ds["train_micro_batch_size_per_gpu"] = options.micro_batch
         problems += deepspeed_problems(ds, run.ds_config, ranks, on_cpu or options.simulate)

@@ -162,7 +162,7 @@ class _Step:
         phases.append(self.update())
         tokens = setup.tokens * setup.accumulation
         flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
-        peak = self.device.flops(setup.weight_bytes)
+        peak = self.device.mfu_peak(setup.weight_bytes)
         seconds = sum(phase.seconds for phase in phases)
         return StepTime(phases, tokens * setup.world_size, flops / (seconds * peak))
 

@@ -259,7 +259,7 @@ class Trainer:
             before = self.metrics.peak
             self.sinks.log_scalars("train", step, {**self.metrics.values(step, last), **values})
             if self.metrics.peak != before:
-                self._say(step, f"mfu is the share of {self.metrics.peak} from here on, which these steps reached")
+                self._say(step, f"a step has reached {self.metrics.peak}; mfu is the share of that from here on")
             if balance:
                 blocks = self.train_step.model.config.sparse_blocks
                 self.sinks.log_expert_loads(step, blocks, balance.counts)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megamoe.config import ModelConfig
 from megamoe.data.batches import Batch
 from megamoe.model.decoder import Decoder
+from megamoe.precision import is_auto
 from megamoe.schedule_config import read_schedule
 from megamoe.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer
@@ -158,6 +159,7 @@ def build_train_step(
         compiled: train by compiled blocks, see `Decoder.compile_blocks`.
         ema_decay: of the average of the weights, see `WeightAverage`; None keeps none.
     """
+    assert not is_auto(ds)  # which DeepSpeed takes for fp32
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
     model = Decoder(config, seed, topology, recompute_blocks)
     if compiled:

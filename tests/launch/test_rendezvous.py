@@ -142,7 +142,7 @@ def test_a_rank_0_that_is_lost_during_the_rendezvous_is_for_a_restart_to_cure(mo
     monkeypatch.setattr(rendezvous, "ANSWER_SECONDS", 0)
     (info,) = infos([1], 2)
     store = open_store(info.address, info.port, True, 240)  # which gives no answer
-    (answer,) = join_all([info], seconds=1)
+    (answer,) = join_all([info], seconds=5)
     assert "has lost rank 0 at 127.0.0.1:" in answer.problems[0]
     assert code_of(answer) == FAILED
     del store
@@ -153,7 +153,7 @@ def test_a_busy_port_is_named():
         busy.bind(("", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        (answer,) = join_all(infos([0], 2, port), seconds=1)
+        (answer,) = join_all(infos([0], 2, port), seconds=5)
     assert answer.problems == [
         f"port {port} is in use on {socket.gethostname()}; give deepspeed a free --master_port, and the launch scripts "
         "and torchrun a free MASTER_PORT or none."

@@ -80,9 +80,7 @@ def test_a_hostfile_is_refused_in_a_folder_with_a_space(tmp_path):
     scripts = shutil.copytree(SCRIPTS, tmp_path / "a checkout" / "launch_scripts")
     done = subprocess.run(["bash", scripts / "multi_node_pdsh.sh", "hostfile"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        "error: DeepSpeed's launcher for several hosts takes no path with a space, but this is "
-    )
+    assert done.stderr.startswith("error: DeepSpeed's launcher for several hosts takes no path with a space; rename ")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

@@ -163,7 +163,7 @@ def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads
 
 @in_threads
 def test_a_collective_that_fails_while_all_ranks_live_is_the_error_of_its_rank(capsys):
-    ranks = Ranks(4, range(4), Intervals(heartbeat=0.05, dead=0.1, read=DEADLINE))
+    ranks = Ranks(4, range(4), Intervals(heartbeat=0.05, dead=1, read=DEADLINE))
     assert ranks.fail(1, RuntimeError("sizes do not match")) == dict.fromkeys(range(4), FAILED)
     assert capsys.readouterr().err.count("rank 1 on h0 failed in step 0, start (sizes do not match)") == 1
 

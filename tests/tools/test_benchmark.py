@@ -17,9 +17,8 @@ from refusals import has, refusal, refusals
 from toy import PRESET, SHIPPED
 
 from megamoe.config import ModelConfig, load_preset
-from megamoe.hardware import Peak
 from megamoe.model.costs import parameter_count
-from megamoe.precision import GemmRates
+from megamoe.precision import by_rates
 
 FULL = load_preset("moe-680m")
 RECIPE = str(SHIPPED / "zero2_fp32.json")
@@ -105,8 +104,7 @@ def test_all_problems_of_the_command_line_come_at_once(monkeypatch):
 
 def test_all_turns_compute_in_what_this_device_is_the_faster_in(tmp_path, monkeypatch, capsys):
     for half, choice in ((0.56e9, "fp32"), (1000e9, "bf16")):
-        rates = GemmRates(Peak(half, True), Peak(46e9, True))
-        monkeypatch.setattr(benchmark, "gemm_rates", lambda device, rates=rates: rates)
+        monkeypatch.setattr(benchmark, "precision_of", lambda device, half=half: by_rates(half, 46e9))
         ds = json.loads(Path(benchmark.resolved_file(str(SHIPPED / "zero2.json"), tmp_path)).read_text())
         assert ds["bf16"]["enabled"] == (choice == "bf16")
         has(capsys.readouterr().err, f"computes in {choice}: ")
@@ -114,8 +112,7 @@ def test_all_turns_compute_in_what_this_device_is_the_faster_in(tmp_path, monkey
 
 def contend(words):
     sys.argv = words
-    peak = Peak(1e12, is_measured=True)
-    benchmark_contender.gemm_rates = lambda device: GemmRates(peak, peak)  # they take longer than the steps
+    benchmark_contender.precision_of = lambda device: by_rates(1e12, 1e12)  # to measure takes longer than the steps
     benchmark_contender.measured_bandwidth = lambda *_: 1e10
     benchmark_contender.main()
 
