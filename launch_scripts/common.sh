@@ -67,11 +67,15 @@ stop_launcher() {
   asking=$!
 }
 
-ask_ranks() {
+ask_ranks() { # no `return`: in a trap it gives the status from before the trap
   if [[ -n $2 ]]; then
     ssh -n -o BatchMode=yes "$2" "launchers=\$(pgrep -d, -f '$1') && pkill -USR1 -P \$launchers"
-    return
+  else
+    ask_ranks_here "$1"
   fi
+}
+
+ask_ranks_here() {
   local process words ranks=()
   for process in /proc/[0-9]*; do # not by pgrep, which slim containers lack
     { mapfile -d '' -t words < "$process/cmdline" && [[ ${words[*]} =~ $1 ]] || continue; } 2> /dev/null

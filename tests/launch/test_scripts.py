@@ -103,6 +103,25 @@ def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_cod
         assert script.wait(DEADLINE) == 75
 
 
+LAUNCHER = """
+source {scripts}/common.sh
+MEGAMOE_EXIT_NOTE={folder}/note
+rank="trap 'exit 75' USR1; echo \\$\\$ > {folder}/rank; echo ready; while :; do sleep 0.02; done"
+run_launcher "a launcher" h1 bash -c "$rank"
+"""
+
+
+def test_a_signal_is_handed_to_the_ranks_of_another_host_and_does_not_interrupt_the_launcher(tmp_path):
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\nkill -USR1 $(cat {tmp_path}/rank)\n")  # the host that it would reach
+    (tmp_path / "ssh").chmod(stat.S_IRWXU)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", "-c", LAUNCHER.format(scripts=SCRIPTS, folder=tmp_path)]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
+        assert script.stdout.readline() == "ready\n"
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(DEADLINE) == 75
+
+
 @pytest.mark.parametrize(("visible", "words"), [("", "--num_gpus 2"), ("5,3,1", "--include localhost:5,3")])
 def test_the_ranks_of_a_host_get_the_devices_that_the_user_made_visible(tmp_path, visible, words):
     programs = {"python": f'#!/bin/sh\necho "$@" > {tmp_path}/words\n'}
