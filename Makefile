@@ -23,7 +23,7 @@ $(error RUN is '$(RUN)'; give the path of a run folder, without spaces)
 endif
 
 # The vocabulary is the preset's; its recipe is the JSON of its name, or else tiny.json.
-VOCAB := $(shell sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' megamoe/presets/$(PRESET).json 2>/dev/null)
+VOCAB := $(shell sed -n 's/.*"vocab_size": *\([0-9]*\).*/\1/p' megamoe/config/presets/$(PRESET).json 2>/dev/null)
 RECIPE := $(firstword $(wildcard ds_configs/$(subst -,_,$(PRESET)).json) ds_configs/tiny.json)
 ifeq ($(and $(filter tiny%,$(PRESET)),$(VOCAB)),)
 $(error PRESET is $(PRESET), not a preset of this size; give tiny-plus, tiny, tiny-glm or tiny-deepseek)

@@ -17,10 +17,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "ModelConfig": "config",
-    "UserError": "errors",
+    "ModelConfig": "config.model",
+    "UserError": "utils.errors",
     "Batch": "data.batches",
-    "init_distributed": "training.distributed",
+    "init_distributed": "launch.distributed",
     **dict.fromkeys(
         ("load_preset", "build_model", "load_model", "load_tokenizer", "generate", "evaluate", "build_trainer",
          "train_step"),

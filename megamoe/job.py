@@ -13,30 +13,33 @@ from typing import Any
 import torch
 
 import megamoe
-from megamoe.architectures.config_json import differences, find_preset, preset_of
 from megamoe.checkpoint import folders
-from megamoe.checkpoint.reader import model_problems, open_source
-from megamoe.config import ModelConfig
+from megamoe.checkpoint.opening import open_source
+from megamoe.config.model import ModelConfig
+from megamoe.config.precision import Precision, resolve
+from megamoe.config.recipe import DTYPES, batch_sizes, deepspeed_problems, dtype_of
+from megamoe.config.run import HeldOutSource, RunConfig
+from megamoe.config.run_checks import length_problems, run_problems
+from megamoe.config.schedule import read_schedule
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.ledger import DataLedger, read_ledger
 from megamoe.data.ramp import BatchRamp
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer, numbering_problems
-from megamoe.ds_config import DTYPES, batch_sizes, deepspeed_problems, dtype_of, length_problems, run_problems
-from megamoe.errors import Problems, UserError
-from megamoe.json_files import read_json
+from megamoe.evaluation.held_out import Evaluator, HeldOut, tokens_per_byte
+from megamoe.evaluation.tasks import TaskEvaluator, Tasks, load_tasks
+from megamoe.formats.config_json import differences, find_preset, preset_of
+from megamoe.formats.source_checks import model_problems
 from megamoe.launch.watch import Position
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.costs import parameter_count
-from megamoe.model.products import DESCRIPTIONS, kernel_for
-from megamoe.precision import Precision, resolve
+from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
+from megamoe.model.placement import placement_problems
 from megamoe.resume_rules import decisive, new_schedule, part, remedy, stages_of
-from megamoe.run_config import HeldOutSource, RunConfig
-from megamoe.run_folder import RunFolder
-from megamoe.schedule_config import read_schedule
 from megamoe.training.engine import deepspeed_own_problems
-from megamoe.training.evaluation import Evaluator, HeldOut, tokens_per_byte
-from megamoe.training.tasks import TaskEvaluator, Tasks, load_tasks
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.json_files import read_json
+from megamoe.utils.run_folder import RunFolder
 
 
 class Job:
@@ -76,6 +79,7 @@ class Job:
         if self.model:
             problems += self._initial_problems()
             problems += run_problems(run, self.model, self.ds or {}, world_size)
+            problems += placement_problems(self.model, run.ep_size, dtype_of(self.ds or {}), world_size, run.preset)
             self._open_corpora(problems, leads, scans)
             self.loaded_tasks = problems.attempt(self._load_tasks) if leads and run.lm_eval_tasks else None
         if (run.lm_eval_interval or run.lm_eval_folder) and not run.lm_eval_tasks:

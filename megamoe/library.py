@@ -19,21 +19,22 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.open_model import open_model, tokenizer_of
-from megamoe.config import ModelConfig, validate
+from megamoe.config.model import ModelConfig, validate
+from megamoe.config.precision import find_precision, is_auto, resolve
+from megamoe.config.recipe import deepspeed_problems, dtype_of
 from megamoe.data import tokenizer as tokenizers
 from megamoe.data.batches import Batch
-from megamoe.ds_config import deepspeed_problems, dtype_of, placement_problems
-from megamoe.errors import Problems, UserError
-from megamoe.json_files import read_json
+from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
+from megamoe.formats.config_json import find_preset
+from megamoe.launch.distributed import is_on_cpu, this_device
 from megamoe.model import generation
 from megamoe.model.decoder import Decoder
-from megamoe.precision import find_precision, is_auto, resolve
-from megamoe.training.distributed import is_on_cpu, this_device
+from megamoe.model.placement import placement_problems
 from megamoe.training.engine import deepspeed_own_problems
-from megamoe.training.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.training.step import StepResult, TrainStep, build_train_step
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.json_files import read_json
 
 # --- models ---------------------------------------------------------------------------------------------------------
 
@@ -182,7 +183,7 @@ def build_trainer(
         ds = resolve(ds, precision.choice)
     world_size = dist.get_world_size()
     problems = Problems(deepspeed_problems(ds, where, world_size, is_on_cpu()))
-    problems += placement_problems(config, ep_size, ds, world_size, "the model")
+    problems += placement_problems(config, ep_size, dtype_of(ds), world_size, "the model")
     if not problems:
         problems += deepspeed_own_problems(ds, where)
     problems.refuse()

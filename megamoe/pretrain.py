@@ -16,27 +16,27 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
-from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
+from megamoe.config import cli
+from megamoe.config.precision import find_precision
+from megamoe.config.recipe import DTYPES, dtype_of
+from megamoe.config.run import RunConfig, parse_run
 from megamoe.data.ledger import DataLedger
-from megamoe.ds_config import DTYPES, dtype_of
-from megamoe.errors import Problems, UserError
 from megamoe.job import Job
+from megamoe.launch.determinism import make_deterministic
+from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, words_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
-from megamoe.precision import find_precision
-from megamoe.run_config import RunConfig, parse_run
-from megamoe.training.determinism import make_deterministic
-from megamoe.training.distributed import init_distributed, raise_on_any_rank
 from megamoe.training.guard import Guard, GuardSettings
 from megamoe.training.loop import Trainer
 from megamoe.training.rollback import saved_guard
 from megamoe.training.sinks import SinkGroup, open_sinks
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
+from megamoe.utils.errors import Problems, UserError
 
 
 def main() -> None:

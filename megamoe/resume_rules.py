@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megamoe.config import ModelConfig
-from megamoe.errors import UserError, shown
-from megamoe.run_config import RampStage
+from megamoe.config.model import ModelConfig
+from megamoe.config.run import RampStage
+from megamoe.utils.errors import UserError, shown
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.

@@ -7,13 +7,13 @@ import torch.distributed as dist
 from torch import nn
 from toy import PRESET, ds_config, new_store
 
-from megamoe.checkpoint.reader import open_source
+from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
+from megamoe.config.optimizers import MASTERS
 from megamoe.data.batches import Batch
 from megamoe.model.names import plain_parts
-from megamoe.optimizers import MASTERS
 from megamoe.training.step import TrainStep, balancer_of, build_train_step
 
 CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})

@@ -3,7 +3,7 @@
 import torch
 from engines import plain_state
 
-from megamoe.checkpoint.export import write_huggingface
+from megamoe.formats.export import write_huggingface
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import is_buffer
 

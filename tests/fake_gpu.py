@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
+from megamoe.launch.distributed import configure_deepspeed
 from megamoe.model import moe
 from megamoe.model.decoder import Decoder
-from megamoe.topology import ExpertTopology
-from megamoe.training.distributed import configure_deepspeed
+from megamoe.model.topology import ExpertTopology
 
 DEVICE = "gpu"
 

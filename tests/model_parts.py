@@ -1,6 +1,6 @@
 """Small models that together have every part that a configuration can ask for."""
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 
 SHAPE = {
     "vocab_size": 101,

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megamoe.architectures.config_json import preset_of
-from megamoe.checkpoint.reader import load_weights, open_source
+from megamoe.checkpoint.opening import open_source
+from megamoe.formats.config_json import preset_of
+from megamoe.formats.source import load_weights
 from megamoe.model.decoder import Decoder
 
 VOCAB = 96

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.model.costs import parameter_shapes
 
 

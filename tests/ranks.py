@@ -28,8 +28,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from megamoe.errors import UserError
 from megamoe.launch.stopping import REQUESTS
+from megamoe.utils.errors import UserError
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
 # On a GPU each rank imports them: what has asked for GPUs must not be forked.
@@ -256,7 +256,7 @@ def _as_rank(environment: dict[str, str], function: Callable[..., Any], args: An
 def _call_in_group(pipe: connection.Connection, function: Callable[..., Any], args: Any) -> Any:
     import deepspeed.comm
 
-    from megamoe.training.distributed import init_distributed
+    from megamoe.launch.distributed import init_distributed
 
     try:
         init_distributed()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 
 def sentences(problems):

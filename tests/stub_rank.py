@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from megamoe import pretrain
+from megamoe.launch.distributed import on_any_rank, raise_on_any_rank
 from megamoe.launch.stopping import Deadline
-from megamoe.training.distributed import on_any_rank, raise_on_any_rank
 
 ROOT = Path(__file__).parent.parent
 STEP_SECONDS = 0.02

@@ -8,10 +8,11 @@ import torch
 from ranks import run_ranks
 from toy import PRESET, ds_config, train_here, write_inputs
 
-from megamoe import config, optimizers
-from megamoe.config import load_preset, preset_names
-from megamoe.ds_config import deepspeed_problems
-from megamoe.optimizers import OptimizerSpec, StateTensor
+from megamoe.config import model as config
+from megamoe.config import optimizers
+from megamoe.config.model import load_preset, preset_names
+from megamoe.config.optimizers import OptimizerSpec, StateTensor
+from megamoe.config.recipe import deepspeed_problems
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import read_setup
 from megamoe.training import sinks

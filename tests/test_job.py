@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models
 from toy import PRECISION, PRESET, ds_config, write_inputs
 
 import megamoe.job
-from megamoe.architectures.config_json import preset_of
+from megamoe.config.run import RunConfig
 from megamoe.data.ledger import DataLedger
+from megamoe.formats.config_json import preset_of
 from megamoe.job import Job
-from megamoe.run_config import RunConfig
 
 
 def problems(run, world_size=1):

@@ -22,11 +22,11 @@ from refusals import has, only, refusals
 from toy import PRESET, SHIPPED, ds_config, train_here, write_inputs
 
 import megamoe
-from megamoe import precision
-from megamoe.checkpoint.export import write_huggingface, write_safetensors, write_state_dict
-from megamoe.checkpoint.reader import find_checkpoint, open_source
+from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.config import precision
+from megamoe.config.precision import by_rates
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.precision import by_rates
+from megamoe.formats.export import write_huggingface, write_safetensors, write_state_dict
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = "to be or not to be, that is the question. " * 4

@@ -47,8 +47,9 @@ USE = """
 import runpy, sys
 from pathlib import Path
 import megamoe
-from megamoe.checkpoint import export, folders, writer
-from megamoe.config import load_preset
+from megamoe.checkpoint import folders, writer
+from megamoe.formats import export
+from megamoe.config.model import load_preset
 folder = Path(megamoe.__file__).parent
 print(folder, load_preset("moe-680m").num_hidden_layers)
 print([name for name in export.HUGGINGFACE_FILES if not (folder / name).is_file()])

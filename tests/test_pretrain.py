@@ -12,14 +12,14 @@ import torch.distributed as dist
 from ranks import run_ranks
 from toy import PRECISION, ds_config, losses, new_store, train_here, write_inputs
 
-from megamoe.architectures.config_json import preset_of
 from megamoe.checkpoint.index import read_index
+from megamoe.config.run import RunConfig
+from megamoe.formats.config_json import preset_of
 from megamoe.job import Job
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.pretrain import is_done
 from megamoe.pretrain import run as pretrain
-from megamoe.run_config import RunConfig
 from megamoe.training.sinks import ConsoleSink
 
 

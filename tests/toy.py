@@ -11,18 +11,18 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+from megamoe.config.precision import by_rates, resolve
+from megamoe.config.run import RunConfig
 from megamoe.data.corpus import SplitWriter
-from megamoe.errors import UserError
 from megamoe.job import Job
-from megamoe.json_files import read_json
+from megamoe.launch.determinism import make_deterministic
+from megamoe.launch.distributed import raise_on_any_rank, this_device
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
-from megamoe.precision import by_rates, resolve
 from megamoe.pretrain import run as pretrain
-from megamoe.run_config import RunConfig
-from megamoe.training.determinism import make_deterministic
-from megamoe.training.distributed import raise_on_any_rank, this_device
 from megamoe.training.sinks import read_log
+from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import read_json
 
 PRESET = {
     "vocab_size": 96,

@@ -38,20 +38,20 @@ from ablation_results import BASELINE, draw, groups_of, measure_of, read_lines, 
 from deepspeed.accelerator import get_accelerator
 from pydantic import Field
 
-from megamoe import cli
-from megamoe.architectures.config_json import find_preset
-from megamoe.config import JsonModel, ModelConfig, validate
+from megamoe.config import cli
+from megamoe.config.model import JsonModel, ModelConfig, validate
+from megamoe.config.precision import precision_of, resolve
+from megamoe.config.recipe import batch_sizes, section_of
+from megamoe.config.run import RunConfig, parse_run, parse_stage
+from megamoe.config.schedule import read_schedule
 from megamoe.data.ramp import BatchRamp
-from megamoe.ds_config import batch_sizes, section_of
-from megamoe.errors import Problems, UserError, shown, unknown_key
+from megamoe.formats.config_json import find_preset
 from megamoe.job import Job
-from megamoe.json_files import read_json, write_json
 from megamoe.model.costs import parameter_count, train_flops_per_token
-from megamoe.precision import precision_of, resolve
 from megamoe.resume_rules import stages_of
-from megamoe.run_config import RunConfig, parse_run, parse_stage
-from megamoe.schedule_config import read_schedule
 from megamoe.training.sinks import read_log
+from megamoe.utils.errors import Problems, UserError, shown, unknown_key
+from megamoe.utils.json_files import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 Count = Annotated[int, Field(gt=0)]

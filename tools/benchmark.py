@@ -30,11 +30,11 @@ import torch
 from benchmark_contender import Turn
 from pydantic import TypeAdapter
 
-from megamoe import cli
-from megamoe.config import ModelConfig, load_preset
-from megamoe.errors import Problems, UserError
-from megamoe.json_files import read_json
-from megamoe.precision import precision_of, resolve
+from megamoe.config import cli
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.config.precision import precision_of, resolve
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 TURNS = TypeAdapter(list[Turn])

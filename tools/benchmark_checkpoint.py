@@ -20,18 +20,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config import load_preset
+from megamoe.config import cli
+from megamoe.config.model import load_preset
+from megamoe.config.precision import find_precision, resolve
 from megamoe.data.batches import Batch
-from megamoe.errors import UserError
-from megamoe.hardware import memory_gib
-from megamoe.json_files import read_json
-from megamoe.precision import find_precision, resolve
-from megamoe.training.distributed import init_distributed
+from megamoe.launch.distributed import init_distributed
 from megamoe.training.step import build_train_step
+from megamoe.utils.errors import UserError
+from megamoe.utils.hardware import memory_gib
+from megamoe.utils.json_files import read_json
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

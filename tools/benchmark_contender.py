@@ -24,14 +24,14 @@ import torch.distributed as dist
 from benchmark_models import Contender, build_engine_contender, build_mixtral
 from torch import nn
 
-from megamoe.config import ModelConfig, load_preset
-from megamoe.hardware import measured_bandwidth, memory_gib
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.config.precision import precision_of
+from megamoe.launch.distributed import init_distributed
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.moe import MoE
+from megamoe.model.topology import ExpertTopology
 from megamoe.planning.step_profile import StepProfile, profile_step
-from megamoe.precision import precision_of
-from megamoe.topology import ExpertTopology
-from megamoe.training.distributed import init_distributed
+from megamoe.utils.hardware import measured_bandwidth, memory_gib
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 HEAD_ROWS = 512  # tokens whose logits are computed at a time

@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from megamoe import cli
-from megamoe.config import load_preset
+from megamoe.config import cli
+from megamoe.config.model import load_preset
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.corpus import input_files, read_documents, write_corpus
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 ENOUGH = 20_000_000  # bytes of text; the files are repeated until there are this many

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megamoe import cli
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import (
     FileRecord,
@@ -33,15 +32,16 @@ from megamoe.checkpoint.index import (
     write_index,
 )
 from megamoe.checkpoint.slice_file import BLOCK_BYTES, TensorRecord, number_of_blocks
-from megamoe.config import ModelConfig, load_preset
-from megamoe.errors import UserError
-from megamoe.json_files import read_json
+from megamoe.config import cli
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.config.optimizers import MASTERS
+from megamoe.config.precision import resolve
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import engine_parameters, engine_shape, expert_id, plain_parts, stretches
-from megamoe.optimizers import MASTERS
+from megamoe.model.topology import ExpertTopology
 from megamoe.planning.sharding import Group, Setup, parameter_groups, read_setup
-from megamoe.precision import resolve
-from megamoe.topology import ExpertTopology
+from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import read_json
 
 STATE = ("exp_avg", "exp_avg_sq")
 VALUE_BYTES = 4

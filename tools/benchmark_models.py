@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
+from megamoe.config.recipe import DTYPES, dtype_of
+from megamoe.config.schedule import read_schedule
 from megamoe.data.batches import Batch
-from megamoe.ds_config import DTYPES, dtype_of
-from megamoe.json_files import read_json
 from megamoe.model.decoder import Decoder
 from megamoe.model.dropout import Dropout
 from megamoe.model.feed_forward import MLP
 from megamoe.model.sections import MLPSection, section
-from megamoe.schedule_config import read_schedule
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep, build_train_step
+from megamoe.utils.json_files import read_json
 
 
 @dataclass

@@ -27,20 +27,20 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
 
 import torch
 
-from megamoe import cli
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config import cli
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.config.precision import precision_of, resolve
 from megamoe.data.batches import Batch
-from megamoe.errors import Problems, UserError
-from megamoe.hardware import Device
-from megamoe.json_files import read_json
+from megamoe.launch.cpu import keep_freed_memory
 from megamoe.planning.planner import this_machine
 from megamoe.planning.rates import CPU, Rates
 from megamoe.planning.sharding import Setup, read_setup
 from megamoe.planning.simulate import one_rank_of
 from megamoe.planning.step_time import step_time
-from megamoe.precision import precision_of, resolve
-from megamoe.training.cpu import keep_freed_memory
 from megamoe.training.step import TrainStep, build_train_step
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.hardware import Device
+from megamoe.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made

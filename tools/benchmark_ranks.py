@@ -27,14 +27,14 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launch scripts d
 import psutil
 from torch.distributed import PrefixStore, Store
 
-from megamoe import cli
+from megamoe.config import cli
 from megamoe.data.order import SampleOrder
-from megamoe.errors import UserError
 from megamoe.launch import rendezvous
 from megamoe.launch.network import free_port
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.versions import versions
 from megamoe.launch.watch import Intervals, Position, Watch
+from megamoe.utils.errors import UserError
 
 RANKS_PER_HOST = 8
 IDLE_SECONDS = 5  # in which the watch's processor time is measured

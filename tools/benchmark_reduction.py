@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megamoe import cli
-from megamoe.errors import UserError
+from megamoe.config import cli
+from megamoe.utils.errors import UserError
 
 RANKS = (8, 64, 1024)
 

@@ -34,10 +34,10 @@ from benchmark import (
 )
 from gpu_table import ROOT, write_table
 
-from megamoe import cli
-from megamoe.config import load_preset
-from megamoe.errors import UserError
+from megamoe.config import cli
+from megamoe.config.model import load_preset
 from megamoe.launch.versions import versions
+from megamoe.utils.errors import UserError
 
 CONTENDERS = {  # with samples per step; fewer where each size is compiled for itself, which takes longer than its steps
     "megamoe:1": (2, 4, 8, 16, 32, 64),

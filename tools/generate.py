@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from megamoe import cli
-from megamoe.architectures.config_json import find_preset
 from megamoe.checkpoint.open_model import open_model
+from megamoe.config import cli
+from megamoe.config.precision import dtype_to_compute_in
 from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file
-from megamoe.errors import Problems
+from megamoe.formats.config_json import find_preset
 from megamoe.model.generation import generate, sampling_problems
-from megamoe.precision import dtype_to_compute_in
+from megamoe.utils.errors import Problems
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:

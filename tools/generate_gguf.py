@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megamoe import cli
-from megamoe.errors import Problems, UserError
+from megamoe.config import cli
+from megamoe.utils.errors import Problems, UserError
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:

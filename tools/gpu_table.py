@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmark import TURNS, table_of_profiles, table_of_sizes
 
-from megamoe import cli
-from megamoe.errors import UserError
-from megamoe.json_files import read_json
+from megamoe.config import cli
+from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin of tools/gpu_table.py -->", "<!-- end of tools/gpu_table.py -->"

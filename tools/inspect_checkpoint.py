@@ -11,15 +11,17 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from megamoe import cli
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.deepspeed_files import RankFiles
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, Source, open_source, run_record
-from megamoe.checkpoint.unpickle import safe_load
-from megamoe.errors import Problems, UserError
+from megamoe.checkpoint.opening import open_source, run_record
+from megamoe.config import cli
+from megamoe.config.optimizers import MASTERS
+from megamoe.formats.plain_files import STATE_DICT_ENDINGS
+from megamoe.formats.source import Source
+from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import split_expert
-from megamoe.optimizers import MASTERS
+from megamoe.utils.errors import Problems, UserError
 
 
 def print_files(checkpoint: Path) -> None:

@@ -17,17 +17,17 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
 
-from megamoe import cli
-from megamoe.config import validate
-from megamoe.ds_config import dtype_of
-from megamoe.errors import Problems
+from megamoe.config import cli
+from megamoe.config.model import validate
+from megamoe.config.recipe import dtype_of
+from megamoe.config.run import RunConfig
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, comparison, payloads, totals
 from megamoe.planning.search import kept_free
 from megamoe.planning.simulate import Measured, simulate
-from megamoe.run_config import RunConfig
 from megamoe.training.sinks import duration
+from megamoe.utils.errors import Problems
 
 
 def parse(arguments: list[str] | None = None) -> tuple[RunConfig, PlanOptions, Path | None]:

@@ -28,13 +28,13 @@ if __name__ == "__main__" and (lacks := requirement_problems(ROOT / "pyproject.t
     print("\n".join(f"error: {problem}" for problem in lacks), file=sys.stderr)
     sys.exit(2)
 
-from megamoe import cli
-from megamoe.errors import UserError
+from megamoe.config import cli
+from megamoe.config.run import RunConfig, parse_run
 from megamoe.launch.endpoint import Endpoint, join
 from megamoe.launch.preflight import marker_next_to, problems, report
 from megamoe.launch.rank_info import hosts_of, tasks_per_node
 from megamoe.launch.remote import ask_by_srun, ask_by_ssh
-from megamoe.run_config import RunConfig, parse_run
+from megamoe.utils.errors import UserError
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -14,11 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megamoe import cli
+from megamoe.config import cli
 from megamoe.data.corpus import input_files, leftovers, read_documents, split_documents, write_corpus
 from megamoe.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer, vocabulary_of
-from megamoe.disk import check_absent
-from megamoe.errors import Problems
+from megamoe.utils.disk import check_absent
+from megamoe.utils.errors import Problems
 
 
 def parse() -> argparse.Namespace:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
-from megamoe import cli
+from megamoe.config import cli
 from megamoe.data.ramp import BatchRamp
-from megamoe.errors import Problems, UserError, shown
-from megamoe.json_files import read_regular
 from megamoe.resume_rules import stages_of
-from megamoe.run_folder import last_record
 from megamoe.training.sinks import read_log
+from megamoe.utils.errors import Problems, UserError, shown
+from megamoe.utils.json_files import read_regular
+from megamoe.utils.run_folder import last_record
 
 ROWS = 16  # of the loss table, at most
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megamoe import cli, disk
 from megamoe.checkpoint.deepspeed_files import RankFiles
-from megamoe.checkpoint.export import output
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.reader import find_checkpoint, open_source, run_record
+from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
 from megamoe.checkpoint.universal import write_universal
-from megamoe.errors import UserError
+from megamoe.config import cli
+from megamoe.formats.export import output
+from megamoe.utils import disk
+from megamoe.utils.errors import UserError
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from megamoe import cli
-from megamoe.checkpoint.export import bytes_of_shard
-from megamoe.checkpoint.upcycle import Recipe, upcycle
-from megamoe.disk import check_absent
-from megamoe.hardware import memory_gib
+from megamoe.config import cli
+from megamoe.formats.export import bytes_of_shard
+from megamoe.formats.upcycle import Recipe, upcycle
+from megamoe.utils.disk import check_absent
+from megamoe.utils.hardware import memory_gib
 
 
 def main() -> None:

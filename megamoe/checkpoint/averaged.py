@@ -6,10 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megamoe.checkpoint.reader import Source
-from megamoe.checkpoint.weights_alone import WeightsAlone
-from megamoe.errors import UserError
-from megamoe.optimizers import AVERAGE, MASTERS
+from megamoe.config.optimizers import AVERAGE, MASTERS
+from megamoe.formats.source import Source, WeightsAlone
+from megamoe.utils.errors import UserError
 
 
 class AveragedWeights(WeightsAlone):

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megamoe.checkpoint.unpickle import safe_load
-from megamoe.errors import UserError
+from megamoe.config.optimizers import MASTERS
+from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import Part, is_buffer, plain_name, plain_parts, same_expert_of_first_rank
-from megamoe.optimizers import MASTERS
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
+from megamoe.utils.errors import UserError
 
 MAIN_FILE = "mp_rank_00_model_states.pt"
 RANK_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")

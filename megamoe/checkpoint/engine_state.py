@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
+from megamoe.config.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, OptimizerSpec, StateTensor, find_optimizer
 from megamoe.model.names import Part, is_buffer, is_projection, plain_name, plain_parts, stretches
-from megamoe.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, OptimizerSpec, StateTensor, find_optimizer
 
 
 @dataclass(frozen=True)

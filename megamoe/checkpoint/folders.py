@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megamoe.data.ledger import DataLedger, read_ledger
-from megamoe.disk import PARTIAL, flush
-from megamoe.run_folder import beginning
+from megamoe.utils.disk import PARTIAL, flush
+from megamoe.utils.run_folder import beginning
 
 INDEX, MANIFEST = "index.json", "manifest.json"  # the last to be written, and the first to be removed
 INDEX_END = b"}\n"  # of an index of which all has been written

@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megamoe import disk
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.slice_file import DTYPES, TensorRecord, number_of_blocks, sha256
-from megamoe.errors import UserError
-from megamoe.json_files import parse_json
+from megamoe.config.optimizers import MASTERS, find_optimizer
 from megamoe.model.names import is_projection
-from megamoe.optimizers import MASTERS, find_optimizer
+from megamoe.utils import disk
+from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import parse_json
 
 BUFFER = "buffer"  # the kind of router statistics, where others are MASTERS and the optimizer's state tensors
 TENSOR_NAME = re.compile(r"[\w.]+")  # it may become the name of a file

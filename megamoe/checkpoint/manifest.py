@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any, TypedDict
 
-from megamoe import disk
 from megamoe.checkpoint import folders
-from megamoe.errors import UserError
-from megamoe.json_files import read_json
+from megamoe.utils import disk
+from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import read_json
 
 READ_BYTES = 1 << 22
 

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megamoe.architectures.config_json import differences, preset_of
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.averaged import averaged
-from megamoe.checkpoint.reader import Source, find_checkpoint, load_weights, model_problems, open_source, run_record
-from megamoe.config import ModelConfig, validate
-from megamoe.ds_config import DTYPES, dtype_of
-from megamoe.errors import UserError, shown
-from megamoe.json_files import read_json
+from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
+from megamoe.config.model import ModelConfig, validate
+from megamoe.config.recipe import DTYPES, dtype_of
+from megamoe.formats.config_json import differences, preset_of
+from megamoe.formats.source import Source, load_weights
+from megamoe.formats.source_checks import model_problems
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import MTP
+from megamoe.utils.errors import UserError, shown
+from megamoe.utils.json_files import read_json
 
 
 class OpenModel(NamedTuple):

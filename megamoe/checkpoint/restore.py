@@ -22,10 +22,11 @@ from megamoe.checkpoint import folders, indexed_files, verify
 from megamoe.checkpoint.engine_state import optimizer_spec, rank_state, state_by_group, stretches_by_group
 from megamoe.checkpoint.index import Index, Range, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.reader import Source, load_buffers, open_source
+from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.slice_file import DamagedError
-from megamoe.errors import UserError
-from megamoe.optimizers import AVERAGE, MASTERS
+from megamoe.config.optimizers import AVERAGE, MASTERS
+from megamoe.formats.source import Source, load_buffers
+from megamoe.utils.errors import UserError
 
 
 @dataclass(frozen=True)

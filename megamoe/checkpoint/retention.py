@@ -9,7 +9,7 @@ from megamoe.checkpoint import folders
 from megamoe.checkpoint.folders import Age
 from megamoe.checkpoint.index import read_index
 from megamoe.data.ledger import DataLedger
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 
 class Retention:

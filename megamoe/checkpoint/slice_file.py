@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 BLOCK_BYTES = 1 << 24
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it

@@ -13,11 +13,11 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
 from megamoe.checkpoint import manifest
 from megamoe.checkpoint.deepspeed_files import MAIN_FILE, RankFiles
-from megamoe.checkpoint.export import output
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.errors import UserError
+from megamoe.config.optimizers import MASTERS
+from megamoe.formats.export import output
 from megamoe.model.names import Part, engine_name, engine_parameters, engine_shape, is_engine_expert
-from megamoe.optimizers import MASTERS
+from megamoe.utils.errors import UserError
 
 
 def write_universal(source: IndexedFiles | RankFiles, run: dict[str, Any], out: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from megamoe.checkpoint import folders, indexed_files, manifest
 from megamoe.checkpoint.deepspeed_files import MAIN_FILE
 from megamoe.checkpoint.index import read_index
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 
 def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:

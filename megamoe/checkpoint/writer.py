@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DistError, Store
 
-from megamoe import disk
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.engine_state import (
     RankState,
@@ -38,6 +37,7 @@ from megamoe.checkpoint.index import FileRecord, Index, SliceRecord, metadata, w
 from megamoe.checkpoint.retention import Retention
 from megamoe.checkpoint.slice_file import sha256, write_tensors
 from megamoe.data.ledger import DataLedger
+from megamoe.utils import disk
 
 POLL_SECONDS = 0.1
 SLOW_DISK_BYTES_PER_SECOND = 100e6

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 try:
-    from megamoe import cli
-    from megamoe.checkpoint.export import DTYPES, write_state_dict
-    from megamoe.checkpoint.reader import STATE_DICT_ENDINGS, find_checkpoint, open_source
-    from megamoe.errors import UserError
+    from megamoe.checkpoint.opening import find_checkpoint, open_source
+    from megamoe.config import cli
+    from megamoe.formats.export import DTYPES, write_state_dict
+    from megamoe.formats.plain_files import STATE_DICT_ENDINGS
+    from megamoe.utils.errors import UserError
 except ModuleNotFoundError as error:
     print(f"error: {error}; install megamoe (pip install --editable . in its clone) and try again.", file=sys.stderr)
     sys.exit(2)

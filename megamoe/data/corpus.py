@@ -25,9 +25,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
-from megamoe.disk import new_folder
-from megamoe.errors import UserError
-from megamoe.json_files import check_regular
+from megamoe.utils.disk import new_folder
+from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import check_regular
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from megamoe.data.corpus import JSONL_SUFFIXES, input_files, pieces_of, read_documents
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import encode, load_tokenizer, tokenizer_file, vocabulary_of
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 
 class Document(NamedTuple):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from megamoe import disk
-from megamoe.config import validate
-from megamoe.json_files import read_json
+from megamoe.config.model import validate
+from megamoe.utils import disk
+from megamoe.utils.json_files import read_json
 
 NAME = "data_ledger.json"
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 MIX_HALF = 6  # bits of a half of a slot's number
 MIX_BLOCK = 1 << 2 * MIX_HALF  # positions in which every corpus gets its exact share, in units of 1 / MIX_BLOCK

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megamoe.errors import UserError, shown
-from megamoe.json_files import check_regular, read_json
+from megamoe.utils.errors import UserError, shown
+from megamoe.utils.json_files import check_regular, read_json
 
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, items, document starts
 IDX_MAGIC = b"MMIDIDX\x00\x00"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megamoe.config import MAX_SIZE
-from megamoe.errors import Problems, UserError, shown
-from megamoe.json_files import read_regular
+from megamoe.config.model import MAX_SIZE
+from megamoe.utils.errors import Problems, UserError, shown
+from megamoe.utils.json_files import read_regular
 
 END_OF_TEXT = "<|endoftext|>"
 # Names that published tokenizers give to the end of a document.

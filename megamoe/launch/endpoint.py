@@ -12,12 +12,12 @@ from typing import Any
 
 from torch.distributed import DistError, Store
 
-from megamoe.errors import PeerError, UserError, first_line
+from megamoe.config.run import RunConfig
 from megamoe.launch.exchange import ask, open_store, serve
 from megamoe.launch.network import address_towards, free_port, is_own
 from megamoe.launch.preflight import Report, marker_next_to, problems
 from megamoe.launch.rendezvous import raise_on
-from megamoe.run_config import RunConfig
+from megamoe.utils.errors import PeerError, UserError, first_line
 
 ANSWER_SECONDS = 120  # the endpoint's host may have started later than this one, and so waits longer
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _abort_process_group
 
-from megamoe.errors import PeerError, UserError, first_line
 from megamoe.launch.rank_info import RANK_ON_HOST
+from megamoe.utils.errors import PeerError, UserError, first_line
 
 FAILED = 1  # an error of the program, or of what it runs on: disk, network
 REFUSED = 2  # what the user must change

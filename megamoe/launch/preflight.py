@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from megamoe.config.run import RunConfig
 from megamoe.data.token_files import corpus_prefix
 from megamoe.launch.network import address_towards, free_port, is_free
 from megamoe.launch.versions import version_problems, versions
-from megamoe.run_config import RunConfig
 
 
 @dataclass(frozen=True)

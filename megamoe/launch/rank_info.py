@@ -11,8 +11,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megamoe.errors import UserError
 from megamoe.launch.network import free_port
+from megamoe.utils.errors import UserError
 
 RANK_ON_HOST = "MEGAMOE_LOCAL_RANK"  # stays the rank's, where "LOCAL_RANK" becomes the index of its device
 

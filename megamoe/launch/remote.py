@@ -8,8 +8,8 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megamoe.errors import UserError
 from megamoe.launch.preflight import Report
+from megamoe.utils.errors import UserError
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 REPORT_SECONDS = 120  # a cold file system takes a while to load torch

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from megamoe.errors import PeerError, UserError, first_line
 from megamoe.launch.exchange import ask, open_store, read_records, serve
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.versions import version_problems, versions
+from megamoe.utils.errors import PeerError, UserError, first_line
 
 JOIN_SECONDS = 300  # to wait for the other ranks; a cold file system takes minutes to load torch
 ANSWER_SECONDS = 30  # rank 0 may have started later than this rank, and so waits longer

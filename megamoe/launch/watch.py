@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
-from megamoe.errors import UserError, first_line
 from megamoe.launch.exchange import wait_for_keys
 from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, words_of
 from megamoe.launch.holders import Holders, is_alive
 from megamoe.launch.rendezvous import Rendezvous
+from megamoe.utils.errors import UserError, first_line
 
 MAX_SECONDS_BETWEEN_CHECKS = 5.0  # the rest of a longer pause does not count
 SHUTDOWN_SECONDS = 60  # to wait for the others after the last step

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.model.attention import GroupedQueryAttention, LayerCache
 from megamoe.model.compiled import CompiledBlock
 from megamoe.model.experts import StackedExperts
@@ -25,7 +25,7 @@ from megamoe.model.sections import (
     RouterSection,
     section,
 )
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 
 Shape = dict[str, int]  # the fields that make each dimension, in order, and its size
 

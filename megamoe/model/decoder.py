@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.data.batches import NO_LABEL
 from megamoe.model.attention import LayerCache, attention_mask
 from megamoe.model.block import Block
@@ -25,7 +25,7 @@ from megamoe.model.multi_token import MultiTokenPredictor
 from megamoe.model.names import expert_id, is_norm, is_residual_projection, layer_id, plain_parts
 from megamoe.model.rope import Rotary, rope_frequencies, rotary_table
 from megamoe.model.router import Router
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 
 
 class Stream(NamedTuple):

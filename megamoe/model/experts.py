@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megamoe.model.dropout import Dropout
 from megamoe.model.feed_forward import ACTIVATIONS
-from megamoe.model.products import grouped_linear
+from megamoe.model.grouped_gemm import grouped_linear
 from megamoe.model.sections import Activation
 
 

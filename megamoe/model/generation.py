@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megamoe.errors import UserError
 from megamoe.model.decoder import Decoder
+from megamoe.utils.errors import UserError
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

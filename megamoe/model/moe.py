@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.host_values import host_values
 from megamoe.model.dispatch import (
     all_to_all,
     combine_rows,
@@ -31,7 +30,8 @@ from megamoe.model.dispatch import (
     row_multiple,
 )
 from megamoe.model.router import Router
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
+from megamoe.utils.device_reads import host_values
 
 Experts = Callable[[Tensor, Tensor], Tensor]  # (rows (P, D) by expert, ends (E,)) -> (P, D)
 

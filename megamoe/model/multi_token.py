@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.model.block import Block
 from megamoe.model.rope import Rotary
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 
 
 class MultiTokenPredictor(nn.Module):

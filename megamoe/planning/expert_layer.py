@@ -1,6 +1,6 @@
 """Bytes of one layer's experts: rows on their way there, inside and back, forward and backward.
 
-What is kept and what comes and goes is that of `model/moe.py`, `dispatch.py`, `products.py` and `experts.py`.
+What is kept and what comes and goes is that of `model/moe.py`, `dispatch.py`, `grouped_gemm.py` and `experts.py`.
 
 Shape legend: D hidden_size, F expert_size, E experts, K choices, R = tokens * K rows that a rank sends and, under
 balance, gets; P places of rows at the experts, fill included; s bytes of a weight.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.names import is_engine_expert
 from megamoe.planning.buckets import Ledger, Reduction

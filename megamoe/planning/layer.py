@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.planning.attention_cost import attention_cost
 from megamoe.planning.feed_forward_cost import experts_cost, mlp_cost, router_cost, shared_cost
 from megamoe.planning.part_cost import BothWays, Cost, norm_cost, total

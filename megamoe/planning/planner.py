@@ -11,21 +11,23 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from megamoe.architectures.config_json import find_preset
-from megamoe.config import ModelConfig
-from megamoe.ds_config import DTYPES, deepspeed_problems, dtype_of, run_problems
-from megamoe.errors import Problems, UserError
-from megamoe.hardware import DEVICES, Device, measured_bandwidth, measured_flops
-from megamoe.json_files import read_json
-from megamoe.model.products import choose_kernel
+from megamoe.config.model import ModelConfig
+from megamoe.config.precision import faster_of, resolve
+from megamoe.config.recipe import DTYPES, deepspeed_problems, dtype_of
+from megamoe.config.run import RunConfig
+from megamoe.config.run_checks import run_problems
+from megamoe.formats.config_json import find_preset
+from megamoe.model.grouped_gemm import choose_kernel
+from megamoe.model.placement import placement_problems
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.rates import CPU, GPU, Rates
 from megamoe.planning.search import Choice, best_choices, kept_free
 from megamoe.planning.sharding import Setup, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
-from megamoe.precision import faster_of, resolve
-from megamoe.run_config import RunConfig
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.hardware import DEVICES, Device, measured_bandwidth, measured_flops
+from megamoe.utils.json_files import read_json
 
 GIB = 2**30
 
@@ -122,6 +124,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     model: ModelConfig = problems.attempt(find_preset, run.preset)
     if model:
         problems += run_problems(run, model, ds or {}, ranks)
+        problems += placement_problems(model, run.ep_size, dtype_of(ds or {}), ranks, run.preset)
     if not device:
         problems.append(f"device is {options.device!r}; use one of {', '.join(DEVICES)}, cpu.")
     if options.best:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megamoe.hardware import Device
 from megamoe.planning.part_cost import Product
+from megamoe.utils.hardware import Device
 
 
 @dataclass(frozen=True)

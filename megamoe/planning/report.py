@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megamoe.model.costs import parameter_count
-from megamoe.model.products import DESCRIPTIONS
+from megamoe.model.grouped_gemm import DESCRIPTIONS
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.planner import GIB, Plan, batch_keys
 from megamoe.planning.search import Choice

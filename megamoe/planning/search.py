@@ -6,12 +6,12 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megamoe.hardware import Device
+from megamoe.model.topology import ExpertTopology
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import Rates
 from megamoe.planning.sharding import Setup
 from megamoe.planning.step_time import StepTime, step_time
-from megamoe.topology import ExpertTopology
+from megamoe.utils.hardware import Device
 
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 

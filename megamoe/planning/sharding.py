@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from megamoe.config import ModelConfig
-from megamoe.ds_config import DTYPES, batch_sizes, dtype_of, offloads_optimizer, optimizer_of
+from megamoe.config.model import ModelConfig
+from megamoe.config.optimizers import AVERAGE
+from megamoe.config.recipe import DTYPES, batch_sizes, dtype_of, offloads_optimizer, optimizer_of
 from megamoe.model.costs import parameter_shapes
+from megamoe.model.grouped_gemm import Kernel
 from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, is_projection, is_undecayed
-from megamoe.model.products import Kernel
-from megamoe.optimizers import AVERAGE
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 from megamoe.training.matrix_share import MatrixShare, Shape, place_of
 
 # Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).

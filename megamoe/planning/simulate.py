@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
+from megamoe.config.recipe import batch_sizes
 from megamoe.data.batches import Batch
-from megamoe.ds_config import batch_sizes
+from megamoe.launch.distributed import configure_deepspeed
 from megamoe.planning.meter import Collectives, LiveBytes
-from megamoe.training.distributed import configure_deepspeed
 from megamoe.training.step import build_train_step
 
 

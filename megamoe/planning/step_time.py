@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from megamoe.hardware import Device
 from megamoe.model.costs import train_flops_per_token
 from megamoe.planning.head import head_cost, join_cost, outside_operators
 from megamoe.planning.layer import BlockKind, block_kinds, blocks_cost, compiled_regions
@@ -20,6 +19,7 @@ from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
 from megamoe.training.matrix_share import Run
 from megamoe.training.muon import NEWTON_SCHULZ_STEPS
+from megamoe.utils.hardware import Device
 
 Part = Literal[
     "launches",

@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megamoe.hardware import Device
 from megamoe.model.decoder import loss_parts
 from megamoe.model.margins import BINS
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 from megamoe.training.step_sums import SCALARS
+from megamoe.utils.hardware import Device
 
 # Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
 # usual for the smallest messages.

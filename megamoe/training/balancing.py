@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamoe.config import BiasRule
+from megamoe.config.model import BiasRule
 from megamoe.model.margins import needed_shifts
 from megamoe.model.router import Router
 

@@ -16,10 +16,10 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 from torch import nn
 
-from megamoe.ds_config import dtype_of, optimizer_of
+from megamoe.config.recipe import dtype_of, optimizer_of
+from megamoe.config.schedule import Schedule
+from megamoe.launch import cpu
 from megamoe.model.names import is_projection, is_undecayed, plain_parts
-from megamoe.schedule_config import Schedule
-from megamoe.training import cpu
 from megamoe.training.matrix_share import MatrixShare, place_of
 from megamoe.training.muon import Muon
 from megamoe.training.operators import load_operator

@@ -15,24 +15,24 @@ from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.data.batches import BatchShape, TrainData
 from megamoe.data.ledger import DataLedger
 from megamoe.data.prefetch import Prefetcher
-from megamoe.errors import UserError
-from megamoe.hardware import Peak
+from megamoe.evaluation.held_out import Evaluator
+from megamoe.evaluation.scoring import Share
+from megamoe.evaluation.tasks import TaskEvaluator
+from megamoe.launch.distributed import on_any_rank
 from megamoe.launch.exits import FAILED, REFUSED
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position
 from megamoe.training.balancing import Balance
-from megamoe.training.distributed import on_any_rank
-from megamoe.training.evaluation import Evaluator
 from megamoe.training.guard import Guard, Return
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.rollback import go_back
 from megamoe.training.router_health import RouterHealth
-from megamoe.training.scoring import Share
 from megamoe.training.sinks import SinkGroup
 from megamoe.training.skipped import SkippedSteps
 from megamoe.training.step import StepResult, TrainStep
 from megamoe.training.step_sums import Flags
-from megamoe.training.tasks import TaskEvaluator
+from megamoe.utils.errors import UserError
+from megamoe.utils.hardware import Peak
 
 
 class Trainer:

@@ -8,9 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from megamoe.data.batches import BatchShape
-from megamoe.hardware import Peak, memory_gib
 from megamoe.model.costs import train_flops_per_token
 from megamoe.training.step import StepResult, TrainStep
+from megamoe.utils.hardware import Peak, memory_gib
 
 
 class StepMetrics:

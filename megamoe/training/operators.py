@@ -27,8 +27,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from torch.utils.cpp_extension import _get_build_directory
 
-from megamoe.ds_config import operator_builder
-from megamoe.errors import UserError
+from megamoe.config.recipe import operator_builder
+from megamoe.utils.errors import UserError
 
 MOST_SECONDS = 15 * 60  # that one process compiles
 QUIET_SECONDS = 3

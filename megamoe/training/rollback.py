@@ -13,8 +13,8 @@ from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.data.ledger import DataLedger
-from megamoe.errors import UserError
 from megamoe.training.guard import Guard, Return
+from megamoe.utils.errors import UserError
 
 
 def saved_guard(checkpoint: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.training.balancing import Balance
 
 FIRST_STEPS, FIRST_PART = 500, 10  # balance comes slowly: nothing is said before so many steps, nor a tenth of the run

@@ -7,7 +7,7 @@ WarmupCosineLR, which counts one step further than its warm-up, is on time.
 
 import math
 
-from megamoe.schedule_config import Decay
+from megamoe.config.schedule import Decay
 
 
 def learning_rate(

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
+from megamoe.config.precision import is_auto
+from megamoe.config.schedule import read_schedule
 from megamoe.data.batches import Batch
 from megamoe.model.decoder import Decoder
-from megamoe.precision import is_auto
-from megamoe.schedule_config import read_schedule
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer
 from megamoe.training.engine import build_engine
 from megamoe.training.step_sums import NO_FLAGS, Flags, sum_over_ranks

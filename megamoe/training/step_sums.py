@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.host_values import host_values
+from megamoe.utils.device_reads import host_values
 
 
 class Flags(NamedTuple):

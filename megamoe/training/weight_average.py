@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megamoe.optimizers import AVERAGE, AVERAGE_DECAY
+from megamoe.config.optimizers import AVERAGE, AVERAGE_DECAY
 
 
 def decay_at(step: int, decay: float) -> float:

@@ -16,11 +16,12 @@ from engines import make, save, train, writer_for
 from ranks import run_ranks, start_processes
 from toy import ds_config, losses, train_here, write_inputs
 
-from megamoe import disk, pretrain
+from megamoe import pretrain
 from megamoe.checkpoint import folders, slice_file, verify, writer
 from megamoe.launch.exchange import open_store
 from megamoe.launch.exits import LOST
 from megamoe.launch.watch import Intervals, Watch
+from megamoe.utils import disk
 
 DEADLINE = 240  # seconds, which end a hang
 

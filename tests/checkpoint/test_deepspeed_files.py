@@ -13,7 +13,7 @@ from refusals import has, only, refusal, refusals
 
 from megamoe.checkpoint import verify
 from megamoe.checkpoint.deepspeed_files import RankFiles
-from megamoe.checkpoint.reader import find_checkpoint, open_source
+from megamoe.checkpoint.opening import find_checkpoint, open_source
 
 MAIN, RANK_0, RANK_1 = (
     "mp_rank_00_model_states.pt",

@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 
-from megamoe import disk
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.folders import Age
+from megamoe.utils import disk
 
 
 def write(folder, name, complete="index.json"):

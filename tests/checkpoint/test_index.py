@@ -11,12 +11,12 @@ import pytest
 from indexed import BIAS, KINDS, RANKS, SHAPES, flip_bit, rewrite_index, write
 from refusals import has, refusal, refusals, sentences
 
-from megamoe import disk
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.index import Range, read_index, write_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.reader import open_source, run_record
-from megamoe.errors import UserError
+from megamoe.checkpoint.opening import open_source, run_record
+from megamoe.utils import disk
+from megamoe.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from form_1 import RUN, seal
 from refusals import has, refusal
 from safetensors.torch import save_file
 
-from megamoe.architectures.config_json import differences, preset_of
 from megamoe.checkpoint.open_model import open_model
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
+from megamoe.formats.config_json import differences, preset_of
 
 STEP = RUN / "checkpoints" / "step_3"
 

@@ -26,14 +26,14 @@ from toy import shipped
 from megamoe.checkpoint import restore
 from megamoe.checkpoint.engine_state import rank_state
 from megamoe.checkpoint.index import read_index
-from megamoe.checkpoint.reader import open_source
+from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.slice_file import SliceFile
 from megamoe.checkpoint.universal import write_universal
-from megamoe.config import ModelConfig
-from megamoe.errors import UserError
+from megamoe.config.model import ModelConfig
+from megamoe.config.optimizers import MASTERS
 from megamoe.model.names import is_buffer
-from megamoe.optimizers import MASTERS
+from megamoe.utils.errors import UserError
 
 # --- any topology to any other --------------------------------------------------------------------------------------
 

@@ -15,9 +15,9 @@ from refusals import only, sentences
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import read_index
-from megamoe.checkpoint.reader import find_checkpoint
+from megamoe.checkpoint.opening import find_checkpoint
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 
 def find_each(paths, weights_only):

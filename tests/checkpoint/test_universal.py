@@ -20,10 +20,11 @@ from megamoe.checkpoint import manifest, verify
 from megamoe.checkpoint.engine_state import rank_state
 from megamoe.checkpoint.index import BUFFER, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.reader import load_buffers, open_source, run_record
+from megamoe.checkpoint.opening import open_source, run_record
 from megamoe.checkpoint.universal import write_universal
+from megamoe.config.optimizers import MASTERS
+from megamoe.formats.source import load_buffers
 from megamoe.model.decoder import Decoder
-from megamoe.optimizers import MASTERS
 
 TRAINED = {"form 1": (make_for_deepspeed, CONFIG), "form 2": (make, GATED)}
 

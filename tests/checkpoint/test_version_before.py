@@ -10,10 +10,11 @@ from ranks import run_ranks
 from toy import train_here, write_inputs
 
 from megamoe.checkpoint import folders, verify
-from megamoe.checkpoint.export import write_state_dict
 from megamoe.checkpoint.index import read_index
-from megamoe.checkpoint.reader import find_checkpoint, model_problems, open_source
-from megamoe.config import load_preset
+from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.config.model import load_preset
+from megamoe.formats.export import write_state_dict
+from megamoe.formats.source_checks import model_problems
 
 VERSIONS = ["packages", "stacking"]  # what each came before
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from engines import make, same_state, save, train, train_and_save, writer_for
 from ranks import run_ranks
 
-from megamoe import disk
 from megamoe.checkpoint import folders, slice_file, verify
 from megamoe.checkpoint import writer as writer_module
 from megamoe.checkpoint.host_copy import HostCopy
 from megamoe.checkpoint.index import read_index
+from megamoe.utils import disk
 
 LONG = 300  # seconds, after which a hang ends
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megamoe.data import corpus
 from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus, zstd
 from megamoe.data.tokenizer import END_OF_TEXT, train_tokenizer
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 DOCUMENTS = [
     "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n",

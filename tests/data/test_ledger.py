@@ -4,7 +4,7 @@ import pytest
 
 from megamoe.checkpoint import folders
 from megamoe.data.ledger import NAME, DataLedger, read_ledger
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 
 def read_of(returns, last):

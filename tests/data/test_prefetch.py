@@ -13,7 +13,7 @@ from megamoe.data import prefetch
 from megamoe.data.batches import Batch, BatchShape, TrainData
 from megamoe.data.prefetch import Prefetcher
 from megamoe.data.token_files import TokenCorpus
-from megamoe.errors import UserError
+from megamoe.utils.errors import UserError
 
 CPU = torch.device("cpu")
 SHAPE = BatchShape(micro_batch=2, accumulation=3, world_size=4, seq_len=10)

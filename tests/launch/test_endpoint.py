@@ -5,14 +5,14 @@ from dataclasses import asdict
 
 import pytest
 
-from megamoe.errors import UserError
+from megamoe.config.run import RunConfig
 from megamoe.launch import endpoint
 from megamoe.launch.endpoint import Endpoint, join
 from megamoe.launch.exchange import open_store
 from megamoe.launch.exits import FAILED, REFUSED, code_of
 from megamoe.launch.network import free_port
 from megamoe.launch.preflight import Report
-from megamoe.run_config import RunConfig
+from megamoe.utils.errors import UserError
 
 
 def report(absent=(), shares=True, address="10.0.0.1"):

@@ -20,14 +20,13 @@ from torch.distributed import DistError
 from toy import ds_config, write_inputs
 
 from megamoe import pretrain
-from megamoe.errors import UserError
-from megamoe.launch import exits
+from megamoe.launch import distributed, exits
 from megamoe.launch.exits import FAILED, INTERRUPTED, LOST, REFUSED, STOPPED, leave
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RANK_ON_HOST
 from megamoe.launch.watch import Intervals, Watch
-from megamoe.training import distributed
 from megamoe.training.step import TrainStep
+from megamoe.utils.errors import UserError
 
 KILLED = -signal.SIGKILL
 QUICK = Intervals(heartbeat=0.1, silent=DEADLINE, read=DEADLINE, launcher=0)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megamoe.config import load_preset
+from megamoe.config.model import load_preset
+from megamoe.config.run import parse_run
 from megamoe.launch.exits import REFUSED
-from megamoe.run_config import parse_run
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFEST = yaml.safe_load((ROOT / "launch_scripts" / "jobset.yaml").read_text())

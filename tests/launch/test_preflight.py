@@ -12,9 +12,9 @@ import pytest
 from preflight import read_hostfile
 from refusals import has, refusal
 
+from megamoe.config.run import RunConfig
 from megamoe.launch.preflight import Report, marker_next_to, needed_files, problems, report
 from megamoe.launch.versions import versions
-from megamoe.run_config import RunConfig
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "preflight.py"
 RUN = RunConfig(ds_config="ds.json", run_dir="runs/mine")

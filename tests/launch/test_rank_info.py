@@ -5,9 +5,9 @@ import stat
 
 import pytest
 
-from megamoe.errors import UserError
 from megamoe.launch.network import is_free
 from megamoe.launch.rank_info import RankInfo, find_rank_info, hosts_of, tasks_per_node
+from megamoe.utils.errors import UserError
 
 DEEPSPEED = {
     "RANK": "5",

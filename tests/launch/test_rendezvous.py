@@ -11,13 +11,13 @@ from datetime import timedelta
 from benchmark_ranks import CountedStore
 from ranks import DEADLINE
 
-from megamoe.errors import UserError
 from megamoe.launch import rendezvous
 from megamoe.launch.exchange import open_store
 from megamoe.launch.exits import FAILED, REFUSED, code_of
 from megamoe.launch.network import free_port
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import join
+from megamoe.utils.errors import UserError
 
 
 def join_all(infos, seconds=float(DEADLINE), devices=None):

@@ -13,7 +13,7 @@ from ranks import DEADLINE
 from torch.distributed import DistError, HashStore
 from toy import PRESET
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.launch import watch
 from megamoe.launch.exits import FAILED, LOST
 from megamoe.launch.rank_info import RankInfo

@@ -13,8 +13,8 @@ import psutil
 from cluster import DEADLINE, ROOT, Host, wait_for
 from toy import write_inputs
 
-from megamoe.json_files import read_json
 from megamoe.training.sinks import read_log
+from megamoe.utils.json_files import read_json
 
 STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as in docs/launch.md
 BIN = Path(sys.executable).parent

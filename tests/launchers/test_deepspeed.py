@@ -115,7 +115,7 @@ def test_stalled_ranks_end_and_print_where_each_of_them_is(launch, device):
     assert run.wait() == LOST, run.said
 
 
-# As Slurm starts them with a GPU per task. On the CPU, tests/training/test_distributed.py shows what a rank takes.
+# As Slurm starts them with a GPU per task. On the CPU, tests/launch/test_distributed.py shows what a rank takes.
 @pytest.mark.parametrize("local_ranks", [on_gpus(1, [5]), on_gpus(2, [0, 1])])
 def test_ranks_that_each_see_one_gpu_take_that(tmp_path, local_ranks):
     count = len(local_ranks)

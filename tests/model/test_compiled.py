@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.restore import restore_first_verified
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
 from megamoe.model import dispatch
 from megamoe.model.compiled import activate, compile_region

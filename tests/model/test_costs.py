@@ -6,7 +6,7 @@ from model_parts import PARTS, model_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megamoe.config import ModelConfig, load_preset, preset_names
+from megamoe.config.model import ModelConfig, load_preset, preset_names
 from megamoe.model import dispatch
 from megamoe.model.costs import parameter_count, parameter_shapes, train_flops_per_token
 from megamoe.model.decoder import Decoder

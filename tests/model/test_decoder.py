@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import megamoe.model.decoder
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import plain_parts
 

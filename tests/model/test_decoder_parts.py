@@ -10,7 +10,7 @@ from model_parts import PARTS, model_of
 from megamoe.model.attention import attend
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import plain_parts
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 
 
 def random_model(part, seed=0, **changes):

@@ -9,11 +9,11 @@ from devices import assert_near, on_gpus
 from ranks import run_ranks
 from torch.nn.functional import silu
 
+from megamoe.launch.distributed import this_device
 from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import MoE
 from megamoe.model.router import Router
-from megamoe.topology import ExpertTopology
-from megamoe.training.distributed import this_device
+from megamoe.model.topology import ExpertTopology
 
 D, F, E, K = 8, 16, 4, 2
 EXACT, HALF = torch.float64, torch.bfloat16

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from megamoe.config import ModelConfig
-from megamoe.errors import UserError
+from megamoe.config.model import ModelConfig
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import filter_logits, generate, sample
+from megamoe.utils.errors import UserError
 
 CONFIG = ModelConfig(
     vocab_size=30,

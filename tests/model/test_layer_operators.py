@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.launch.distributed import configure_deepspeed
 from megamoe.model import dispatch
 from megamoe.model.decoder import Decoder
-from megamoe.topology import ExpertTopology
-from megamoe.training.distributed import configure_deepspeed
+from megamoe.model.topology import ExpertTopology
 
 TINY = load_preset("tiny")
 LENGTH, BATCH = 16, 2

@@ -13,7 +13,7 @@ from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import MoE
 from megamoe.model.router import Router
 from megamoe.model.router_losses import RouterLosses
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 
 D, F, E, T = 8, 16, 4, 9
 

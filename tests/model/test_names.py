@@ -6,7 +6,7 @@ import torch
 from model_parts import PARTS, model_of
 from toy import PRESET
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import (
@@ -21,7 +21,7 @@ from megamoe.model.names import (
     same_expert_of_first_rank,
     stretches,
 )
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 
 CONFIGS = [ModelConfig(**PRESET), ModelConfig(**PRESET, gated_mlp=True)]
 EXPERTS = CONFIGS[0].num_local_experts

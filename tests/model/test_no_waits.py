@@ -5,7 +5,7 @@ import torch
 from fake_gpu import DEVICE, count_reads, fake_gpu, model_on_gpu
 from ranks import run_alone
 
-from megamoe.config import load_preset
+from megamoe.config.model import load_preset
 
 CONFIG = load_preset("tiny").model_copy(
     update={"num_hidden_layers": 2, "expert_dropout": 0.05, "router_jitter_noise": 0.01}

@@ -14,14 +14,14 @@ from model_parts import SHAPE as PARTS_SHAPE
 from ranks import run_alone, run_new_ranks, run_ranks
 from toy import PRESET, shipped
 
-from megamoe.config import ModelConfig, load_preset
-from megamoe.model import products
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.launch.distributed import this_device
+from megamoe.model import grouped_gemm as products
 from megamoe.planning.expert_layer import expert_bytes
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import parameter_groups, read_setup
 from megamoe.planning.simulate import measure, one_rank_of
 from megamoe.planning.traffic import collectives
-from megamoe.training.distributed import this_device
 
 # Every token goes to every expert: how many rows travel does not depend on the routing.
 ALL = {**PRESET, "num_experts_per_tok": PRESET["num_local_experts"]}

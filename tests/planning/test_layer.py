@@ -11,17 +11,17 @@ from ranks import run_alone
 from torch import nn
 from toy import shipped
 
-from megamoe.config import load_preset
+from megamoe.config.model import load_preset
+from megamoe.launch.distributed import configure_deepspeed
 from megamoe.model import dispatch, dropout
 from megamoe.model.attention import attend
 from megamoe.model.decoder import Decoder
 from megamoe.model.latent_attention import MultiHeadLatentAttention
+from megamoe.model.topology import ExpertTopology
 from megamoe.planning.attention_cost import is_masked
 from megamoe.planning.layer import BlockKind, block_cost
 from megamoe.planning.part_cost import BothWays
 from megamoe.planning.sharding import read_setup
-from megamoe.topology import ExpertTopology
-from megamoe.training.distributed import configure_deepspeed
 
 BARE = {"expert_dropout": 0.0, "router_jitter_noise": 0.0}
 FULL = {"expert_dropout": 0.05, "router_jitter_noise": 0.01}

@@ -11,10 +11,9 @@ import torch
 from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config, shipped
 
-from megamoe import cli
-from megamoe.config import load_preset
-from megamoe.errors import UserError
-from megamoe.hardware import KNOWN_PEAKS
+from megamoe.config import cli
+from megamoe.config.model import load_preset
+from megamoe.config.run import RunConfig
 from megamoe.model.costs import train_flops_per_token
 from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
@@ -22,7 +21,8 @@ from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, make_plan, rates_
 from megamoe.planning.rates import CPU, GPU
 from megamoe.planning.report import ADVICE, LIMITS, advice, assumptions
 from megamoe.planning.step_time import Part, step_time
-from megamoe.run_config import RunConfig
+from megamoe.utils.errors import UserError
+from megamoe.utils.hardware import KNOWN_PEAKS
 
 ZERO2 = str(SHIPPED / "zero2.json")
 

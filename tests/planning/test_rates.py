@@ -3,9 +3,9 @@ from dataclasses import replace
 
 import pytest
 
-from megamoe.hardware import DEVICES, Device
 from megamoe.planning.part_cost import Product
 from megamoe.planning.rates import GPU, GROUP, KERNEL, PACKING, attention_seconds, product_seconds
+from megamoe.utils.hardware import DEVICES, Device
 
 H100 = DEVICES["h100"]
 TILE = 128 * 256

@@ -4,13 +4,13 @@ from itertools import product
 import pytest
 from toy import shipped
 
-from megamoe.config import load_preset
-from megamoe.hardware import DEVICES
+from megamoe.config.model import load_preset
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import GPU
 from megamoe.planning.search import MICRO_BATCHES, best_choices, kept_free
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
+from megamoe.utils.hardware import DEVICES
 
 SETUP = read_setup(load_preset("tiny"), shipped("zero2"), 8, 1, 256, False)
 

@@ -10,12 +10,12 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config, shipped
 
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config.model import ModelConfig, load_preset
 from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder
+from megamoe.model.topology import ExpertTopology
 from megamoe.planning import sharding
 from megamoe.planning.sharding import Group, elements_touched, parameter_groups, read_setup, setup_problems
-from megamoe.topology import ExpertTopology
 from megamoe.training import engine
 
 CONFIG = ModelConfig(**PRESET)

@@ -9,9 +9,9 @@ import pytest
 from ranks import run_alone, run_ranks
 from toy import PRESET, shipped
 
-from megamoe.config import ModelConfig
-from megamoe.json_files import read_json
+from megamoe.config.model import ModelConfig
 from megamoe.planning.simulate import measure, simulate
+from megamoe.utils.json_files import read_json
 
 MODEL = {**PRESET, "num_local_experts": 8, "num_hidden_layers": 4, "vocab_size": 2000, "max_position_embeddings": 128}
 

@@ -9,9 +9,8 @@ from operators import Operators
 from ranks import run_ranks
 from toy import PRESET, ds_config, shipped
 
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
-from megamoe.hardware import DEVICES, Device
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.decoder import Decoder
 from megamoe.planning.head import CHUNK_OPERATORS, outside_operators
@@ -31,6 +30,7 @@ from megamoe.planning.traffic import collectives
 from megamoe.training.matrix_share import MatrixShare
 from megamoe.training.muon import orthogonalize_share
 from megamoe.training.step import build_train_step
+from megamoe.utils.hardware import DEVICES, Device
 
 SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
 FULL = read_setup(load_preset("moe-680m"), shipped("zero2"), 1, 1, 1024, False)

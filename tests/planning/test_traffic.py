@@ -5,14 +5,14 @@ import pytest
 import torch
 from toy import PRESET, ds_config
 
-from megamoe.config import ModelConfig
-from megamoe.hardware import Device
+from megamoe.config.model import ModelConfig
 from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder, loss_parts
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, collectives, host_transfers
 from megamoe.training.step import balancer_of
 from megamoe.training.step_sums import NO_FLAGS, sum_over_ranks
+from megamoe.utils.hardware import Device
 
 SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
 

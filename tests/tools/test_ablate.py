@@ -19,8 +19,8 @@ from refusals import has, only, refusal, refusals
 from toy import PRESET, SHIPPED
 
 from megamoe import pretrain
-from megamoe.config import ModelConfig
-from megamoe.json_files import read_json
+from megamoe.config.model import ModelConfig
+from megamoe.utils.json_files import read_json
 
 DS = SHIPPED / "zero2_fp32.json"
 DEADLINE = 240  # seconds, which end a hang

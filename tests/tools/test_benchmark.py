@@ -16,9 +16,9 @@ from ranks import run_alone, run_ranks
 from refusals import has, refusal, refusals
 from toy import PRESET, SHIPPED
 
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.config.precision import by_rates
 from megamoe.model.costs import parameter_count
-from megamoe.precision import by_rates
 
 FULL = load_preset("moe-680m")
 RECIPE = str(SHIPPED / "zero2_fp32.json")

@@ -7,10 +7,10 @@ import pytest
 from ranks import run_alone
 from toy import PRESET, shipped
 
-from megamoe.config import ModelConfig
-from megamoe.errors import UserError
-from megamoe.hardware import Device
+from megamoe.config.model import ModelConfig
 from megamoe.planning import rates
+from megamoe.utils.errors import UserError
+from megamoe.utils.hardware import Device
 
 DS = shipped("zero2")
 CPU = Device("CPU", 4e11, 1e11, 1e10, 2e10, 1e9, 1e9, 1e9, 1e9)

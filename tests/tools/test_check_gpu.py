@@ -16,8 +16,8 @@ from check_gpu import Check
 from gpu_table import BEGIN, END
 from refusals import has, only, refusal
 
-from megamoe import cli
-from megamoe.config import load_preset
+from megamoe.config import cli
+from megamoe.config.model import load_preset
 from megamoe.planning.step_profile import StepProfile, Total
 
 

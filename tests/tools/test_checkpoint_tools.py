@@ -26,11 +26,12 @@ from tokenizers import Tokenizer
 from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint import manifest, verify
-from megamoe.checkpoint.export import write_state_dict
 from megamoe.checkpoint.open_model import OpenModel
-from megamoe.checkpoint.reader import find_checkpoint, load_weights, open_source
-from megamoe.config import ModelConfig
+from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
+from megamoe.formats.export import write_state_dict
+from megamoe.formats.source import load_weights
 from megamoe.model.costs import parameter_count, parameter_shapes
 from megamoe.model.decoder import Decoder
 

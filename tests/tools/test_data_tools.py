@@ -14,7 +14,7 @@ import pytest
 from refusals import has, only, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megamoe import cli
+from megamoe.config import cli
 from megamoe.data.tokenizer import load_tokenizer
 
 TEXT = "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 5

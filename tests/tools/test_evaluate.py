@@ -15,10 +15,10 @@ from refusals import has, only, refusals
 from transformers import AutoModelForCausalLM
 
 import megamoe
-from megamoe import cli
-from megamoe.checkpoint.native_export import native_class, write_native
+from megamoe.config import cli
 from megamoe.data.corpus import write_corpus
 from megamoe.data.tokenizer import train_tokenizer
+from megamoe.formats.native_export import native_class, write_native
 
 WINDOW = 24
 SHRUNK = {

@@ -18,10 +18,10 @@ from ranks import run_alone, start_processes
 from refusals import has
 from toy import PRESET, SHIPPED
 
+from megamoe.config.run import parse_run
 from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.launch.watch import Intervals
-from megamoe.run_config import parse_run
 
 PARTS = {"benchmark_models", "ablation_results"}  # of benchmark_contender and ablate
 DEADLINE = 240  # seconds, which end a hang

@@ -12,9 +12,10 @@ from refusals import has, refusal, refusals
 from toy import ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.open_model import open_model
-from megamoe.checkpoint.reader import find_checkpoint, load_weights, open_source, run_record
-from megamoe.config import ModelConfig
+from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
+from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
+from megamoe.formats.source import load_weights
 from megamoe.model.decoder import Decoder
 
 MINIMAX = {

@@ -9,7 +9,7 @@ import pytest
 import report
 from refusals import has
 
-from megamoe import cli
+from megamoe.config import cli
 
 
 def train_row(step):

@@ -7,12 +7,12 @@ import torch
 from ranks import run_ranks
 from toy import PRESET, ds_config, shipped
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.data.batches import Batch
 from megamoe.model.decoder import Decoder
 from megamoe.model.moe import DroplessDispatch
 from megamoe.model.router import Router
-from megamoe.topology import ExpertTopology
+from megamoe.model.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer, max_violation
 from megamoe.training.step import balancer_of, build_train_step
 

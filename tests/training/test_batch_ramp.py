@@ -8,7 +8,7 @@ from torch import nn
 from toy import ds_config, losses, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
-from megamoe.schedule_config import Schedule
+from megamoe.config.schedule import Schedule
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep
 

@@ -11,7 +11,7 @@ from engines import load_and_train, make, train_and_save
 from ranks import run_new_ranks, run_ranks
 from toy import PRESET
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.model.decoder import Decoder
 from megamoe.training import engine as module
 from megamoe.training.engine import parameter_groups

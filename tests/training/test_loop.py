@@ -15,22 +15,22 @@ from toy import PRECISION, PRESET, ds_config, losses, new_store, train_here, wri
 
 from megamoe.checkpoint import verify
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
+from megamoe.config.run import RunConfig
 from megamoe.data import token_files
 from megamoe.data.prefetch import THREAD
 from megamoe.data.token_files import TokenCorpus
-from megamoe.errors import UserError
+from megamoe.evaluation.held_out import Evaluator, HeldOut
+from megamoe.evaluation.scoring import Share
 from megamoe.job import Job
 from megamoe.launch import stopping
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.model.decoder import Decoder
 from megamoe.pretrain import run as pretrain
-from megamoe.run_config import RunConfig
-from megamoe.training.evaluation import Evaluator, HeldOut
-from megamoe.training.scoring import Share
 from megamoe.training.sinks import read_log
 from megamoe.training.step import TrainStep
+from megamoe.utils.errors import UserError
 
 STEPS = 12
 

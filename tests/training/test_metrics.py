@@ -8,13 +8,13 @@ import torch
 from ranks import run_ranks
 from toy import PRESET, ds_config, train_here, write_inputs
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.data.batches import BatchShape
-from megamoe.hardware import Peak
 from megamoe.model.decoder import Decoder
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.step import StepResult
 from megamoe.training.step_sums import NO_FLAGS
+from megamoe.utils.hardware import Peak
 
 
 def result(loss, **parts):

@@ -9,7 +9,7 @@ from fake_gpu import DEVICE, HostReads, NoCopies, fake_gpu, model_on_gpu
 from ranks import run_alone
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megamoe.config import load_preset
+from megamoe.config.model import load_preset
 from megamoe.training import step_sums
 from megamoe.training.balancing import Balance
 from megamoe.training.matrix_share import MatrixShare

@@ -12,9 +12,9 @@ from engines import make
 from ranks import run_new_ranks, start_processes
 from refusals import has, refusal
 
-from megamoe.ds_config import operator_builder
-from megamoe.errors import UserError
+from megamoe.config.recipe import operator_builder
 from megamoe.training import operators
+from megamoe.utils.errors import UserError
 
 DEADLINE = 240  # seconds, which end a hang
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}

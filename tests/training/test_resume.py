@@ -12,8 +12,8 @@ from ranks import run_new_ranks, run_ranks
 from toy import PRESET, ds_config, losses, shipped, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
-from megamoe.errors import UserError
-from megamoe.training.determinism import SETTINGS
+from megamoe.launch.determinism import SETTINGS
+from megamoe.utils.errors import UserError
 
 
 # On a GPU sums have one order with `--deterministic` only, and each run is of new processes, as in its use.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import PRESET
 
-from megamoe.config import ModelConfig
+from megamoe.config.model import ModelConfig
 from megamoe.training.balancing import Balance
 from megamoe.training.router_health import FIRST_STEPS, RouterHealth
 

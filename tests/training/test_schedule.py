@@ -5,7 +5,7 @@ from engines import OneWeight
 from ranks import run_ranks
 from torch import nn
 
-from megamoe.schedule_config import TYPES, Schedule, read_schedule
+from megamoe.config.schedule import TYPES, Schedule, read_schedule
 from megamoe.training.engine import build_engine
 from megamoe.training.schedule import learning_rate
 from megamoe.training.step import TrainStep

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import PRESET, ds_config, shipped, train_here, write_inputs
 
 import megamoe
-from megamoe.config import ModelConfig, load_preset
+from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
-from megamoe.host_values import host_values
 from megamoe.model.decoder import Decoder
 from megamoe.training import step_sums
 from megamoe.training.loop import Trainer
 from megamoe.training.step import build_train_step
 from megamoe.training.step_sums import Flags
+from megamoe.utils.device_reads import host_values
 
 FOLDER = str(Path(megamoe.__file__).parent)
 # Operations whose result, or its shape, the host has to know: on a GPU it waits for them.
@@ -115,15 +115,15 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
         others = ("model/moe.py", "model/dispatch.py", "checkpoint/", "training/metrics.py", "training/sinks.py")
         assert {who: count for who, count in reads.items() if not who.startswith(others)} == {
             "training/step_sums.py:read": 5,
-            "training/distributed.py:on_any_rank": 1,  # before the first step
-            "training/scoring.py:score": 1,  # after the last
-            "training/evaluation.py:run": 1,
+            "launch/distributed.py:on_any_rank": 1,  # before the first step
+            "evaluation/scoring.py:score": 1,  # after the last
+            "evaluation/held_out.py:run": 1,
         }
         assert all_reduces.pop("training/zero_step.py:allreduce_and_scatter") >= 5 * 2  # of gradients
         assert all_reduces == {
             "training/step_sums.py:sum_over_ranks": 5,
-            "training/distributed.py:on_any_rank": 1,
-            "training/scoring.py:score": 1,
+            "launch/distributed.py:on_any_rank": 1,
+            "evaluation/scoring.py:score": 1,
         }
 
 

@@ -19,11 +19,11 @@ from toy import losses, shipped, train_here, write_inputs
 
 import megamoe
 from megamoe.checkpoint.index import read_index
-from megamoe.checkpoint.reader import open_source
+from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.universal import write_universal
+from megamoe.config.run import parse_run
 from megamoe.model.names import expert_id, is_buffer
-from megamoe.run_config import parse_run
 from megamoe.training.weight_average import WeightAverage, describe_change
 
 DECAY, STEPS = 0.3, 5  # the ramp reaches it at step 3

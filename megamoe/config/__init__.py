@@ -1,0 +1,1 @@
+"""Configuration: presets, the DeepSpeed JSON and the command line, parsed and checked."""

@@ -1,0 +1,252 @@
+"""Typed configuration of a run: what the command line of pretrain.py owns."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from megamoe.config import cli
+from megamoe.config.model import validate
+from megamoe.utils.errors import UserError
+
+
+class Corpus(BaseModel):
+    """One source of training tokens: a prepared folder, or the prefix of a .bin/.idx pair, with its weight in a mix."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+
+def parse_corpus(value: Any) -> Any:
+    """`PATH` or `PATH=WEIGHT` from the command line."""
+    if not isinstance(value, str):
+        return value
+    path, separator, weight = value.rpartition("=")
+    if not separator:
+        return {"path": value}
+    try:
+        return {"path": path, "weight": float(weight)}
+    except ValueError:
+        raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
+
+
+class RampStage(BaseModel):
+    """Samples per optimizer step up to a step of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    samples: int = Field(gt=0)
+    last_step: int = Field(gt=0)
+
+
+def parse_stage(value: Any) -> Any:
+    """`SAMPLES:STEP` from the command line."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"\d+:\d+", value):
+        raise ValueError(f"{value!r} is no stage of a ramp; write SAMPLES:STEP.")
+    samples, last_step = value.split(":")
+    return {"samples": int(samples), "last_step": int(last_step)}
+
+
+class HeldOutSource(BaseModel):
+    """A held-out set: a prepared folder, or the prefix of a .bin/.idx pair, and its name in the logs."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    path: str
+
+
+def parse_held_out(value: Any) -> Any:
+    """`PATH` or `NAME=PATH` from the command line. A path has its folder's name; one with a "/" before its "=" is
+    taken for a path alone."""
+    if not isinstance(value, str):
+        return value
+    name, separator, path = value.partition("=")
+    if separator and "/" not in name:
+        return {"name": name, "path": path}
+    last = Path(os.path.abspath(value))
+    last = last.with_suffix("") if last.suffix in (".bin", ".idx") else last
+    found = last.parent.name if last.name in ("train", "valid") else last.name
+    return {"name": re.sub(r"[^\w.-]", "_", found) or "valid", "path": value}
+
+
+def several(value: Any) -> Any:
+    """A list of what a run of one held-out set has recorded as a text, and one without as null."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def with_own_names(sources: list[HeldOutSource]) -> list[HeldOutSource]:
+    """Raises ValueError where two have one name, or one has a name of the averaged weights' values in the log."""
+    names = [source.name for source in sources]
+    averaged = next((name for name in names if name == "ema" or name.startswith("ema_")), None)
+    if averaged:
+        raise ValueError(
+            f"a held-out set has the name {averaged}, as values of averaged weights have; write NAME=PATH with another."
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"two held-out sets have the name {twice}; write NAME=PATH with names of their own.")
+    return sources
+
+
+def parse_duration(value: Any) -> Any:
+    """Seconds of "90" (minutes), "1:30:00" or "2-12:00:00" (days), as Slurm writes them. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d\d):(\d\d))|(\d+(?:\.\d+)?)", value)
+    if not found:
+        raise ValueError(f"{value!r} is no time; write minutes, H:MM:SS or D-HH:MM:SS.")
+    days, hours, minutes, seconds, plain = found.groups()
+    if plain:
+        return 60 * float(plain)
+    return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
+
+
+class RunConfig(BaseModel):
+    """What the command line of pretrain.py owns. Each field is one option; its description is the option's help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ds_config: str = Field(description="path of the DeepSpeed JSON")
+    preset: str = Field(
+        default="moe-680m", description="name of a shipped preset, or path of its JSON or of a Hugging Face directory"
+    )
+    data: list[Annotated[Corpus, BeforeValidator(parse_corpus)]] = Field(
+        default=[Corpus(path="data/shakespeare-2048")],
+        min_length=1,
+        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
+    )
+    valid_data: Annotated[
+        list[Annotated[HeldOutSource, BeforeValidator(parse_held_out)]],
+        BeforeValidator(several),
+        AfterValidator(with_own_names),
+    ] = Field(
+        default=[],
+        description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
+        "folder",
+    )
+    run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
+    resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
+    auto_resume: bool = Field(
+        default=False, description="resume if the run folder holds a run, else begin: one command for both"
+    )
+    time_limit: Annotated[float | None, BeforeValidator(parse_duration)] = Field(
+        default=None,
+        gt=0,
+        description="save and leave before this time since the start: minutes, H:MM:SS or D-HH:MM:SS; the end of a "
+        "Slurm job counts in any case",
+    )
+    collective_timeout: float = Field(
+        default=300,
+        gt=0,
+        lt=86_400,  # the timeout of the process groups, in launch/distributed.py
+        description="seconds without progress of any rank, after which all exit and say where each is",
+    )
+    ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
+    seq_len: int | None = Field(
+        default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
+    )
+    recompute_blocks: int = Field(
+        default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
+    )
+    compile: bool = Field(
+        default=False,
+        description="compile what lies around the experts' products in each block: faster steps, a later first one",
+    )
+    steps: int | None = Field(
+        default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps, if it has one"
+    )
+    batch_ramp: list[Annotated[RampStage, BeforeValidator(parse_stage)]] = Field(
+        default=[],
+        description="fewer samples per step at first: SAMPLES:STEP, the last step with so many, for each stage",
+    )
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="keep an average of the weights, of which so much stays at each step (0.999); by default none",
+    )
+    log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
+    eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
+    eval_samples: int = Field(
+        default=256, gt=0, description="samples of each held-out set used by an evaluation, at most"
+    )
+    lm_eval_tasks: list[str] = Field(
+        default=[], description="tasks of lm-evaluation-harness to evaluate (pip install 'megamoe[eval]')"
+    )
+    lm_eval_interval: int = Field(
+        default=0, ge=0, description="steps between two evaluations of these tasks; 0: only at the end"
+    )
+    lm_eval_folder: str | None = Field(
+        default=None, description="folder of your own tasks (YAML), found before those of lm-evaluation-harness"
+    )
+    save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
+    keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
+    keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of this many steps as well")
+    deterministic: bool = Field(
+        default=False, description="on GPUs, repeat a run bit for bit, at the cost of speed; on CPU it always does"
+    )
+    foreground_save: bool = Field(
+        default=False, description="hold training while a checkpoint is written, instead of copying the state first"
+    )
+    guard: Literal["off", "warn", "act"] = Field(
+        default="warn", description="what is done about spikes of the loss or the gradient norm, see docs/guard.md"
+    )
+    guard_deviations: float = Field(
+        default=6.0, gt=0, allow_inf_nan=False, description="deviations above its window from which a step is a spike"
+    )
+    guard_window: int = Field(default=128, ge=4, le=4096, description="steps of that window, and of the smoothed loss")
+    guard_margin: float = Field(
+        default=0.5, gt=0, allow_inf_nan=False, description="nats of the smoothed loss above its best: a climb"
+    )
+    guard_skips: int = Field(
+        default=10, gt=0, description="with --guard act, skipped steps in a row after which the run goes back"
+    )
+    guard_rollbacks: int = Field(
+        default=3, ge=0, description="with --guard act, times that the run goes back to a checkpoint before it ends"
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        preset = Path(os.path.abspath(self.preset))  # "." has a name too
+        return Path(self.run_dir or Path("runs") / preset.name.removesuffix(".json"))
+
+
+def parse_run(arguments: list[str] | None = None) -> RunConfig:
+    """The command line as a RunConfig. Raises UserError."""
+    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
+    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
+    cli.add_fields(
+        parser,
+        RunConfig,
+        data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default},
+        batch_ramp={"nargs": "+", "metavar": "SAMPLES:STEP"},
+        valid_data={"nargs": "+", "metavar": "[NAME=]PATH"},
+        lm_eval_tasks={"nargs": "+", "metavar": "TASK"},
+    )
+    parser.add_argument("--local_rank", help="given by the launcher; not used")
+    return parser.parse(arguments, _run_of)
+
+
+def _run_of(values: argparse.Namespace) -> RunConfig:
+    given = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
+    foreign = [word for word in sys.argv if not word.isascii() and word.encode(errors="replace").decode() != word]
+    if foreign:  # no JSON could hold it
+        raise UserError(f"command line: {foreign[0]!a} is not UTF-8; rename that.")
+    return validate(RunConfig, given, "command line")

@@ -1,0 +1,76 @@
+"""What does not fit between the owners of settings: preset, DeepSpeed JSON and command line."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from megamoe.config.model import ModelConfig
+from megamoe.config.recipe import batch_sizes, section_of
+from megamoe.config.run import RunConfig
+from megamoe.config.schedule import read_schedule
+from megamoe.utils.errors import UserError
+
+
+def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_size: int) -> list[str]:
+    """What does not fit between the three owners, one sentence each."""
+    problems = ramp_problems(run, ds, world_size)
+    if run.seq_len and run.seq_len > model.max_position_embeddings and model.rope_scaling is None:
+        problems.append(
+            f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
+            "lower it, or raise that or set rope_scaling in the preset."
+        )
+    if run.guard == "act" and section_of(ds, "bf16").get("check_grad_overflow") is False:
+        problems.append(
+            f'guard is "act", but "check_grad_overflow" in the "bf16" section of {run.ds_config} is false, with which '
+            "DeepSpeed skips no step; set it to true."
+        )
+    if run.recompute_blocks > model.num_hidden_layers:
+        problems.append(
+            f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
+            "give at most that many."
+        )
+    return problems
+
+
+def ramp_problems(run: RunConfig, ds: dict[str, Any], world_size: int) -> list[str]:
+    """What keeps --batch_ramp from leading up to the batch of the DeepSpeed JSON on these ranks, one sentence each."""
+    try:
+        micro, accumulation = batch_sizes(ds, world_size)
+    except UserError:
+        return []  # already reported with the JSON
+    unit, full = micro * world_size, micro * accumulation * world_size
+    stages = [(stage.samples, stage.last_step) for stage in run.batch_ramp]
+    problems = [
+        f"batch_ramp has {samples} samples per step, but {micro} per rank x {world_size} ranks is {unit}; give a "
+        f'multiple of {unit}, or another "train_micro_batch_size_per_gpu".'
+        for samples, _ in stages
+        if samples % unit
+    ]
+    problems += [
+        f"batch_ramp has {samples} samples up to step {last}, then {more} up to step {later}; let both rise."
+        for (samples, last), (more, later) in pairwise(stages)
+        if more <= samples or later <= last
+    ]
+    if stages and stages[-1][0] >= full:
+        problems.append(
+            f"batch_ramp ends with {stages[-1][0]} samples per step, but the full batch of {run.ds_config} is {full}; "
+            "give fewer, and leave the full batch out."
+        )
+    return problems
+
+
+def length_problems(run: RunConfig, ds: dict[str, Any]) -> list[str]:
+    """What keeps the run from an end, one sentence: it has that of its schedule, or one before it."""
+    try:
+        total = read_schedule(ds, run.ds_config).total_steps
+    except UserError:
+        return []  # already reported with the JSON
+    if total is None and run.steps is None:
+        return [f"the schedule in {run.ds_config} has no end, and --steps is missing; give the last step of the run."]
+    if total is not None and run.steps and run.steps > total:
+        return [
+            f"steps is {run.steps}, but the schedule in {run.ds_config} ends at step {total}; lower --steps or raise "
+            "total_num_steps."
+        ]
+    return []

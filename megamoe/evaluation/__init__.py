@@ -1,0 +1,1 @@
+"""Scoring, held-out sets, tasks."""

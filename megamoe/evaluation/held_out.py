@@ -1,0 +1,74 @@
+"""Evaluation on the held-out sets of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from megamoe.data.token_files import TokenCorpus, split_counts
+from megamoe.data.tokenizer import load_tokenizer
+from megamoe.evaluation.scoring import Share, Window, bits_per_byte, score
+from megamoe.model.decoder import Decoder
+
+DECODED = 256  # samples decoded at a time; a character may be torn where one ends
+
+
+def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
+    """Tokens of held-out text over its bytes: those that tools/prepare_data.py has counted, else those that the
+    tokenizer beside the corpus decodes its first `limit` samples to; None where there is neither. Raises UserError."""
+    counts = split_counts(corpus.prefix)
+    if counts:
+        return counts["tokens"] / counts["bytes"]
+    file = corpus.prefix.parent / "tokenizer.json"
+    if not file.exists():
+        return None
+    tokenizer = load_tokenizer(file, corpus.vocab_size)
+    limit = min(limit, corpus.num_samples)
+    size = 0
+    for start in range(0, limit, DECODED):
+        labels = [corpus.sample(index)[1:] for index in range(start, min(start + DECODED, limit))]
+        size += len(tokenizer.decode(np.concatenate(labels).tolist()).encode())
+    return limit * corpus.seq_len / size if size else None
+
+
+class HeldOut(NamedTuple):
+    """A held-out set of a run."""
+
+    name: str
+    corpus: TokenCorpus
+    tokens_per_byte: float | None  # of its text; None where the bytes are not known
+
+
+class Evaluator:
+    """Mean loss on the samples of each held-out set."""
+
+    def __init__(self, sets: list[HeldOut], limit: int):
+        """
+        Args:
+            limit: most samples to use of each.
+        """
+        self.sets = sets
+        self.limit = limit
+
+    def run(self, model: Decoder, share: Share, device: torch.device) -> dict[str, float]:
+        """Values by name: of the first set, loss in nats, tokens and, where it is known, bits_per_byte; of the others,
+        NAME_loss and NAME_bits_per_byte. Collective; leaves the model in evaluation mode."""
+        sums = score(model, self._windows(), len(self.sets), share, device).tolist()
+        values: dict[str, float] = {}
+        for number, (held_out, (nats, tokens, _)) in enumerate(zip(self.sets, sums, strict=True)):
+            prefix = f"{held_out.name}_" if number else ""
+            values[f"{prefix}loss"] = nats / tokens
+            if not number:
+                values["tokens"] = int(tokens)
+            if held_out.tokens_per_byte is not None:
+                values[f"{prefix}bits_per_byte"] = bits_per_byte(nats, tokens / held_out.tokens_per_byte)
+        return values
+
+    def _windows(self) -> Iterator[Window]:
+        for number, held_out in enumerate(self.sets):
+            for index in range(min(self.limit, held_out.corpus.num_samples)):
+                sample = held_out.corpus.sample(index)
+                yield Window(sample[:-1], sample[1:], number)

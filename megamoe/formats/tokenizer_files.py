@@ -1,0 +1,84 @@
+"""The tokenizer of a Hugging Face directory: its files, and the ids of its special tokens."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megamoe.config.model import ModelConfig
+from megamoe.data.tokenizer import END_OF_TEXT_NAMES, load_tokenizer
+from megamoe.utils.json_files import read_json, write_json
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def copy_tokenizer(directory: Path, folder: Path) -> None:
+    """Copy the files of a directory's tokenizer, with its settings of generation, into `folder`."""
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, folder / name)
+
+
+def special_ids(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
+    """Ids by the keys of TOKEN_IDS, of the tokenizer.json at `tokenizer`: those of the config.json next to it, or
+    else the end-of-text token for all. Raises UserError where the tokenizer does not fit the model."""
+    loaded = load_tokenizer(tokenizer, config.vocab_size)
+    path = tokenizer.with_name("config.json")
+    given = read_json(path) if path.is_file() else {}
+    found = {key: given[key] for key in TOKEN_IDS if _is_id(given.get(key))}
+    if found:
+        return found
+    ids = (loaded.token_to_id(name) for name in END_OF_TEXT_NAMES)
+    end_of_text = next((one for one in ids if one is not None), None)
+    return {} if end_of_text is None else dict.fromkeys(TOKEN_IDS, end_of_text)
+
+
+def _is_id(value: Any) -> bool:
+    """There may be several that end a text."""
+    return isinstance(value, int) or (isinstance(value, list) and all(isinstance(one, int) for one in value))
+
+
+def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
+    """Write a tokenizer.json and what transformers needs with it: of a Hugging Face directory, its own files. Returns
+    `special_ids`."""
+    ids = special_ids(tokenizer, config)
+    if tokenizer.with_name("tokenizer_config.json").is_file():
+        copy_tokenizer(tokenizer.parent, folder)
+        return ids
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    loaded = load_tokenizer(tokenizer)
+    names = {key.removesuffix("_id"): loaded.id_to_token(one) for key, one in ids.items() if isinstance(one, int)}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings | names)
+    return ids
+
+
+def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:
+    """The special tokens for transformers' `generate`, unless the tokenizer's directory has said how to generate."""
+    if not (folder / "generation_config.json").exists():
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def chat_template(tokenizer: Path) -> str | None:
+    """The template of the Hugging Face directory in which a tokenizer.json is; None where it has none."""
+    path, settings = tokenizer.with_name("chat_template.jinja"), tokenizer.with_name("tokenizer_config.json")
+    if path.is_file():
+        return path.read_text()
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    return template if isinstance(template, str) else None

@@ -1,0 +1,1 @@
+"""What every package uses: errors, JSON, disk, hardware, reads of the device."""

@@ -1,0 +1,72 @@
+"""Files that a crash leaves complete or absent, and outputs that must not be there yet."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megamoe.utils.errors import UserError
+
+PARTIAL = ".partial"
+
+
+def flush(path: Path) -> None:
+    """Wait until the disk has a file, or the entries of a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small new file to the disk."""
+    with open(path, "xb") as file:
+        file.write(data)
+    flush(path)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace the content of `path` atomically."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)
+    write_file(partial, text.encode())
+    os.replace(partial, path)
+    flush(path.parent)
+
+
+def check_absent(out: Path) -> None:
+    """Raise UserError if there is something at `out`, or a file where its folder should be."""
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it, or choose another output.")
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"{out} cannot be made, for {parent} is a file; choose another output.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end, and is removed on an error. Raises UserError if there is
+    something at `out`, also if another process has made that meanwhile."""
+    check_absent(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            os.rename(partial, out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                check_absent(out)
+            raise
+    except OSError as error:
+        error.filename = error.filename or str(out)  # a write to a full disk does not say where
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

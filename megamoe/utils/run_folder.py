@@ -1,0 +1,177 @@
+"""A run's folder: who trains in it, how the run began, and what each resume changed.
+
+RUN/run.json         the record of the start; never written again
+RUN/resumes.jsonl    a record for each resume, appended
+RUN/lock             locked while a run trains in the folder
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import IO, Any
+
+from megamoe.utils import disk
+from megamoe.utils.errors import UserError, shown
+from megamoe.utils.json_files import parse_json, read_json
+
+LOCK = "lock"
+BEGUN = {LOCK, "tokenizer.json", "run.json" + disk.PARTIAL}  # all that a start leaves that was cut off
+LEASE_SECONDS = 100  # after which a file server gives up the locks of a host that it does not hear of any more
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+MISSES, MISS_SECONDS = 3, 1.0  # a folder that a file server moves or mounts again is absent for a moment
+
+
+class RunFolder:
+    """The folder of one run, which may not exist yet."""
+
+    def __init__(self, path: Path, waits: bool = False):
+        """Lock the folder of a run; the lock ends with the process, whatever ends that, and with this object.
+
+        Raises UserError where another process trains in it.
+
+        Args:
+            waits: for a process that may be about to exit, also on this host.
+        """
+        self.path = path
+        self._waits = waits
+        self._lock: IO[str] | None = None
+        if _start(path).is_file():
+            self._take_lock()
+        self.began = beginning(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.path / "checkpoints"
+
+    def is_foreign(self) -> bool:
+        """Whether there is something else at this path."""
+        if self.began is not None or not self.path.exists():
+            return False
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {""}
+        return not names <= (BEGUN if LOCK in names else set())
+
+    def last_record(self) -> dict[str, Any]:
+        """The record of the last resume, or of the start. Raises UserError."""
+        return last_record(self.path) or {}
+
+    def enter(self, record: dict[str, Any], tokenizer: Path | None) -> None:
+        """Write the record of a start or a resume, in a folder that stays locked. Raises UserError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be made ({error.strerror}); choose another --run_dir.") from None
+        self._take_lock()
+        if self.began is None and _start(self.path).is_file():
+            raise UserError(f"{self.path} has become another run's meanwhile; choose another --run_dir.")
+        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
+        if self.began is not None:
+            with open(_resumes(self.path), "a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps(record) + "\n")  # a kill can have torn the line before
+            return
+        if tokenizer:
+            shutil.copyfile(tokenizer, self.path / "tokenizer.json")
+        disk.replace_file(_start(self.path), json.dumps(record, indent=2) + "\n")
+
+    def is_gone(self) -> bool:
+        """Whether it has been removed, and perhaps made again, since this process locked it."""
+        for attempt in range(MISSES):
+            if attempt:
+                time.sleep(MISS_SECONDS)
+            try:
+                found = os.stat(self.path / LOCK if self._lock else self.path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError:
+                return False  # nobody knows now
+            return self._lock is not None and not os.path.samestat(found, os.fstat(self._lock.fileno()))
+        return True
+
+    def _take_lock(self) -> None:
+        self._lock = self._lock or _lock(self.path, self._waits)
+
+    def run_id(self) -> str | None:
+        """Of the run in it, or a new one; None for a run that began before runs had ids."""
+        return uuid.uuid4().hex if self.began is None else self.began.get("run_id")
+
+
+def _start(folder: Path) -> Path:
+    return folder / "run.json"
+
+
+def _resumes(folder: Path) -> Path:
+    return folder / "resumes.jsonl"
+
+
+def beginning(folder: Path) -> dict[str, Any] | None:
+    """How the run in a folder began; None where it holds none. Raises UserError."""
+    path = _start(folder)
+    return _checked(read_json(path), path) if path.is_file() else None
+
+
+def last_record(folder: Path) -> dict[str, Any] | None:
+    """How the run in a folder was last resumed, or began; None where it holds none. Raises UserError."""
+    path = _resumes(folder)
+    content = path.read_bytes() if path.is_file() else b""
+    lines = [line for line in content.splitlines() if line]
+    if not content.endswith(b"\n"):
+        lines = lines[:-1]  # torn when the run was killed
+    return _checked(parse_json(lines[-1], path), path) if lines else beginning(folder)
+
+
+def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    for key, kind in (("model", dict), ("run", dict), ("deepspeed", dict), ("versions", dict), ("data", list)):
+        if not isinstance(record, dict) or not isinstance(record.get(key, kind()), kind):
+            raise UserError(
+                f"{path}: {key} is {shown(record.get(key) if isinstance(record, dict) else record)}, which no run has "
+                "written; bring the file back, or choose another --run_dir."
+            )
+    return record
+
+
+def _lock(folder: Path, waits: bool) -> IO[str] | None:
+    """The locked file; None where the file system knows no locks, which is said. Raises UserError with the holder where
+    there is one."""
+    try:
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the lock
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --run_dir.") from None
+    kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    deadline, said = time.monotonic() + LEASE_SECONDS, False
+    while True:
+        try:
+            # Not flock: those of a fork's parent and children are one.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                print(f"{folder} is on a file system without locks; start one run in it at a time.", file=sys.stderr)
+                return None
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        file.seek(0)
+        holder, _, its_kernel = file.read().strip().partition("; kernel ")
+        # The lock of a process of this kernel ends with it at once.
+        if (its_kernel == kernel and not waits) or time.monotonic() > deadline:
+            raise UserError(
+                f"{folder} is in use by {holder or 'another run'}; wait for its end, or choose another --run_dir."
+            )
+        if not said:
+            print(f"waiting up to {LEASE_SECONDS} s for {folder}, in use by {holder}", file=sys.stderr, flush=True)
+            said = True
+        time.sleep(1)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.seek(0)
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}; kernel {kernel}\n")
+    file.flush()
+    return file

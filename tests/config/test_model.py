@@ -1,0 +1,239 @@
+"""Presets and the fields of a run; every refusal names the value, the limit and the remedy. What does not fit between
+fields has `test_config_checks.py`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from refusals import has, only, refusals
+
+from megamoe.config.model import PRESET_DIR, ModelConfig, load_preset, preset_names, validate
+from megamoe.config.run import Corpus, RunConfig, parse_run
+
+
+def shape(**changes):
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_latent_tokens": 2,
+        "max_position_embeddings": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return {key: value for key, value in {**values, **changes}.items() if value is not ...}
+
+
+def shape_refusals(**changes):
+    return refusals(validate, ModelConfig, shape(**changes), "my.json")
+
+
+# --- what is shipped ---
+
+
+def test_every_shipped_preset_has_its_name_and_loads_with_what_its_file_says():
+    paths = list(PRESET_DIR.glob("*.json"))
+    assert preset_names() == sorted(path.stem for path in paths)
+    for path in paths:
+        config, said = load_preset(path.stem).model_dump(), json.loads(path.read_text())
+        assert {key: config[key] for key in said} == said
+        assert load_preset(str(path)).model_dump() == config
+
+
+def test_the_default_preset_is_the_designed_model():
+    assert RunConfig(ds_config="x").preset == "moe-680m"
+    assert load_preset("moe-680m").model_dump() == {
+        "vocab_size": 49152,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "hidden_act": "silu",
+        "gated_mlp": False,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "num_latent_tokens": 8,
+        "max_position_embeddings": 1024,
+        "rope_theta": 10000.0,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "expert_dropout": 0.05,
+        "router_jitter_noise": 0.01,
+        "router_score": "softmax",
+        "router_bias_rule": "sign",
+        "router_bias_rate": 1e-3,
+        "router_load_decay": 0.9,
+        "initializer_range": 0.02,
+        # parts that it does not have
+        "tie_word_embeddings": True,
+        "num_nextn_predict_layers": 0,
+        "mtp_loss_coef": 0.3,
+        "output_z_loss_coef": 0.0,
+        "qk_norm": None,
+        "attention_bias": False,
+        "attention_out_bias": False,
+        "sliding_window": None,
+        "layer_types": None,
+        "kv_lora_rank": None,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": None,
+        "qk_rope_head_dim": None,
+        "v_head_dim": None,
+        "partial_rotary_factor": 1.0,
+        "moe_intermediate_size": None,
+        "first_k_dense_replace": 0,
+        "mlp_only_layers": [],
+        "n_shared_experts": 0,
+        "shared_expert_gate": False,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "router_bias": True,
+        "router_aux_loss_coef": 0.0,
+        "router_aux_loss_type": "sequence",
+        "router_z_loss_coef": 0.0,
+    }
+
+
+# --- the model ---
+
+
+def test_margins_are_counted_for_a_bias_that_needs_them():
+    def counts(**changes):
+        return ModelConfig(**shape(num_local_experts=8, router_bias_rule="quantile", **changes)).counts_margins
+
+    assert counts(num_experts_per_tok=2)
+    assert not counts(num_experts_per_tok=8)  # nothing to balance
+    assert not counts(num_experts_per_tok=2, router_bias=False)
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    has(only(refusals(load_preset, "tinny")), "'tinny'", "moe-680m", "tiny", ".json")
+    has(only(refusals(load_preset, "no/such.json")), "no/such.json", "tiny")
+    assert "directory" not in only(refusals(load_preset, "tinny"))  # which `find_preset` takes
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"hidden_sise": 3}, ['"hidden_sise"', 'did you mean "hidden_size"?']),
+        ({"zzz": 3}, ['"zzz"', "known keys are", "hidden_size", "rope_theta"]),
+        ({"hidden_size": ...}, ['"hidden_size"', "missing", "add it"]),
+        ({"hidden_size": -3}, ['"hidden_size"', "-3", "greater than 0", "change it"]),
+        ({"hidden_size": "64"}, ['"hidden_size"', '"64"', "valid integer"]),
+        ({"hidden_size": True}, ['"hidden_size"', "true", "valid integer"]),
+        ({"hidden_size": 64.5}, ['"hidden_size"', "64.5", "valid integer"]),
+        ({"head_dim": 33}, ['"head_dim"', "33", "multiple of 2"]),
+        ({"expert_dropout": 1}, ['"expert_dropout"', "1", "less than 1"]),
+        ({"rms_norm_eps": "1e-8"}, ['"rms_norm_eps"', '"1e-8"', "valid number"]),
+        ({"router_score": "softmx"}, ['"softmx"', "'softmax'", "'sigmoid'"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_of_a_preset_is_one_sentence(changes, parts):
+    has(only(shape_refusals(**changes)), "my.json", *parts)
+
+
+def test_sizes_far_above_any_real_model_are_refused_before_anything_is_made():
+    sizes = {key for key, value in ModelConfig(**shape()).model_dump().items() if type(value) is int}
+    for key in sizes - {"num_experts_per_tok"}:  # which num_local_experts bounds
+        (found,) = (text for text in shape_refusals(**{key: 10**12}) if f'"{key}" is 1000000000000' in text)
+        has(found, "less than or equal to", "change it")
+
+
+def test_1e2_is_a_whole_number():
+    assert validate(ModelConfig, shape(vocab_size=1e2), "my.json").vocab_size == 100
+
+
+def test_values_that_are_no_object_are_refused():
+    for values in ([], "tiny", 3, None):
+        has(only(refusals(validate, ModelConfig, values, "run.json: model")), "run.json: model", json.dumps(values))
+
+
+def test_a_very_long_value_is_cut_in_its_sentence():
+    assert len(only(shape_refusals(hidden_size="x" * 10**6))) < 400
+
+
+def test_all_problems_of_a_preset_come_at_once():
+    wrong = {"hidden_sise": 32, "vocab_size": ..., "head_dim": -2, "num_key_value_heads": 3, "num_experts_per_tok": 5}
+    problems = shape_refusals(**wrong)
+    assert len(problems) == len(wrong), problems
+    has(" ".join(problems), *wrong)
+
+
+# --- the run ---
+
+
+def test_the_run_folder_has_the_name_of_the_preset_by_default(tmp_path, monkeypatch):
+    (tmp_path / "above" / "here.2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here.2")
+    for preset, folder in {
+        "tiny": "tiny",
+        "mine/small.json": "small",
+        "../v1.5.json": "v1.5",
+        "hf/Qwen1.5-MoE": "Qwen1.5-MoE",
+        "hf/Qwen1.5-MoE/": "Qwen1.5-MoE",
+        ".": "here.2",
+        "..": "above",
+    }.items():
+        assert RunConfig(ds_config="x", preset=preset).folder == Path("runs") / folder
+        assert RunConfig(ds_config="x", preset=preset, run_dir="mine").folder == Path("mine")
+
+
+def test_data_is_a_path_or_a_path_with_its_weight():
+    run = validate(RunConfig, {"ds_config": "x", "data": ["a", "b=2.5", "c=d=1"]}, "command line")
+    assert run.data == [Corpus(path="a"), Corpus(path="b", weight=2.5), Corpus(path="c=d", weight=1)]
+
+
+def test_a_time_limit_is_written_as_slurm_writes_it():
+    for words, seconds in {"90": 5400, "0.5": 30, "0:00:25": 25, "1:30:00": 5400, "2-12:00:00": 216_000}.items():
+        assert validate(RunConfig, {"ds_config": "x", "time_limit": words}, "command line").time_limit == seconds
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
+    run = parse_run(["--ds_config", "ds.json"])
+    assert run == RunConfig(ds_config="ds.json")
+    run = parse_run(["--ds_config", "a", "--data", "x=0.7", "y=0.3", "--steps", "5", "--resume", "--local_rank=1"])
+    assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
+    assert run.steps == 5
+    assert run.resume
+    run = parse_run(["--ds_config", "a", "--batch_ramp", "16:200", "32:500"])
+    assert [(stage.samples, stage.last_step) for stage in run.batch_ramp] == [(16, 200), (32, 500)]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("--stepz 3", ['unknown option "--stepz"', 'did you mean "--steps"']),
+        ("--seed 1 --seed 2", ["--seed is given twice, as 1 and as 2"]),
+        ("--steps many", ['"steps" is "many"', "integer"]),
+        ("--ep_size 0", ['"ep_size" is "0"', "greater than 0"]),
+        ("--data x=much", ["'x=much'", "PATH=WEIGHT"]),
+        *((f"--data x={weight}", ["weight"]) for weight in ("0", "inf")),
+        *((f"--time_limit={words}", ["time_limit"]) for words in ("1:30", "0")),
+        ("--batch_ramp 16", ["'16'", "SAMPLES:STEP"]),
+        ("--batch_ramp 0:5", ['"batch_ramp.0.samples" is 0', "greater than 0"]),
+    ],
+)
+def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):
+    has(only(refusals(parse_run, ["--ds_config", "a", *words.split()])), *parts)
+
+
+def test_all_problems_of_a_command_line_come_at_once():
+    problems = refusals(parse_run, ["--stepz", "3", "--seed", "x", "--ep_size", "0", "--data", "a=0", "b=much"])
+    assert len(problems) == 6, problems
+    has(
+        " ".join(problems), 'unknown option "--stepz"', '"ds_config" is missing', '"seed" is "x"', '"ep_size" is "0"',
+        "weight", "'b=much'",
+    )  # fmt: skip

@@ -1,0 +1,274 @@
+"""The table of optimizers: what DeepSpeed really keeps is what it says, and an entry is all that a new one needs."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from unittest.mock import patch
+
+import pytest
+import torch
+from engines import load_and_train, make, same_state, train, train_and_save
+from ranks import run_ranks
+from refusals import has, only, sentences
+from toy import PRESET, ds_config
+
+from megamoe.checkpoint.opening import open_source
+from megamoe.checkpoint.universal import write_universal
+from megamoe.config import optimizers
+from megamoe.config.model import ModelConfig
+from megamoe.config.optimizers import OPTIMIZERS, OptimizerSpec, StateTensor, find_optimizer, optimizer_names
+from megamoe.config.recipe import deepspeed_problems
+from megamoe.formats.source import load_buffers
+from megamoe.planning.footprint import footprint
+from megamoe.planning.sharding import read_setup
+from megamoe.planning.traffic import update_bytes
+from megamoe.utils.errors import UserError
+
+OFFLOADED = {"stage": 2, "reduce_bucket_size": 5000, "offload_optimizer": {"device": "cpu"}}
+LION = {"optimizer": {"type": "Lion", "params": {"weight_decay": 0.05}}, "zero_optimization": OFFLOADED}
+ADAMW_OFFLOADED = {"optimizer": {"type": "AdamW", "params": {}}, "zero_optimization": OFFLOADED}
+
+MUON = {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02, "weight_decay": 0.05}}}
+
+# What no table has yet: torch's SGD with momentum, which counts no steps.
+SGD = OptimizerSpec(
+    names=("SGD",),
+    params=frozenset({"lr", "momentum", "weight_decay"}),
+    state=(StateTensor("momentum_buffer"),),
+    counts_steps=False,
+)
+SGD_JSON = {
+    "optimizer": {"type": "SGD", "params": {"momentum": 0.9}},
+    "zero_allow_untested_optimizer": True,
+}
+
+
+def with_sgd(function, *args, **kwargs):
+    """Call it on a rank whose table has SGD too."""
+    with patch.object(optimizers, "OPTIMIZERS", [*OPTIMIZERS, SGD]):
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def sgd(monkeypatch):
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", [*OPTIMIZERS, SGD])
+
+
+def json_with(optimizer, **params):
+    return ds_config(2, optimizer={"type": optimizer, "params": params})
+
+
+def problems_of(ds, on_cpu=False):
+    return sentences(deepspeed_problems(ds, "ds.json", 1, on_cpu))
+
+
+# --- the table and DeepSpeed ----------------------------------------------------------------------------------------
+
+
+def state_of(kwargs):
+    """Names, types and shapes of what the optimizer keeps on this rank after a step, by name."""
+    engine = make(1, **kwargs)
+    train(engine, 1)
+    optimizer = engine.optimizer.optimizer
+    (masters,) = optimizer.param_groups[0]["params"]
+    return {
+        name: (value.dtype, value.shape == masters.shape) if getattr(value, "dim", int)() else "step"
+        for name, value in optimizer.state[masters].items()
+    }
+
+
+def states_of(*several):
+    return [state_of(kwargs) for kwargs in several]
+
+
+def test_deepspeed_keeps_the_state_that_the_table_says():
+    names, (states,) = ("AdamW", "AdamW", "Lion"), run_ranks(1, states_of, {}, ADAMW_OFFLOADED, LION)
+    for name, kept in zip(names, states, strict=True):
+        spec = find_optimizer(name)
+        expected = {tensor.name: (tensor.dtype, True) for tensor in spec.state}
+        assert kept == {**expected, **({"step": "step"} if spec.counts_steps else {})}
+
+
+def test_an_optimizer_is_found_by_its_own_and_by_deepspeeds_spelling():
+    for name in optimizer_names():
+        assert find_optimizer(name) is find_optimizer(name.lower())
+        assert name in find_optimizer(name).names
+    assert find_optimizer("Lyon") is find_optimizer(None) is find_optimizer(["Adam"]) is None
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_optimizer_and_a_setting_of_another_one_are_refused():
+    has(only(problems_of(json_with("Lyon"))), 'optimizer.type is "Lyon"', "Adam, AdamW, Lion, Muon")
+    has(only(problems_of(json_with("Lion", eps=1e-8))), "optimizer.params.eps is 1e-08", "Lion does not take", "leave")
+    assert problems_of(json_with("Lion", betas=[0.95, 0.98], weight_decay=0.1)) == []
+    has(only(problems_of(json_with("Lion", weight_deacy=0.1))), 'did you mean "weight_decay"?')
+
+
+def test_lion_on_cpu_needs_its_states_offloaded():
+    has(only(problems_of(json_with("Lion"), on_cpu=True)), "Lion", "CPU", '"offload_optimizer"', "AdamW")
+    assert problems_of(json_with("Lion")) == []
+    ds = json_with("Lion")
+    for offload in ({"offload_optimizer": {"device": "cpu"}}, {"cpu_offload": True}):
+        assert problems_of({**ds, "zero_optimization": {"stage": 2, **offload}}, on_cpu=True) == []
+    none = {"stage": 2, "offload_optimizer": {"device": "none"}}
+    has(only(problems_of({**ds, "zero_optimization": none}, on_cpu=True)), "offload_optimizer")
+
+
+def test_muon_has_a_rate_of_its_own_and_the_scheduler_that_of_the_others():
+    has(only(problems_of(json_with("Muon"))), "muon_lr is missing", "peak learning rate of the matrices", "scheduler")
+    assert problems_of(json_with("Muon", muon_lr=0.02, adam_lr=1e-2, momentum=0.9, betas=[0.9, 0.95], eps=1e-8)) == []
+    has(only(problems_of(json_with("Muon", muon_lr=0.02, adam_lr=1e-3))), "given twice", "adam_lr 0.001", "0.01")
+    for wrong in (0, None, "auto"):
+        problem = only(problems_of(json_with("Muon", muon_lr=wrong)))
+        has(problem, f"muon_lr is {json.dumps(wrong)}", "give a number above 0")
+        assert "leave it out" not in problem  # which is refused too
+    has(only(problems_of(json_with("Muon", muon_lr=0.02, momentum=1))), "momentum is 1", "below 1")
+    has(only(problems_of(json_with("Muon", muon_lr=0.02, ns_method="gram"))), "ns_method")
+    has(only(problems_of(json_with("AdamW", muon_lr=0.02))), "muon_lr", "AdamW does not take")
+    offloaded = {**json_with("Muon", muon_lr=0.02), "zero_optimization": OFFLOADED}
+    has(only(problems_of(offloaded)), '"Muon"', "offload_optimizer", "AdamW")
+
+
+# --- Lion -----------------------------------------------------------------------------------------------------------
+
+
+def lion_steps():
+    """(masters before, the gradients of three steps as the update sees them, masters after) of the first group."""
+    engine = make(1, **LION)
+    optimizer = engine.optimizer.optimizer
+    (masters,) = optimizer.param_groups[0]["params"]
+    before, gradients, plain = masters.detach().clone(), [], optimizer.step
+
+    def step():
+        if optimizer.param_groups[0]["params"][0] is masters:
+            gradients.append((optimizer.param_groups[0]["lr"], masters.grad.clone()))
+        plain()
+
+    optimizer.step = step
+    train(engine, 3)
+    return before, gradients, masters.detach()
+
+
+def test_lion_is_that_of_its_paper():
+    ((masters, steps, after),) = run_ranks(1, lion_steps)
+    masters, momentum = masters.double(), torch.zeros(masters.shape, dtype=torch.float64)
+    assert len(steps) == 3
+    for rate, gradient in steps:
+        update = (0.9 * momentum + 0.1 * gradient.double()).sign()
+        masters -= rate * (update + 0.05 * masters)
+        momentum = 0.999 * momentum + 0.001 * gradient.double()
+    assert torch.allclose(masters.float(), after, atol=1e-6)
+    assert steps[2][0] > 0
+
+
+def save_and_go_on(folder, ep_size, kwargs):
+    return train_and_save(folder, ep_size, further=3, **kwargs)[1]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """By the optimizer's name (JSON, checkpoint saved at step 3 by 2 ranks x ep_size 2, losses of the 3 steps that
+    follow, how far those may be from them on other ranks)."""
+
+    @cache
+    def run(name):
+        ds, most = {"Lion": (LION, 1e-4), "Muon": (MUON, 1e-5)}[name]
+        folder = tmp_path_factory.mktemp("saved")
+        losses, _ = run_ranks(2, save_and_go_on, folder, 2, ds)
+        return ds, folder / "step_3", losses, most
+
+    return run
+
+
+def go_on(checkpoint, ep_size, resave, kwargs, stage=2):
+    return load_and_train(checkpoint, ep_size, stage, steps=3, resave=resave, **kwargs)[1]
+
+
+@pytest.mark.parametrize("name", ["Lion", "Muon"])
+def test_it_resumes_to_the_bit(saved, tmp_path, name):
+    ds, checkpoint, losses, _ = saved(name)
+    assert run_ranks(2, go_on, checkpoint, 2, tmp_path, ds)[0] == losses
+    assert set(open_source(checkpoint).state_names) == {tensor.name for tensor in find_optimizer(name).state}
+    same_state(checkpoint, tmp_path / "step_3")
+
+
+@pytest.mark.parametrize(("name", "ranks", "ep_size", "stage"), [("Lion", 2, 1, 1), ("Muon", 4, 2, 2)])
+def test_it_goes_on_on_other_ranks(saved, tmp_path, name, ranks, ep_size, stage):
+    ds, checkpoint, losses, most = saved(name)
+    assert run_ranks(ranks, go_on, checkpoint, ep_size, tmp_path, ds, stage)[0] == pytest.approx(losses, abs=most)
+    same_state(checkpoint, tmp_path / "step_3")
+
+
+@pytest.mark.parametrize("name", ["Lion", "Muon"])
+def test_it_goes_on_from_its_universal_checkpoint(saved, tmp_path, name):
+    ds, checkpoint, losses, most = saved(name)
+    write_universal(open_source(checkpoint), {}, tmp_path / "universal")
+    same_state(checkpoint, tmp_path / "universal")
+    assert run_ranks(1, go_on, tmp_path / "universal", 1, None, ds)[0] == pytest.approx(losses, abs=most)
+
+
+def go_on_by_deepspeed(folder, ds):
+    engine = make(2, seed=99, checkpoint={"load_universal": True}, **ds)
+    engine.load_checkpoint(str(folder), tag="universal")
+    load_buffers(engine.module, open_source(folder / "universal"))  # DeepSpeed restores none from it
+    return train(engine, 3, engine.global_steps)
+
+
+def test_deepspeeds_own_loader_takes_the_universal_checkpoint_of_muon(saved, tmp_path):
+    ds, checkpoint, losses, most = saved("Muon")
+    write_universal(open_source(checkpoint), {}, tmp_path / "universal")
+    (tmp_path / "latest_universal").write_text("universal")
+    assert run_ranks(2, go_on_by_deepspeed, tmp_path, ds)[0] == pytest.approx(losses, abs=most)
+
+
+def other_optimizer(checkpoint):
+    with pytest.raises(UserError) as caught:
+        load_and_train(checkpoint, 1)
+    return caught.value.problems
+
+
+def test_a_state_that_the_checkpoint_lacks_is_named(saved):
+    _, checkpoint, _, _ = saved("Lion")
+    (problems,) = run_ranks(1, other_optimizer, checkpoint)
+    has(only(sentences(problems)), "no exp_avg_sq", "adamw", "exp_avg", "resume with")
+
+
+# --- a new entry ----------------------------------------------------------------------------------------------------
+
+
+def test_the_checks_take_a_new_entry(sgd):
+    assert problems_of(json_with("SGD", momentum=0.9)) == []
+    has(only(problems_of(json_with("SGD", momentom=0.9))), 'did you mean "momentum"?')
+    has(only(problems_of(json_with("SGD", betas=[0.9, 0.9]))), "betas", "SGD does not take")
+    has(only(problems_of(json_with("Lyon"))), "SGD")
+    has(only(problems_of(json_with("AdamW", momentum=0.9))), "momentum", "AdamW does not take")
+
+
+def test_the_planner_takes_a_new_entry(sgd, monkeypatch):
+    def planned(spec):
+        monkeypatch.setattr(optimizers, "OPTIMIZERS", [spec])
+        return read_setup(ModelConfig(**PRESET), json_with("SGD"), 4, 2, 16, False)
+
+    one = planned(SGD)
+    two = planned(replace(SGD, state=(StateTensor("a", torch.bfloat16), StateTensor("b"))))
+    assert (one.state_bytes, two.state_bytes) == (4, 6)
+    assert update_bytes(two, two.state_bytes) - update_bytes(one, one.state_bytes) == 2 * 2
+    states = [footprint(setup).between["optimizer state"] for setup in (one, two)]
+    assert states[1] / states[0] == 6 / 4
+    masters = footprint(one).between["fp32 masters"]
+    assert states[0] == masters
+
+
+def test_checkpoints_take_a_new_entry(tmp_path):
+    losses, _ = run_ranks(2, with_sgd, save_and_go_on, tmp_path, 2, SGD_JSON)
+    source = open_source(tmp_path / "step_3")
+    assert source.state_names == ("momentum_buffer",)
+    assert source.training_state()["optimizer_step"] is None
+    (resumed,) = run_ranks(1, with_sgd, go_on, tmp_path / "step_3", 1, tmp_path / "again", SGD_JSON)
+    assert resumed == pytest.approx(losses, abs=1e-5)
+    same_state(tmp_path / "step_3", tmp_path / "again" / "step_3")
+    write_universal(source, {}, tmp_path / "universal")
+    (resumed,) = run_ranks(1, with_sgd, go_on, tmp_path / "universal", 1, None, SGD_JSON)
+    assert resumed == pytest.approx(losses, abs=1e-5)

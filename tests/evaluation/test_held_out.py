@@ -1,0 +1,72 @@
+"""Bits per byte need the bytes of the held-out text: counted when it was prepared, or decoded from its tokens."""
+
+import json
+import shutil
+
+import pytest
+from refusals import has, refusal
+
+from megamoe.data.corpus import write_corpus
+from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.data.tokenizer import train_tokenizer
+from megamoe.evaluation.held_out import tokens_per_byte
+
+TEXTS = [f"The mouse reads map {number}; the owl sings — naïve 😀.\n" * 20 for number in range(30)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "corpus"
+    tokenizer = train_tokenizer(TEXTS[:3], 300)
+    write_corpus([("train", TEXTS[0]), *(("valid", text) for text in TEXTS)], tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(corpus, tmp_path):
+    return shutil.copytree(corpus, tmp_path / "corpus")
+
+
+def held_out(path, seq_len=16):
+    return TokenCorpus(corpus_prefix(str(path), "valid"), seq_len, 300)
+
+
+def test_a_prepared_folder_or_a_prefix_in_it_has_its_own_counts(corpus):
+    counts = json.loads((corpus / "corpus.json").read_text())
+    for form in ("", "valid", "valid.bin", "valid.idx", "train"):
+        own = counts["train" if form == "train" else "valid"]
+        assert tokens_per_byte(held_out(corpus / form), 5) == own["tokens"] / own["bytes"], form
+
+
+@pytest.mark.parametrize("seq_len", [16, 301])
+def test_the_bytes_of_another_corpus_are_those_of_its_decoded_text(folder, seq_len):
+    counts = json.loads((folder / "corpus.json").read_text())["valid"]
+    (folder / "corpus.json").unlink()
+    for name in ("renamed", "valid"):
+        if name == "renamed":
+            for suffix in ("bin", "idx"):
+                shutil.copyfile(folder / f"valid.{suffix}", folder / f"renamed.{suffix}")
+        found = tokens_per_byte(held_out(folder / name, seq_len), 10**6)
+        assert found == pytest.approx(counts["tokens"] / counts["bytes"], rel=0.01)  # characters torn between samples
+
+
+def test_only_the_samples_that_an_evaluation_reads_are_decoded(folder, monkeypatch):
+    (folder / "corpus.json").unlink()
+    corpus = held_out(folder)
+    read = []
+    plain = corpus.sample
+    monkeypatch.setattr(corpus, "sample", lambda index: read.append(index) or plain(index))
+    assert tokens_per_byte(corpus, 3)
+    assert read == [0, 1, 2]
+
+
+def test_without_counts_and_tokenizer_the_bytes_are_not_known(folder):
+    for name in ("corpus.json", "tokenizer.json"):
+        (folder / name).unlink()
+    assert tokens_per_byte(held_out(folder), 5) is None
+
+
+def test_a_broken_tokenizer_beside_held_out_tokens_is_refused(folder):
+    (folder / "corpus.json").unlink()
+    (folder / "tokenizer.json").write_text("{}")
+    has(refusal(tokens_per_byte, held_out(folder), 5), "tokenizer.json", "cannot be read")

@@ -1,0 +1,135 @@
+"""lm-evaluation-harness: what its own adapter finds on an export is what `megamoe.evaluate` and the adapter of the live
+model do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from exported import Weights, export, random_decoder
+from harness_tasks import ANSWER, CHOICE, FEW_SHOTS, QUESTIONS, ROLLING, WORDS, write_task
+from model_parts import model_of
+
+import megamoe
+from megamoe.data.tokenizer import train_tokenizer
+from megamoe.evaluation.scoring import Share
+from megamoe.evaluation.shared_model import SharedModel
+from megamoe.formats.native_export import native_class, write_native
+
+TEXT = (
+    "Wer wüßte je das Beste, das ihm blüht? — To be, or not to be, that is the question. " * 5
+    + "And thus the native hue."
+)
+WINDOW = 32
+SHRUNK = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": WINDOW,
+    "head_dim": 16,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+}
+
+
+def export_native(decoder, folder, tokenizer):
+    """`folder`, with the decoder as the class of transformers that holds it."""
+    source = Weights(decoder)
+    architecture, _ = native_class(source, decoder.config)
+    write_native(source, folder, torch.float32, 10**9, decoder.config, architecture, tokenizer)
+
+
+def harness(directory: Path, texts: dict[str, str], folder: Path, **options) -> dict[str, float]:
+    """Bits per byte of each text, a task of its own in `folder`, as lm-evaluation-harness computes them."""
+    import lm_eval  # takes seconds
+    from lm_eval.tasks import TaskManager
+
+    for name, text in texts.items():
+        write_task(folder, name, ROLLING, [{"text": text}])
+    found = lm_eval.simple_evaluate(
+        "hf",
+        {"pretrained": str(directory), **options},
+        tasks=list(texts),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        batch_size=4,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    return {name: found["results"][name]["bits_per_byte,none"] for name in texts}
+
+
+@pytest.mark.parametrize("own_code", [False, True], ids=["class of transformers", "own code"])
+def test_the_harness_finds_the_bits_per_byte_that_evaluate_does(own_code, tmp_path, module_cache):
+    tokenizer = train_tokenizer([TEXT], 290)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = model_of("latent_tokens", **SHRUNK) if own_code else megamoe.load_preset("tiny-glm", **SHRUNK)
+    decoder = random_decoder(config)
+    write = export if own_code else export_native
+    write(decoder, tmp_path / "exported", tmp_path / "tokenizer.json")
+    ids = tokenizer.encode(TEXT).ids
+    texts = {"whole_windows": tokenizer.decode(ids[: 7 * WINDOW]), "a_shorter_last_window": TEXT}
+    theirs = harness(tmp_path / "exported", texts, tmp_path, trust_remote_code=own_code)
+    ours = {name: megamoe.evaluate(decoder, tokenizer, text) for name, text in texts.items()}
+    assert ours["whole_windows"]["tokens"] == 7 * WINDOW
+    assert 7 * WINDOW < ours["a_shorter_last_window"]["tokens"] < 8 * WINDOW
+    assert theirs["whole_windows"] == pytest.approx(ours["whole_windows"]["bits_per_byte"], rel=1e-5)
+    # The harness fills the context of a shorter last window from the window before.
+    shorter = ours["a_shorter_last_window"]["bits_per_byte"]
+    assert theirs["a_shorter_last_window"] == pytest.approx(shorter, rel=0.01)
+
+
+def requests(kind, *of_each):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, arguments, number) for number, arguments in enumerate(of_each)]
+
+
+def test_the_live_model_gives_the_harness_what_its_export_does(tmp_path):
+    from lm_eval.models.huggingface import HFLM
+
+    from megamoe.evaluation.lm_eval_model import HarnessModel
+
+    tokenizer = train_tokenizer([TEXT], 290)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    decoder = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK))
+    export_native(decoder, tmp_path / "exported", tmp_path / "tokenizer.json")
+    theirs = HFLM(str(tmp_path / "exported"), batch_size=3, device="cpu")
+    ours = HarnessModel(SharedModel(decoder, Share(3), torch.device("cpu")), tokenizer, 0, WINDOW)
+
+    def both(kind, *of_each):
+        return [getattr(model, kind)(requests(kind, *of_each)) for model in (theirs, ours)]
+
+    pairs = [(" ".join(WORDS[:n]), f" {WORDS[-n]} ,") for n in (1, 2, 5, 9)] + [
+        ("", "to be"),
+        ("be ", "or"),
+        (TEXT, "x"),
+    ]
+    greedy = tokenizer.decode(decoder(torch.tensor([tokenizer.encode("to be").ids]))[:, -1].argmax(-1).tolist())
+    hf, live = both("loglikelihood", *pairs, ("to be", greedy))
+    assert [nats for nats, _ in live] == pytest.approx([nats for nats, _ in hf], rel=1e-5)
+    assert [is_greedy for _, is_greedy in live] == [is_greedy for _, is_greedy in hf]
+    hf, live = both("loglikelihood_rolling", (TEXT,), ("to be",), (TEXT[:200],))
+    assert live == pytest.approx(hf, rel=1e-5)
+    options = {"until": [" t", "e"], "max_gen_toks": 7}
+    asked = [*((text, options) for text, _ in pairs if text), ("to be", {"max_gen_toks": 3, "until": "\n"})]
+    hf, live = both("generate_until", *asked)
+    assert live == hf
+    assert any(live)
+
+
+def test_tasks_of_every_kind_are_evaluated_again_and_again_with_one_result(tmp_path):
+    from megamoe.evaluation.tasks import TaskEvaluator, load_tasks
+
+    kinds = {"rolling": ROLLING, "choice": CHOICE, "answer": ANSWER, "few_shots": FEW_SHOTS}
+    for name, kind in kinds.items():
+        write_task(tmp_path, name, kind, [{"text": TEXT}] if kind == ROLLING else QUESTIONS)
+    tokenizer = train_tokenizer([TEXT], 290)
+    decoder, places = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK)), []
+    tasks = load_tasks(list(kinds), str(tmp_path), tokenizer, WINDOW)
+    evaluator = TaskEvaluator(tasks, lambda activity, alone=False: places.append((activity, alone)))
+    found = [evaluator.run(decoder, Share(micro_batch), torch.device("cpu")) for micro_batch in (2, 5)]
+    metrics = ["rolling_bits_per_byte", "choice_acc", "choice_acc_norm", "answer_exact_match", "few_shots_perplexity"]
+    assert list(found[0]) == metrics
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    # What the stall detector is told: rank 0 is alone but for its calls, of which each of these tasks makes one.
+    calls = [(f"evaluation of {name}", alone) for name in kinds for alone in (True, False, True)]
+    assert places == [*calls, (f"evaluation of {name}", False)] * 2

@@ -1,0 +1,334 @@
+"""What leaves megamoe gives the logits that the training model gave, and finds the way back."""
+
+import json
+import math
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from devices import assert_near
+from engines import CONFIG, GATED, make, plain_state, save, train
+from indexed import write
+from random_source import RandomSource
+from ranks import run_alone, run_ranks
+from refusals import has, refusal
+from safetensors.torch import load_file
+
+from megamoe.checkpoint.opening import open_source, run_record
+from megamoe.checkpoint.restore import restore_first_verified
+from megamoe.checkpoint.slice_file import BLOCK_BYTES
+from megamoe.checkpoint.universal import write_universal
+from megamoe.config.model import ModelConfig
+from megamoe.formats.export import (
+    DTYPES,
+    Entry,
+    entries,
+    shards,
+    write_huggingface,
+    write_safetensors,
+    write_state_dict,
+)
+from megamoe.formats.source import load_weights
+from megamoe.model.decoder import Decoder
+from megamoe.model.experts import ACTIVATIONS
+from megamoe.model.generation import generate
+from megamoe.model.names import is_buffer
+
+pytestmark = pytest.mark.usefixtures("module_cache")
+IDS = torch.randint(CONFIG.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
+FP32 = torch.float32
+
+
+def train_save_and_ask(folder, ep_size, config):
+    """Logits of the training model itself, after the steps that are saved."""
+    engine = make(ep_size, config=config)
+    train(engine, 6)
+    save(engine, folder, 6)
+    engine.module.eval()
+    with torch.no_grad():
+        return engine.module(IDS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(checkpoint, logits of the training model)."""
+    folder = tmp_path_factory.mktemp("trained")
+    logits, other_rank = run_ranks(2, train_save_and_ask, folder, 2, GATED)
+    assert torch.equal(logits, other_rank)
+    return folder / "step_6", logits
+
+
+def config_of(checkpoint):
+    return ModelConfig(**run_record(checkpoint)["model"])
+
+
+def decoder_of(path, config):
+    model = Decoder(config)
+    load_weights(model, open_source(path), FP32)
+    return model.eval()
+
+
+def huggingface(checkpoint, out, dtype=FP32, tokenizer=None, config=None, shard_bytes=10**9):
+    source = open_source(checkpoint, open_files=1)
+    write_huggingface(source, out, dtype, shard_bytes, config or config_of(checkpoint), tokenizer)
+    return out
+
+
+def load(folder, **options):
+    from transformers import AutoModelForCausalLM  # takes seconds, which the ranks of these tests need not spend
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+@torch.no_grad()
+def test_plain_weights_give_the_training_models_logits(trained, tmp_path):
+    checkpoint, logits = trained
+    source, config = open_source(checkpoint, open_files=1), config_of(checkpoint)
+    names = ("w.pt", "w.safetensors", "folder")
+    write_state_dict(source, tmp_path / names[0], FP32)
+    write_safetensors(source, tmp_path / names[1], FP32, 10**9)
+    write_safetensors(source, tmp_path / names[2], FP32, 20_000)
+    files = sorted((tmp_path / "folder").glob("*.safetensors"))
+    assert all(path.stat().st_size < 25_000 for path in files)
+    index = json.loads((tmp_path / "folder" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in files}
+    states = [
+        torch.load(tmp_path / names[0], weights_only=True),
+        load_file(tmp_path / names[1]),
+        {name: load_file(tmp_path / "folder" / file)[name] for name, file in index["weight_map"].items()},
+    ]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in states[2].values())
+    for name, state in zip(names, states, strict=True):
+        assert state.keys() == plain_state(Decoder(config)).keys()
+        torch.testing.assert_close(decoder_of(tmp_path / name, config)(IDS), logits, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_on_either_side_and_the_cache_give_what_the_decoder_gives(trained, tmp_path):
+    checkpoint, logits = trained
+    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(checkpoint, config_of(checkpoint))
+    torch.testing.assert_close(model(IDS).logits, logits, atol=1e-6, rtol=0)
+    real = torch.ones(3, 12, dtype=torch.bool)
+    real[0, :5] = False
+    real[1, 9:] = False
+    ours, theirs = decoder(IDS, attention_mask=real), model(IDS, attention_mask=real).logits
+    torch.testing.assert_close(theirs[real], ours[real], atol=1e-6, rtol=0)
+
+    prompts = [IDS[0, :5].tolist(), IDS[1, :2].tolist(), IDS[2, :4].tolist()]
+    ids = torch.tensor([[0] * (5 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    assert out[:, 5:].tolist() == generate(decoder, prompts, 9, temperature=0)
+    assert model.generate(IDS, num_beams=3, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (3, 15)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "dynamic", "llama3"])  # yarn: huggingface/test_exported_parts.py
+@torch.no_grad()
+def test_every_rope_and_router_of_a_preset_survives_the_export(trained, tmp_path, scaling):
+    rope = {"rope_type": scaling, "factor": 2.0, "original_max_position_embeddings": 8}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if scaling == "llama3" else {}
+    changes = {"rope_scaling": rope, "rope_interleaved": scaling == "linear", "router_score": "sigmoid"}
+    checkpoint, before = trained
+    config = config_of(checkpoint).model_copy(update={**changes, "rope_theta": 500.0})
+    expected = decoder_of(checkpoint, config)(IDS)
+    model = load(huggingface(checkpoint, tmp_path / "hf", config=config))
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-6, rtol=0)
+    assert (expected - before).abs().max() > 1e-3  # the changes matter
+
+
+@torch.no_grad()
+def test_every_activation_survives_the_export_and_a_config_that_names_none_is_silu_without_gates(tmp_path):
+    for number, activation in enumerate(["silu", *ACTIVATIONS]):
+        is_gated = bool(number % 2)  # every second one
+        changes = {"hidden_act": activation, "gated_mlp": is_gated, "initializer_range": 0.3}
+        config, weights = CONFIG.model_copy(update=changes), tmp_path / f"{number}.pt"
+        decoder = Decoder(config, seed=1).eval()
+        expected = decoder(IDS)
+        torch.save({name: tensor.clone() for name, tensor in plain_state(decoder).items()}, weights)
+        folder = huggingface(weights, tmp_path / f"hf_{number}", config=config)
+        if number == 0:  # silu without gates, as in every config before there was a choice
+            values = json.loads((folder / "config.json").read_text())
+            del values["hidden_act"], values["gated_mlp"]
+            (folder / "config.json").write_text(json.dumps(values))
+        torch.testing.assert_close(load(folder)(IDS).logits, expected, atol=1e-4, rtol=0)
+        assert torch.equal(decoder_of(folder, config)(IDS), expected)
+        other = config.model_copy(update={"hidden_act": "relu" if activation != "relu" else "silu"})
+        assert (decoder_of(folder, other)(IDS) - expected).abs().max() > 0.1  # the activation matters
+
+
+def test_loss_and_gradients_of_the_hugging_face_model_are_the_decoders(trained, tmp_path):
+    checkpoint, _ = trained
+    model, decoder = load(huggingface(checkpoint, tmp_path / "hf")), decoder_of(checkpoint, config_of(checkpoint))
+    ours, theirs = decoder(IDS[:, :-1], IDS[:, 1:]), model(IDS, labels=IDS).loss
+    assert theirs.item() == pytest.approx(ours.item(), abs=1e-5)
+    ours.backward()
+    theirs.backward()
+    grads = {name: weight.grad for name, weight in model.named_parameters()}
+    for weight in decoder.parameters():
+        weight.data = weight.grad
+    for name, expected in plain_state(decoder).items():
+        if not is_buffer(name):
+            grad = torch.zeros_like(expected) if grads[name] is None else grads[name]
+            torch.testing.assert_close(grad, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_in_bf16_the_weights_are_rounded_masters_and_the_bias_stays_fp32(trained, tmp_path):
+    checkpoint, logits = trained
+    folder = huggingface(checkpoint, tmp_path / "hf", torch.bfloat16)
+    masters = open_source(checkpoint)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if is_buffer(name):
+            assert torch.equal(tensor, masters.buffers[name])
+        else:
+            shape = masters.shapes[name]
+            master = masters.read(name, "fp32", 0, math.prod(shape)).view(shape)
+            assert torch.equal(tensor, master.bfloat16())
+    model = load(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    for layer in model.model.layers:
+        assert layer.moe.router.selection_bias.dtype == FP32
+    assert_near(model(IDS).logits, logits.double(), torch.bfloat16)
+
+
+def test_a_model_saved_again_by_transformers_comes_back(trained, tmp_path):
+    checkpoint, logits = trained
+    load(huggingface(checkpoint, tmp_path / "hf")).save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        decoder = decoder_of(tmp_path / "again", config_of(checkpoint))
+        torch.testing.assert_close(decoder(IDS), logits, atol=1e-6, rtol=0)
+
+
+def ask_after_init_from(paths, ep_size, config):
+    """Logits and masters after starting from each of the paths in turn."""
+    engine = make(ep_size, seed=5, config=config)
+    answers = []
+    for path in paths:
+        for master in engine.optimizer.single_partition_of_fp32_groups:
+            master.data.zero_()
+        assert restore_first_verified(engine, [path], weights_only=True) == path
+        assert engine.global_steps == 0
+        engine.module.eval()
+        with torch.no_grad():
+            logits = engine.module(IDS)
+        answers.append((logits, [tensor.clone() for tensor in engine.optimizer.single_partition_of_fp32_groups]))
+    return answers
+
+
+@pytest.mark.parametrize("ep_size", [1, 4])
+def test_plain_weights_start_a_run_at_any_ep_size_with_every_expert_on_its_rank(trained, tmp_path, ep_size):
+    checkpoint, logits = trained
+    source = open_source(checkpoint)
+    paths = [checkpoint, tmp_path / "w.pt", tmp_path / "w.safetensors", tmp_path / "hf"]
+    write_state_dict(source, paths[1], FP32)
+    write_safetensors(source, paths[2], FP32, 10**9)
+    huggingface(checkpoint, paths[3], shard_bytes=30_000)
+    for answers in run_ranks(4, ask_after_init_from, paths, ep_size, config_of(checkpoint)):
+        (_, masters), *_ = answers
+        for found, same_masters in answers:
+            torch.testing.assert_close(found, logits, atol=1e-6, rtol=0)
+            assert all(map(torch.equal, masters, same_masters))
+
+
+def test_an_output_that_exists_is_left_alone_and_a_failed_one_leaves_nothing(trained, tmp_path):
+    checkpoint, _ = trained
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    has(refusal(huggingface, checkpoint, tmp_path / "mine"), "mine exists already", "choose another output")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # as on a disk that is full
+    try:
+        has(refusal(huggingface, checkpoint, tmp_path / "hf"), "hf cannot be written", "space")
+        has(
+            refusal(write_state_dict, open_source(checkpoint), tmp_path / "w.pt", FP32),
+            "w.pt cannot be written",
+            "space",
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_shards_hold_every_tensor_once_and_none_is_larger_than_asked_unless_one_tensor_is():
+    sizes = [5, 3, 3, 9, 40, 1, 1, 1, 8]
+    all_entries = [Entry(str(number), (size,), torch.float32) for number, size in enumerate(sizes)]
+    groups = shards(all_entries, most_bytes=40)
+    assert [entry for group in groups for entry in group] == all_entries
+    assert [[entry.nbytes // 4 for entry in group] for group in groups] == [[5, 3], [3], [9], [40], [1, 1, 1], [8]]
+
+
+def test_entries_are_in_the_order_of_the_layers_and_statistics_are_fp32(trained):
+    found = entries(open_source(trained[0]), DTYPES["bf16"])
+    assert found[0].name == "model.embed_tokens.weight"
+    assert found[-1].name == "model.norm.weight"
+    assert {entry.dtype for entry in found if is_buffer(entry.name)} == {torch.float32}
+    assert {entry.dtype for entry in found if not is_buffer(entry.name)} == {torch.bfloat16}
+
+
+MATRIX = 4 * 512 * 1024  # bytes of the largest tensor
+EXPERTS = 8
+WIDE = {
+    f"model.layers.{layer}.moe.experts.{expert}.{projection}_proj.weight": shape
+    for layer in range(2)
+    for expert in range(EXPERTS)
+    for projection, shape in (("up", (1024, 512)), ("down", (512, 1024)))
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint of two ranks that share each of its matrices, of 200 MB; and a small one."""
+    folder = tmp_path_factory.mktemp("wide")
+    write(folder / "step_1", shapes=WIDE)
+    write(folder / "step_2")
+    return folder / "step_1", folder / "step_2"
+
+
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def convert(checkpoints, out, form):
+    """Bytes that the first takes at its peak, in a process that has converted the other."""
+    for checkpoint in checkpoints[::-1]:
+        shutil.rmtree(out, ignore_errors=True)
+        source = open_source(checkpoint, open_files=1)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        before = peak()
+        if form == "safetensors":
+            write_safetensors(source, out, torch.bfloat16, 8_000_000)
+        else:
+            write_universal(source, {}, out)
+    return peak() - before
+
+
+@pytest.mark.parametrize(
+    ("form", "most"),
+    [
+        # A shard, a tensor as it is joined, and the block that is hashed.
+        ("safetensors", 8_000_000 + 3 * MATRIX + BLOCK_BYTES),
+        ("universal", (EXPERTS + 4) * MATRIX),  # the experts of a layer, and one as it is joined
+    ],
+)
+def test_converting_takes_no_more_memory_than_what_goes_into_a_file(wide, tmp_path, form, most):
+    assert sum(path.stat().st_size for path in wide[0].glob("rank_*.safetensors")) > 3 * most
+    taken = []
+    while not taken or (taken[-1] >= most and len(taken) < 3):  # the heap of a process has gaps now and then
+        taken.append(run_alone(convert, wide, tmp_path / "out", form))
+    assert taken[-1] < most
+    assert len([path for path in (tmp_path / "out").rglob("*") if path.stat().st_size > MATRIX / 4]) > 3
+
+
+def test_values_beyond_fp16_are_refused_and_nothing_is_left(tmp_path):
+    source = RandomSource(CONFIG)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    source.tensors[name][0, 0] = 1e5
+    for convert_to, out in ((write_state_dict, "w.pt"), (write_safetensors, "w.safetensors")):
+        more = () if convert_to is write_state_dict else (10**9,)
+        has(refusal(convert_to, source, tmp_path / out, torch.float16, *more), name, "float16", "--dtype bf16")
+        convert_to(source, tmp_path / f"fine_{out}", torch.bfloat16, *more)
+    assert {path.name for path in tmp_path.iterdir()} == {"fine_w.pt", "fine_w.safetensors"}

@@ -1,0 +1,296 @@
+"""The code-carrying export does what transformers' own models do: compared with the decoder it comes from, or with
+transformers' Mixtral of the same size."""
+
+import copy
+
+import pytest
+import torch
+from exported import cache_of, export, load, random_decoder
+from toy import PRESET
+from transformers import (
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from megamoe.config.model import ModelConfig
+from megamoe.data.tokenizer import train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("module_cache")
+VOCAB = 270
+CONFIG = ModelConfig(**{**PRESET, "vocab_size": VOCAB, "initializer_range": 0.2})
+IDS = torch.randint(VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+LEFT = torch.arange(12) >= torch.tensor([[5], [0], [2]])  # real tokens of left-padded rows
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return random_decoder(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(decoder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export")
+    train_tokenizer(["to be or not to be"], VOCAB).save(str(out / "tokenizer.json"))
+    return export(decoder, out / "hf", out / "tokenizer.json")
+
+
+@pytest.fixture
+def model(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def mixtral():
+    fields = {name: value for name, value in PRESET.items() if name != "num_latent_tokens"}
+    return MixtralForCausalLM(MixtralConfig(**{**fields, "vocab_size": VOCAB})).eval()
+
+
+def close(found, expected, atol=1e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def test_autocast_gives_the_same_logits_to_bf16_and_routes_in_fp32(model):
+    exact = model(IDS, output_router_logits=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(IDS, labels=IDS, output_router_logits=True)
+    rounded.loss.backward()
+    assert rounded.logits.dtype == cache_of(rounded).layers[0].keys.dtype == torch.bfloat16
+    assert {logits.dtype for logits in rounded.router_logits} == {torch.float32}
+    spread = exact.logits.std()
+    assert (rounded.logits - exact.logits).square().mean().sqrt() < 0.1 * spread
+    assert {weight.grad.dtype for weight in model.parameters() if weight.grad is not None} == {torch.float32}
+
+
+@torch.no_grad()
+def test_generation_runs_under_autocast(model):
+    for cache in ("dynamic", "static"):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.generate(IDS, max_new_tokens=4, cache_implementation=cache, do_sample=False)
+        assert out.shape == (3, 16)
+
+
+def test_the_trainer_trains_in_bf16(model, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(20, 1)]
+    arguments = TrainingArguments(
+        tmp_path,
+        bf16=True,
+        gradient_checkpointing=True,
+        use_cpu=True,
+        max_steps=8,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:3])
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert len(losses) == 8
+    assert trainer.evaluate()["eval_loss"] < losses[-1] < 0.9 * before
+
+
+def test_gradient_checkpointing_recomputes_the_blocks_and_gives_the_same_gradients(model):
+    model.train()  # expert_dropout and router_jitter_noise are 0
+    calls = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    expected = gradients(model, input_ids=IDS, attention_mask=LEFT, labels=IDS)
+    assert len(calls) == 1
+    for use_reentrant, calls_until_now in ((False, 3), (True, 5)):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        found = gradients(model, input_ids=IDS, attention_mask=LEFT, labels=IDS)
+        assert len(calls) == calls_until_now
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            close(found[name], gradient, atol=1e-6)
+
+
+@torch.no_grad()
+def test_attention_is_what_its_name_says(folder):
+    for name in ("sdpa", "eager"):
+        model = load(folder, attn_implementation=name)
+        assert model.config._attn_implementation == name
+        called = []
+        for layer in model.model.layers:
+            layer.self_attn.attend.weights.register_forward_hook(lambda *_, called=called: called.append(1))
+        model(IDS)
+        assert len(called) == (len(model.model.layers) if name == "eager" else 0)
+
+
+def test_other_attention_is_refused_by_transformers_itself(folder):
+    for name in ("flash_attention_2", "flex_attention", "no_such_attention"):
+        with pytest.raises((ValueError, ImportError), match=f"(?i){name.split('_')[0]}"):
+            load(folder, attn_implementation=name)
+
+
+@torch.no_grad()
+def test_static_and_dynamic_caches_give_the_text_without_a_cache_where_nothing_is_padded(folder):
+    model = load(folder, attn_implementation="eager")
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(IDS, use_cache=False, **options)
+    for cache in ("static", "dynamic"):
+        assert torch.equal(model.generate(IDS, cache_implementation=cache, **options), expected), cache
+    assert len(set(expected[:, 12:].flatten().tolist())) > 3
+
+
+@torch.no_grad()
+def test_a_prompt_in_two_pieces_gives_the_logits_of_the_whole(model, decoder):
+    expected = decoder(IDS, attention_mask=LEFT)
+    start = model(IDS[:, :7], attention_mask=LEFT[:, :7], use_cache=True)
+    cache = cache_of(start)
+    end = model(IDS[:, 7:], attention_mask=LEFT, past_key_values=cache)
+    close(end.logits, expected[:, 7:])
+    assert cache.get_seq_length() == 12  # tokens only: the latents are not in it
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_decoders_blocks(model, decoder):
+    expected = [decoder.embed_tokens(IDS)]
+    hooks = [layer.register_forward_hook(lambda _, __, out: expected.append(out[0])) for layer in decoder.layers]
+    decoder(IDS)
+    for hook in hooks:
+        hook.remove()
+    expected[-1] = decoder.norm(expected[-1])  # as in transformers: the last is behind the norm
+    found = model(IDS, output_hidden_states=True).hidden_states
+    assert len(found) == CONFIG.num_hidden_layers + 1
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+
+
+@torch.no_grad()
+def test_router_logits_choose_the_decoders_experts_and_add_nothing_to_the_loss(model, decoder):
+    chosen = []
+    hooks = [router.register_forward_hook(lambda _, __, out: chosen.append(out[1])) for router in decoder.routers()]
+    decoder(IDS)
+    for hook in hooks:
+        hook.remove()
+    outputs = model(IDS, labels=IDS, output_router_logits=True)
+    assert len(outputs.router_logits) == CONFIG.num_hidden_layers
+    for logits, router, expert_ids in zip(outputs.router_logits, decoder.routers(), chosen, strict=True):
+        assert logits.shape == (IDS.numel(), CONFIG.num_local_experts)
+        found = (logits.softmax(-1) + router.selection_bias).topk(CONFIG.num_experts_per_tok).indices
+        assert torch.equal(found, expert_ids)
+    assert outputs.loss == model(IDS, labels=IDS).loss
+    assert outputs.aux_loss is None
+
+
+@torch.no_grad()
+def test_attentions_of_eager_attention_are_weights_over_latents_and_tokens(folder):
+    model = load(folder, attn_implementation="eager")
+    attentions = model(IDS, attention_mask=LEFT, output_attentions=True).attentions
+    assert len(attentions) == CONFIG.num_hidden_layers
+    latents = CONFIG.num_latent_tokens
+    for weights in attentions:
+        assert weights.shape == (3, CONFIG.num_attention_heads, 12, latents + 12)
+        close(weights.sum(-1), torch.ones(3, CONFIG.num_attention_heads, 12))
+        assert weights[..., :latents].min() > 0  # every token sees all latents
+        assert weights[..., latents:].triu(1).max() == 0
+        assert weights[0, :, 5:, latents : latents + 5].max() == 0  # padding
+
+
+@torch.no_grad()
+def test_positions_are_counted_over_real_tokens_or_given(model):
+    positions = (LEFT.long().cumsum(1) - 1).clamp_min(0)
+    counted = model(IDS, attention_mask=LEFT).logits
+    close(model(IDS, attention_mask=LEFT, position_ids=positions).logits, counted)
+    plain = torch.arange(12).unsqueeze(0)
+    given = model(IDS, attention_mask=LEFT, position_ids=plain).logits
+    assert (given - counted)[0, 5:].abs().max() > 1e-3  # the latents are not rotated, so it shows
+    close(given[1], counted[1])
+
+
+@torch.no_grad()
+def test_sequences_packed_into_one_row_do_not_see_each_other(model, decoder):
+    positions = torch.cat((torch.arange(5), torch.arange(7))).unsqueeze(0)
+    packed = model(IDS[:1], position_ids=positions, use_cache=False).logits
+    close(packed[:, :5], decoder(IDS[:1, :5]))
+    close(packed[:, 5:], decoder(IDS[:1, 5:]))
+
+
+def test_embeddings_stand_in_for_ids_and_both_are_refused(model):
+    embeddings = model.get_input_embeddings()(IDS)
+    close(model(inputs_embeds=embeddings).logits, model(IDS).logits, atol=0)
+    for inputs in ({}, {"input_ids": IDS, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="exactly one of input_ids"):
+            model(**inputs)
+
+
+@torch.no_grad()
+def test_outputs_have_the_names_and_shapes_of_mixtrals(model, mixtral):
+    for arguments in (
+        {},
+        {"use_cache": False},
+        {"labels": IDS},
+        {"logits_to_keep": 1},
+        {"logits_to_keep": torch.tensor([0, 3])},
+        {"output_hidden_states": True, "output_router_logits": True},
+    ):
+        ours, theirs = model(IDS, **arguments), mixtral(IDS, **arguments)
+        assert set(theirs) - {"aux_loss"} == set(ours), arguments
+        for name in ours:
+            shapes = [
+                [one.shape for one in value] if isinstance(value, tuple) else getattr(value, "shape", type(value))
+                for value in (ours[name], theirs[name])
+            ]
+            assert shapes[0] == shapes[1], (name, arguments)
+    ours, theirs = model(IDS, return_dict=False), mixtral(IDS, return_dict=False)
+    assert isinstance(ours, tuple)
+    assert len(ours) == len(theirs)
+
+
+@torch.no_grad()
+def test_the_loss_is_the_decoders_with_padding_left_out(model, decoder):
+    labels = IDS.masked_fill(~(LEFT & LEFT.roll(1, 1)), -100)  # nor is a row's first token predicted from padding
+    expected = decoder(IDS[:, :-1], labels[:, 1:], attention_mask=LEFT[:, :-1])
+    close(model(IDS, attention_mask=LEFT, labels=labels).loss, expected)
+
+
+def test_a_pipeline_generates_the_models_text(folder, model):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    generate = pipeline("text-generation", model=str(folder), trust_remote_code=True, batch_size=2)
+    prompts = ["to be", "or not to be"]
+    found = generate(prompts, max_new_tokens=6, do_sample=False, return_full_text=False)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=6, do_sample=False)
+        assert text[0]["generated_text"] == tokenizer.decode(out[0, ids.shape[1] :])
+
+
+def test_the_tokenizer_comes_without_code_and_without_a_question(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asks whether to run code"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert tokenizer.decode(tokenizer("or not: to be")["input_ids"]) == "or not: to be"
+
+
+@torch.no_grad()
+def test_a_model_saved_again_loads_with_its_code_and_gives_the_same_logits(model, tmp_path):
+    model.save_pretrained(tmp_path / "again")
+    close(load(tmp_path / "again")(IDS).logits, model(IDS).logits, atol=0)
+
+
+def test_loaded_in_bf16_the_router_stays_fp32(folder, decoder):
+    model = load(folder, dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    for layer, router in zip(model.model.layers, decoder.routers(), strict=True):
+        assert torch.equal(layer.moe.router.selection_bias, router.selection_bias)
+        assert torch.equal(layer.moe.router.weight, router.weight)
+
+
+def test_a_new_model_has_the_initial_weights_of_a_configuration(model):
+    fresh = type(model)(copy.deepcopy(model.config))
+    router = fresh.model.layers[0].moe.router
+    assert router.selection_bias.abs().max() == 0
+    assert router.running_load.sum().item() == pytest.approx(1)
+    for name, weight in fresh.named_parameters():
+        assert weight.std() == 0 if "norm" in name else 0.1 < weight.std() < 0.3, name

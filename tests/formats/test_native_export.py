@@ -1,0 +1,194 @@
+"""Models written as classes of transformers: which, what is in the files, and what transformers makes of them."""
+
+from types import SimpleNamespace
+
+import native_models
+import pytest
+import torch
+from engines import plain_state
+from refusals import has
+from safetensors.torch import load_file, save_file
+
+from megamoe.checkpoint.opening import open_source
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.data.tokenizer import train_tokenizer
+from megamoe.formats.architectures import ARCHITECTURES, AUX_LOSS
+from megamoe.formats.config_json import preset_of
+from megamoe.formats.native_export import native_class, write_native
+from megamoe.formats.source import load_weights
+from megamoe.model.decoder import Decoder
+
+BIAS = "router.selection_bias"
+
+
+@pytest.fixture
+def model_of(tmp_path):
+    """A class's tiny model of megamoe's, with changes to its configuration; its weights as a source."""
+
+    def model_of(name, bias=0.0, **changes):
+        folder = tmp_path / f"{name}_from"
+        native_models.new_model(name).save_pretrained(folder)
+        config = ModelConfig(**(preset_of(folder).model_dump() | changes))
+        model = Decoder(config, seed=1).eval()
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith(BIAS):
+                buffer.normal_(0, bias, generator=torch.Generator().manual_seed(0)) if bias else buffer.zero_()
+        path = tmp_path / "plain.safetensors"
+        save_file({name: tensor.clone() for name, tensor in plain_state(model).items()}, path)
+        return model, open_source(path), config
+
+    return model_of
+
+
+def write(source, config, out, dtype=torch.float32, **options):
+    architecture, sentence = native_class(source, config)
+    assert architecture, sentence
+    write_native(source, out, dtype, 10**9, config, architecture, options.pop("tokenizer", None), **options)
+    return out
+
+
+# --- which class ------------------------------------------------------------------------------------------------------
+
+
+def test_latent_tokens_fit_no_class_and_are_named():
+    architecture, sentence = native_class(SimpleNamespace(buffers={}), load_preset("moe-680m"))
+    assert architecture is None
+    has(sentence, "MixtralForCausalLM is the nearest", "num_latent_tokens", "gated_mlp false")
+
+
+def test_fields_without_a_place_are_named(model_of):
+    for name, changes, field in (
+        ("Mixtral", {"hidden_act": "relu", "n_shared_experts": 1}, "n_shared_experts 1"),
+        ("Mixtral", {"layer_types": ["full_attention"] + 2 * ["sliding_attention"]}, "layer_types"),
+        ("Qwen3Moe", {"attention_out_bias": False}, "attention_out_bias false"),
+        ("Olmoe", {"head_dim": 12}, "head_dim 12"),
+        ("Glm4Moe", {"first_k_dense_replace": 0, "mlp_only_layers": [2]}, "mlp_only_layers [2]"),
+        ("Glm4Moe", {"n_shared_experts": 0}, "n_shared_experts 0"),
+        ("DeepseekV3", {"shared_expert_gate": True}, "shared_expert_gate true"),
+        ("MiniMaxM2", {"routed_scaling_factor": 2.0}, "routed_scaling_factor 2"),
+    ):
+        _, source, config = model_of(name, **changes)
+        architecture, sentence = native_class(source, config)
+        assert architecture is None
+        has(sentence, f"{name}ForCausalLM is the nearest", field)
+
+
+def test_a_bias_that_is_zero_fits_the_softmax_classes_and_another_does_not(model_of, tmp_path):
+    for bias in (0.0, 0.01):
+        _, source, config = model_of("Mixtral", bias, router_bias=True)
+        architecture, sentence = native_class(source, config)
+        assert (architecture is None) == (bias > 0)
+    has(sentence, "MixtralForCausalLM", "balancing bias", "router_bias", "0.0")
+
+
+def test_dense_layers_are_said_as_each_class_says_them(model_of, tmp_path):
+    model, source, config = model_of("Qwen3Moe", first_k_dense_replace=1, mlp_only_layers=[])
+    out = write(source, config, tmp_path / "out")
+    again = preset_of(out)
+    assert (again.first_k_dense_replace, again.mlp_only_layers) == (0, [0])
+    batch = native_models.clear_batch(model)
+    assert (
+        native_models.distance(native_models.run_theirs(native_models.load(out), *batch), run_of(model, batch)) < 1e-4
+    )
+
+
+def run_of(model, batch):
+    return native_models.run_ours(model, *batch)
+
+
+# --- what is in the files ---------------------------------------------------------------------------------------------
+
+
+def test_biases_are_fp32_in_a_bf16_file_and_a_model_without_them_has_zeros(model_of, tmp_path):
+    for name, bias in (("MiniMaxM2", True), ("Glm4Moe", True), ("DeepseekV3", True), ("DeepseekV3", False)):
+        model, source, config = model_of(name, 0.1 * bias, router_bias=bias)
+        out = write(source, config, tmp_path / f"{name}_{bias}", torch.bfloat16)
+        held = load_file(out / "model.safetensors")
+        biases = {key: tensor for key, tensor in held.items() if key.endswith("e_score_correction_bias")}
+        assert {tensor.dtype for tensor in biases.values()} == {torch.float32}
+        assert all(tensor.dtype == torch.bfloat16 for key, tensor in held.items() if key not in biases)
+        assert len(biases) == len(model.routers())
+        expected = [router.selection_bias for router in model.routers()] if bias else len(biases) * [torch.zeros(8)]
+        assert all(torch.equal(one, two) for one, two in zip(biases.values(), expected, strict=True))
+
+
+@torch.no_grad()
+def test_a_bf16_load_keeps_the_bias_of_glm_and_deepseek_and_rounds_minimaxs(model_of, tmp_path):
+    """Rounding moves a bias by 2^-8 of itself at most, so experts change only where the choice is closer than twice
+    that."""
+    for name, keeps in (("Glm4Moe", True), ("DeepseekV3", True), ("MiniMaxM2", False)):
+        model, source, config = model_of(name, 0.1)
+        out = write(source, config, tmp_path / name)
+        loaded = native_models.load(out, dtype=torch.bfloat16)
+        biases = [one for key, one in loaded.named_buffers() if key.endswith("e_score_correction_bias")]
+        for bias, router in zip(biases, model.routers(), strict=True):
+            assert bias.dtype == (torch.float32 if keeps else torch.bfloat16)
+            error = (bias.float() - router.selection_bias).abs()
+            assert (error <= (0 if keeps else 2**-8) * router.selection_bias.abs()).all()
+    largest = max(router.selection_bias.abs().max().item() for router in model.routers())
+    batch = native_models.clear_batch(model, by=2 * 2**-8 * largest)
+    before = run_of(model, batch).experts
+    for bias, router in zip(biases, model.routers(), strict=True):
+        router.selection_bias.copy_(bias)
+    after = run_of(model, batch).experts
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+def test_the_tokenizer_loads_without_remote_code_and_ends_texts(model_of, tmp_path):
+    from transformers import AutoTokenizer, pipeline
+
+    train_tokenizer(["to be or not to be"], 270).save(str(tmp_path / "tokenizer.json"))
+    _, source, config = model_of("Glm4Moe", vocab_size=300)
+    out = write(source, config, tmp_path / "out", tokenizer=tmp_path / "tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    assert tokenizer.decode(tokenizer("to be or not").input_ids) == "to be or not"
+    assert native_models.load(out).config.eos_token_id == tokenizer.eos_token_id == 0
+    written = pipeline("text-generation", model=str(out), trust_remote_code=False)("to be", max_new_tokens=4)
+    assert written[0]["generated_text"].startswith("to be")
+
+
+# --- multi-token prediction -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Glm4Moe", "DeepseekV3"])
+def test_multi_token_prediction_is_left_out_unless_it_is_kept(model_of, tmp_path, name, monkeypatch):
+    import transformers
+    from transformers.modeling_layers import MtpModel
+
+    model, source, config = model_of(name, 0.1, num_nextn_predict_layers=1)
+    without = write(source, config, tmp_path / "without")
+    assert not any("layers.3." in key for key in load_file(without / "model.safetensors"))
+    assert native_models.load(without).config.num_nextn_predict_layers == 0
+
+    out = write(source, config, tmp_path / "with", keep_mtp=True)
+    again = Decoder(config).eval()
+    load_weights(again, open_source(out), torch.float32)
+    assert all(torch.equal(one, two) for one, two in zip(again.parameters(), model.parameters(), strict=True))
+
+    # transformers takes them at the depths of published models only.
+    of_class = getattr(transformers, f"{name}PreTrainedModel")
+    monkeypatch.setattr(of_class, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.3.*"])
+    theirs = native_models.load(out)
+    assert len(MtpModel.from_pretrained(theirs).layers) == theirs.config.num_nextn_predict_layers == 1
+
+
+def test_a_class_without_a_place_for_multi_token_prediction_leaves_it_out_and_cannot_keep_it(model_of, tmp_path):
+    for name in native_models.CLASSES.keys() - {"Glm4Moe", "DeepseekV3"}:
+        _, source, config = model_of(name, num_nextn_predict_layers=1)
+        held = load_file(write(source, config, tmp_path / name) / "model.safetensors")
+        assert not any("layers.3." in key or "mtp" in key for key in held)
+        architecture, sentence = native_class(source, config, keep_mtp=True)
+        assert architecture is None
+        has(sentence, f"{name}ForCausalLM", "num_nextn_predict_layers", "--keep_mtp")
+
+
+def test_every_architecture_has_a_tiny_model_in_which_no_key_has_the_value_that_it_has_where_it_is_missing():
+    assert {f"{name}ForCausalLM" for name in native_models.CLASSES} == ARCHITECTURES.keys()
+    for name, own in native_models.CLASSES.items():
+        values = native_models.COMMON | own
+        exempt = {"tie_word_embeddings", AUX_LOSS}  # true in three classes; training alone
+        exempt |= {"num_key_value_heads", "head_dim"} if name in ("Olmoe", "DeepseekV3") else set()
+        for key, one in ARCHITECTURES[f"{name}ForCausalLM"].keys.items():
+            if key not in exempt:
+                assert values.get(key, values.get(one.alias, one.default)) != one.default, (name, key)

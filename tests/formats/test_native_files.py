@@ -1,0 +1,207 @@
+"""Directories of transformers' classes: read in any form, in ranges, and refused in a sentence."""
+
+import json
+import math
+import os
+import struct
+
+import native_models
+import pytest
+import torch
+from form_1 import Malicious
+from refusals import has, refusal
+from safetensors.torch import load_file, save_file
+
+from megamoe.checkpoint.open_model import open_model
+from megamoe.checkpoint.opening import open_source
+from megamoe.config.optimizers import MASTERS
+from megamoe.formats.config_json import preset_of
+from megamoe.formats.native_files import NativeFiles
+from megamoe.formats.plain_files import PlainFiles
+from megamoe.formats.source_checks import model_problems
+
+BIAS = "model.layers.0.moe.router.selection_bias"
+
+
+def contents(source):
+    weights = {name: source.read(name, MASTERS, 0, math.prod(shape)) for name, shape in source.shapes.items()}
+    return weights | source.buffers
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+def test_shards_and_the_stacked_experts_of_transformers_5_hold_the_same_model(tmp_path):
+    for name in native_models.CLASSES:
+        model, folder = native_models.new_model(name), tmp_path / name
+        model.save_pretrained(folder / "shards", max_shard_size="20KB")
+        model.save_pretrained(folder / "stacked", save_original_format=False)
+        assert len(list((folder / "shards").glob("*.safetensors"))) > 5
+        assert any(key.endswith("experts.gate_up_proj") for key in load_file(folder / "stacked" / "model.safetensors"))
+        shards, stacked = open_source(folder / "shards"), open_source(folder / "stacked")
+        assert isinstance(shards, NativeFiles)
+        assert model_problems(shards, preset_of(folder / "shards"), "it") == []
+        assert same(contents(shards), contents(stacked)), name
+
+
+@pytest.fixture
+def directory(tmp_path):
+    native_models.new_model("MiniMaxM2").save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def tensors(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def rewrite(directory, **changes):
+    """Give config.json other values."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_16_bits_are_read_as_fp32_and_biases_too(directory):
+    held = tensors(directory)
+    save_file({name: tensor.bfloat16() for name, tensor in held.items()}, directory / "model.safetensors")
+    source = open_source(directory)
+    name = "model.layers.1.moe.experts.3.up_proj.weight"
+    expected = held["model.layers.1.block_sparse_moe.experts.3.w3.weight"].bfloat16().float()
+    assert torch.equal(source.read(name, MASTERS, 5, 100), expected.flatten()[5:105])
+    assert source.buffers[BIAS].dtype == torch.float32
+
+
+def test_a_bias_that_is_missing_is_left_to_begin_at_zero(directory):
+    held = {name: tensor for name, tensor in tensors(directory).items() if "layers.0" not in name or "bias" not in name}
+    save_file(held, directory / "model.safetensors")
+    source = open_source(directory)
+    assert BIAS not in source.buffers
+    assert len(source.buffers) == 2
+    assert native_models.decoder_of(directory).routers()[0].selection_bias.abs().max() == 0
+
+
+def test_a_range_is_read_without_the_rest_of_the_tensor(directory):
+    """The embedding is a hole of 2 GiB in the file."""
+    rows = 2**24
+    held = tensors(directory) | {"lm_head.weight": torch.zeros(0)}
+    embedding = ("model.embed_tokens.weight", "lm_head.weight")
+    header, offset = {}, 0
+    for name, tensor in held.items():
+        shape = [rows, 32] if name in embedding else list(tensor.shape)
+        header[name] = {
+            "dtype": "F32",
+            "shape": shape,
+            "data_offsets": [offset, offset := offset + 4 * math.prod(shape)],
+        }
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    rewrite(directory, vocab_size=rows)
+    before = resident()
+    source = open_source(directory)
+    assert source.read("lm_head.weight", MASTERS, 2**28, 1000).tolist() == [0.0] * 1000
+    assert resident() - before < 50 * 2**20
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_multi_token_prediction_is_read_where_there_is_any_and_not_needed(tmp_path):
+    native_models.new_model("Glm4Moe").save_pretrained(tmp_path / "hf")
+    own = native_models.add_mtp(tmp_path / "hf")
+    source, config = open_source(tmp_path / "hf"), preset_of(tmp_path / "hf")
+    assert torch.equal(
+        source.read("model.mtp.proj.weight", MASTERS, 0, 2048), own["model.layers.3.eh_proj.weight"].flatten()
+    )
+    assert model_problems(source, config, "it") == []
+    assert model_problems(source, config.model_copy(update={"num_nextn_predict_layers": 1}), "it") == []
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+REFUSED = [
+    ({"architectures": ["LlamaForCausalLM"]}, ("LlamaForCausalLM", "Glm4MoeForCausalLM", "give")),
+    ({"architectures": None}, ("null", "Glm4MoeForCausalLM")),
+    ({"quantization_config": {"quant_method": "fp8"}}, ("quantization_config", "unquantised")),
+    ({"head_scale": 2}, ("head_scale", "MiniMaxM2ForCausalLM", "remove")),
+    ({"scoring_func": "softmax"}, ("scoring_func", '"softmax"', '"sigmoid"')),
+    ({"attn_type_list": [1, 0, 1]}, ("attn_type_list", "[1, 0, 1]")),
+    ({"attention_dropout": 0.1}, ("attention_dropout is 0.1", "0.0")),
+    ({"num_experts": 4}, ("num_local_experts is 8", "num_experts", "4", "keep one")),
+    ({"hidden_act": "swish"}, ("hidden_act", "swish")),
+    ({"intermediate_size": 23}, ("shape (24, 32)", "(23, 32)", "config.json")),
+    ({"num_hidden_layers": 4}, ("lacks model.layers.3.",)),
+    ({"num_hidden_layers": 2}, ("model.layers.2.", "more tensors", "no place")),
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ("longrope", "yarn")),
+]
+
+
+def test_a_configuration_that_does_not_fit_is_one_sentence(directory):
+    path = directory / "config.json"
+    whole = path.read_text()
+    for changes, parts in REFUSED:
+        path.write_text(whole)
+        rewrite(directory, **changes)
+        has(refusal(open_source, directory), str(directory), *parts)
+    values = json.loads(whole)
+    del values["hidden_size"]
+    path.write_text(json.dumps(values))
+    has(refusal(open_source, directory), "hidden_size", "missing")
+
+
+def test_quantised_tensors_are_one_sentence(directory):
+    held, name = tensors(directory), "model.layers.1.self_attn.q_proj"
+    for key, tensor in (
+        (f"{name}.weight", torch.zeros(48, 32, dtype=torch.float8_e4m3fn)),
+        (f"{name}.weight_scale_inv", torch.zeros(1, 1)),
+        (f"{name}.qweight", torch.zeros(4, 48, dtype=torch.int32)),
+        (f"{name}.scales", torch.zeros(1, 48, dtype=torch.float16)),
+    ):
+        save_file({**held, key: tensor}, directory / "model.safetensors")
+        has(refusal(open_source, directory), key, "quantised")
+
+
+def test_a_missing_shard_is_one_sentence_with_and_without_an_index(tmp_path):
+    native_models.new_model("Olmoe").save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[3]
+    shard.unlink()
+    has(refusal(open_source, tmp_path), shard.name, "missing")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    has(refusal(open_source, tmp_path), "lacks model.", "fetch")
+
+
+def test_no_pickle_is_opened_and_no_code_run(directory, tmp_path):
+    torch.save({"a": Malicious(tmp_path / "mark")}, directory / "pytorch_model.bin")
+    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (directory / "modeling_x.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    rewrite(directory, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    assert isinstance(open_source(directory), NativeFiles)
+    (directory / "model.safetensors").unlink()
+    has(refusal(open_source, directory), "pytorch_model.bin", "pickle", "safetensors")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_one_sentence(tmp_path):
+    native_models.new_model("Mixtral").save_pretrained(tmp_path)
+    held = tensors(tmp_path)
+    embedding = held["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding + 1):
+        save_file({**held, "lm_head.weight": head}, tmp_path / "model.safetensors")
+        if torch.equal(head, embedding):
+            open_model(tmp_path)
+        else:
+            has(refusal(open_model, tmp_path), "lm_head.weight is not the embedding", "tie_word_embeddings")
+
+
+def test_a_directory_of_megamoes_own_class_is_read_as_before(tmp_path):
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["MegaMoeForCausalLM"]}')
+    assert isinstance(open_source(tmp_path), PlainFiles)

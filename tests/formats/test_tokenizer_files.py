@@ -1,0 +1,74 @@
+"""Tokenizers that go along with a model: a published directory's files and ids, or what a tokenizer.json tells."""
+
+import json
+
+import pytest
+from refusals import has, refusal
+from tokenizers import Tokenizer
+from toy import PRESET
+
+from megamoe.config.model import ModelConfig
+from megamoe.data.tokenizer import train_tokenizer
+from megamoe.formats.tokenizer_files import chat_template, special_ids, write_generation_config, write_tokenizer
+
+CONFIG = ModelConfig(**{**PRESET, "vocab_size": 300})
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A tokenizer.json in a directory as it is published, with special tokens of its own."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    train_tokenizer(["to be or not to be"], 260).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[begin]", "<|user|>", "<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "[begin]",
+        "eos_token": "<|end|>",
+        "chat_template": "{{ messages[0].content }}<|end|>",
+    }
+    ids = {name: tokenizer.token_to_id(text) for name, text in (("bos", "[begin]"), ("eos", "<|end|>"))}
+    ids = {"bos_token_id": ids["bos"], "eos_token_id": [ids["eos"], tokenizer.token_to_id("<|user|>")]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({**ids, "pad_token_id": None}))
+    (folder / "generation_config.json").write_text(json.dumps({**ids, "temperature": 0.6}))
+    return folder / "tokenizer.json", ids
+
+
+def test_a_published_directory_keeps_its_files_its_ids_and_its_chat_template(published, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer, ids = published
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write_tokenizer(out, tokenizer, CONFIG) == special_ids(tokenizer, CONFIG) == ids
+    write_generation_config(out, ids)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (tokenizer.parent / name).read_bytes()
+    loaded = AutoTokenizer.from_pretrained(out)
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (ids["bos_token_id"], ids["eos_token_id"][0])
+    assert loaded.apply_chat_template([{"role": "user", "content": "to be"}], tokenize=False) == "to be<|end|>"
+
+
+def test_a_template_in_a_file_of_its_own_comes_first_and_none_is_none(published, tmp_path):
+    tokenizer, _ = published
+    assert chat_template(tokenizer) == "{{ messages[0].content }}<|end|>"
+    tokenizer.with_name("chat_template.jinja").write_text("{{ 1 }}")
+    assert chat_template(tokenizer) == "{{ 1 }}"
+    assert chat_template(tmp_path / "tokenizer.json") is None
+
+
+def test_a_tokenizer_alone_ends_a_text_by_its_end_of_text_token(tmp_path):
+    train_tokenizer(["to be or not to be"], 270).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "out").mkdir()
+    ids = write_tokenizer(tmp_path / "out", tmp_path / "tokenizer.json", CONFIG)
+    assert ids == dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+
+
+def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(published, tmp_path):
+    tokenizer, _ = published
+    small = CONFIG.model_copy(update={"vocab_size": 258})
+    has(refusal(write_tokenizer, tmp_path, tokenizer, small), "tokenizer.json", "vocabulary of 258")

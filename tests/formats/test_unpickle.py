@@ -1,0 +1,117 @@
+"""Files of torch.save run no code when they are opened, and hold no object that DeepSpeed does not save."""
+
+import pickle
+import random
+from collections import OrderedDict
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from form_1 import CHECKPOINT, Malicious
+from refusals import has, only, refusal
+
+from megamoe.formats.unpickle import safe_load
+from megamoe.utils.errors import UserError
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_planted_pickle_is_refused_by_name_and_does_not_run(tmp_path, zipped):
+    path, mark = tmp_path / "x.pt", tmp_path / "mark"
+    if zipped:
+        torch.save({"x": [Malicious(mark)]}, path)
+    else:
+        path.write_bytes(pickle.dumps({"x": Malicious(mark)}))
+    problem = refusal(safe_load, path)
+    has(problem, str(path))
+    assert ("system" in problem and "do not open it" in problem) if zipped else "damaged" in problem
+    assert not mark.exists()
+    torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())  # the trap is real
+    assert mark.exists()
+
+
+def test_what_deepspeed_itself_puts_into_its_files_is_opened():
+    files = list(CHECKPOINT.glob("*.pt"))
+    assert len(files) > 8
+    for file in files:
+        safe_load(file)
+
+
+def dynamic_scaler():
+    return DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, dtype=torch.half)
+
+
+def test_objects_of_deepspeed_with_the_attributes_that_they_give_themselves_come_back(tmp_path):
+    address = fragment_address(start=3, numel=5)
+    torch.save({"a": [LossScaler(128.0), (dynamic_scaler(), address)], "stage": ZeroStageEnum(2)}, tmp_path / "x.pt")
+    found = safe_load(tmp_path / "x.pt")
+    assert vars(found["a"][0]) == vars(LossScaler(128.0))
+    assert vars(found["a"][1][0]) == vars(dynamic_scaler())
+    assert (found["a"][1][1], found["stage"]) == (address, 2)
+
+
+def with_attribute(name, value):
+    scaler = dynamic_scaler()
+    vars(scaler)[name] = value
+    return scaler
+
+
+# What a scaler is given, and where it lies in the file.
+ATTRIBUTES = [
+    ("cur_scale", LossScaler(1.0), "LossScaler", lambda x: x),  # an object of another allowed class
+    ("mine", LossScaler, "type", lambda x: {"a": [(1, {"b": x})]}),  # something to call
+    ("mine", [1.0], "list", lambda x: {x: 1}),
+    ("mine", {"x": fragment_address(1, 2)}, "dict", lambda x: OrderedDict(a=x)),
+    ("update_scale", 1.0, "float", lambda x: x),  # hides a method
+    ("__class__", "x", "str", lambda x: {"a": [(1, {"b": x})]}),
+    ("loss_scale", 1.0, "float", lambda x: {x: 1}),  # hides a property
+]
+
+
+def test_an_object_with_an_attribute_that_its_class_does_not_give_it_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    for name, value, kind, place in ATTRIBUTES:
+        torch.save(place(with_attribute(name, value)), path)
+        torch.load(path, weights_only=False)
+        has(refusal(safe_load, path), str(path), f"a DynamicLossScaler with {name!r} as a {kind}", "do not open it")
+
+
+def test_a_value_that_holds_itself_is_opened(tmp_path):
+    value = {"list": [1]}
+    value["list"].append(value)
+    torch.save(value, tmp_path / "x.pt")
+    assert safe_load(tmp_path / "x.pt")["list"][0] == 1
+
+
+class ChangesAnEnum:
+    def __reduce__(self):
+        return ZeroStageEnum, (2,), {"_value_": 99}
+
+
+def test_a_file_cannot_change_a_member_of_an_enum(tmp_path):
+    torch.save({"zero_stage": ChangesAnEnum()}, tmp_path / "x.pt")
+    has(refusal(safe_load, tmp_path / "x.pt"), str(tmp_path / "x.pt"))
+    assert ZeroStageEnum(2).value == 2
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(tmp_path):
+    whole = (CHECKPOINT / "zero_pp_rank_0_mp_rank_00_optim_states.pt").read_bytes()
+    path, draw = tmp_path / "x.pt", random.Random(0)
+    start = whole.index(b"optimizer_state_dict") - 20
+    refused = 0
+    for _ in range(100):
+        data = bytearray(whole)
+        data[start + draw.randrange(4000)] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        try:
+            safe_load(path)
+        except UserError as error:
+            refused += 1
+            has(only(error.problems), str(path))
+    assert refused > 30
+
+
+def test_a_missing_file_is_named(tmp_path):
+    has(refusal(safe_load, tmp_path / "x.pt"), str(tmp_path / "x.pt"), "is missing")

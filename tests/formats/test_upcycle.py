@@ -1,0 +1,207 @@
+"""Sparse models of dense ones, as transformers computes both."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+import upcycle as tool
+from refusals import has, only, refusal, refusals
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from megamoe.checkpoint.opening import open_source
+from megamoe.formats.config_json import preset_of
+from megamoe.formats.source import load_weights
+from megamoe.formats.upcycle import Recipe, upcycle
+from megamoe.model.decoder import Decoder
+
+SHAPE = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, rope_theta=5000.0, rms_norm_eps=3e-5,
+)  # fmt: skip
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 7000.0,
+}
+DENSE = {
+    "Llama": (transformers.LlamaConfig, {}),
+    "Llama, scaled and tied": (transformers.LlamaConfig, {"rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "Qwen3": (transformers.Qwen3Config, {"head_dim": 12}),
+    "Qwen3, biased and tied": (
+        transformers.Qwen3Config,
+        {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+}
+IDS = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+
+
+def write_dense(folder, name, dtype=torch.float32):
+    """A dense model in several shards, with a tokenizer's files."""
+    kind, changes = DENSE[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(kind(**{**SHAPE, **changes})).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "tokenizer.json").write_text("{}")
+    return model
+
+
+@pytest.fixture
+def dense(tmp_path):
+    write_dense(tmp_path / "dense", "Llama")
+    return tmp_path / "dense"
+
+
+@torch.no_grad()
+def loss(model):
+    return model(IDS, labels=IDS).loss.item()
+
+
+def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize(("name", "split"), zip(DENSE, (1, 3, 2, 3), strict=True))
+def test_the_sparse_model_computes_what_the_dense_one_does_in_transformers_and_in_megamoe(name, split, tmp_path):
+    model = write_dense(tmp_path / "dense", name)
+    made = upcycle(tmp_path / "dense", tmp_path / "sparse", Recipe(copies=4, top_k=2, split=split), 20_000)
+    sparse = load(tmp_path / "sparse")
+    assert type(sparse).__name__ == made == {"L": "MixtralForCausalLM", "Q": "Qwen3MoeForCausalLM"}[name[0]]
+    assert (sparse.config.num_local_experts, sparse.config.num_experts_per_tok) == (4 * split, 2 * split)
+    assert loss(sparse) == pytest.approx(loss(model), abs=2e-6)
+    ours = Decoder(preset_of(tmp_path / "sparse")).eval()
+    load_weights(ours, open_source(tmp_path / "sparse"), torch.float32)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        torch.testing.assert_close(sparse(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(IDS), expected, atol=1e-5, rtol=1e-5)
+
+
+def gates(folder):
+    tensors = {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+    return {name: one for name, one in tensors.items() if name.endswith("gate.weight")}, tensors
+
+
+def test_the_router_is_drawn_from_the_seed_and_equal_for_the_parts_of_a_copy(dense, tmp_path):
+    for name, recipe in {"a": Recipe(16, 2), "b": Recipe(16, 2, seed=1), "c": Recipe(16, 2, split=2)}.items():
+        upcycle(dense, tmp_path / name, recipe, 10**9)
+    (first, _), (other, _), (split, _) = (gates(tmp_path / name) for name in "abc")
+    assert len(first) == 2
+    for name, weight in first.items():
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not torch.equal(weight, other[name])
+        assert torch.equal(split[name], weight.repeat_interleave(2, 0))
+    assert len({weight[0, 0].item() for weight in first.values()}) == 2
+
+
+def test_noise_is_of_the_size_asked_for_and_differs_between_experts(dense, tmp_path):
+    upcycle(dense, tmp_path / "plain", Recipe(3, 2), 10**9)
+    upcycle(dense, tmp_path / "noisy", Recipe(3, 2, noise=0.25), 10**9)
+    (_, plain), (_, noisy) = gates(tmp_path / "plain"), gates(tmp_path / "noisy")
+    experts = [name for name in plain if ".experts." in name]
+    assert len(experts) == 2 * 3 * 3
+    drawn = {name: (noisy[name] - plain[name]) / plain[name].std() for name in experts}
+    assert all(noise.std().item() == pytest.approx(0.25, rel=0.1) for noise in drawn.values())
+    assert len({round(noise.flatten()[0].item(), 4) for noise in drawn.values()}) == len(experts)
+    assert all(torch.equal(plain[name], noisy[name]) for name in plain.keys() - experts)
+
+
+def test_the_files_have_the_dense_models_dtype_and_size_and_its_tokenizer(tmp_path):
+    write_dense(tmp_path / "dense", "Qwen3", torch.bfloat16)
+    upcycle(tmp_path / "dense", tmp_path / "sparse", Recipe(4, 2), 20_000)
+    files = sorted((tmp_path / "sparse").glob("model-*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"BF16"}  # noqa: SIM118
+            assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) <= 20_000  # noqa: SIM118
+    assert (tmp_path / "sparse" / "tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "sparse" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+REFUSED = [
+    ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM or Qwen3ForCausalLM"]),
+    ({"architectures": None}, ["architectures is null"]),
+    ({"attention_bias": True}, ["attention_bias is true", "MixtralForCausalLM has no place"]),
+    ({"mlp_bias": True}, ["mlp_bias is true"]),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ['"longrope"', "linear, dynamic, yarn"]),
+    ({"rope_scaling": "yarn"}, ['rope_scaling is "yarn"', "object"]),
+    ({"rope_scaling": {"rope_type": ["x"]}}, ["rope_type", '["x"]']),
+    ({"rope_scaling": {"rope_type": "linear"}}, ["rope_scaling", "factor"]),
+    ({"rms_norm_eps": -3}, ["rms_norm_eps", "-3"]),
+    ({"quantization_config": {"quant_method": "fp8"}}, ["quantised"]),
+    ({"hidden_size": None}, ["hidden_size is null", "above 0"]),
+    ({"parallel_attention": True}, ['unknown key "parallel_attention"']),
+    ({"vocab_size": 97}, ["model.embed_tokens.weight", "(96, 32)", "(97, 32)"]),
+    ({"num_hidden_layers": 3}, ["lacks model.layers.2."]),
+    ({"num_hidden_layers": 1}, ["has, beyond its config.json, model.layers.1."]),
+]
+
+
+def test_a_dense_model_that_has_no_sparse_form_is_refused(dense, tmp_path):
+    whole = (dense / "config.json").read_text()
+    for changes, words in REFUSED:
+        (dense / "config.json").write_text(whole)
+        edit(dense, **changes)
+        has(refusal(upcycle, dense, tmp_path / "sparse", Recipe(4, 2), 10**9), *words)
+    assert not list(tmp_path.glob("sparse*"))
+
+
+def test_a_window_is_refused_for_qwen3(tmp_path):
+    write_dense(tmp_path / "dense", "Qwen3")
+    edit(tmp_path / "dense", use_sliding_window=True)
+    has(refusal(upcycle, tmp_path / "dense", tmp_path / "sparse", Recipe(4, 2), 10**9), "use_sliding_window is true")
+
+
+def test_missing_damaged_and_quantised_weights_are_refused(dense, tmp_path):
+    shard = sorted(dense.glob("*.safetensors"))[1]
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, shard)
+    has(refusal(upcycle, dense, tmp_path / "sparse", Recipe(4, 2), 10**9), name, "F8_E4M3", "quantised")
+    shard.write_bytes(b"damaged")
+    has(refusal(upcycle, dense, tmp_path / "sparse", Recipe(4, 2), 10**9), shard.name, "cannot be read")
+    shard.unlink()
+    has(refusal(upcycle, dense, tmp_path / "sparse", Recipe(4, 2), 10**9), shard.name, "missing")
+    for file in dense.glob("*.safetensors*"):
+        file.unlink()
+    (dense / "pytorch_model.bin").write_bytes(b"")
+    has(refusal(upcycle, dense, tmp_path / "sparse", Recipe(4, 2), 10**9), "no .safetensors files")
+    assert not list(tmp_path.glob("sparse*"))
+
+
+def test_all_wrong_numbers_are_named_at_once(dense, tmp_path):
+    said = refusals(upcycle, dense, tmp_path / "sparse", Recipe(2, 3, split=5, noise=-1.0, seed=-1), 10**9)
+    has("\n".join(said), "--top_k is 3, above --experts 2", "--split is 5", "--noise is -1.0", "--seed is -1")
+    assert len(said) == 4
+    has(only(refusals(upcycle, dense, tmp_path / "sparse", Recipe(0, 0), 10**9)[:1]), "--experts is 0")
+
+
+def test_the_tool_says_what_it_made_and_overwrites_nothing(dense, tmp_path, monkeypatch, capsys):
+    words = ["upcycle.py", str(dense), str(tmp_path / "sparse"), "--experts", "4", "--top_k", "2", "--split", "2"]
+    monkeypatch.setattr("sys.argv", words)
+    tool.main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "MixtralForCausalLM with 8 experts per layer, 4 per token"
+    has(second, f"wrote {tmp_path / 'sparse'} from {dense} in ")
+    has(refusal(tool.main), "sparse exists already")
+    shutil.rmtree(tmp_path / "sparse")
+    monkeypatch.setattr("sys.argv", [*words, "--max_shard_gb", "0"])
+    has(refusal(tool.main), "--max_shard_gb is 0.0")

@@ -1,0 +1,63 @@
+import itertools
+
+import pytest
+import torch
+from devices import DEVICES, assert_near
+
+from megamoe.model import grouped_gemm as products
+from megamoe.model.grouped_gemm import choose_kernel, grouped_linear
+
+SIZES = [7, 0, 64, 3], [0, 0, 50, 0], [0, 0, 0, 0]
+I, O = 16, 24  # noqa: E741
+
+
+def test_the_product_is_one_kernel_where_there_is_a_correct_one():
+    half, whole = torch.float16, torch.float32
+    for capability, dtype, has_triton, expected in (
+        (None, torch.bfloat16, False, "grouped_mm"),  # CPU
+        (None, whole, False, "grouped_mm"),
+        (None, torch.float64, False, "loop"),
+        ((9, 0), torch.bfloat16, True, "grouped_mm"),  # H100
+        ((10, 0), torch.bfloat16, True, "grouped_mm"),
+        ((11, 0), torch.bfloat16, True, "triton"),  # Thor, RTX 50xx: torch loops
+        ((12, 0), torch.bfloat16, True, "triton"),
+        ((9, 0), half, True, "triton"),
+        ((8, 0), torch.bfloat16, True, "triton"),  # A100
+        ((8, 0), torch.bfloat16, False, "loop"),
+        ((8, 0), whole, True, "loop"),  # Triton's kernel would round to TF32
+        ((7, 0), half, True, "loop"),  # V100
+    ):
+        assert choose_kernel(capability, dtype, has_triton) == expected, (capability, dtype, has_triton)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradient(dtype, device):
+    torch.manual_seed(0)
+    for sizes, out in itertools.product(SIZES, (24, 21)):  # 21: rows that no kernel takes
+        shapes = (sum(sizes), I), (len(sizes), out, I), (sum(sizes), out)
+        rows, weight, grad = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
+        low = [one.to(device).detach().requires_grad_() for one in (rows, weight)]
+        result = grouped_linear(*low, torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32))
+        result.backward(grad.to(device))
+
+        exact = [one.double().detach().requires_grad_() for one in (rows, weight)]
+        blocks = [block @ one.T for block, one in zip(exact[0].split(sizes), exact[1], strict=True)]
+        torch.cat(blocks).backward(grad.double())
+        found, expected = (result, *(one.grad for one in low)), (torch.cat(blocks), *(one.grad for one in exact))
+        for one, other in zip(found, expected, strict=True):
+            assert_near(one, other, dtype, f"{sizes}, {out}")
+            assert one.is_contiguous()
+        for size, one in zip(sizes, low[1].grad, strict=True):
+            assert size or not one.any()
+
+
+def test_the_loop_and_the_kernel_agree(monkeypatch):
+    torch.manual_seed(1)
+    for sizes in SIZES:
+        rows, weight = torch.randn(sum(sizes), I), torch.randn(len(sizes), O, I)
+        ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+        with monkeypatch.context() as patch:
+            kernel = grouped_linear(rows, weight, ends)
+            patch.setattr(products, "kernel_for", lambda *_: "loop")
+            torch.testing.assert_close(grouped_linear(rows, weight, ends), kernel)

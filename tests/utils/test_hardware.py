@@ -1,0 +1,115 @@
+"""What devices can do: data sheets, and rates measured here."""
+
+import math
+
+import pytest
+import torch
+
+from megamoe.utils import hardware
+from megamoe.utils.hardware import Peak, measured_flops, memory_gib, peak_flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measured_flops_are_positive_and_finite_and_draw_nothing_from_torch(dtype):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    assert 0 < measured_flops(torch.device("cpu"), dtype) < math.inf
+    assert torch.rand(1) == expected
+
+
+def measured_with(monkeypatch, seconds_of, device="cpu"):
+    """(the rate found, the sizes measured, the seconds taken) where a product of a size takes `seconds_of(size)`, or
+    raises what that is."""
+    now, sizes = 0.0, []
+
+    def product_seconds(a):
+        nonlocal now
+        size = len(a)
+        if size not in sizes:
+            sizes.append(size)
+        seconds = seconds_of(size)
+        if isinstance(seconds, Exception):
+            raise seconds
+        now += seconds
+        return seconds
+
+    monkeypatch.setattr(hardware, "_product_seconds", product_seconds)
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(hardware, "_square", lambda size, *_: torch.empty(size, size, device="meta"))
+    return measured_flops(torch.device(device), torch.bfloat16), sizes, now
+
+
+def at_rate(rate):
+    return lambda size: 2 * size**3 / rate
+
+
+@pytest.mark.parametrize("rate", [0.1e9, 0.56e9, 5e9, 46e9, 1e12])
+def test_a_measurement_takes_less_than_half_a_second_at_any_rate(monkeypatch, rate):
+    found, sizes, seconds = measured_with(monkeypatch, at_rate(rate))
+    assert found == pytest.approx(rate)
+    assert seconds < 0.5
+    assert sizes[-1] == 1024 or rate < 46e9
+
+
+def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
+    seconds = iter([9.0, 0.02, 0.01, 0.03, *[0.04] * 99])  # the first loads libraries
+    found, *_ = measured_with(monkeypatch, lambda size: next(seconds))
+    assert found == 2 * 128**3 / 0.01
+
+
+def test_a_gpu_is_measured_where_its_rate_has_stopped_growing(monkeypatch):
+    rates = {128: 1e13, 256: 3e13, 512: 9e13, 1024: 2e14, 2048: 3e14, 4096: 3.01e14}
+    found, sizes, _ = measured_with(monkeypatch, lambda size: 2 * size**3 / rates[size], "cuda")
+    assert (found, sizes) == (pytest.approx(3.01e14), list(rates))
+
+
+def test_a_gpu_without_memory_for_a_larger_product_has_the_rate_before(monkeypatch):
+    def seconds(size):
+        return torch.OutOfMemoryError() if size == 2048 else 2 * size**3 / (1e11 * size)
+
+    assert measured_with(monkeypatch, seconds, "cuda")[0] == pytest.approx(1024e11)
+
+
+def test_a_device_without_a_kernel_for_a_dtype_has_the_rate_0(monkeypatch):
+    assert measured_with(monkeypatch, lambda size: RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), "cuda")[0] == 0
+
+
+def test_a_peak_says_whether_it_was_measured():
+    assert str(Peak(989e12, is_measured=False)) == "989 TFLOP/s per rank, of the data sheet"
+    assert str(Peak(4.2e11, is_measured=True)) == "420 GFLOP/s per rank, measured, of square matrix products"
+
+
+@pytest.mark.parametrize(
+    ("name", "half", "single"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA B200", 2250e12, 75e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA A10G", 70e12, 35e12),
+    ],
+)
+def test_a_known_card_has_the_peak_of_its_data_sheet(monkeypatch, name, half, single):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    for dtype, peak in ((torch.bfloat16, half), (torch.float16, half), (torch.float32, single)):
+        assert peak_flops(torch.device("cuda"), dtype) == Peak(peak, is_measured=False)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "NVIDIA RTX A1000 Laptop GPU", "Tesla V100-SXM2-16GB"])
+def test_the_bf16_peak_of_an_unknown_card_or_one_without_bf16_is_measured(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: (device.type, dtype))
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == Peak(("cuda", torch.bfloat16), is_measured=True)
+
+
+def test_the_peak_of_a_cpu_is_measured(monkeypatch):
+    monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: (device.type, dtype))
+    assert peak_flops(torch.device("cpu"), torch.float32) == Peak(("cpu", torch.float32), is_measured=True)
+
+
+def test_memory_on_cpu_is_what_the_process_holds():
+    held = torch.ones(2**26)  # a quarter of a GiB
+    assert 0.25 < memory_gib(torch.device("cpu")) < 32
+    assert held[0] == 1

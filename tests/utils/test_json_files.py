@@ -1,0 +1,254 @@
+"""The reader of JSON: what it lets through is safe for whoever reads it, everything else is one sentence."""
+
+import copy
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+from refusals import has, refusal, sentences
+from tokenizers import Tokenizer, models
+from toy import PRECISION, PRESET, ds_config, write_inputs
+
+from megamoe.checkpoint import manifest
+from megamoe.checkpoint.opening import open_source
+from megamoe.config.model import load_preset
+from megamoe.config.recipe import batch_sizes, deepspeed_problems
+from megamoe.config.run import RunConfig
+from megamoe.config.run_checks import run_problems
+from megamoe.config.schedule import read_schedule
+from megamoe.data.token_files import split_counts
+from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
+from megamoe.job import Job
+from megamoe.training.engine import deepspeed_own_problems
+from megamoe.utils import json_files
+from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import MAX_DEPTH, check_regular, read_json
+
+DEEP = 100_000
+MALFORMED = {
+    "nested objects": ('{"a":' * DEEP + "1" + "}" * DEEP, "deep"),
+    "nested lists": ('{"a": ' + "[" * DEEP + "]" * DEEP + "}", "deep"),
+    "half a surrogate pair": (r'{"a": ["x\ud800"]}', "surrogate"),
+    "half a surrogate pair in a key": (r'{"\udc00": 1}', "surrogate"),
+    "no UTF-8": (b'{"a": "\xe9"}', "0xe9"),
+    "a number of 5,000 digits": ('{"a": ' + "9" * 5000 + "}", "64 bits"),
+    "a number above 64 bits with a sign": ('{"a": 9223372036854775808}', "64 bits"),
+    "a number beyond floating point": ('{"a": 1e400}', "not finite"),
+    "NaN": ('{"a": NaN}', "NaN is not finite"),
+    "Infinity": ('{"a": {"b": -Infinity}}', "-Infinity is not finite"),
+    "an end too early": ('{"a": 1', "line 1"),
+    "two documents": ("{}{}", "Extra data"),
+    "nothing": ("", "not valid JSON"),
+    "a mistake in a line": ('{\n "a": 1,\n "b" 2}', "line 3"),
+    "null": ("null", "JSON object"),
+    "a list": ("[1, 2]", "list"),
+    "a text": ('"a"', "JSON object"),
+    "a control character": ('{"a": "\n"}', "control character"),
+    "zeros": (bytes(100), "not valid JSON"),
+}
+
+
+def test_a_malformed_file_is_one_short_sentence_as_a_json_and_as_a_tokenizer(tmp_path):
+    for number, (content, says) in enumerate(MALFORMED.values()):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        problem = refusal(read_json, path)
+        has(problem, str(path), says)
+        assert len(problem) < 500
+        has(refusal(load_tokenizer, path), str(path), "cannot be read", "give a tokenizer.json")
+
+
+def test_nesting_is_accepted_up_to_the_limit(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": ' + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1) + "}")
+    assert read_json(path)["a"] is not None
+    path.write_text('{"a": ' + "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1) + "}")
+    has(refusal(read_json, path), f"deeper than {MAX_DEPTH} levels")
+
+
+def test_ordinary_documents_come_back_as_they_are(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"a": [1, -2.5, 1e-300, True, None, "é😀\n"], "b": {"c": 2**63 - 1, "d": {}}}
+    for ascii_only in (True, False):
+        path.write_text(json.dumps(value, ensure_ascii=ascii_only), encoding="utf-8")
+        assert read_json(path) == value
+
+
+def test_a_json_above_the_limit_of_its_size_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    with open(path, "r+b") as file:
+        file.truncate(json_files.MAX_BYTES + 1)  # a hole: it takes no space
+    has(refusal(read_json, path), f"{json_files.MAX_BYTES + 1:,} bytes", f"limit of {json_files.MAX_BYTES:,}")
+    has(refusal(load_tokenizer, path), "limit")
+
+
+def test_a_key_given_twice_is_refused_with_both_values_where_they_differ(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('{"hidden_size": 64, "hidden_size": 128}', '{"scheduler": {"lr": 64, "lr": 128}}'):
+        path.write_text(text)
+        has(refusal(read_json, path), str(path), "given twice", "64", "128", "keep one")
+    path.write_text('{"hidden_size": 64, "hidden_size": 64}')
+    assert read_json(path) == {"hidden_size": 64}
+
+
+def test_a_json_file_that_is_missing_is_refused(tmp_path):
+    has(refusal(read_json, tmp_path / "no.json"), "no.json", "cannot be read", "give the path")
+
+
+# --- devices and pipes ---
+
+
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to("/dev/zero")
+    (tmp_path / "kernel.json").symlink_to("/proc/kmsg")
+
+    def opened(path, *args, **options):
+        raise AssertionError(f"{path} was opened")
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "read_bytes", opened)
+    for path in (tmp_path / "pipe.json", tmp_path / "link.json", tmp_path / "kernel.json", Path("/proc/kmsg")):
+        has(refusal(read_json, path), str(path), "not a regular file", "a JSON file")
+        has(refusal(load_tokenizer, path), str(path), "not a regular file", "tokenizer.json")
+    has(refusal(read_json, tmp_path), str(tmp_path), "is a folder")
+
+
+def test_a_file_that_a_process_has_open_is_regular(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with open(tmp_path / "a.json") as file:
+        assert check_regular(Path(f"/proc/self/fd/{file.fileno()}"), "a JSON file") == 2
+
+
+# --- whatever a file holds, its consumers say what is wrong ---
+
+ATOMS = (
+    None, True, False, 0, 1, -1, 2, 3, 7, 10**12, 2**63 - 1, -0.5, 1e-8, 1e300, 1e-308, "", "auto", "1e-8", "true",
+    "cpu", "é😀", "a\nb", "x" * 300, "../x", "/etc/passwd", "\0",
+)  # fmt: skip
+
+
+def draw_value(draw, depth=3):
+    """Any JSON value, small ones most often."""
+    kind = draw.random()
+    if depth == 0 or kind < 0.7:
+        return draw.choice(ATOMS)
+    if kind < 0.85:
+        return [draw_value(draw, depth - 1) for _ in range(draw.randrange(4))]
+    return {str(draw.choice(ATOMS)): draw_value(draw, depth - 1) for _ in range(draw.randrange(4))}
+
+
+def places(value, above=()):
+    """The way to every value within `value`."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield (*above, key)
+        yield from places(child, (*above, key))
+
+
+def changed(draw, document):
+    """`document` with some values replaced, removed or added."""
+    document = copy.deepcopy(document)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        *way, last = draw.choice(list(places(document)) or [(str(draw.choice(ATOMS)),)])
+        place = document
+        for key in way:
+            place = place[key]
+        if isinstance(place, dict) and draw.random() < 0.2:
+            place.pop(last, None)
+        elif isinstance(place, dict) and draw.random() < 0.2:
+            place[draw.choice(("x", "a\nb", str(last) + "s"))] = draw_value(draw)
+        else:
+            place[last] = draw_value(draw)
+    return document
+
+
+def garbled(draw, text):
+    """The bytes of `text`, now and then with a few that do not belong."""
+    data = bytearray(text.encode())
+    if draw.random() < 0.15:
+        for _ in range(draw.choice((1, 3))):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+    return bytes(data)
+
+
+def complaints(function, *args):
+    """What a UserError of the call says; nothing else may be raised."""
+    try:
+        function(*args)
+    except UserError as error:
+        return sentences(error.problems)
+    return []
+
+
+def random_files(path, document, count, seed):
+    """The path, with one changed document after another in it."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        path.write_bytes(garbled(draw, json.dumps(changed(draw, document), ensure_ascii=False)))
+        yield path
+
+
+def some_are_refused(path, document, check, seed, count=100):
+    """Whether the check refuses some of the changed documents in sentences, and accepts others."""
+    refused = sum(bool(complaints(check, file)) for file in random_files(path, document, count, seed))
+    return count / 10 < refused < count
+
+
+def check_ds(path):
+    ds = read_json(path)
+    found = deepspeed_problems(ds, "ds.json", 2, True)
+    sentences(found)
+    run = RunConfig(ds_config="ds.json", preset="tiny")
+    sentences(run_problems(run, load_preset("tiny"), ds, 2))
+    if not found:
+        read_schedule(ds, "ds.json")
+        batch_sizes(ds, 2)
+        sentences(deepspeed_own_problems(ds, "ds.json"))
+    else:
+        raise UserError(*found)
+
+
+def test_any_deepspeed_json_is_accepted_or_refused_in_sentences(tmp_path):
+    ds = {
+        **ds_config(2, 2),
+        "fp16": {"enabled": False, "loss_scale": 128, "hysteresis": 2},
+        "flops_profiler": {"enabled": False},
+        "communication_data_type": "fp32",
+    }
+    ds["zero_optimization"]["offload_optimizer"] = {"device": "none"}
+    assert some_are_refused(tmp_path / "ds.json", ds, check_ds, seed=1, count=300)
+
+
+def test_any_preset_is_accepted_or_refused_in_sentences(tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 2.0}
+    preset = {**PRESET, "rope_theta": 1e4, "rope_scaling": scaling, "router_score": "softmax"}
+    assert some_are_refused(tmp_path / "a.json", preset, lambda path: load_preset(str(path)), seed=2, count=200)
+
+
+def test_any_run_json_is_accepted_or_refused_in_sentences(tmp_path):
+    run = RunConfig(**write_inputs(tmp_path, ds_config(2)), run_dir=str(tmp_path / "run"), auto_resume=True)
+    cpu = torch.device("cpu")
+    Job(run.model_copy(update={"auto_resume": False}), 1, cpu, PRECISION).enter_folder(0, None)
+    path = tmp_path / "run" / "run.json"
+    assert some_are_refused(path, read_json(path), lambda _: Job(run, 1, cpu, PRECISION), seed=3, count=60)
+
+
+def test_any_counts_index_or_manifest_is_accepted_or_refused_in_sentences(tmp_path):
+    counts = {split: {"documents": 3, "tokens": 600, "bytes": 1800} for split in ("train", "valid")}
+    assert some_are_refused(tmp_path / "corpus.json", counts, lambda _: split_counts(tmp_path / "valid"), seed=4)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    index = {"metadata": {"total_size": 4}, "weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model.bin"}}
+    path = tmp_path / "pytorch_model.bin.index.json"
+    assert some_are_refused(path, index, lambda _: open_source(tmp_path), seed=5)
+    record = {"step": 3, "files": {"a.pt": {"bytes": 4, "sha256": "0" * 64}}}
+    assert some_are_refused(tmp_path / "manifest.json", record, lambda _: manifest.read_manifest(tmp_path), seed=6)
+
+
+def test_any_tokenizer_is_accepted_or_refused_in_sentences(tmp_path):
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, "a"))
+    for tokenizer in (words, train_tokenizer(["ab"], 257)):
+        assert some_are_refused(tmp_path / "t.json", json.loads(tokenizer.to_str()), load_tokenizer, seed=7, count=60)
