@@ -92,7 +92,7 @@ def test_what_gguf_needs_is_said(run, convert, tmp_path):
 
 def test_without_the_package_the_extra_is_named(run, convert, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
-    for name in [name for name in sys.modules if name.startswith("megamoe.checkpoint.gguf_")]:
+    for name in [name for name in sys.modules if name.startswith("megamoe.formats.gguf_")]:
         monkeypatch.delitem(sys.modules, name)
     has(refusal(convert, run, tmp_path / "m.gguf"), "needs the package gguf", "pip install")
 
