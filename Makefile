@@ -83,13 +83,13 @@ test-cluster: .venv/.test
 	python -m pytest tests/launchers -m cluster
 
 gpu: .venv/.test
-	timeout 30m python tools/check_gpu.py
+	timeout 30m python tools/dev/check_gpu.py
 
 bench: .venv/.bench
-	python tools/benchmark.py --json benchmark.json
+	python tools/dev/benchmark.py --json benchmark.json
 
 bench-short: .venv/.train
-	python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20
+	python tools/dev/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20
 
 check: .venv/.test
 	python -m ruff format --check .

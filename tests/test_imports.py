@@ -26,12 +26,13 @@ LAYERS = [
     {"training"},
     {"planning"},
     {"job", "library", "resume_rules"},
-    {"pretrain"},
+    {"commands", "pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 UNRELATED = ("checkpoint", "planning")  # neither imports the other
 # The modules that import DeepSpeed; CONTRIBUTING.md says what each takes of it.
 DEEPSPEED_MODULES = {
+    "commands.preflight",
     "checkpoint.engine_state",
     "checkpoint.restore",
     "checkpoint.universal",

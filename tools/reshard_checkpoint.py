@@ -1,47 +1,7 @@
-"""Reshard a checkpoint for any number of ranks in advance: `python tools/reshard_checkpoint.py runs/a runs/b`.
+"""Reshard a checkpoint for any number of ranks in advance: `python tools/reshard_checkpoint.py runs/a runs/b`."""
 
-runs/b is a run folder with the newest checkpoint of runs/a in DeepSpeed's Universal layout. `pretrain.py --run_dir
-runs/b --resume` resumes from it, and DeepSpeed's own loader reads it. A plain --resume reshards by itself.
-"""
-
-from __future__ import annotations
-
-import shutil
-from pathlib import Path
-
-from megamoe.checkpoint.deepspeed_files import RankFiles
-from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
-from megamoe.checkpoint.universal import write_universal
+from megamoe.commands.reshard_checkpoint import main
 from megamoe.config import cli
-from megamoe.formats.export import output
-from megamoe.utils import disk
-from megamoe.utils.errors import UserError
-
-
-def main() -> None:
-    parser = cli.Parser(description="Reshard a checkpoint for any number of ranks.")
-    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
-    parser.add_argument("out", type=Path, help="run folder to make")
-    args = parser.parse()
-    checkpoint = find_checkpoint(args.checkpoint)
-    source = open_source(checkpoint, open_files=1)
-    if not isinstance(source, (IndexedFiles, RankFiles)):
-        raise UserError(f"{checkpoint} fits any number of ranks as it is; there is nothing to reshard.")
-    name = f"step_{source.training_state()['global_steps']}"
-    run_dir = checkpoint.parent.parent
-    with output(args.out) as partial:
-        folder = partial / "checkpoints"
-        folder.mkdir(parents=True)
-        write_universal(source, run_record(checkpoint), folder / name)
-        for pointer in ("latest", "latest_universal"):  # the second is DeepSpeed's name for it
-            disk.replace_file(folder / pointer, name)
-        for file in ("run.json", "resumes.jsonl", "tokenizer.json"):
-            if (run_dir / file).is_file():
-                shutil.copyfile(run_dir / file, partial / file)
-    folder = args.out / "checkpoints"
-    print(f"wrote {folder / name} from {checkpoint}, saved by {source.world_size} ranks at ep_size {source.ep_size}")
-
 
 if __name__ == "__main__":
     cli.run(main)

@@ -27,7 +27,7 @@ class Rates:
 GPU = Rates(
     products=0.8, attention=0.45, memory=0.9, links=0.7, operator=6e-6, region=30e-6, parameter=30e-6, wait=20e-6
 )
-# Fitted by tools/benchmark_plan.py, as shares of the rates of a square product and of a copy. An operator's time is
+# Fitted by tools/dev/benchmark_plan.py, as shares of the rates of a square product and of a copy. An operator's time is
 # that of running a small one; DeepSpeed's is in it.
 CPU = Rates(products=0.75, attention=0.3, memory=1.2, links=0.7, operator=30e-6, region=30e-6, parameter=0.0, wait=0.0)
 

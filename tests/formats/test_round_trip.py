@@ -2,7 +2,6 @@
 
 import sys
 
-import convert_checkpoint
 import native_models
 import pytest
 import torch
@@ -11,6 +10,7 @@ from engines import BATCH, make, save, train
 from ranks import run_ranks
 
 from megamoe.checkpoint.restore import restore_first_verified
+from megamoe.commands import convert_checkpoint
 from megamoe.formats.architectures import ARCHITECTURES
 from megamoe.formats.config_json import preset_of
 from megamoe.model.generation import generate

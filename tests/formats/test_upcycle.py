@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 import transformers
-import upcycle as tool
 from refusals import has, only, refusal, refusals
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megamoe.checkpoint.opening import open_source
+from megamoe.commands import upcycle as tool
 from megamoe.formats.config_json import preset_of
 from megamoe.formats.source import load_weights
 from megamoe.formats.upcycle import Recipe, upcycle

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from preflight import read_hostfile
 from refusals import has, refusal
 
+from megamoe.commands.preflight import read_hostfile
 from megamoe.config.run import RunConfig
 from megamoe.launch.preflight import Report, marker_next_to, needed_files, problems, report
 from megamoe.launch.versions import versions

@@ -11,7 +11,7 @@ from megamoe.model.topology import ExpertTopology
 ROOT = Path(__file__).parents[2]
 OWNER = "megamoe/model/topology.py"
 HELPERS = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
-PROGRAM = sorted([*(ROOT / "megamoe").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *HELPERS])
+PROGRAM = sorted([*(ROOT / "megamoe").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *HELPERS])
 SPELLING = "deepspeed_" + "experts"
 
 

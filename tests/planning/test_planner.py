@@ -4,13 +4,13 @@ import sys
 from dataclasses import replace
 from typing import get_args
 
-import plan as tool
 import psutil
 import pytest
 import torch
 from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config, shipped
 
+from megamoe.commands import plan as tool
 from megamoe.config import cli
 from megamoe.config.model import load_preset
 from megamoe.config.run import RunConfig

@@ -4,11 +4,11 @@ import contextlib
 import json
 import sys
 
-import plan
 import pytest
 from ranks import run_alone, run_ranks
 from toy import PRESET, shipped
 
+from megamoe.commands import plan
 from megamoe.config.model import ModelConfig
 from megamoe.planning.simulate import measure, simulate
 from megamoe.utils.json_files import read_json

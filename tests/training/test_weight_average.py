@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 
-import convert_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.universal import write_universal
+from megamoe.commands import convert_checkpoint
 from megamoe.config.run import parse_run
 from megamoe.model.names import expert_id, is_buffer
 from megamoe.training.weight_average import WeightAverage, describe_change

@@ -3,7 +3,7 @@
     make gpu            writes docs/results/gpu-NAME.json, and the README's table from it
 
 The checks are the tests with the mark `gpu`; a check that needs more GPUs than there are is listed as not run. Then
-`tools/benchmark.py` times steps of the full model on one GPU, by every contender, until memory ends.
+`tools/dev/benchmark.py` times steps of the full model on one GPU, by every contender, until memory ends.
 """
 
 from __future__ import annotations

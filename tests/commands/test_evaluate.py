@@ -5,7 +5,6 @@ import math
 import re
 import sys
 
-import evaluate
 import pytest
 import torch
 from exported import Weights, random_decoder
@@ -15,6 +14,7 @@ from refusals import has, only, refusals
 from transformers import AutoModelForCausalLM
 
 import megamoe
+from megamoe.commands import evaluate
 from megamoe.config import cli
 from megamoe.data.corpus import write_corpus
 from megamoe.data.tokenizer import train_tokenizer

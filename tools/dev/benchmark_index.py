@@ -1,6 +1,6 @@
 """Measure the index of a checkpoint of any number of ranks, and what a save and a resume touch, without those ranks.
 
-    python tools/benchmark_index.py --ranks 1024 --ep_size 64 --experts 128 --resume_on 512 --resume_ep_size 32
+    python tools/dev/benchmark_index.py --ranks 1024 --ep_size 64 --experts 128 --resume_on 512 --resume_ep_size 32
 
 The slices are those that DeepSpeed's ZeRO gives each rank, by the arithmetic of `planning/sharding.py`; the hashes are
 random. Prints bytes and seconds to write, to read and to share the index, and files and bytes of a rank.

@@ -1,4 +1,4 @@
-"""What the runs of tools/ablate.py have come to, as a table and a picture."""
+"""What the runs of tools/dev/ablate.py have come to, as a table and a picture."""
 
 from __future__ import annotations
 

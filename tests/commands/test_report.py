@@ -6,9 +6,9 @@ import re
 import sys
 
 import pytest
-import report
 from refusals import has
 
+from megamoe.commands import report
 from megamoe.config import cli
 
 

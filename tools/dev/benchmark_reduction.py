@@ -1,6 +1,6 @@
 """Measure what summing gradients over many ranks in 16 bits costs in accuracy, without those ranks.
 
-    python tools/benchmark_reduction.py
+    python tools/dev/benchmark_reduction.py
 
 Each rank's gradient is in bf16: one that all share, times --shared, plus one of its own, both normal. The sums of all
 ranks are compared with those in fp64: in a ring, which adds one rank after the other and rounds after each, and in

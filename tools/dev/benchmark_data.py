@@ -1,6 +1,6 @@
 """What surrounds the training step: tokenising, reading samples, and starting.
 
-    python tools/benchmark_data.py data/plays data/shakespeare-1024       text and the corpus made of it
+    python tools/dev/benchmark_data.py data/plays data/shakespeare-1024       text and the corpus made of it
 
 Prints bytes per second of tokenising with the corpus' tokenizer, on one core and on all; the time to read one sample;
 the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; and the seconds
@@ -25,7 +25,7 @@ from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.utils.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENOUGH = 20_000_000  # bytes of text; the files are repeated until there are this many
 
 

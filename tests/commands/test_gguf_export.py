@@ -2,8 +2,6 @@
 
 import sys
 
-import convert_checkpoint
-import generate_gguf
 import pytest
 import torch
 from llama_cpp import LlamaCpp
@@ -13,6 +11,7 @@ from toy import ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.open_model import open_model
 from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
+from megamoe.commands import convert_checkpoint, generate_gguf
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
 from megamoe.formats.source import load_weights

@@ -1,10 +1,10 @@
 """How fast megamoe trains, compared with DeepSpeed's own MoE layer and transformers' Mixtral, on this host.
 
-    python tools/benchmark.py                                 full model, about 20 minutes on two cores
-    python tools/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20       a minute
-    python tools/benchmark.py --contenders megamoe:1 megamoe:1@../before          before and after a change
-    python tools/benchmark.py --samples 2 4 8 16 --profile    steps of several sizes, until memory ends
-    python tools/benchmark.py --growth                        how a step grows with tokens, length, experts, ranks
+    python tools/dev/benchmark.py                                 full model, about 20 minutes on two cores
+    python tools/dev/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20       a minute
+    python tools/dev/benchmark.py --contenders megamoe:1 megamoe:1@../before          before and after a change
+    python tools/dev/benchmark.py --samples 2 4 8 16 --profile    steps of several sizes, until memory ends
+    python tools/dev/benchmark.py --growth                        how a step grows with tokens, length, experts, ranks
 
 The contenders take turns, `--rounds` times and in alternating order, so that other load on the host affects all of
 them; ratios are medians over the rounds. In each turn the host is measured too: matrix products at the model's own
@@ -36,8 +36,9 @@ from megamoe.config.precision import precision_of, resolve
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import read_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TURNS = TypeAdapter(list[Turn])
+CONTENDER = "benchmark_contender.py"
 # In what torch and the libraries below it raise.
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 NAMES = {
@@ -118,12 +119,17 @@ def entry_of(word: str, preset: str, samples: tuple[int, ...], config: ModelConf
             f"--contenders has {word!r}, but {ranks} ranks cannot share {', '.join(map(str, samples))} samples and the "
             f"{config.num_local_experts} experts of {preset} evenly; give a divisor of both, or other --samples."
         )
-    if checkout and not (Path(checkout) / "tools/benchmark_contender.py").is_file():
+    if checkout and contender_of(Path(checkout)) is None:
         raise UserError(
-            f"--contenders has {word!r}, but {checkout} has no tools/benchmark_contender.py; give a checkout's root."
+            f"--contenders has {word!r}, but {checkout} has no tools/dev/{CONTENDER}; give a checkout's root."
         )
     length = config.max_position_embeddings
     return Entry(name, ranks, preset, samples, length, Path(checkout).resolve() if checkout else ROOT)
+
+
+def contender_of(checkout: Path) -> Path | None:
+    """The program that trains in a checkout, in tools/dev/ or, before that was there, in tools/."""
+    return next(checkout.glob(f"tools/**/{CONTENDER}"), None)
 
 
 def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str) -> list[Turn]:
@@ -137,7 +143,7 @@ def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str) -> list[Tur
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turn.json"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={entry.ranks}"]
-        words = [str(entry.checkout / "tools/benchmark_contender.py"), entry.contender, str(out),
+        words = [str(contender_of(entry.checkout)), entry.contender, str(out),
                  "--preset", entry.preset,
                  "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", *map(str, entry.samples),
                  "--seq_len", str(entry.seq_len), "--steps", str(steps),

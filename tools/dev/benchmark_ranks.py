@@ -1,6 +1,6 @@
 """What it costs that ranks join and watch each other, for any number of them on this machine.
 
-    python tools/benchmark_ranks.py --ranks 8 64 256 1024
+    python tools/dev/benchmark_ranks.py --ranks 8 64 256 1024
 
 Ranks are threads here, those of a host in one process. They join over TCP and watch each other with the code of a run,
 and one is killed. Prints seconds, requests to rank 0's store, and lines that the ranks print; also the time in which a

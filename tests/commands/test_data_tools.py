@@ -7,13 +7,12 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import fetch_corpus
 import numpy as np
-import prepare_data
 import pytest
 from refusals import has, only, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from megamoe.commands import fetch_corpus, prepare_data
 from megamoe.config import cli
 from megamoe.data.tokenizer import load_tokenizer
 

@@ -1,6 +1,6 @@
 """Write what `make gpu` has measured into the README, between its two marks.
 
-python tools/gpu_table.py                 from docs/results/gpu-*.json; `make gpu` calls it at its end
+python tools/dev/gpu_table.py                 from docs/results/gpu-*.json; `make gpu` calls it at its end
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megamoe.config import cli
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
 
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- begin of tools/gpu_table.py -->", "<!-- end of tools/gpu_table.py -->"
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- begin of tools/dev/gpu_table.py -->", "<!-- end of tools/dev/gpu_table.py -->"
 NOTHING = "Not yet measured: `make gpu`."
 
 

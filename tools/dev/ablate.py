@@ -1,4 +1,4 @@
-"""Measure what a change of the recipe is worth: `python tools/ablate.py docs/results/tiny_adamw.json --steps 217`.
+"""Measure what a change of the recipe is worth: `python tools/dev/ablate.py docs/results/tiny_adamw.json --steps 217`.
 
 TABLE.json names a preset, a DeepSpeed JSON and changes of them:
 
@@ -53,7 +53,7 @@ from megamoe.training.sinks import read_log
 from megamoe.utils.errors import Problems, UserError, shown, unknown_key
 from megamoe.utils.json_files import read_json, write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Count = Annotated[int, Field(gt=0)]
 Section = Annotated[dict[str, Any], Field(default_factory=dict)]
 KEY = ("name", "seed", "steps", "ranks", "change")  # what tells the runs of a table apart

@@ -10,12 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import convert_checkpoint
-import generate
-import inspect_checkpoint
 import native_models
 import pytest
-import reshard_checkpoint
 import torch
 from form_1 import RUN as BEFORE
 from form_1 import Malicious
@@ -28,6 +24,7 @@ from toy import PRESET, ds_config, train_here, write_inputs
 from megamoe.checkpoint import manifest, verify
 from megamoe.checkpoint.open_model import OpenModel
 from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.commands import convert_checkpoint, generate, inspect_checkpoint, reshard_checkpoint
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.formats.export import write_state_dict

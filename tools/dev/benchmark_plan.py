@@ -1,6 +1,6 @@
 """Check the planner's arithmetic on this host's CPU: constants fitted on two presets predict the steps of three others.
 
-    python tools/benchmark_plan.py --json plan.json          nine rounds, two minutes on one core
+    python tools/dev/benchmark_plan.py --json plan.json          nine rounds, two minutes on one core
 
 One process trains all five models on one thread, a step of each in turn and in alternating order, and takes the time of
 the process, so other load on the host hardly matters. Three constants (the rates of products and of memory, and the
@@ -42,7 +42,7 @@ from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.hardware import Device
 from megamoe.utils.json_files import read_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
 # The phases that are measured, as the planner's that each holds.
 PHASES = (("forward", "head and loss"), ("backward",), ("update",))

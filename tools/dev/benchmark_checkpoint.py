@@ -1,7 +1,7 @@
 """Time saving and loading a checkpoint against a bare torch.save of the same bytes, interleaved in one run.
 
-    python tools/benchmark_checkpoint.py --out /scratch/bench                      one rank
-    launch: deepspeed --num_gpus 8 tools/benchmark_checkpoint.py --ep_size 8 ...   as a job of that size would
+    python tools/dev/benchmark_checkpoint.py --out /scratch/bench                      one rank
+    launch: deepspeed --num_gpus 8 tools/dev/benchmark_checkpoint.py --ep_size 8 ...   as a job of that size would
 
 Prints a line per round and the medians with their ratios, and peak memory. The bare save ends with an fsync, as
 megamoe's own does; before a load, the files are dropped from the page cache.

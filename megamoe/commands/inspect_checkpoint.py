@@ -1,0 +1,95 @@
+"""Look into a checkpoint: `python tools/inspect_checkpoint.py runs/tiny`.
+
+Prints where it comes from, its size, whether every byte is what was saved, and the norm of each expert's weights. Of a
+run, the newest checkpoint is looked at. Exits with code 2 if it is damaged.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from megamoe.checkpoint import folders, verify
+from megamoe.checkpoint.deepspeed_files import RankFiles
+from megamoe.checkpoint.indexed_files import IndexedFiles
+from megamoe.checkpoint.opening import open_source, run_record
+from megamoe.config import cli
+from megamoe.config.optimizers import MASTERS
+from megamoe.formats.plain_files import STATE_DICT_ENDINGS
+from megamoe.formats.source import Source
+from megamoe.formats.unpickle import safe_load
+from megamoe.model.names import split_expert
+from megamoe.utils.errors import Problems, UserError
+
+
+def print_files(checkpoint: Path) -> None:
+    """Bytes by kind of file, and whether they are what was saved. Raises UserError if they are not."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for path in sorted(path for path in [checkpoint, *checkpoint.rglob("*")] if path.is_file()):
+        parts = path.relative_to(checkpoint).parts or [path.name]
+        kinds[re.sub(r"(?<=_)\d+", "N", parts[0])].append(path.stat().st_size)
+    print(f"size: {sum(map(sum, kinds.values())):,} bytes")
+    for kind, sizes in kinds.items():
+        print(f"  {len(sizes):5d} x {kind}: {sum(sizes):,} bytes")
+    damaged = verify.problems(checkpoint) or unsafe_problems(checkpoint)
+    if damaged:
+        print("files: DAMAGED")
+        raise UserError(*damaged)
+    sealed = folders.is_complete(checkpoint)
+    print("files: verified" if sealed else "files: safe to open; nothing says what bytes they should have")
+
+
+def unsafe_problems(checkpoint: Path) -> list[str]:
+    """What would run code if it were opened by a loader that trusts it: each pickled file is opened by one that does
+    not."""
+    problems = Problems()
+    for path in [path for path in sorted(checkpoint.rglob("*")) if path.suffix in STATE_DICT_ENDINGS]:
+        problems.attempt(safe_load, path)
+    return problems
+
+
+def print_origin(checkpoint: Path, source: Source) -> None:
+    if isinstance(source, (IndexedFiles, RankFiles)):
+        print(f"topology: {source.world_size} ranks, ep_size {source.ep_size}, ZeRO-{source.zero_stage}")
+    else:
+        print("topology: any (Universal layout)" if source.has_optimizer else "topology: any (weights alone)")
+    if source.has_optimizer:
+        state = source.training_state()
+        print(f"step: {state['global_steps']} ({state['skipped_steps']} skipped)")
+    record = run_record(checkpoint)
+    if record:
+        versions = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
+        print(f"run: preset {record.get('preset')}, seed {record.get('seed')}; {versions}")
+    print(f"parameters: {sum(math.prod(shape) for shape in source.shapes.values()):,}")
+
+
+def print_norms(source: Source) -> None:
+    """L2 norm of each expert's weights: a row for each layer, a column for each expert."""
+    squares: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for name, shape in source.shapes.items():
+        parts = split_expert(name)
+        if parts:
+            values = source.read(name, MASTERS, 0, math.prod(shape))
+            squares[parts.layer][parts.expert] += values.square().sum().item()
+    print("norms of the experts' weights, by layer:")
+    for layer in sorted(squares, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
+        print(f"  {layer:24s}" + "".join(f"{squares[layer][expert] ** 0.5:9.3f}" for expert in sorted(squares[layer])))
+
+
+def main() -> None:
+    parser = cli.Parser(description="Look into a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
+    args = parser.parse()
+    found = folders.found_at(args.checkpoint)
+    checkpoint = next(filter(folders.is_complete, found), found[0])
+    for newer in found[: found.index(checkpoint)]:
+        print(folders.passed_over(newer, verify.problems(newer)))
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint} does not exist; give a run folder or a checkpoint.")
+    print(checkpoint)
+    print_files(checkpoint)
+    source = open_source(checkpoint, open_files=1)
+    print_origin(checkpoint, source)
+    print_norms(source)

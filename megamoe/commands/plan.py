@@ -1,0 +1,160 @@
+"""Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
+
+Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted by arithmetic. With
+--best, micro-batch, accumulation, ep_size and recomputed blocks are those with most tokens/s. With --simulate, one rank
+of that job also runs two steps on this machine's CPU, and what it takes is printed next to what was predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from operator import itemgetter
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
+
+from megamoe.config import cli
+from megamoe.config.model import validate
+from megamoe.config.recipe import dtype_of
+from megamoe.config.run import RunConfig
+from megamoe.model.costs import parameter_count
+from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
+from megamoe.planning.report import LIMITS, advice, as_json, assumptions, comparison, payloads, totals
+from megamoe.planning.search import kept_free
+from megamoe.planning.simulate import Measured, simulate
+from megamoe.training.sinks import duration
+from megamoe.utils.errors import Problems
+
+
+def parse(arguments: list[str] | None = None) -> tuple[RunConfig, PlanOptions, Path | None]:
+    """The command line: the run, the plan's options, and where to write it as JSON. Raises UserError."""
+    parser = cli.Parser(prog="plan.py", description="Plan a run on many GPUs: memory, communication, time.")
+    cli.add_fields(parser, RunConfig, RUN_OPTIONS)
+    cli.add_fields(parser, PlanOptions)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    return parser.parse(arguments, check)
+
+
+def check(args: argparse.Namespace) -> tuple[RunConfig, PlanOptions, Path | None]:
+    values = vars(args)
+    problems = Problems()
+    file = values.pop("json")
+    if file and not file.parent.is_dir():
+        problems.append(f"--json is {file}, whose folder does not exist; make it first.")
+    given = {name: value for name, value in values.items() if value is not None}
+    of_run = {name: given.pop(name) for name in RUN_OPTIONS if name in given}
+    run = problems.attempt(validate, RunConfig, of_run, "command line")
+    options = problems.attempt(validate, PlanOptions, given, "command line")
+    problems.refuse()
+    return run, options, file
+
+
+UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
+BEST = 5  # splits that --best prints
+
+
+def size(count: float) -> str:
+    unit = next((unit for unit in UNITS if count >= UNITS[unit]), "B")
+    return f"{count / UNITS[unit]:9.2f} {unit:3s}" if unit != "B" else f"{count:9.0f} B  "
+
+
+def print_memory(plan: Plan) -> None:
+    phases = totals(plan.footprint)
+    peak = max(("forward", "backward", "step"), key=lambda phase: phases[phase])
+    print(f"\npredicted memory per rank, at the peak ({peak})")
+    for kind, count in plan.footprint.peak.items():
+        if count:
+            print(f"  {kind:32s}{size(count)}")
+    verdict = "fits" if plan.fits else "DOES NOT FIT"
+    print(f"  {'total':32s}{size(phases['peak'])}  {verdict} in {plan.device.memory / GIB:.1f} GiB")
+    print(f"  {'between two steps':32s}{size(phases['between'])}")
+    if plan.footprint.host:
+        print("\npredicted host memory per rank, all the time")
+        for kind, count in plan.footprint.host.items():
+            print(f"  {kind:32s}{size(count)}")
+        print(f"  {'total':32s}{size(plan.footprint.host.total())}")
+
+
+def print_communication(plan: Plan) -> None:
+    print("\npredicted communication per rank and step")
+    print(f"  {'':48s}{'ranks':>6s}{'calls':>7s}{'payload':>14s}{'sent in node':>14s}{'to others':>14s}{'ms':>9s}")
+    for one in plan.collectives:
+        inside, between = one.sent(plan.gpus_per_node)
+        milliseconds = 1e3 * one.seconds(plan.device, plan.gpus_per_node, plan.rates.links)
+        print(
+            f"  {one.purpose + ' (' + one.kind + ')':48s}{one.ranks:6d}{one.calls:7d} {size(one.payload)} "
+            f"{size(inside)} {size(between)}{milliseconds:9.2f}"
+        )
+
+
+def print_time(plan: Plan) -> None:
+    time = plan.time
+    print(f"\n{'predicted time per step, ms':24s}{'step':>12s}{'host':>9s}{'device':>9s}  limited by")
+    for phase in time.phases:
+        columns = (phase.seconds, phase.launches, phase.device_seconds)
+        milliseconds = "".join(f"{1e3 * seconds:9.2f}" for seconds in columns)
+        print(f"  {phase.name:25s}{milliseconds}  {LIMITS[phase.limit] if phase.limit else ''}".rstrip())
+    print(f"  {'step':25s}{1e3 * time.seconds:9.2f}")
+    for part, seconds in sorted(time.parts.items(), key=itemgetter(1), reverse=True):
+        print(f"    {LIMITS[part]:50s}{1e3 * seconds:9.2f} {seconds / time.seconds:5.0%}")
+    rate = time.tokens_per_second
+    print(f"  predicted: {time.tokens:,} tokens per step, {rate:,.0f} tokens/s, {rate * 86_400:.4g} tokens per day, "
+          f"MFU {time.mfu:.1%}; a billion tokens in {duration(1e9 / rate)}")  # fmt: skip
+    print(f"  limited by {LIMITS[time.limit]}: {advice(plan)}")
+
+
+def print_choices(plan: Plan) -> None:
+    print(f"\nbest predicted of {len(plan.choices)} splits that leave {kept_free(plan.setup):.0%} of the memory free")
+    print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>11s}{'memory':>14s}"
+          f"{'tokens/s':>13s}{'MFU':>7s}  limited by")  # fmt: skip
+    for one in plan.choices[:BEST]:
+        setup, time = one.setup, one.time
+        print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{setup.recompute_blocks:11d} "
+              f"{size(one.memory)}{time.tokens_per_second:13,.0f}{time.mfu:7.1%}  {LIMITS[time.limit]}")  # fmt: skip
+    keys = ", ".join(f'"{key}": {value}' for key, value in batch_keys(plan.setup).items())
+    samples = plan.setup.micro_batch * plan.setup.accumulation * plan.setup.world_size
+    print(f"  set{' --compile' * plan.setup.compiled} --ep_size {plan.setup.ep_size} --recompute_blocks "
+          f"{plan.setup.recompute_blocks}, and in {plan.run.ds_config}: {keys}")  # fmt: skip
+    print(f'  a step then has {samples:,} samples; with "train_batch_size" in the JSON the search keeps that number')
+
+
+def print_simulated(plan: Plan, measured: Measured) -> None:
+    print(f"\nrank 0 of {plan.setup.world_size}, run alone on this CPU")
+    print(f"  {'bytes; on CPU, activations differ':38s}{'predicted':>16s}{'measured':>16s}")
+    for name, row in {**comparison(plan, measured), **payloads(plan, measured)}.items():
+        off = row["predicted"] / row["measured"] - 1 if row["measured"] else float(row["predicted"] > 0)
+        print(f"  {name:38s}{row['predicted']:16,d}{row['measured']:16,d}  {off:+.2%}")
+
+
+def main() -> None:
+    run, options, file = parse()
+    plan = make_plan(run, options)
+    setup = plan.setup
+    print(
+        f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
+        f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, {dtype_of(plan.ds)}, ep_size {setup.ep_size}, "
+        f"ZeRO-{setup.zero_stage}; "
+        f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"
+    )
+    if plan.choices:
+        print_choices(plan)
+    print_memory(plan)
+    print_communication(plan)
+    print_time(plan)
+    print("\nassumed")
+    for sentence in assumptions(plan):
+        print(f"  {sentence}")
+    measured = None
+    if options.simulate:
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
+            measured = simulate(
+                setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len, setup.recompute_blocks,
+                run.ema_decay,
+            )  # fmt: skip
+        print_simulated(plan, measured)
+    if file:
+        file.write_text(json.dumps(as_json(plan, measured), indent=2) + "\n")
