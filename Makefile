@@ -6,7 +6,7 @@
 # make test               every test that needs one host, no GPU and no root
 # make test-cluster       the launchers on two hosts in namespaces: needs root on Debian, installs sshd, pdsh and Slurm
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
-# make check              formatting, lint and types
+# make check              formatting, lint, types and the number of lines
 # make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
 # make bench-short        a tiny model compared with DeepSpeed's MoE layer: a minute
 
@@ -95,6 +95,7 @@ check: .venv/.test
 	python -m ruff format --check .
 	python -m ruff check .
 	python -m mypy
+	python tools/dev/check_lines.py
 
 $(TOKENS)/corpus.json: $(SOURCE) $(CHANGED) | .venv/.train
 	rm -rf $(TOKENS) data/.$(notdir $(TOKENS))-*
