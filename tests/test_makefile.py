@@ -41,17 +41,20 @@ def make(folder, *words, path=os.environ["PATH"]):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_text_whose_path_make_cannot_take_is_refused_by_name(checkout):
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("TEXT=my text.txt", "TEXT is 'my text.txt'; give one path, without spaces; a link will do: ln -s"),
+        ("TEXT=none.txt", "TEXT is none.txt, which does not exist; give a text file"),
+        ("RUN=", "RUN is ''; give the path of a run folder, without spaces"),
+        ("RUN=runs/my run", "RUN is 'runs/my run'; give the path of a run folder, without spaces"),
+    ],
+)
+def test_a_text_or_run_folder_that_make_cannot_take_is_refused_by_name(word, said, checkout):
     (checkout / "my text.txt").touch()
-    code, said = make(checkout, "-n", "train", "TEXT=my text.txt")
+    code, output = make(checkout, "-n", "train", word)
     assert code == 2
-    has(said, "TEXT is 'my text.txt'; give one path, without spaces", "ln -s")
-
-
-def test_a_text_that_is_not_there_is_refused(checkout):
-    code, said = make(checkout, "-n", "train", "TEXT=none.txt")
-    assert code == 2
-    has(said, "TEXT is none.txt, which does not exist; give a text file")
+    has(output, said)
 
 
 def test_a_text_is_prepared_once_and_again_when_it_has_changed(checkout):
@@ -72,13 +75,6 @@ def test_a_text_is_prepared_once_and_again_when_it_has_changed(checkout):
     later = (checkout / tokens / "corpus.json").stat().st_mtime + 1
     os.utime(text, (later, later))
     assert prepares() == [tokens]
-
-
-@pytest.mark.parametrize("run", ["", "runs/my run"])
-def test_a_run_folder_that_the_shell_would_split_is_refused(run, checkout):
-    code, said = make(checkout, "-n", "train", f"RUN={run}")
-    assert code == 2
-    has(said, f"RUN is '{run}'; give the path of a run folder, without spaces")
 
 
 def test_a_checkout_that_was_moved_with_its_environment_is_refused(checkout):
@@ -118,27 +114,22 @@ def test_a_python_that_will_not_do_is_refused_and_nothing_is_made(python, proble
     assert not (checkout / ".venv").exists()
 
 
-def test_an_environment_is_made_in_place_of_one_that_does_not_work(checkout, tmp_path):
+@pytest.mark.parametrize("why", ["gone", "too old"])
+def test_an_environment_whose_python_is_gone_or_too_old_is_made_again(why, checkout, tmp_path):
     broken = checkout / ".venv/bin"
     broken.mkdir(parents=True)
-    (broken / "python").symlink_to(tmp_path / "none")  # a Python that the host had once
-    (broken / "python3").symlink_to(tmp_path / "none")
-    (checkout / ".venv/.train").write_text(f"{checkout}\n")
+    for name in ("python", "python3"):
+        if why == "gone":  # the host had it once
+            (broken / name).symlink_to(tmp_path / "none")
+        else:
+            (broken / name).write_text(TOO_OLD)
+            (broken / name).chmod(stat.S_IRWXU)
+    if why == "gone":
+        (checkout / ".venv/.train").write_text(f"{checkout}\n")
     code, said = make(checkout, "train", path=programs(tmp_path / "bin", python3=NEW))
     assert code == 2  # the stand-in ends there
     assert "\nmade\n" in said
     assert not (broken / "python3").is_symlink()
-
-
-def test_an_environment_whose_python_is_too_old_is_made_again_with_that_of_the_host(checkout, tmp_path):
-    old = checkout / ".venv/bin"
-    old.mkdir(parents=True)
-    for name in ("python", "python3"):
-        (old / name).write_text(TOO_OLD)
-        (old / name).chmod(stat.S_IRWXU)
-    code, said = make(checkout, "train", path=programs(tmp_path / "bin", python3=NEW))
-    assert code == 2  # the stand-in ends there
-    assert "\nmade\n" in said
 
 
 def test_an_environment_of_the_user_that_works_is_kept(checkout, tmp_path):

@@ -101,33 +101,8 @@ Make room! The table - and the chair. [Within] Ho.
 """
 
 
-def test_a_play_becomes_plain_text_and_each_mark_is_turned():
+def test_a_play_becomes_plain_text():
     assert fetch_corpus.play_text(PLAY) == PLAIN
-    for markdown, plain in (
-        ("# The Owl", "The Owl"),
-        ("### SCENE II. A mill.", "SCENE II. A mill."),
-        ("**OWL**", "OWL:"),
-        ("**OWL**  ", "OWL:"),
-        ("**MOUSE and OWL**", "MOUSE and OWL:"),
-        ("One line  \nand the next  ", "One line\nand the next"),
-        ("One stanza  \n\nand another", "One stanza\n\nand another"),
-        ("a **loud** word", "a loud word"),
-        ("_Exit_", "[Exit]"),
-        ("_Exit OWL_  ", "[Exit OWL]"),
-        ("_Enter OWL and\nMOUSE_", "[Enter OWL and\nMOUSE]"),
-        (r"_\[Aside]_", "[Aside]"),
-        (r"_\[Aside\]_", "[Aside]"),
-        ("_[Aside]_", "[Aside]"),
-        ("_Reads_ Dear owl, _lifting the page_ come home.", "[Reads] Dear owl, [lifting the page] come home."),
-        (r"\[Within]", "[Within]"),
-        ("*Exit*", "[Exit]"),
-        ("2*3*4 owls", "2*3*4 owls"),
-        ("*Enter OWL and\nMOUSE*", "[Enter OWL and\nMOUSE]"),
-        (r"Exit\._", "Exit."),  # a direction that lacks its first mark
-        (r"so \- and so\.", "so - and so."),
-        ("snake-eyed owl's mouse; don't!", "snake-eyed owl's mouse; don't!"),
-    ):
-        assert fetch_corpus.play_text(markdown) == plain + "\n"
 
 
 def wheel(folder, plays):
@@ -239,14 +214,6 @@ def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, te
     has(only(problems), str(out), "exists already")
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "texts"]
-
-
-def test_a_tokenizer_made_before_can_be_used(tmp_path, texts, prepare):
-    assert prepare(texts, "--out", tmp_path / "one", "--vocab_size", 280) == (0, [])
-    words = (texts, "--out", tmp_path / "two", "--tokenizer", tmp_path / "one" / "tokenizer.json")
-    assert prepare(*words) == (0, [])
-    for name in ("tokenizer.json", "train.bin", "valid.idx"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path, prepare):

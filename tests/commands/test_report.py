@@ -87,13 +87,6 @@ def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_pat
         assert str(tmp_path / place) in said.out
 
 
-def test_the_report_works_without_an_evaluation(tmp_path, monkeypatch, capsys):
-    write_log(tmp_path, train_row(10))
-    code, said = run_report(monkeypatch, capsys, tmp_path)
-    assert code == 0
-    assert "validation" not in said.out
-
-
 def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, monkeypatch, capsys):
     code, said = run_report(monkeypatch, capsys, tmp_path)
     assert code == 2

@@ -91,11 +91,6 @@ def test_a_single_file_of_any_name_is_text(tmp_path):
     assert read(tmp_path / "notes") == ["some text\n"]
 
 
-def test_the_key_of_the_text_can_be_chosen(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(json_lines(DOCUMENTS, "body"))
-    assert read(tmp_path / "a.jsonl", "body") == DOCUMENTS
-
-
 def test_files_packed_one_after_the_other_are_read_to_the_end(tmp_path):
     for kind in KINDS[3:]:
         path = tmp_path / f"a.{kind}"
@@ -202,11 +197,6 @@ def test_of_few_documents_the_tails_are_held_out_cut_at_a_line_end():
         assert kept.endswith("\n")
         assert 0 < len(held) <= 0.1 * len(document)
         assert len(held) > 0.1 * len(document) - len("line 99 of a\n")
-
-
-def test_a_single_line_is_cut_within_and_a_fraction_of_0_holds_nothing_out():
-    assert splits(["x" * 100], 0.1) == {"train": ["x" * 90], "valid": ["x" * 10]}
-    assert splits(DOCUMENTS, 0) == {"train": DOCUMENTS, "valid": []}
 
 
 def test_train_and_valid_hold_every_character_once_and_in_order():
@@ -319,16 +309,6 @@ def test_counts_are_those_of_the_files_and_of_the_text(tmp_path, tokenizer):
         }
 
 
-def test_the_folder_holds_six_readable_files_and_the_tokenizer_used(tmp_path, tokenizer):
-    out = tmp_path / "deep" / "out"
-    write_corpus([("train", DOCUMENTS[0]), ("valid", DOCUMENTS[1])], tokenizer, out)
-    names = ["corpus.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx"]
-    assert sorted(file.name for file in out.iterdir()) == names
-    assert Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab() == tokenizer.get_vocab()
-    assert out.stat().st_mode & 0o777 == 0o755
-    assert list(out.parent.iterdir()) == [out]
-
-
 def words_tokenizer(size):
     made_tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0, **{f"w{i}": i for i in range(1, size)}}))
     made_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -349,14 +329,6 @@ def test_ids_that_leave_gaps_fit_their_token_type(tmp_path):
     documents, dataset = items(tmp_path / "out", "train")
     assert documents == [[[40_000, 0]]]
     assert dataset.dtype == np.int32
-
-
-def test_a_named_end_of_text_ends_each_document(tmp_path):
-    named = Tokenizer(models.WordLevel({END_OF_TEXT: 0, "w": 1, "<stop>": 2}))
-    write_corpus([("train", "w"), ("train", "w")], named, tmp_path / "out", "<stop>")
-    assert items(tmp_path / "out", "train")[0] == [[[1, 2]], [[1, 2]]]
-    has(refusal(write_corpus, [("train", "w")], named, tmp_path / "two", "<halt>"), '"<halt>"')
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_a_text_that_is_a_pipe_or_of_the_kernel_is_refused_unopened(tmp_path):
@@ -420,14 +392,3 @@ def test_an_out_that_another_process_has_made_meanwhile_is_refused_and_left_unto
 
     has(refusal(write_corpus, documents(), tokenizer, out), str(out), "exists already", "remove it, or choose another")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [out / "kept"]
-
-
-def test_an_out_that_exists_or_is_below_a_file_is_refused_and_left_untouched(tmp_path, tokenizer):
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "folder").mkdir()
-    for out in (tmp_path / "file", tmp_path / "folder"):
-        has(refusal(made, DOCUMENTS, tokenizer, out), str(out), "exists already", "remove it, or choose another")
-    below = refusal(made, DOCUMENTS, tokenizer, tmp_path / "file" / "out")
-    has(below, str(tmp_path / "file"), "is a file", "choose another output")
-    assert (tmp_path / "file").read_text() == "precious"
-    assert sorted(tmp_path.rglob("*")) == [tmp_path / "file", tmp_path / "folder"]

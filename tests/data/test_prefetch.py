@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -112,28 +111,6 @@ def test_an_error_does_not_wait_for_what_the_thread_makes():
     for thread in threads():
         thread.join(DEADLINE)
     assert not threads()
-
-
-class OnlyAsked:
-    """Stands for the pool: makes at once what is `asked`, and has not begun with the rest."""
-
-    def __init__(self, asked):
-        self.asked, self.futures = asked, {}
-
-    def submit(self, make, step):
-        self.futures[step] = Future()
-        if step in self.asked:
-            self.futures[step].set_result(make(step))
-        return self.futures[step]
-
-
-def test_batches_that_another_step_makes_useless_are_not_made(monkeypatch):
-    pool = OnlyAsked({1, 7})
-    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", lambda *_, **__: pool)
-    batches = Prefetcher(lambda step: [step], CPU)
-    assert [batches.step(1), batches.step(7)] == [[1], [7]]
-    assert pool.futures[2].cancelled()
-    assert not pool.futures[8].cancelled()
 
 
 def test_a_gpu_gets_batches_pinned_by_a_thread_of_its_own_and_the_cpu_gets_them_as_they_are(start, monkeypatch):

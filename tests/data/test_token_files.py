@@ -106,13 +106,6 @@ def test_a_bin_that_is_too_short_or_too_long_is_refused_with_both_sizes(tmp_path
         has(problem, f"{prefix}.idx", "80 bytes", f"{prefix}.bin", str(80 + change), "prepare it again")
 
 
-def test_an_index_of_another_bin_is_refused(tmp_path):
-    prefix = build(tmp_path / "c", range(20))
-    build(tmp_path / "d", range(30))
-    (tmp_path / "d.idx").rename(tmp_path / "c.idx")
-    has(refusal(TokenCorpus, prefix, 10, 50), "describes 120 bytes", "has 80", "belong to different corpora")
-
-
 def test_a_file_that_is_no_index_or_one_of_another_form_is_refused(tmp_path):
     prefix = build(tmp_path / "c", range(20))
     whole = (tmp_path / "c.idx").read_bytes()
@@ -187,13 +180,6 @@ def test_a_scan_takes_the_memory_of_a_piece(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < token_files.SCAN_PIECE / 4
-
-
-def test_the_tokens_after_a_sample_are_given_as_far_as_there_are_any(tmp_path):
-    tokens = random_tokens(34, 50)
-    corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
-    assert corpus.sample(0, ahead=2).tolist() == tokens[:13].tolist()
-    assert corpus.sample(2, ahead=3).tolist() == corpus.sample(2, ahead=9).tolist() == tokens[20:34].tolist()
 
 
 def test_items_that_are_no_whole_tokens_are_refused(tmp_path):

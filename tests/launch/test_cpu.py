@@ -1,7 +1,6 @@
 """Threads and memory of a rank on CPU."""
 
 import os
-import resource
 
 import pytest
 import torch
@@ -29,27 +28,6 @@ def test_ranks_share_the_cores_unless_they_are_told():
     assert "freed memory kept" in alone
     assert f" {max(cores // 2, 1)} thread" in of_two
     assert " 1 thread per rank" in told
-
-
-def faults():
-    """Pages that eight tensors of 40 MiB need, one after the other: glibc's own threshold grows to 32 MiB at most."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(8):
-        torch.empty(40 * 2**20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-def faults_without_and_with():
-    without = faults()
-    assert keep_freed_memory()
-    faults()
-    return without, faults()
-
-
-def test_the_memory_of_freed_tensors_is_used_again():
-    without, with_it = run_alone(faults_without_and_with)
-    assert without > 150  # glibc maps each again: 20 pages of 2 MiB where the system gives such, else 10,240
-    assert with_it < 100
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,6 @@ def test_a_single_host_joins_by_itself(tmp_path):
     assert settings.address == settings.local_address == "127.0.0.1"
 
 
-def test_a_problem_of_a_host_ends_the_rendezvous(tmp_path):
-    run = RunConfig(ds_config="ds.json", run_dir=str(tmp_path / "run"))
-    at = Endpoint("127.0.0.1", free_port(), min_hosts=1, max_hosts=1, ranks=2, seconds=240)
-    with pytest.raises(UserError, match=r"does not see /data/train\.bin"):
-        join(lambda marker: report(absent=["/data/train.bin"]), run, at)
-
-
 def refusal(tmp_path, host="127.0.0.1", port=None, hosts=1, seconds=1, **found):
     """What a host is told that cannot join, and the exit code."""
     at = Endpoint(host, port or free_port(), min_hosts=hosts, max_hosts=hosts, ranks=2, seconds=seconds)

@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import pytest
 from ranks import DEADLINE
-from torch.distributed import DistError
 
 from megamoe.launch.exchange import ask, open_store, serve
 from megamoe.launch.network import free_port
@@ -55,8 +54,3 @@ def test_the_server_does_not_return_before_its_answer_was_read(stores):
     assert ask(client, 1, "second", DEADLINE) == 2
     thread.join()
     assert results == [2]
-
-
-def test_a_participant_that_gets_no_answer_ends_with_an_error(stores):
-    with pytest.raises(DistError):
-        ask(stores[1], 1, "second", 0.2)

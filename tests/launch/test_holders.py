@@ -35,24 +35,18 @@ def chain(tmp_path, *names):
     return [int(pid) for pid in pids], json.loads(pairs)
 
 
-def test_a_rank_below_an_ordinary_process_watches_nobody(tmp_path):
-    _, pairs = chain(tmp_path, "other")
-    assert pairs == []
-
-
-def test_a_rank_below_torchrun_watches_its_agent_and_not_what_started_that(tmp_path):
-    (_, agent), pairs = chain(tmp_path, "sh", "torchrun")
-    assert [parent for _, parent in pairs] == [agent]
-
-
-def test_a_rank_below_deepspeeds_launcher_watches_it_and_the_process_above(tmp_path):
-    (runner, launcher), pairs = chain(tmp_path, "other", "deepspeed.launcher.launch")
-    assert [parent for _, parent in pairs] == [launcher, runner]
-
-
-def test_below_ssh_the_shell_and_sshd_are_watched_too(tmp_path):
-    (sshd, shell, launcher), pairs = chain(tmp_path, "other", "sh", "deepspeed.launcher.launch")
-    assert [parent for _, parent in pairs] == [launcher, shell, sshd]
+@pytest.mark.parametrize(
+    ("above", "watched"),
+    [
+        (["other"], []),
+        (["sh", "torchrun"], [1]),
+        (["other", "deepspeed.launcher.launch"], [1, 0]),
+        (["other", "sh", "deepspeed.launcher.launch"], [2, 1, 0]),  # sshd and its shell
+    ],
+)
+def test_a_rank_watches_its_launcher_and_what_holds_that(tmp_path, above, watched):
+    pids, pairs = chain(tmp_path, *above)
+    assert [parent for _, parent in pairs] == [pids[place] for place in watched]
 
 
 @pytest.fixture
@@ -73,12 +67,8 @@ def test_a_rank_is_held_by_the_launch_script_on_its_host_until_that_dies(script)
     assert not Holders(False, {"MEGAMOE_SCRIPT": f"{script.pid},{pid_space()}"}).are_alive()  # while the rank loaded
 
 
-def test_a_script_on_another_host_is_not_looked_for_among_the_processes_of_this_one(script):
-    holders = Holders(False, {"MEGAMOE_SCRIPT": f"{script.pid},another-boot,pid:[1]"})
+def test_a_script_on_another_host_or_none_holds_no_rank(script):
+    others = [Holders(False, {"MEGAMOE_SCRIPT": f"{script.pid},another-boot,pid:[1]"}), Holders(False, {})]
     script.kill()
     script.wait()
-    assert holders.are_alive()
-
-
-def test_a_rank_without_a_script_is_held_by_no_process():
-    assert Holders(False, {}).are_alive()
+    assert all(one.are_alive() for one in others)

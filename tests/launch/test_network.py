@@ -1,21 +1,16 @@
 """What a host knows of its own network."""
 
 import os
-import socket
 
 from megamoe.launch import network
 from megamoe.launch.exchange import open_store
 from megamoe.launch.network import address_towards, free_port, interface_towards, is_free
 
 
-def test_the_route_to_this_host_is_a_loopback_and_names_no_interface():
-    assert address_towards("127.0.0.1") == "127.0.0.1"
-    assert interface_towards("127.0.0.1") is None
-
-
-def test_there_is_no_route_to_an_unknown_name():
-    assert address_towards("no-such-host.invalid") is None
-    assert interface_towards("no-such-host.invalid") is None
+def test_a_loopback_names_no_interface_and_an_unknown_name_has_no_route():
+    for host, address in (("127.0.0.1", "127.0.0.1"), ("no-such-host.invalid", None)):
+        assert address_towards(host) == address
+        assert interface_towards(host) is None
 
 
 def test_free_ports_are_distinct_and_torchs_store_can_listen_there_while_no_other_call_gets_them():
@@ -43,10 +38,3 @@ def test_a_port_that_another_process_keeps_is_not_drawn(monkeypatch):
     taken = free_port()
     monkeypatch.setattr(network, "_kept", network._kept.copy())  # which another process has not
     assert free_port() != taken
-
-
-def test_a_port_with_a_server_is_not_free():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        assert not is_free(server.getsockname()[1])

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 
+import pytest
 from benchmark_ranks import CountedStore
 from ranks import DEADLINE
 
@@ -89,11 +90,6 @@ def test_ranks_on_one_gpu_are_refused_and_each_on_its_own_are_not():
     assert [one.hosts for one in joined] == [[socket.gethostname()] * 2] * 2
 
 
-def test_a_rank_alone_needs_no_store():
-    (alone,) = join_all(infos([0], 1))
-    assert alone.store is None
-
-
 def be_late(monkeypatch, *others):
     """Let rank 0's time be over as soon as these others have joined."""
     serve = rendezvous.serve
@@ -125,16 +121,10 @@ def test_a_rank_that_joins_twice_is_refused():
     assert code_of(refused[0]) == REFUSED
 
 
-def test_a_rank_0_that_does_not_join_is_reported_by_the_others():
-    (answer,) = join_all(infos([1], 2), seconds=0.1)
-    assert "rank 1 on " in answer.problems[0]
-    assert "cannot reach rank 0 at 127.0.0.1:" in answer.problems[0]
-    assert code_of(answer) == FAILED
-
-
-def test_a_rank_0_whose_name_is_unknown_is_for_a_restart_to_cure():
-    (answer,) = join_all([replace(infos([1], 2)[0], address="rank-0.invalid")], seconds=0.1)
-    assert "cannot reach rank 0 at rank-0.invalid:" in answer.problems[0]
+@pytest.mark.parametrize("address", ["127.0.0.1", "rank-0.invalid"])
+def test_a_rank_0_that_does_not_join_or_whose_name_is_unknown_is_for_a_restart_to_cure(address):
+    (answer,) = join_all([replace(infos([1], 2)[0], address=address)], seconds=0.1)
+    assert re.match(rf"rank 1 on .* cannot reach rank 0 at {address}:", answer.problems[0])
     assert code_of(answer) == FAILED
 
 
@@ -161,24 +151,16 @@ def test_a_busy_port_is_named():
     assert code_of(answer) == REFUSED
 
 
-def test_a_rank_with_other_versions_is_named_with_its_host(monkeypatch):
-    names = iter(["h1", "h2"])
-    monkeypatch.setattr(socket, "gethostname", lambda: next(names))
-    versions = iter([{"torch": "2.13"}, {"torch": "2.12"}])
-    monkeypatch.setattr(rendezvous, "versions", lambda: next(versions))
-    answers = join_all(infos([0, 1], 2))
-    assert [code_of(answer) for answer in answers] == [REFUSED, REFUSED]
-    (problem,) = [problem for answer in answers for problem in answer.problems]
-    assert re.fullmatch(
-        r"(h1|h2) has torch 2\.1[23], but (h1|h2) has 2\.1[23]; install the same on every host\.", problem
-    )
-
-
-def test_other_versions_are_for_the_user_to_change_also_where_a_rank_is_late(monkeypatch):
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_with_other_versions_is_named_with_its_host_also_where_a_rank_is_late(late, monkeypatch):
     names, versions = iter(["h1", "h2"]), iter([{"torch": "2.13"}, {"torch": "2.12"}])
     monkeypatch.setattr(socket, "gethostname", lambda: next(names))
     monkeypatch.setattr(rendezvous, "versions", lambda: next(versions))
-    be_late(monkeypatch, 1)
-    answers = join_all(infos([0, 1], 3))
+    if late:
+        be_late(monkeypatch, 1)
+    answers = join_all(infos([0, 1], 2 + late))
     assert [code_of(answer) for answer in answers] == [REFUSED, REFUSED]
-    assert len(answers[0].problems) == 2
+    *others, problem = [problem for answer in answers for problem in answer.problems]
+    assert len(others) == late
+    named = r"h[12] has torch 2\.1[23], but h[12] has 2\.1[23]; install the same on every host\."
+    assert re.fullmatch(named, problem)

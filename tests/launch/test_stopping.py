@@ -131,20 +131,11 @@ def test_a_request_while_something_is_compiled_ends_the_compiler_and_the_wait(st
     assert not any(map(is_alive, compilers))
 
 
-def test_without_a_limit_there_is_no_deadline():
+def test_the_deadline_is_the_limit_from_the_start_of_the_process_or_the_end_of_a_slurm_job_if_that_is_earlier():
+    now = time.time()
+    age, soon = now - psutil.Process(os.getpid()).create_time(), {"SLURM_JOB_END_TIME": str(int(now) + 1000)}
     assert not Deadline(None, {}).within(1e9)
-
-
-def test_a_limit_counts_from_the_start_of_the_process():
-    age = time.time() - psutil.Process(os.getpid()).create_time()
-    deadline = Deadline(age + 1000, {})
-    assert deadline.within(1010)
-    assert not deadline.within(100)
-
-
-def test_the_end_of_a_slurm_job_counts_if_it_is_earlier():
-    soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 1000)}
-    assert Deadline(None, soon).within(1010)
-    assert not Deadline(None, soon).within(100)
-    assert Deadline(10**9, soon).within(1010)
+    for deadline in (Deadline(age + 1000, {}), Deadline(None, soon), Deadline(10**9, soon)):
+        assert deadline.within(1010)
+        assert not deadline.within(100)
     assert Deadline(0, soon).within(0)

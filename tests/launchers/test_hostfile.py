@@ -106,25 +106,19 @@ def test_a_killed_rank_is_named_and_the_other_hosts_ranks_end(start):
     assert re.match(named, error)
 
 
-def test_a_killed_launcher_leaves_no_rank_on_any_host_and_a_checkpoint(start):
+@pytest.mark.parametrize(
+    ("killed", "expected"), [("deepspeed", 128 + signal.SIGKILL), ("the script", -signal.SIGKILL), ("pdsh", 1)]
+)
+def test_a_killed_launcher_script_or_pdsh_leaves_no_rank_on_any_host_and_a_checkpoint(start, killed, expected):
     run = start(until="step=3 ")
-    (launcher,) = (one for one in run.processes("--force_multi") if one.cmdline()[1].endswith("deepspeed"))
-    launcher.kill()
+    launchers = {
+        "deepspeed": [one for one in run.processes("--force_multi") if one.cmdline()[1].endswith("deepspeed")],
+        "pdsh": [one for one in run.processes("--world_info") if one.name().startswith("pdsh")],
+        "the script": [run.script],
+    }
+    launchers[killed][0].kill()
     code = run.wait()
     run.assert_none_left()
-    assert code == 128 + signal.SIGKILL
-    run.assert_saved_at_the_last_step()
-
-
-@pytest.mark.parametrize("killed", ["the script", "pdsh"])
-def test_a_killed_script_or_pdsh_leaves_no_rank_on_any_host_and_a_checkpoint(start, killed):
-    run = start(until="step=3 ")
-    if killed == "pdsh":
-        next(one for one in run.processes("--world_info") if one.name().startswith("pdsh")).kill()
-    else:
-        run.script.kill()
-    code = run.wait()
-    run.assert_none_left()
-    assert code == (1 if killed == "pdsh" else -signal.SIGKILL), run.said
+    assert code == expected, run.said
     run.assert_saved_at_the_last_step()
     assert not list(run.run_dir.parent.glob(".exit-*")) or killed == "the script"

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from runs import INTERRUPTED, STOPPED, Run, ThisHost, inputs
+from runs import INTERRUPTED, Run, ThisHost, inputs
 
 SCRIPT = "launch_scripts/single_node.sh"
 
@@ -18,13 +18,6 @@ def run(stub, tmp_path):
         yield started
     finally:
         started.end()
-
-
-def test_ctrl_c_ends_all_with_a_checkpoint_and_exit_code_75(run):
-    os.killpg(run.process.pid, signal.SIGINT)
-    assert run.wait() == STOPPED, run.said
-    run.assert_none_left()
-    run.assert_saved_at_the_last_step()
 
 
 def test_a_second_ctrl_c_ends_a_run_that_cannot_save(run):
@@ -47,21 +40,6 @@ def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(run
     run.assert_saved_at_the_last_step()
 
 
-def test_a_killed_script_leaves_no_orphan_and_a_checkpoint(run):
-    run.process.kill()
-    run.assert_none_left()
-    run.assert_saved_at_the_last_step()
-
-
-def test_launch_py_killed_below_the_script_is_a_failure_of_the_script(run):
-    (launcher,) = run.processes("-m deepspeed.launcher.launch")
-    launcher.kill()
-    code = run.wait()
-    run.assert_none_left()
-    assert code == 1, run.said
-    run.assert_saved_at_the_last_step()
-
-
 def test_when_all_ranks_are_killed_at_once_the_script_says_so(run):
     ranks = run.ranks()
     for rank in ranks:
@@ -74,16 +52,3 @@ def test_when_all_ranks_are_killed_at_once_the_script_says_so(run):
         f"error: the ranks exited with code {code}; if no line above says why, they were killed (out of memory?); "
         "resume with --resume."
     ]
-
-
-def test_a_run_to_its_last_step_and_a_request_for_help_end_with_0(stub, tmp_path):
-    script = str(stub / SCRIPT)
-    run = Run(ThisHost(), tmp_path, [script, "2", *inputs(tmp_path, 2)])
-    try:
-        assert run.wait() == 0, run.said
-    finally:
-        run.end()
-    assert run.latest == "step_2"
-    asked = Run(ThisHost(), tmp_path, [script, "1", "--help"])
-    assert asked.wait() == 0, asked.said
-    assert "--auto_resume" in asked.said
