@@ -1,7 +1,6 @@
 """Evaluate a model on texts, `python tools/evaluate.py runs/tiny data/plays`, or on tasks, `... --tasks arc_easy`."""
 
-from megamoe.commands.evaluate import main
-from megamoe.config import cli
+from megamoe.commands.evaluate import run
 
 if __name__ == "__main__":
-    cli.run(main)
+    run()

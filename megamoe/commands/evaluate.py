@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -178,10 +178,11 @@ def main() -> None:
     end_groups()
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Run `main`, and leave with an exit code that launch_scripts/single_node.sh reads."""
     try:
         cli.run(main)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
-        leave(int(end.code or 0))  # which launch_scripts/single_node.sh reads
+        leave(int(end.code or 0))
