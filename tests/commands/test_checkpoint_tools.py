@@ -49,18 +49,6 @@ def run_dir(finished_run, tmp_path):
     return Path(shutil.copytree(finished_run[0], tmp_path / "run"))
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs a tool in this process; returns the lines it prints."""
-
-    def call(tool, *words):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
-        tool.main()
-        return capsys.readouterr().out.splitlines()
-
-    return call
-
-
 # --- convert_checkpoint ---------------------------------------------------------------------------------------------
 
 

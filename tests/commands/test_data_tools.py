@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,25 +12,9 @@ from refusals import has, only, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megamoe.commands import fetch_corpus, prepare_data
-from megamoe.config import cli
 from megamoe.data.tokenizer import load_tokenizer
 
 TEXT = "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 5
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a tool in this process; returns (exit code, stdout, stderr)."""
-
-    def run(tool, *words):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.run(tool.main)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return caught.value.code, said.out, said.err
-
-    return run
 
 
 @pytest.fixture
@@ -39,8 +22,8 @@ def prepare(run):
     """(exit code, lines on stderr that are problems) of prepare_data."""
 
     def prepare(*words):
-        code, _, said = run(prepare_data, *words)
-        return code, [line for line in said.splitlines() if line.startswith("error: ")]
+        code, said = run(prepare_data, *words)
+        return code, [line for line in said.err.splitlines() if line.startswith("error: ")]
 
     return prepare
 
@@ -170,9 +153,9 @@ def test_a_download_that_fails_says_why_in_one_line(tmp_path, monkeypatch, said,
 
 def test_plays_that_are_there_already_are_not_fetched_over(tmp_path, run):
     (tmp_path / "precious.txt").write_text("mine")
-    code, out, problem = run(fetch_corpus, "--out", tmp_path)
-    assert (code, out) == (2, "")
-    has(only(problem.splitlines()), "error: ", str(tmp_path), "exists already")
+    code, said = run(fetch_corpus, "--out", tmp_path)
+    assert (code, said.out) == (2, "")
+    has(only(said.err.splitlines()), "error: ", str(tmp_path), "exists already")
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
@@ -196,8 +179,8 @@ def decoded(folder, split):
 def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, texts, run, prepare):
     out = tmp_path / "out"
     words = (texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.25)
-    code, said, progress = run(prepare_data, *words)
-    assert code == 0, progress
+    code, said = run(prepare_data, *words)
+    assert code == 0, said.err
     names = {"corpus.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx"}
     assert {file.name for file in out.iterdir()} == names
     chapters = [f"Chapter {number}\n{TEXT}" for number in range(4)]
@@ -205,8 +188,8 @@ def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, te
     assert decoded(out, "valid") == chapters[3]
     counts = json.loads((out / "corpus.json").read_text())
     assert [counts[split]["documents"] for split in ("train", "valid")] == [3, 1]
-    has(said, f"train: 3 documents, {counts['train']['tokens']} tokens, {counts['train']['bytes']} bytes", str(out))
-    has(progress, "tokenising: 100%")
+    has(said.out, f"train: 3 documents, {counts['train']['tokens']} tokens, {counts['train']['bytes']} bytes", str(out))
+    has(said.err, "tokenising: 100%")
 
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     code, problems = prepare(*words)
@@ -285,7 +268,7 @@ def test_a_tokenizer_may_be_given_by_its_folder_and_its_end_of_text_be_named(tmp
 def test_what_a_killed_call_has_left_is_said_and_the_next_one_works(tmp_path, texts, run):
     (tmp_path / ".out-killed").mkdir()
     (tmp_path / ".out-killed" / "train.bin").write_bytes(b"half")
-    _, _, said = run(prepare_data, texts, "--out", tmp_path / "out", "--vocab_size", 300)
-    assert said.count(f"note: {tmp_path / '.out-killed'} is of a call that has not finished") == 1
+    _, said = run(prepare_data, texts, "--out", tmp_path / "out", "--vocab_size", 300)
+    assert said.err.count(f"note: {tmp_path / '.out-killed'} is of a call that has not finished") == 1
     assert (tmp_path / "out" / "train.bin").exists()
     assert (tmp_path / ".out-killed" / "train.bin").read_bytes() == b"half"  # it may still run

@@ -1,6 +1,7 @@
 """From a run to text from llama.cpp."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -43,13 +44,8 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys):
-    def convert(*words):
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
-        convert_checkpoint.main()
-        return capsys.readouterr().out.splitlines()
-
-    return convert
+def convert(call):
+    return partial(call, convert_checkpoint)
 
 
 @torch.no_grad()
@@ -103,18 +99,14 @@ def test_a_model_that_no_architecture_holds_is_refused_by_its_fields(convert, tm
     assert not list(tmp_path.glob("m.gguf*"))
 
 
-def test_generate_gguf_continues_prompts_and_refuses_what_is_no_model(run, convert, tmp_path, monkeypatch, capsys):
+def test_generate_gguf_continues_prompts_and_refuses_what_is_no_model(run, call, convert, tmp_path):
     convert(run, tmp_path / "m.gguf")
 
-    def generate(*words):
-        monkeypatch.setattr(sys, "argv", ["generate_gguf.py", *map(str, words)])
-        generate_gguf.main()
-        return capsys.readouterr().out
-
+    generate = partial(call, generate_gguf)
     words = (tmp_path / "m.gguf", "--prompt", PROMPT, "--max_new_tokens", 4, "--temperature", 0)
     model = open_model(run)
     expected = load_tokenizer(model.tokenizer).decode(greedy(run, 4))
-    has(generate(*words), f"{PROMPT}{expected}")
+    has("\n".join(generate(*words)), f"{PROMPT}{expected}")
     has(refusal(generate, tmp_path / "m.gguf", "--prompt", "to be " * 3000), "llama.cpp does not continue", "shorter")
     wrong = ("--max_new_tokens", -3, "--temperature", -1, "--seed", -1)
     has("\n".join(refusals(generate, tmp_path / "m.gguf", *wrong)), "max_new_tokens is -3", "temperature is -1", "seed")

@@ -3,13 +3,11 @@
 import itertools
 import json
 import re
-import sys
 
 import pytest
 from refusals import has
 
 from megamoe.commands import report
-from megamoe.config import cli
 
 
 def train_row(step):
@@ -65,21 +63,14 @@ def test_the_loss_table_shows_evaluations_between_its_lines():
     assert len(table(*range(10, 161, 10), valid=[160])) == 16
 
 
-def run_report(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(report.main)
-    return caught.value.code, capsys.readouterr()
-
-
 def is_png(path):
     data = path.read_bytes()
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
 
 
-def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_path, monkeypatch, capsys):
+def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_path, run):
     write_log(tmp_path, *(train_row(step) for step in range(10, 310, 10)), valid_row(150), valid_row(300))
-    code, said = run_report(monkeypatch, capsys, tmp_path)
+    code, said = run(report, tmp_path)
     assert (code, said.err) == (0, "")
     assert is_png(tmp_path / "loss_lr.png")
     assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in said.out
@@ -87,12 +78,12 @@ def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_pat
         assert str(tmp_path / place) in said.out
 
 
-def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, monkeypatch, capsys):
-    code, said = run_report(monkeypatch, capsys, tmp_path)
+def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, run):
+    code, said = run(report, tmp_path)
     assert code == 2
     assert said.err == f"error: {tmp_path} holds no log.jsonl; give the folder of a run.\n"
     write_log(tmp_path)
-    code, said = run_report(monkeypatch, capsys, tmp_path)
+    code, said = run(report, tmp_path)
     assert code == 2
     has(said.err, "error: ", str(tmp_path), "no step yet", "wait")
     assert not (tmp_path / "loss_lr.png").exists()
@@ -108,13 +99,13 @@ def test_values_of_averaged_weights_are_called_so():
     ]
 
 
-def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, monkeypatch, capsys):
+def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, monkeypatch, run):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
     further = {"code_loss": 1.25, "code_bits_per_byte": 0.5, "arc_acc": 0.75}
     tasks_alone = {"kind": "valid", "step": 30, "arc_acc": 0.875}
     write_log(tmp_path, *(train_row(step) for step in (10, 20, 30)), {**valid_row(20), **further}, tasks_alone)
-    code, said = run_report(monkeypatch, capsys, tmp_path)
+    code, said = run(report, tmp_path)
     assert (code, said.err) == (0, "")
     head, first, second, *_ = said.out.splitlines()
     assert head.split() == ["step", "loss", "valid", "bits/byte", "code", "lr", "MaxVio", "tok/s"]
@@ -142,8 +133,8 @@ def two_runs(tmp_path, monkeypatch):
     return ["small", "large"]
 
 
-def test_several_runs_have_a_line_each_and_one_picture(two_runs, tmp_path, monkeypatch, capsys):
-    code, said = run_report(monkeypatch, capsys, *two_runs)
+def test_several_runs_have_a_line_each_and_one_picture(two_runs, tmp_path, run):
+    code, said = run(report, *two_runs)
     assert (code, said.err) == (0, "")
     head, small, large, plot = said.out.splitlines()
     assert head.split() == ["run", "parameters", "tokens", "valid", "bits/byte", "MaxVio", "tok/s"]
@@ -173,22 +164,22 @@ def test_tokens_of_a_run_with_a_batch_ramp_are_those_of_its_stages_as_last_resum
     assert run.tokens(run.log["train"]) == [10 * 32, (12 + 8 * 2) * 32, (12 + 8 * 2 + 10 * 4) * 32]
 
 
-def test_the_picture_goes_where_out_says(two_runs, tmp_path, monkeypatch, capsys):
+def test_the_picture_goes_where_out_says(two_runs, tmp_path, run):
     for words in (two_runs, ["small"]):
-        code, said = run_report(monkeypatch, capsys, *words, "--out", "a picture.png")
+        code, said = run(report, *words, "--out", "a picture.png")
         assert code == 0
         assert re.search(r"plot: a picture\.png$", said.out, re.MULTILINE)
         assert is_png(tmp_path / "a picture.png")
         (tmp_path / "a picture.png").unlink()
-    code, said = run_report(monkeypatch, capsys, "small", "--out", "picture.jpg")
+    code, said = run(report, "small", "--out", "picture.jpg")
     assert (code, said.out) == (2, "")
     has(said.err, "--out is picture.jpg", ".png")
 
 
-def test_all_runs_that_cannot_be_compared_are_named_and_nothing_is_drawn(two_runs, tmp_path, monkeypatch, capsys):
+def test_all_runs_that_cannot_be_compared_are_named_and_nothing_is_drawn(two_runs, tmp_path, run):
     (tmp_path / "large" / "run.json").unlink()
     (tmp_path / "empty").mkdir()
-    code, said = run_report(monkeypatch, capsys, *two_runs, "empty")
+    code, said = run(report, *two_runs, "empty")
     assert (code, said.out) == (2, "")
     large, empty = said.err.splitlines()
     has(large, "large/run.json", "bring the file back")
@@ -199,32 +190,32 @@ def test_all_runs_that_cannot_be_compared_are_named_and_nothing_is_drawn(two_run
 # --- a reference ---
 
 
-def test_the_training_loss_is_compared_with_a_reference_at_the_steps_that_both_have(monkeypatch, capsys, tmp_path):
+def test_the_training_loss_is_compared_with_a_reference_at_the_steps_that_both_have(tmp_path, run):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     write_log(run_dir, *(train_row(step) for step in (10, 20, 30)))
     curve = tmp_path / "curve.tsv"
     curve.write_text("step\tavg_loss\tlr\n10\t9.95\t1e-5\n20\t9.7\t2e-5\n30\t9.8\t3e-5\n\n1000\t1.0\t4e-5\n\n")
     plain, with_curve = tmp_path / "plain.png", tmp_path / "curve.png"
-    code, printed = run_report(monkeypatch, capsys, run_dir, "--reference", curve, "--out", with_curve)
+    code, printed = run(report, run_dir, "--reference", curve, "--out", with_curve)
     assert code == 0
     assert "training loss below the reference at 2 of the 3 steps that both have, not at 20" in printed.out
-    run_report(monkeypatch, capsys, run_dir, "--out", plain)
+    run(report, run_dir, "--out", plain)
     assert is_png(with_curve)
     assert with_curve.read_bytes() != plain.read_bytes()
 
 
-def test_a_reference_that_is_no_table_or_is_given_with_several_runs_is_refused(monkeypatch, capsys, tmp_path):
+def test_a_reference_that_is_no_table_or_is_given_with_several_runs_is_refused(tmp_path, run):
     write_log(tmp_path, train_row(10))
     curve = tmp_path / "curve.tsv"
     no_tables = ("", "step\tloss\n", "step\tloss\nten\t3\n", "step\n10\n", "step\tloss\n10\tnan\n")
     for text in (None, *no_tables):
         if text is not None:
             curve.write_text(text)
-        code, printed = run_report(monkeypatch, capsys, tmp_path, "--reference", curve)
+        code, printed = run(report, tmp_path, "--reference", curve)
         assert code == 2
         has(printed.err, str(curve), "step")
     assert not (tmp_path / "loss_lr.png").exists()
-    code, printed = run_report(monkeypatch, capsys, tmp_path, tmp_path, "--reference", tmp_path / "curve.tsv")
+    code, printed = run(report, tmp_path, tmp_path, "--reference", tmp_path / "curve.tsv")
     assert code == 2
     has(printed.err, "--reference", "2 runs")

@@ -86,11 +86,6 @@ def test_a_folder_is_read_in_order_below_and_only_its_text(tmp_path):
     assert read(tmp_path) == ["A", "B1", "B2", "D1", "D2"]
 
 
-def test_a_single_file_of_any_name_is_text(tmp_path):
-    (tmp_path / "notes").write_text("some text\n")
-    assert read(tmp_path / "notes") == ["some text\n"]
-
-
 def test_files_packed_one_after_the_other_are_read_to_the_end(tmp_path):
     for kind in KINDS[3:]:
         path = tmp_path / f"a.{kind}"
@@ -113,11 +108,6 @@ def test_a_missing_path_and_a_folder_without_text_are_refused(tmp_path):
     has(refusal(input_files, tmp_path / "no"), str(tmp_path / "no"), "does not exist", "give")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     has(refusal(input_files, tmp_path), str(tmp_path), ".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-
-
-def test_undecodable_bytes_are_refused_with_file_and_offset(tmp_path):
-    (tmp_path / "a.txt").write_bytes("naïve ".encode() + b"caf\xe9 au lait")
-    has(refusal(read, tmp_path / "a.txt"), str(tmp_path / "a.txt"), "0xe9", "offset 10", "UTF-8", "convert")
 
 
 NO_TEXT = [{"body": "x"}, {"text": None}, {"text": 3}, {"text": ["x"]}, [1], "x", 3, None]

@@ -38,17 +38,3 @@ def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(run
     run.assert_none_left()
     assert code == 128 + signal.SIGKILL
     run.assert_saved_at_the_last_step()
-
-
-def test_when_all_ranks_are_killed_at_once_the_script_says_so(run):
-    ranks = run.ranks()
-    for rank in ranks:
-        rank.suspend()  # or the first to be killed is named by the other
-    for rank in ranks:
-        rank.kill()
-    code = 256 - signal.SIGKILL
-    assert run.wait() == code, run.said
-    assert run.errors == [
-        f"error: the ranks exited with code {code}; if no line above says why, they were killed (out of memory?); "
-        "resume with --resume."
-    ]

@@ -69,14 +69,6 @@ def test_a_job_saves_before_its_time_limit_and_resumes_and_stays_away_when_it_is
     assert job.facts["Restarts"] == "1"
 
 
-def test_a_job_that_loses_a_rank_before_any_checkpoint_ends(submit):
-    job = submit(100_000, nodes="1", tasks=2)
-    job.await_text("step=3 ")
-    job.ranks()[1].kill()
-    job.await_state("FAILED")
-    assert job.facts["Restarts"] == "0"
-
-
 def test_a_configuration_error_ends_the_job_once(submit):
     job = submit(100_000, "--ep_size", "3", tree=ROOT, nodes="1", tasks=2)
     job.await_state("FAILED")
