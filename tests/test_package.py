@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What a checkout needs to be built; no build folder that a build before has left there.
-BUILT = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "megamoe")
+BUILT = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "megamoe", "ds_configs")
 
 
 def pip(*words):
@@ -26,7 +26,7 @@ def installed(tmp_path):
     for name in BUILT:
         path = ROOT / name
         if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(path, source)
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)

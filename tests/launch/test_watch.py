@@ -21,6 +21,9 @@ from megamoe.launch.rendezvous import Rendezvous
 from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Intervals, Position, StallTimer, Watch
 from megamoe.model.decoder import Decoder
 
+# Ranks are threads here, which SystemExit ends.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 class Recorder(Position):
     def __init__(self):
@@ -131,10 +134,6 @@ class Ranks:
         return self.exits
 
 
-in_threads = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-@in_threads
 @pytest.mark.parametrize("world_size", [8, 64])
 def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads_all_heartbeats(world_size, capsys):
     ranks = Ranks(world_size, range(world_size - 2), Intervals(heartbeat=0.05, dead=1, launcher=0, read=DEADLINE))
@@ -147,7 +146,6 @@ def test_after_a_failed_collective_rank_0_names_the_dead_and_no_other_rank_reads
     assert all("multi_get" not in ranks.stores[rank].requests for rank in range(1, world_size - 2))
 
 
-@in_threads
 def test_a_collective_that_fails_while_all_ranks_live_is_the_error_of_its_rank(capsys):
     ranks = Ranks(4, range(4), Intervals(heartbeat=0.05, dead=1, read=DEADLINE))
     assert ranks.fail(1, RuntimeError("sizes do not match")) == dict.fromkeys(range(4), FAILED)
