@@ -362,16 +362,6 @@ def test_nothing_is_left_when_reading_fails_midway(tmp_path, tokenizer, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_left_when_the_index_cannot_be_written(tmp_path, tokenizer, monkeypatch):
-    def full(path, dtype):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(MMapIndexedDataset.Index, "writer", full)
-    with pytest.raises(OSError, match="No space left"):
-        made(DOCUMENTS, tokenizer, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_out_that_another_process_has_made_meanwhile_is_refused_and_left_untouched(tmp_path, tokenizer):
     out = tmp_path / "out"
 

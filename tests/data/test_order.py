@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 import tracemalloc
-from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -69,16 +68,6 @@ def test_shares_are_those_of_the_largest_remainder():
         assert shares == independent_shares(weights), weights
     assert SampleOrder.of([1, 1], [3.0, 1.0], 0).shares == (3072, 1024)
     assert SampleOrder.of([1] * 3, [1.0] * 3, 0).shares == (1366, 1365, 1365)
-
-
-@pytest.mark.parametrize("weights", [[1.0, 1.0], [10.0, 1.0, 1.0, 0.01]])
-def test_every_block_holds_each_corpus_in_its_exact_share(weights):
-    order = SampleOrder.of([900 + i for i in range(len(weights))], weights, seed=8)
-    places = [tuple(corpus for corpus, _ in walk(order, block * MIX_BLOCK, MIX_BLOCK)) for block in (0, 1, 10**9)]
-    for block in places:
-        counts = Counter(block)
-        assert tuple(counts[corpus] for corpus in range(len(weights))) == independent_shares(weights)
-    assert len(set(places)) == 3
 
 
 def test_a_weight_too_small_for_one_position_is_refused():

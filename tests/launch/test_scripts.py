@@ -34,7 +34,6 @@ wait -n
     ("script", "words", "environment", "error"),
     [
         ("single_node.sh", [], {}, "error: the number of ranks is ''; start launch_scripts/single_node.sh RANKS"),
-        ("single_node.sh", ["--ds_config"], {}, "error: the number of ranks is '--ds_config'; start"),
         (
             "single_node.sh",
             ["2"],
@@ -47,7 +46,6 @@ wait -n
             {"CUDA_VISIBLE_DEVICES": "3"},
             "error: CUDA_VISIBLE_DEVICES is '3', for 2 ranks; name",
         ),
-        ("multi_node_pdsh.sh", [], {}, "error: the hostfile is ''; start launch_scripts/multi_node_pdsh.sh HOSTFILE"),
         ("multi_node_pdsh.sh", ["--steps", "5"], {}, "error: the hostfile is '--steps'; start"),
         ("multi_node_pdsh.sh", ["f"], {"MAX_RESTARTS": "x"}, "error: MAX_RESTARTS is 'x'; give a whole number."),
         ("multi_node_torchrun.sh", [], {"HOSTS": "2"}, "error: HOSTS is '2', RANKS '', ENDPOINT ''; set all three:"),

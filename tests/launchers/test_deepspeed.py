@@ -1,11 +1,9 @@
-"""pretrain.py under DeepSpeed's own launcher on one host, without a script: how it refuses, and ends.
+"""pretrain.py under DeepSpeed's own launcher on one host, without a script: how it ends before its last step.
 
 On a CPU it ends without an engine."""
 
-import json
 import os
 import re
-import shutil
 import signal
 
 import psutil
@@ -13,7 +11,6 @@ import pytest
 from cluster import DEADLINE, ROOT
 from devices import on_gpus
 from runs import BIN, LOST, STOPPED, Run, ThisHost, inputs
-from toy import ds_config
 
 from megamoe.launch.network import free_port
 
@@ -22,40 +19,17 @@ from megamoe.launch.network import free_port
 def launch(stub, tmp_path):
     runs = []
 
-    def start(*options, device="cpu", ranks=2, until="step=5 ", tree=None, change_inputs=lambda: None):
-        tree = tree or (stub if device == "cpu" else ROOT)
+    def start(*options, device="cpu", ranks=2, until="step=5 "):
+        tree = stub if device == "cpu" else ROOT
         launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
         words = [*launcher, str(tree / "megamoe" / "pretrain.py"), *inputs(tmp_path, 100_000, *options)]
-        change_inputs()
         runs.append(Run(ThisHost(device), tmp_path, words))
-        if until:
-            runs[-1].await_text(until)
+        runs[-1].await_text(until)
         return runs[-1]
 
     yield start
     for run in runs:
         run.end()
-
-
-def test_every_problem_is_printed_once_with_exit_code_2_and_nothing_written(launch, tmp_path):
-    def change_inputs():
-        ds = ds_config(2, zero_optimization={"stage": 3}, fp16={"enabled": True}, gradient_cliping=1.0)
-        (tmp_path / "ds.json").write_text(json.dumps(ds))
-        shutil.rmtree(tmp_path / "corpus")
-
-    run = launch("--ep_size", "3", until="", tree=ROOT, change_inputs=change_inputs)
-    assert run.wait() == 2
-    assert len(run.errors) == len(set(run.errors))
-    assert any("zero_optimization.stage is 3" in line for line in run.errors)
-    assert any("fp16 on CPU has no loss scale" in line for line in run.errors)
-    assert any('did you mean "gradient_clipping"?' in line for line in run.errors)
-    assert sum("ep_size is 3" in line for line in run.errors) == 2  # neither the ranks nor the experts
-    assert any(f"{tmp_path}/corpus" in line for line in run.errors)
-    assert "Traceback" not in run.said
-    assert not run.run_dir.exists()
-
-
-# --- how it ends before its last step -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "ranks"), [("cpu", 2), on_gpus(1, "cuda", 1), on_gpus(2, "cuda", 2)])
