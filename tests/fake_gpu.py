@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from model_parts import with_fp32_statistics
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +50,7 @@ def fake_gpu() -> Iterator[None]:
 
 
 class HostReads:
-    """Stands for `host_values`: counts what is read, and gives `values`."""
+    """Stands for `begin_read`: counts what is read, and gives `values`."""
 
     def __init__(self, values: Any):
         self.values = values
@@ -73,8 +74,7 @@ def model_on_gpu(config: ModelConfig, ep_size: int = 1) -> Decoder:
     with torch.device(DEVICE):
         model = Decoder(config, seed=None, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size))
     torch.set_default_dtype(torch.float32)
-    for router in model.routers():
-        router.selection_bias, router.running_load = router.selection_bias.float(), router.running_load.float()
+    with_fp32_statistics(model)
     if ep_size > 1:
         for layer in model.moe_layers():
             layer.set_deepspeed_parallelism()
@@ -82,7 +82,7 @@ def model_on_gpu(config: ModelConfig, ep_size: int = 1) -> Decoder:
 
 
 def count_reads(values: Any) -> HostReads:
-    """Replace `host_values` in the layer."""
+    """Replace `begin_read` in the layer."""
     reads = HostReads(values)
-    moe.host_values = reads  # type: ignore[assignment]
+    moe.begin_read = reads  # type: ignore[assignment]
     return reads

@@ -1,6 +1,7 @@
 """Small models that together have every part that a configuration can ask for."""
 
 from megamoe.config.model import ModelConfig
+from megamoe.model.decoder import Decoder
 
 SHAPE = {
     "vocab_size": 101,
@@ -58,3 +59,11 @@ PARTS = {
 def model_of(part: str, **changes) -> ModelConfig:
     """The model with one of PARTS."""
     return ModelConfig(**{**SHAPE, **PARTS[part], **changes})
+
+
+def with_fp32_statistics(model: Decoder) -> Decoder:
+    """The model, with the buffers of its routers in fp32 again, as DeepSpeed keeps them."""
+    for router in model.routers():
+        for name, buffer in list(router.named_buffers()):
+            setattr(router, name, buffer.float() if buffer.is_floating_point() else buffer)
+    return model

@@ -77,10 +77,10 @@ class SharedModel:
         return calls[0]
 
     def _take_part(self, name: str, *args: Any) -> Any:
-        return self._score(*args) if name == "score" else self._generate(*args)
-
-    def _score(self, windows: Sequence[Window], owners: int) -> list[list[float]]:
-        return score(self.model, windows, owners, self.share, self.device).tolist()
+        if name == "score":
+            windows, owners = args
+            return score(self.model, windows, owners, self.share, self.device).tolist()
+        return self._generate(*args)
 
     def _generate(self, prompts: list[list[int]], new_tokens: int, options: dict[str, Any]) -> list[list[int]]:
         rows: list[list[int]] = []

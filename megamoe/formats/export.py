@@ -48,7 +48,7 @@ HUGGINGFACE_FILES = (
     "model/router.py",
     "model/margins.py",
     "model/router_losses.py",
-    "model/sections.py",
+    "model/from_config.py",
 )
 
 

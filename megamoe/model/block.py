@@ -12,19 +12,12 @@ from megamoe.model.attention import GroupedQueryAttention, LayerCache
 from megamoe.model.compiled import CompiledBlock
 from megamoe.model.experts import StackedExperts
 from megamoe.model.feed_forward import MLP
+from megamoe.model.from_config import from_config
 from megamoe.model.latent_attention import MultiHeadLatentAttention
 from megamoe.model.moe import MoE
 from megamoe.model.rope import Rotary, softmax_scale
 from megamoe.model.router import Router
 from megamoe.model.router_losses import RouterLosses
-from megamoe.model.sections import (
-    AttentionSection,
-    ExpertSection,
-    LatentAttentionSection,
-    MLPSection,
-    RouterSection,
-    section,
-)
 from megamoe.model.topology import ExpertTopology
 
 
@@ -39,22 +32,18 @@ class Block(nn.Module):
         self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
         self.is_dense = is_dense
         if is_dense:
-            self.mlp = MLP(intermediate_size=config.intermediate_size, **section(MLPSection, config))
+            self.mlp = from_config(MLP, config)
             return
         self.moe = MoE(
-            router=Router(
-                losses=build_router_losses(config),
-                counts_margins=config.counts_margins,
-                **section(RouterSection, config),
-            ),
-            experts=StackedExperts(num_experts=topology.experts_per_rank, **section(ExpertSection, config)),
+            router=from_config(Router, config, losses=build_router_losses(config)),
+            experts=from_config(StackedExperts, config, num_experts=topology.experts_per_rank),
             topology=topology,
             hidden_size=config.hidden_size,
         )
         # Not inside of `moe`, and without "expert" in their names: DeepSpeed takes such parameters for the experts'.
         self.shared_mlp = self.shared_gate = None
         if config.n_shared_experts:
-            self.shared_mlp = MLP(intermediate_size=config.shared_size, **section(MLPSection, config))
+            self.shared_mlp = from_config(MLP, config, intermediate_size=config.shared_size)
         if config.shared_expert_gate:
             self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -87,9 +76,9 @@ class Block(nn.Module):
 def build_attention(config: ModelConfig) -> nn.Module:
     """The attention of a block, by its configuration."""
     if config.kv_lora_rank is None:
-        return GroupedQueryAttention(**section(AttentionSection, config))
+        return from_config(GroupedQueryAttention, config)
     scale = softmax_scale(config.head_dim, config.rope_scaling)
-    return MultiHeadLatentAttention(softmax_scale=scale, **section(LatentAttentionSection, config))
+    return from_config(MultiHeadLatentAttention, config, softmax_scale=scale)
 
 
 def build_router_losses(config: ModelConfig) -> RouterLosses | None:

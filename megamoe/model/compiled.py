@@ -1,7 +1,7 @@
-"""A block whose work around the experts' products is compiled: regions without a break, which all blocks share.
+"""A block whose work around the experts' GEMMs is compiled: regions without a break, which all blocks share.
 
 On a GPU every operator is a kernel that the host has to launch and whose operands pass through memory; a region needs
-few of both. The experts' products and the exchange between ranks stay outside: each is one kernel or one call already,
+few of both. The experts' GEMMs and the all-to-all between ranks stay outside: each is one kernel or one call already,
 of as many rows as the routing makes.
 
 Shape legend: B batch, S positions, T tokens (B * S), D hidden_size, K choices, E experts, P places, fill included,
@@ -101,7 +101,7 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -
 
 
 def activate(experts: Any, inside: Tensor) -> Tensor:
-    """What lies between the products of gated experts, (P, 2F) -> (P, F)."""
+    """What lies between the GEMMs of gated experts, (P, 2F) -> (P, F)."""
     return experts.activate(inside)
 
 

@@ -19,7 +19,7 @@ from megamoe.data.batches import NO_LABEL
 from megamoe.model.attention import LayerCache, attention_mask
 from megamoe.model.block import Block
 from megamoe.model.compiled import CompiledBlock
-from megamoe.model.loss import TokenScores, chunked_cross_entropy, chunked_head_loss, chunked_token_scores
+from megamoe.model.loss import TokenScores, chunked_head_loss, chunked_token_scores
 from megamoe.model.moe import MoE
 from megamoe.model.multi_token import MultiTokenPredictor
 from megamoe.model.names import expert_id, is_norm, is_residual_projection, layer_id, plain_parts
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
             raise ValueError(f"labels are {labels.shape[1]} per row for {length} ids; give {needed}{why}.")
         if self.training and len(self.loss_parts) > 1:
             return self._training_loss(stream, hidden, labels)
-        loss = chunked_cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten())
+        loss = chunked_head_loss(hidden.flatten(0, 1), self.head, labels.flatten()).total
         if self.training:
             self.step_losses += loss.detach()  # (1,)
         return loss
@@ -236,7 +236,7 @@ class Decoder(nn.Module):
         if self.mtp:
             embedded = self.embed_tokens(following.masked_fill(following == NO_LABEL, 0))
             further, of_router = self.mtp(hidden, embedded, stream.rotary, stream.mask, stream.used_token)
-            parts["mtp"] = chunked_cross_entropy(further.flatten(0, 1), self.head, labels[:, 1:].flatten())
+            parts["mtp"] = chunked_head_loss(further.flatten(0, 1), self.head, labels[:, 1:].flatten()).total
             total = total + config.mtp_loss_coef * parts["mtp"]
             router_losses = [*router_losses, *([of_router] if of_router is not None else [])]
         if router_losses:

@@ -1,4 +1,4 @@
-"""The experts of one layer that one rank holds, stacked: one parameter and one product for each projection.
+"""The experts of one layer that one rank holds, stacked: one parameter and one grouped GEMM for each projection.
 
 Shape legend: E experts of this rank, D hidden_size, F expert_size, P rows, grouped by expert.
 """
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megamoe.model.dropout import Dropout
-from megamoe.model.feed_forward import ACTIVATIONS
+from megamoe.model.feed_forward import ACTIVATIONS, Activation
 from megamoe.model.grouped_gemm import grouped_linear
-from megamoe.model.sections import Activation
 
 
 class StackedExperts(nn.Module):
@@ -59,7 +58,7 @@ class StackedExperts(nn.Module):
         return self.dropout(grouped_linear(inside, self.down, ends))
 
     def activate(self, projected: Tensor) -> Tensor:
-        """What lies between the two products: (P, F), or (P, 2F) of gated experts, -> (P, F)."""
+        """What lies between the two GEMMs: (P, F), or (P, 2F) of gated experts, -> (P, F)."""
         if not self.gated:
             return self.activation(projected)
         gate, up = projected.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""The product of rows with the weights of their experts: one kernel for all experts where there is one.
+"""The grouped GEMM of rows with the weights of their experts: one kernel for all experts where there is one.
 
 Shape legend: P rows, grouped by expert, E experts of this rank, I input and O output features.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megamoe.utils.device_reads import host_values
+from megamoe.utils.device_reads import begin_read
 
 Kernel = Literal["grouped_mm", "triton", "loop"]
 DESCRIPTIONS: dict[Kernel, str] = {
@@ -27,14 +27,14 @@ ROW_ALIGNMENT = 16  # bytes that a row of each operand is a multiple of (torch.n
 
 
 def choose_kernel(capability: tuple[int, int] | None, dtype: torch.dtype, has_triton: bool) -> Kernel:
-    """The fastest correct product of this device and dtype.
+    """The fastest correct kernel on this device in this dtype.
 
     Args:
         capability: of a CUDA device; None elsewhere.
 
     On GPUs `torch.nn.functional.grouped_mm` is one kernel for bf16 on sm_9x and sm_10x; else it is a loop that reads
     the device (aten/src/ATen/native/GroupedMMUtils.h). DeepSpeed's Triton kernel serves 16 bits from sm_80 on; in fp32
-    it would round its operands to TF32. The loop is exact in any dtype, and reads the device once per product.
+    it would round its operands to TF32. The loop is exact in any dtype, and reads the device once per GEMM.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "loop"
@@ -83,6 +83,6 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    bounds = [0, *(host_values(ends)() if len(rows) else [0] * len(ends))]
+    bounds = [0, *(begin_read(ends)() if len(rows) else [0] * len(ends))]
     blocks = rows.split([end - start for start, end in itertools.pairwise(bounds)])
     return torch.cat([F.linear(block, one) for block, one in zip(blocks, weight.unbind(), strict=True)])

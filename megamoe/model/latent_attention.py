@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from .attention import LayerCache, attend  # relative: an exported model has these files in one folder
 from .rope import Rotary, apply_rotary
 
-# Of the norms of compressed vectors, in DeepSeek's code and in transformers.
+# Of the norms of compressed vectors, in DeepSeek's code and in transformers, whatever the model's other norms have.
 COMPRESSED_NORM_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal attention whose keys and values are products of a compressed vector of width `kv_lora_rank`, while one
+    """Causal attention whose keys and values are projected from a compressed vector of width `kv_lora_rank`, while one
     rotated key of width r serves all heads. With `q_lora_rank` the queries are compressed too.
 
     The cache holds the keys and values of the heads, not the compressed vectors.
@@ -39,15 +39,12 @@ class MultiHeadLatentAttention(nn.Module):
         rope_interleaved: bool = False,
         attention_bias: bool = False,
         attention_out_bias: bool = False,
-        rms_norm_eps: float = COMPRESSED_NORM_EPS,
         softmax_scale: float | None = None,
     ):
         """
         Args:
             attention_bias: biases of the projections to the compressed vectors.
             attention_out_bias: a bias of the output projection.
-            rms_norm_eps: of the norms of the compressed vectors. DeepSeek's code and transformers have 1e-6 there,
-                whatever the model's other norms have, so the decoder leaves it.
             softmax_scale: on the scores; None means 1 / sqrt(n + r). Yarn has its own, see `rope.softmax_scale`.
         """
         super().__init__()
@@ -62,11 +59,11 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(hidden_size, query_size, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=attention_bias)
-            self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=rms_norm_eps)
+            self.q_a_layernorm = nn.RMSNorm(q_lora_rank, eps=COMPRESSED_NORM_EPS)
             self.q_b_proj = nn.Linear(q_lora_rank, query_size, bias=False)
         self.is_query_compressed = q_lora_rank is not None
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, sum(self.compressed_sizes), bias=attention_bias)
-        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=rms_norm_eps)
+        self.kv_a_layernorm = nn.RMSNorm(kv_lora_rank, eps=COMPRESSED_NORM_EPS)
         self.kv_b_proj = nn.Linear(kv_lora_rank, num_attention_heads * sum(self.head_sizes), bias=False)
         self.o_proj = nn.Linear(num_attention_heads * v_head_dim, hidden_size, bias=attention_out_bias)
 

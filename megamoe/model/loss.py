@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from megamoe.data.batches import NO_LABEL
 
 # Bytes of fp32 logits that are held at a time: those of a whole micro-batch would be the largest tensor of the step
-# several times over. On CPU these are 512 tokens of `moe-680m`, measured best; a GPU needs larger products.
+# several times over. On CPU these are 512 tokens of `moe-680m`, measured best; a GPU needs larger GEMMs.
 CPU_LOGITS = 96 * 2**20
 GPU_LOGITS = 2**30
 
@@ -45,8 +45,8 @@ class TokenScores(NamedTuple):
 
 @torch.no_grad()
 def chunked_token_scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
-    """The scores (N,) of each label under the logits `hidden @ weight.T`; arguments as of `chunked_cross_entropy`."""
-    chunk = max(loss_chunk(len(hidden), len(weight), hidden.device.type == "cpu"), 1)
+    """The scores (N,) of each label under the logits `hidden @ weight.T`; arguments as of `chunked_head_loss`."""
+    chunk = loss_chunk(len(hidden), len(weight), hidden.device.type == "cpu")
     parts = [
         _scores(rows, weight, of_rows) for rows, of_rows in zip(hidden.split(chunk), labels.split(chunk), strict=True)
     ]
@@ -61,28 +61,21 @@ def _scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
     return TokenScores(nats, ~counts | (logits.argmax(1) == labels))
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
+def chunked_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float = 0.0) -> HeadLoss:
+    """The losses of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
+
+    The cross-entropy is the mean in nats; the z-loss the mean, over the tokens whose labels count, of the squared
+    logarithm of the sum of the logits' exponentials (PaLM, arXiv:2204.02311, section 5).
 
     Args:
         hidden: (N, D).
         weight: (V, D), of the head.
         labels: (N,); NO_LABEL where none counts.
-
-    The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
-    quarter of the head's products is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.)
-    """
-    return chunked_head_loss(hidden, weight, labels, 0.0).total
-
-
-def chunked_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float) -> HeadLoss:
-    """Cross-entropy as `chunked_cross_entropy`, with the z-loss: the mean, over the tokens whose labels count, of the
-    squared logarithm of the sum of the logits' exponentials (PaLM, arXiv:2204.02311, section 5).
-
-    Args:
         z_loss_coef: of the z-loss in the total; with 0 none is computed, and it is 0.
 
-    Both have one gradient, made in the same pass, which is why the coefficient has to be known here.
+    The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
+    quarter of the head's FLOPs is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.) Both
+    losses have one gradient, made in the same pass, which is why the coefficient has to be known here.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, needs_grad))

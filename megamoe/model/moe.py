@@ -31,7 +31,7 @@ from megamoe.model.dispatch import (
 )
 from megamoe.model.router import Router
 from megamoe.model.topology import ExpertTopology
-from megamoe.utils.device_reads import host_values
+from megamoe.utils.device_reads import begin_read
 
 Experts = Callable[[Tensor, Tensor], Tensor]  # (rows (P, D) by expert, ends (E,)) -> (P, D)
 
@@ -106,7 +106,7 @@ class DroplessDispatch(nn.Module):
         # what this rank sends.
         receive_counts = send_counts.clone()
         dist.all_to_all_single(receive_counts, send_counts, group=self.ep_group)
-        return Incoming(receive_counts, host_values(torch.stack((send_counts, receive_counts)).sum(-1)))
+        return Incoming(receive_counts, begin_read(torch.stack((send_counts, receive_counts)).sum(-1)))
 
     def place(self, x: Tensor, expert_ids: Tensor, counts: Tensor) -> Placed:
         """The rows of the tokens `x` (T, D) by expert, one for each choice.

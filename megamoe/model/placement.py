@@ -15,10 +15,10 @@ def placement_problems(model: ModelConfig, ep_size: int, dtype: str, world_size:
 
 
 def _row_problems(model: ModelConfig, dtype: str, preset: str) -> list[str]:
-    """Widths that the experts' products cannot have."""
+    """Widths that the experts' GEMMs cannot have."""
     multiple = ROW_ALIGNMENT // DTYPES[dtype].itemsize
     return [
-        f"{name} is {width} in {preset}, but the experts' products in {dtype} need rows of a multiple of "
+        f"{name} is {width} in {preset}, but the experts' GEMMs in {dtype} need rows of a multiple of "
         f"{ROW_ALIGNMENT} bytes; make it a multiple of {multiple}."
         for name, width in (("hidden_size", model.hidden_size), (model.expert_size_field, model.expert_size))
         if width % multiple

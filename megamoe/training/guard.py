@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megamoe.training.running_window import RunningWindow, SmoothedLoss
 from megamoe.training.step import StepResult
 
-# Of the deviation, as shares of the mean. A norm varies by more than a loss, and clipping bounds what it does.
+# Of the standard deviation, as shares of the mean. A norm varies by more than a loss, and clipping bounds what it does.
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
 SLACK = 0.1  # of the margin: a smoothed loss that is higher than that above its best has begun to climb
 
@@ -23,7 +23,7 @@ class GuardSettings:
     """What the command line says of it."""
 
     mode: Literal["off", "warn", "act"] = "off"
-    deviations: float = 6.0  # above its window's mean, from which a loss or norm is a spike
+    deviations: float = 6.0  # standard ones above its window's mean, from which a loss or norm is a spike
     window: int = 128  # steps of the windows, and of the smoothed loss
     margin: float = 0.5  # nats by which the smoothed loss may climb above its best
     skips: int = 10  # skipped steps in a row after which the run goes back
@@ -86,7 +86,7 @@ class Guard:
     def _is_spike(self, loss: float, norm: float) -> bool:
         if not math.isfinite(loss):
             return True
-        above = (self._losses.deviations(loss), self._norms.deviations(norm))
+        above = (self._losses.z_score(loss), self._norms.z_score(norm))
         return any(one is not None and one > self.settings.deviations for one in above)
 
     def after(self, step: int, result: StepResult, lowers_scale: bool) -> Event | None:
@@ -157,9 +157,9 @@ class Guard:
 
     def _describe_spike(self, step: int, result: StepResult) -> str:
         parts = [
-            f"{name} {value:.4g} (mean {window.mean:.4g}, {window.deviations(value):+.1f} deviations)"
+            f"{name} {value:.4g} (mean {window.mean:.4g}, {window.z_score(value):+.1f} standard deviations)"
             for name, value, window in (("loss", result.loss, self._losses), ("norm", result.grad_norm, self._norms))
-            if window.deviation is not None
+            if window.std is not None
         ]
         verb = "is skipped as a spike" if self.acts else "is a spike, and is trained on (--guard act skips it)"
         return f"guard: step {step} {verb}: {', '.join(parts) or f'loss {result.loss}'}"
@@ -172,9 +172,9 @@ class Guard:
             "loss": result.loss,
             "norm": result.grad_norm,
             "loss_mean": self._losses.mean,
-            "loss_deviation": self._losses.deviation,
+            "loss_deviation": self._losses.std,
             "norm_mean": self._norms.mean,
-            "norm_deviation": self._norms.deviation,
+            "norm_deviation": self._norms.std,
             "smoothed_loss": self._smoothed.mean,
             "best_smoothed_loss": self._smoothed.best,
         }

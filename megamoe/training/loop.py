@@ -59,16 +59,9 @@ class Trainer:
     ):
         """
         Args:
-            writer: saves the engine.
             seed: of dropout and jitter.
-            guard: watches the steps.
-            ledger: says which data each step reads.
-            position: is told where this rank is.
-            stop: the run saves and leaves when it asks for that.
             peak: what MFU is the share of.
-            deadline: the run saves and leaves before it.
-            evaluator: of held-out sets; None trains without.
-            tasks: of lm-evaluation-harness.
+            evaluator: of held-out sets.
             sinks: on rank 0 only.
             folder_is_gone: whether the run folder has been removed; on rank 0, False elsewhere.
         """

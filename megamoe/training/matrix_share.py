@@ -16,7 +16,7 @@ Shape = tuple[int, int]  # (R, C)
 
 def place_of(shape: Sequence[int]) -> tuple[int, ...]:
     """Sort key of the matrices that are no experts', in their flat group: those of one shape are neighbours, to be
-    multiplied at once, and the first rank has those of the most products per value."""
+    multiplied at once, and the first rank has those of the most FLOPs per value."""
     return -min(shape), *shape
 
 

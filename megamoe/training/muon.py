@@ -29,7 +29,7 @@ LEAST_NORM = 1e-15  # the 1e-7 of others would shrink the updates of experts tha
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Each matrix with its singular values brought near 1, times sqrt(max(1, R / C)): (B, R, C) -> (B, R, C) of
-    `dtype`, in which the products are computed."""
+    `dtype`, in which they are multiplied."""
     rows, columns = matrices.shape[1:]
     x = matrices.mT if rows > columns else matrices
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + LEAST_NORM)).to(dtype)
@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         """
         Args:
             lr: of the groups that have none of their own.
-            dtype: of Muon's products.
+            dtype: of Muon's matrix multiplications.
         """
         settings = {"lr": lr, "momentum": momentum, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, {**settings, "use_muon": False})

@@ -14,13 +14,13 @@ class RunningWindow:
         """
         Args:
             size: number of values; from half of it on, new ones are judged.
-            floor: least deviation, as a share of the mean, so that a flat series does not alarm.
+            floor: least standard deviation, as a share of the mean, so that a flat series does not alarm.
         """
         self._values: deque[float] = deque(maxlen=size)
         self._least = max(size // 2, 2)
         self._floor = floor
         self.mean: float | None = None  # None without any value
-        self.deviation: float | None = None  # of a sample, at least the floor; None while there are too few values
+        self.std: float | None = None  # of a sample, at least the floor; None while there are too few values
 
     def add(self, value: float) -> None:
         """Take a value that is no spike; the oldest one goes."""
@@ -36,17 +36,17 @@ class RunningWindow:
         """Once for each value that is taken; exact sums, so that a restored window has them bit for bit."""
         values, count = self._values, len(self._values)
         self.mean = math.fsum(values) / count if count else None
-        self.deviation = None
+        self.std = None
         if self.mean is not None and count >= self._least:
             mean = self.mean
             squares = math.fsum((value - mean) ** 2 for value in values)
-            self.deviation = max(math.sqrt(squares / (count - 1)), self._floor * abs(mean), math.ulp(1.0))
+            self.std = max(math.sqrt(squares / (count - 1)), self._floor * abs(mean), math.ulp(1.0))
 
-    def deviations(self, value: float) -> float | None:
-        """By how many deviations `value` lies above the mean; None while there are too few values."""
-        if self.mean is None or self.deviation is None:
+    def z_score(self, value: float) -> float | None:
+        """By how many standard deviations `value` lies above the mean; None while there are too few values."""
+        if self.mean is None or self.std is None:
             return None
-        return (value - self.mean) / self.deviation
+        return (value - self.mean) / self.std
 
     def state(self) -> list[float]:
         """For `restore`; JSON keeps every bit of it."""

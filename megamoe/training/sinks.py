@@ -95,11 +95,7 @@ class JsonLinesSink(Sink):
     _file: IO[str]
 
     def open(self, run_dir: Path, first_step: int) -> None:
-        path = run_dir / "log.jsonl"
-        is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
-        if is_torn:  # a run that was killed while it wrote has left half a line
-            self._file.write("\n")
+        self._file = _open_to_append(run_dir / "log.jsonl")
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
         self._file.write(_json_line({"kind": kind, "step": step, **values}))
@@ -107,6 +103,14 @@ class JsonLinesSink(Sink):
 
     def close(self) -> None:
         self._file.close()
+
+
+def _open_to_append(path: Path) -> IO[str]:
+    # A run that was killed while it wrote has left half a line.
+    is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (for the caller to close)
+    file.write("\n" * is_torn)
+    return file
 
 
 def _json_line(values: dict[str, Any]) -> str:
@@ -123,9 +127,8 @@ class EventSink(Sink):
         self._path = run_dir / "guard.jsonl"
 
     def log_event(self, values: dict[str, Any]) -> None:
-        is_torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write("\n" * is_torn + _json_line(values))
+        with _open_to_append(self._path) as file:
+            file.write(_json_line(values))
 
 
 class TensorBoardSink(Sink):

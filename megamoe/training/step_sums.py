@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.utils.device_reads import host_values
+from megamoe.utils.device_reads import begin_read
 
 
 class Flags(NamedTuple):
@@ -51,7 +51,7 @@ class StepSums:
 
     def read(self, running_loads: Tensor) -> HostSums:
         """Everything on the host, and (L, E) `running_loads` with it: the one wait of a step for the device."""
-        values = host_values(torch.cat((self.scalars, self.counts.flatten(), running_loads.flatten())))()
+        values = begin_read(torch.cat((self.scalars, self.counts.flatten(), running_loads.flatten())))()
         size = len(self.scalars)
         squares, *flags = values[:SCALARS]
         layers, experts = self.counts.shape

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,14 +19,6 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 NORM_PIECE = 2**18  # elements
-
-
-@dataclass(frozen=True)
-class ScaledNorm:
-    """The norm of the gradients of all ranks."""
-
-    norm: float  # times `scale`; infinite where a gradient is not finite
-    scale: float  # the loss scale that the gradients have
 
 
 class GuardedOptimizer(DeepSpeedZeroOptimizer):
@@ -74,7 +65,8 @@ class GivenNormOptimizer(GuardedOptimizer):
     """
 
     overlap_comm: bool
-    _given: ScaledNorm | None = None  # from `give_norm` to the end of `step`
+    # Norm of all ranks' gradients, and the loss scale that both have; from `give_norm` to the end of `step`.
+    _given: tuple[float, float] | None = None
     _unscaled: Tensor | None = None  # a group's flat gradient, until DeepSpeed asks to unscale it
 
     def sum_of_squares(self) -> Tensor:
@@ -96,7 +88,7 @@ class GivenNormOptimizer(GuardedOptimizer):
             scaled_norm: the root of `sum_of_squares` summed over all ranks, see `norm_of`.
         """
         # The scale of these gradients: DeepSpeed's step sets that of the next ones before it unscales.
-        self._given = ScaledNorm(scaled_norm, self.loss_scale)
+        self._given = scaled_norm, self.loss_scale
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """As `GuardedOptimizer`.
@@ -147,7 +139,7 @@ class GivenNormOptimizer(GuardedOptimizer):
     def scaled_global_norm(self, norm_type: int = 2) -> float:
         """The norm that was given, times the loss scale; a Python number, so that no use of it reads the device."""
         assert self._given
-        return self._unless_spike(self._given.norm)
+        return self._unless_spike(self._given[0])
 
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor:
         """A group's gradients, unscaled and clipped: (partition_size of the group,) fp32."""
@@ -169,7 +161,7 @@ class GivenNormOptimizer(GuardedOptimizer):
     def _scale_of_update(self) -> float:
         """What the gradients are multiplied by, as DeepSpeed's `unscale_and_clip_grads` has it."""
         assert self._given
-        norm, scale = self._given.norm, self._given.scale
+        norm, scale = self._given
         clip = max((norm / scale + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
         return 1 / (clip * scale)
 

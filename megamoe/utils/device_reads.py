@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def host_values(values: Tensor) -> Callable[[], Any]:
+def begin_read(values: Tensor) -> Callable[[], Any]:
     """Begin to copy `values` to the host. Call what is returned for them, as `Tensor.tolist` gives them: it waits for
     the copy, not for what the device was given to do since."""
     if values.device.type != "cuda":

@@ -1,15 +1,20 @@
-"""Bits per byte need the bytes of the held-out text: counted when it was prepared, or decoded from its tokens."""
+"""Held-out sets, and the bytes of their text: counted when it was prepared, or decoded from its tokens."""
 
 import json
+import math
 import shutil
 
 import pytest
+import torch
+from exported import random_decoder
+from model_parts import model_of
 from refusals import has, refusal
 
 from megamoe.data.corpus import write_corpus
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.evaluation.held_out import tokens_per_byte
+from megamoe.evaluation.held_out import Evaluator, HeldOut, tokens_per_byte
+from megamoe.evaluation.scoring import Share
 
 TEXTS = [f"The mouse reads map {number}; the owl sings — naïve 😀.\n" * 20 for number in range(30)]
 
@@ -70,3 +75,16 @@ def test_a_broken_tokenizer_beside_held_out_tokens_is_refused(folder):
     (folder / "corpus.json").unlink()
     (folder / "tokenizer.json").write_text("{}")
     has(refusal(tokens_per_byte, held_out(folder), 5), "tokenizer.json", "cannot be read")
+
+
+def test_a_set_has_the_mean_over_its_first_samples_without_dropout_and_bits_per_byte_where_bytes_are_known(corpus):
+    model, tokens = random_decoder(model_of("latent_tokens", vocab_size=300, expert_dropout=0.3)), held_out(corpus)
+    rows = torch.stack([torch.from_numpy(tokens.sample(index)).long() for index in range(11)])
+    expected = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
+    evaluator = Evaluator([HeldOut("one", tokens, 0.25), HeldOut("two", tokens, None)], limit=11)
+    assert evaluator.run(model.train(), Share(4), torch.device("cpu")) == {
+        "loss": pytest.approx(expected),
+        "tokens": 11 * 16,
+        "bits_per_byte": pytest.approx(expected / math.log(2) / 4),
+        "two_loss": pytest.approx(expected),
+    }

@@ -13,6 +13,7 @@ import torch._inductor.config
 import torch.distributed as dist
 from devices import SHARES
 from engines import save
+from model_parts import with_fp32_statistics
 from operators import Operators
 from ranks import run_new_ranks, run_ranks
 from torch._dynamo.utils import counters
@@ -35,10 +36,7 @@ BATCH, LENGTH, STEPS = 2, 16, 4
 
 
 def decoder(dtype, **changes):
-    model = Decoder(CONFIG.model_copy(update=changes)).to(dtype)
-    for router in model.routers():
-        router.selection_bias, router.running_load = router.selection_bias.float(), router.running_load.float()
-    return model
+    return with_fp32_statistics(Decoder(CONFIG.model_copy(update=changes)).to(dtype))
 
 
 def prepared(model, step, spread=0.05):
@@ -216,7 +214,12 @@ COMPRESSED = {
 }
 
 
-QUANTILE = {"router_bias_rule": "quantile", "num_nextn_predict_layers": 1}
+QUANTILE = {
+    "router_bias_rule": "quantile",
+    "num_nextn_predict_layers": 1,
+    "router_aux_loss_coef": 0.01,
+    "router_aux_loss_type": "global_batch",
+}
 
 
 def traced():

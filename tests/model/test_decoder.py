@@ -1,169 +1,115 @@
+"""The decoder against a plain one, what holds for a model of whatever parts, and its loss."""
+
 import itertools
 import math
 
+import formulas
 import pytest
 import torch
+import torch.nn.functional as F
+from formulas import normed
+from model_parts import PARTS, model_of
 
-import megamoe.model.decoder
-from megamoe.config.model import ModelConfig
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import plain_parts
-
-# With theta 2^16 and 8 dimensions the frequencies 1, 2^-4, 2^-8, 2^-12 are exact, so fp32 angles are too.
-THETA, HEAD_DIM = 65536.0, 8
-SMALL = ModelConfig(
-    vocab_size=40,
-    hidden_size=24,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=HEAD_DIM,
-    num_latent_tokens=3,
-    max_position_embeddings=12,
-    rope_theta=THETA,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-)
-SCALINGS = [
-    None,
-    {"rope_type": "linear", "factor": 2.0},
-    {"rope_type": "dynamic", "factor": 2.0},
-    {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-     "original_max_position_embeddings": 8},
-]  # fmt: skip
+from megamoe.model.topology import ExpertTopology
 
 
-def small_model(seed=0, **changes):
-    """A small decoder in float64 with weights large enough that every part tells, and a bias in every router."""
-    model = Decoder(SMALL.model_copy(update=changes)).double()
-    torch.manual_seed(seed)
+def random_model(part, **changes):
+    """In float64, with weights large enough that every part tells, and a bias in every router that has one."""
+    model = Decoder(model_of(part, **changes)).double()
+    torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(1 if "norm" in name else 0, 0.3)
         for router in model.routers():
-            router.selection_bias.normal_(0, 0.2)
+            if router.selection_bias is not None:
+                router.selection_bias.normal_(0, 0.2)
     return model
 
 
-def some_ids(*shape):
-    return torch.randint(SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(sum(shape)))
+def some_ids(rows, length):
+    return torch.randint(101, (rows, length), generator=torch.Generator().manual_seed(length))
 
 
 def close(one, other, atol=1e-10):
     torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
-# --- the whole decoder against a plain one --------------------------------------------------------------------------
+# --- the whole decoder, and blocks ----------------------------------------------------------------------------------
 
 
-def plain_norm(x, weight):
-    return weight * x / torch.sqrt((x * x).mean() + SMALL.rms_norm_eps)
-
-
-def plain_rotate(x, position):
-    """Pairs (i, i + half) turn by position * theta^(-2i / d); cosines and sines are fp32 numbers."""
-    half = len(x) // 2
-    angles = torch.tensor([position * THETA ** (-2 * i / len(x)) for i in range(half)], dtype=torch.float32)
-    cos, sin = angles.cos().double(), angles.sin().double()
-    return torch.cat((x[:half] * cos - x[half:] * sin, x[half:] * cos + x[:half] * sin))
-
-
-def plain_attention(x, weights, name):
-    """`x` is a list of token vectors; latents stand ahead of them, unrotated."""
-    q, k, v, o = (weights[f"{name}.{part}_proj.weight"] for part in "qkvo")
-    heads, shared, dim = SMALL.num_attention_heads, SMALL.num_key_value_heads, HEAD_DIM
-    keys = [[(k @ latent)[g * dim : (g + 1) * dim] for g in range(shared)] for latent in weights[f"{name}.latents"]]
-    values = [[(v @ latent)[g * dim : (g + 1) * dim] for g in range(shared)] for latent in weights[f"{name}.latents"]]
-    outputs = []
-    for position, token in enumerate(x):
-        keys.append([plain_rotate((k @ token)[g * dim : (g + 1) * dim], position) for g in range(shared)])
-        values.append([(v @ token)[g * dim : (g + 1) * dim] for g in range(shared)])
-        mixed = []
-        for head in range(heads):
-            query = plain_rotate((q @ token)[head * dim : (head + 1) * dim], position)
-            group = head // (heads // shared)
-            scores = torch.stack([query @ key[group] / math.sqrt(dim) for key in keys])  # all latents, tokens so far
-            shares = scores.exp() / scores.exp().sum()
-            mixed.append(sum(share * value[group] for share, value in zip(shares, values, strict=True)))
-        outputs.append(o @ torch.cat(mixed))
-    return outputs
-
-
-def plain_experts(token, weights, name, bias):
-    powers = (weights[f"{name}.router.weight"] @ token).exp()
-    scores = powers / powers.sum()
-    ranked = sorted(range(SMALL.num_local_experts), key=lambda expert: -(scores[expert] + bias[expert]).item())
-    chosen = ranked[: SMALL.num_experts_per_tok]
-    output = 0
-    for expert in chosen:
-        up, down = weights[f"{name}.experts.up"][expert], weights[f"{name}.experts.down"][expert]
-        inner = up @ token
-        output = output + scores[expert] / sum(scores[e] for e in chosen) * (down @ (inner / (1 + (-inner).exp())))
-    return output
-
-
-def plain_decoder(ids, weights, biases):
+def plain_decoder(ids, weights, biases, config):
     """Logits (T, V) of one row of token ids."""
-    x = [weights["embed_tokens.weight"][token] for token in ids]
-    for layer in range(SMALL.num_hidden_layers):
-        name = f"layers.{layer}"
-        normed = [plain_norm(token, weights[f"{name}.input_layernorm.weight"]) for token in x]
-        attended = plain_attention(normed, weights, f"{name}.self_attn")
-        x = [token + change for token, change in zip(x, attended, strict=True)]
-        normed = [plain_norm(token, weights[f"{name}.post_attention_layernorm.weight"]) for token in x]
-        mixed = [plain_experts(token, weights, f"{name}.moe.deepspeed_moe", biases[layer]) for token in normed]
-        x = [token + change for token, change in zip(x, mixed, strict=True)]
-    return torch.stack([weights["embed_tokens.weight"] @ plain_norm(token, weights["norm.weight"]) for token in x])
+    x = weights["embed_tokens.weight"][ids]
+    for layer, bias in enumerate(biases):
+        own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items()}
+        inner = {name.removeprefix("self_attn."): weight for name, weight in own.items()}
+        rows, real = normed(x, own["input_layernorm.weight"]), torch.ones(1, len(ids), dtype=torch.bool)
+        x = x + formulas.attention(inner, rows.unsqueeze(0), real, config.head_dim, theta=config.rope_theta)[0]
+        names = ("router.weight", "experts.up", "experts.down")
+        experts = [own[f"moe.deepspeed_moe.{name}"] for name in names]
+        x = x + formulas.expert_layer(normed(x, own["post_attention_layernorm.weight"]), *experts, bias.tolist(), 2)[0]
+    return normed(x, weights["norm.weight"]) @ weights["embed_tokens.weight"].T
 
 
 def test_logits_and_all_gradients_are_those_of_a_plain_decoder():
-    model = small_model()
+    model = random_model("latent_tokens")
     ids, labels = some_ids(2, 7), some_ids(7, 2).T
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
     biases = [router.selection_bias for router in model.routers()]
-    expected = torch.stack([plain_decoder(row.tolist(), weights, biases) for row in ids])
-    chosen = expected.softmax(-1).flatten(0, 1)[torch.arange(14), labels.flatten()]
-    expected_loss = -chosen.log().mean()
+    expected = torch.stack([plain_decoder(row, weights, biases, model.config) for row in ids])
+    expected_loss = -expected.softmax(-1).flatten(0, 1)[torch.arange(14), labels.flatten()].log().mean()
     expected_loss.backward()
 
-    close(model(ids), expected)
+    close(model(ids), expected, 1e-4)  # the model's angles are in fp32
     loss = model(ids, labels)
     loss.backward()
-    close(loss, expected_loss)
+    close(loss, expected_loss, 1e-5)
     for name, weight in model.named_parameters():
-        # An expert that no token chose has no part in the plain decoder, and zero gradients in the model.
         plain = weights[name].grad
-        close(weight.grad, torch.zeros_like(weight) if plain is None else plain)
-        assert plain is None or plain.abs().max() > 0
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(weight.grad, plain, rtol=1e-4, atol=1e-6)
 
 
-# --- padding --------------------------------------------------------------------------------------------------------
+def silu_mlp(x, weights, prefix):
+    up = x @ weights[f"{prefix}.up_proj.weight"].T
+    gate = weights.get(f"{prefix}.gate_proj.weight")
+    inside = F.silu(up) if gate is None else F.silu(x @ gate.T) * up
+    return inside @ weights[f"{prefix}.down_proj.weight"].T
+
+
+@pytest.mark.parametrize("part", ["shared_experts", "gated_shared_experts", "dense_layers"])
+def test_every_token_passes_the_shared_experts_next_to_its_own_or_one_dense_mlp(part):
+    model = random_model(part, gated_mlp=True).eval()
+    block = model.layers[2]
+    x = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rotary = model._rotary(torch.arange(6).unsqueeze(0), torch.tensor([6]), torch.float64, 0)
+    x = x + block.self_attn(block.input_layernorm(x), rotary)
+    rows, weights = normed(x, block.post_attention_layernorm.weight), dict(block.named_parameters())
+    if part == "dense_layers":
+        assert [hasattr(block, "moe") for block in model.layers] == [False, True, False]
+        added = silu_mlp(rows, weights, "mlp")
+    else:
+        shared = silu_mlp(rows, weights, "shared_mlp")
+        if part == "gated_shared_experts":
+            shared = shared / (1 + torch.exp(-rows @ weights["shared_gate.weight"].T))
+        added = block.moe(rows)[0] + shared
+    block.self_attn.forward = lambda *_: 0
+    close(block(x, rotary, None, None, None)[0], x + added)
+
+
+# --- padding and cache ----------------------------------------------------------------------------------------------
 
 
 def padded(rows, side):
     """Rows of ids and their mask, filled up with token 7 on the given side."""
     longest = max(map(len, rows))
-    ids, real = [], []
-    for row in rows:
-        fill = longest - len(row)
-        mine, mask = row.tolist(), [True] * len(row)
-        ids.append([7] * fill + mine if side == "left" else mine + [7] * fill)
-        real.append([False] * fill + mask if side == "left" else mask + [False] * fill)
-    return torch.tensor(ids), torch.tensor(real)
-
-
-def test_padding_moves_no_gradient():
-    model, alone = small_model(), small_model()
-    row, longer = some_ids(4), some_ids(6)
-    ids, real = padded([row, longer], "left")
-    labels = torch.full_like(ids, -100)
-    labels[0, 2:] = row
-    model(ids, labels, real).backward()
-    alone(row.unsqueeze(0), row.unsqueeze(0)).backward()
-    for weight, other in zip(model.parameters(), alone.parameters(), strict=True):
-        close(weight.grad, other.grad)
+    ids, real = torch.full((len(rows), longest), 7), torch.zeros(len(rows), longest, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        place = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[number, place], real[number, place] = row, True
+    return ids, real
 
 
 def cached_logits(model, ids, steps, real):
@@ -174,106 +120,120 @@ def cached_logits(model, ids, steps, real):
         mask = None if real is None else real[:, : end + step]
         parts.append(model(ids[:, end : end + step], attention_mask=mask, cache=cache))
         end += step
-    assert end == ids.shape[1]
     return torch.cat(parts, dim=1)
 
 
-STEPS = [[5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [4, 6, 1, 5], [1] * 16, [16]]
-KINDS = {scaling["rope_type"] if scaling else "none": {"rope_scaling": scaling} for scaling in SCALINGS}
-KINDS["one latent, interleaved"] = {"num_latent_tokens": 1, "rope_interleaved": True}
+STEPS = [[5, *[1] * 9], [4, 6, 1, 3], [1] * 14, [14]]
+KINDS = {part: (part, {}) for part in PARTS} | {
+    "dynamic": (
+        "latent_tokens",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
+    ),
+    "yarn": ("latent_tokens", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2}}),
+    "one latent, interleaved": ("latent_tokens", {"num_latent_tokens": 1, "rope_interleaved": True}),
+}
 
 
-@pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
-def test_a_row_padded_on_either_side_or_fed_in_pieces_gives_the_logits_it_gives_alone(changes):
-    model = small_model(**changes).eval()
-    rows = [some_ids(length) for length in (3, 9, 1, 16)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_padded_on_either_side_or_fed_in_pieces_gives_the_logits_it_gives_alone(kind):
+    part, changes = KINDS[kind]
+    model = random_model(part, **changes).eval()
+    rows = [some_ids(1, length)[0] for length in (3, 9, 1, 14)]
     alone = [model(row.unsqueeze(0))[0] for row in rows]
     for side in ("left", "right"):
         ids, real = padded(rows, side)
         for logits, mask, expected in zip(model(ids, attention_mask=real), real, alone, strict=True):
             close(logits[mask], expected)
-    rows, alone = rows[1::2], alone[1::2]
-    ids, real = padded(rows, "left")
+    ids, real = padded(rows[1::2], "left")
     for steps in STEPS:
-        for logits, mask, expected in zip(cached_logits(model, ids, steps, real), real, alone, strict=True):
+        for logits, mask, expected in zip(cached_logits(model, ids, steps, real), real, alone[1::2], strict=True):
             close(logits[mask], expected)
         close(cached_logits(model, rows[-1].unsqueeze(0), steps, None)[0], alone[-1])
+
+
+@pytest.mark.parametrize("part", ["latent_tokens", "untied_multi_token", "sliding_multi_token"])
+def test_padding_changes_no_loss_no_gradient_and_is_routed_by_no_block(part):
+    results = []
+    for first in (0, 4):
+        model = random_model(part)
+        ids, labels = some_ids(1, 14)[:, first:], some_ids(1, 14 + model.config.num_nextn_predict_layers)[:, first:]
+        labels[:, : 5 - first] = -100  # or the last padded position would predict the token after the first real one
+        model(ids, labels, None if first else torch.arange(14).unsqueeze(0) >= 4).backward()
+        counts = [router.step_counts.tolist() for router in model.routers()]
+        results.append((model.step_losses, [weight.grad for weight in model.parameters()], counts))
+    (losses, gradients, counts), (other_losses, others, other_counts) = results
+    close(losses, other_losses, 1e-5)
+    close(gradients, others)
+    assert counts == other_counts
 
 
 # --- initial weights ------------------------------------------------------------------------------------------------
 
 
-def plain_weights(model):
+def plain_weights(config, seed=3, topology=None):
     """The plain parameters by name."""
+    model = Decoder(config, seed, topology)
     return {
-        part.name: weight.detach().flatten()[part.start : part.start + part.count].view(part.shape)
+        one.name: weight.detach().flatten()[one.start : one.start + one.count]
         for name, weight in model.named_parameters()
-        for part in plain_parts(name, weight.shape, model.topology.first_expert)
+        for one in plain_parts(name, tuple(weight.shape), model.topology.first_expert)
     }
 
 
-def test_an_experts_projections_are_drawn_one_after_the_other():
-    weights = plain_weights(Decoder(SMALL.model_copy(update={"gated_mlp": True}), seed=5))
-    experts = [name for name in weights if ".layers.1.moe.experts.2." in name]
-    assert [name.split(".")[-2] for name in experts] == ["gate_proj", "up_proj", "down_proj"]
-    stream = megamoe.model.decoder._generator(5, 1, 2)
-    for name in experts:
-        std = SMALL.initializer_range / (math.sqrt(2 * SMALL.num_hidden_layers) if "down" in name else 1)
-        assert torch.equal(weights[name], torch.empty(weights[name].shape).normal_(0, std, generator=stream))
+def test_initial_weights_are_the_same_for_every_ep_size_and_follow_from_the_seed():
+    for part in PARTS:
+        whole, seen = plain_weights(model_of(part)), set()
+        for ep_size, rank in ((2, 0), (4, 2), (4, 3)):  # together they hold every expert
+            here = plain_weights(model_of(part), topology=ExpertTopology(8, ep_size, ep_size, rank))
+            for name, values in here.items():
+                assert torch.equal(values, whole[name]), f"{part}: {name}"
+                seen.add(name)
+        assert seen == set(whole)
+    other = plain_weights(model_of(part), seed=4)
+    assert all("norm" in name or not torch.equal(one, other[name]) for name, one in whole.items())
 
 
-def test_the_seed_decides_the_initial_weights():
-    one, same, other = (dict(Decoder(SMALL, seed=seed).named_parameters()) for seed in (1, 1, 2))
-    for name in one:
-        assert torch.equal(one[name], same[name])
-        assert "norm" in name or not torch.equal(one[name], other[name])
-
-
-def initial_draws(model):
-    """The first numbers of each drawn weight, on the common scale."""
-    draws = {}
-    for name, weight in plain_weights(model).items():
-        if "norm" not in name:
-            scale = (
-                math.sqrt(2 * SMALL.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-            )
-            draws[name] = tuple(round(value * scale, 6) for value in weight.flatten()[:8].tolist())
-    return draws
+RESIDUAL = ("self_attn.o_proj.weight", "down_proj.weight")
 
 
 def test_no_two_initial_weights_come_from_the_same_stream():
-    first = {}
-    for name, draw in initial_draws(Decoder(SMALL)).items():
-        assert draw not in first, f"{name} starts like {first[draw]}"
-        first[draw] = name
+    config, first = model_of("gated_narrow_experts", num_latent_tokens=2), {}
+    for name, weight in plain_weights(config).items():
+        if "norm" not in name:
+            scale = math.sqrt(2 * config.num_hidden_layers) if name.endswith(RESIDUAL) else 1
+            draw = tuple(round(value * scale, 6) for value in weight[:8].tolist())
+            assert draw not in first, f"{name} starts like {first[draw]}"
+            first[draw] = name
 
 
-def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers_and_norms_at_1():
-    config = SMALL.model_copy(update={
-        "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 32, "num_latent_tokens": 64,
-        "initializer_range": 0.05,
-    })  # fmt: skip
+def test_residual_projections_start_smaller_by_the_root_of_twice_the_layers_norms_at_1_and_biases_at_0():
+    shape = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 32}
+    config = model_of("head_norm_partial_rope", **shape, num_latent_tokens=64, initializer_range=0.05)
     residual = 0
-    for name, weight in plain_weights(Decoder(config)).items():
-        if "norm" in name:
-            assert (weight == 1).all()
+    for name, weight in plain_weights(config).items():
+        if "norm" in name or name.endswith(".bias"):
+            assert (weight == (1 if "norm" in name else 0)).all(), name
             continue
-        is_residual = name.endswith(("self_attn.o_proj.weight", "down_proj.weight"))
-        residual += is_residual
-        std = 0.05 / 4 if is_residual else 0.05
-        spread = 5 / math.sqrt(2 * weight.numel())  # five standard errors
-        assert weight.std().item() == pytest.approx(std, rel=spread), name
-        assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel()), name
+        residual += name.endswith(RESIDUAL)
+        std = 0.05 / 4 if name.endswith(RESIDUAL) else 0.05
+        errors = 5 / math.sqrt(weight.numel())  # five standard errors
+        assert weight.std().item() == pytest.approx(std, rel=errors / math.sqrt(2)), name
+        assert abs(weight.mean().item()) < errors * std, name
     assert residual == 8 * (1 + config.num_local_experts)
 
 
-# --- recomputed blocks ----------------------------------------------------------------------------------------------
+def test_no_saved_name_of_a_router_contains_expert():
+    names = [name for name in Decoder(model_of("latent_tokens")).state_dict() if ".router." in name]
+    assert len(names) == 3 * 3  # weight, bias and running load
+    assert not any("expert" in name for name in names)
 
 
-def stored_by_a_step(recompute_blocks):
-    """(gradients, slots and margins counted, bytes that the blocks kept for backward) of a model with dropout and
-    jitter."""
-    model = small_model(expert_dropout=0.3, router_jitter_noise=0.2, router_bias_rule="quantile")
+# --- activation checkpointing ---------------------------------------------------------------------------------------
+
+
+def step_of(part, recompute_blocks):
+    """(losses, gradients, slots and margins counted, bytes kept for backward) of a model with dropout and jitter."""
+    model = random_model(part, expert_dropout=0.3, router_jitter_noise=0.2)
     model.recompute_blocks = recompute_blocks
     own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept = {}
@@ -284,40 +244,80 @@ def stored_by_a_step(recompute_blocks):
             kept[storage.data_ptr()] = tensor, storage.nbytes()
         return tensor
 
-    ids = some_ids(2, 7)
     torch.manual_seed(5)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(ids, ids)
+        loss = model(some_ids(2, 10), some_ids(2, 10 + model.config.num_nextn_predict_layers))
     size = sum(nbytes for _, nbytes in kept.values())
     loss.backward()
-    counts = torch.stack(
-        [torch.cat((router.step_counts.unsqueeze(0), router.step_margins)) for router in model.routers()]
-    )
-    return [weight.grad for weight in model.parameters()], counts, size
+    counts = [(router.step_counts, router.step_margins) for router in model.routers()]
+    return (model.step_losses, [weight.grad for weight in model.parameters()], counts), size
 
 
-def test_recomputed_blocks_give_the_same_gradients_and_counts_to_the_bit_from_less_memory():
-    blocks = range(SMALL.num_hidden_layers + 1)
-    stored, *recomputed = [stored_by_a_step(number) for number in blocks]
-    for gradients, counts, _ in recomputed:
-        assert torch.equal(counts, stored[1])
-        assert all(torch.equal(one, other) for one, other in zip(gradients, stored[0], strict=True))
-    sizes = [size for _, _, size in (stored, *recomputed)]
-    assert all(fewer < 0.75 * more for more, fewer in itertools.pairwise(sizes))
+@pytest.mark.parametrize("part", PARTS)
+def test_recomputed_activations_give_the_same_losses_gradients_and_counts_to_the_bit_from_less_memory(part):
+    (stored, most), *recomputed = [step_of(part, number) for number in (0, 1, 3)]
+    for found, _ in recomputed:
+        torch.testing.assert_close(found, stored, rtol=0, atol=0)
+    assert all(fewer < 0.9 * more for more, fewer in itertools.pairwise([most, *(size for _, size in recomputed)]))
 
 
-def test_nothing_is_recomputed_without_gradients(monkeypatch):
-    monkeypatch.setattr(megamoe.model.decoder, "checkpoint", None)
-    model = small_model()
-    model.recompute_blocks = SMALL.num_hidden_layers
-    with torch.no_grad():
-        close(model(some_ids(2, 7)), small_model()(some_ids(2, 7)))
+# --- the loss -------------------------------------------------------------------------------------------------------
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("part", PARTS)
+def test_evaluation_gives_the_cross_entropy_alone_and_training_adds_the_parts_by_their_coefficients(part):
+    model = random_model(part)
+    ids, labels = some_ids(2, 10), some_ids(2, 10 + model.config.num_nextn_predict_layers)
+    total = model(ids, labels)
+    parts = dict(zip(model.loss_parts, model.step_losses.tolist(), strict=True))
+    model(ids, labels)
+    assert model.step_losses.tolist() == pytest.approx([2 * value for value in parts.values()])
+    model.eval()
+    loss = model(ids, labels[:, :10])
+    close(loss, F.cross_entropy(model(ids).flatten(0, 1), labels[:, :10].flatten()))
+    assert parts["cross_entropy"] == pytest.approx(loss.item(), abs=1e-6)
+    config, layers = model.config, len(model.config.sparse_blocks)
+    coefficients = {
+        "cross_entropy": 1,
+        "mtp": config.mtp_loss_coef,
+        "balance": layers * config.router_aux_loss_coef,
+        "router_z": layers * config.router_z_loss_coef,
+        "output_z": config.output_z_loss_coef,
+    }
+    expected = sum(coefficients[name] * value for name, value in parts.items())
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    assert all(value > 0 for value in parts.values())
 
 
-def test_no_saved_name_of_a_router_contains_expert():
-    names = [name for name in Decoder(SMALL).state_dict() if ".router." in name]
-    assert len(names) == 3 * SMALL.num_hidden_layers  # weight, bias and running load
-    assert not any("expert" in name for name in names)
+@pytest.mark.parametrize("part", ["untied_multi_token", "sliding_multi_token"])
+def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embedding(part):
+    model = random_model(part)
+    ids, labels = some_ids(2, 10), some_ids(2, 11)
+    labels[0, -1] = -100
+    model(ids, labels)
+    measured = model.step_losses[model.loss_parts.index("mtp")]
+
+    model.eval()
+    states = []
+    model.norm.register_forward_hook(lambda _, inputs, output: states.append(output))
+    model(ids)
+    weights = dict(model.named_parameters())
+    embedded = weights["embed_tokens.weight"][labels[:, :10]]
+    pair = normed(embedded, weights["mtp.embed_norm.weight"]), normed(states[0], weights["mtp.hidden_norm.weight"])
+    rotary = model._rotary(torch.arange(10).unsqueeze(0), torch.tensor([10]), torch.float64, 0)
+    before = torch.arange(10).unsqueeze(1) - torch.arange(10)  # positions between a query and a key
+    seen = (before >= 0) & (before < (model.config.sliding_window or 10))
+    x = model.mtp.block(torch.cat(pair, -1) @ weights["mtp.proj.weight"].T, rotary, seen[None, None], None, None)[0]
+    logits = normed(x, weights["mtp.norm.weight"]) @ model.head.T
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    assert measured.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_labels_of_another_width_are_refused():
+    for part, needed in (("untied_multi_token", 11), ("sequence_loss", 10), ("latent_tokens", 10)):
+        model = random_model(part)
+        for width in {9, 10, 11} - {needed}:
+            with pytest.raises(ValueError, match=f"labels are {width} per row for 10 ids; give {needed}"):
+                model(some_ids(2, 10), some_ids(2, width))
+        with pytest.raises(ValueError, match="give 10"):
+            model.eval()(some_ids(2, 10), some_ids(2, 11))

@@ -2,12 +2,12 @@
 
 import itertools
 
+import formulas
 import pytest
 import torch
 import torch.distributed as dist
 from devices import assert_near, on_gpus
 from ranks import run_ranks
-from torch.nn.functional import silu
 
 from megamoe.launch.distributed import this_device
 from megamoe.model.experts import StackedExperts
@@ -16,7 +16,7 @@ from megamoe.model.router import Router
 from megamoe.model.topology import ExpertTopology
 
 D, F, E, K = 8, 16, 4, 2
-EXACT, HALF = torch.float64, torch.bfloat16
+EXACT, SINGLE, HALF = torch.float64, torch.float32, torch.bfloat16
 
 
 def weights(gated, dtype):
@@ -59,20 +59,11 @@ def layer_on_this_rank(dtype, ep_size, gated, counts, bias):
 
 
 def plain_sum(x, gated, bias, dtype):
-    """Each token's weighted sum over its experts, one token at a time."""
-    router, up, down = (weight.requires_grad_() for weight in weights(gated, dtype))
-    x = x.clone().requires_grad_()
-    rows = []
-    for token in x:
-        scores = torch.softmax(router @ token, 0)
-        chosen = sorted(range(E), key=lambda e: -(scores[e].item() + bias[e]))[:K]
-        total = sum(scores[e] for e in chosen)
-        inside = {e: silu(up[e, :F] @ token) * (up[e, F:] @ token if gated else 1) for e in chosen}
-        rows.append(sum(scores[e] / total * (down[e] @ inside[e]) for e in chosen))
-    out = torch.stack(rows) if rows else x * 0
+    """The formula's output, and the gradients of the input and of each weight."""
+    inputs = [one.clone().requires_grad_() for one in (x, *weights(gated, dtype))]
+    out, _ = formulas.expert_layer(*inputs, bias, K)
     (out * torch.arange(1.0, D + 1)).sum().backward()
-    zeros = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in (router, up, down)]
-    return out.detach(), x.grad, *zeros
+    return out.detach(), *(torch.zeros_like(one) if one.grad is None else one.grad for one in inputs)
 
 
 LOADS = {
@@ -84,9 +75,9 @@ LOADS = {
 
 # (dtype, ep_size, gated) of layers; the second rank has no token of its own.
 SPLITS = {
-    1: [(EXACT, 1, False), (HALF, 1, False)],
+    1: [(EXACT, 1, False), (SINGLE, 1, True), (HALF, 1, False), (HALF, 1, True)],
     2: [(EXACT, 2, False), (HALF, 2, False)],
-    4: [(EXACT, 1, True), (EXACT, 2, False), (EXACT, 2, True), (EXACT, 4, False), (HALF, 2, False)],
+    4: [(EXACT, 1, True), (EXACT, 2, False), (EXACT, 2, True), (EXACT, 4, False), (SINGLE, 1, True), (HALF, 2, False)],
 }
 COUNTS = [5, 0, 7, 3]
 

@@ -1,66 +1,40 @@
 import pytest
 import torch
+from model_parts import model_of
 
-from megamoe.config.model import ModelConfig
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import filter_logits, generate, sample
 from megamoe.utils.errors import UserError
 
-CONFIG = ModelConfig(
-    vocab_size=30,
-    hidden_size=16,
-    intermediate_size=20,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_latent_tokens=2,
-    max_position_embeddings=24,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-)
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5, 8, 9, 7, 9, 3]]
 
 
 def small_model(**changes):
-    model = Decoder(CONFIG.model_copy(update=changes)).double()
+    model = Decoder(model_of("latent_tokens", **{"max_position_embeddings": 24, **changes})).double()
     torch.manual_seed(0)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, 0, 0.4)
     return model
 
 
+@torch.no_grad()
 def greedy_by_full_passes(model, prompt, steps):
     """The largest logit of a pass over everything so far, again and again, without a cache."""
-    model.eval()
     ids = list(prompt)
     for _ in range(steps):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt) :]
-
-
-# --- filters --------------------------------------------------------------------------------------------------------
-
-
-def some_logits():
-    torch.manual_seed(0)
-    return 3 * torch.randn(6, 20)
 
 
 def kept(logits):
     return [{token for token, logit in enumerate(row) if logit > -torch.inf} for row in logits.tolist()]
 
 
-def ranked(row):
-    return sorted(range(len(row)), key=lambda token: -row[token])
-
-
 def nucleus(row, top_p):
     """Tokens from the likeliest on, until their probability reaches `top_p`."""
     probabilities = torch.tensor(row, dtype=torch.float64).softmax(0).tolist()
     tokens, reached = set(), 0.0
-    for token in ranked(row):
+    for token in sorted(range(len(row)), key=lambda token: -row[token]):
         tokens.add(token)
         reached += probabilities[token]
         if reached >= top_p:
@@ -68,32 +42,22 @@ def nucleus(row, top_p):
     return tokens
 
 
-def test_top_k_keeps_the_k_largest_as_they_are():
-    logits = some_logits()
-    for top_k in (1, 3, 19, 20, 50):
-        filtered = filter_logits(logits, top_k, None)
-        assert kept(filtered) == [set(ranked(row)[:top_k]) for row in logits.tolist()], top_k
+def test_top_k_keeps_the_k_largest_and_top_p_the_smallest_set_that_reaches_p_as_they_are():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(6, 20)
+    rows = logits.tolist()
+    cases = [(k, None, [set(sorted(range(20), key=lambda t, row=row: -row[t])[:k]) for row in rows])
+             for k in (1, 3, 19, 20, 50)]  # fmt: skip
+    # The largest always stays.
+    cases += [(None, p, [nucleus(row, p) for row in rows]) for p in (0.0, 1e-12, 0.01, 0.3, 0.5, 0.9, 0.99)]
+    cases += [(None, p, [set(range(20))] * 6) for p in (None, 1.0)]
+    for top_k, top_p, expected in cases:
+        filtered = filter_logits(logits, top_k, top_p)
+        assert kept(filtered) == expected, (top_k, top_p)
         assert torch.equal(filtered[filtered > -torch.inf], logits[filtered > -torch.inf])
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_p_as_it_is():
-    logits = some_logits()
-    for top_p in (0.0, 1e-12, 0.01, 0.3, 0.5, 0.9, 0.99):  # the largest always stays
-        filtered = filter_logits(logits, None, top_p)
-        assert kept(filtered) == [nucleus(row, top_p) for row in logits.tolist()], top_p
-        assert torch.equal(filtered[filtered > -torch.inf], logits[filtered > -torch.inf])
-    for top_p in (None, 1.0):
-        assert torch.equal(filter_logits(logits, None, top_p), logits)
-
-
-def test_top_p_is_of_what_top_k_left():
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    # Of the three that stay, the first two have 7/9 = 0.78 together; of all four they would have 0.7.
-    assert kept(filter_logits(logits, 3, 0.75)) == [{0, 1}]
-    assert kept(filter_logits(logits, None, 0.75)) == [{0, 1, 2}]
-
-
-def test_samples_come_as_often_as_temperature_top_k_and_top_p_say():
+def test_samples_come_as_often_as_temperature_top_k_and_top_p_of_what_top_k_left_say():
     # At temperature 1/2 the probabilities are squared: 16 : 9 : 4 : 1. Of the first three, the first two have 25/29 =
     # 0.86 and suffice; of all four they would have 25/30 = 0.83.
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(20_000, 4)
@@ -102,24 +66,17 @@ def test_samples_come_as_often_as_temperature_top_k_and_top_p_say():
     torch.testing.assert_close(shares, torch.tensor([0.64, 0.36, 0.0, 0.0]), rtol=0, atol=0.02)
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
-
-
-def test_temperature_0_is_the_argmax_of_the_full_pass():
-    model = small_model()
-    for prompt in PROMPTS:
-        assert generate(model, [prompt], 12, temperature=0) == [greedy_by_full_passes(model, prompt, 12)]
-
-
-def test_dropout_and_jitter_are_off():
-    model = small_model(expert_dropout=0.5, router_jitter_noise=0.5).train()
-    plain = small_model()
-    assert generate(model, PROMPTS[:1], 10, temperature=0) == generate(plain, PROMPTS[:1], 10, temperature=0)
-
-
-def test_top_k_1_is_temperature_0():
-    model = small_model()
-    assert generate(model, PROMPTS, 10, top_k=1) == generate(model, PROMPTS, 10, temperature=0)
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 4.0}], ids=["plain", "dynamic"])
+def test_temperature_0_is_the_argmax_of_full_passes_for_prompts_of_different_lengths_together_or_alone(scaling):
+    # With a scaling the text goes beyond max_position_embeddings, and frequencies are those of the end.
+    model = small_model(rope_scaling=scaling, max_position_embeddings=6 if scaling else 24)
+    model = model.train()  # which leaves dropout and jitter out all the same
+    model.layers[0].moe.experts.dropout.p = model.routers()[0].jitter_noise = 0.5
+    together = generate(model, PROMPTS, 12, temperature=0)
+    assert together == [generate(model, [prompt], 12, temperature=0)[0] for prompt in PROMPTS]
+    assert together == generate(model, PROMPTS, 12, top_k=1)
+    if not scaling:
+        assert together == [greedy_by_full_passes(model, prompt, 12) for prompt in PROMPTS]
 
 
 def test_the_text_depends_on_the_given_seed_alone():
@@ -132,18 +89,6 @@ def test_the_text_depends_on_the_given_seed_alone():
     assert all(row != other_row for row, other_row in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(
-    "scaling",
-    [None, {"rope_type": "dynamic", "factor": 4.0}],
-    ids=lambda scaling: scaling["rope_type"] if scaling else "none",
-)
-def test_prompts_of_different_lengths_give_together_what_each_gives_alone(scaling):
-    # With a scaling the text goes beyond max_position_embeddings.
-    model = small_model(rope_scaling=scaling, max_position_embeddings=6 if scaling else 24)
-    together = generate(model, PROMPTS, 14, temperature=0)
-    assert together == [generate(model, [prompt], 14, temperature=0)[0] for prompt in PROMPTS]
-
-
 def test_a_row_stops_at_end_of_text_and_the_others_go_on():
     model = small_model()
     free = generate(model, PROMPTS, 12, temperature=0)
@@ -153,31 +98,21 @@ def test_a_row_stops_at_end_of_text_and_the_others_go_on():
     assert generate(model, PROMPTS, 12, temperature=0, end_of_text=end) == expected
 
 
-def test_nothing_is_computed_after_every_row_has_stopped():
-    model = small_model()
-    end = generate(model, PROMPTS[:1], 1, temperature=0)[0][0]
-    passes = []
-    model.register_forward_hook(lambda *_: passes.append(1))
-    assert generate(model, PROMPTS[:1], 12, temperature=0, end_of_text=end) == [[]]
-    assert len(passes) == 1
-
-
-def test_rows_that_have_stopped_go_on_until_all_ranks_have():
+def test_nothing_is_computed_after_every_row_has_stopped_on_all_ranks():
     model = small_model()
     end = generate(model, PROMPTS[:1], 1, temperature=0)[0][0]
     passes, asked = [], []
     model.register_forward_hook(lambda *_: passes.append(1))
 
-    def all_done(done):
+    def after_five(done):
         asked.append(done)
         return len(asked) > 5
 
-    assert generate(model, PROMPTS[:1], 12, temperature=0, end_of_text=end, all_done=all_done) == [[]]
+    for all_done, count in ((bool, 1), (after_five, 5)):
+        passes.clear()
+        assert generate(model, PROMPTS[:1], 12, temperature=0, end_of_text=end, all_done=all_done) == [[]]
+        assert len(passes) == count
     assert asked == [False, True, True, True, True, True]
-    assert len(passes) == 5
-
-
-# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 def test_a_text_may_be_as_long_as_the_model_and_no_longer():
@@ -193,7 +128,6 @@ def test_a_text_may_be_as_long_as_the_model_and_no_longer():
         ([[1], []], 3, {}, "no tokens"),
         ([], 2, {}, "no prompt"),
         (PROMPTS, 0, {}, "max_new_tokens is 0.*1"),
-        (PROMPTS, -2, {}, "max_new_tokens is -2.*1"),
         (PROMPTS, 2, {"temperature": -1.0}, "temperature is -1.0"),
         (PROMPTS, 2, {"temperature": float("nan")}, "temperature is nan"),
         (PROMPTS, 2, {"top_k": 0}, "top_k is 0"),

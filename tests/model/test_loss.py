@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import megamoe.model.loss
-from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_cross_entropy, chunked_head_loss, loss_chunk
+from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_head_loss, loss_chunk
 
 
 def head(dtype, tokens=14, hidden=6, vocab=11, device="cpu"):
@@ -78,18 +78,18 @@ def test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(dev
 def test_a_loss_scale_keeps_fp16_gradients_that_are_below_its_smallest_number():
     hidden, weight, labels = head(torch.float16)
     factor = 2.0**-24  # alone, these gradients would be zeros in fp16
-    (chunked_cross_entropy(hidden, weight, labels) * factor * 2.0**16).backward()
+    (chunked_head_loss(hidden, weight, labels).total * factor * 2.0**16).backward()
     expected = plain_parts(hidden, weight, labels, 0.0, factor * 2.0**16)
     for one, exact in zip((hidden.grad, weight.grad), expected[2:], strict=True):
         assert (one - exact).norm() <= 0.01 * exact.norm(), exact.shape
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_label_at_all_gives_a_loss_of_0_and_zero_gradients(device):
+def test_no_label_at_all_gives_losses_of_0_and_zero_gradients(device):
     hidden, weight, labels = head(torch.float32, device=device)
-    loss = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100))
-    loss.backward()
-    assert loss == 0
+    loss = chunked_head_loss(hidden, weight, torch.full_like(labels, -100), 0.1)
+    loss.total.backward()
+    assert [part.item() for part in loss] == [0, 0, 0]
     assert hidden.grad.abs().max() == weight.grad.abs().max() == 0
 
 
@@ -109,51 +109,25 @@ def test_where_no_gradient_is_asked_for_none_is_computed(monkeypatch):
     monkeypatch.setattr(torch, "mm", None)
     hidden, weight, labels = head(torch.float64)
     with torch.no_grad():
-        loss = chunked_cross_entropy(hidden, weight, labels)
+        loss = chunked_head_loss(hidden, weight, labels).total
     torch.testing.assert_close(loss, plain_parts(hidden, weight, labels, 0.0)[0])
 
 
-def test_never_are_more_logits_held_than_those_of_a_chunk(monkeypatch):
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_one_tensor_of_the_logits_of_a_chunk_is_made_and_none_larger_with_the_z_loss_too(coefficient, monkeypatch):
     monkeypatch.setattr(megamoe.model.loss, "CPU_LOGITS", 4 * 4 * 64)
-    seen = []
+    made = []
 
-    class Sizes(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            seen.append(result.numel() if isinstance(result, torch.Tensor) else 0)
-            return result
+    class New(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, torch.Tensor)}
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known:
+                made.append(out.numel())
+            return out
 
     hidden, weight, labels = head(torch.float32, tokens=32, hidden=2, vocab=64)
-    with Sizes():
-        chunked_cross_entropy(hidden, weight, labels).backward()
-    assert max(seen) == 4 * 64
-
-
-def test_the_z_loss_makes_no_tensor_of_the_size_of_the_logits_more():
-    made = []
-    for coefficient in (0.0, 0.1):
-        hidden, weight, labels = head(torch.float32, tokens=32, hidden=2, vocab=64)
-
-        class Large(TorchDispatchMode):
-            count = 0
-
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, torch.Tensor)}
-                out = func(*args, **(kwargs or {}))
-                is_large = isinstance(out, torch.Tensor) and out.numel() >= 32 * 64
-                self.count += is_large and out.untyped_storage().data_ptr() not in known
-                return out
-
-        with Large() as large:
-            chunked_head_loss(hidden, weight, labels, coefficient).total.backward()
-        made.append(large.count)
-    assert made == [1, 1]
-
-
-def test_without_the_z_loss_the_total_is_the_cross_entropy_to_the_bit():
-    hidden, weight, labels = head(torch.float32)
-    loss = chunked_head_loss(hidden, weight, labels, 0.0)
-    assert loss.total == loss.cross_entropy == chunked_cross_entropy(hidden, weight, labels)
-    assert loss.z_loss == 0
-    nothing = chunked_head_loss(hidden, weight, torch.full_like(labels, -100), 0.1)
-    assert [part.item() for part in nothing] == [0, 0, 0]
+    with New():
+        chunked_head_loss(hidden, weight, labels, coefficient).total.backward()
+    assert max(made) == 4 * 64
+    assert made.count(4 * 64) == 32 / 4

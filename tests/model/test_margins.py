@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import torch
 
@@ -51,17 +49,3 @@ def test_the_shift_is_linear_within_a_bin():
     histogram = torch.zeros(BINS, 1, dtype=torch.int64)
     histogram[-2] = 100  # from 1/2 to 1
     assert needed_shifts(histogram, 0.2, edges).item() == pytest.approx(-(1 - 0.2 * 0.5))
-
-
-def test_a_margin_that_all_tokens_share_shrinks_by_every_shift():
-    edges = bin_edges().double()
-    for share, start in itertools.product((1 / 64, 0.25, 0.5), (0.3, -0.3, 0.51, 0.99, -1e-3)):
-        margin = start
-        for _ in range(8):
-            bin_of = torch.bucketize(torch.tensor(margin, dtype=torch.float64), edges)
-            histogram = torch.zeros(BINS, 1, dtype=torch.int64)
-            histogram[bin_of] = 100
-            moved = margin + needed_shifts(histogram, share, edges).item()
-            assert abs(moved) <= abs(margin) or abs(moved) < 2**-24
-            margin = moved
-        assert abs(margin) < abs(start) / 2

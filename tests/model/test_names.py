@@ -41,11 +41,6 @@ def shapes_and_parts(model):
     }
 
 
-def test_plain_names_have_nothing_of_deepspeed():
-    for config in CONFIGS:
-        assert not any("deepspeed" in name for name in parameter_shapes(config))
-
-
 def test_the_parts_cover_each_parameter_once_and_lead_back_to_the_parameters_of_the_engine():
     for config, ep_size in SPLITS:
         for rank in range(ep_size):

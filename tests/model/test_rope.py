@@ -2,13 +2,10 @@ import itertools
 
 import pytest
 import torch
+from formulas import turned
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
-from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as glm_rotary
-from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 
 from megamoe.model.rope import apply_rotary, rope_frequencies, rotary_table, softmax_scale
 
@@ -45,9 +42,9 @@ def frequencies_for(scaling, *lengths):
     return rope_frequencies(HEAD_DIM, THETA, scaling, MAX_POSITIONS, torch.tensor(lengths))
 
 
-def table_of(positions, scaling, *lengths, interleaved=False, **options):
+def table_of(positions, scaling, *lengths):
     frequencies, factor = frequencies_for(scaling, *lengths)
-    return rotary_table(positions, frequencies, factor, torch.float32, interleaved, **options)
+    return rotary_table(positions, frequencies, factor, torch.float32, False)
 
 
 def test_scaled_frequencies_are_those_of_transformers():
@@ -59,35 +56,20 @@ def test_scaled_frequencies_are_those_of_transformers():
         assert factor == pytest.approx(expected_factor), scaling
 
 
-def test_dynamic_frequencies_are_unscaled_up_to_the_maximum_and_lower_beyond_it():
-    plain, _ = frequencies_for(None, 1)
-    scaled, _ = frequencies_for({"rope_type": "dynamic", "factor": 3.0}, 1, MAX_POSITIONS, MAX_POSITIONS + 1, 500)
-    torch.testing.assert_close(scaled[:2], plain.expand(2, -1), rtol=1e-6, atol=0)
-    assert (scaled[2, 1:] < plain[0, 1:]).all()
-    assert (scaled[3, 1:] < scaled[2, 1:]).all()
-
-
-def test_rotation_of_halves_is_llamas():
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_pairs_turn_as_complex_numbers_and_other_dimensions_and_unrotated_positions_stay(interleaved):
     torch.manual_seed(0)
-    length = MAX_POSITIONS + 40
-    positions = torch.arange(length).unsqueeze(0)
-    query, key = torch.randn(2, length, 4, HEAD_DIM), torch.randn(2, length, 2, HEAD_DIM)
-    for scaling in (None, *SCALINGS):
-        cos, sin = LlamaRotaryEmbedding(llama_config(scaling))(query, positions)
-        expected = llama_rotary(query, key, cos, sin, unsqueeze_dim=2)
-        rotary = table_of(positions, scaling, length)
-        for x, exact in zip((query, key), expected, strict=True):
-            torch.testing.assert_close(apply_rotary(x, rotary, False), exact, rtol=1e-4, atol=1e-4, msg=named(scaling))
-
-
-def test_rotation_of_neighbours_is_gptjs():
-    torch.manual_seed(0)
-    x = torch.randn(2, 30, 3, HEAD_DIM)
-    positions = torch.arange(30).unsqueeze(0)
-    angles = positions[0].float().unsqueeze(1) * frequencies_for(None, 30)[0]
-    expected = gptj_rotary(x, angles.sin().unsqueeze(0), angles.cos().unsqueeze(0))
-    torch.testing.assert_close(apply_rotary(x, table_of(positions, None, 30, interleaved=True), True), expected)
-    assert not torch.allclose(apply_rotary(x, table_of(positions, None, 30), False), expected)
+    for rest, at_end in ((0, False), (6, False), (6, True)):
+        x = torch.randn(2, 9, 3, HEAD_DIM + rest)
+        given, rotated = x.clone(), slice(rest, None) if at_end else slice(HEAD_DIM)
+        positions, (frequencies, _) = torch.arange(6).unsqueeze(0), frequencies_for(None, 6)
+        rotary = rotary_table(positions, frequencies, 0.8, torch.float32, interleaved, num_unrotated=3)
+        found, expected = apply_rotary(x, rotary, interleaved, at_end), x.double()
+        for row, position, head in itertools.product(range(2), range(6), range(3)):
+            vector = expected[row, 3 + position, head, rotated]
+            vector.copy_(0.8 * turned(vector.clone(), position, interleaved, THETA))
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+        assert torch.equal(x, given)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -101,45 +83,10 @@ def test_the_gradient_of_a_rotation_is_right(interleaved):
         assert torch.autograd.gradcheck(lambda x, end=at_end: apply_rotary(x, table, interleaved, end), (x,))
 
 
-def test_a_rotation_of_the_first_dimensions_is_glms():
-    torch.manual_seed(0)
-    positions = torch.arange(9).unsqueeze(0)
-    query, key = torch.randn(2, 9, 4, 2 * HEAD_DIM), torch.randn(2, 9, 2, 2 * HEAD_DIM)
-    cos, sin = LlamaRotaryEmbedding(llama_config(None))(query, positions)
-    expected = glm_rotary(query, key, cos, sin, unsqueeze_dim=2)
-    rotary = table_of(positions, None, 9)
-    for x, exact in zip((query, key), expected, strict=True):
-        torch.testing.assert_close(apply_rotary(x, rotary, False), exact)
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_a_part_of_each_head_is_rotated_as_if_alone_and_the_rest_stays(interleaved):
-    torch.manual_seed(0)
-    part, rest = torch.randn(2, 9, 3, HEAD_DIM), torch.randn(2, 9, 3, 6)
-    rotary = table_of(torch.arange(9).unsqueeze(0), None, 9, interleaved=interleaved)
-    rotated = apply_rotary(part, rotary, interleaved)
-    for at_end in (False, True):
-        whole, expected = (torch.cat((rest, one) if at_end else (one, rest), -1) for one in (part, rotated))
-        given = whole.clone()
-        assert torch.equal(apply_rotary(whole, rotary, interleaved, at_end), expected), at_end
-        assert torch.equal(whole, given), at_end
-
-
 def test_the_scale_of_the_scores_is_deepseeks():
     for scaling in (None, *SCALINGS):
         expected = yarn_apply_mscale(scaling or {}, 24**-0.5)
         assert softmax_scale(24, scaling) == pytest.approx(expected, rel=1e-12), scaling
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_what_stands_before_the_positions_is_not_rotated(interleaved):
-    torch.manual_seed(0)
-    x = torch.randn(2, 9, 3, HEAD_DIM)
-    positions = torch.arange(6).unsqueeze(0)
-    rotated = apply_rotary(x, table_of(positions, None, 6, interleaved=interleaved, num_unrotated=3), interleaved)
-    assert torch.equal(rotated[:, :3], x[:, :3])
-    alone = apply_rotary(x[:, 3:], table_of(positions, None, 6, interleaved=interleaved), interleaved)
-    assert torch.equal(rotated[:, 3:], alone)
 
 
 def test_each_row_is_rotated_by_its_own_positions_and_length():

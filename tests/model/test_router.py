@@ -1,7 +1,8 @@
-import importlib
-import itertools
-from types import SimpleNamespace
+"""Choices, weights and losses of a router, with their gradients, against formulas in float64."""
 
+import itertools
+
+import formulas
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from megamoe.model.router import Router
 from megamoe.model.router_losses import RouterLosses
 
 SCORES = ["softmax", "sigmoid"]
-T, D, E, K = 40, 6, 5, 2
+T, D, E, K = 24, 6, 5, 2
 
 
 def router_with(bias=None, dim=D, experts=E, top_k=K, **options):
@@ -21,88 +22,8 @@ def router_with(bias=None, dim=D, experts=E, top_k=K, **options):
     return router
 
 
-def plain_scores(logits, score):
-    if score == "sigmoid":
-        return [1 / (1 + torch.exp(-logit)) for logit in logits]
-    powers = [torch.exp(logit - max(logits)) for logit in logits]
-    return [power / sum(powers) for power in powers]
-
-
-@pytest.mark.parametrize(
-    ("score", "logits", "bias"),
-    [("softmax", [120.0, 110.0, 1.0, 0.0], [0.0, 0.0, 2.0, 2.0]), ("sigmoid", [-110.0] * 4, [0.0] * 4)],
-)
-def test_weights_sum_to_1_where_the_scores_underflow(score, logits, bias):
-    router = router_with(bias, dim=1, experts=4, router_score=score)
-    router.weight.data = torch.tensor(logits).unsqueeze(1)
-    weights, *_ = router(torch.ones(1, 1))
-    torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_logits_are_fp32_where_tokens_and_weight_are_bf16(score):
-    router = router_with(dim=64, router_score=score, top_k=E).bfloat16()
-    x = torch.randn(T, 64).bfloat16()
-    weights, expert_ids, *_ = router(x)
-    assert weights.dtype == torch.float32
-    logits = x.double() @ router.weight.double().T
-    scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
-    expected = (scores / scores.sum(-1, keepdim=True)).gather(-1, expert_ids)
-    torch.testing.assert_close(weights, expected.float(), rtol=1e-4, atol=1e-6)
-
-
-def test_jitter_scales_the_input_within_its_bounds_in_training_only():
-    router = router_with(dim=1, experts=2, router_jitter_noise=0.1)
-    router.weight.data = torch.tensor([[1.0], [0.0]])
-    x = torch.ones(2000, 1)
-    weights, *_ = router(x)
-    seen = (weights[:, 0] / weights[:, 1]).log().detach()  # the logit of expert 0, that is 1 times the jitter
-    assert 0.9 <= seen.min() < 0.905
-    assert 1.095 < seen.max() <= 1.1 + 1e-5
-    assert seen.mean().item() == pytest.approx(1, abs=0.01)
-    router.eval()
-    torch.testing.assert_close(router(x)[0], torch.tensor([[1.0, 0.0]]).softmax(-1).expand(2000, 2))
-
-
-def test_without_jitter_training_and_evaluation_route_alike():
-    router = router_with()
-    x = torch.randn(T, D)
-    trained = router(x)
-    router.eval()
-    for one, other in zip(trained[:3], router(x)[:3], strict=True):
-        assert torch.equal(one, other)
-
-
-def test_the_bias_is_no_parameter_and_gets_no_gradient():
-    router = router_with([0.1, -0.1, 0.0, 0.2, -0.2])
-    router(torch.randn(T, D)).weights.square().sum().backward()
-    assert [name for name, _ in router.named_parameters()] == ["weight"]
-    assert router.weight.grad.abs().sum() > 0
-    assert not router.selection_bias.requires_grad
-    assert router.selection_bias.grad is None
-
-
-def test_bias_and_running_load_are_saved_and_the_counts_of_a_step_are_not():
-    assert set(router_with().state_dict()) == {"weight", "selection_bias", "running_load"}
-    without = router_with(router_bias=False)
-    assert without.selection_bias is None
-    assert set(without.state_dict()) == {"weight", "running_load"}
-
-
-# --- options, against a float64 reference written here and against transformers' routers ----------------------------
-
-
-def plain_routing(logits, bias, top_k, score, normalizes, scaling, groups, top_groups):
-    """Expert ids and weights of one token; groups by the sum of their two best biased scores."""
-    scores = plain_scores(logits, score)
-    biased = [one.item() + shift for one, shift in zip(scores, bias, strict=True)]
-    size = len(scores) // groups
-    worth = [sum(sorted(biased[group * size : (group + 1) * size])[-2:]) for group in range(groups)]
-    open_groups = sorted(range(groups), key=lambda group: -worth[group])[:top_groups]
-    allowed = [expert for expert in range(len(scores)) if expert // size in open_groups]
-    chosen = sorted(allowed, key=lambda expert: -biased[expert])[:top_k]
-    total = sum(scores[expert] for expert in chosen) if normalizes else 1
-    return chosen, torch.stack([scores[expert] / total * scaling for expert in chosen])
+def close(one, other, atol=1e-10):
+    torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -134,67 +55,124 @@ def test_every_option_routes_as_defined_and_so_are_its_gradients(
 
     plain_x, weight = x.detach().clone().requires_grad_(), router.weight.detach().clone().requires_grad_()
     bias = router.selection_bias.tolist() if has_bias else [0.0] * 8
-    options = top_k, score, normalizes, scaling, groups, top_groups
-    rows = [plain_routing(weight @ token, bias, *options) for token in plain_x]
+    options = {"score": score, "normalizes": normalizes, "scaling": scaling, "groups": groups, "top_groups": top_groups}
+    rows = [formulas.routing(weight @ token, bias, top_k, **options) for token in plain_x]
     weights = torch.stack([row for _, row in rows])
     expected = torch.autograd.grad((weights * coefficients).sum(), (plain_x, weight))
     assert routing.expert_ids.tolist() == [chosen for chosen, _ in rows]
-    torch.testing.assert_close((routing.weights, *grads), (weights, *expected), rtol=0, atol=1e-10)
+    close((routing.weights, *grads), (weights, *expected))
     assert routing.counts.tolist() == [(routing.expert_ids == expert).sum() for expert in range(8)]
     assert routing.losses is None
 
 
-def test_groups_and_bias_change_what_is_chosen():
-    x = torch.randn(T, D)
-    bias = [0.3, -0.2, 0.1, 0.0, 0.25, -0.3, 0.2, -0.1]
-    options = [{}, {"bias": bias}, {"n_group": 4, "topk_group": 2}, {"n_group": 4, "topk_group": 1}]
-    chosen = [
-        router_with(experts=8, router_score="sigmoid", **one)(x).expert_ids.sort(-1).values.tolist() for one in options
-    ]
-    assert all(one != other for one, other in itertools.combinations(chosen, 2))
+@pytest.mark.parametrize(
+    ("score", "logits", "bias"),
+    [("softmax", [120.0, 110.0, 1.0, 0.0], [0.0, 0.0, 2.0, 2.0]), ("sigmoid", [-110.0] * 4, [0.0] * 4)],
+)
+def test_weights_sum_to_1_where_the_scores_underflow(score, logits, bias):
+    router = router_with(bias, dim=1, experts=4, router_score=score)
+    router.weight.data = torch.tensor(logits).unsqueeze(1)
+    close(router(torch.ones(1, 1)).weights.sum(), torch.tensor(1.0), 1e-6)
 
 
-# transformers' routers: module, class, the options they stand for.
-DEEPSEEK = {"router_score": "sigmoid", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
-TRANSFORMERS = {
-    "deepseek_v3.DeepseekV3TopkRouter": DEEPSEEK,
-    "deepseek_v3.DeepseekV3TopkRouter, not normalised": {**DEEPSEEK, "norm_topk_prob": False},
-    "glm4_moe.Glm4MoeTopkRouter": {**DEEPSEEK, "n_group": 2, "topk_group": 1},
-    "minimax_m2.MiniMaxM2TopKRouter": {"router_score": "sigmoid"},
-    "olmoe.OlmoeTopKRouter": {"norm_topk_prob": False, "router_bias": False},
-    "qwen3_moe.Qwen3MoeTopKRouter": {"router_bias": False},
-    "qwen3_moe.Qwen3MoeTopKRouter, not normalised": {"norm_topk_prob": False, "router_bias": False},
-    "mixtral.MixtralTopKRouter": {"router_bias": False},
-}
+@pytest.mark.parametrize("score", SCORES)
+def test_logits_are_fp32_where_tokens_and_weight_are_bf16(score):
+    router = router_with(dim=64, router_score=score, top_k=E).bfloat16()
+    x = torch.randn(T, 64).bfloat16()
+    weights, expert_ids, *_ = router(x)
+    assert weights.dtype == torch.float32
+    logits = x.double() @ router.weight.double().T
+    scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
+    expected = (scores / scores.sum(-1, keepdim=True)).gather(-1, expert_ids)
+    torch.testing.assert_close(weights, expected.float(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
-def test_routing_is_that_of_transformers(name):
-    options = TRANSFORMERS[name]
-    bias = None if options.get("router_bias") is False else [0.3, -0.2, 0.1, 0.0, 0.25, -0.3, 0.2, -0.1]
-    router = router_with(bias, experts=8, top_k=3, **options)
-    module, _, kind = name.partition(",")[0].partition(".")
-    config = SimpleNamespace(
-        num_experts_per_tok=3, num_local_experts=8, num_experts=8, hidden_size=D, n_group=router.num_groups,
-        norm_topk_prob=router.normalizes, routed_scaling_factor=router.scaling, topk_group=router.top_groups,
-    )  # fmt: skip
-    theirs = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), kind)(config)
-    theirs.weight.data = router.weight.data
-    x, given = torch.randn(T, D), ()
-    if hasattr(theirs, "e_score_correction_bias"):
-        theirs.e_score_correction_bias.copy_(router.selection_bias)
-    elif bias:
-        given = (router.selection_bias,)
-    _, expected, expert_ids = theirs(x, *given)
-    routing = router(x)
-    ours, order = routing.expert_ids.sort(-1)
-    other, their_order = expert_ids.sort(-1)
-    assert torch.equal(ours, other)
-    torch.testing.assert_close(routing.weights.gather(-1, order), expected.gather(-1, their_order))
+def test_jitter_scales_the_input_within_its_bounds_in_training_only():
+    router = router_with(dim=1, experts=2, router_jitter_noise=0.1)
+    router.weight.data = torch.tensor([[1.0], [0.0]])
+    x = torch.ones(2000, 1)
+    weights = router(x).weights
+    seen = (weights[:, 0] / weights[:, 1]).log().detach()  # the logit of expert 0, that is 1 times the jitter
+    assert 0.9 <= seen.min() < 0.905
+    assert 1.095 < seen.max() <= 1.1 + 1e-5
+    assert seen.mean().item() == pytest.approx(1, abs=0.01)
+    router.eval()
+    close(router(x).weights, torch.tensor([[1.0, 0.0]]).softmax(-1).expand(2000, 2), 1e-6)
 
 
-def test_losses_are_computed_in_training_only():
-    router = router_with(losses=RouterLosses(balance="sequence", z=True))
-    x = torch.randn(T, D)
-    assert router(x).losses.shape == (2,)
+def test_bias_and_running_load_are_saved_and_what_a_step_counts_is_not():
+    assert set(router_with(counts_margins=True).state_dict()) == {"weight", "selection_bias", "running_load"}
+    assert set(router_with(router_bias=False).state_dict()) == {"weight", "running_load"}
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+BALANCES = ["sequence", "global_batch", "micro_batch"]
+B = 3  # sequences of T / B tokens
+LOADS = [0.1, 0.3, 0.25, 0.15, 0.2]
+
+
+def router_that_loses(balance=None, z=False, score="softmax"):
+    bias = [0.2, -0.1, 0.1, 0.0, -0.2]
+    router = router_with(bias, router_score=score, losses=RouterLosses(balance, z)).double()
+    router.running_load.copy_(torch.tensor(LOADS, dtype=torch.float64))
+    return router
+
+
+def plain_balance(logits, expert_ids, loads, score):
+    """Of one sequence, expert by expert; `loads` None takes its own."""
+    loss = 0
+    for expert in range(E):
+        share = 0
+        for row in logits:
+            scores = 1 / (1 + torch.exp(-row)) if score == "sigmoid" else torch.exp(row)
+            share = share + scores[expert] / scores.sum() / len(logits)
+        slots = (expert_ids == expert).sum().item()
+        loss = loss + share * (E * loads[expert] if loads else E / (K * len(logits)) * slots)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("balance", "z", "score"),
+    [
+        ("sequence", True, "softmax"), ("sequence", False, "sigmoid"), ("global_batch", False, "softmax"),
+        ("global_batch", True, "sigmoid"), ("micro_batch", True, "softmax"), ("micro_batch", False, "sigmoid"),
+        (None, True, "softmax"), (None, True, "sigmoid"), (None, False, "softmax"),
+    ],
+)  # fmt: skip
+def test_losses_and_gradients_are_those_of_the_definitions_in_training(balance, z, score):
+    router, x = router_that_loses(balance, z, score), torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    routing = router(x, num_sequences=B)
+    logits = x @ router.weight.T
+    expected = torch.zeros(2, dtype=torch.float64) + 0 * logits.sum()
+    if balance == "sequence":
+        parts = zip(logits.split(T // B), routing.expert_ids.split(T // B), strict=True)
+        expected[0] = sum(plain_balance(row, ids, None, score) for row, ids in parts) / B
+    elif balance:
+        loads = LOADS if balance == "global_batch" else None
+        expected[0] = plain_balance(logits, routing.expert_ids, loads, score)
+    if z:
+        expected[1] = sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits) / T
+    close(routing.losses, expected)
+    coefficients = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    if balance or z:
+        pairs = ((routing.losses * coefficients).sum(), (expected * coefficients).sum())
+        found, exact = (torch.autograd.grad(loss, (x, router.weight)) for loss in pairs)
+        close(found, exact)
+        assert found[1].abs().max() > 1e-3
     assert router.eval()(x).losses is None
+
+
+def test_without_tokens_losses_and_gradients_are_0():
+    for balance, score in itertools.product(BALANCES, SCORES):
+        router = router_that_loses(balance, True, score)
+        routing = router(torch.zeros(0, D, dtype=torch.float64), num_sequences=1)
+        routing.losses.sum().backward()
+        assert routing.losses.tolist() == [0, 0], (balance, score)
+        assert router.weight.grad.abs().max() == 0, (balance, score)
+
+
+def test_scores_that_underflow_still_have_shares():
+    router = router_that_loses("sequence", score="sigmoid").float()
+    router.weight.data = torch.full((E, D), -200.0)
+    assert router(torch.ones(T, D)).losses[0].item() == pytest.approx(1)

@@ -53,13 +53,6 @@ def test_a_loss_or_a_norm_far_above_the_window_is_a_spike_that_only_act_skips(lo
         assert guard.guarded_steps == (mode == "act")
 
 
-def test_nothing_is_judged_before_half_a_window():
-    guard = guard_after(9)
-    assert not guard.skips(100.0, 100.0)
-    give(guard, 10, 4.0, 0.6)
-    assert guard.skips(100.0, 100.0)
-
-
 def test_the_steps_of_the_warm_up_enter_no_window():
     guard = guard_after(30, warmup=25)
     assert guard.state()["losses"] == LOSSES[26:31]

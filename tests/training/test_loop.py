@@ -1,8 +1,7 @@
-"""Whole runs over several ranks: the same model for any split, and its evaluation."""
+"""Whole runs over several ranks: the same model for any split, and what ends them."""
 
 import contextlib
 import io
-import math
 import threading
 from types import SimpleNamespace
 
@@ -11,22 +10,17 @@ import psutil
 import pytest
 import torch
 from ranks import DEADLINE, run_ranks
-from toy import PRECISION, PRESET, ds_config, losses, new_store, train_here, write_inputs
+from toy import PRECISION, ds_config, losses, new_store, train_here, write_inputs
 
 from megamoe.checkpoint import verify
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.config.model import ModelConfig
 from megamoe.config.run import RunConfig
 from megamoe.data import token_files
 from megamoe.data.prefetch import THREAD
-from megamoe.data.token_files import TokenCorpus
-from megamoe.evaluation.held_out import Evaluator, HeldOut
-from megamoe.evaluation.scoring import Share
 from megamoe.job import Job
 from megamoe.launch import stopping
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
-from megamoe.model.decoder import Decoder
 from megamoe.pretrain import run as pretrain
 from megamoe.training.sinks import read_log
 from megamoe.training.step import TrainStep
@@ -104,8 +98,7 @@ def stop_after_two_steps(run):
         patch.setattr(TrainStep, "forward_backward", forward_backward)
         job = Job(RunConfig(**run), 1, torch.device("cpu"), PRECISION)
         assert not pretrain(job, None, Position(), stop)
-    threads = [one.name for one in threading.enumerate() if one.name.startswith(THREAD)]
-    return read_log(job.run_dir), threads
+    return read_log(job.run_dir), threads_of_data()
 
 
 def test_a_run_that_is_asked_to_stop_leaves_no_thread_of_its_data(tmp_path):
@@ -141,26 +134,3 @@ def test_a_run_saves_and_leaves_when_one_rank_has_no_time_for_another_step(tmp_p
     assert [path.name for path in checkpoints.glob("step_*")] == [f"step_{last}"]
     assert verify.problems(checkpoints / f"step_{last}") == []
     assert len(read_log(tmp_path / "run")["train"]) == last
-
-
-def evaluate_here(prefix, limit, micro_batch):
-    model = Decoder(ModelConfig(**{**PRESET, "expert_dropout": 0.3}), seed=3).train()
-    corpus = TokenCorpus(prefix, 16, PRESET["vocab_size"])
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    sets = [HeldOut("one", corpus, 0.25), HeldOut("two", corpus, None)]
-    return Evaluator(sets, limit).run(model, Share(micro_batch, rank, world_size), torch.device("cpu"))
-
-
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 4), (4, 3)])
-def test_evaluation_is_the_mean_over_just_the_held_out_tokens_on_any_number_of_ranks(tmp_path, world_size, micro_batch):
-    write_inputs(tmp_path, ds_config(1))
-    tokens = torch.from_numpy(np.fromfile(tmp_path / "corpus" / "valid.bin", dtype=np.int16)).long()
-    model = Decoder(ModelConfig(**PRESET), seed=3).eval()
-    logits = torch.cat([model(tokens[16 * i : 16 * i + 16].unsqueeze(0)) for i in range(11)]).flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, tokens[1 : 11 * 16 + 1]).item()
-    for result in run_ranks(world_size, evaluate_here, tmp_path / "corpus" / "valid", 11, micro_batch):
-        assert result["tokens"] == 11 * 16
-        assert result["loss"] == pytest.approx(expected, abs=1e-6)
-        assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / 4, abs=1e-6)
-        assert result["two_loss"] == pytest.approx(expected, abs=1e-6)
-        assert "two_bits_per_byte" not in result  # whose bytes are not known

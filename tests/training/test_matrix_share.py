@@ -34,11 +34,6 @@ def test_every_matrix_is_on_one_rank_or_begins_on_one_that_gets_the_rest(ranks):
     assert {share.is_cut for share in shares} == {any(share.tail for share in shares)}
 
 
-def test_what_ends_with_a_share_is_not_cut():
-    assert [MatrixShare([(4, 6)] * 4, 48, rank, 2).is_cut for rank in (0, 1)] == [False, False]
-    assert MatrixShare([(4, 6)] * 3, 36, 0, 2).is_cut
-
-
 def test_neighbours_of_one_shape_are_one_batch_up_to_a_size(monkeypatch):
     _, (share,) = shares_of(1)
     assert share.whole == [Run(0, 3, 4, 6), Run(72, 1, 10, 3), Run(102, 1, 40, 5), Run(302, 2, 2, 2)]

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_ranks
-from toy import PRESET, ds_config, train_here, write_inputs
+from toy import PRESET
 
 from megamoe.config.model import ModelConfig
 from megamoe.data.batches import BatchShape
@@ -77,19 +76,3 @@ def test_a_skipped_step_has_no_balance_and_no_entropy_of_any_block():
     assert math.isnan(values["running_max_vio"])
     assert math.isnan(values["router_entropy"])
     assert values["router_entropy_by_block"] == {}  # not a number that JSON does not have
-
-
-def test_a_model_with_one_part_logs_the_loss_alone():
-    window = metrics()
-    window.add(result(4.0), 1.0)
-    assert [name for name in window.values(1, 1) if "loss" in name] == ["loss"]
-
-
-def test_a_run_logs_the_parts_of_its_loss(tmp_path):
-    preset = {"router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.001, "first_k_dense_replace": 1}
-    run = {**write_inputs(tmp_path, ds_config(2), preset), "run_dir": str(tmp_path / "run"), "steps": 2}
-    (log,) = run_ranks(1, train_here, run)
-    for record in log["train"]:
-        assert record["balance_loss"] == pytest.approx(1, abs=0.3)
-        assert record["router_z_loss"] > 1
-    assert [name for name in log["valid"][0] if "loss" in name] == ["loss"]

@@ -1,6 +1,5 @@
 """Muon on the ranks' shares of flat groups against Muon on whole matrices in fp64."""
 
-import math
 from collections import defaultdict
 
 import pytest
@@ -12,7 +11,7 @@ from ranks import run_ranks
 from megamoe.checkpoint.engine_state import stretches_by_group
 from megamoe.model.names import split_expert
 from megamoe.training.matrix_share import MatrixShare
-from megamoe.training.muon import Muon, orthogonalize, orthogonalize_share
+from megamoe.training.muon import orthogonalize, orthogonalize_share
 
 PARAMS = {"muon_lr": 0.05, "momentum": 0.9, "betas": [0.8, 0.95], "eps": 1e-7, "weight_decay": 0.2}
 JSON = {"optimizer": {"type": "Muon", "params": PARAMS}, "gradient_clipping": 0.5}
@@ -169,22 +168,5 @@ def test_a_zero_matrix_stays_zero_next_to_others():
     matrices[1] = 0
     found = orthogonalize(matrices, torch.float32)
     assert not found[1].any()
-    scale = math.sqrt(6 / 4)
-    values = torch.linalg.svdvals(found[[0, 2]]) / scale
-    assert (values > 0.3).all()
-    assert (values < 1.3).all()
-
-
-def test_torchs_own_muon_takes_the_same_step():
-    weight = torch.nn.Parameter(torch.randn(8, 24, generator=torch.Generator().manual_seed(2)))
-    flat = torch.nn.Parameter(weight.detach().flatten().clone())
-    theirs = torch.optim.Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.2)
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2, "dtype": torch.bfloat16}
-    ours = Muon([{"params": [flat], "use_muon": True}], **settings)
-    ours.set_share(flat, MatrixShare([(8, 24)], 192, 0, 1), None)
-    for step in range(3):
-        weight.grad = torch.randn(8, 24, generator=torch.Generator().manual_seed(step))
-        flat.grad = weight.grad.flatten().clone()
-        theirs.step()
-        ours.step()
-    torch.testing.assert_close(flat.view(8, 24), weight, rtol=0, atol=5e-3)
+    for number in (0, 2):
+        torch.testing.assert_close(found[number].double(), polynomial(matrices[number].double()), rtol=0, atol=1e-4)

@@ -25,7 +25,7 @@ LOSSES = 3
 
 def reads_of_a_step(rule):
     numbers = CONFIG.num_hidden_layers * CONFIG.num_local_experts
-    reads = step_sums.host_values = HostReads([1.0] * (SCALARS + LOSSES + CONFIG.num_hidden_layers + 2 * numbers))
+    reads = step_sums.begin_read = HostReads([1.0] * (SCALARS + LOSSES + CONFIG.num_hidden_layers + 2 * numbers))
     with fake_gpu():
         model = model_on_gpu(CONFIG.model_copy(update={"router_bias_rule": rule}), ep_size=2)
         optimizer = object.__new__(GivenNormOptimizer)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megamoe.training.sinks import JsonLinesSink, Sink, SinkGroup, duration, open_sinks, read_log
+from megamoe.training.sinks import JsonLinesSink, Sink, SinkGroup, open_sinks, read_log
 
 
 def record(step=10, **changes):
@@ -50,7 +50,8 @@ PARTS = {"balance_loss": 1.0234567, "router_z_loss": 3.14159, "mtp_loss": 5.2}
 
 
 def test_the_console_line_is_that_of_a_step_with_what_it_has_of_parts_and_skipped_steps(tmp_path, capsys):
-    logged(tmp_path, record(), record(20, skipped_steps=3, lr=0.00149983333, **PARTS), record(lr=1.66666667e-7))
+    later = record(lr=1.66666667e-7, seconds_left=360061)
+    logged(tmp_path, record(), record(20, skipped_steps=3, lr=0.00149983333, **PARTS), later)
     first, second, third = capsys.readouterr().out.splitlines()
     assert first == (
         "step=10 avg_loss=10.9641 lr=1.5e-05 tok/s=5322 mfu=43.2% max_vio=1.23 running_max_vio=0.57 grad_norm=2.35 "
@@ -59,6 +60,7 @@ def test_the_console_line_is_that_of_a_step_with_what_it_has_of_parts_and_skippe
     assert second.startswith("step=20 avg_loss=10.9641 balance=1.023 router_z=3.142 mtp=5.2 lr=0.00149983 ")
     assert second.endswith(" skipped=3")
     assert " lr=1.66667e-07 " in third
+    assert third.endswith(" left=100:01:01")
 
 
 def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path, capsys):
@@ -148,11 +150,6 @@ def loads(histogram, experts):
     return found
 
 
-def test_durations_are_hours_minutes_and_seconds():
-    seconds = (0, 59.4, 59.6, 3600, 3723, 360061)
-    assert [*map(duration, seconds)] == ["0:00:00", "0:00:59", "0:01:00", "1:00:00", "1:02:03", "100:01:01"]
-
-
 class Broken(Sink):
     """Fails at whatever it is given."""
 
@@ -201,17 +198,3 @@ def test_a_sink_that_failed_once_gets_what_follows(tmp_path, capsys, monkeypatch
     assert "train/loss" in board(tmp_path).Tags()["scalars"]
     assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [20]
     assert "has lost" in capsys.readouterr().err
-
-
-def test_a_full_disk_costs_the_log_only(tmp_path, capsys, monkeypatch):
-    real = open
-    monkeypatch.setattr("builtins.open", lambda path, *mode, **options: real(
-        "/dev/full" if str(path).endswith("log.jsonl") else path, *mode, **options))  # fmt: skip
-    logged(tmp_path, record(10), record(20))
-    monkeypatch.undo()
-    out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()] == ["step=10", "step=20"]
-    first, last = err.splitlines()
-    assert first.startswith("warning: JsonLinesSink failed (")
-    assert last == "warning: JsonLinesSink has lost 2 entries of this run."
-    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10, 20]

@@ -19,7 +19,7 @@ from megamoe.data.batches import Batch
 from megamoe.model.decoder import Decoder
 from megamoe.model.dropout import Dropout
 from megamoe.model.feed_forward import MLP
-from megamoe.model.sections import MLPSection, section
+from megamoe.model.from_config import from_config
 from megamoe.model.topology import ExpertTopology
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep, build_train_step
@@ -73,7 +73,7 @@ def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Dec
     """The decoder with DeepSpeed's own MoE layer in every block."""
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
     model = Decoder(config, 0, topology, recompute_blocks)
-    expert = MLP(intermediate_size=config.expert_size, **section(MLPSection, config))
+    expert = from_config(MLP, config, intermediate_size=config.expert_size)
     for block in model.layers:
         block.moe = deepspeed.moe.layer.MoE(
             config.hidden_size,

@@ -1,6 +1,6 @@
 """A megamoe decoder for transformers: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).
 
-Attention, rotary embeddings, router and the sections of the configuration that they take are megamoe's own files,
+Attention, rotary embeddings, router and how they are made of a configuration are megamoe's own files,
 exported next to this one. Masks, caches, attention kernels, checkpointing and recorded outputs are transformers'. The
 experts run one after another on one device, without DeepSpeed.
 
@@ -28,12 +28,12 @@ from .attention import GroupedQueryAttention
 from .attention_function import AttentionFunction, AttentionWeights, TokenCache
 from .configuration_megamoe import MegaMoeConfig
 from .feed_forward import MLP
+from .from_config import from_config
 from .latent_attention import MultiHeadLatentAttention
 from .margins import BINS  # noqa: F401 - transformers before 5.12 copies what this file imports alone
 from .rope import Rotary, rope_frequencies, rotary_table, softmax_scale
 from .router import Router
 from .router_losses import RouterLosses  # noqa: F401 - the same
-from .sections import AttentionSection, LatentAttentionSection, MLPSection, RouterSection, section
 
 # The name under which this release of transformers hands a cache around.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -49,11 +49,10 @@ class MegaMoeExperts(nn.Module):
 
     def __init__(self, config: MegaMoeConfig):
         super().__init__()
-        self.router = Router(**section(RouterSection, config))
+        self.router = from_config(Router, config, losses=None, counts_margins=False)
         self.logits = RouterLogits()
         self.experts = nn.ModuleList(
-            MLP(intermediate_size=config.expert_size, **section(MLPSection, config))
-            for _ in range(config.num_local_experts)
+            from_config(MLP, config, intermediate_size=config.expert_size) for _ in range(config.num_local_experts)
         )
         self.dropout = nn.Dropout(config.expert_dropout)
 
@@ -84,13 +83,13 @@ class MegaMoeBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_dense = config.is_dense(layer)
         if self.is_dense:
-            self.mlp = MLP(intermediate_size=config.intermediate_size, **section(MLPSection, config))
+            self.mlp = from_config(MLP, config)
             return
         self.moe = MegaMoeExperts(config)
         self.shared_mlp = self.shared_gate = None
         if config.n_shared_experts:
             size = config.n_shared_experts * config.expert_size
-            self.shared_mlp = MLP(intermediate_size=size, **section(MLPSection, config))
+            self.shared_mlp = from_config(MLP, config, intermediate_size=size)
         if config.shared_expert_gate:
             self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -110,10 +109,10 @@ def build_attention(config: MegaMoeConfig) -> nn.Module:
     """The attention of a block, by its configuration, with the attention function that transformers names."""
     attention: nn.Module
     if config.kv_lora_rank is None:
-        attention = GroupedQueryAttention(**section(AttentionSection, config))
+        attention = from_config(GroupedQueryAttention, config)
     else:
         scale = softmax_scale(config.head_dim, _rope_scaling(config))
-        attention = MultiHeadLatentAttention(softmax_scale=scale, **section(LatentAttentionSection, config))
+        attention = from_config(MultiHeadLatentAttention, config, softmax_scale=scale)
     attention.attend = AttentionFunction(config)
     return attention
 
