@@ -55,6 +55,13 @@ def ds_config(micro_batch: int, accumulation: int = 1, **changes: Any) -> dict[s
     return {**ds, **changes}
 
 
+def ds_of_samples(samples: int, micro_batch: int | None = None) -> dict[str, Any]:
+    """The same with so many samples per step on any number of ranks."""
+    ds = {**ds_config(1), "train_batch_size": samples, "train_micro_batch_size_per_gpu": micro_batch}
+    del ds["gradient_accumulation_steps"]
+    return {key: value for key, value in ds.items() if value is not None}
+
+
 def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write corpus, preset and DeepSpeed JSON below `folder`; returns the fields of a RunConfig that uses them."""
     draw = np.random.default_rng(0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import math
 import os
 import shlex
 import shutil
@@ -32,7 +31,6 @@ from megamoe.utils.errors import UserError
 
 MOST_SECONDS = 15 * 60  # that one process compiles
 QUIET_SECONDS = 3
-REPEAT_SECONDS = 60
 POLL_SECONDS = 0.2
 
 
@@ -82,11 +80,9 @@ def load_in_turn(name: str, folder: Path, load: Callable[[], Any]) -> None:
     Raises UserError after 15 minutes of one process that keeps it from that.
     """
     folder = folder.resolve()
-    wait = _Wait(f"compiles or loads {name} in {folder}")
     compiled = folder / f"{name}.so"
     with open(folder / "holder", "a+") as file:
-        while (holder := _take_turn(file, folder / "lock", compiled)) is not None:
-            wait.go_on(holder)
+        _wait_for_turn(file, folder / "lock", compiled, f"compiles or loads {name} in {folder}")
         if not compiled.exists():
             print(f"compiling {name}, once on this host, in {folder}; this takes minutes", flush=True)
         try:
@@ -97,28 +93,25 @@ def load_in_turn(name: str, folder: Path, load: Callable[[], Any]) -> None:
                 file.truncate(0)
 
 
-class _Wait:
-    """A wait for one process after another, which says whom it waits for and has a limit for each."""
+def _wait_for_turn(file: IO[str], lock: Path, compiled: Path, what: str) -> None:
+    """Take the turn, see `_take_turn`. Says who keeps it from us, and has a limit for each of them.
 
-    def __init__(self, what: str):
-        self._what = what  # they do
-        self._holder = ""
-        self._since = time.monotonic()
-        self._say_at = math.inf
-
-    def go_on(self, holder: str) -> None:
-        now = time.monotonic()
-        if holder and holder != self._holder:
-            self._holder, self._since, self._say_at = holder, now, now + QUIET_SECONDS
-        if now - self._since > MOST_SECONDS:
-            holder = self._holder or "another process"
+    Args:
+        what: they do.
+    """
+    holder, since, is_said = "", time.monotonic(), False
+    while (found := _take_turn(file, lock, compiled)) is not None:
+        if found and found != holder:
+            holder, since, is_said = found, time.monotonic(), False
+        waited = time.monotonic() - since
+        if waited > MOST_SECONDS:
             raise UserError(
-                f"{holder} {self._what} for {MOST_SECONDS / 60:.0f} minutes already, which is the limit; end that "
-                "process and start again."
+                f"{holder or 'another process'} {what} for {MOST_SECONDS / 60:.0f} minutes already, which is the "
+                "limit; end that process and start again."
             )
-        if now > self._say_at:
-            print(f"waiting for {self._holder}, which {self._what}", flush=True)
-            self._say_at = now + REPEAT_SECONDS
+        if holder and waited > QUIET_SECONDS and not is_said:
+            print(f"waiting for {holder}, which {what}", flush=True)
+            is_said = True
         time.sleep(POLL_SECONDS)
 
 

@@ -5,7 +5,7 @@ import torch
 from engines import OneWeight
 from ranks import run_ranks
 from torch import nn
-from toy import ds_config, losses, train_here, write_inputs
+from toy import ds_config, ds_of_samples, losses, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
 from megamoe.config.schedule import Schedule
@@ -57,16 +57,10 @@ def test_a_step_is_the_mean_of_its_micro_batches_however_many_the_steps_before_h
 RAMP = {"batch_ramp": ["2:3", "4:7"], "steps": 11}
 
 
-def batch_of_8(micro_batch):
-    ds = ds_config(micro_batch)
-    del ds["gradient_accumulation_steps"]
-    return {**ds, "train_batch_size": 8}
-
-
 @pytest.fixture(scope="module")
 def on_one_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_rank")
-    run = {**write_inputs(folder, batch_of_8(2)), "run_dir": str(folder / "run"), **RAMP}
+    run = {**write_inputs(folder, ds_of_samples(8, 2)), "run_dir": str(folder / "run"), **RAMP}
     return run_ranks(1, train_here, run)[0]
 
 
@@ -79,7 +73,7 @@ def test_a_run_with_a_ramp_logs_its_batch_and_takes_the_samples_of_smaller_batch
 def test_losses_with_a_ramp_are_the_same_on_other_ranks_and_after_a_resume_over_a_boundary_bit_for_bit(
     tmp_path, on_one_rank
 ):
-    run = {**write_inputs(tmp_path, batch_of_8(1)), **RAMP, "ep_size": 2}
+    run = {**write_inputs(tmp_path, ds_of_samples(8, 1)), **RAMP, "ep_size": 2}
     whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole")})[0]
     torch.testing.assert_close(losses(whole), losses(on_one_rank), atol=1e-5, rtol=0)
     cut = {**run, "run_dir": str(tmp_path / "cut")}

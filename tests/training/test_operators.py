@@ -121,31 +121,22 @@ def impatient(monkeypatch):
     monkeypatch.setattr(operators, "POLL_SECONDS", 0.01)
 
 
-def test_a_lock_that_a_process_of_this_host_has_open_is_left_alone(tmp_path, impatient, capsys):
-    hold = "import sys; file = open(sys.argv[1], 'x'); print(flush=True); input()"
-    words = [sys.executable, "-c", hold, str(tmp_path / "lock")]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+@pytest.mark.parametrize("has_it_open", [True, False], ids=["open", "a compiler that has outlived its rank"])
+def test_the_lock_of_a_process_that_is_seen_on_this_host_is_left_alone(has_it_open, tmp_path, impatient, capsys):
+    lock, rank = tmp_path / "lock", "" if has_it_open else "process 1 on h1\n"
+    lock.touch()
+    (tmp_path / "holder").write_text(rank)
+    program = "import sys; file = open(sys.argv[1]); print(flush=True); input()"
+    words = [sys.executable, "-c", program, str(lock) if has_it_open else os.devnull]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=None if has_it_open else tmp_path, **pipes) as other:
         other.stdout.readline()
-        with pytest.raises(
-            UserError, match=f"process {other.pid} on this host compiles or loads cpu_adam in .* already"
-        ):
+        it = f"process {other.pid} on this host"
+        with pytest.raises(UserError, match=f"{it} compiles or loads cpu_adam in .* already"):
             operators.load_in_turn("cpu_adam", tmp_path, pytest.fail)
         other.communicate(b"\n")
-    assert (
-        f"waiting for process {other.pid} on this host, which compiles or loads cpu_adam in" in capsys.readouterr().out
-    )
-    assert (tmp_path / "lock").exists()
-
-
-def test_a_compiler_that_has_outlived_its_rank_is_waited_for(tmp_path, impatient):
-    (tmp_path / "lock").touch()
-    (tmp_path / "holder").write_text("process 1 on h1\n")  # the rank
-    with subprocess.Popen(["sleep", "60"], cwd=tmp_path) as ninja:
-        with pytest.raises(UserError, match=f"process {ninja.pid} on this host"):
-            operators.load_in_turn("cpu_adam", tmp_path, pytest.fail)
-        ninja.kill()
-    operators.load_in_turn("cpu_adam", tmp_path, lambda: None)
-    assert not (tmp_path / "lock").exists()
+    assert f"waiting for {it}, which compiles or loads cpu_adam in" in capsys.readouterr().out
+    assert lock.exists()
 
 
 def test_a_lock_of_another_program_that_cannot_be_seen_is_left_alone_until_it_is_old(tmp_path, impatient, capsys):

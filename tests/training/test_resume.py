@@ -9,7 +9,7 @@ import pytest
 import torch
 from devices import on_gpus
 from ranks import run_new_ranks, run_ranks
-from toy import PRESET, ds_config, losses, shipped, train_here, write_inputs
+from toy import PRESET, ds_config, ds_of_samples, losses, shipped, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
 from megamoe.launch.determinism import SETTINGS
@@ -58,16 +58,8 @@ def problems_of(run):
     return None
 
 
-def shared_batch(samples):
-    """The recipe with the same samples per step on any number of ranks."""
-    ds = ds_config(2)
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        del ds[key]
-    return {**ds, "train_batch_size": samples}
-
-
 def test_a_run_resumes_on_other_ranks_and_another_ep_size_and_keeps_its_newest_checkpoints(tmp_path):
-    run = {**write_inputs(tmp_path, shared_batch(8)), "steps": 10}
+    run = {**write_inputs(tmp_path, ds_of_samples(8)), "steps": 10}
     whole = run_ranks(1, train_here, {**run, "run_dir": str(tmp_path / "whole")})[0]
     cut = {**run, "run_dir": str(tmp_path / "cut"), "save_interval": 1, "keep_last": 2, "keep_every": 3}
     run_ranks(4, train_here, {**cut, "steps": 4, "ep_size": 2})

@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRESET, ds_config, losses, train_here, write_inputs
+from toy import PRESET, ds_of_samples, losses, train_here, write_inputs
 
 from megamoe.data.batches import TrainData
 from megamoe.data.ledger import read_ledger
+from megamoe.data.token_files import TokenCorpus
 from megamoe.training.step import TrainStep
 
 MARK = PRESET["vocab_size"] - 1  # all labels of a poisoned batch
@@ -54,18 +55,8 @@ def events(folder):
     return [json.loads(line) for line in (folder / "guard.jsonl").read_text().splitlines()]
 
 
-def shared_batch():
-    """The recipe with the same samples per step on any number of ranks."""
-    ds = ds_config(2)
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        del ds[key]
-    return {**ds, "train_batch_size": SAMPLES}
-
-
 def samples_of(data_step, folder):
     """The tokens of the samples of a data step, as the order of the run has them."""
-    from megamoe.data.token_files import TokenCorpus
-
     corpus = TokenCorpus(folder / "corpus" / "train", 16, PRESET["vocab_size"])
     data = TrainData([corpus], [1.0], 1234)
     return sorted(row.tolist() for row in data.batch((data_step - 1) * SAMPLES, SAMPLES).input_ids)
@@ -80,7 +71,7 @@ def whole(tmp_path_factory):
     """(folder, run, results) of a run on two ranks that was not stopped; Muon, with AdamW for what is no matrix."""
     folder = tmp_path_factory.mktemp("guarded")
     optimizer = {"type": "Muon", "params": {"lr": 1e-2, "muon_lr": 5e-3, "momentum": 0.9}}
-    run = {**write_inputs(folder, {**shared_batch(), "optimizer": optimizer}), **GUARD, "ep_size": 2}
+    run = {**write_inputs(folder, {**ds_of_samples(SAMPLES), "optimizer": optimizer}), **GUARD, "ep_size": 2}
     return folder, run, run_ranks(2, train_on_poisoned_data, {**run, "run_dir": str(folder / "whole")})
 
 
@@ -136,8 +127,7 @@ def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follo
 
 
 def test_with_a_batch_ramp_a_run_that_went_back_goes_on_as_one_that_resumes_there(tmp_path):
-    ds = {**shared_batch(), "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2}
-    run = {**write_inputs(tmp_path, ds), **GUARD, "batch_ramp": ["2:4", "4:14"]}
+    run = {**write_inputs(tmp_path, ds_of_samples(8, 2)), **GUARD, "batch_ramp": ["2:4", "4:14"]}
     whole = run_ranks(1, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "whole")})[0][0]
     # Step 12 reads the data of step 15, with as many samples.
     assert [row["batch_size"] for row in whole["train"]] == [2] * 4 + [4] * 7 + [8] * 5
@@ -157,7 +147,7 @@ def test_a_run_that_was_stopped_in_the_step_that_sends_it_back_goes_back_before_
 
 
 def test_a_run_that_goes_back_a_second_time_passes_over_the_data_of_both_times(tmp_path):
-    run = {**write_inputs(tmp_path, shared_batch()), **GUARD, "run_dir": str(tmp_path / "run")}
+    run = {**write_inputs(tmp_path, ds_of_samples(SAMPLES)), **GUARD, "run_dir": str(tmp_path / "run")}
     results = run_ranks(1, train_on_poisoned_data, run, (*SPIKES, 17, 18, 19))
     rollbacks = [event for event in events(tmp_path / "run") if event["event"] == "rollback"]
     assert [(one["step"], one["to_step"], one["next_data_step"]) for one in rollbacks] == [(14, 11, 15), (16, 13, 20)]
@@ -168,7 +158,7 @@ def test_a_run_that_goes_back_a_second_time_passes_over_the_data_of_both_times(t
 
 
 def test_no_spike_is_skipped_during_the_warm_up_of_the_learning_rate(tmp_path):
-    ds = shared_batch()
+    ds = ds_of_samples(SAMPLES)
     ds["scheduler"]["params"]["warmup_num_steps"] = SPIKES[-1]
     run = {**write_inputs(tmp_path, ds), **GUARD, "run_dir": str(tmp_path / "run"), "steps": SPIKES[-1]}
     run_ranks(1, train_on_poisoned_data, run)
@@ -182,7 +172,12 @@ def what_ends(run):
 
 
 def test_without_a_checkpoint_to_go_back_to_the_run_ends_with_a_sentence(tmp_path):
-    run = {**write_inputs(tmp_path, shared_batch()), **GUARD, "run_dir": str(tmp_path / "run"), "save_interval": 0}
+    run = {
+        **write_inputs(tmp_path, ds_of_samples(SAMPLES)),
+        **GUARD,
+        "run_dir": str(tmp_path / "run"),
+        "save_interval": 0,
+    }
     ((code, said),) = run_ranks(1, what_ends, run)
     assert code == 2
     assert "after step 14: the last 3 steps were skipped, and" in said
@@ -190,7 +185,7 @@ def test_without_a_checkpoint_to_go_back_to_the_run_ends_with_a_sentence(tmp_pat
 
 
 def test_without_a_spike_a_run_has_bit_for_bit_the_losses_of_one_without_a_guard(tmp_path):
-    inputs = write_inputs(tmp_path, shared_batch())
+    inputs = write_inputs(tmp_path, ds_of_samples(SAMPLES))
     logs = []
     for mode in ("off", "act"):
         run = {**inputs, "guard": mode, "guard_window": 4, "guard_deviations": 1e6, "run_dir": str(tmp_path / mode)}

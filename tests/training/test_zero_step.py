@@ -158,34 +158,6 @@ def test_a_step_after_which_the_scale_grows_has_the_gradients_of_a_static_scale(
     assert_same_steps(ours, theirs)
 
 
-HOOKS = {
-    "_get_preflattened_grad_partition": DeepSpeedZeroOptimizer._get_preflattened_grad_partition,
-    "unscale_and_clip_grads": lambda *_: None,
-}
-
-
-def steps_that_cannot_be():
-    """A step that is given no norm, and those of a DeepSpeed that does not call what stands for a hook."""
-    train_step = train_step_of(make(1, gradient_clipping=0.01))
-    train_step.forward_backward(batches(0))
-    train_step.update()
-    train_step.forward_backward(batches(1))
-    with pytest.raises(AssertionError, match="a step needs the norm of its gradients"):
-        train_step.engine.step()  # has not that of the step before
-    for hook, other in HOOKS.items():
-        train_step = train_step_of(make(1, gradient_clipping=0.01))
-        train_step.forward_backward(batches(0))
-        with (
-            patch.object(GivenNormOptimizer, hook, other),
-            pytest.raises(AssertionError, match="DeepSpeed's step no longer calls " + hook),
-        ):
-            train_step.update()
-
-
-def test_a_step_without_its_norm_or_of_a_deepspeed_that_does_not_call_what_is_replaced_raises():
-    run_ranks(1, steps_that_cannot_be)
-
-
 def factor_of_one_rank(cases):
     found = []
     for stage, changes, factor in cases:
