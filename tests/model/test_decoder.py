@@ -7,6 +7,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from exported import random_decoder
 from formulas import normed
 from model_parts import PARTS, model_of
 
@@ -17,15 +18,7 @@ from megamoe.model.topology import ExpertTopology
 
 def random_model(part, **changes):
     """In float64, with weights large enough that every part tells, and a bias in every router that has one."""
-    model = Decoder(model_of(part, **changes)).double()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(1 if "norm" in name else 0, 0.3)
-        for router in model.routers():
-            if router.selection_bias is not None:
-                router.selection_bias.normal_(0, 0.2)
-    return model
+    return random_decoder(model_of(part, **changes), std=0.3).double().train()
 
 
 def some_ids(rows, length):

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from exported import random_decoder
 from model_parts import model_of
 
-from megamoe.model.decoder import Decoder
 from megamoe.model.generation import filter_logits, generate, sample
 from megamoe.utils.errors import UserError
 
@@ -10,11 +10,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5, 8, 9, 7, 9, 3]]
 
 
 def small_model(**changes):
-    model = Decoder(model_of("latent_tokens", **{"max_position_embeddings": 24, **changes})).double()
-    torch.manual_seed(0)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, 0, 0.4)
-    return model
+    return random_decoder(model_of("latent_tokens", **{"max_position_embeddings": 24, **changes}), std=0.4).double()
 
 
 @torch.no_grad()
