@@ -62,49 +62,39 @@ def test_the_steps_of_the_warm_up_enter_no_window():
     assert guard.skips(100.0, 100.0)
 
 
-def test_a_spike_is_said_once_under_warn_and_a_level_that_stays_is_taken():
-    guard = guard_after(50, "warn")
-    events = [give(guard, step, 8.0, 0.6) for step in range(51, 90)]
-    assert [event is not None and event.values["reason"] == "spike" for event in events] == [True] + [False] * 38
-    assert give(guard, 90, 4.0, 0.6) is None
-    assert guard.must_go_back() is None
+SPIKE, GOOD, NOT_FINITE = (8.0, 0.6), (4.0, 0.6), (4.0, math.inf)
+# Mode, steps, the reasons that are given, and why the run must go back after the last.
+CASES = {
+    "a spike is said once, and a level that stays is taken": (
+        "warn", [SPIKE] * 39 + [GOOD], ["spike"] + [None] * 39, None,
+    ),
+    "a gradient that is not finite does not hide the spikes after it nor a new level": (
+        "warn", [NOT_FINITE, SPIKE, SPIKE, NOT_FINITE, SPIKE], ["not finite", "spike", None, "not finite", None], None,
+    ),
+    "several skipped steps in a row of either kind": (
+        "act", [SPIKE, NOT_FINITE, (4.0, 9.0)], ["spike", "not finite", "spike"],
+        Return("the last 3 steps were skipped", 50),
+    ),
+    "steps that only lower the loss scale": (
+        "act", [(*NOT_FINITE, True)] * 9, ["not finite, loss scale lowered"] * 9, None,
+    ),
+    "a good step begins a new row": ("act", [SPIKE, SPIKE, GOOD] * 16, ["spike", "spike", None] * 16, None),
+}  # fmt: skip
 
 
-def test_a_gradient_that_is_not_finite_does_not_hide_the_spikes_after_it_nor_a_new_level():
-    guard = guard_after(50, "warn")
-    reasons = []
-    for step, (loss, norm) in enumerate(
-        [(4.0, math.inf), (8.0, 0.6), (8.0, 0.6), (4.0, math.inf), (8.0, 0.6)], start=51
-    ):
-        event = give(guard, step, loss, norm)
-        reasons.append(event and event.values["reason"])
-    assert reasons == ["not finite", "spike", None, "not finite", None]
-    assert guard.state()["losses"] == guard.state()["norms"] == []  # three of the new level
-
-
-def test_so_many_skipped_steps_in_a_row_of_either_kind_send_the_run_back_to_before_them():
-    guard = guard_after(50)
-    reasons = []
-    for step, (loss, norm) in enumerate([(8.0, 0.6), (4.0, math.inf), (4.0, 9.0)], start=51):
-        event = give(guard, step, loss, norm)
-        assert event.kind == "skip"
-        reasons.append(guard.must_go_back())
-    assert reasons == [None, None, Return("the last 3 steps were skipped", 50)]
-
-
-def test_a_step_that_only_lowers_the_loss_scale_is_recorded_and_not_counted():
-    guard = guard_after(50)
-    for step in range(51, 60):
-        event = give(guard, step, 4.0, math.inf, lowers_scale=True)
-        assert event.values["reason"] == "not finite, loss scale lowered"
-    assert guard.must_go_back() is None
-
-
-def test_a_good_step_begins_a_new_row():
-    guard = guard_after(50)
-    for step in range(51, 100):
-        give(guard, step, *((4.0, 0.6) if step % 3 == 0 else (8.0, 0.6)))
+@pytest.mark.parametrize("case", CASES)
+def test_steps_give_their_reasons_and_send_the_run_back_to_before_those_that_were_skipped(case):
+    mode, steps, expected, why = CASES[case]
+    guard, reasons = guard_after(50, mode), []
+    for step, given in enumerate(steps, start=51):
         assert guard.must_go_back() is None
+        event = give(guard, step, *given)
+        reasons.append(event.values["reason"] if event and event.values["reason"] != "climb" else None)
+        assert mode == "warn" or event is None or event.kind == "skip"
+    assert reasons == expected
+    assert guard.must_go_back() == why
+    if "new level" in case:
+        assert guard.state()["losses"] == guard.state()["norms"] == []  # three of it
 
 
 def climbing(guard, first, steps):
