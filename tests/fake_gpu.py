@@ -16,6 +16,7 @@ import torch.distributed as dist
 from model_parts import with_fp32_statistics
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -61,15 +62,20 @@ class HostReads:
         return lambda: self.values
 
 
+def join_fake_ranks(world_size: int) -> None:
+    """Become one of so many ranks, whose collectives move nothing."""
+    if not dist.is_initialized():
+        env = {"WORLD_SIZE": str(world_size), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
+        os.environ.update(env)
+        configure_deepspeed()
+        dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+        deepspeed.init_distributed(dist_backend="fake", verbose=False)
+
+
 def model_on_gpu(config: ModelConfig, ep_size: int = 1) -> Decoder:
     """In bf16, as on a rank of `ep_size` whose peers never answer."""
-    if ep_size > 1 and not dist.is_initialized():
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
-        os.environ.update(RANK="0", WORLD_SIZE=str(ep_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-        configure_deepspeed()
-        dist.init_process_group("fake", rank=0, world_size=ep_size, store=FakeStore())
-        deepspeed.init_distributed(dist_backend="fake", verbose=False)
+    if ep_size > 1:
+        join_fake_ranks(ep_size)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(DEVICE):
         model = Decoder(config, seed=None, topology=ExpertTopology(config.num_local_experts, ep_size, ep_size))

@@ -1,11 +1,10 @@
 """What one layer costs, counted: operators and bytes; the shape that a GPU wants, held without one."""
 
 import functools
-import os
 
-import deepspeed
 import pytest
 import torch
+from fake_gpu import join_fake_ranks
 from model_parts import PARTS, SHAPE, model_of, with_fp32_statistics
 from operators import Operators, rms_norm_as_one_operator
 from ranks import run_alone
@@ -14,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megamoe.config.model import ModelConfig, load_preset
-from megamoe.launch.distributed import configure_deepspeed
 from megamoe.model import dispatch
 from megamoe.model.decoder import Decoder
 from megamoe.model.topology import ExpertTopology
@@ -70,12 +68,7 @@ def test_a_layer_has_at_most_so_many_operators_whatever_the_number_of_experts():
 
 def layers_among_peers(ep_size, configs):
     """Operators of each, as `layer_of`, as one of `ep_size` ranks whose collectives move nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    os.environ.update(RANK="0", WORLD_SIZE=str(ep_size), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    configure_deepspeed()
-    torch.distributed.init_process_group("fake", rank=0, world_size=ep_size, store=FakeStore())
-    deepspeed.init_distributed(dist_backend="fake", verbose=False)
+    join_fake_ranks(ep_size)
     dispatch.CPU_ROW_MULTIPLE = 2
     return [layer_of(config, ep_size=ep_size)[0] for config in configs]
 

@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from fake_gpu import DEVICE, HostReads, NoCopies, fake_gpu, model_on_gpu
+from fake_gpu import DEVICE, HostReads, NoCopies, fake_gpu, join_fake_ranks, model_on_gpu
 from ranks import run_alone
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megamoe.config.model import load_preset
 from megamoe.training import step_sums
@@ -79,7 +78,7 @@ def test_norm_losses_flags_and_balance_come_in_one_read(rule):
 def muon_on_gpu():
     """Steps of Muon, one of which follows a restore with AdamW's count on the host, as files give it; where its state
     is then."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    join_fake_ranks(2)
     with fake_gpu():
         matrices, others = (torch.empty(size, device=DEVICE) for size in (124, 30))
         muon = Muon([{"params": [others]}, {"params": [matrices], "use_muon": True}], lr=0.1, dtype=torch.bfloat16)
