@@ -56,15 +56,8 @@ def training_pass(model, step, spread=0.05):
     model.step_losses.zero_()
     model(ids, labels).backward()
     gradients = torch.cat([weight.grad.flatten().double() for weight in model.parameters()])
-    return model.step_losses.clone(), gradients, slots_of(model), balancer_of(model).take_margins()
-
-
-def slots_of(model):
-    """(layers, experts), counted since the last call."""
-    counts = torch.stack([router.step_counts for router in model.routers()])
-    for router in model.routers():
-        router.step_counts.zero_()
-    return counts
+    balancer = balancer_of(model)
+    return model.step_losses.clone(), gradients, balancer.take_counts(), balancer.take_margins()
 
 
 class Kernels:
