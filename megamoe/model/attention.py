@@ -48,7 +48,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         scale: on the scores; None means 1 / sqrt(d).
     """
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.is_cuda and (mask is not None or query.dtype == torch.float32):
+    if groups > 1 and (query.is_cuda or query.is_meta) and (mask is not None or query.dtype == torch.float32):
         # The memory-efficient kernel, which these take, has no groups: each query head gets keys of its own.
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
     with _kernels(query, mask):

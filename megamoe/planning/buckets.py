@@ -29,6 +29,13 @@ class Ledger:
         self.held[kind] -= size
         assert self.held[kind] >= 0, kind
 
+    def move(self, before: Counter[str], after: Counter[str]) -> None:
+        """Of each kind so many bytes, where there were those `before`."""
+        for kind in before | after:
+            self.held[kind] += after[kind] - before[kind]
+        if self.held.total() > self.peak.total():
+            self.peak = Counter(self.held)
+
     def transient(self, kind: str, size: int) -> None:
         """Allocate and free."""
         self.allocate(kind, size)
@@ -48,6 +55,8 @@ class Reduction:
             for name in group.sizes
         }
         self.boundary = False  # whether this is the last backward pass of a step
+        self.is_first = True  # whether it is the first one
+        self.has_begun = False  # whether a gradient of it has come
         self.sums = False  # whether gradients are added to those of the pass before
         self.partitions: set[int] = set()
         self.whole = setup.weight_bytes * elements_touched(setup, groups, rank)
@@ -61,20 +70,22 @@ class Reduction:
         return self.groups[self.group_of[name]].sizes[name]
 
     def start(self, first: bool, boundary: bool) -> None:
-        """The first gradient of a backward pass is about to come."""
-        self.boundary = boundary
-        if first or self.setup.zero_stage == 2:  # ZeRO-1 keeps its buckets, empty, until it reduces
-            buckets = (2 if self.setup.overlap else 1) * self.setup.bucket * self.setup.weight_bytes
-            self.ledger.allocate("reduction buckets", buckets)
+        """A backward pass begins."""
+        self.is_first, self.boundary, self.has_begun = first, boundary, False
         self.sums = not first and self.setup.zero_stage == 1  # and sums whole gradients
 
     def ready(self, name: str) -> None:
         """The gradient of a parameter has come."""
-        size = self.size(name) * self.setup.weight_bytes
+        setup = self.setup
+        keeps_buckets = setup.zero_stage == 1 and not self.is_first  # empty, until it reduces
+        if not self.has_begun and not keeps_buckets:
+            self.ledger.allocate("reduction buckets", (2 if setup.overlap else 1) * setup.bucket * setup.weight_bytes)
+        self.has_begun = True
+        size = self.size(name) * setup.weight_bytes
         self.ledger.allocate("gradients", size)
         if self.sums:
             self.ledger.free("gradients", size)
-        if self.setup.zero_stage == 2 or (self.setup.overlap and self.boundary):
+        if setup.zero_stage == 2 or (setup.overlap and self.boundary):
             self.reduce_later(name)
 
     def reduce_later(self, name: str) -> None:

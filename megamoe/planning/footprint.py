@@ -1,26 +1,20 @@
-"""Bytes that a training step takes on one rank, by arithmetic: one step walked through as torch and DeepSpeed do it.
+"""Bytes that a training step takes on one rank: one step walked through as torch and DeepSpeed do it.
 
-Everything that is large is allocated and freed by name, in the order of the real step, and the peak is kept.
-The order and the sizes of DeepSpeed's buffers are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), those of
-the activations are in `activations.py` and `expert_layer.py`.
-
-Shape legend: D hidden_size, V vocab_size, s bytes of a weight.
+What the model makes and frees is replayed from its trace (`model_trace.py`), in the order of the real step, together
+with DeepSpeed's buffers, whose order and sizes are those of `deepspeed/runtime/zero/stage_1_and_2.py` (0.19), and the
+peak is kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from megamoe.model.loss import loss_chunk
-from megamoe.model.margins import BINS
-from megamoe.model.names import EMBEDDING, HEAD, engine_name
-from megamoe.planning.activations import BlockBytes, block_bytes
-from megamoe.planning.attention_cost import is_masked
-from megamoe.planning.block_backward import block_backward, norm_backward
 from megamoe.planning.buckets import Ledger, Reduction
-from megamoe.planning.layer import block_kinds
+from megamoe.planning.model_trace import ACTIVATIONS, BLOCK, END, TEMPORARIES, ModelTrace, Trace, model_trace
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
+from megamoe.planning.tracer import Event
 from megamoe.training.matrix_share import MatrixShare, Run
 
 # --- the walk -------------------------------------------------------------------------------------------------------
@@ -44,20 +38,19 @@ class Footprint:
 
 def footprint(setup: Setup, rank: int = 0) -> Footprint:
     """Bytes of tensors on `rank` in a step after the first one, which makes the optimizer's state."""
-    groups, ledger = parameter_groups(setup), Ledger()
-    of_kind = {kind: block_bytes(setup, kind) for kind in set(block_kinds(setup.model))}
-    blocks = [of_kind[kind] for kind in block_kinds(setup.model)]
+    groups, ledger, trace = parameter_groups(setup), Ledger(), model_trace(setup)
     reduction = Reduction(setup, groups, rank, ledger)
     states, host = _states(setup, groups, rank)
-    _hold(setup, groups, states, ledger)
+    _hold(setup, groups, states, trace, ledger)
     between = Counter(ledger.held)
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
-        _forward(setup, blocks, ledger)
+        _forward(setup, trace, ledger)
         forward = max(forward, ledger.peak, key=Counter.total)
         ledger.restart()
-        _backward(setup, blocks, ledger, reduction, first=micro == 0, boundary=micro == setup.accumulation - 1)
+        reduction.start(first=micro == 0, boundary=micro == setup.accumulation - 1)
+        _backward(setup, trace, ledger, reduction)
         reduction.finish()
         backward = max(backward, ledger.peak, key=Counter.total)
     ledger.restart()
@@ -90,130 +83,79 @@ def _largest(groups: list[Group]) -> int:
     return max(size for group in groups for size in group.sizes.values())
 
 
-def _hold(setup: Setup, groups: list[Group], states: Counter[str], ledger: Ledger) -> None:
+def _hold(setup: Setup, groups: list[Group], states: Counter[str], trace: ModelTrace, ledger: Ledger) -> None:
     """Allocate what the device keeps from step to step."""
-    m = setup.model
     ledger.allocate("weights", setup.weight_bytes * sum(group.partition * group.ranks for group in groups))
     for kind, size in states.items():
         ledger.allocate(kind, size)
     if setup.offload:
         ledger.allocate("gradient buffer", setup.weight_bytes * _largest(groups))
-    ahead = 8 * setup.micro_batch * m.num_nextn_predict_layers
-    per_expert = 12 + 4 * m.router_bias + 8 * BINS * m.counts_margins
-    routers = per_expert * len(m.sparse_blocks) * m.num_local_experts
-    ledger.allocate("batch and router state", 16 * setup.tokens + ahead + routers)
+    batch = 8 * (2 * setup.tokens + setup.micro_batch * setup.model.num_nextn_predict_layers)  # ids and labels
+    buffers = sum(part.buffers for part in (trace.around, *trace.blocks.values()))
+    ledger.allocate("batch and router state", batch + buffers)
 
 
-def _forward(setup: Setup, blocks: list[BlockBytes], ledger: Ledger) -> None:
-    m, s = setup.model, setup.weight_bytes
-    rotary = s * setup.seq_len * m.rotary_dim
-    ledger.allocate("activations", rotary)  # cos and sin
-    if masked := {kind.window for kind in block_kinds(m) if is_masked(setup, kind.window)}:
-        ledger.allocate("activations", len(masked) * setup.seq_len**2)
-    layers = m.num_hidden_layers
-    for number, block in enumerate(blocks[:layers]):
-        ledger.allocate("activations", block.kept)
-        ledger.transient("temporaries", block.moving)
+def _forward(setup: Setup, trace: ModelTrace, ledger: Ledger) -> None:
+    blocks = enumerate(trace.blocks.values())
+
+    def block() -> None:
+        number, traced = next(blocks)
+        kept = _block_forward(traced, ledger)
         if number < setup.recompute_blocks:
-            ledger.free("activations", block.kept - block.stream)  # of which the input stays
-    last = blocks[0]
-    ledger.allocate("activations", last.norm + last.stream)
-    _head_forward(setup, last.stream, ledger)
-    for block in blocks[layers:]:
-        # Both norms and what they give, joined.
-        ledger.allocate("activations", 2 * block.norm + 2 * block.stream - _kept_hidden(setup, block))
-        ledger.allocate("activations", block.kept)
-        ledger.transient("temporaries", block.moving + (2 * block.stream if s < 4 else 0))
-        ledger.allocate("activations", block.norm + block.stream)
-        _head_forward(setup, block.stream, ledger)
+            ledger.free(ACTIVATIONS, kept - traced.entering)  # what enters it stays
+
+    _replay(trace.around.events["forward"], ledger, Counter(), lambda _: block())
 
 
-def _kept_hidden(setup: Setup, block: BlockBytes) -> int:
-    """What a norm of multi-token prediction need not keep: the hidden states, which the model's last norm keeps."""
-    return block.stream if setup.weight_bytes == 4 or not setup.on_cpu else 0
+def _block_forward(block: Trace, ledger: Ledger) -> int:
+    """Bytes that a block keeps for backward; more come and go."""
+    (passed,) = block.events["forward"]
+    kept = passed.level.total()
+    ledger.allocate(ACTIVATIONS, kept)
+    ledger.transient(TEMPORARIES, passed.peak.total() - kept)
+    return kept
 
 
-def _head_forward(setup: Setup, stream: int, ledger: Ledger) -> None:
-    """The loss: gradients of the head's weight in fp32 and of the hidden states, made chunk by chunk."""
-    m, s = setup.model, setup.weight_bytes
-    weight = m.vocab_size * m.hidden_size
-    chunk = loss_chunk(setup.tokens, m.vocab_size, setup.on_cpu) * m.vocab_size
-    ledger.allocate("gradients of the head", 4 * weight + stream)
-    # In fp32, with what they were made of or what is made of them; then the product that is added to the gradient.
-    ledger.transient("loss chunk", 4 * chunk + (s * chunk if s < 4 else 0))
-    ledger.transient("loss chunk", s * chunk + s * weight)
+def _backward(setup: Setup, trace: ModelTrace, ledger: Ledger, reduction: Reduction) -> None:
+    blocks = reversed(list(enumerate(trace.blocks.items())))
+
+    def block() -> None:
+        number, (prefix, traced) = next(blocks)
+        if number < setup.recompute_blocks:
+            ledger.free(ACTIVATIONS, traced.entering)
+            _block_forward(traced, ledger)
+        _part_backward(traced, ledger, lambda name: reduction.ready(f"{prefix}.{name}"))
+
+    _part_backward(trace.around, ledger, reduction.ready, block)
 
 
-def _backward(
-    setup: Setup, blocks: list[BlockBytes], ledger: Ledger, reduction: Reduction, first: bool, boundary: bool
+def _part_backward(
+    part: Trace, ledger: Ledger, ready: Callable[[str], None], block: Callable[[], None] = lambda: None
 ) -> None:
-    m, s = setup.model, setup.weight_bytes
-    embedding = s * m.vocab_size * m.hidden_size
-    layers, stream = m.num_hidden_layers, blocks[0].stream
-    further = blocks[layers:]  # of multi-token prediction
-    started = False
-    for block in further:
-        _head_backward(setup, stream, ledger)
-        reduction.start(first, boundary)
-        started = True
-        _multi_token_backward(setup, block, ledger, reduction)
-    _head_backward(setup, stream, ledger)
-    if further:  # added to that of the further head, or of the embedding there
-        ledger.free("gradients", embedding)
-    if not started:
-        reduction.start(first, boundary)
-    if not m.tie_word_embeddings:
-        ledger.free("gradients", embedding)
-        reduction.ready(engine_name(HEAD))
-    reduction.ready(engine_name("model.norm.weight"))
-    norm_backward(blocks[0], ledger)
-    ledger.free("gradients of activations", len(further) * stream)  # of the hidden states, added
-    for number in reversed(range(layers)):
-        block = blocks[number]
-        if number < setup.recompute_blocks:
-            ledger.allocate("activations", block.kept - block.stream)
-            ledger.transient("temporaries", block.moving)
-        block_backward(setup, block, ledger, reduction, f"model.layers.{number}.")
-    waits = m.tie_word_embeddings or bool(further)  # another gradient of the embedding, for this one
-    ledger.transient("gradients", (2 if waits else 1) * embedding)
-    ledger.free("gradients of activations", stream)
-    ledger.free("activations", ledger.held["activations"])
-    if waits:
-        ledger.free("gradients", embedding)
-    reduction.ready(engine_name(EMBEDDING))
+    """
+    Args:
+        ready: called with the name of each parameter whose gradient comes.
+        block: called where a block runs.
+    """
+    held = part.events["forward"][-1].level
+    held = _replay(part.events["backward"], ledger, held, lambda name: block() if name == BLOCK else ready(name))
+    ledger.move(held, Counter())
 
 
-def _head_backward(setup: Setup, stream: int, ledger: Ledger) -> None:
-    """What forward made, scaled by the gradient of the loss. The gradient of the weight waits for others of it."""
-    m, s = setup.model, setup.weight_bytes
-    weight = m.vocab_size * m.hidden_size
-    ledger.transient("temporaries", 4 * weight + (s * weight if s < 4 else 0))
-    ledger.allocate("gradients", s * weight)
-    ledger.allocate("gradients of activations", stream)
-    ledger.free("gradients of the head", 4 * weight + stream)
-    ledger.free("activations", stream)
+def _replay(events: list[Event], ledger: Ledger, held: Counter[str], happens: Callable[[str], None]) -> Counter[str]:
+    """Allocate and free what a pass does; returns what it leaves.
 
-
-def _multi_token_backward(setup: Setup, block: BlockBytes, ledger: Ledger, reduction: Reduction) -> None:
-    """From the gradient of what the further head gets to those of the hidden states and of the embedding."""
-    m, s = setup.model, setup.weight_bytes
-    embedding = s * m.vocab_size * m.hidden_size
-
-    def ready(name: str) -> None:
-        reduction.ready(engine_name(f"model.mtp.{name}.weight"))
-
-    ready("norm")
-    norm_backward(block, ledger)
-    block_backward(setup, block, ledger, reduction, "model.mtp.block.")
-    ready("proj")
-    ledger.transient("gradients of activations", 2 * block.stream)
-    ledger.free("activations", 2 * block.stream - _kept_hidden(setup, block))
-    for norm in ("hidden_norm", "embed_norm"):
-        ready(norm)
-        norm_backward(block, ledger)
-    ledger.transient("gradients", embedding)
-    if not m.tie_word_embeddings:  # it has a gradient of its own, that waits
-        ledger.allocate("gradients", embedding)
+    Args:
+        held: before the pass.
+        happens: called with the name of each event but the end.
+    """
+    for event in events:
+        ledger.move(held, event.peak)
+        ledger.move(event.peak, event.level)
+        held = event.level
+        if event.name != END:
+            happens(event.name)
+    return held
 
 
 def _step(setup: Setup, reduction: Reduction, rank: int) -> None:

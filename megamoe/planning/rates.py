@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megamoe.planning.part_cost import Product
+from megamoe.planning.work import Product
 from megamoe.utils.hardware import Device
 
 

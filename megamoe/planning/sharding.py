@@ -13,6 +13,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import AVERAGE
 from megamoe.config.recipe import DTYPES, batch_sizes, dtype_of, offloads_optimizer, optimizer_of
 from megamoe.model.costs import parameter_shapes
+from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.grouped_gemm import Kernel
 from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, is_projection, is_undecayed
 from megamoe.model.topology import ExpertTopology
@@ -87,9 +88,14 @@ class Setup:
         return self.offload and self.zero_stage == 2 and self.accumulation > 1 and not self.sums_apart
 
     @property
-    def experts_per_rank(self) -> int:
-        """Experts of each layer on a rank."""
-        return self.topology().experts_per_rank
+    def places(self) -> int:
+        """Places of rows at a layer's experts on this rank under balance, fill included."""
+        experts = self.topology().experts_per_rank
+        if not self.on_cpu:
+            return self.rows
+        if self.model.num_experts_per_tok == self.model.num_local_experts:
+            return math.ceil(self.rows / experts / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE * experts
+        return self.rows + (CPU_ROW_MULTIPLE - 1) // 2 * experts  # counts differ: the mean of the fill
 
 
 def setup_problems(ds: dict[str, Any], where: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Predicted time of a training step, by arithmetic: phases one after the other, and what limits each.
+"""Predicted time of a training step: phases one after the other, and what limits each.
 
 In a phase the host gives the device operators while the device runs those before: the phase takes the longer of both.
 A CPU is its own host, so there both add up.
@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megamoe.model.costs import train_flops_per_token
-from megamoe.planning.head import head_cost, join_cost, outside_operators
-from megamoe.planning.layer import BlockKind, block_kinds, blocks_cost, compiled_regions
-from megamoe.planning.part_cost import Cost, Product
+from megamoe.planning.model_trace import Trace, model_trace
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
+from megamoe.planning.work import Product, Work
 from megamoe.training.matrix_share import Run
 from megamoe.training.muon import NEWTON_SCHULZ_STEPS
 from megamoe.utils.hardware import Device
@@ -45,6 +44,12 @@ def added(*parts: Parts) -> Parts:
     return {kind: seconds for kind, seconds in sums.items() if seconds}
 
 
+# What is left of a block's operators where it is compiled, which a trace does not show: in `moe-680m` 66 of 97, with an
+# exchange 95 of 130 (docs/performance.md). And of their bytes, where each compiled region reads its inputs once and
+# writes its results once: derived by hand, not counted yet.
+COMPILED_OPERATORS, COMPILED_BYTES = {"forward": 0.65, "backward": 0.78}, 0.5
+
+ENGINE_OPERATORS = 11  # of DeepSpeed in a micro-batch besides those of each gradient
 UPDATE_OPERATORS = 51  # of the optimizer, clipping and balancing
 MUON_OPERATORS = 6 + 3 * NEWTON_SCHULZ_STEPS  # for each batch of matrices
 
@@ -148,9 +153,8 @@ class _Step:
     def __init__(self, setup: Setup, device: Device, gpus_per_node: int, rates: Rates):
         self.setup, self.device, self.rates = setup, device, rates
         self.groups = parameter_groups(setup)
-        self.kinds = block_kinds(setup.model)
-        self.blocks = self.kinds[: setup.model.num_hidden_layers]  # without that of multi-token prediction
-        self.cost, self.outside = blocks_cost(setup, self.blocks), outside_operators(setup)
+        self.trace = model_trace(setup)
+        self.blocks = list(self.trace.blocks.values())
         self.collectives = dict.fromkeys(get_args(PhaseName), 0.0)  # seconds
         for one in collectives(setup):
             self.collectives[one.phase] += one.seconds(device, gpus_per_node, rates.links)
@@ -158,7 +162,7 @@ class _Step:
     def time(self) -> StepTime:
         setup = self.setup
         backward = self.backward()
-        phases = [self.forward(), self.loss(), *self.multi_token(), backward, self.reduction(backward.seconds)]
+        phases = [self.forward(), self.loss(), backward, self.reduction(backward.seconds)]
         phases.append(self.update())
         tokens = setup.tokens * setup.accumulation
         flops = train_flops_per_token(setup.model, setup.seq_len) * tokens
@@ -167,43 +171,39 @@ class _Step:
         return StepTime(phases, tokens * setup.world_size, flops / (seconds * peak))
 
     def forward(self) -> Phase:
-        device = added(self.forward_of(self.cost), {"exchange": self.collectives["forward"]})
+        work = self.trace.around.work["forward"] + self.work(self.blocks, "forward")
         # The recomputed blocks' exchange is counted here too.
-        waits = self.waits([*self.kinds, *self.kinds[: self.setup.recompute_blocks]])
-        operators = self.cost.operators.forward + self.outside.forward
-        return self.phase("forward", operators, device, waits, self.regions(self.blocks))
+        waits = work.waits + self.work(self.recomputed, "forward").waits
+        device = added(self.device_parts(work), {"exchange": self.collectives["forward"]})
+        return self.phase("forward", work.operators, device, waits, self.regions(self.blocks))
 
-    def waits(self, kinds: list[BlockKind]) -> int:
-        """How often the host waits for the device in the forward pass of these blocks: for the rows that come, in each
-        looped product."""
-        of_layer = (self.setup.ep_size > 1) + 2 * (self.setup.kernel == "loop")
-        return of_layer * sum(not kind.is_dense for kind in kinds)
+    @property
+    def recomputed(self) -> list[Trace]:
+        return self.blocks[: self.setup.recompute_blocks]
 
-    def regions(self, kinds: list[BlockKind]) -> int:
-        """Calls of compiled regions in one pass of these blocks."""
-        return sum(compiled_regions(self.setup, kind) for kind in kinds)
+    def work(self, blocks: list[Trace], phase: str) -> Work:
+        """Of these blocks."""
+        total = sum((block.work[phase] for block in blocks), Work())
+        if not self.setup.compiled:
+            return total
+        operators = COMPILED_OPERATORS[phase] * total.operators
+        return replace(total, operators=operators, bytes=COMPILED_BYTES * total.bytes)
+
+    def regions(self, blocks: list[Trace]) -> int:
+        """Compiled regions that the host calls in one pass of these blocks: around the experts, and between the
+        products of gated ones; one of a dense block."""
+        of_sparse = 2 + self.setup.model.gated_mlp
+        return self.setup.compiled * sum(1 if block.is_dense else of_sparse for block in blocks)
 
     def loss(self) -> Phase:
-        """Head and loss, with their gradients."""
-        head = head_cost(self.setup)
-        return self.phase("head and loss", head.operators.forward, self.forward_of(head))
-
-    def multi_token(self) -> list[Phase]:
-        """The further block of multi-token prediction, its join and its loss, both ways; its exchange is with that of
-        the others."""
-        kinds = self.kinds[self.setup.model.num_hidden_layers :]
-        if not kinds:
-            return []
-        cost = blocks_cost(self.setup, kinds) + join_cost(self.setup)
-        head = head_cost(self.setup)
-        device = added(self.forward_of(head), self.forward_of(cost), self.backward_of(cost))
-        operators = head.operators.forward + cost.operators.forward + cost.operators.backward
-        return [self.phase("multi-token prediction", operators, device, calls=2 * self.regions(kinds))]
+        """What follows the blocks: head and loss, with their gradients; of multi-token prediction all but its block."""
+        work = self.trace.around.work["head"]
+        return self.phase("head and loss", work.operators, self.device_parts(work))
 
     def backward(self) -> Phase:
         setup = self.setup
-        recomputed = self.blocks[: setup.recompute_blocks]
-        again = blocks_cost(setup, recomputed)
+        work = self.trace.around.work["backward"] + self.work(self.blocks, "backward")
+        work += self.work(self.recomputed, "forward")
         gathered = setup.accumulation if setup.zero_stage == 2 else 1  # times
         copied = launches = 0.0
         for group in self.groups:
@@ -211,13 +211,9 @@ class _Step:
             copied += gathered * gradient_bytes(setup, reduced, whole, group.partition) / self.memory_rate
             of_gradient = gradient_operators(setup, reduced) * self.rates.operator + self.rates.parameter
             launches += gathered * len(group.sizes) * of_gradient
-        device = added(
-            self.backward_of(self.cost),
-            self.forward_of(again),
-            {"copies": copied, "exchange": self.collectives["backward"]},
-        )
-        operators = self.cost.operators.backward + again.operators.forward + self.outside.backward
-        phase = self.phase("backward", operators, device, calls=self.regions([*self.blocks, *recomputed]))
+        device = added(self.device_parts(work), {"copies": copied, "exchange": self.collectives["backward"]})
+        calls = self.regions([*self.blocks, *self.recomputed])
+        phase = self.phase("backward", work.operators + ENGINE_OPERATORS, device, calls=calls)
         return replace(phase, launches=phase.launches + launches)
 
     def reduction(self, backward: float) -> Phase:
@@ -234,10 +230,7 @@ class _Step:
         batches = self.matrices_of_muon()
         products = Counter(product for batch in batches for product in newton_schulz(batch))
         device: Parts = {
-            "products": sum(
-                count * product_seconds(product, self.device, rates, setup.weight_bytes)
-                for product, count in products.items()
-            ),
+            "products": self.products_seconds(products),
             "optimizer": moved / rate,
             "transfers": sum(host_transfers(setup)) / self.device.host / rates.links,
             "weights": self.collectives["update"],
@@ -262,29 +255,21 @@ class _Step:
         seconds = passes * (operators * rates.operator + calls * rates.region)
         return Phase(name, seconds, device, passes * waits * rates.wait, self.setup.on_cpu)
 
-    def forward_of(self, cost: Cost) -> Parts:
-        """The device's seconds in the forward pass of a part."""
-        device = self.device_parts(list(cost.products), cost.bytes.forward, cost.operators.forward)
-        return added(device, self.attention(cost.attention.forward))
-
-    def backward_of(self, cost: Cost) -> Parts:
-        """The device's seconds in the backward pass of a part."""
-        products = [one for product in cost.products for one in product.backward()]
-        device = self.device_parts(products, cost.bytes.backward, cost.operators.backward)
-        return added(device, self.attention(cost.attention.backward))
-
-    def attention(self, flops: float) -> Parts:
-        setup = self.setup
-        seconds = attention_seconds(flops, setup.model.head_dim, self.device, self.rates, setup.weight_bytes)
-        return {"attention": setup.accumulation * seconds}
-
-    def device_parts(self, products: list[Product], moved: float, operators: float) -> Parts:
-        """The device's seconds for some products and for `moved` bytes of other operators."""
-        others = operators - sum(product.calls for product in products)
+    def device_parts(self, work: Work) -> Parts:
+        """The device's seconds."""
+        setup, passes = self.setup, self.setup.accumulation
+        others = work.operators - sum(count * product.calls for product, count in work.products.items())
         least = KERNEL * max(others, 0) if self.device.multiprocessors else 0.0
-        seconds = sum(
+        attention = attention_seconds(work.attention, setup.model.head_dim, self.device, self.rates, setup.weight_bytes)
+        return {
+            "products": passes * self.products_seconds(work.products),
+            "attention": passes * attention,
+            "memory": passes * (least + work.bytes / self.memory_rate),
+        }
+
+    def products_seconds(self, products: Counter[Product]) -> float:
+        of_each = (
             count * product_seconds(product, self.device, self.rates, self.setup.weight_bytes)
-            for product, count in Counter(products).items()
+            for product, count in products.items()
         )
-        passes = self.setup.accumulation
-        return {"products": passes * seconds, "memory": passes * (least + moved / self.memory_rate)}
+        return sum(of_each)

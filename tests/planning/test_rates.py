@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from megamoe.planning.part_cost import Product
 from megamoe.planning.rates import GPU, GROUP, KERNEL, PACKING, attention_seconds, product_seconds
+from megamoe.planning.work import Product
 from megamoe.utils.hardware import DEVICES, Device
 
 H100 = DEVICES["h100"]

@@ -1,0 +1,210 @@
+"""What a model gives a device to do and what it keeps there: asked of the model itself, which runs without values.
+
+What is around the blocks runs once, and one block of each kind, forward and backward: on the meta device, which stands
+for a GPU, or as fake tensors of a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from megamoe.config.model import ModelConfig
+from megamoe.model import decoder, multi_token
+from megamoe.model.block import Block, build_router_losses
+from megamoe.model.rope import Rotary
+from megamoe.model.topology import ExpertTopology
+from megamoe.planning.sharding import Setup
+from megamoe.planning.stand_ins import stand_ins
+from megamoe.planning.tracer import Event, Tracer
+from megamoe.planning.work import Work
+
+BLOCK, END = "block", "end"  # events: a block runs here; a pass is over
+AROUND, ACTIVATIONS, TEMPORARIES = "embedding, head and loss", "activations", "temporaries"  # kinds of bytes
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Of one part of a model. Events of a backward pass have the names of the parameters whose gradients come."""
+
+    work: dict[str, Work]  # by phase: forward, head (what follows the blocks), backward
+    events: dict[str, list[Event]]  # of forward and backward
+    buffers: int  # bytes
+    is_dense: bool = False  # these two of a block
+    entering: int = 0  # bytes of its input
+
+
+@dataclass(frozen=True)
+class ModelTrace:
+    """Of a micro-batch."""
+
+    around: Trace
+    blocks: dict[str, Trace]  # by name, first block first; that of multi-token prediction comes last
+
+
+def model_trace(setup: Setup) -> ModelTrace:
+    """The trace of a setup's model on one rank, whose experts get equally many rows."""
+    return _Pass(
+        setup.model, setup.ep_size, setup.micro_batch, setup.seq_len, DTYPES[setup.weight_bytes], setup.on_cpu,
+        setup.kernel == "loop", setup.places,
+    ).trace()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a trace depends on."""
+
+    model: ModelConfig
+    ep_size: int
+    micro_batch: int
+    seq_len: int
+    dtype: torch.dtype
+    on_cpu: bool
+    loop: bool
+    places: int
+
+    @lru_cache  # noqa: B019  # a search asks for the same ones hundreds of times
+    def trace(self) -> ModelTrace:
+        model, topology = self.model, ExpertTopology(self.model.num_local_experts, self.ep_size, self.ep_size)
+        with ExitStack() as stack:
+            if self.on_cpu:
+                stack.enter_context(FakeTensorMode())
+            stack.enter_context(torch.device("cpu" if self.on_cpu else "meta"))
+            with mock.patch.object(decoder, "Block", _Gap), mock.patch.object(multi_token, "Block", _Gap):
+                whole = decoder.Decoder(model, seed=None, topology=topology)
+            lengths = self.seq_len, self.seq_len + model.num_nextn_predict_layers
+            given = [torch.empty(self.micro_batch, length, dtype=torch.int64) for length in lengths]
+            gaps = {name: module for name, module in whole.named_modules() if isinstance(module, _Gap)}
+            around = self.run(whole, partial(_run_around, whole, gaps.values(), given), given, (AROUND, AROUND))
+            of_kind: dict[Any, Trace] = {}
+            for gap in gaps.values():
+                if gap.kind not in of_kind:
+                    of_kind[gap.kind] = self.block(Block(model, topology, gap.is_dense), *gap.given)
+        return ModelTrace(around, {name: of_kind[gap.kind] for name, gap in gaps.items()})
+
+    def block(self, block: Block, shape: torch.Size, rotary: Rotary, mask: Tensor | None) -> Trace:
+        anchor = torch.zeros((), requires_grad=True)
+
+        def run(tracer: Tracer) -> Tensor:
+            x = _Begin.apply(anchor, shape, self.dtype, tracer)
+            return _End.apply(*block(x, rotary, mask, None, None), tracer)
+
+        given = [one for one in (anchor, *rotary, mask) if one is not None]
+        trace = self.run(block, run, given, (ACTIVATIONS, TEMPORARIES))
+        return replace(trace, is_dense=block.is_dense, entering=shape.numel() * self.dtype.itemsize)
+
+    def run(
+        self, module: nn.Module, forward: Callable[[Tracer], Tensor], given: list[Tensor], kinds: tuple[str, str]
+    ) -> Trace:
+        """Both passes.
+
+        Args:
+            given: tensors whose bytes are not of this part.
+            kinds: of the bytes that are made in forward and in backward.
+        """
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        rows = self.micro_batch * self.seq_len * self.model.num_experts_per_tok
+        tracer = Tracer(self.places - rows)
+        tracer.watch(module)
+        for tensor in given:
+            tracer.ignore(tensor)
+        with stand_ins(tracer, rows, self.loop, self.on_cpu), tracer:
+            tracer.begin("forward", kinds[0])
+            loss = forward(tracer)
+            tracer.mark(END)
+            tracer.begin("backward", kinds[1])
+            loss.backward()
+            if tracer.events["backward"][-1].name != END:
+                tracer.mark(END)  # around the blocks, nothing marks it
+        buffers = sum(buffer.nbytes for buffer in module.buffers())
+        return Trace(tracer.work, tracer.events, buffers)
+
+
+class _Gap(nn.Module):
+    """In the place of a block: it gives what a block gives, and keeps what all blocks share."""
+
+    def __init__(self, config: ModelConfig, topology: ExpertTopology, is_dense: bool):
+        super().__init__()
+        self.is_dense = is_dense
+        self.has_losses = not is_dense and build_router_losses(config) is not None
+        self.given: Any = None
+        self.tracer: Tracer | None = None
+
+    @property
+    def kind(self) -> tuple[bool, int]:
+        """Equal for blocks that are equal."""
+        return self.is_dense, id(self.given[2])
+
+    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor | None]:
+        self.given = x.shape, rotary, mask
+        out, losses = _Skip.apply(x, *rotary, mask, self.tracer)
+        return out, losses if self.has_losses else None
+
+
+def _run_around(whole: decoder.Decoder, gaps: Iterable[_Gap], given: list[Tensor], tracer: Tracer) -> Tensor:
+    for gap in gaps:
+        gap.tracer = tracer
+    return whole(*given)
+
+
+class _Skip(torch.autograd.Function):
+    """A gap's two ways. What enters a block is counted by its own trace."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, tracer: Tracer) -> Any:
+        tracer.mark(BLOCK, without=x.nbytes)
+        ctx.save_for_backward(cos, sin, mask)
+        ctx.set_materialize_grads(False)
+        ctx.tracer = tracer
+        tracer.phase = "head"
+        with tracer.uncounted():
+            return torch.empty_like(x), x.new_zeros(2, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Any:
+        ctx.tracer.mark(BLOCK, without=grad.nbytes)
+        with ctx.tracer.uncounted():
+            return torch.empty_like(grad), None, None, None, None
+
+
+class _Begin(torch.autograd.Function):
+    """What enters a block."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, shape: torch.Size, dtype: torch.dtype, tracer: Tracer) -> Tensor:
+        ctx.tracer = tracer
+        with tracer.uncounted():
+            return anchor.new_empty(shape, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ctx.tracer.mark(END)
+        return None, None, None, None
+
+
+class _End(torch.autograd.Function):
+    """What follows a block: the gradient of what it gives is there when backward begins."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, losses: Tensor | None, tracer: Tracer) -> Tensor:
+        ctx.tracer, ctx.like = tracer, (out.shape, out.dtype, losses is not None)
+        with tracer.uncounted():
+            return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        shape, dtype, has_losses = ctx.like
+        ctx.tracer.begin("backward", TEMPORARIES)
+        with ctx.tracer.uncounted():
+            losses = grad.new_zeros(2, dtype=torch.float32) if has_losses else None
+            return grad.new_empty(shape, dtype=dtype), losses, None

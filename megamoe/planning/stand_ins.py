@@ -1,0 +1,110 @@
+"""What stands in for kernels, ranks and values while a model is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from megamoe.model import grouped_gemm
+from megamoe.planning.tracer import Tracer
+
+
+@contextmanager
+def stand_ins(tracer: Tracer, rows: int, loop: bool, on_cpu: bool) -> Iterator[None]:
+    """
+    Args:
+        rows: that a rank sends to experts, and gets, evenly over ranks and experts.
+        loop: whether the experts' products are a loop.
+        on_cpu: whether RMSNorm and dropout are several operators; on a GPU they are one each way.
+    """
+
+    def attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: Any = None, **_: Any
+    ) -> Tensor:
+        numbers = None
+        if attn_mask is not None:  # as torch prepares it for a kernel
+            numbers = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
+        return _Attention.apply(query, key, value, numbers, tracer)
+
+    def to_list(values: Tensor) -> Any:
+        tracer.work[tracer.phase].waits += 1
+        if values.dim() == 2:  # rows sent and received
+            return [_even(rows, values.shape[1])] * 2
+        ends, tokens = [], 0
+        for count in _even(rows + tracer.fill, len(values)):
+            tokens += count
+            ends.append(tokens)
+        return ends
+
+    def exchange(*_: Any, **__: Any) -> None:
+        with tracer.as_one():
+            pass
+
+    with ExitStack() as stack:
+        for owner, name, replacement in (
+            (F, "scaled_dot_product_attention", attention),
+            (dist, "all_to_all_single", exchange),
+            *([(grouped_gemm, "kernel_for", lambda *_: "loop")] if loop else []),
+            *(
+                [(FakeTensor, "tolist", to_list)]
+                if on_cpu
+                else [
+                    (Tensor, "tolist", to_list),
+                    (nn.RMSNorm, "forward", lambda norm, x: _Norm.apply(x, norm.weight, tracer)),
+                    (F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0] if p else x),
+                ]
+            ),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        yield
+
+
+def _even(count: int, parts: int) -> list[int]:
+    return [count * (number + 1) // parts - count * number // parts for number in range(parts)]
+
+
+class _Attention(torch.autograd.Function):
+    """A fused kernel each way, which keeps for each query the sum of its scores' exponentials; backward computes the
+    scores again. Causal, it computes half of them; with a mask all."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tracer: Tracer) -> Tensor:
+        batch, heads, length, width = query.shape
+        visible = key.shape[2] * (0.5 if mask is None else 1)
+        ctx.tracer, ctx.flops = tracer, 2.0 * batch * heads * length * visible * (width + value.shape[3])
+        with tracer.as_one(flops=ctx.flops):
+            out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+            sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with ctx.tracer.as_one(flops=2.5 * ctx.flops):
+            grads = [torch.empty_like(one) for one in ctx.saved_tensors[:3]]
+        return *grads, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tracer: Tracer) -> Tensor:
+        ctx.tracer = tracer
+        with tracer.as_one(x, weight) as written:
+            written += [torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)]
+        ctx.save_for_backward(x, weight, written[1])
+        return written[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, _ = ctx.saved_tensors
+        with ctx.tracer.as_one(grad, x, weight) as written:
+            written += [torch.empty_like(x), torch.empty_like(weight)]
+        return *written, None
