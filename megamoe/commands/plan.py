@@ -1,6 +1,6 @@
 """Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
 
-Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted by arithmetic. With
+Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted. With
 --best, micro-batch, accumulation, ep_size and recomputed blocks are those with most tokens/s. With --simulate, one rank
 of that job also runs two steps on this machine's CPU, and what it takes is printed next to what was predicted.
 """
