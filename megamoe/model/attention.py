@@ -49,7 +49,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and (query.is_cuda or query.is_meta) and (mask is not None or query.dtype == torch.float32):
-        # The memory-efficient kernel, which these take, has no groups: each query head gets keys of its own.
+        # The memory-efficient kernel, which these take, has no groups: each query head gets keys of its own. Without
+        # values (meta) as on a GPU, for plans.
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
     with _kernels(query, mask):
         out = F.scaled_dot_product_attention(

@@ -96,7 +96,7 @@ class MultiHeadLatentAttention(nn.Module):
         widths, and cuDNN's, where torch prefers it, keys of 192 with values of 128 that are contiguous.
         """
         width, missing = value.shape[-1], key.shape[-1] - value.shape[-1]
-        if query.is_cuda or query.is_meta:
+        if query.is_cuda or query.is_meta:  # without values as on a GPU, for plans
             value = value.transpose(1, 2).contiguous().transpose(1, 2)
         elif missing > 0:
             value = torch.cat((value, value.new_zeros(1).expand(*value.shape[:-1], missing)), -1)

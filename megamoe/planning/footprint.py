@@ -102,9 +102,14 @@ def _forward(setup: Setup, trace: ModelTrace, ledger: Ledger) -> None:
         number, traced = next(blocks)
         kept = _block_forward(traced, ledger)
         if number < setup.recompute_blocks:
-            ledger.free(ACTIVATIONS, kept - traced.entering)  # what enters it stays
+            ledger.free(ACTIVATIONS, kept - _stream_bytes(setup))
 
     _replay(trace.around.events["forward"], ledger, Counter(), lambda _: block())
+
+
+def _stream_bytes(setup: Setup) -> int:
+    """Of a block's input, which stays where the block is recomputed."""
+    return setup.weight_bytes * setup.tokens * setup.model.hidden_size
 
 
 def _block_forward(block: Trace, ledger: Ledger) -> int:
@@ -122,7 +127,7 @@ def _backward(setup: Setup, trace: ModelTrace, ledger: Ledger, reduction: Reduct
     def block() -> None:
         number, (prefix, traced) = next(blocks)
         if number < setup.recompute_blocks:
-            ledger.free(ACTIVATIONS, traced.entering)
+            ledger.free(ACTIVATIONS, _stream_bytes(setup))
             _block_forward(traced, ledger)
         _part_backward(traced, ledger, lambda name: reduction.ready(f"{prefix}.{name}"))
 

@@ -39,8 +39,7 @@ class Trace:
     work: dict[str, Work]  # by phase: forward, head (what follows the blocks), backward
     events: dict[str, list[Event]]  # of forward and backward
     buffers: int  # bytes
-    is_dense: bool = False  # these two of a block
-    entering: int = 0  # bytes of its input
+    is_dense: bool = False  # of a block
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class _Pass:
 
         given = [one for one in (anchor, *rotary, mask) if one is not None]
         trace = self.run(block, run, given, (ACTIVATIONS, TEMPORARIES))
-        return replace(trace, is_dense=block.is_dense, entering=shape.numel() * self.dtype.itemsize)
+        return replace(trace, is_dense=block.is_dense)
 
     def run(
         self, module: nn.Module, forward: Callable[[Tracer], Tensor], given: list[Tensor], kinds: tuple[str, str]

@@ -169,7 +169,7 @@ def totals(bytes_held: Footprint) -> dict[str, int]:
 
 
 def comparison(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
-    """Bytes that the simulated rank took, next to those of the arithmetic for a CPU."""
+    """Bytes that the simulated rank took, next to those predicted for a CPU."""
     setup = replace(plan.setup, on_cpu=True, kernel="grouped_mm")
     return {
         name: {"predicted": size, "measured": getattr(measured, name)}

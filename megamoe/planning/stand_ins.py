@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 
@@ -38,31 +39,25 @@ def stand_ins(tracer: Tracer, rows: int, loop: bool, on_cpu: bool) -> Iterator[N
         tracer.work[tracer.phase].waits += 1
         if values.dim() == 2:  # rows sent and received
             return [_even(rows, values.shape[1])] * 2
-        ends, tokens = [], 0
-        for count in _even(rows + tracer.fill, len(values)):
-            tokens += count
-            ends.append(tokens)
-        return ends
+        return list(accumulate(_even(rows + tracer.fill, len(values))))  # where each expert's rows end
 
     def exchange(*_: Any, **__: Any) -> None:
         with tracer.as_one():
             pass
 
+    replaced: list[tuple[Any, str, Any]] = [
+        (F, "scaled_dot_product_attention", attention),
+        (FakeTensor if on_cpu else Tensor, "tolist", to_list),
+        (dist, "all_to_all_single", exchange),
+        (grouped_gemm, "kernel_for", lambda *_: "loop" if loop else "grouped_mm"),
+    ]
+    if not on_cpu:
+        replaced += [
+            (nn.RMSNorm, "forward", lambda norm, x: _Norm.apply(x, norm.weight, tracer)),
+            (F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0] if p else x),
+        ]
     with ExitStack() as stack:
-        for owner, name, replacement in (
-            (F, "scaled_dot_product_attention", attention),
-            (dist, "all_to_all_single", exchange),
-            *([(grouped_gemm, "kernel_for", lambda *_: "loop")] if loop else []),
-            *(
-                [(FakeTensor, "tolist", to_list)]
-                if on_cpu
-                else [
-                    (Tensor, "tolist", to_list),
-                    (nn.RMSNorm, "forward", lambda norm, x: _Norm.apply(x, norm.weight, tracer)),
-                    (F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0] if p else x),
-                ]
-            ),
-        ):
+        for owner, name, replacement in replaced:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         yield
 

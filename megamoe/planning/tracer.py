@@ -76,23 +76,6 @@ class Tracer(LiveBytes):
             parameter.register_post_accumulate_grad_hook(came)
 
     @contextmanager
-    def as_one(self, *read: Tensor, flops: float | None = None) -> Iterator[list[Tensor]]:
-        """Count what runs inside as one operator, which reads `read` and writes what is put into the list; of
-        attention, where it has `flops`."""
-        written: list[Tensor] = []
-        self._is_paused = True
-        try:
-            yield written
-        finally:
-            self._is_paused = False
-        work = self.work[self.phase]
-        work.operators += 1
-        if flops is None:
-            work.bytes += _bytes((read, written))
-        else:
-            work.attention += flops
-
-    @contextmanager
     def uncounted(self) -> Iterator[None]:
         """What runs inside only stands for other parts of the model."""
         self._is_paused = True
@@ -100,6 +83,20 @@ class Tracer(LiveBytes):
             yield
         finally:
             self._is_paused = False
+
+    @contextmanager
+    def as_one(self, *read: Tensor, flops: float | None = None) -> Iterator[list[Tensor]]:
+        """Count what runs inside as one operator, which reads `read` and writes what is put into the list; of
+        attention, where it has `flops`."""
+        written: list[Tensor] = []
+        with self.uncounted():
+            yield written
+        work = self.work[self.phase]
+        work.operators += 1
+        if flops is None:
+            work.bytes += _bytes((read, written))
+        else:
+            work.attention += flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")
