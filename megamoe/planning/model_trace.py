@@ -6,9 +6,9 @@ for a GPU, or as fake tensors of a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
@@ -78,31 +78,42 @@ class _Pass:
             if self.on_cpu:
                 stack.enter_context(FakeTensorMode())
             stack.enter_context(torch.device("cpu" if self.on_cpu else "meta"))
-            with mock.patch.object(decoder, "Block", _Gap), mock.patch.object(multi_token, "Block", _Gap):
+            tracer = Tracer(self.places - self.rows)
+            gap = partial(_Gap, tracer)
+            with mock.patch.object(decoder, "Block", gap), mock.patch.object(multi_token, "Block", gap):
                 whole = decoder.Decoder(model, seed=None, topology=topology)
+            gaps = {name: module for name, module in whole.named_modules() if isinstance(module, _Gap)}
             lengths = self.seq_len, self.seq_len + model.num_nextn_predict_layers
             given = [torch.empty(self.micro_batch, length, dtype=torch.int64) for length in lengths]
-            gaps = {name: module for name, module in whole.named_modules() if isinstance(module, _Gap)}
-            around = self.run(whole, partial(_run_around, whole, gaps.values(), given), given, (AROUND, AROUND))
+            around = self.run(whole, tracer, lambda: whole(*given), given, (AROUND, AROUND))
             of_kind: dict[Any, Trace] = {}
-            for gap in gaps.values():
-                if gap.kind not in of_kind:
-                    of_kind[gap.kind] = self.block(Block(model, topology, gap.is_dense), *gap.given)
-        return ModelTrace(around, {name: of_kind[gap.kind] for name, gap in gaps.items()})
+            for one in gaps.values():
+                if one.kind not in of_kind:
+                    of_kind[one.kind] = self.block(Block(model, topology, one.is_dense), *one.given)
+        return ModelTrace(around, {name: of_kind[one.kind] for name, one in gaps.items()})
+
+    @property
+    def rows(self) -> int:
+        """That this rank sends to experts, and gets."""
+        return self.micro_batch * self.seq_len * self.model.num_experts_per_tok
 
     def block(self, block: Block, shape: torch.Size, rotary: Rotary, mask: Tensor | None) -> Trace:
-        anchor = torch.zeros((), requires_grad=True)
+        anchor, tracer = torch.zeros((), requires_grad=True), Tracer(self.places - self.rows)
 
-        def run(tracer: Tracer) -> Tensor:
+        def forward() -> Tensor:
             x = _Begin.apply(anchor, shape, self.dtype, tracer)
             return _End.apply(*block(x, rotary, mask, None, None), tracer)
 
         given = [one for one in (anchor, *rotary, mask) if one is not None]
-        trace = self.run(block, run, given, (ACTIVATIONS, TEMPORARIES))
-        return replace(trace, is_dense=block.is_dense)
+        return self.run(block, tracer, forward, given, (ACTIVATIONS, TEMPORARIES))
 
     def run(
-        self, module: nn.Module, forward: Callable[[Tracer], Tensor], given: list[Tensor], kinds: tuple[str, str]
+        self,
+        module: nn.Module,
+        tracer: Tracer,
+        forward: Callable[[], Tensor],
+        given: list[Tensor],
+        kinds: tuple[str, str],
     ) -> Trace:
         """Both passes.
 
@@ -112,32 +123,29 @@ class _Pass:
         """
         for parameter in module.parameters():
             parameter.data = parameter.data.to(self.dtype)
-        rows = self.micro_batch * self.seq_len * self.model.num_experts_per_tok
-        tracer = Tracer(self.places - rows)
         tracer.watch(module)
         for tensor in given:
             tracer.ignore(tensor)
-        with stand_ins(tracer, rows, self.loop, self.on_cpu), tracer:
+        with stand_ins(tracer, self.rows, self.loop, self.on_cpu), tracer:
             tracer.begin("forward", kinds[0])
-            loss = forward(tracer)
+            loss = forward()
             tracer.mark(END)
             tracer.begin("backward", kinds[1])
             loss.backward()
             if tracer.events["backward"][-1].name != END:
                 tracer.mark(END)  # around the blocks, nothing marks it
         buffers = sum(buffer.nbytes for buffer in module.buffers())
-        return Trace(tracer.work, tracer.events, buffers)
+        return Trace(tracer.work, tracer.events, buffers, isinstance(module, Block) and module.is_dense)
 
 
 class _Gap(nn.Module):
     """In the place of a block: it gives what a block gives, and keeps what all blocks share."""
 
-    def __init__(self, config: ModelConfig, topology: ExpertTopology, is_dense: bool):
+    def __init__(self, tracer: Tracer, config: ModelConfig, topology: ExpertTopology, is_dense: bool):
         super().__init__()
-        self.is_dense = is_dense
+        self.tracer, self.is_dense = tracer, is_dense
         self.has_losses = not is_dense and build_router_losses(config) is not None
         self.given: Any = None
-        self.tracer: Tracer | None = None
 
     @property
     def kind(self) -> tuple[bool, int]:
@@ -148,12 +156,6 @@ class _Gap(nn.Module):
         self.given = x.shape, rotary, mask
         out, losses = _Skip.apply(x, *rotary, mask, self.tracer)
         return out, losses if self.has_losses else None
-
-
-def _run_around(whole: decoder.Decoder, gaps: Iterable[_Gap], given: list[Tensor], tracer: Tracer) -> Tensor:
-    for gap in gaps:
-        gap.tracer = tracer
-    return whole(*given)
 
 
 class _Skip(torch.autograd.Function):
