@@ -16,6 +16,7 @@ from engines import save
 from model_parts import with_fp32_statistics
 from operators import Operators
 from ranks import run_new_ranks, run_ranks
+from step_profile import profile_step
 from torch._dynamo.utils import counters
 from toy import PRESET, ds_config, train_here, write_inputs
 
@@ -26,7 +27,6 @@ from megamoe.model import dispatch
 from megamoe.model.compiled import activate, compile_region
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
-from megamoe.planning.step_profile import profile_step
 from megamoe.training.step import balancer_of, build_train_step
 
 CONFIG = load_preset("tiny").model_copy(

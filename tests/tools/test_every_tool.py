@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from refusals import has
 
-PARTS = {"benchmark_models", "ablation_results"}  # of benchmark_contender and ablate
+PARTS = {"benchmark_models", "step_profile", "ablation_results"}  # of benchmark_contender and ablate
 TOOLS = sorted(path for path in (Path(__file__).parents[2] / "tools").rglob("*.py") if path.stem not in PARTS)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from benchmark_models import Contender, build_engine_contender, build_mixtral
+from step_profile import StepProfile, profile_step
 from torch import nn
 
 from megamoe.config.model import ModelConfig, load_preset
@@ -30,7 +31,6 @@ from megamoe.launch.distributed import init_distributed
 from megamoe.model.costs import train_flops_per_token
 from megamoe.model.moe import MoE
 from megamoe.model.topology import ExpertTopology
-from megamoe.planning.step_profile import StepProfile, profile_step
 from megamoe.utils.hardware import measured_bandwidth, memory_gib
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from devices import DEVICES
-
-from megamoe.planning.step_profile import STEP, Total, profile_step, read_trace
+from step_profile import STEP, Total, profile_step, read_trace
 
 HOST, STREAM, OTHER_STREAM = 1, 7, 8
 
