@@ -5,6 +5,7 @@ From Python, with their documentation in `library.py` and where they are defined
     load_preset, ModelConfig          what a model is
     build_model, load_model           a model: new, or from a run, a checkpoint, an export, an open model
     load_tokenizer                    its tokenizer
+    save_state_dict                   its weights as one file of plain tensors, which torch.load opens
     generate, evaluate                text from it, its loss on a text
     init_distributed                  join the ranks of a launcher, or be a single one
     build_trainer, train_step, Batch  a DeepSpeed engine with balanced experts, and one step of it
@@ -22,8 +23,8 @@ _PLACES = {
     "Batch": "data.batches",
     "init_distributed": "launch.distributed",
     **dict.fromkeys(
-        ("load_preset", "build_model", "load_model", "load_tokenizer", "generate", "evaluate", "build_trainer",
-         "train_step"),
+        ("load_preset", "build_model", "load_model", "load_tokenizer", "save_state_dict", "generate", "evaluate",
+         "build_trainer", "train_step"),
         "library",
     ),
 }  # fmt: skip

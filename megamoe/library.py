@@ -20,6 +20,7 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from megamoe.checkpoint.open_model import open_model, tokenizer_of
+from megamoe.checkpoint.opening import find_checkpoint, open_source
 from megamoe.config.model import ModelConfig, validate
 from megamoe.config.precision import find_precision, is_auto, resolve
 from megamoe.config.recipe import deepspeed_problems, dtype_of
@@ -27,6 +28,8 @@ from megamoe.data import tokenizer as tokenizers
 from megamoe.data.batches import Batch
 from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.formats.config_json import find_preset
+from megamoe.formats.export import write_state_dict
+from megamoe.formats.plain_files import STATE_DICT_ENDINGS
 from megamoe.launch.distributed import is_on_cpu, this_device
 from megamoe.model import generation
 from megamoe.model.decoder import Decoder
@@ -86,6 +89,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     is_tokenizer = path.suffix == ".json" and path.is_file()
     return tokenizers.load_tokenizer(path if is_tokenizer else tokenizer_of(path))
+
+
+def save_state_dict(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write all weights of a model, experts included, by plain names: `torch.load(out, weights_only=True)` opens them.
+
+    Args:
+        path: what `load_model` takes; no preset is needed.
+        out: a new file, .pt, .pth or .bin.
+        dtype: of the weights; from a checkpoint, the fp32 masters are rounded to it. Router statistics stay fp32.
+    """
+    out = Path(out)
+    if out.suffix not in STATE_DICT_ENDINGS:
+        raise UserError(f"{out} has no ending of a state_dict, which is one file; call it {out}.pt.")
+    write_state_dict(open_source(find_checkpoint(Path(path))), out, dtype)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def train(engine, steps, first=0, writer=None, average=None):
 
 
 def writer_for(engine, folder, **options):
-    store = new_store("writer")
+    store = options.pop("store", None) or new_store("writer")
     folder.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "model": engine.module.config.model_dump(),

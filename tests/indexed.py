@@ -1,6 +1,7 @@
-"""A small checkpoint of megamoe's own form, made without an engine; damage to it."""
+"""A small checkpoint, made without an engine, in megamoe's own form and as a Universal Checkpoint; damage to it."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -8,21 +9,24 @@ import torch
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import (
     FileRecord,
+    FlatSlice,
     Index,
     OptimizerRecord,
     SchedulerPosition,
-    SliceRecord,
     Topology,
     TrainingRecord,
-    metadata,
     write_index,
+    write_slices,
 )
-from megamoe.checkpoint.slice_file import sha256, write_tensors
+from megamoe.checkpoint.opening import open_source
+from megamoe.checkpoint.slice_file import sha256
+from megamoe.checkpoint.universal import write_universal
 
 SHAPES = {"model.a.weight": (7, 5), "model.b.weight": (11,), "model.norm.weight": (3,)}
 BIAS = "model.layers.0.moe.router.selection_bias"
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 RANKS = 2
+RUN = {"preset": "made up"}
 
 
 def values(name, kind, seed=0, shapes=SHAPES):
@@ -31,7 +35,7 @@ def values(name, kind, seed=0, shapes=SHAPES):
     return torch.randn(torch.Size(shapes.get(name, (4,))).numel(), generator=generator)
 
 
-def write(checkpoint: Path, seed=0, run_id=None, shapes=SHAPES) -> Index:
+def write(checkpoint: Path, seed=0, run_id=None, shapes=SHAPES, run=RUN) -> Index:
     """Save it as two ranks do that share each parameter; returns its index."""
     checkpoint.mkdir(parents=True)
     save_id = f"{seed:032x}"
@@ -41,20 +45,13 @@ def write(checkpoint: Path, seed=0, run_id=None, shapes=SHAPES) -> Index:
         if rank == 0:
             pieces.append((BIAS, range(4), ("buffer",)))
         file = f"rank_{rank:05d}.safetensors"
-        flat = {
-            f"{kind}/{name}": values(name, kind, seed, shapes)[span.start : span.stop]
-            for name, span, kinds in pieces
-            for kind in kinds
-        }
-        header, records = write_tensors(checkpoint / file, flat, metadata(save_id, file))
         slices = [
-            SliceRecord(
-                name=name, start=span.start, count=len(span),
-                tensors={kind: records[f"{kind}/{name}"] for kind in kinds},
+            FlatSlice(
+                name, span.start, {kind: values(name, kind, seed, shapes)[span.start : span.stop] for kind in kinds}
             )
             for name, span, kinds in pieces
-        ]  # fmt: skip
-        files[file] = FileRecord(bytes=(checkpoint / file).stat().st_size, header=header, slices=slices)
+        ]
+        files[file] = write_slices(checkpoint / file, save_id, slices)
     script = b"print('a script')\n"
     (checkpoint / "zero_to_fp32.py").write_bytes(script)
     files["zero_to_fp32.py"] = FileRecord(bytes=len(script), sha256=sha256(script))
@@ -71,7 +68,7 @@ def write(checkpoint: Path, seed=0, run_id=None, shapes=SHAPES) -> Index:
         optimizer=OptimizerRecord(
             name="adamw", state=list(KINDS[1:]), step=2.0, step_dtype="float32", groups=[{"lr": 0.1}]
         ),
-        run={"preset": "made up"},
+        run=run,
         shapes={**{name: list(shape) for name, shape in shapes.items()}, BIAS: [4]},
         files=files,
     )  # fmt: skip
@@ -83,6 +80,23 @@ def _span(shape, rank):
     count = torch.Size(shape).numel()
     middle = 2 * count // 3
     return range(middle) if rank == 0 else range(middle, count)
+
+
+def write_both(folder: Path) -> dict[str, Path]:
+    """The same checkpoint by form."""
+    write(folder / "own" / "step_3")
+    write_universal(open_source(folder / "own" / "step_3"), RUN, folder / "universal" / "step_3")
+    return {form: folder / form / "step_3" for form in ("own", "universal")}
+
+
+class Malicious:
+    """Leaves a mark where it is unpickled without care."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
 
 
 def flip_bit(path: Path, byte: int, bit: int = 0) -> None:

@@ -107,12 +107,6 @@ def _stretches(name: str, parameter: Any, first_expert: int) -> Iterator[Stretch
         yield Stretch(part, start, count, here.start + part.start + start - there.start)
 
 
-def _state_kinds(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Names of the optimizer's state tensors, of any group; none before the first applied step."""
-    kept = [engine.optimizer.optimizer.state.get(one, {}) for one in engine.optimizer.single_partition_of_fp32_groups]
-    return [tensor.name for tensor in optimizer_spec(engine).state if any(tensor.name in state for state in kept)]
-
-
 def topology(engine: deepspeed.DeepSpeedEngine) -> Topology:
     """What the engine runs on."""
     return Topology(
@@ -139,9 +133,10 @@ def optimizer_record(engine: deepspeed.DeepSpeedEngine) -> OptimizerRecord:
     optimizer = engine.optimizer.optimizer
     kept = [optimizer.state.get(one, {}) for one in engine.optimizer.single_partition_of_fp32_groups]
     step = next((state["step"] for state in kept if "step" in state), None)  # with Muon not all groups count
+    held = set().union(*kept)  # nothing before the first applied step
     return OptimizerRecord(
         name=engine.optimizer_name(),
-        state=_state_kinds(engine),
+        state=[tensor.name for tensor in optimizer_spec(engine).state if tensor.name in held],
         step=step.item() if isinstance(step, Tensor) else step,
         step_dtype=str(step.dtype).removeprefix("torch.") if isinstance(step, Tensor) else None,
         groups=[_plain(group) for group in optimizer.param_groups],

@@ -3,8 +3,8 @@
     RUN/checkpoints/step_2000      saved after step 2000
     RUN/checkpoints/step_1000.1    saved after the run went back, to a checkpoint before step 2000, for the first time
 
-A checkpoint is complete once its index (form 2) or manifest (form 1, DeepSpeed's layouts) is there. The newest complete
-one counts; `latest` names it for other programs.
+A checkpoint is complete once its index, or the manifest of a Universal Checkpoint, is there. The newest complete one
+counts; `latest` names it for other programs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,19 +143,3 @@ def _is_leftover(checkpoint: Path) -> bool:
     index, which may be damaged or end early but is the operator's to remove."""
     names = [entry.name for entry in os.scandir(checkpoint)]
     return INDEX not in names and all(FILE.fullmatch(name) for name in names)
-
-
-def prune(
-    folder: Path, keep_last: int, keep_every: int, is_good: Callable[[Path], bool], left_behind: Collection[Path] = ()
-) -> None:
-    """Remove all but the `keep_last` (at least 1) newest checkpoints, those at multiples of `keep_every` steps, and the
-    newest that `is_good`. Those that are `left_behind` stay and are not counted."""
-    found = [path for path in checkpoints(folder) if path not in left_behind]
-    kept, rest = found[:keep_last], found[keep_last:]
-    if rest and not any(map(is_good, kept)):
-        good = next(filter(is_good, rest), None)
-        rest = [path for path in rest if path != good]
-    for path in rest:
-        step = step_of(path)
-        if not keep_every or step is None or step % keep_every:
-            discard(path)

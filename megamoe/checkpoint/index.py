@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from megamoe.checkpoint import folders
-from megamoe.checkpoint.slice_file import DTYPES, TensorRecord, number_of_blocks, sha256
+from megamoe.checkpoint.slice_file import CONTAINER_DTYPES, TensorRecord, number_of_blocks, sha256, write_tensors
 from megamoe.config.optimizers import MASTERS, find_optimizer
 from megamoe.model.names import is_projection
 from megamoe.utils import disk
@@ -194,12 +195,34 @@ class Index(_Part):
         return self.model_copy(update={"files": files, "shapes": {}})
 
 
-def metadata(save_id: str, file: str) -> dict[str, str]:
-    """What a rank's file says about itself."""
-    return {"format": "pt", "save": save_id, "file": file}
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlatSlice:
+    """A stretch of one flattened parameter or buffer, to be written."""
+
+    name: str  # plain
+    start: int  # in the parameter
+    tensors: dict[str, Tensor]  # by kind, (count,)
+
+
+def write_slices(path: Path, save_id: str, slices: list[FlatSlice]) -> FileRecord:
+    """Write a rank's new file; returns what the index says about it. Raises OSError.
+
+    The bytes are not yet on the disk: see `disk.flush`.
+    """
+    kinds = dict.fromkeys(kind for piece in slices for kind in piece.tensors)  # one after the other in the file
+    flat = {f"{kind}/{piece.name}": piece.tensors[kind] for kind in kinds for piece in slices if kind in piece.tensors}
+    header, records = write_tensors(path, flat, {"format": "pt", "save": save_id, "file": path.name})
+    written = [
+        SliceRecord(
+            name=piece.name, start=piece.start, count=len(next(iter(piece.tensors.values()))),
+            tensors={kind: records[f"{kind}/{piece.name}"] for kind in piece.tensors},
+        )
+        for piece in slices
+    ]  # fmt: skip
+    return FileRecord(bytes=path.stat().st_size, header=header, slices=written)
 
 
 def write_index(checkpoint: Path, index: Index) -> None:
@@ -280,9 +303,9 @@ def _inconsistencies(index: Index) -> list[str]:
                 return [f"{name} holds {piece.name!r}, which has no shape"]
             for kind, tensor in piece.tensors.items():
                 held[piece.name, kind].append((piece.start, piece.count))
-                nbytes = piece.count * (tensor.itemsize if tensor.dtype in DTYPES else 0)
+                nbytes = piece.count * (tensor.itemsize if tensor.dtype in CONTAINER_DTYPES else 0)
                 if (
-                    tensor.dtype not in DTYPES
+                    tensor.dtype not in CONTAINER_DTYPES
                     or tensor.offset + nbytes > record.bytes
                     or len(tensor.sha256) != number_of_blocks(nbytes)
                 ):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, FileRecord, Index, SliceRecord
-from megamoe.checkpoint.slice_file import DamagedError, SliceFile, TensorRecord, sha256
+from megamoe.checkpoint.slice_file import DamagedError, SliceFile, TensorRecord, file_sha256
 
 OPEN_FILES = 64
 
@@ -39,8 +39,6 @@ class IndexedFiles:
         for one in index.buffers:
             self.buffers[one.name] = self.read(one.name, BUFFER, 0, one.count).view(self.shapes.pop(one.name))
         self.state_names = tuple(index.optimizer.state)
-        self.world_size, self.ep_size = index.topology.world_size, index.topology.ep_size
-        self.zero_stage = index.topology.zero_stage
 
     def state_of(self, name: str) -> tuple[str, ...]:
         return self.index.kinds_of(name)[1:]
@@ -104,18 +102,17 @@ def problems(folder: Path, index: Index, part: int = 0, parts: int = 1) -> list[
 def _problems(path: Path, record: FileRecord, tensors: list[tuple[TensorRecord, int]]) -> list[str]:
     try:
         if record.sha256 is not None:
-            return _whole_file_problems(path, record)
+            return whole_file_problems(path, record)
         file = SliceFile(path, record.bytes, record.header)
         return [problem for tensor, count in tensors for problem in file.problems(tensor, count)]
     except DamagedError as error:
         return error.problems
 
 
-def _whole_file_problems(path: Path, record: FileRecord) -> list[str]:
+def whole_file_problems(path: Path, record: FileRecord) -> list[str]:
+    """What keeps a file that is hashed as one from being what was saved. Raises OSError where it cannot be read now."""
     try:
-        data = path.read_bytes()
+        is_same = path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
     except FileNotFoundError:
         return [f"{path} is missing; bring it back, or use an older checkpoint."]
-    if len(data) != record.bytes or sha256(data) != record.sha256:
-        return [f"{path} has not the bytes with which it was saved; use an older checkpoint."]
-    return []
+    return [] if is_same else [f"{path} has not the bytes with which it was saved; use an older checkpoint."]

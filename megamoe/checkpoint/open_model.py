@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from megamoe.checkpoint import folders
-from megamoe.checkpoint.averaged import averaged
 from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
 from megamoe.config.model import ModelConfig, validate
 from megamoe.config.recipe import DTYPES, dtype_of
@@ -43,32 +42,29 @@ class OpenModel(NamedTuple):
         return model.to(device).eval()
 
 
-def open_model(
-    path: Path, config: ModelConfig | None = None, open_files: int | None = None, ema: bool = False
-) -> OpenModel:
+def open_model(path: Path, config: ModelConfig | None = None, ema: bool = False) -> OpenModel:
     """Find a model. Raises UserError where there is none, it is damaged, or its weights are not those of its
     configuration.
 
     Args:
         config: of weights that do not say what model they are of.
-        open_files: most ranks' files of DeepSpeed's own form that are kept mapped; None keeps all.
         ema: take the averaged weights of a run's checkpoint. Raises UserError where it holds none.
     """
     if (path / "config.json").is_file():
-        source = open_source(path, open_files)
-        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), _saved_in(path), ema)
+        source = open_source(path, ema)
+        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), _saved_in(path))
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
-        return _checked(path, open_source(path), config, torch.float32, ema)
-    is_run = (path / "run.json").is_file() and folders.age_of(path) is None  # a checkpoint of form 1 has one too
+        return _checked(path, open_source(path, ema), config, torch.float32)
+    is_run = (path / "run.json").is_file() and folders.age_of(path) is None  # a Universal Checkpoint has one too
     if is_run and not folders.step_folders(path / "checkpoints"):
         raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
     checkpoint = find_checkpoint(path)
-    source, record = open_source(checkpoint, open_files), run_record(checkpoint)
+    source, record = open_source(checkpoint, ema), run_record(checkpoint)
     if config is None or isinstance(record.get("model"), dict):
         config = _agreed(config, _config_of(record, checkpoint), checkpoint)
-    return _checked(checkpoint, source, config, _dtype_of(record, checkpoint), ema)
+    return _checked(checkpoint, source, config, _dtype_of(record, checkpoint))
 
 
 def tokenizer_of(path: Path) -> Path:
@@ -111,8 +107,7 @@ def _saved_in(directory: Path) -> torch.dtype:
     return known.get(name, torch.float32) if isinstance(name, str) else torch.float32
 
 
-def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype, ema: bool) -> OpenModel:
-    source = averaged(source, path) if ema else source
+def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype) -> OpenModel:
     problems = model_problems(source, config, str(path))
     if problems:
         raise UserError(*problems)

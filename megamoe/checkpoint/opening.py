@@ -1,7 +1,6 @@
 """Read a model's weights and optimizer state by plain names, whatever wrote them and for however many ranks.
 
     IndexedFiles     what megamoe saves: each rank's slices of the fp32 masters and of the optimizer's state
-    RankFiles        the same as DeepSpeed saves it
     UniversalFiles   DeepSpeed's Universal Checkpoint: a folder for each parameter
     PlainFiles       a state_dict, safetensors, a Hugging Face directory of megamoe's own class: weights alone
     NativeFiles      a Hugging Face directory of a class of transformers: weights alone
@@ -14,23 +13,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megamoe.checkpoint import folders, verify
-from megamoe.checkpoint.deepspeed_files import MAIN_FILE, RankFiles, UniversalFiles
 from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.formats.native_files import NativeFiles, is_native
+from megamoe.checkpoint.universal import UniversalFiles
+from megamoe.config.optimizers import AVERAGE, MASTERS
+from megamoe.formats.native_files import is_native, open_native
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS, PlainFiles, weight_files
-from megamoe.formats.source import Source
+from megamoe.formats.source import Source, WeightsAlone
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
 
 
-def open_source(path: Path, open_files: int | None = None) -> Source:
+def open_source(path: Path, ema: bool = False) -> Source:
     """Open a checkpoint folder, a file of plain weights, or a folder of them.
 
+    Args:
+        ema: the averaged weights of a run with --ema_decay in the place of the weights.
+
     The bytes of megamoe's own form are verified as they are read, those of others not at all. Raises UserError if it is
-    none of these or cannot be read.
+    none of these, cannot be read, or holds no averaged weights.
     """
+    source = _open(path)
+    if not ema:
+        return source
+    if AVERAGE.name not in source.state_names:
+        raise UserError(
+            f"{path} holds no averaged weights, which a run saves that trains with --ema_decay; give a checkpoint of "
+            "one, or leave --ema out."
+        )
+    return AveragedWeights(source)
+
+
+def _open(path: Path) -> Source:
     if folders.FILE.fullmatch(path.name) and path.is_file():
         raise UserError(f"{path} is one file of a checkpoint; give the folder, {path.parent}.")
     if path.is_file() and path.suffix in (".safetensors", *STATE_DICT_ENDINGS):
@@ -43,14 +60,12 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
     try:
         if (path / "zero").is_dir():
             return UniversalFiles(path)
-        if (path / MAIN_FILE).is_file():
-            return RankFiles(path, open_files)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{path} is not laid out as DeepSpeed lays out a checkpoint with experts ({error!r}); give another."
+            f"{path} is not laid out as DeepSpeed lays out a Universal Checkpoint ({error!r}); give another."
         ) from None
     if path.is_dir() and is_native(path):
-        return _native_source(path)
+        return open_native(path)
     for suffix in (".safetensors", ".bin"):
         if files := weight_files(path, suffix):
             return PlainFiles(files)
@@ -60,15 +75,16 @@ def open_source(path: Path, open_files: int | None = None) -> Source:
     )
 
 
-def _native_source(directory: Path) -> Source:
-    files = weight_files(directory, ".safetensors")
-    if not files:
-        pickles = sorted(directory.glob("*.bin"))
-        raise UserError(
-            f"{directory} holds {f'{pickles[0].name}, a pickle, and ' if pickles else ''}no .safetensors; give one "
-            "that holds the weights as safetensors."
-        )
-    return NativeFiles(directory, files)
+class AveragedWeights(WeightsAlone):
+    """A source whose weights are the averaged ones of another, with the router statistics of that."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.shapes, self.buffers = source.shapes, source.buffers
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        assert kind == MASTERS
+        return self._source.read(name, AVERAGE.name, start, count)
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -62,12 +62,20 @@ class Retention:
         if not self._keep_last:
             return
         try:
-            folders.prune(
-                self._folder, self._keep_last, self._keep_every, lambda path: self._is_good(path, good_until),
-                self.left_behind,
-            )  # fmt: skip
+            found = [path for path in folders.checkpoints(self._folder) if path not in self.left_behind]
+            kept, rest = found[: self._keep_last], found[self._keep_last :]
+            spared = None  # the newest to go back to, where no kept one is
+            if rest and not any(self._is_good(path, good_until) for path in kept):
+                spared = next((path for path in rest if self._is_good(path, good_until)), None)
+            for path in rest:
+                if path != spared and not self._is_one_of_every(path):
+                    folders.discard(path)
         except OSError as error:
             print(f"error: old checkpoints in {self._folder} cannot be removed ({error}).", file=sys.stderr, flush=True)
+
+    def _is_one_of_every(self, checkpoint: Path) -> bool:
+        step = folders.step_of(checkpoint)
+        return bool(self._keep_every) and step is not None and step % self._keep_every == 0
 
     def _is_good(self, checkpoint: Path, good_until: int | None) -> bool:
         """Whether no step of its window was skipped for a gradient that is not finite, and the run might go back to

@@ -24,8 +24,15 @@ from megamoe.utils.errors import UserError
 BLOCK_BYTES = 1 << 24
 MOST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 ALIGNMENT = 8  # of the first tensor
-# torch's name and the container's, of what an optimizer may keep.
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int8": "I8", "uint8": "U8"}
+# The container's name of what an optimizer may keep, by torch's.
+CONTAINER_DTYPES = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float64": "F64",
+    "int8": "I8",
+    "uint8": "U8",
+}
 
 
 class TensorRecord(BaseModel):
@@ -54,6 +61,16 @@ def number_of_blocks(nbytes: int) -> int:
 def sha256(data: Any) -> str:
     """SHA-256 of a buffer, as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file of any size, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
 def _as_bytes(tensor: Tensor) -> memoryview:
@@ -97,7 +114,7 @@ def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     position = 0
     for name, tensor in tensors.items():
         entries[name] = {
-            "dtype": DTYPES[_dtype_name(tensor.dtype)],
+            "dtype": CONTAINER_DTYPES[_dtype_name(tensor.dtype)],
             "shape": [len(tensor)],
             "data_offsets": [position, position + tensor.nbytes],
         }

@@ -1,30 +1,139 @@
-"""Write DeepSpeed's Universal Checkpoint, optimizer included: a bridge from a checkpoint to DeepSpeed's own loader."""
+"""DeepSpeed's Universal Checkpoint, optimizer included: a folder for each of the engine's parameters.
+
+The bridge to DeepSpeed's own loader. `manifest.json` has the size and SHA-256 of each file; one that DeepSpeed itself
+has written has none.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
 from deepspeed.checkpoint.constants import EP_IS_EXPERT_PARAM, EP_NUM_EXPERTS
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 
-from megamoe.checkpoint import manifest
-from megamoe.checkpoint.deepspeed_files import MAIN_FILE, RankFiles
-from megamoe.checkpoint.indexed_files import IndexedFiles
+from megamoe.checkpoint import folders
+from megamoe.checkpoint.index import FileRecord
+from megamoe.checkpoint.indexed_files import IndexedFiles, whole_file_problems
+from megamoe.checkpoint.slice_file import file_sha256
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.export import output
-from megamoe.model.names import Part, engine_name, engine_parameters, engine_shape, is_engine_expert
+from megamoe.formats.unpickle import safe_load
+from megamoe.model.names import (
+    Part,
+    engine_name,
+    engine_parameters,
+    engine_shape,
+    is_buffer,
+    is_engine_expert,
+    plain_name,
+    plain_parts,
+)
+from megamoe.utils import disk
 from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import read_json
+
+MAIN_FILE = "mp_rank_00_model_states.pt"
+OPTIMIZER_FILE = "zero/optimizer_state.pt"
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-def write_universal(source: IndexedFiles | RankFiles, run: dict[str, Any], out: Path) -> None:
+class Manifest(BaseModel):
+    """What a Universal Checkpoint of megamoe's says about itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    layout: Literal["universal"]
+    files: dict[str, FileRecord]
+    """By name relative to the checkpoint."""
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+class UniversalFiles:
+    """The state in a Universal Checkpoint. All experts of a layer are in one folder."""
+
+    has_optimizer = True
+
+    def __init__(self, folder: Path):
+        """Raises UserError if a file is missing or damaged."""
+        self.folder = folder
+        self._main = safe_load(folder / MAIN_FILE)
+        self._optimizer = safe_load(folder / OPTIMIZER_FILE)
+        names = [path.name for path in sorted((folder / "zero").iterdir()) if path.is_dir()]
+        # Experts of a layer, which come one after the other, are in one file.
+        self._parameter: Callable[[str, str], Tensor] = lru_cache(1)(self._open_parameter)
+        self._parts: dict[str, tuple[str, Part]] = {}  # by plain name, with the folder that it is in
+        for name in names:
+            shape = tuple(self._parameter(name, MASTERS).shape)
+            self._parts.update((part.name, (name, part)) for part in plain_parts(name, shape))
+        self.shapes = {name: part.shape for name, (_, part) in self._parts.items()}
+        self._kinds = {name: {path.stem for path in (folder / "zero" / name).glob("*.pt")} for name in names}
+        self.state_names = _state_names(set.union(*self._kinds.values()))
+        module = self._main["module"]
+        self.buffers = {plain_name(name): tensor for name, tensor in module.items() if is_buffer(name)}
+
+    def _open_parameter(self, name: str, kind: str) -> Tensor:
+        return safe_load(self.folder / "zero" / name / f"{kind}.pt")["param"]
+
+    def state_of(self, name: str) -> tuple[str, ...]:
+        return _state_names(self._kinds[self._parts[name][0]])
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        folder, part = self._parts[name]
+        return self._parameter(folder, kind).flatten()[part.start + start : part.start + start + count].float()
+
+    def training_state(self) -> dict[str, Any]:
+        folder, _ = next(iter(self._parts.values()))
+        step = self.folder / "zero" / folder / "step.pt"
+        scaler = vars(self._optimizer["loss_scaler"])
+        return {
+            **{key: self._main[key] for key in (*COUNTERS, "lr_scheduler")},
+            "optimizer_step": safe_load(step) if step.is_file() else None,
+            "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, (bool, int, float))},
+        }
+
+
+def _state_names(files: set[str]) -> tuple[str, ...]:
+    return tuple(sorted(files - {MASTERS, "step"}))
+
+
+def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What keeps the files in a manifest from being those that were saved, one sentence each; of one share of `parts`.
+
+    Raises UserError if the manifest is malformed, or of another step than the name of its folder; OSError where a file
+    cannot be read now.
+    """
+    path = checkpoint / folders.MANIFEST
+    try:
+        manifest = Manifest.model_validate(read_json(path))
+    except ValidationError:
+        raise UserError(f"{path} does not list its files with bytes and sha256; use an older checkpoint.") from None
+    if folders.step_of(checkpoint) not in (None, manifest.step):
+        raise UserError(
+            f"{path} is of step {manifest.step}, but its folder is called {checkpoint.name}; use an older checkpoint."
+        )
+    share = list(manifest.files.items())[part::parts]
+    return [problem for name, record in share for problem in whole_file_problems(checkpoint / name, record)]
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_universal(source: IndexedFiles, run: dict[str, Any], out: Path) -> None:
     """DeepSpeed's Universal Checkpoint of a checkpoint, as `out`, with a manifest. Raises UserError.
 
-    There is a folder for each of the engine's parameters. One of experts holds all experts of its layer, (E, rows,
-    columns), with the marks by which DeepSpeed's own loader gives each rank its own, at any ep_size.
+    One folder of experts holds all experts of its layer, (E, rows, columns), with the marks by which DeepSpeed's own
+    loader gives each rank its own, at any ep_size.
 
     Args:
         run: the record of the run.
@@ -36,13 +145,10 @@ def write_universal(source: IndexedFiles | RankFiles, run: dict[str, Any], out: 
     training = source.training_state()
     step = training["optimizer_step"]
     with output(out) as partial:
-        files: dict[str, manifest.FileRecord] = {}
 
         def save(name: str, value: Any) -> None:
-            path = partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(value, path)
-            files[name] = manifest.file_record(path)
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(value, partial / name)
 
         parameters = engine_parameters(source.shapes)
         for name, parts in parameters.items():
@@ -51,14 +157,23 @@ def write_universal(source: IndexedFiles | RankFiles, run: dict[str, Any], out: 
             if step is not None:
                 save(f"zero/{name}/step.pt", step)
         groups = _groups(training, len(parameters))
-        save("zero/optimizer_state.pt", _optimizer_state(source, training, groups, run))
+        save(OPTIMIZER_FILE, _optimizer_state(source, training, groups, run))
         save(MAIN_FILE, _main_state(source, training, groups, run))
         (partial / "run.json").write_text(json.dumps(run, indent=2))
-        files["run.json"] = manifest.file_record(partial / "run.json")
-        manifest.seal(partial, {"step": training["global_steps"], "layout": "universal"}, files)
+        _write_manifest(partial, training["global_steps"])
 
 
-def _parameter(source: IndexedFiles | RankFiles, name: str, parts: list[Part], kind: str) -> dict[str, Any]:
+def _write_manifest(folder: Path, step: int) -> None:
+    files = {
+        str(path.relative_to(folder)): FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = Manifest(step=step, layout="universal", files=files)
+    disk.write_file(folder / folders.MANIFEST, manifest.model_dump_json(exclude_defaults=True, indent=1).encode())
+
+
+def _parameter(source: IndexedFiles, name: str, parts: list[Part], kind: str) -> dict[str, Any]:
     """What DeepSpeed's `load_hp_checkpoint_state` reads of one of the engine's parameters."""
     shape = engine_shape(name, parts)
     values = torch.empty(shape)
@@ -82,7 +197,7 @@ def _groups(training: dict[str, Any], num_parameters: int) -> list[dict[str, Any
 
 
 def _optimizer_state(
-    source: IndexedFiles | RankFiles, training: dict[str, Any], groups: list[dict[str, Any]], run: dict[str, Any]
+    source: IndexedFiles, training: dict[str, Any], groups: list[dict[str, Any]], run: dict[str, Any]
 ) -> dict[str, Any]:
     """What DeepSpeed keeps once for all parameters (`DeepSpeedZeroOptimizer._load_global_state`, and its groups)."""
     fields = training["loss_scaler"]
@@ -95,26 +210,26 @@ def _optimizer_state(
         "dynamic_loss_scale": dynamic,
         "overflow": False,
         **({} if clipping is None else {"clip_grad": clipping}),  # else the engine keeps its own
-        "zero_stage": source.zero_stage,
+        "zero_stage": source.index.topology.zero_stage,
         "ds_version": deepspeed.__version__,  # whose layout this is
         "param_groups": groups,
     }
 
 
 def _main_state(
-    source: IndexedFiles | RankFiles, training: dict[str, Any], groups: list[dict[str, Any]], run: dict[str, Any]
+    source: IndexedFiles, training: dict[str, Any], groups: list[dict[str, Any]], run: dict[str, Any]
 ) -> dict[str, Any]:
     """What DeepSpeed's loader reads of the main file, the parameters having folders of their own."""
     return {
         "module": {engine_name(name): tensor for name, tensor in source.buffers.items()},
         "optimizer": None,
         "lr_scheduler": {
-            **{key: training["lr_scheduler"][key] for key in ("last_epoch", "_step_count")},
+            **training["lr_scheduler"],
             "_last_lr": [group["lr"] for group in groups],
             "lr_lambdas": [],  # the engine keeps its own
         },
-        **{key: training[key] for key in ("global_steps", "global_samples", "skipped_steps")},
-        "dp_world_size": source.world_size,
+        **{key: training[key] for key in COUNTERS},
+        "dp_world_size": source.index.topology.world_size,
         "mp_world_size": 1,
         "ds_config": run.get("deepspeed"),
         "ds_version": deepspeed.__version__,

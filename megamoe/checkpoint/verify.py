@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megamoe.checkpoint import folders, indexed_files, manifest
-from megamoe.checkpoint.deepspeed_files import MAIN_FILE
+from megamoe.checkpoint import folders, indexed_files, universal
 from megamoe.checkpoint.index import read_index
 from megamoe.utils.errors import UserError
 
@@ -21,9 +20,8 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     try:
         if folders.has_index(checkpoint):
             return indexed_files.problems(checkpoint, read_index(checkpoint), part, parts)
-        listed = manifest.read_manifest(checkpoint)
-        if listed is not None:
-            return manifest.file_problems(checkpoint, listed, part, parts)
+        if (checkpoint / folders.MANIFEST).is_file():
+            return universal.problems(checkpoint, part, parts)
         problem = incomplete(checkpoint)
     except UserError as error:
         return error.problems
@@ -36,7 +34,7 @@ def incomplete(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir() or folders.is_complete(checkpoint):
         return None
     in_run = folders.step_of(checkpoint) is not None and folders.run_of(checkpoint) is not None
-    of_form_1 = (checkpoint / "run.json").is_file() and (checkpoint / MAIN_FILE).is_file()
-    if in_run or of_form_1 or any(checkpoint.glob("rank_*.safetensors")):
+    universal_of_ours = (checkpoint / "run.json").is_file() and (checkpoint / universal.MAIN_FILE).is_file()
+    if in_run or universal_of_ours or any(checkpoint.glob("rank_*.safetensors")):
         return f"{checkpoint} was not saved completely, for it has no {folders.INDEX}; use an older checkpoint."
     return None

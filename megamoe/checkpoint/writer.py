@@ -20,7 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import DistError, Store
+from torch.distributed import DistError, HashStore, PrefixStore, Store
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.engine_state import (
@@ -31,12 +31,12 @@ from megamoe.checkpoint.engine_state import (
     topology,
     training_record,
 )
-from megamoe.checkpoint.exchange import SaveExchange
 from megamoe.checkpoint.host_copy import HostCopy
-from megamoe.checkpoint.index import FileRecord, Index, SliceRecord, metadata, write_index
+from megamoe.checkpoint.index import FileRecord, FlatSlice, Index, write_index, write_slices
 from megamoe.checkpoint.retention import Retention
-from megamoe.checkpoint.slice_file import sha256, write_tensors
+from megamoe.checkpoint.slice_file import sha256
 from megamoe.data.ledger import DataLedger
+from megamoe.launch.exchange import ask, forget, post, receive, serve
 from megamoe.utils import disk
 
 POLL_SECONDS = 0.1
@@ -47,7 +47,8 @@ SLOW_DISK_BYTES_PER_SECOND = 100e6
 class _Save:
     """One save, as the thread gets it."""
 
-    number: int  # of this process
+    number: int  # of this writer
+    store: Store  # where the ranks exchange what they say about it, for a thread may call no collective
     step: int
     state: RankState
     index: Index | None  # on rank 0: all but the files
@@ -94,7 +95,10 @@ class CheckpointWriter:
         self.rank = dist.get_rank()
         self._resumed = resumed
         self._waiting = waiting
-        self._exchange = SaveExchange(store, self.rank, dist.get_world_size())
+        self._ranks = range(dist.get_world_size())
+        store = store or HashStore()
+        # The same number on every rank, for each makes the same writers.
+        self._store = PrefixStore(f"writer/{store.add(f'writers/{self.rank}', 1)}", store)
         self._host_copy = HostCopy() if background else None
         self._saves = 0
         self._thread: threading.Thread | None = None
@@ -151,7 +155,8 @@ class CheckpointWriter:
         self._failure = "the thread that saves has failed"  # until it says otherwise
         self._engine_is_free.clear()
         index = self._index(step, skipped, guard) if self.rank == 0 else None
-        save = _Save(self._saves, step, rank_state(self.engine), index, hold, good_until, self._event(), started)
+        store, state = PrefixStore(str(self._saves), self._store), rank_state(self.engine)
+        save = _Save(self._saves, store, step, state, index, hold, good_until, self._event(), started)
         self._thread = threading.Thread(target=self._work, args=(save, None if hold else self._host_copy), daemon=True)
         self._thread.start()
         self._waited = time.perf_counter() - started
@@ -194,12 +199,7 @@ class CheckpointWriter:
             if save.ready:
                 torch.cuda.set_device(self.engine.device)  # a new thread's is the first, where it would take memory
             part = self._write(save, host_copy)
-            self._exchange.post(save.number, part)
-            if save.index:
-                self._failure = self._commit(save.number, save.index)
-                self._exchange.conclude(save.number, self._failure)
-            else:
-                self._failure = self._exchange.outcome(save.number)
+            self._failure = self._conclude(save, part)
             self._last_seconds = time.perf_counter() - save.started
             if self.retention:
                 self._report(save)
@@ -210,16 +210,28 @@ class CheckpointWriter:
         finally:
             self._engine_is_free.set()
 
+    def _conclude(self, save: _Save, part: dict[str, Any]) -> str | None:
+        """Give rank 0 this rank's part; returns why the save failed, if so, the same on every rank."""
+        index = save.index
+        if index is None:
+            return ask(save.store, self.rank, part)
+        return serve(
+            save.store, 0, part, self._ranks, lambda parts: self._commit(list(parts.values()), index),
+            exits=lambda failure: False,
+        )  # fmt: skip
+
     def _write(self, save: _Save, host_copy: HostCopy | None) -> dict[str, Any]:
         """Write this rank's file; returns its part of the index, or the error: the other ranks wait for it, so nothing
         is raised but DistError."""
         if save.index:
-            self._exchange.begin(save.number, self._begin(save.index))
+            post(save.store, "plan", self._begin(save.index))
+            if save.number > 2:  # every rank has taken part in the save before, and is done with that before it
+                forget(PrefixStore(str(save.number - 2), self._store), self._ranks, "plan")
         try:
             tensors = host_copy.take(save.state.tensors, save.ready) if host_copy else None
             if tensors is not None:
                 self._engine_is_free.set()
-            plan = self._exchange.plan(save.number)
+            plan = receive(save.store, "plan")
             if plan["error"]:
                 return {"error": plan["error"]}
             tensors = save.state.tensors if tensors is None else tensors
@@ -232,24 +244,17 @@ class CheckpointWriter:
             self._engine_is_free.set()
 
     def _write_file(self, checkpoint: Path, save_id: str, state: RankState, tensors: list[Tensor]) -> dict[str, Any]:
-        file = folders.rank_file(self.rank)
-        flat = {
-            f"{kind}/{piece.name}": tensors[number][piece.offset : piece.offset + piece.count]
-            for kind in dict.fromkeys(kind for piece in state.slices for kind in piece.tensors)  # one after the other
-            for piece in state.slices
-            if (number := piece.tensors.get(kind)) is not None
-        }
-        header, records = write_tensors(checkpoint / file, flat, metadata(save_id, file))
-        disk.flush(checkpoint / file)
+        path = checkpoint / folders.rank_file(self.rank)
         slices = [
-            SliceRecord(
-                name=piece.name, start=piece.start, count=piece.count,
-                tensors={kind: records[f"{kind}/{piece.name}"] for kind in piece.tensors},
-            )
+            FlatSlice(piece.name, piece.start, {
+                kind: tensors[number][piece.offset : piece.offset + piece.count]
+                for kind, number in piece.tensors.items()
+            })
             for piece in state.slices
         ]  # fmt: skip
-        record = FileRecord(bytes=(checkpoint / file).stat().st_size, header=header, slices=slices)
-        return {"save_id": save_id, "file": file, "record": record.model_dump(), "shapes": state.shapes}
+        record = write_slices(path, save_id, slices)
+        disk.flush(path)
+        return {"save_id": save_id, "file": path.name, "record": record.model_dump(), "shapes": state.shapes}
 
     # --- rank 0 -----------------------------------------------------------------------------------------------------
 
@@ -278,9 +283,9 @@ class CheckpointWriter:
             return {"error": str(error)}
         return {"error": None, "checkpoint": str(checkpoint), "save_id": index.save_id}
 
-    def _commit(self, number: int, index: Index) -> str | None:
-        """Returns why it failed, if so: the other ranks wait to hear of it, so nothing is raised but DistError."""
-        parts = self._exchange.gather(number)
+    def _commit(self, parts: list[dict[str, Any]], index: Index) -> str | None:
+        """Join the parts of all ranks. Returns why it failed, if so: the others wait to hear of it, so nothing is
+        raised."""
         checkpoint = self._checkpoint(index.step)
         try:
             error = next((part["error"] for part in parts if "error" in part), None)
@@ -289,7 +294,8 @@ class CheckpointWriter:
             files = {part["file"]: FileRecord(**part["record"]) for part in parts}
             for part in parts:
                 path = checkpoint / part["file"]
-                if part["save_id"] != index.save_id or _size(path) != part["record"]["bytes"]:
+                is_there = path.exists() and path.stat().st_size == part["record"]["bytes"]
+                if part["save_id"] != index.save_id or not is_there:
                     return (
                         f"rank 0 does not see {path} as its rank wrote it; put the run on a file system that all hosts "
                         "share"
@@ -334,13 +340,6 @@ class CheckpointWriter:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 def _add_script(checkpoint: Path) -> FileRecord:

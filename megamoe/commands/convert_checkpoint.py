@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.averaged import averaged
 from megamoe.checkpoint.open_model import OpenModel, open_model
 from megamoe.checkpoint.opening import find_checkpoint, open_source
 from megamoe.config import cli
+from megamoe.config.recipe import DTYPES
 from megamoe.data.tokenizer import tokenizer_file
 from megamoe.formats.config_json import find_preset
 from megamoe.formats.export import (
-    DTYPES,
     Entry,
     bytes_of_shard,
     entries,
@@ -78,8 +77,7 @@ def print_plan(groups: list[list[Entry]]) -> None:
 def convert_weights(args: argparse.Namespace, form: str) -> Path:
     """To a state_dict or safetensors, for which the model need not be known. Returns where the weights were."""
     path = find_checkpoint(args.model)
-    source, dtype = open_source(path, open_files=1), DTYPES[args.dtype]
-    source = averaged(source, path) if args.ema else source
+    source, dtype = open_source(path, args.ema), DTYPES[args.dtype]
     in_one_file = form == "state_dict" or args.out.suffix == ".safetensors"
     if args.dry_run:
         everything = entries(source, dtype)
@@ -170,7 +168,7 @@ def main() -> None:
     if form in ("state_dict", "safetensors"):
         path = convert_weights(args, form)
     else:
-        model = open_model(args.model, find_preset(args.preset) if args.preset else None, open_files=1, ema=args.ema)
+        model = open_model(args.model, find_preset(args.preset) if args.preset else None, ema=args.ema)
         path = model.path
         (convert_to_gguf if form == "gguf" else convert_to_directory)(model, args)
     if not args.dry_run:

@@ -12,7 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 
 from megamoe.checkpoint import folders, verify
-from megamoe.checkpoint.deepspeed_files import RankFiles
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import open_source, run_record
 from megamoe.config import cli
@@ -51,8 +50,9 @@ def unsafe_problems(checkpoint: Path) -> list[str]:
 
 
 def print_origin(checkpoint: Path, source: Source) -> None:
-    if isinstance(source, (IndexedFiles, RankFiles)):
-        print(f"topology: {source.world_size} ranks, ep_size {source.ep_size}, ZeRO-{source.zero_stage}")
+    if isinstance(source, IndexedFiles):
+        saved_on = source.index.topology
+        print(f"topology: {saved_on.world_size} ranks, ep_size {saved_on.ep_size}, ZeRO-{saved_on.zero_stage}")
     else:
         print("topology: any (Universal layout)" if source.has_optimizer else "topology: any (weights alone)")
     if source.has_optimizer:
@@ -90,6 +90,6 @@ def main() -> None:
         raise UserError(f"{checkpoint} does not exist; give a run folder or a checkpoint.")
     print(checkpoint)
     print_files(checkpoint)
-    source = open_source(checkpoint, open_files=1)
+    source = open_source(checkpoint)
     print_origin(checkpoint, source)
     print_norms(source)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megamoe.checkpoint.deepspeed_files import RankFiles
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
 from megamoe.checkpoint.universal import write_universal
@@ -25,10 +24,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="run folder to make")
     args = parser.parse()
     checkpoint = find_checkpoint(args.checkpoint)
-    source = open_source(checkpoint, open_files=1)
-    if not isinstance(source, (IndexedFiles, RankFiles)):
+    source = open_source(checkpoint)
+    if not isinstance(source, IndexedFiles):
         raise UserError(f"{checkpoint} fits any number of ranks as it is; there is nothing to reshard.")
-    name = f"step_{source.training_state()['global_steps']}"
+    saved_on, name = source.index.topology, f"step_{source.index.step}"
     run_dir = checkpoint.parent.parent
     with output(args.out) as partial:
         folder = partial / "checkpoints"
@@ -40,4 +39,6 @@ def main() -> None:
             if (run_dir / file).is_file():
                 shutil.copyfile(run_dir / file, partial / file)
     folder = args.out / "checkpoints"
-    print(f"wrote {folder / name} from {checkpoint}, saved by {source.world_size} ranks at ep_size {source.ep_size}")
+    print(
+        f"wrote {folder / name} from {checkpoint}, saved by {saved_on.world_size} ranks at ep_size {saved_on.ep_size}"
+    )

@@ -2,7 +2,7 @@
 
 An entry says what each key of the class's config.json is among the fields of ModelConfig, and under which names its
 files hold the tensors. `config_json.py` and `tensor_names.py` read the table, and only
-`upcycle_config.py` names entries of it, as what a dense class becomes.
+`upcycle.py` names entries of it, as what a dense class becomes.
 Sources: configuration_*.py, modeling_*.py and conversion_mapping.py of transformers 5.24, and published files.
 """
 
@@ -103,31 +103,17 @@ GROUPS = {
 NO_DROPOUT = {"attention_dropout": (0.0,)}
 FULL_ROTARY = {"partial_rotary_factor": (1.0,)}
 
-_NAMES = "names the class; the code of the directory is never run"
-_TOKENS = "ids of tokens, which the tokenizer knows"
-_DTYPE = "the dtype to load in; each tensor of a file has its own"
 _TRAINING = "training alone"
-_OUTPUTS = "what a call returns"
-IGNORED = {
-    "architectures": _NAMES,
-    "model_type": _NAMES,
-    "auto_map": _NAMES,
-    "_name_or_path": _NAMES,
-    "transformers_version": "who wrote the file",
-    "torch_dtype": _DTYPE,
-    "dtype": _DTYPE,
-    "bos_token_id": _TOKENS,
-    "eos_token_id": _TOKENS,
-    "pad_token_id": _TOKENS,
-    "use_cache": _OUTPUTS,
-    "output_router_logits": _OUTPUTS,
-    "output_attentions": _OUTPUTS,
-    "output_hidden_states": _OUTPUTS,
-    "return_dict": _OUTPUTS,
-    "router_jitter_noise": _TRAINING,
-    "router_aux_loss_coef": _TRAINING,
-    "_attn_implementation_autoset": "how it is computed",
+_REASONS = {
+    "names the class; the code of the directory is never run": "architectures model_type auto_map _name_or_path",
+    "who wrote the file": "transformers_version",
+    "the dtype to load in; each tensor of a file has its own": "torch_dtype dtype",
+    "ids of tokens, which the tokenizer knows": "bos_token_id eos_token_id pad_token_id",
+    "what a call returns": "use_cache output_router_logits output_attentions output_hidden_states return_dict",
+    "how it is computed": "_attn_implementation_autoset",
+    _TRAINING: "router_jitter_noise router_aux_loss_coef",
 }
+IGNORED = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
 _MTP = "multi-token prediction: the weights say whether there is any"
 
 # --- names of tensors within a layer ----------------------------------------------------------------------------------

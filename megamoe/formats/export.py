@@ -27,7 +27,6 @@ from torch import Tensor
 import megamoe
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
-from megamoe.config.recipe import DTYPES as DTYPES  # where zero_to_fp32.py in saved checkpoints looks for it
 from megamoe.formats.config_json import OWN, TRAINING_ONLY
 from megamoe.formats.source import Source
 from megamoe.formats.tokenizer_files import write_generation_config, write_tokenizer

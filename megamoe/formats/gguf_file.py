@@ -35,7 +35,7 @@ from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import BIAS
 from megamoe.formats.export import Entry, output, rounded
 from megamoe.formats.gguf_models import (
-    Architecture,
+    GgufArchitecture,
     architecture_of,
     frequency_factors,
     limits_groups,
@@ -82,7 +82,7 @@ class LazyTensor:
             file.write(bits.contiguous().numpy().data)
 
 
-def fitting(source: Source, config: ModelConfig) -> Architecture:
+def fitting(source: Source, config: ModelConfig) -> GgufArchitecture:
     """The architecture of llama.cpp that holds the model. Raises UserError if none does."""
     biased = any(bool(bias.any()) for name, bias in source.buffers.items() if name.endswith(BIAS))
     return architecture_of(config, biased)
@@ -117,7 +117,7 @@ def write_gguf(source: Source, out: Path, dtype: torch.dtype, config: ModelConfi
 # --- metadata -------------------------------------------------------------------------------------------------------
 
 
-def add_shape(writer: GGUFWriter, config: ModelConfig, architecture: Architecture) -> None:
+def add_shape(writer: GGUFWriter, config: ModelConfig, architecture: GgufArchitecture) -> None:
     """Sizes, and those of attention."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -177,7 +177,7 @@ def add_rope(writer: GGUFWriter, config: ModelConfig) -> None:
 
 
 def tensors(
-    source: Source, config: ModelConfig, architecture: Architecture, dtype: torch.dtype
+    source: Source, config: ModelConfig, architecture: GgufArchitecture, dtype: torch.dtype
 ) -> Iterator[LazyTensor]:
     """All tensors of the file, layer by layer. The block of multi-token prediction is left out."""
     names = get_tensor_name_map(
@@ -232,7 +232,7 @@ def read_plain(source: Source, name: str) -> Tensor:
     return source.read(name, MASTERS, 0, math.prod(shape)).float().view(shape)
 
 
-def biases(source: Source, config: ModelConfig, architecture: Architecture) -> dict[str, Tensor]:
+def biases(source: Source, config: ModelConfig, architecture: GgufArchitecture) -> dict[str, Tensor]:
     """The balancing bias of each layer; zeros where the model has none and llama.cpp wants one."""
     names = [f"model.layers.{block}.{BIAS}" for block in range(config.num_hidden_layers)]
     sparse = [name for block, name in enumerate(names) if not config.is_dense(block)]

@@ -33,7 +33,7 @@ SOME = UpTo(MAX_SIZE)
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """One of llama.cpp's graphs."""
 
     name: str
@@ -90,35 +90,35 @@ PLAIN = HEADS | {"n_shared_experts": (0,), "routed_scaling_factor": (1.0,)}
 SOFTMAX = PLAIN | {"router_score": ("softmax",), "partial_rotary_factor": (1.0,)}
 NO_OUT_BIAS = {"attention_out_bias": (False,)}
 
-ARCHITECTURES = (
-    Architecture(
+GGUF_ARCHITECTURES = (
+    GgufArchitecture(
         "llama",
         SOFTMAX | {"norm_topk_prob": (True,), "qk_norm": (None,)},
         interleaved=True,
         scaled_frequencies=True,
     ),
-    Architecture(
+    GgufArchitecture(
         "olmoe",
         SOFTMAX | NO_OUT_BIAS | {"norm_topk_prob": (False,), "qk_norm": ("full",)},
         needs_head=True,
         check=_olmoe,
     ),
-    Architecture("qwen3moe", SOFTMAX | NO_OUT_BIAS | {"norm_topk_prob": (True,), "qk_norm": ("head",)}),
-    Architecture(
+    GgufArchitecture("qwen3moe", SOFTMAX | NO_OUT_BIAS | {"norm_topk_prob": (True,), "qk_norm": ("head",)}),
+    GgufArchitecture(
         "minimax-m2",
         PLAIN | NO_OUT_BIAS | {"norm_topk_prob": (True,), "qk_norm": ("full",)},
         selection_bias=True,
         needs_bias=True,
         needs_head=True,
     ),
-    Architecture(
+    GgufArchitecture(
         "glm4moe",
         HEADS | NO_OUT_BIAS | {"qk_norm": (None, "head"), "n_shared_experts": SOME},
         selection_bias=True,
         needs_bias=True,
         dense_blocks=True,
     ),
-    Architecture(
+    GgufArchitecture(
         "deepseek2",
         EVERY | NO_OUT_BIAS | {"kv_lora_rank": SOME, "n_shared_experts": SOME, "attention_bias": (False,)},
         interleaved=True,
@@ -129,14 +129,14 @@ ARCHITECTURES = (
 )
 
 
-def architecture_of(config: ModelConfig, biased: bool) -> Architecture:
+def architecture_of(config: ModelConfig, biased: bool) -> GgufArchitecture:
     """The first architecture that computes what a model of `config` does. Raises UserError, a sentence for each field
     that the nearest one cannot hold.
 
     Args:
         biased: whether the balancing bias of some layer is not zero.
     """
-    found = [(problems(config, architecture, biased), architecture) for architecture in ARCHITECTURES]
+    found = [(problems(config, architecture, biased), architecture) for architecture in GGUF_ARCHITECTURES]
     misfits, nearest = min(found, key=lambda pair: len(pair[0]))
     if misfits:
         raise UserError(
@@ -148,7 +148,7 @@ def architecture_of(config: ModelConfig, biased: bool) -> Architecture:
     return nearest
 
 
-def problems(config: ModelConfig, architecture: Architecture, biased: bool) -> list[str]:
+def problems(config: ModelConfig, architecture: GgufArchitecture, biased: bool) -> list[str]:
     """What `architecture` cannot hold of a model, each in words."""
     name = architecture.name
     found = [
@@ -169,7 +169,7 @@ def _choices(values: UpTo | tuple[Any, ...]) -> str:
     return " or ".join(map(shown, values))
 
 
-def _dense(config: ModelConfig, architecture: Architecture) -> list[str]:
+def _dense(config: ModelConfig, architecture: GgufArchitecture) -> list[str]:
     dense = [block for block in range(config.num_hidden_layers) if config.is_dense(block)]
     if dense and not architecture.dense_blocks:
         return [f"block {dense[0]} is dense, but {architecture.name} has experts in all blocks"]
@@ -191,7 +191,7 @@ def limits_groups(config: ModelConfig) -> bool:
     return config.topk_group < config.n_group
 
 
-def _rope(config: ModelConfig, architecture: Architecture) -> list[str]:
+def _rope(config: ModelConfig, architecture: GgufArchitecture) -> list[str]:
     scaling, name = config.rope_scaling, architecture.name
     kind = scaling and scaling["rope_type"]
     if not scaling or kind == "linear" or (kind == "llama3" and architecture.scaled_frequencies):

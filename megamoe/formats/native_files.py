@@ -6,26 +6,22 @@ reads the ranges that it asks for, of stacked experts too. No code of the direct
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import Architecture
 from megamoe.formats.config_json import OWN, read_directory
-from megamoe.formats.plain_files import Stored, open_safetensors
+from megamoe.formats.plain_files import FLOATS, Stored, open_unquantised, weight_files
 from megamoe.formats.source import WeightsAlone
 from megamoe.formats.tensor_names import Place, mtp_copies, places, plain_shapes
 from megamoe.model.names import EMBEDDING, HEAD, MTP, is_buffer
 from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import read_json
-
-DTYPES = ("F64", "F32", "F16", "BF16")
-UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older files have them; they follow from the configuration
-QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|absmax|quant_map)")
 
 
 def is_native(directory: Path) -> bool:
@@ -35,14 +31,24 @@ def is_native(directory: Path) -> bool:
     return path.is_file() and read_json(path).get("architectures") != [OWN]
 
 
+def open_native(directory: Path) -> NativeFiles:
+    """The weights in a directory. Raises UserError, also for what the table does not know."""
+    return NativeFiles(directory, *read_directory(directory))
+
+
 class NativeFiles(WeightsAlone):
     """Weights of a class of transformers, with its balancing biases, under plain names."""
 
-    def __init__(self, directory: Path, files: list[Path]):
-        """Raises UserError for what the table does not know, or does not agree with the directory's config.json."""
-        architecture, config = read_directory(directory)
-        self._tensors = {name: stored for file in files for name, stored in open_safetensors(file).items()}
-        _check_dtypes(self._tensors, directory)
+    def __init__(self, directory: Path, architecture: Architecture, config: ModelConfig):
+        """Raises UserError for weights that are not in safetensors, or not those of a model of `config`."""
+        files = weight_files(directory, ".safetensors")
+        if not files:
+            pickles = sorted(directory.glob("*.bin"))
+            raise UserError(
+                f"{directory} holds {f'{pickles[0].name}, a pickle, and ' if pickles else ''}no .safetensors; give one "
+                "that holds the weights as safetensors."
+            )
+        self._tensors = open_unquantised(files, directory)
         if architecture.mtp and any(place.tensor in self._tensors for place in _mtp_places(architecture, config)):
             config = config.model_copy(update={"num_nextn_predict_layers": 1})
         found = _find(architecture, config, self._tensors, directory)
@@ -52,6 +58,12 @@ class NativeFiles(WeightsAlone):
         self.shapes = {name: shapes[name] for name in self._places}
         self.buffers = {name: self._stretch(found[name], shapes[name][0]) for name in found if is_buffer(name)}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all weights; fp32 where they differ."""
+        dtypes = {FLOATS[self._tensors[place.tensor].dtype] for place in self._places.values()}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         assert kind == MASTERS
         place = self._places[name]
@@ -59,15 +71,6 @@ class NativeFiles(WeightsAlone):
 
     def _stretch(self, place: Place, count: int) -> Tensor:
         return self._tensors[place.tensor].get().flatten()[place.start : place.start + count].float()
-
-
-def _check_dtypes(tensors: dict[str, Stored], directory: Path) -> None:
-    for name, stored in tensors.items():
-        if stored.dtype not in DTYPES or QUANTISED.fullmatch(name):
-            raise UserError(
-                f"{directory}: {name} ({stored.dtype}) belongs to quantised weights; give the directory of the "
-                "unquantised ones."
-            )
 
 
 def _mtp_places(architecture: Architecture, config: ModelConfig) -> list[Place]:
@@ -100,11 +103,11 @@ def _find(
         found[name] = place
     known = {place.tensor for place in found.values()}
     known |= mtp_copies(config).keys() if config.num_nextn_predict_layers else set()
-    strangers = sorted(name for name in tensors.keys() - known if not UNUSED.fullmatch(name))
+    strangers = sorted(tensors.keys() - known)
     if strangers and not problems:
         problems["has"] = (
-            f"{directory} has {shown(strangers[0])}{_and_more(strangers)}, which {architecture.name} as megamoe knows "
-            "it has no place for; give a directory of that class as it was published."
+            f"{directory} has {shown(strangers[0])}{_and_more(strangers)}, for which the model of its config.json has "
+            "no place; give a directory as it was published."
         )
     if problems:
         raise UserError(*problems.values())

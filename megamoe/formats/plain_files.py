@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -19,6 +21,11 @@ from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import read_json
 
 STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
+# What unquantised weights are stored as, by the name that safetensors has for it.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older files have them; they follow from the configuration
+QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|absmax|quant_map)")
 
 
 class Stored(NamedTuple):
@@ -59,6 +66,18 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
         }
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read ({error}); make or fetch it again.") from None
+
+
+def open_unquantised(files: list[Path], directory: Path) -> dict[str, Stored]:
+    """The tensors of a model's files, all of FLOATS. Raises UserError for quantised weights."""
+    tensors = {name: stored for file in files for name, stored in open_safetensors(file).items()}
+    for name, stored in tensors.items():
+        if stored.dtype not in FLOATS or QUANTISED.fullmatch(name):
+            raise UserError(
+                f"{directory}: {name} ({stored.dtype}) belongs to quantised weights; give the directory of the "
+                "unquantised ones."
+            )
+    return {name: stored for name, stored in tensors.items() if not UNUSED.fullmatch(name)}
 
 
 def _state_dict(file: Path) -> dict[str, Stored]:

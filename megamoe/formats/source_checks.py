@@ -62,13 +62,11 @@ def _size_problems(source: Source, config: ModelConfig, where: str) -> dict[str,
             continue
         for (field, size), other in zip(shape.items(), found, strict=True):
             if size != other:
-                problems.setdefault(field, f"{where} was made with {field} {other}, not {size}; use the same preset.")
+                problems.setdefault(field, _other(where, field, other, size))
     for field, id_of in (("num_hidden_layers", layer_id), ("num_local_experts", expert_id)):
         ids = {id_of(name) for name in source.shapes} - {None}
         if len(ids) != getattr(config, field):
-            problems.setdefault(
-                field, f"{where} was made with {field} {len(ids)}, not {getattr(config, field)}; use the same preset."
-            )
+            problems.setdefault(field, _other(where, field, len(ids), getattr(config, field)))
     return problems
 
 
@@ -78,16 +76,12 @@ def _part_problems(source: Source, config: ModelConfig, where: str) -> dict[str,
     expected = parameter_shapes(config)
     if has_gates(source.shapes) != config.gated_mlp:
         made, expects = ("true", "false") if has_gates(source.shapes) else ("false", "true")
-        problems["gated_mlp"] = f"{where} was made with gated_mlp {made}, not {expects}; use the same preset."
+        problems["gated_mlp"] = _other(where, "gated_mlp", made, expects)
     if config.tie_word_embeddings and not _is_tied(source):
-        problems["tie_word_embeddings"] = (
-            f"{where} was made with tie_word_embeddings false, not true: its {HEAD} is not the embedding; use the same "
-            "preset."
-        )
+        why = f"true: its {HEAD} is not the embedding"
+        problems["tie_word_embeddings"] = _other(where, "tie_word_embeddings", "false", why)
     if not config.tie_word_embeddings and HEAD not in source.shapes:
-        problems["tie_word_embeddings"] = (
-            f"{where} was made with tie_word_embeddings true, not false; use the same preset."
-        )
+        problems["tie_word_embeddings"] = _other(where, "tie_word_embeddings", "true", "false")
     for field, ends in OPTIONAL_PARTS.items():
         is_there, is_expected = (any(name.endswith(ends) for name in names) for names in (source.shapes, expected))
         if is_there != is_expected:
@@ -104,6 +98,10 @@ def _part_problems(source: Source, config: ModelConfig, where: str) -> dict[str,
             "use the same preset."
         )
     return problems | _bias_problems(source, config, where)
+
+
+def _other(where: str, field: str, made: object, wanted: object) -> str:
+    return f"{where} was made with {field} {made}, not {wanted}; use the same preset."
 
 
 def _dense_blocks(names: Iterable[str]) -> list[int]:

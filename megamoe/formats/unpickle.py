@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from megamoe.utils.errors import UserError
 
 # Classes without behaviour that DeepSpeed pickles besides tensors and plain values.
-WITH_ATTRIBUTES = [fragment_address, LossScaler, DynamicLossScaler]
+WITH_ATTRIBUTES = [LossScaler, DynamicLossScaler]
 # A member of an enum is one for the whole process, and a file could change it: it becomes its number.
 ALLOWED = [*WITH_ATTRIBUTES, (int, "deepspeed.runtime.zero.config.ZeroStageEnum")]
 PLAIN = (bool, int, float, str, type(None), Tensor, torch.dtype)

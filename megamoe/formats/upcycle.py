@@ -8,9 +8,10 @@ chosen experts sum to 1, so the parts' down projections are multiplied by `split
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megamoe.formats.architectures import ROUTER
-from megamoe.formats.config_json import read_config
+from megamoe.config.model import ModelConfig
+from megamoe.config.optimizers import MASTERS
+from megamoe.formats.architectures import MIXTRAL, QWEN3_MOE, ROUTER, Architecture
+from megamoe.formats.config_json import read_config, write_config
 from megamoe.formats.export import output, save_shards
-from megamoe.formats.plain_files import Stored, open_safetensors, weight_files
+from megamoe.formats.native_files import NativeFiles
 from megamoe.formats.source import WeightsAlone
-from megamoe.formats.tokenizer_files import copy_tokenizer
-from megamoe.formats.upcycle_config import PROJECTIONS, Pair, read_dense, sparse_config
-from megamoe.model.names import EMBEDDING, HEAD
-from megamoe.utils.errors import UserError
-from megamoe.utils.json_files import write_json
+from megamoe.formats.tokenizer_files import TOKEN_IDS, copy_tokenizer
+from megamoe.model.names import HEAD
+from megamoe.utils.errors import UserError, shown
+from megamoe.utils.json_files import read_json, write_json
 
 ROUTER_STD = 0.02
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 DENSE_MLP = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(PROJECTIONS)})\.weight")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A dense class of transformers, and the sparse one that it becomes. Keys are those of config.json."""
+
+    sparse: Architecture
+    only: dict[str, tuple[Any, ...]]
+    """Keys of the dense class that must have one of these values, or be missing."""
+    dropped: tuple[str, ...]
+    """Keys of the dense class that the sparse one does not have, or reads otherwise, and that say nothing here."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """The dense class's values of missing keys, where the sparse one has others."""
+    stated: dict[str, Any] = field(default_factory=dict)
+    """Keys that make the sparse class compute what the dense one does."""
+
+
+DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "num_key_value_heads": None}  # of both dense classes
+PAIRS = {
+    "LlamaForCausalLM": Pair(
+        MIXTRAL,
+        only={"attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,)},
+        dropped=("attention_bias", "mlp_bias", "pretraining_tp"),
+    ),
+    "Qwen3ForCausalLM": Pair(
+        QWEN3_MOE,
+        only={"use_sliding_window": (False,)},
+        dropped=("sliding_window", "max_window_layers", "layer_types"),
+        defaults={"head_dim": 128},
+        stated={"norm_topk_prob": True, "mlp_only_layers": []},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -70,118 +104,97 @@ class Recipe:
 
 def upcycle(directory: Path, out: Path, recipe: Recipe, shard_bytes: int) -> str:
     """Write the sparse model of the dense one in `directory`, and return its class. Raises UserError."""
-    pair, dense = read_dense(directory / "config.json")
-    problems = recipe.problems(dense["intermediate_size"])
+    path = directory / "config.json"
+    pair, values = read_dense(path)
+    sparse = pair.sparse
+    dense = read_config(sparse, _with_experts(sparse, values, 1, 1, values.get("intermediate_size")), str(path))
+    problems = recipe.problems(dense.intermediate_size)
     if problems:
         raise UserError(*problems)
-    size = dense["intermediate_size"] // recipe.split
-    values = sparse_config(pair, dense, recipe.copies * recipe.split, recipe.top_k * recipe.split, size)
-    read_config(pair.sparse, values, str(directory / "config.json"))  # refuses what megamoe would not read again
-    source = Upcycled(DenseFiles(directory, pair, dense), pair, dense, recipe)
+    size = dense.intermediate_size // recipe.split
+    values = _with_experts(sparse, values, recipe.copies * recipe.split, recipe.top_k * recipe.split, size)
+    config = read_config(sparse, values, str(path))
+    all_dense = dense.model_copy(update={"mlp_only_layers": list(range(dense.num_hidden_layers))})
+    source = Upcycled(NativeFiles(directory, sparse, all_dense), sparse, config, recipe)
     with output(out) as folder:
         folder.mkdir()
-        write_json(folder / "config.json", {**values, "dtype": str(source.dtype).removeprefix("torch.")})
+        ids = {key: values[key] for key in TOKEN_IDS if key in values}
+        dtype = str(source.dtype).removeprefix("torch.")
+        write_json(folder / "config.json", {**write_config(sparse, config), **ids, "dtype": dtype})
         copy_tokenizer(directory, folder)
         save_shards(source, folder, source.dtype, shard_bytes)
-    return pair.sparse.name
+    return sparse.name
 
 
-def dense_shapes(pair: Pair, dense: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the dense model."""
-    hidden, size, head_dim = dense["hidden_size"], dense["intermediate_size"], dense["head_dim"]
-    query, key = (dense[heads] * head_dim for heads in ("num_attention_heads", "num_key_value_heads"))
-    rows = {"q_proj": (query, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden), "o_proj": (hidden, query)}
-    layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in rows.items()}
-    if pair.may_have_bias and dense.get("attention_bias"):
-        layer |= {f"self_attn.{name}.bias": shape[:1] for name, shape in rows.items()}
-    if pair.qk_norm:
-        layer |= {f"self_attn.{name}.weight": (head_dim,) for name in ("q_norm", "k_norm")}
-    layer |= {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    layer |= dict(
-        zip((f"mlp.{name}.weight" for name in PROJECTIONS), [(size, hidden)] * 2 + [(hidden, size)], strict=True)
-    )
-    embedding = (dense["vocab_size"], hidden)
-    shapes = {EMBEDDING: embedding, "model.norm.weight": (hidden,)}
-    if not dense.get("tie_word_embeddings", False):
-        shapes[HEAD] = embedding
-    layers = range(dense["num_hidden_layers"])
-    return shapes | {f"model.layers.{number}.{name}": shape for number in layers for name, shape in layer.items()}
+def read_dense(path: Path) -> tuple[Pair, dict[str, Any]]:
+    """The pair of a dense model's config.json, and its values as those of the sparse class, but for the experts. Raises
+    UserError."""
+    values = read_json(path)
+    names = values.get("architectures")
+    pair = PAIRS.get(names[0]) if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if pair is None:
+        raise UserError(f"{path}: architectures is {shown(names)}; give a directory of {' or '.join(PAIRS)}.")
+    if values.get("quantization_config") is not None:
+        raise UserError(f"{path}: quantization_config says that the weights are quantised; give the unquantised ones.")
+    problems = [
+        f"{path}: {key} is {shown(values[key])}, which {pair.sparse.name} has no place for; give a model with "
+        f"{' or '.join(map(shown, allowed))}."
+        for key, allowed in pair.only.items()
+        if values.get(key, allowed[0]) not in allowed
+    ]
+    if problems:
+        raise UserError(*problems)
+    values = {key: value for key, value in values.items() if key not in pair.dropped}
+    return pair, {**DEFAULTS, **pair.defaults, **values, **pair.stated}
 
 
-class DenseFiles:
-    """The safetensors of a dense model, read in ranges."""
-
-    def __init__(self, directory: Path, pair: Pair, dense: dict[str, Any]):
-        """Raises UserError if a file is missing or damaged, or the tensors are not those of the configuration."""
-        self.shapes = dense_shapes(pair, dense)
-        self._stored: dict[str, Stored] = {}
-        files = weight_files(directory, ".safetensors")
-        if not files:
-            raise UserError(f"{directory} has no .safetensors files; give a directory that has.")
-        for file in files:
-            self._stored |= open_safetensors(file)
-        if HEAD not in self.shapes:
-            self._stored.pop(HEAD, None)  # the embedding once more
-        self._stored = {name: one for name, one in self._stored.items() if not name.endswith("rotary_emb.inv_freq")}
-        self._check(directory)
-        dtypes = {DTYPES[one.dtype] for one in self._stored.values()}
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-    def _check(self, directory: Path) -> None:
-        for name, one in self._stored.items():
-            scale = name not in self.shapes and "scale" in name.rpartition(".")[2]
-            if scale or one.dtype not in DTYPES:
-                raise UserError(
-                    f"{directory}: {name} is of {one.dtype}, a quantised weight or what belongs to one; give the "
-                    "unquantised model."
-                )
-        for name in sorted(self.shapes.keys() ^ self._stored.keys()):
-            what = "lacks" if name in self.shapes else "has, beyond its config.json,"
-            raise UserError(f"{directory} {what} {name}; make or fetch it again.")
-        for name, shape in self.shapes.items():
-            found = self._stored[name].shape
-            if found != shape:
-                raise UserError(f"{directory}: {name} has the shape {found}, where its config.json says {shape}.")
-
-    def read(self, name: str, *ranges: slice) -> Tensor:
-        """A tensor, or a range of its rows and of its columns, in fp32; often a view of the mapped file."""
-        return self._stored[name].get()[ranges].float()
+def _with_experts(sparse: Architecture, values: dict[str, Any], experts: int, top_k: int, size: Any) -> dict[str, Any]:
+    """The values of a config.json with `experts` of that intermediate size in each layer."""
+    keys = {key.field: name for name, key in sparse.keys.items()}
+    fields = {"num_local_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": size}
+    return values | {keys[name]: value for name, value in fields.items()}
 
 
 class Upcycled(WeightsAlone):
     """The sparse model as a source of tensors under its published names; each is made when it is read."""
 
-    def __init__(self, files: DenseFiles, pair: Pair, dense: dict[str, Any], recipe: Recipe):
+    def __init__(self, files: NativeFiles, sparse: Architecture, config: ModelConfig, recipe: Recipe):
         self.dtype, self.buffers = files.dtype, dict[str, Tensor]()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files, self._recipe = files, recipe
         self._make: dict[str, Callable[[], Tensor]] = {}
-        names = pair.sparse.tensors
-        experts = recipe.copies * recipe.split
+        names = sparse.tensors
         for name, shape in files.shapes.items():
+            if name == HEAD and config.tie_word_embeddings:  # the embedding once more
+                continue
             mlp = DENSE_MLP.fullmatch(name)
             if not mlp:
-                self.shapes[name], self._make[name] = shape, partial(files.read, name)
+                self.shapes[name], self._make[name] = shape, partial(self._dense, name)
                 continue
             layer = f"model.layers.{mlp[1]}."
             rows, columns = shape
             narrow = (rows, columns // recipe.split) if mlp[2] == "down_proj" else (rows // recipe.split, columns)
-            for expert in range(experts):
+            for expert in range(config.num_local_experts):
                 made = layer + names[f"moe.experts.{{}}.{mlp[2]}.weight"][0].format(expert)
                 self.shapes[made], self._make[made] = narrow, partial(self._expert, name, expert)
             gate = layer + names[ROUTER][0]
-            self.shapes[gate] = (experts, dense["hidden_size"])
-            self._make[gate] = partial(self._router, int(mlp[1]), dense["hidden_size"])
+            self.shapes[gate] = (config.num_local_experts, config.hidden_size)
+            self._make[gate] = partial(self._router, int(mlp[1]), config.hidden_size)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         return self._make[name]().flatten()[start : start + count]
+
+    def _dense(self, name: str) -> Tensor:
+        """A tensor of the dense model, often a view of the mapped file."""
+        shape = self._files.shapes[name]
+        return self._files.read(name, MASTERS, 0, math.prod(shape)).view(shape)
 
     def _expert(self, name: str, expert: int) -> Tensor:
         recipe = self._recipe
         down = "down_proj" in name
         size = self._files.shapes[name][1 if down else 0] // recipe.split
         part = slice(expert % recipe.split * size, (expert % recipe.split + 1) * size)
-        weight = self._files.read(name, slice(None), part) * recipe.split if down else self._files.read(name, part)
+        weight = self._dense(name)[:, part] * recipe.split if down else self._dense(name)[part]
         if recipe.noise:
             mlp = DENSE_MLP.fullmatch(name)
             assert mlp

@@ -78,7 +78,7 @@ def _join(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> Torch
         report = asdict(here(marker))
         if is_host:
             expected = range(1, at.max_hosts + 1)
-            answer = serve(store, number, report, expected, deadline, lambda records: _check(records, number, run, at))
+            answer = serve(store, number, report, expected, lambda records: _check(records, number, run, at), deadline)
         else:
             answer = ask(store, number, report, at.seconds + ANSWER_SECONDS)
     raise_on(answer)

@@ -79,7 +79,7 @@ def _join(rank_info: RankInfo, here: Member, seconds: float) -> Rendezvous:
     if rank == 0:
         ranks = range(rank_info.world_size)
         answer = serve(
-            store, rank, asdict(here), ranks, deadline, lambda records: _check(rank_info, records),
+            store, rank, asdict(here), ranks, lambda records: _check(rank_info, records), deadline,
             exits=lambda given: bool(given["late"] or given["problems"]),
         )  # fmt: skip
     else:

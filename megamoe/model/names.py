@@ -22,8 +22,6 @@ from typing import NamedTuple
 # The plain projections of each stacked parameter, in their order within an expert.
 STACKED = {"gate_up": ("gate_proj", "up_proj"), "up": ("up_proj",), "down": ("down_proj",)}
 STACKED_EXPERTS = re.compile(rf"(.*)\.deepspeed_moe\.experts\.({'|'.join(STACKED)})")
-# One parameter per expert, as DeepSpeed's own `Experts` has them, and megamoe had before it stacked them.
-UNSTACKED_EXPERT = re.compile(r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(.*)")
 PLAIN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PREFIX = "model."
@@ -65,7 +63,7 @@ def plain_parts(name: str, shape: tuple[int, ...], first_expert: int = 0) -> lis
     """
     stacked = STACKED_EXPERTS.fullmatch(name)
     if not stacked:
-        return [Part(plain_name(name, first_expert), 0, tuple(shape))]
+        return [Part(plain_name(name), 0, tuple(shape))]
     layer, projections = f"{PREFIX}{stacked[1]}.experts", STACKED[stacked[2]]
     experts, rows, columns = shape
     part = (rows // len(projections), columns)
@@ -83,15 +81,8 @@ def stretches(parts: list[Part], start: int, count: int) -> Iterator[tuple[Part,
         yield part, first, min(end - part.start, part.count) - first
 
 
-def plain_name(name: str, first_expert: int = 0) -> str:
-    """The plain name of an engine's buffer, or of a parameter that is not stacked.
-
-    Args:
-        first_expert: id in the model of the first expert on the rank that `name` comes from.
-    """
-    expert = UNSTACKED_EXPERT.fullmatch(name)
-    if expert:
-        name = f"{expert[1]}.experts.{first_expert + int(expert[2])}.{expert[3]}"
+def plain_name(name: str) -> str:
+    """The plain name of an engine's buffer, or of a parameter that is not stacked."""
     return name if name == HEAD else PREFIX + name.replace(".deepspeed_moe.", ".")
 
 
@@ -141,23 +132,13 @@ def engine_shape(name: str, parts: list[Part]) -> tuple[int, ...]:
 
 def engine_name(name: str) -> str:
     """The engine's name of a plain one that it does not stack."""
-    name = name.removeprefix(PREFIX)
-    expert = PLAIN_EXPERT.fullmatch(name)
-    if expert:  # of another kind than megamoe's: as in DeepSpeed's own `Experts`
-        return f"{expert[1].removesuffix('experts')}deepspeed_moe.experts.deepspeed_experts.{expert[2]}.{expert[3]}"
-    return name.replace(".router.", ".deepspeed_moe.router.")
+    return name.removeprefix(PREFIX).replace(".router.", ".deepspeed_moe.router.")
 
 
 def split_expert(name: str) -> ExpertName | None:
     """The parts of a plain name; None if it is not an expert's."""
     expert = PLAIN_EXPERT.fullmatch(name)
     return ExpertName(expert[1], int(expert[2]), expert[3]) if expert else None
-
-
-def same_expert_of_first_rank(name: str, experts_per_rank: int) -> str:
-    """The plain name of the first rank's expert at the place that the expert in `name` has on its own rank."""
-    parts = split_expert(name)
-    return f"{parts.layer}.{parts.expert % experts_per_rank}.{parts.parameter}" if parts else name
 
 
 def expert_id(name: str) -> int | None:

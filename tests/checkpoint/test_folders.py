@@ -32,14 +32,11 @@ def names(paths):
 # --- names and order ------------------------------------------------------------------------------------------------
 
 
-def test_a_name_says_step_and_generation_and_comes_back(tmp_path):
+def test_a_name_says_step_and_generation_and_nothing_else_is_one(tmp_path):
     for age, name in ((Age(0, 0), "step_0"), (Age(0, 2000), "step_2000"), (Age(3, 1000), "step_1000.3")):
         assert folders.name_of(age) == name
         assert folders.age_of(tmp_path / name) == age
         assert folders.step_of(tmp_path / name) == age.step
-
-
-def test_nothing_else_is_a_checkpoints_name(tmp_path):
     others = ("step_007", "step_3.0", "step_3.01", "step_3.old", "step_", "step_x", "xstep_1", "step_1.partial",
               "step_-1", "step_1.", "step_١", "step_1١", "step_1\n", "step_" + "9" * 30, "latest")  # fmt: skip
     for name in others:
@@ -60,11 +57,6 @@ def test_the_newest_comes_first_by_generation_and_then_by_step(tmp_path):
     assert folders.checkpoints(tmp_path / "nothing") == []
 
 
-def test_a_checkpoint_is_complete_once_its_index_or_its_manifest_is_there(tmp_path):
-    for step, (last, complete) in enumerate((("index.json", True), ("manifest.json", True), (None, False))):
-        assert folders.is_complete(write(tmp_path, f"step_{step}", last)) is complete
-
-
 def test_what_is_found_at_a_path_is_a_runs_checkpoints_a_folder_of_them_or_the_path_itself(tmp_path):
     for name in ("step_1", "step_2"):
         write(tmp_path / "checkpoints", name)
@@ -73,21 +65,6 @@ def test_what_is_found_at_a_path_is_a_runs_checkpoints_a_folder_of_them_or_the_p
         assert names(folders.found_at(path)) == ["step_3", "step_2", "step_1"]
     for path in (tmp_path / "checkpoints" / "step_1", tmp_path / "none"):
         assert folders.found_at(path) == [path]
-
-
-def test_the_run_of_a_checkpoint_is_that_in_whose_folder_it_lies(tmp_path, monkeypatch):
-    checkpoint = write(tmp_path / "run" / "checkpoints", "step_1")
-    assert folders.run_of(checkpoint) is None
-    (tmp_path / "run" / "run.json").write_text('{"run_id": "one"}')
-    assert folders.run_of(checkpoint) == {"run_id": "one"}
-    monkeypatch.chdir(checkpoint)
-    assert folders.run_of(folders.Path("../step_1").resolve()) == {"run_id": "one"}
-
-
-def test_a_line_says_what_is_passed_over_and_why(tmp_path):
-    line = folders.passed_over(tmp_path / "step_2", ["it is damaged.", "it is worse.", "it is lost."])
-    assert line == f"passed over {tmp_path / 'step_2'}: it is damaged. (and 2 more)"
-    assert folders.passed_over(tmp_path / "step_2", ["it is damaged."]).endswith(": it is damaged.")
 
 
 # --- removing -------------------------------------------------------------------------------------------------------
@@ -100,7 +77,6 @@ def test_cleaning_removes_what_a_save_has_left_and_nothing_else(tmp_path):
     (tmp_path / "step_3").mkdir()  # as DeepSpeed alone writes it
     (tmp_path / "step_3" / "mp_rank_00_model_states.pt").write_bytes(b"x")
     (tmp_path / "step_5").mkdir()
-    write(tmp_path, "step_6.partial")  # of the version before
     (tmp_path / "latest.partial").write_text("step_4")
     (tmp_path / "notes").mkdir()
     folders.clean(tmp_path)
@@ -116,41 +92,6 @@ def test_a_link_to_a_checkpoint_is_removed_alone(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
     assert folders.is_complete(elsewhere)
     assert len(list(elsewhere.iterdir())) == 4
-
-
-def test_retention_keeps_the_last_ones_and_every_nth(tmp_path):
-    everything = [1, 2, 3, 4, 5, 6]
-    for last, every, kept in (
-        (1, 0, [6]),
-        (2, 3, [3, 5, 6]),
-        (1, 2, [2, 4, 6]),
-        (9, 1, everything),
-        (6, 0, everything),
-    ):
-        folder = tmp_path / f"{last} {every}"
-        for step in everything:
-            write(folder, f"step_{step}")
-        folders.prune(folder, last, every, is_good=lambda path: True)
-        assert sorted(map(folders.step_of, folder.iterdir())) == kept
-
-
-def test_retention_keeps_the_newest_good_one_where_the_last_ones_are_not(tmp_path):
-    for step in range(1, 7):
-        write(tmp_path, f"step_{step}")
-    folders.prune(tmp_path, 2, 0, is_good=lambda path: folders.step_of(path) in (1, 3))
-    assert sorted(map(folders.step_of, tmp_path.iterdir())) == [3, 5, 6]
-    folders.prune(tmp_path, 2, 0, is_good=lambda path: folders.step_of(path) in (3, 5))
-    assert sorted(map(folders.step_of, tmp_path.iterdir())) == [5, 6]
-    folders.prune(tmp_path, 1, 0, is_good=lambda path: False)
-    assert names(tmp_path.iterdir()) == ["step_6"]
-
-
-def test_retention_goes_by_age_and_leaves_what_is_not_complete_or_left_behind(tmp_path):
-    for name in ("step_50", "step_60", "step_7.1", "step_8.1"):
-        write(tmp_path, name)
-    write(tmp_path, "step_9.1", complete=None)  # is being written
-    folders.prune(tmp_path, 2, 0, is_good=lambda path: True, left_behind=[tmp_path / "step_60"])
-    assert sorted(names(tmp_path.iterdir())) == ["step_60", "step_7.1", "step_8.1", "step_9.1"]
 
 
 def test_a_folder_that_cannot_be_listed_or_an_index_that_cannot_be_read_now_is_no_absent_one(tmp_path, monkeypatch):
@@ -211,7 +152,7 @@ def test_whenever_a_removal_is_cut_off_what_counts_as_a_checkpoint_has_all_of_it
         with monkeypatch.context() as patch:
             raised = interrupt(patch, at, error)
             try:
-                folders.prune(folder, 1, 0, is_good=lambda path: True)
+                folders.discard(folder / "step_1")
             except (Killed, OSError):
                 assert raised
         if not raised:

@@ -2,12 +2,11 @@
 
 import math
 import os
-import shutil
 
 import pytest
 import torch
 from indexed import BIAS, KINDS, SHAPES, flip_bit, values, write
-from refusals import has, only, refusal, sentences
+from refusals import has, refusal
 
 from megamoe.checkpoint import indexed_files
 from megamoe.checkpoint.index import Range, read_index
@@ -66,7 +65,7 @@ def test_what_it_says_of_training_is_what_the_index_says(checkpoint):
     }  # fmt: skip
 
 
-def test_a_file_is_opened_only_for_what_it_holds_and_once(checkpoint, opened):
+def test_a_file_is_opened_only_for_what_it_holds_and_once_unless_there_are_very_many(checkpoint, opened, monkeypatch):
     source = source_of(checkpoint)
     assert opened == [FIRST]  # for the router statistics
     source.read("model.a.weight", "fp32", 0, 23)
@@ -75,17 +74,15 @@ def test_a_file_is_opened_only_for_what_it_holds_and_once(checkpoint, opened):
     source.read("model.a.weight", "fp32", 22, 2)
     source.read("model.a.weight", "exp_avg", 23, 12)
     assert opened == [FIRST, SECOND]
-
-
-def test_with_very_many_files_few_are_open_at_a_time(checkpoint, opened, monkeypatch):
     monkeypatch.setattr(indexed_files, "OPEN_FILES", 1)
+    opened.clear()
     source = source_of(checkpoint)
     for _ in range(2):
         source.read("model.a.weight", "fp32", 0, 35)
     assert opened == [FIRST, SECOND, FIRST, SECOND]
 
 
-def test_a_reader_of_other_blocks_reads_on_beside_a_flipped_bit(checkpoint):
+def test_a_reader_needs_no_other_block_or_file_than_those_of_its_part(checkpoint):
     index = read_index(checkpoint)
     piece = index.files[FIRST].slices[0]
     assert piece.name == "model.a.weight"
@@ -94,55 +91,10 @@ def test_a_reader_of_other_blocks_reads_on_beside_a_flipped_bit(checkpoint):
     assert torch.equal(source.read("model.a.weight", "fp32", 0, 35), values("model.a.weight", "fp32"))
     assert torch.equal(source.read("model.a.weight", "exp_avg", 23, 12), values("model.a.weight", "exp_avg")[23:])
     has(refusal(source.read, "model.a.weight", "exp_avg", 0, 1), str(checkpoint / FIRST), "SHA-256")
-
-
-def test_a_reader_of_a_part_needs_no_file_of_the_others(checkpoint):
-    (part,) = read_index(checkpoint).parts([[Range("model.b.weight", 0, 7)]])
+    (part,) = index.parts([[Range("model.b.weight", 0, 7)]])
     (checkpoint / SECOND).unlink()
     source = IndexedFiles(checkpoint, part)
     assert torch.equal(source.read("model.b.weight", "exp_avg_sq", 0, 7), values("model.b.weight", "exp_avg_sq")[:7])
-
-
-# --- every byte -----------------------------------------------------------------------------------------------------
-
-
-def test_any_flipped_bit_of_any_file_is_found_and_the_file_named(checkpoint):
-    index = read_index(checkpoint)
-    assert problems(checkpoint, index) == []
-    for path in (checkpoint / FIRST, checkpoint / SECOND, checkpoint / "zero_to_fp32.py"):
-        for byte in range(0, path.stat().st_size, 11):
-            flip_bit(path, byte, byte % 8)
-            assert all(str(path) in problem for problem in sentences(problems(checkpoint, index)))
-            assert problems(checkpoint, index), (path, byte)
-            flip_bit(path, byte, byte % 8)
-    assert problems(checkpoint, index) == []
-
-
-def test_a_file_that_is_missing_cut_off_or_of_another_save_of_the_same_step_is_named(checkpoint, tmp_path):
-    write(tmp_path / "other" / "step_3", seed=1)
-    path = checkpoint / SECOND
-    for damage, says in (
-        (lambda: shutil.copyfile(tmp_path / "other" / "step_3" / SECOND, path), "of another save"),
-        (lambda: os.truncate(path, 1000), "has 1,000 bytes, not the"),
-        (path.unlink, "is missing"),
-    ):
-        damage()
-        has(only(sentences(problems(checkpoint, read_index(checkpoint)))), str(path), says)
-
-
-def test_files_of_two_ranks_that_are_exchanged_are_named(checkpoint):
-    shutil.copyfile(checkpoint / FIRST, checkpoint / "one")
-    shutil.copyfile(checkpoint / SECOND, checkpoint / FIRST)
-    (checkpoint / "one").rename(checkpoint / SECOND)
-    found = sentences(problems(checkpoint, read_index(checkpoint)))
-    assert {name for name in (FIRST, SECOND) for problem in found if name in problem} == {FIRST, SECOND}
-
-
-def test_a_script_that_is_not_the_one_that_was_saved_is_named(checkpoint):
-    path = checkpoint / "zero_to_fp32.py"
-    for damage in (lambda: path.write_text("print('other')"), path.unlink):
-        damage()
-        has(only(sentences(problems(checkpoint, read_index(checkpoint)))), str(path), "older checkpoint")
 
 
 def test_the_shares_of_a_verification_read_every_byte_once(checkpoint, monkeypatch):
@@ -162,9 +114,3 @@ def test_the_shares_of_a_verification_read_every_byte_once(checkpoint, monkeypat
         (one, piece.count) for file in index.files.values() for piece in file.slices for one in piece.tensors.values()
     ]
     assert sum(count for _, _, count in read) == sum(count * tensor.itemsize for tensor, count in tensors)
-    for name in (FIRST, SECOND, "zero_to_fp32.py"):
-        flip_bit(checkpoint / name, 14, 3)
-    found = [problem for part in range(5) for problem in problems(checkpoint, index, part, 5)]
-    assert {name for name in (FIRST, SECOND, "zero_to_fp32.py") for problem in found if name in problem} == {
-        FIRST, SECOND, "zero_to_fp32.py",
-    }  # fmt: skip

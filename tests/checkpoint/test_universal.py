@@ -1,22 +1,19 @@
-"""DeepSpeed's Universal Checkpoint: made of form 2 and of form 1, and read by DeepSpeed's own loader and by ours."""
+"""DeepSpeed's Universal Checkpoint: made of a checkpoint, and read by DeepSpeed's own loader and by ours."""
 
 import json
 import math
-import re
-import shutil
 from functools import partial
 from unittest.mock import patch
 
 import pytest
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from engines import CONFIG, EXPERTS, GATED, load_and_train, make, plain_state, same_state, save, train
-from form_1 import make_for_deepspeed, seal
-from indexed import KINDS, SHAPES, values, write
+from engines import EXPERTS, GATED, load_and_train, make, plain_state, same_state, train, train_and_save
+from indexed import KINDS, RUN, SHAPES, flip_bit, values, write, write_both
 from ranks import run_ranks
 from refusals import has, refusal
 
-from megamoe.checkpoint import manifest, verify
+from megamoe.checkpoint import verify
 from megamoe.checkpoint.engine_state import rank_state
 from megamoe.checkpoint.index import BUFFER, read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
@@ -26,103 +23,46 @@ from megamoe.config.optimizers import MASTERS
 from megamoe.formats.source import load_buffers
 from megamoe.model.decoder import Decoder
 
-TRAINED = {"form 1": (make_for_deepspeed, CONFIG), "form 2": (make, GATED)}
-
-
-def train_and_save(folder, make_engine, config):
-    """Save at step 3, in form 1 what DeepSpeed can save; returns the losses of the four steps that follow."""
-    engine = make_engine(2, config=config)
-    train(engine, 3)
-    if make_engine is make_for_deepspeed:
-        engine.save_checkpoint(str(folder), tag="step_3")
-    else:
-        save(engine, folder, 3)
-    return train(engine, 4, 3)
+EXPERTS_OF_A_GROUP = 25_000  # elements: then one rank alone has more groups than each of those that saved
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """For each of TRAINED (out, checkpoint, config, losses): made of what 4 ranks x ep_size 2 have saved at
-    step 3, with the losses of the 4 steps after."""
-    return {form: make_universal(tmp_path_factory.mktemp("universal"), form) for form in TRAINED}
-
-
-def make_universal(folder, form):
-    make_engine, config = TRAINED[form]
-    losses = run_ranks(4, train_and_save, folder, make_engine, config)[0]
+def universal(tmp_path_factory):
+    """(out, checkpoint, losses): made of what 4 ranks x ep_size 2 have saved at step 3; the losses of the 4 steps
+    after."""
+    folder = tmp_path_factory.mktemp("universal")
+    (_, losses), *_ = run_ranks(4, partial(train_and_save, config=GATED), folder, 2, 2, 3, 4)
     checkpoint, out = folder / "step_3", folder / "out" / "step_3"
-    if form == "form 1":
-        seal(checkpoint, {"model": config.model_dump()})
-    write_universal(open_source(checkpoint, open_files=1), run_record(checkpoint), out)
+    write_universal(open_source(checkpoint), run_record(checkpoint), out)
     (out.parent / "latest_universal").write_text("step_3")
-    return out, checkpoint, config, losses
+    return out, checkpoint, losses
 
 
-@pytest.fixture(params=TRAINED)
-def universal(made, request):
-    return made[request.param]
-
-
-def test_the_universal_layout_holds_the_same_state_and_a_manifest_that_verifies(universal):
-    out, checkpoint, _, _ = universal
+def test_the_universal_layout_holds_the_same_state_in_a_folder_for_each_parameter_of_an_engine(universal):
+    out, checkpoint, _ = universal
     same_state(checkpoint, out)
     assert verify.problems(out) == []
     assert run_record(out) == run_record(checkpoint)
     assert run_record(out)["model"]
-    values = 3 * 4 * sum(math.prod(shape) for shape in open_source(out).shapes.values())
-    files = list((out / "zero").rglob("*.pt"))
-    assert sum(path.stat().st_size for path in files) < values + 4096 * len(files)  # each value once
-
-
-def test_it_has_a_folder_for_each_parameter_of_an_engine_that_holds_all_experts_with_deepspeeds_marks(universal):
-    out, _, config, _ = universal
-    shapes = {name: one.shape for name, one in Decoder(config).named_parameters()}  # as one rank alone has it
+    shapes = {name: one.shape for name, one in Decoder(GATED).named_parameters()}  # as one rank alone has it
     assert {path.name for path in (out / "zero").iterdir() if path.is_dir()} == shapes.keys()
-    # fp32, two moments and step of each; beside them the main file, that of the optimizer and the record.
-    assert len(manifest.read_manifest(out)["files"]) == len(shapes) * 4 + 3
     for name, shape in shapes.items():
         for kind in KINDS:
             saved = torch.load(out / "zero" / name / f"{kind}.pt", weights_only=True)
             assert saved.pop("param").shape == shape
             assert saved == ({"is_expert_param": True, "ep_num_experts": EXPERTS} if len(shape) == 3 else {})
+    # fp32, two moments and step of each; beside them the main file, that of the optimizer and the record.
+    assert len(json.loads((out / "manifest.json").read_text())["files"]) == len(shapes) * 4 + 3
+    files = list((out / "zero").rglob("*.pt"))
+    size = 3 * 4 * sum(map(math.prod, shapes.values()))
+    assert sum(path.stat().st_size for path in files) < size + 4096 * len(files)  # each value once
 
 
-@pytest.mark.parametrize(
-    ("universal", "ranks", "ep_size"), [("form 1", 1, 1), ("form 2", 2, 2)], indirect=["universal"]
-)
+@pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 2)])
 def test_the_universal_layout_goes_on_at_any_ep_size(universal, ranks, ep_size):
-    out, _, config, losses = universal
-    _, resumed = run_ranks(ranks, load_and_train_as, config, out, ep_size)[0]
+    out, _, losses = universal
+    _, resumed = run_ranks(ranks, partial(load_and_train, config=GATED), out, ep_size, 2, 4)[0]
     torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
-
-
-def load_and_train_as(config, checkpoint, ep_size):
-    return load_and_train(checkpoint, ep_size, steps=4, config=config)
-
-
-def one_folder_per_expert(universal, out):
-    """As the versions before the experts were stacked wrote it."""
-    shutil.copytree(universal, out)
-    for folder in (out / "zero").glob("*.experts.*"):
-        for path in folder.iterdir():
-            content = torch.load(path, weights_only=True)
-            for expert in range(EXPERTS):
-                name = re.sub(r"experts\.(\w+)$", rf"experts.deepspeed_experts.{expert}.\1_proj.weight", folder.name)
-                (out / "zero" / name).mkdir(exist_ok=True)
-                one = content if path.stem == "step" else {"param": content["param"][expert].clone()}
-                torch.save(one, out / "zero" / name / path.name)
-        shutil.rmtree(folder)
-    (out / "manifest.json").unlink()  # it names the folders
-    (out / "run.json").unlink()  # else it would be missing
-    return out
-
-
-@pytest.mark.parametrize("universal", ["form 1"], indirect=True)
-def test_one_with_a_folder_for_each_expert_as_versions_before_wrote_it_is_read(universal, tmp_path):
-    out, checkpoint, _, _ = universal
-    before = one_folder_per_expert(out, tmp_path / "step_3")
-    assert len(list((before / "zero").glob("*.deepspeed_experts.*"))) == 2 * 2 * EXPERTS
-    same_state(checkpoint, before)
 
 
 # --- DeepSpeed's own loader -----------------------------------------------------------------------------------------
@@ -130,7 +70,7 @@ def test_one_with_a_folder_for_each_expert_as_versions_before_wrote_it_is_read(u
 SPLIT = "megamoe.training.engine.split_params_into_different_moe_groups_for_optimizer"
 
 
-def load_by_deepspeed(folder, checkpoint, config, ep_size, most):
+def load_by_deepspeed(folder, checkpoint, ep_size, most):
     """What this rank then holds, compared with `checkpoint`; returns the rates, and the losses of four more steps.
 
     Args:
@@ -138,7 +78,7 @@ def load_by_deepspeed(folder, checkpoint, config, ep_size, most):
     """
     split = partial(split_params_into_different_moe_groups_for_optimizer, max_group_size=most)
     with patch(SPLIT, split):
-        engine = make(ep_size, seed=99, config=config, checkpoint={"load_universal": True})
+        engine = make(ep_size, seed=99, config=GATED, checkpoint={"load_universal": True})
     path, _ = engine.load_checkpoint(str(folder), tag="step_3")
     assert path
     source = open_source(checkpoint)
@@ -157,33 +97,17 @@ def load_by_deepspeed(folder, checkpoint, config, ep_size, most):
     return kinds - {BUFFER}, names, engine.get_lr(), train(engine, 4, engine.global_steps)
 
 
-@pytest.mark.parametrize(
-    ("universal", "ranks", "ep_size", "most"),
-    [("form 1", 2, 2, 2**27), ("form 1", 1, 1, 25_000), ("form 2", 4, 4, 2**27), ("form 2", 1, 1, 2**27)],
-    ids=["form 1, 2", "form 1, 1, with more groups than were saved", "form 2, 4", "form 2, 1"],
-    indirect=["universal"],
-)
+@pytest.mark.parametrize(("ranks", "ep_size", "most"), [(4, 4, 2**27), (1, 1, EXPERTS_OF_A_GROUP)])
 def test_deepspeeds_own_universal_loader_gives_every_rank_its_experts_to_the_bit(universal, ranks, ep_size, most):
-    out, checkpoint, config, losses = universal
-    results = run_ranks(ranks, load_by_deepspeed, out.parent, checkpoint, config, ep_size, most)
+    out, checkpoint, losses = universal
+    results = run_ranks(ranks, load_by_deepspeed, out.parent, checkpoint, ep_size, most)
     for kinds, names, rates, resumed in results:
         assert kinds == set(KINDS)
         assert set(names) == {"decayed", "undecayed", f"ep_size_{ep_size}"}
-        assert len(names) > 3 if most == 25_000 else len(names) == 3
+        assert len(names) > 3 if most == EXPERTS_OF_A_GROUP else len(names) == 3
         assert rates == pytest.approx([0.0075] * len(rates))  # 3/4 of the way up to 1e-2
         torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
     assert losses[0] - losses[-1] > 0.1  # it learns, so the losses can tell
-
-
-# --- damage ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("universal", ["form 2"], indirect=True)
-def test_a_damaged_universal_checkpoint_is_found(universal, tmp_path):
-    checkpoint = shutil.copytree(universal[0], tmp_path / "step_3")
-    path = next((checkpoint / "zero").glob("*/exp_avg.pt"))
-    path.write_bytes(path.read_bytes()[:-1])
-    assert [str(path) in problem for problem in verify.problems(checkpoint)] == [True]
 
 
 # --- without an engine ----------------------------------------------------------------------------------------------
@@ -210,24 +134,15 @@ def overflow(scaler):
     return scaler.cur_scale
 
 
-def test_every_value_is_there_once_in_its_shape(tmp_path):
-    write(tmp_path / "step_3")
-    run = {"deepspeed": {"gradient_clipping": 0.5}, "versions": {"deepspeed": "0.19"}}
-    write_universal(open_source(tmp_path / "step_3"), run, tmp_path / "out")
+def test_every_value_is_there_once_in_its_shape_and_a_damaged_source_leaves_no_output(tmp_path):
+    forms = write_both(tmp_path)
     for name, shape in SHAPES.items():
         for kind in KINDS:
-            found = torch.load(tmp_path / "out" / "zero" / name.removeprefix("model.") / f"{kind}.pt")["param"]
+            found = torch.load(forms["universal"] / "zero" / name.removeprefix("model.") / f"{kind}.pt")["param"]
             assert found.shape == shape
             assert found.flatten().tolist() == values(name, kind).tolist()
-    assert json.loads((tmp_path / "out" / "run.json").read_text()) == run
-    assert torch.load(tmp_path / "out" / "zero" / "optimizer_state.pt", weights_only=False)["clip_grad"] == 0.5
-
-
-def test_a_damaged_source_leaves_no_output(tmp_path):
-    index = write(tmp_path / "step_3")
-    path = tmp_path / "step_3" / "rank_00001.safetensors"
-    data = bytearray(path.read_bytes())
-    data[index.files[path.name].slices[-1].tensors["exp_avg_sq"].offset] ^= 1
-    path.write_bytes(data)
-    has(refusal(write_universal, open_source(tmp_path / "step_3"), {}, tmp_path / "out"), str(path), "SHA-256")
-    assert [one.name for one in tmp_path.iterdir()] == ["step_3"]
+    assert json.loads((forms["universal"] / "run.json").read_text()) == RUN
+    path = forms["own"] / "rank_00001.safetensors"
+    flip_bit(path, read_index(forms["own"]).files[path.name].slices[-1].tensors["exp_avg_sq"].offset)
+    has(refusal(write_universal, open_source(forms["own"]), {}, tmp_path / "out"), str(path), "SHA-256")
+    assert not list(tmp_path.glob("out*"))

@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from engines import make, same_state, save, train, train_and_save, writer_for
 from ranks import run_ranks
+from toy import new_store
 
 from megamoe.checkpoint import folders, slice_file, verify
 from megamoe.checkpoint import writer as writer_module
@@ -100,8 +101,8 @@ REAL_WRITE = writer_module.CheckpointWriter._write_file
 TROUBLE = [
     (writer_module, "write_index", 0, fail, False),
     (folders, "clean", 0, fail, True),
-    (writer_module, "write_tensors", 1, fail_without_words, False),
-    (folders, "prune", 0, fail, True),
+    (writer_module, "write_slices", 1, fail_without_words, False),
+    (folders, "discard", 0, fail, True),
     (HostCopy, "take", 1, fail, False),
     (writer_module, "_add_script", 0, fail, False),
     (slice_file, "_write", 1, full, False),
@@ -137,22 +138,26 @@ def test_a_save_that_fails_on_one_rank_hangs_no_other_and_leaves_the_older_check
 
 
 def go_back_and_save(folder):
-    """A run at step 3 goes back to step 1, and comes to step 3 again."""
+    """A run at step 3 goes back to step 1, and comes to step 3 again; returns the keys in the store after each save."""
     engine = make(1)
     train(engine, 1)
-    writer = writer_for(engine, folder)
+    store, keys = new_store("both writers"), []
+    writer = writer_for(engine, folder, store=store)
     for step in (1, 2, 3):
         writer.save(step, hold=True)
         assert writer.complete()
-    writer = writer_for(engine, folder, resumed=folder / "step_1", keep_last=3)
+        keys.append(store.num_keys())
+    writer = writer_for(engine, folder, store=store, resumed=folder / "step_1", keep_last=3)
     for step in (2, 3):
         writer.save(step, hold=True)
         assert writer.complete()
+    return keys
 
 
 def test_a_step_that_is_saved_again_goes_to_a_new_folder_and_is_the_newest(tmp_path):
     folder = tmp_path / "checkpoints"
-    run_ranks(1, go_back_and_save, folder)
+    (keys,) = run_ranks(1, go_back_and_save, folder)
+    assert keys[2] == keys[1]  # no more with every save
     assert [path.name for path in folders.checkpoints(folder)] == ["step_3.1", "step_2.1", "step_3", "step_2", "step_1"]
     assert (folder / "latest").read_text() == "step_3.1"
     assert read_index(folder / "step_3.1").parent == "step_1"

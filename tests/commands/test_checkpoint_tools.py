@@ -13,17 +13,16 @@ from types import SimpleNamespace
 import native_models
 import pytest
 import torch
-from form_1 import RUN as BEFORE
-from form_1 import Malicious
+from indexed import Malicious
 from ranks import run_ranks
 from refusals import has, only, refusal, refusals
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from toy import PRESET, ds_config, train_here, write_inputs
 
-from megamoe.checkpoint import manifest, verify
+from megamoe.checkpoint import verify
 from megamoe.checkpoint.open_model import OpenModel
-from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.checkpoint.opening import open_source
 from megamoe.commands import convert_checkpoint, generate, inspect_checkpoint, reshard_checkpoint
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
@@ -31,6 +30,8 @@ from megamoe.formats.export import write_state_dict
 from megamoe.formats.source import load_weights
 from megamoe.model.costs import parameter_count, parameter_shapes
 from megamoe.model.decoder import Decoder
+
+CONFIG = ModelConfig(**{**PRESET, "vocab_size": 300})
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,9 @@ def run_dir(finished_run, tmp_path):
 # --- convert_checkpoint ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict(call, run_dir, tmp_path):
+def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict_damaged_ones_passed_over(
+    call, run_dir, tmp_path
+):
     for number, place in enumerate(("", "checkpoints", "checkpoints/step_2")):
         out = tmp_path / f"{number}.pt"
         (line,) = call(convert_checkpoint, run_dir / place, out)
@@ -60,7 +63,13 @@ def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict(call,
         assert line.startswith(f"wrote {out} from {run_dir / 'checkpoints' / step} in ")
         state = torch.load(out, weights_only=True)
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-        assert state.keys() > parameter_shapes(ModelConfig(**{**PRESET, "vocab_size": 300})).keys()
+        assert state.keys() > parameter_shapes(CONFIG).keys()
+    path = run_dir / "checkpoints" / "step_4" / "rank_00001.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    has(refusal(call, convert_checkpoint, path.parent, tmp_path / "w.pt"), str(path), "bytes, not the")
+    lines = call(convert_checkpoint, run_dir, tmp_path / "w.pt")  # the run has an older one
+    assert lines[0].startswith(f"passed over {path.parent}")
+    assert "step_2 in " in lines[1]
 
 
 def test_the_ending_or_the_flag_chooses_the_form(call, run_dir, tmp_path):
@@ -68,7 +77,10 @@ def test_the_ending_or_the_flag_chooses_the_form(call, run_dir, tmp_path):
     for words, form in (
         (["w.safetensors"], {"w.safetensors"}),
         (["half", "--to", "safetensors", "--dtype", "fp16"], {"model.safetensors"}),
-        (["w", "--max_shard_gb", "0.0001"], {"config.json", "model.safetensors.index.json", "tokenizer.json"}),
+        (
+            ["w", "--max_shard_gb", "0.0001", "--tokenizer", str(run_dir)],
+            {"config.json", "model.safetensors.index.json", "tokenizer.json"},
+        ),
     ):
         out = tmp_path / words[0]
         call(convert_checkpoint, run_dir, out, *words[1:])
@@ -84,7 +96,7 @@ def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, ru
     said, *lines = lines
     has(said, "no class of transformers holds the model", "num_latent_tokens 3")
     tensors = [line for line in lines if not line.startswith("file ")]
-    config = ModelConfig(**{**PRESET, "vocab_size": 300})
+    config = CONFIG
     assert "model.embed_tokens.weight  300 x 32  bfloat16  19,200 bytes" in tensors
     assert len(tensors) == len(parameter_shapes(config)) + 2 * config.num_hidden_layers
     said = sum(int(line.split()[-2].replace(",", "")) for line in tensors)
@@ -110,14 +122,6 @@ def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tm
     ):
         has(refusal(call, convert_checkpoint, run_dir, tmp_path / words[0], *words[1:]), *parts)
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_without_its_configuration_a_checkpoint_becomes_a_state_dict_but_no_hugging_face_model(call, run_dir, tmp_path):
-    checkpoint = shutil.copytree(BEFORE / "checkpoints" / "step_3", tmp_path / "alone" / "step_3")
-    for name in ("run.json", "manifest.json"):
-        (checkpoint / name).unlink()  # as DeepSpeed alone leaves it
-    has(refusal(call, convert_checkpoint, checkpoint, tmp_path / "hf"), "does not say what model", "preset")
-    call(convert_checkpoint, checkpoint, tmp_path / "w.pt")
 
 
 def test_a_directory_of_transformers_is_converted_and_a_dry_run_lists_the_names_written(call, tmp_path):
@@ -147,29 +151,6 @@ def test_multi_token_prediction_of_a_directory_is_kept_when_asked_for(call, tmp_
     assert [values["num_nextn_predict_layers"] for values in written] == [1, 0]
 
 
-def test_the_folder_of_a_tokenizer_will_do(call, run_dir, tmp_path):
-    call(convert_checkpoint, run_dir, tmp_path / "hf", "--tokenizer", run_dir)
-    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (run_dir / "tokenizer.json").read_bytes()
-
-
-def test_a_damaged_checkpoint_is_not_converted(call, run_dir, tmp_path):
-    path = run_dir / "checkpoints" / "step_4" / "rank_00001.safetensors"
-    os.truncate(path, path.stat().st_size - 1)
-    has(refusal(call, convert_checkpoint, path.parent, tmp_path / "w.pt"), str(path), "bytes, not the")
-    lines = call(convert_checkpoint, run_dir, tmp_path / "w.pt")  # the run has an older one
-    assert lines[0].startswith(f"passed over {path.parent}")
-    assert "step_2 in " in lines[1]
-
-
-def test_a_newest_folder_that_was_not_saved_completely_is_passed_over(call, run_dir, tmp_path):
-    folder = shutil.copytree(run_dir / "checkpoints" / "step_4", run_dir / "checkpoints" / "step_6")
-    (folder / "index.json").unlink()
-    sample = ("--prompt", "to be", "--max_new_tokens", "4")
-    for words in ((convert_checkpoint, run_dir, tmp_path / "w.pt"), (generate, run_dir, *sample)):
-        has(call(*words)[0], f"passed over {folder}", "was not saved completely, for it has no index.json")
-    has(refusal(call, convert_checkpoint, folder, tmp_path / "v.pt"), "was not saved completely")
-
-
 # --- the script in every checkpoint -----------------------------------------------------------------------------
 
 
@@ -190,28 +171,6 @@ def test_the_script_in_every_checkpoint_makes_the_state_dict_that_the_tool_makes
     assert verify.problems(script.parent) == []  # running it has left nothing there
 
 
-def deepspeeds_own(tmp_path):
-    """What DeepSpeed alone leaves: no manifest, and nothing about the run."""
-    checkpoint = shutil.copytree(BEFORE / "checkpoints" / "step_3", tmp_path / "deepspeed" / "step_3")
-    for name in ("run.json", "manifest.json", "zero_to_fp32.py"):
-        (checkpoint / name).unlink()
-    return checkpoint
-
-
-def test_the_script_of_this_version_converts_every_form(call, run_dir, tmp_path):
-    script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
-    tool = SimpleNamespace(main=runpy.run_path(str(script))["main"])
-    call(reshard_checkpoint, run_dir, tmp_path / "universal")
-    for number, checkpoint in enumerate((run_dir, BEFORE, deepspeeds_own(tmp_path), tmp_path / "universal")):
-        call(tool, checkpoint, tmp_path / f"{number}.pt")
-        state = torch.load(tmp_path / f"{number}.pt", weights_only=True)
-        masters = open_source(find_checkpoint(checkpoint))
-        assert state.keys() == masters.shapes.keys() | masters.buffers.keys()
-        for name, shape in masters.shapes.items():
-            assert state[name].shape == shape
-            assert torch.equal(state[name].flatten(), masters.read(name, "fp32", 0, state[name].numel()))
-
-
 def test_the_script_says_what_it_needs_where_megamoe_is_not_installed(run_dir):
     script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
     done = subprocess.run([sys.executable, "-S", "-I", script, "x.pt"], capture_output=True, text=True)
@@ -225,7 +184,7 @@ def test_the_script_says_what_it_needs_where_megamoe_is_not_installed(run_dir):
 def test_a_resharded_run_goes_on_where_the_old_one_would(call, finished_run, run_dir, tmp_path):
     (line,) = call(reshard_checkpoint, run_dir, tmp_path / "new")
     has(line, "saved by 2 ranks at ep_size 2")
-    values = 3 * 4 * parameter_count(ModelConfig(**{**PRESET, "vocab_size": 300}))
+    values = 3 * 4 * parameter_count(CONFIG)
     files = [path for path in (tmp_path / "new" / "checkpoints" / "step_4" / "zero").rglob("*.pt")]
     assert sum(path.stat().st_size for path in files) < values + 4096 * len(files)  # each value once
     _, run = finished_run
@@ -247,7 +206,7 @@ def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_e
     text = "\n".join(lines)
     checkpoint = run_dir / "checkpoints" / "step_4"
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
-    count = parameter_count(ModelConfig(**{**PRESET, "vocab_size": 300}))
+    count = parameter_count(CONFIG)
     has(
         text,
         str(checkpoint),
@@ -257,23 +216,12 @@ def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_e
         "step: 4 (0",
     )
     has(text, f"parameters: {count:,}", "2 x rank_N.safetensors", "deepspeed 0.")
-    model = Decoder(ModelConfig(**{**PRESET, "vocab_size": 300}))
+    model = Decoder(CONFIG)
     load_weights(model, open_source(checkpoint), torch.float64)
     for layer, moe in enumerate(model.moe_layers()):
         norms = torch.cat([weight.flatten(1) for weight in moe.experts.parameters()], dim=1).norm(dim=1).tolist()
         (row,) = [line for line in lines if f"model.layers.{layer}.moe" in line]
         assert row.split()[1:] == [f"{norm:.3f}" for norm in norms]
-
-
-def test_inspecting_works_on_plain_weights_and_on_the_universal_layout(call, run_dir, tmp_path):
-    write_state_dict(open_source(run_dir / "checkpoints" / "step_4"), tmp_path / "w.pt", torch.float32)
-    call(reshard_checkpoint, run_dir, tmp_path / "new")
-    whole = call(inspect_checkpoint, run_dir)
-    for path, says in ((tmp_path / "w.pt", "weights alone"), (tmp_path / "new", "Universal layout")):
-        lines = call(inspect_checkpoint, path)
-        has("\n".join(lines), says)
-        assert "size: 0 bytes" not in lines
-        assert [line for line in lines if "experts  " in line] == [line for line in whole if "experts  " in line]
 
 
 def test_inspecting_a_damaged_checkpoint_says_so_first(call, run_dir, capsys):
@@ -284,44 +232,31 @@ def test_inspecting_a_damaged_checkpoint_says_so_first(call, run_dir, capsys):
     has(refusal(call, inspect_checkpoint, run_dir / "none"), "none does not exist")
 
 
-def test_inspecting_what_deepspeed_has_saved_says_that_nothing_can_be_compared(call, tmp_path):
-    lines = call(inspect_checkpoint, deepspeeds_own(tmp_path))
-    has("\n".join(lines), "files: safe to open; nothing says what bytes they should have", "2 ranks, ep_size 2, ZeRO-2")
-    has("\n".join(call(inspect_checkpoint, BEFORE)), "files: verified", "step: 3 (0", "2 ranks, ep_size 2, ZeRO-2")
-
-
-def plant(path, mark):
-    """Put what would run code into a file of torch.save, and vouch for it where there is a manifest."""
-    torch.save({"param": torch.zeros(1), "more": Malicious(mark)}, path)
-    checkpoint = next(folder for folder in path.parents if folder.name.startswith("step_"))
-    if (checkpoint / "manifest.json").is_file():
-        listed = json.loads((checkpoint / "manifest.json").read_text())
-        (checkpoint / "manifest.json").unlink()
-        files = {**listed.pop("files"), str(path.relative_to(checkpoint)): manifest.file_record(path)}
-        manifest.seal(checkpoint, listed, files)
-
-
-@pytest.mark.parametrize("form", ["form 1", "DeepSpeed's own", "Universal"])
-def test_inspecting_finds_code_in_any_file_that_a_loader_would_open(call, run_dir, tmp_path, form):
-    if form == "Universal":
-        call(reshard_checkpoint, run_dir, tmp_path / "new")
-        checkpoint = tmp_path / "new" / "checkpoints" / "step_4"
-        pieces = [sorted(checkpoint.glob(f"zero/*/{name}.pt"))[-1] for name in ("fp32", "exp_avg", "step")]
-        files = [*checkpoint.glob("*.pt"), *checkpoint.glob("zero/*.pt"), *pieces]
-    else:
-        whole = shutil.copytree(BEFORE / "checkpoints" / "step_3", tmp_path / "one" / "step_3")
-        checkpoint = whole if form == "form 1" else deepspeeds_own(tmp_path)
-        files = sorted(checkpoint.glob("*.pt"))
-        assert any("expert" in path.name for path in files)
-    assert len(files) >= 5
-    for path in files:
-        clean = shutil.copytree(checkpoint, tmp_path / "clean" / checkpoint.name)
-        plant(path, tmp_path / "mark")
+def test_inspecting_takes_plain_weights_and_the_universal_layout_and_finds_code_in_any_file_of_it(
+    call, run_dir, tmp_path
+):
+    write_state_dict(open_source(run_dir / "checkpoints" / "step_4"), tmp_path / "w.pt", torch.float32)
+    call(reshard_checkpoint, run_dir, tmp_path / "new")
+    whole = call(inspect_checkpoint, run_dir)
+    for path, says in ((tmp_path / "w.pt", "weights alone"), (tmp_path / "new", "Universal layout")):
+        lines = call(inspect_checkpoint, path)
+        has("\n".join(lines), says)
+        assert "size: 0 bytes" not in lines
+        assert [line for line in lines if "experts  " in line] == [line for line in whole if "experts  " in line]
+    checkpoint = tmp_path / "new" / "checkpoints" / "step_4"
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "run.json").unlink()
+    (tmp_path / "new" / "run.json").unlink()  # as DeepSpeed alone leaves one
+    lines = call(inspect_checkpoint, tmp_path / "new")
+    has("\n".join(lines), "files: safe to open; nothing says what bytes they should have")
+    pieces = [sorted(checkpoint.glob(f"zero/*/{name}.pt"))[-1] for name in ("fp32", "exp_avg", "step")]
+    for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("zero/*.pt"), *pieces]:
+        clean = path.read_bytes()
+        torch.save({"param": torch.zeros(1), "more": Malicious(tmp_path / "mark")}, path)
         has(refusal(call, inspect_checkpoint, checkpoint), str(path), "system", "do not open it")
         assert not (tmp_path / "mark").exists()
-        shutil.rmtree(checkpoint)
-        shutil.copytree(clean, checkpoint)
-        shutil.rmtree(clean.parent)
+        path.write_bytes(clean)
+    has(refusal(call, convert_checkpoint, checkpoint, tmp_path / "hf"), "does not say what model", "preset")
 
 
 # --- generate -------------------------------------------------------------------------------------------------------

@@ -5,18 +5,18 @@ from functools import partial
 
 import pytest
 import torch
+from indexed import write
 from llama_cpp import LlamaCpp
 from ranks import run_ranks
 from refusals import has, refusal, refusals
-from toy import ds_config, train_here, write_inputs
+from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.open_model import open_model
-from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
 from megamoe.commands import convert_checkpoint, generate_gguf
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
-from megamoe.formats.source import load_weights
-from megamoe.model.decoder import Decoder
+from megamoe.model.costs import parameter_shapes
+from megamoe.model.generation import generate
 
 MINIMAX = {
     "vocab_size": 300,
@@ -30,17 +30,14 @@ MINIMAX = {
 PROMPT = "to be or not"
 
 
-def train(folder, preset):
-    inputs = write_inputs(folder, ds_config(2), preset)
-    train_tokenizer(["to be or not to be"], 270).save(str(folder / "corpus" / "tokenizer.json"))
-    run_ranks(2, train_here, {**inputs, "ep_size": 2, "run_dir": str(folder / "run"), "steps": 3})
-    return folder / "run"
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of two ranks that share the experts of a model with a balancing bias."""
-    return train(tmp_path_factory.mktemp("run"), MINIMAX)
+    folder = tmp_path_factory.mktemp("run")
+    inputs = write_inputs(folder, ds_config(2), MINIMAX)
+    train_tokenizer(["to be or not to be"], 270).save(str(folder / "corpus" / "tokenizer.json"))
+    run_ranks(2, train_here, {**inputs, "ep_size": 2, "run_dir": str(folder / "run"), "steps": 3})
+    return folder / "run"
 
 
 @pytest.fixture
@@ -48,18 +45,10 @@ def convert(call):
     return partial(call, convert_checkpoint)
 
 
-@torch.no_grad()
 def greedy(run, count):
-    checkpoint = find_checkpoint(run)
-    source, tokenizer = open_source(checkpoint), load_tokenizer(run / "tokenizer.json")
-    assert all(bias.any() for name, bias in source.buffers.items() if name.endswith("selection_bias"))
-    model = Decoder(ModelConfig(**run_record(checkpoint)["model"])).eval()
-    load_weights(model, source, torch.float32)
-    prompt = tokenizer.encode(PROMPT).ids
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    return ids[len(prompt) :]
+    model = open_model(run).load(torch.float32, torch.device("cpu"))
+    assert all(router.selection_bias.any() for router in model.routers())
+    return generate(model, [load_tokenizer(run / "tokenizer.json").encode(PROMPT).ids], count, temperature=0)[0]
 
 
 def test_llama_cpp_continues_a_text_as_the_trained_model_does(run, convert, tmp_path):
@@ -77,15 +66,12 @@ def test_a_dry_run_lists_what_llama_cpp_will_find_and_writes_nothing(run, conver
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_gguf_needs_is_said(run, convert, tmp_path):
+def test_what_gguf_needs_is_said_the_package_included(run, convert, tmp_path, monkeypatch):
     has(refusal(convert, run, tmp_path / "out", "--to", "gguf"), "--to is gguf", f"call it {tmp_path / 'out'}.gguf")
     has(refusal(convert, run, tmp_path / "m.gguf", "--to", "huggingface"), "ends in .gguf")
     missing = refusal(convert, run, tmp_path / "m.gguf", "--tokenizer", tmp_path / "none.json")
     has(missing, "none.json does not exist", "tokenizer.json")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_the_package_the_extra_is_named(run, convert, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     for name in [name for name in sys.modules if name.startswith("megamoe.formats.gguf_")]:
         monkeypatch.delitem(sys.modules, name)
@@ -93,8 +79,11 @@ def test_without_the_package_the_extra_is_named(run, convert, tmp_path, monkeypa
 
 
 def test_a_model_that_no_architecture_holds_is_refused_by_its_fields(convert, tmp_path):
-    run = train(tmp_path, {"vocab_size": 300})
-    said = refusals(convert, run, tmp_path / "m.gguf")
+    config = ModelConfig(**{**PRESET, "vocab_size": 300})
+    shapes = {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()}
+    write(tmp_path / "step_3", shapes=shapes, run={"model": config.model_dump()})
+    train_tokenizer(["to be or not to be"], 270).save(str(tmp_path / "tokenizer.json"))
+    said = refusals(convert, tmp_path / "step_3", tmp_path / "m.gguf", "--tokenizer", tmp_path / "tokenizer.json")
     has("\n".join(said), "num_latent_tokens is 3", "gated_mlp is false", "--to huggingface")
     assert not list(tmp_path.glob("m.gguf*"))
 
@@ -102,14 +91,19 @@ def test_a_model_that_no_architecture_holds_is_refused_by_its_fields(convert, tm
 def test_generate_gguf_continues_prompts_and_refuses_what_is_no_model(run, call, convert, tmp_path):
     convert(run, tmp_path / "m.gguf")
 
-    generate = partial(call, generate_gguf)
+    continued = partial(call, generate_gguf)
     words = (tmp_path / "m.gguf", "--prompt", PROMPT, "--max_new_tokens", 4, "--temperature", 0)
     model = open_model(run)
     expected = load_tokenizer(model.tokenizer).decode(greedy(run, 4))
-    has("\n".join(generate(*words)), f"{PROMPT}{expected}")
-    has(refusal(generate, tmp_path / "m.gguf", "--prompt", "to be " * 3000), "llama.cpp does not continue", "shorter")
+    has("\n".join(continued(*words)), f"{PROMPT}{expected}")
+    has(refusal(continued, tmp_path / "m.gguf", "--prompt", "to be " * 3000), "llama.cpp does not continue", "shorter")
     wrong = ("--max_new_tokens", -3, "--temperature", -1, "--seed", -1)
-    has("\n".join(refusals(generate, tmp_path / "m.gguf", *wrong)), "max_new_tokens is -3", "temperature is -1", "seed")
+    has(
+        "\n".join(refusals(continued, tmp_path / "m.gguf", *wrong)),
+        "max_new_tokens is -3",
+        "temperature is -1",
+        "seed",
+    )
     (tmp_path / "junk.gguf").write_bytes(b"junk")
-    has(refusal(generate, tmp_path / "junk.gguf"), "junk.gguf", "cannot read")
-    has(refusal(generate, tmp_path / "none.gguf"), "none.gguf", "is no file")
+    has(refusal(continued, tmp_path / "junk.gguf"), "junk.gguf", "cannot read")
+    has(refusal(continued, tmp_path / "none.gguf"), "none.gguf", "is no file")

@@ -5,15 +5,15 @@ import json
 import math
 import shutil
 
-import exported as carrying
 import native_models
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from model_parts import PARTS, model_of
 from refusals import has, refusal, sentences
 
 from megamoe.checkpoint.opening import open_source
-from megamoe.config.model import ModelConfig, load_preset, preset_names
+from megamoe.config.model import load_preset, preset_names
 from megamoe.formats.architectures import ARCHITECTURES, REQUIRED
 from megamoe.formats.config_json import (
     TRAINING,
@@ -193,28 +193,10 @@ def test_frequencies_by_length_agree_on_either_side_of_the_trained_length(tmp_pa
 
 
 def test_the_export_that_carries_its_code_is_read_back_but_for_training(tmp_path):
-    deepseek = ModelConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, head_dim=14,
-        max_position_embeddings=64, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10,
-        intermediate_size=24, gated_mlp=True, num_local_experts=8, num_experts_per_tok=2, n_shared_experts=1,
-        shared_expert_gate=True, layer_types=["full_attention", "sliding_attention", "full_attention"],
-        sliding_window=5, rope_scaling={"rope_type": "yarn", "factor": 2.0}, rope_theta=500.0, rms_norm_eps=1e-4,
-    )  # fmt: skip
-    for config in (deepseek, *map(load_preset, preset_names())):
+    for config in (*map(model_of, PARTS), *map(load_preset, preset_names())):
         written = json.loads(json.dumps(huggingface_config(config, torch.float32)))
         (tmp_path / "config.json").write_text(json.dumps(written))
         assert differences(config, find_preset(str(tmp_path))) == []
-
-
-def test_the_export_that_carries_its_code_is_read_when_transformers_has_saved_it_again(tmp_path, module_cache):
-    config = ModelConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=64, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
-        partial_rotary_factor=0.5, rope_scaling={"rope_type": "yarn", "factor": 2.0}, rope_theta=500.0,
-    )  # fmt: skip
-    carrying.export(carrying.random_decoder(config), tmp_path / "hf")
-    carrying.load(tmp_path / "hf").save_pretrained(tmp_path / "again")
-    assert differences(config, preset_of(tmp_path / "again")) == []
 
 
 def test_a_rope_scaling_that_is_no_object_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from megamoe.model.names import MTP
 
 pytestmark = pytest.mark.usefixtures("module_cache")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA_3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGURATIONS = {
     "latent tokens, full norm, gated shared experts": {
         "num_latent_tokens": 5,
@@ -40,6 +41,7 @@ CONFIGURATIONS = {
         "attention_bias": True,
         "partial_rotary_factor": 0.5,
         "rope_interleaved": True,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
         "sliding_window": 7,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "gated_mlp": True,
@@ -50,7 +52,7 @@ CONFIGURATIONS = {
         "num_nextn_predict_layers": 1,
         "initializer_range": 0.1,
     },
-    "windows in all layers": {"sliding_window": 7, "n_shared_experts": 1},
+    "windows in all layers": {"sliding_window": 7, "n_shared_experts": 1, "rope_scaling": LLAMA_3},
     "latent attention, sigmoid, groups": {
         **LATENT_ATTENTION,
         "q_lora_rank": 14,

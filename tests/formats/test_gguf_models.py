@@ -4,9 +4,9 @@ from refusals import has, only, refusals
 from test_gguf_file import DEEPSEEK, GLM_4, LLAMA, MINIMAX, OLMOE, OTHERWISE, PUBLISHED, QWEN_3, YARN, preset
 
 from megamoe.config.model import load_preset
-from megamoe.formats.gguf_models import ARCHITECTURES, architecture_of, problems
+from megamoe.formats.gguf_models import GGUF_ARCHITECTURES, architecture_of, problems
 
-BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+BY_NAME = {architecture.name: architecture for architecture in GGUF_ARCHITECTURES}
 
 
 def test_a_model_finds_its_architecture_whatever_is_set_for_training():

@@ -87,13 +87,8 @@ def test_dense_layers_are_said_as_each_class_says_them(model_of, tmp_path):
     again = preset_of(out)
     assert (again.first_k_dense_replace, again.mlp_only_layers) == (0, [0])
     batch = native_models.clear_batch(model)
-    assert (
-        native_models.distance(native_models.run_theirs(native_models.load(out), *batch), run_of(model, batch)) < 1e-4
-    )
-
-
-def run_of(model, batch):
-    return native_models.run_ours(model, *batch)
+    theirs = native_models.run_theirs(native_models.load(out), *batch)
+    assert native_models.distance(theirs, native_models.run_ours(model, *batch)) < 1e-4
 
 
 # --- what is in the files ---------------------------------------------------------------------------------------------
@@ -127,10 +122,10 @@ def test_a_bf16_load_keeps_the_bias_of_glm_and_deepseek_and_rounds_minimaxs(mode
             assert (error <= (0 if keeps else 2**-8) * router.selection_bias.abs()).all()
     largest = max(router.selection_bias.abs().max().item() for router in model.routers())
     batch = native_models.clear_batch(model, by=2 * 2**-8 * largest)
-    before = run_of(model, batch).experts
+    before = native_models.run_ours(model, *batch).experts
     for bias, router in zip(biases, model.routers(), strict=True):
         router.selection_bias.copy_(bias)
-    after = run_of(model, batch).experts
+    after = native_models.run_ours(model, *batch).experts
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
 
 

@@ -8,7 +8,7 @@ import struct
 import native_models
 import pytest
 import torch
-from form_1 import Malicious
+from indexed import Malicious
 from refusals import has, refusal
 from safetensors.torch import load_file, save_file
 
@@ -112,17 +112,6 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_multi_token_prediction_is_read_where_there_is_any_and_not_needed(tmp_path):
-    native_models.new_model("Glm4Moe").save_pretrained(tmp_path / "hf")
-    own = native_models.add_mtp(tmp_path / "hf")
-    source, config = open_source(tmp_path / "hf"), preset_of(tmp_path / "hf")
-    assert torch.equal(
-        source.read("model.mtp.proj.weight", MASTERS, 0, 2048), own["model.layers.3.eh_proj.weight"].flatten()
-    )
-    assert model_problems(source, config, "it") == []
-    assert model_problems(source, config.model_copy(update={"num_nextn_predict_layers": 1}), "it") == []
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +190,7 @@ def test_a_tied_head_that_is_not_the_embedding_is_one_sentence(tmp_path):
             has(refusal(open_model, tmp_path), "lm_head.weight is not the embedding", "tie_word_embeddings")
 
 
-def test_a_directory_of_megamoes_own_class_is_read_as_before(tmp_path):
+def test_a_directory_of_megamoes_own_class_is_read_as_plain_files(tmp_path):
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architectures": ["MegaMoeForCausalLM"]}')
     assert isinstance(open_source(tmp_path), PlainFiles)

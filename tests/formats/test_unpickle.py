@@ -8,8 +8,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from form_1 import CHECKPOINT, Malicious
+from indexed import Malicious, write_both
 from refusals import has, only, refusal
 
 from megamoe.formats.unpickle import safe_load
@@ -31,24 +30,17 @@ def test_a_planted_pickle_is_refused_by_name_and_does_not_run(tmp_path, zipped):
     assert mark.exists()
 
 
-def test_what_deepspeed_itself_puts_into_its_files_is_opened():
-    files = list(CHECKPOINT.glob("*.pt"))
-    assert len(files) > 8
-    for file in files:
-        safe_load(file)
-
-
 def dynamic_scaler():
     return DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, dtype=torch.half)
 
 
 def test_objects_of_deepspeed_with_the_attributes_that_they_give_themselves_come_back(tmp_path):
-    address = fragment_address(start=3, numel=5)
-    torch.save({"a": [LossScaler(128.0), (dynamic_scaler(), address)], "stage": ZeroStageEnum(2)}, tmp_path / "x.pt")
+    torch.save({"a": [LossScaler(128.0), (dynamic_scaler(), 1)], "stage": ZeroStageEnum(2)}, tmp_path / "x.pt")
     found = safe_load(tmp_path / "x.pt")
     assert vars(found["a"][0]) == vars(LossScaler(128.0))
     assert vars(found["a"][1][0]) == vars(dynamic_scaler())
-    assert (found["a"][1][1], found["stage"]) == (address, 2)
+    assert found["stage"] == 2
+    has(refusal(safe_load, tmp_path / "none.pt"), str(tmp_path / "none.pt"), "is missing")
 
 
 def with_attribute(name, value):
@@ -62,7 +54,7 @@ ATTRIBUTES = [
     ("cur_scale", LossScaler(1.0), "LossScaler", lambda x: x),  # an object of another allowed class
     ("mine", LossScaler, "type", lambda x: {"a": [(1, {"b": x})]}),  # something to call
     ("mine", [1.0], "list", lambda x: {x: 1}),
-    ("mine", {"x": fragment_address(1, 2)}, "dict", lambda x: OrderedDict(a=x)),
+    ("mine", {"x": LossScaler(1.0)}, "dict", lambda x: OrderedDict(a=x)),
     ("update_scale", 1.0, "float", lambda x: x),  # hides a method
     ("__class__", "x", "str", lambda x: {"a": [(1, {"b": x})]}),
     ("loss_scale", 1.0, "float", lambda x: {x: 1}),  # hides a property
@@ -97,13 +89,13 @@ def test_a_file_cannot_change_a_member_of_an_enum(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(tmp_path):
-    whole = (CHECKPOINT / "zero_pp_rank_0_mp_rank_00_optim_states.pt").read_bytes()
+    whole = (write_both(tmp_path)["universal"] / "zero" / "optimizer_state.pt").read_bytes()
     path, draw = tmp_path / "x.pt", random.Random(0)
-    start = whole.index(b"optimizer_state_dict") - 20
+    start = whole.index(b"loss_scaler") - 20
     refused = 0
     for _ in range(100):
         data = bytearray(whole)
-        data[start + draw.randrange(4000)] ^= 1 << draw.randrange(8)
+        data[start + draw.randrange(400)] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
         try:
             safe_load(path)
@@ -111,7 +103,3 @@ def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(tmp_p
             refused += 1
             has(only(error.problems), str(path))
     assert refused > 30
-
-
-def test_a_missing_file_is_named(tmp_path):
-    has(refusal(safe_load, tmp_path / "x.pt"), str(tmp_path / "x.pt"), "is missing")

@@ -76,7 +76,7 @@ def test_requests_of_a_rank_do_not_grow_with_the_ranks_and_bytes_only_with_the_h
     assert {store.requests.total() for store in few[1:] + many[1:]} == {6}
     assert max(store.bytes for store in many[1:]) - max(store.bytes for store in few[1:]) < 7 * 20
     for store in (few[0], many[0]):
-        del store.requests["check"]  # it looks every 50 ms whether all have come
+        del store.requests["check"]  # it looks again and again whether all have come
     assert few[0].requests == many[0].requests
 
 
@@ -94,9 +94,9 @@ def be_late(monkeypatch, *others):
     """Let rank 0's time be over as soon as these others have joined."""
     serve = rendezvous.serve
 
-    def serve_late(store, rank, record, ranks, deadline, *args, **options):
+    def serve_late(store, rank, record, ranks, answer, deadline, **options):
         store.wait([f"record/{other}" for other in others], timedelta(seconds=DEADLINE))
-        return serve(store, rank, record, ranks, time.monotonic(), *args, **options)
+        return serve(store, rank, record, ranks, answer, time.monotonic(), **options)
 
     monkeypatch.setattr(rendezvous, "serve", serve_late)
 

@@ -18,7 +18,6 @@ from megamoe.model.names import (
     is_projection,
     plain_name,
     plain_parts,
-    same_expert_of_first_rank,
     stretches,
 )
 from megamoe.model.topology import ExpertTopology
@@ -62,7 +61,6 @@ def test_the_ranks_of_an_expert_parallel_group_hold_every_expert_once():
             held = shapes_and_parts(engine(config, ep_size, rank))
             local = [part.name for name, (_, parts) in held.items() if is_engine_expert(name) for part in parts]
             of_ranks.append(local)
-            assert [same_expert_of_first_rank(name, EXPERTS // ep_size) for name in local] == of_ranks[0]
         names = [name for local in of_ranks for name in local]
         assert len(names) == len(set(names))
         assert set(names) == {name for name in parameter_shapes(config) if ".experts." in name}
@@ -92,15 +90,6 @@ def test_the_values_of_any_stretch_are_found_in_their_parts():
             assert all(length for *_, length in found)
             values = [(part, first + value) for part, first, length in found for value in range(length)]
             assert values == at[start : start + count]
-
-
-def test_names_of_one_parameter_per_expert_have_the_plain_names_of_stacked_ones():
-    engines = "layers.1.moe.deepspeed_moe.experts.deepspeed_experts.1.up_proj.weight"
-    plain = "model.layers.1.moe.experts.3.up_proj.weight"
-    assert plain_name(engines, first_expert=2) == plain
-    assert [part.name for part in plain_parts(engines, (4, 2), first_expert=2)] == [plain]
-    foreign = {"model.layers.1.mlp.experts.3.fc1.weight": (2, 2)}  # projections that megamoe does not have
-    assert list(engine_parameters(foreign)) == ["layers.1.mlp.deepspeed_moe.experts.deepspeed_experts.3.fc1.weight"]
 
 
 def test_a_plain_buffer_leads_back_to_the_engines_and_only_the_routers_statistics_are_buffers():

@@ -1,17 +1,17 @@
 """The reader of JSON: what it lets through is safe for whoever reads it, everything else is one sentence."""
 
-import copy
 import json
 import os
 import random
 from pathlib import Path
 
 import torch
+from random_documents import changed, complaints
 from refusals import has, refusal, sentences
 from tokenizers import Tokenizer, models
 from toy import PRECISION, PRESET, ds_config, write_inputs
 
-from megamoe.checkpoint import manifest
+from megamoe.checkpoint import universal
 from megamoe.checkpoint.opening import open_source
 from megamoe.config.model import load_preset
 from megamoe.config.recipe import batch_sizes, deepspeed_problems
@@ -125,46 +125,6 @@ def test_a_file_that_a_process_has_open_is_regular(tmp_path):
 
 # --- whatever a file holds, its consumers say what is wrong ---
 
-ATOMS = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 10**12, 2**63 - 1, -0.5, 1e-8, 1e300, 1e-308, "", "auto", "1e-8", "true",
-    "cpu", "é😀", "a\nb", "x" * 300, "../x", "/etc/passwd", "\0",
-)  # fmt: skip
-
-
-def draw_value(draw, depth=3):
-    """Any JSON value, small ones most often."""
-    kind = draw.random()
-    if depth == 0 or kind < 0.7:
-        return draw.choice(ATOMS)
-    if kind < 0.85:
-        return [draw_value(draw, depth - 1) for _ in range(draw.randrange(4))]
-    return {str(draw.choice(ATOMS)): draw_value(draw, depth - 1) for _ in range(draw.randrange(4))}
-
-
-def places(value, above=()):
-    """The way to every value within `value`."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in inner:
-        yield (*above, key)
-        yield from places(child, (*above, key))
-
-
-def changed(draw, document):
-    """`document` with some values replaced, removed or added."""
-    document = copy.deepcopy(document)
-    for _ in range(draw.choice((1, 1, 2, 4))):
-        *way, last = draw.choice(list(places(document)) or [(str(draw.choice(ATOMS)),)])
-        place = document
-        for key in way:
-            place = place[key]
-        if isinstance(place, dict) and draw.random() < 0.2:
-            place.pop(last, None)
-        elif isinstance(place, dict) and draw.random() < 0.2:
-            place[draw.choice(("x", "a\nb", str(last) + "s"))] = draw_value(draw)
-        else:
-            place[last] = draw_value(draw)
-    return document
-
 
 def garbled(draw, text):
     """The bytes of `text`, now and then with a few that do not belong."""
@@ -173,15 +133,6 @@ def garbled(draw, text):
         for _ in range(draw.choice((1, 3))):
             data[draw.randrange(len(data))] = draw.randrange(256)
     return bytes(data)
-
-
-def complaints(function, *args):
-    """What a UserError of the call says; nothing else may be raised."""
-    try:
-        function(*args)
-    except UserError as error:
-        return sentences(error.problems)
-    return []
 
 
 def random_files(path, document, count, seed):
@@ -244,8 +195,8 @@ def test_any_counts_index_or_manifest_is_accepted_or_refused_in_sentences(tmp_pa
     index = {"metadata": {"total_size": 4}, "weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model.bin"}}
     path = tmp_path / "pytorch_model.bin.index.json"
     assert some_are_refused(path, index, lambda _: open_source(tmp_path), seed=5)
-    record = {"step": 3, "files": {"a.pt": {"bytes": 4, "sha256": "0" * 64}}}
-    assert some_are_refused(tmp_path / "manifest.json", record, lambda _: manifest.read_manifest(tmp_path), seed=6)
+    record = {"step": 3, "layout": "universal", "files": {"a.pt": {"bytes": 4, "sha256": "0" * 64}}}
+    assert some_are_refused(tmp_path / "manifest.json", record, lambda _: universal.problems(tmp_path), seed=6)
 
 
 def test_any_tokenizer_is_accepted_or_refused_in_sentences(tmp_path):
