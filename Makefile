@@ -65,9 +65,8 @@ endif
 train:
 	@flock --nonblock Makefile true || echo "waiting for another 'make train' here to prepare its data" >&2
 	@flock --no-fork Makefile $(MAKE) --no-print-directory ready
-	$(if $(STEPS),mkdir -p $(dir $(RUN)) && sed 's/"total_num_steps": [0-9]*/"total_num_steps": $(STEPS)/' $(RECIPE) > $(RUN).json)
-	launch_scripts/single_node.sh 2 --ds_config $(if $(STEPS),$(RUN).json,$(RECIPE)) --preset $(PRESET) --ep_size 2 \
-		--data $(TOKENS) --run_dir $(RUN) --auto_resume --eval_interval 100
+	launch_scripts/single_node.sh 2 --ds_config $(RECIPE) $(if $(STEPS),--schedule_steps $(STEPS)) --preset $(PRESET) \
+		--ep_size 2 --data $(TOKENS) --run_dir $(RUN) --auto_resume --eval_interval 100
 	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5
 	python tools/report.py $(RUN)
 

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from megamoe.checkpoint.open_model import open_model, tokenizer_of
 from megamoe.checkpoint.opening import find_checkpoint, open_source
 from megamoe.config.model import ModelConfig, validate
-from megamoe.config.precision import find_precision, is_auto, resolve
-from megamoe.config.recipe import deepspeed_problems, dtype_of
+from megamoe.config.precision import find_precision
+from megamoe.config.recipe import Recipe, parse_recipe
 from megamoe.data import tokenizer as tokenizers
 from megamoe.data.batches import Batch
 from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
@@ -193,18 +193,16 @@ def build_trainer(
     config = _config_of(preset)
     ds = ds_config if isinstance(ds_config, dict) else read_json(Path(ds_config))
     where = "the DeepSpeed JSON" if isinstance(ds_config, dict) else str(ds_config)
-    if is_auto(ds) or dtype_of(ds) == "bf16":
-        precision = find_precision(this_device())
-        if dist.get_rank() == 0 and (note := precision.describe(ds, where)):
-            print(note, flush=True)
-        ds = resolve(ds, precision.choice)
-    world_size = dist.get_world_size()
-    problems = Problems(deepspeed_problems(ds, where, world_size, is_on_cpu()))
-    problems += placement_problems(config, ep_size, dtype_of(ds), world_size, "the model")
+    precision, world_size = find_precision(this_device()), dist.get_world_size()
+    problems = Problems()
+    recipe: Recipe = problems.attempt(parse_recipe, ds, where, world_size, is_on_cpu(), precision.choice)
+    problems += placement_problems(config, ep_size, recipe.dtype if recipe else "fp32", world_size, "the model")
     if not problems:
-        problems += deepspeed_own_problems(ds, where)
+        problems += deepspeed_own_problems(recipe)
     problems.refuse()
-    return build_train_step(config, ds, ep_size=ep_size, seed=seed)
+    if dist.get_rank() == 0 and (note := precision.describe(recipe)):
+        print(note, flush=True)
+    return build_train_step(config, recipe, ep_size=ep_size, seed=seed)
 
 
 def train_step(trainer: TrainStep, batches: Iterable[Batch]) -> StepResult:

@@ -7,10 +7,11 @@ field of RunConfig.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,20 +21,36 @@ from megamoe.checkpoint import folders
 from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import cli
-from megamoe.config.precision import find_precision
-from megamoe.config.recipe import DTYPES, dtype_of
+from megamoe.config.model import ModelConfig
+from megamoe.config.precision import Precision, find_precision
+from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.config.run import RunConfig, parse_run
-from megamoe.data.ledger import DataLedger
-from megamoe.job import Job
+from megamoe.config.run_checks import length_problems, run_problems
+from megamoe.data.batches import BatchShape
+from megamoe.evaluation.held_out import Evaluator
+from megamoe.evaluation.tasks import TaskEvaluator
+from megamoe.formats.config_json import find_preset
 from megamoe.launch.determinism import make_deterministic
 from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, words_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
+from megamoe.model.compiled import compiler_problems
+from megamoe.model.placement import placement_problems
+from megamoe.resume import Changes, Start, check_changes, find_start
+from megamoe.run_inputs import Inputs, open_inputs
+from megamoe.run_record import (
+    describe_initial,
+    describe_products,
+    describe_run,
+    describe_split_dependence,
+    make_record,
+)
+from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.guard import Guard, GuardSettings
 from megamoe.training.loop import Trainer
 from megamoe.training.rollback import saved_guard
-from megamoe.training.sinks import SinkGroup, open_sinks
+from megamoe.training.sinks import open_sinks
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
 from megamoe.utils.errors import Problems, UserError
@@ -72,9 +89,9 @@ def pretrain() -> int:
     position = Position()
     watch = Watch(rendezvous, position)
     try:
-        job = check(config, problems, device, is_first_on_host=rendezvous.rank_info.local_rank == 0)
-        watch.collective_seconds = job.run.collective_timeout
-        done = is_done(job) or run(job, rendezvous.store, position, stop)
+        checked = check(config, problems, device, is_first_on_host=rendezvous.rank_info.local_rank == 0)
+        watch.collective_seconds = checked.run.collective_timeout
+        done = is_done(checked) or run(checked, rendezvous.store, position, stop)
         code = 0 if done else STOPPED
     except SystemExit as end:  # on all ranks
         code = int(end.code or 0)
@@ -85,54 +102,110 @@ def pretrain() -> int:
     return code
 
 
-def check(config: RunConfig | None, problems: Problems, device: torch.device, is_first_on_host: bool) -> Job:
-    """The job that the command line asks for. Problems of any rank end all of them together. Collective.
+@dataclass(frozen=True)
+class Checked:
+    """A run that can begin: what the checks have parsed and opened."""
+
+    run: RunConfig
+    model: ModelConfig
+    recipe: Recipe
+    precision: Precision
+    device: torch.device
+    shape: BatchShape
+    last_step: int
+    inputs: Inputs
+    start: Start
+    changes: Changes  # of what it resumes
+    record: dict[str, Any]
+
+
+def check(config: RunConfig | None, problems: Problems, device: torch.device, is_first_on_host: bool) -> Checked:
+    """The run that the command line asks for. Problems of any rank end all of them together. Collective.
 
     Args:
         config: None where the command line has `problems`.
     """
-    job = None
+    checked = None
     resumes = config and (config.resume or config.auto_resume)
     precision = find_precision(device, config.folder if config and resumes else None)
     if config:
-        job = problems.attempt(
-            Job, config, dist.get_world_size(), device, precision, dist.get_rank() == 0, is_first_on_host
+        checked = problems.attempt(
+            check_run, config, dist.get_world_size(), device, precision, dist.get_rank() == 0, is_first_on_host
         )
     raise_on_any_rank(problems)
-    assert job
-    return job
+    assert checked
+    return checked
 
 
-def is_done(job: Job) -> bool:
+def check_run(
+    run: RunConfig, world_size: int, device: torch.device, precision: Precision, leads: bool = True, scans: bool = True
+) -> Checked:
+    """Everything that can be checked before anything is built or written. Raises one UserError with all problems.
+
+    Args:
+        precision: says what "auto" in the DeepSpeed JSON stands for.
+        leads: this rank locks the run folder, and checks what the run resumes or starts from, for all ranks.
+        scans: this rank checks the tokens of the corpora, for all ranks of its host.
+    """
+    problems = Problems()
+    start = find_start(run, problems) if leads else Start()
+    on_cpu = device.type == "cpu"
+    recipe: Recipe = problems.attempt(read_recipe, run.ds_config, world_size, on_cpu, precision.choice)
+    if recipe and run.schedule_steps:
+        recipe = problems.attempt(recipe.lasting, run.schedule_steps)
+    if recipe:
+        problems += length_problems(run, recipe)
+    model: ModelConfig = problems.attempt(find_preset, run.preset)
+    if model:
+        seq_len = run.seq_len or model.max_position_embeddings
+        problems += run_problems(run, model, recipe)
+        problems += placement_problems(model, run.ep_size, recipe.dtype if recipe else "fp32", world_size, run.preset)
+        inputs = problems.attempt(open_inputs, run, model, seq_len, start.initial_weights, leads, scans)
+    if run.compile:
+        problems += compiler_problems(device)
+    if not problems:
+        problems += deepspeed_own_problems(recipe)
+    problems.refuse()
+    shape = BatchShape(recipe.micro_batch, recipe.accumulation, world_size, seq_len, run.stages)
+    last_step = run.steps or recipe.schedule.total_steps
+    assert last_step, "length_problems"
+    record = make_record(run, model, recipe, shape, inputs, start.folder.run_id() if start.folder else None)
+    changes = check_changes(run, start, record, shape.ramp)
+    return Checked(run, model, recipe, precision, device, shape, last_step, inputs, start, changes, record)
+
+
+def is_done(checked: Checked) -> bool:
     """Whether a checkpoint of the last step, or a later one, is verified. Collective."""
-    claims = [job.claims_to_be_done]
-    dist.broadcast_object_list(claims)  # rank 0 decides
+    candidates, folder, last_step = checked.start.candidates, checked.run.folder, checked.last_step
+    claims = [any((folders.step_of(path) or 0) >= last_step for path in filter(folders.is_complete, candidates))]
+    dist.broadcast_object_list(claims)  # rank 0 decides, by names
     if not claims[0]:
         return False
     problems: list[str] = []
     step = None
     try:
-        newest = first_verified(job.candidates)
+        newest = first_verified(candidates)
         step = folders.step_of(newest) if newest else None
-        if newest in job.candidates:  # those before it need not be looked at again
-            job.candidates = job.candidates[job.candidates.index(newest) :]
+        if newest in candidates:
+            del candidates[: candidates.index(newest)]  # which need not be looked at again
     except UserError as error:
         problems = error.problems
-    if step is not None and step >= job.last_step and not job.run.auto_resume:
-        ends = job.schedule.total_steps is not None
-        longer = "total_num_steps in the DeepSpeed JSON, and --steps if it is given," if ends else "--steps"
+    if step is not None and step >= last_step and not checked.run.auto_resume:
+        ends = checked.recipe.schedule.total_steps is not None
+        end = "--schedule_steps" if checked.run.schedule_steps else "total_num_steps in the DeepSpeed JSON"
+        longer = f"{end}, and --steps if it is given," if ends else "--steps"
         problems.append(
-            f"{job.run_dir} is at step {step} already and the run ends at {job.last_step}; raise {longer} to train on."
+            f"{folder} is at step {step} already and the run ends at {last_step}; raise {longer} to train on."
         )
     raise_on_any_rank(problems)
-    if step is None or step < job.last_step:
+    if step is None or step < last_step:
         return False
     if dist.get_rank() == 0:
-        print(f"{job.run_dir} is at its last step, {step}, already", flush=True)
+        print(f"{folder} is at its last step, {step}, already", flush=True)
     return True
 
 
-def run(job: Job, store: Store | None, position: Position, stop: StopRequest) -> bool:
+def run(checked: Checked, store: Store | None, position: Position, stop: StopRequest) -> bool:
     """Build, restore, train. Returns whether the last step was reached. Collective.
 
     Args:
@@ -140,42 +213,51 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
         position: is told where this rank is.
         stop: asks for an end before the last step.
     """
-    config = job.run
-    peak = job.precision.mfu_peak(job.device, DTYPES[dtype_of(job.ds)])  # before the model takes the memory
+    config, recipe, inputs, start = checked.run, checked.recipe, checked.inputs, checked.start
+    peak = checked.precision.mfu_peak(checked.device, recipe.torch_dtype)  # before the model takes the memory
     position.at("building the engine")
     with stop.interrupting():  # there is nothing to save, and a compiler may run for minutes
         train_step = build_train_step(
-            job.model, job.ds, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks,
+            checked.model, recipe, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks,
             compiled=config.compile, ema_decay=config.ema_decay,
         )  # fmt: skip
     position.at("restoring")
-    checkpoint = restore(job, train_step)
+    checkpoint = restore(train_step, start.candidates, start.initial_weights)
     first = (folders.step_of(checkpoint) or 0) if checkpoint else 0
-    has_average = bool(train_step.average and train_step.average.has_begun)
-    guard, ledger = restore_guard(job, checkpoint)
-    sinks = enter(job, first, checkpoint, has_average) if dist.get_rank() == 0 else None
+    guard = restore_guard(config, recipe.schedule.warmup_steps, checkpoint)
+    ledger = [start.ledger]
+    dist.broadcast_object_list(ledger)  # rank 0 has read it
+    sinks = None
+    if start.folder:
+        has_average = bool(train_step.average and train_step.average.has_begun)
+        start.folder.enter(
+            {"step": first, "checkpoint": checkpoint and checkpoint.name, **checked.record}, inputs.tokenizer
+        )
+        sinks = open_sinks(config.folder, first)
+        for line in first_lines(checked, first, checkpoint, has_average):
+            sinks.log_text(first, line)
     writer = CheckpointWriter(
         train_step.engine,
-        job.run_dir / "checkpoints",
-        job.record(),
+        config.folder / "checkpoints",
+        checked.record,
         store=store,
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         background=not config.foreground_save,
         resumed=checkpoint,
-        ledger=ledger,
+        ledger=ledger[0],
         waiting=lambda: position.at("saving"),
     )
     trainer = Trainer(
-        train_step, job.data, job.shape, writer, seed=config.seed, guard=guard, ledger=ledger, position=position,
-        stop=stop, peak=peak,
-        deadline=Deadline(config.time_limit, os.environ), evaluator=job.evaluator(), tasks=job.tasks(position),
-        sinks=sinks,
-        folder_is_gone=job.folder.is_gone if job.folder else lambda: False,
+        train_step, inputs.data, checked.shape, writer, seed=config.seed, guard=guard, ledger=ledger[0],
+        position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
+        evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out else None,
+        tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None,
+        sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
     )  # fmt: skip
     try:
         return trainer.run(
-            first, job.last_step, log_every=config.log_interval, eval_every=config.eval_interval,
+            first, checked.last_step, log_every=config.log_interval, eval_every=config.eval_interval,
             save_every=config.save_interval, tasks_every=config.lm_eval_interval,
         )  # fmt: skip
     finally:
@@ -183,9 +265,22 @@ def run(job: Job, store: Store | None, position: Position, stop: StopRequest) ->
             sinks.close()
 
 
-def restore_guard(job: Job, checkpoint: Path | None) -> tuple[Guard, DataLedger]:
-    """The run's guard as `checkpoint` has it, and its ledger. Collective."""
-    config = job.run
+def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list[Path]) -> Path | None:
+    """Give the engine what the run starts from, if that is not drawn; returns the checkpoint that it resumes from.
+    Problems of any rank end all of them together. Collective."""
+    checkpoint, problems = None, []
+    try:
+        checkpoint = restore_first_verified(train_step.engine, candidates)
+        if not checkpoint:
+            restore_first_verified(train_step.engine, initial_weights, weights_only=True)
+    except UserError as error:
+        problems = error.problems
+    raise_on_any_rank(problems)
+    return checkpoint
+
+
+def restore_guard(config: RunConfig, warmup_steps: int, checkpoint: Path | None) -> Guard:
+    """The run's guard as `checkpoint` has it. Collective."""
     guard = Guard(
         GuardSettings(
             mode=config.guard,
@@ -194,58 +289,35 @@ def restore_guard(job: Job, checkpoint: Path | None) -> tuple[Guard, DataLedger]
             margin=config.guard_margin,
             skips=config.guard_skips,
             rollbacks=config.guard_rollbacks,
-            warmup=job.schedule.warmup_steps,
+            warmup=warmup_steps,
         )
     )
     if checkpoint:
         guard.restore(saved_guard(checkpoint), folders.step_of(checkpoint) or 0)
-    ledger = [job.ledger]
-    dist.broadcast_object_list(ledger)  # rank 0 has read it
-    return guard, ledger[0]
+    return guard
 
 
-def enter(job: Job, first: int, checkpoint: Path | None, has_average: bool) -> SinkGroup:
-    """Record the start or the resume in the run folder; returns the run's sinks, open. On rank 0.
+def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_average: bool) -> list[str]:
+    """What the log says of the run before step `first` + 1.
 
     Args:
         has_average: the checkpoint holds averaged weights, and the run goes on with them.
     """
-    job.enter_folder(first, checkpoint)
-    sinks = open_sinks(job.run_dir, first)
-    sinks.log_text(first, job.describe(first))
+    run, model, recipe, start = checked.run, checked.model, checked.recipe, checked.start
+    lines: list[str | None] = [
+        describe_run(run, model, recipe, checked.shape, checked.inputs, first, checked.last_step),
+        f"resumed from {checkpoint}" if checkpoint else None,
+        checked.precision.describe(recipe),
+        describe_initial(model, start.initial_weights),
+        describe_products(checked.device, recipe.torch_dtype),
+        describe_split_dependence(model),
+    ]
+    if start.is_resuming and not checkpoint:
+        lines.append(f"{run.folder} holds no complete checkpoint, so the run begins again at step 0")
+    lines += checked.changes.lines(first)
     if checkpoint:
-        sinks.log_text(first, f"resumed from {checkpoint}")
-    notes = (
-        job.describe_precision(), job.describe_initial(), job.describe_products(), job.describe_split_dependence()
-    )  # fmt: skip
-    for line in filter(None, notes):
-        sinks.log_text(first, line)
-    if job.is_resuming and not checkpoint:
-        sinks.log_text(0, f"{job.run_dir} holds no complete checkpoint, so the run begins again at step 0")
-    if job.new_schedule:
-        sinks.log_text(first, f"the schedule changes after step {first}: {json.dumps(job.new_schedule)}")
-    if job.changes_ramp_at:
-        sinks.log_text(first, f"the batch ramp changes with step {job.changes_ramp_at}")
-    if job.reduces_in_fp32_now:
-        sinks.log_text(first, f"gradients are reduced in fp32 after step {first} (communication_data_type)")
-    change = describe_change(first, job.ema_decay_before, job.run.ema_decay, has_average) if checkpoint else None
-    if change:
-        sinks.log_text(first, change)
-    return sinks
-
-
-def restore(job: Job, train_step: TrainStep) -> Path | None:
-    """Give the engine what the run starts from, if that is not drawn; returns the checkpoint that it resumes from.
-    Problems of any rank end all of them together. Collective."""
-    checkpoint, problems = None, []
-    try:
-        checkpoint = restore_first_verified(train_step.engine, job.candidates)
-        if not checkpoint:
-            restore_first_verified(train_step.engine, job.initial_weights, weights_only=True)
-    except UserError as error:
-        problems = error.problems
-    raise_on_any_rank(problems)
-    return checkpoint
+        lines.append(describe_change(first, checked.changes.ema_decay_before, run.ema_decay, has_average))
+    return [line for line in lines if line]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """A small engine on every rank: train it, save it, load it elsewhere, compare what was saved."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from toy import PRESET, ds_config, new_store
+from toy import PRESET, ds_config, new_store, recipe_of
 
 from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
@@ -37,12 +38,14 @@ class OneWeight(nn.Module):
         return loss
 
 
-def make(ep_size, stage=2, seed=0, config=CONFIG, **ds_changes):
-    """The engine of this rank."""
+def make(ep_size, stage=2, seed=0, config=CONFIG, unchecked=None, **ds_changes):
+    """The engine of this rank; keys of DeepSpeed that a run may not have go to it `unchecked`."""
     ds = ds_config(BATCH // dist.get_world_size(), **ds_changes)
     ds["zero_optimization"]["stage"] = stage
     ds["scheduler"]["params"]["total_num_steps"] = 60
-    return build_train_step(config, ds, ep_size=ep_size, seed=seed).engine
+    recipe = recipe_of(ds)
+    recipe = replace(recipe, json={**recipe.json, **(unchecked or {})})
+    return build_train_step(config, recipe, ep_size=ep_size, seed=seed).engine
 
 
 def train(engine, steps, first=0, writer=None, average=None):

@@ -1,10 +1,6 @@
-"""Documents that are changed at random, and what is said of them."""
+"""Documents that are changed at random."""
 
 import copy
-
-from refusals import sentences
-
-from megamoe.utils.errors import UserError
 
 ATOMS = (
     None, True, False, 0, 1, -1, 2, 3, 7, 10**12, 2**63 - 1, -0.5, 1e-8, 1e300, 1e-308, "", "auto", "1e-8", "true",
@@ -45,12 +41,3 @@ def changed(draw, document):
         else:
             place[last] = draw_value(draw)
     return document
-
-
-def complaints(function, *args):
-    """What a UserError of the call says; nothing else may be raised."""
-    try:
-        function(*args)
-    except UserError as error:
-        return sentences(error.problems)
-    return []

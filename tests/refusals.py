@@ -12,6 +12,15 @@ def sentences(problems):
     return problems
 
 
+def complaints(function, *args):
+    """What a UserError of the call says; nothing else may be raised."""
+    try:
+        function(*args)
+    except UserError as error:
+        return sentences(error.problems)
+    return []
+
+
 def refusals(function, *args):
     with pytest.raises(UserError) as caught:
         function(*args)

@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRESET, ds_config, train_here, write_inputs
+from toy import PRESET, ds_config, recipe_of, train_here, write_inputs
 
 from megamoe.config import model as config
 from megamoe.config import optimizers
 from megamoe.config.model import load_preset, preset_names
 from megamoe.config.optimizers import OptimizerSpec, StateTensor
-from megamoe.config.recipe import deepspeed_problems
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import read_setup
 from megamoe.training import sinks
@@ -77,7 +76,6 @@ def test_a_preset_is_a_file_an_optimizer_an_entry_and_a_sink_a_class(tmp_path, m
 
     extend(monkeypatch, tmp_path)
     assert preset_names() == ["made-up"]
-    assert deepspeed_problems(recipe(), "ds.json", 1, True) == []
-    setup = read_setup(load_preset("made-up"), recipe(), 1, 1, 16, True)
+    setup = read_setup(load_preset("made-up"), recipe_of(recipe()), 1, 16, True)
     state = footprint(setup).between
     assert state["optimizer state"] == state["fp32 masters"]  # one tensor in fp32

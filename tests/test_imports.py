@@ -25,7 +25,7 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"planning"},
-    {"job", "library", "resume_rules"},
+    {"library", "resume", "run_inputs", "run_record"},
     {"commands", "pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

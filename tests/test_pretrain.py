@@ -5,20 +5,17 @@ import io
 import json
 import shutil
 
-import native_models
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
-from toy import PRECISION, ds_config, losses, new_store, train_here, write_inputs
+from refusals import has, only, refusals
+from toy import PRECISION, check_here, ds_config, losses, new_store, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
 from megamoe.config.run import RunConfig
-from megamoe.formats.config_json import preset_of
-from megamoe.job import Job
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
-from megamoe.pretrain import is_done
+from megamoe.pretrain import check_run, is_done
 from megamoe.pretrain import run as pretrain
 from megamoe.training.sinks import ConsoleSink
 
@@ -45,9 +42,48 @@ def run_and_hear(ranks, function, run):
     return list(results), "".join(said)
 
 
+# --- the checks ---
+
+
+def problems(run, world_size=1):
+    return refusals(check_run, RunConfig(**run), world_size, torch.device("cpu"), PRECISION)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+
+
+def test_problems_of_all_owners_come_together(inputs, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, zero_optimization={"stage": 3})))
+    said = problems({**inputs, "ep_size": 3, "data": ["nowhere"], "resume": True, "seq_len": 17}, world_size=2)
+    parts = ["holds no run to resume", "ZeRO-3", "the 2 ranks", "the 4 experts", "nowhere.bin", "seq_len is 17"]
+    assert len(said) == len(parts)
+    assert all(any(part in problem for problem in said) for part in parts), said
+
+
+def test_what_deepspeed_itself_refuses_is_a_sentence_too(inputs, tmp_path):
+    for change, parts in (
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, ["device", "'gpu'", "nvme"]),
+        ({"flops_profiler": {"enabled": "maybe"}}, ["DeepSpeed refuses", "'str'"]),  # a TypeError in its code
+    ):
+        (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, **change)))
+        has(only(problems(inputs)), *parts)
+
+
+def test_compiling_without_a_compiler_is_refused(inputs):
+    import torch._inductor.config as inductor
+
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        has(only(problems({**inputs, "compile": True})), "--compile needs a C++ compiler")
+
+
+# --- whole runs ---
+
+
 def done_here(run):
     """Whether a start would find nothing to do."""
-    return is_done(Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), PRECISION, dist.get_rank() == 0))
+    return is_done(check_here(run))
 
 
 @pytest.fixture(scope="module")
@@ -177,15 +213,6 @@ def test_a_run_that_diverges_ends_with_a_sentence_and_keeps_the_last_good_checkp
     assert len(kept) == 3
 
 
-def test_a_run_says_what_its_preset_changes_of_the_directory_that_it_starts_from(tmp_path):
-    directory = tmp_path / "hf"
-    native_models.new_model("Glm4Moe").save_pretrained(directory)
-    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 1, "seq_len": 16}
-    (tmp_path / "preset.json").write_text(json.dumps({**preset_of(directory).model_dump(), "rope_theta": 5e5}))
-    (_,), said = run_and_hear(1, train_here, {**run, "init_from": str(directory)})
-    assert f"for the weights in {directory}, rope_theta 500000.0 in place of 300.0" in said
-
-
 def test_a_run_says_once_what_auto_has_it_compute_in(tmp_path):
     ds = ds_config(2, bf16={"enabled": "auto"})
     run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "steps": 1}
@@ -195,17 +222,17 @@ def test_a_run_says_once_what_auto_has_it_compute_in(tmp_path):
 
 def remove_folder_after_a_step(run):
     """Train with a run folder that is removed once step 2 is logged."""
-    job = Job(RunConfig(**run), dist.get_world_size(), torch.device("cpu"), PRECISION, dist.get_rank() == 0)
+    checked = check_here(run)
     real = ConsoleSink.log_scalars
 
     def remove(self, kind, step, values):
         real(self, kind, step, values)
         if step == 2:
-            shutil.rmtree(job.run_dir)
+            shutil.rmtree(checked.run.folder)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ConsoleSink, "log_scalars", remove)
-        pretrain(job, new_store("run"), Position(), StopRequest())
+        pretrain(checked, new_store("run"), Position(), StopRequest())
 
 
 @pytest.mark.parametrize("interval", [{"log_interval": 1, "save_interval": 0}, {"log_interval": 2, "save_interval": 3}])

@@ -11,18 +11,18 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megamoe.config.precision import by_rates, resolve
+from megamoe.config.precision import by_rates
+from megamoe.config.recipe import Recipe, parse_recipe, read_recipe
 from megamoe.config.run import RunConfig
 from megamoe.data.corpus import SplitWriter
-from megamoe.job import Job
 from megamoe.launch.determinism import make_deterministic
 from megamoe.launch.distributed import raise_on_any_rank, this_device
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
+from megamoe.pretrain import Checked, check_run
 from megamoe.pretrain import run as pretrain
 from megamoe.training.sinks import read_log
-from megamoe.utils.errors import UserError
-from megamoe.utils.json_files import read_json
+from megamoe.utils.errors import Problems
 
 PRESET = {
     "vocab_size": 96,
@@ -44,7 +44,7 @@ SHIPPED = Path(__file__).parent.parent / "ds_configs"
 
 def shipped(name: str) -> dict[str, Any]:
     """A shipped DeepSpeed JSON, with bf16 for "auto" on any device."""
-    return resolve(read_json(SHIPPED / f"{name}.json"), "bf16")
+    return read_recipe(str(SHIPPED / f"{name}.json"), 1, False, "bf16").json
 
 
 def ds_config(micro_batch: int, accumulation: int = 1, **changes: Any) -> dict[str, Any]:
@@ -60,6 +60,11 @@ def ds_of_samples(samples: int, micro_batch: int | None = None) -> dict[str, Any
     ds = {**ds_config(1), "train_batch_size": samples, "train_micro_batch_size_per_gpu": micro_batch}
     del ds["gradient_accumulation_steps"]
     return {key: value for key, value in ds.items() if value is not None}
+
+
+def recipe_of(ds: dict[str, Any], ranks: int = 1) -> Recipe:
+    """A DeepSpeed JSON as the engine and the planner take it."""
+    return parse_recipe(ds, "ds.json", ranks, False, "bf16")
 
 
 def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -90,20 +95,27 @@ def new_store(purpose: str) -> Store:
     return PrefixStore(f"{purpose}/{store.add(f'{purpose}/{dist.get_rank()}', 1)}", store)
 
 
+def check_here(run: dict[str, Any]) -> Checked:
+    """The checks of pretrain.py, on this rank of a group that exists already. Raises UserError."""
+    return check_run(RunConfig(**run), dist.get_world_size(), this_device(), PRECISION, dist.get_rank() == 0)
+
+
+def begin(checked: Checked) -> None:
+    """Record the start in the run folder, as a run does before its first step."""
+    assert checked.start.folder
+    checked.start.folder.enter(checked.record, checked.inputs.tokenizer)
+
+
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Train as pretrain.py does, on this rank of a group that exists already; returns the log. Exits with problems."""
     if run.get("deterministic"):
         make_deterministic()
-    job, problems = None, []
-    try:
-        job = Job(RunConfig(**run), dist.get_world_size(), this_device(), PRECISION, dist.get_rank() == 0)
-    except UserError as error:
-        problems = error.problems
+    problems = Problems()
+    checked = problems.attempt(check_here, run)
     raise_on_any_rank(problems)
-    assert job
-    pretrain(job, new_store("run"), Position(), StopRequest())
+    pretrain(checked, new_store("run"), Position(), StopRequest())
     dist.barrier()
-    return read_log(job.run_dir)
+    return read_log(checked.run.folder)
 
 
 def losses(log: dict[str, list[dict[str, Any]]]) -> list[float]:

@@ -19,7 +19,6 @@ os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simul
 
 from megamoe.config import cli
 from megamoe.config.model import validate
-from megamoe.config.recipe import dtype_of
 from megamoe.config.run import RunConfig
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
@@ -136,7 +135,7 @@ def main() -> None:
     setup = plan.setup
     print(
         f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
-        f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, {dtype_of(plan.ds)}, ep_size {setup.ep_size}, "
+        f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, {plan.recipe.dtype}, ep_size {setup.ep_size}, "
         f"ZeRO-{setup.zero_stage}; "
         f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"
     )
@@ -152,7 +151,7 @@ def main() -> None:
     if options.simulate:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
             measured = simulate(
-                setup.model, plan.ds, setup.world_size, setup.ep_size, setup.seq_len, setup.recompute_blocks,
+                setup.model, plan.recipe, setup.ep_size, setup.seq_len, setup.recompute_blocks,
                 run.ema_decay,
             )  # fmt: skip
         print_simulated(plan, measured)

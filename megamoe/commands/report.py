@@ -16,7 +16,7 @@ import matplotlib
 
 from megamoe.config import cli
 from megamoe.data.ramp import BatchRamp
-from megamoe.resume_rules import stages_of
+from megamoe.resume import stages_of
 from megamoe.training.sinks import read_log
 from megamoe.utils.errors import Problems, UserError, shown
 from megamoe.utils.json_files import read_regular

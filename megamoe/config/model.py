@@ -8,12 +8,13 @@ at once, as sentences that name the value, the limit and the remedy.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from megamoe.config.model_checks import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, field_problems, rotated_dimensions
-from megamoe.utils.errors import UserError, shown, unknown_key
+from megamoe.config.model_checks import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, RULES, rotated_dimensions
+from megamoe.utils.errors import UserError, broken_rules, shown, unknown_key
 from megamoe.utils.json_files import read_json
 
 PRESET_DIR = Path(__file__).parent / "presets"
@@ -26,8 +27,12 @@ class JsonModel(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _whole(cls, value: Any) -> Any:
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    def _read(cls, value: Any) -> Any:
+        return _whole(value)
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
@@ -205,18 +210,12 @@ class ModelConfig(JsonModel):
         slides = self.layer_types is None or self.layer_types[block] == "sliding_attention"
         return self.sliding_window if slides else None
 
-    @staticmethod
-    def problems(values: dict[str, Any]) -> list[str]:
-        """What does not fit between fields, one sentence each; fields that are wrong themselves are passed over."""
-        return field_problems(values)
-
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # lists and dictionaries have none
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        problems = self.problems(self.__dict__)
-        if problems:
+        if problems := broken_rules(RULES, self):
             raise UserError(*problems)
         return self
 
@@ -251,8 +250,11 @@ def validate(model: type[Any], values: Any, where: str) -> Any:
         raise UserError(*(f"{where}: {problem}" for problem in error.problems)) from None
     except ValidationError as error:
         problems = [_sentence(detail, where, known) for detail in error.errors()]
-        if hasattr(model, "problems"):
-            problems += [f"{where}: {problem}" for problem in model.problems(values)]
+        if model is ModelConfig:
+            wrong = {detail["loc"][0] for detail in error.errors()}
+            defaults = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
+            sound = {name: _whole(value) for name, value in {**defaults, **values}.items() if name not in wrong}
+            problems += [f"{where}: {problem}" for problem in broken_rules(RULES, SimpleNamespace(**sound))]
         raise UserError(*problems) from None
 
 
@@ -265,5 +267,10 @@ def _sentence(detail: Any, where: str, known: list[str]) -> str:
         return f'{where}: "{key}" is missing; add it{choice}.'
     if detail["type"] == "value_error":
         return f"{where}: {key}: {detail['msg'].removeprefix('Value error, ')}"
-    rule = detail["msg"].removeprefix("Input ")
-    return f'{where}: "{key}" is {shown(detail["input"])}, but it {rule}; change it.'
+    value, rule = detail["input"], detail["msg"].removeprefix("Input ")
+    why = ""
+    if value == "auto":
+        why = ", which only Hugging Face's Trainer fills in"
+    elif isinstance(value, str) and detail["type"] in ("float_type", "int_type", "bool_type"):
+        why = ", a text in quotes"
+    return f'{where}: "{key}" is {shown(value)}{why}, but it {rule}; change it.'

@@ -1,11 +1,12 @@
 """What does not fit between the fields of a model's configuration, one sentence each.
 
-Every check passes over fields that are wrong themselves, which have a sentence already, so that all problems are found
-at once.
+A field that is wrong itself has a sentence already, and what needs it is passed over, so that all problems are found at
+once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from megamoe.utils.errors import shown, unknown_key
@@ -27,198 +28,160 @@ ROPE_SCALINGS = {  # what each kind needs, and what it reads besides
 LATENT_ATTENTION = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # all of them or none
 
 
-def field_problems(values: dict[str, Any]) -> list[str]:
-    """Of a model's fields by name, checked or not."""
-    return [
-        *_size_problems(values),
-        *_block_problems(values),
-        *_router_problems(values),
-        *_attention_problems(values),
-        *_rope_scaling_problems(values.get("rope_scaling"), _rotated(values)),
-    ]
-
-
 def rotated_dimensions(head_dim: int, factor: float) -> int:
     """Dimensions of a head that a partial_rotary_factor rotates: their product, whole. A factor that is a quotient of
     two sizes may be a rounding error below it."""
     return int(head_dim * factor + 1e-6)
 
 
-def _positive(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _rotated(values: dict[str, Any]) -> int | None:
-    """Dimensions of a head that are rotated; None where the fields that say it are wrong."""
-    rope, head_dim = values.get("qk_rope_head_dim"), values.get("head_dim")
-    factor = values.get("partial_rotary_factor", 1.0)
-    if rope is not None:
-        return rope if _positive(rope) else None
-    return rotated_dimensions(head_dim, factor) if _positive(head_dim) and _number(factor) and factor <= 1 else None
-
-
-def _size_problems(values: dict[str, Any]) -> list[str]:
-    problems = []
-    heads, key_value_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if _positive(heads) and _positive(key_value_heads) and heads % key_value_heads:
-        problems.append(
+def _heads(m: Any) -> Iterator[str]:
+    heads, key_value_heads = m.num_attention_heads, m.num_key_value_heads
+    if heads % key_value_heads:
+        yield (
             f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {key_value_heads}; "
             f"set that to a divisor of {heads}."
         )
-    layers, experts = values.get("num_hidden_layers"), values.get("num_local_experts")
-    if _positive(layers) and _positive(experts) and layers <= MAX_LAYERS and layers * experts > MAX_EXPERTS >= experts:
-        problems.append(
+
+
+def _sizes(m: Any) -> Iterator[str]:
+    layers, experts = m.num_hidden_layers, m.num_local_experts
+    if layers * experts > MAX_EXPERTS:
+        yield (
             f"num_hidden_layers {layers} x num_local_experts {experts} is {layers * experts:,} experts, above the "
             f"limit of {MAX_EXPERTS:,}; lower one of them."
         )
-    return problems
 
 
-def _block_problems(values: dict[str, Any]) -> list[str]:
-    problems = []
-    layers, first, listed, types = (
-        values.get(name) for name in ("num_hidden_layers", "first_k_dense_replace", "mlp_only_layers", "layer_types")
-    )
-    if not _positive(layers):
-        return []
-    dense = set(range(first)) if _positive(first) and first <= MAX_LAYERS else set()
-    if isinstance(listed, list) and all(isinstance(block, int) for block in listed):
-        dense |= set(listed)
-        if outside := sorted(block for block in listed if not 0 <= block < layers):
-            problems.append(
-                f"mlp_only_layers has {outside[0]}, but the {layers} blocks are 0 to {layers - 1}; remove it."
-            )
-    if dense >= set(range(min(layers, MAX_LAYERS))):
-        problems.append(
-            f"all {layers} blocks are dense (first_k_dense_replace {shown(first)}, mlp_only_layers {shown(listed)}); "
-            "leave one with experts."
+def _dense_blocks(m: Any) -> Iterator[str]:
+    layers, first, listed = m.num_hidden_layers, m.first_k_dense_replace, m.mlp_only_layers
+    if outside := sorted(block for block in listed if not 0 <= block < layers):
+        yield f"mlp_only_layers has {outside[0]}, but the {layers} blocks are 0 to {layers - 1}; remove it."
+    if {*range(first), *listed} >= set(range(layers)):
+        yield (
+            f"all {layers} blocks are dense (first_k_dense_replace {first}, mlp_only_layers {listed}); leave one with "
+            "experts."
         )
-    if isinstance(types, list) and len(types) != layers:
-        problems.append(f"layer_types has {len(types)} entries for {layers} blocks; give one for each.")
-    if isinstance(types, list) and "sliding_attention" in types and values.get("sliding_window") is None:
-        problems.append("layer_types has sliding layers without a sliding_window; give its number of positions.")
-    if isinstance(types, list) and "sliding_attention" not in types and _positive(values.get("sliding_window")):
-        problems.append(
-            f"sliding_window is {values['sliding_window']}, but layer_types has no sliding layer; leave it out, or "
-            "make some of them sliding_attention."
-        )
-    if values.get("shared_expert_gate") is True and values.get("n_shared_experts", 0) == 0:
-        problems.append("shared_expert_gate is true without shared experts; set n_shared_experts, or leave it out.")
-    return problems
+    if m.shared_expert_gate and not m.n_shared_experts:
+        yield "shared_expert_gate is true without shared experts; set n_shared_experts, or leave it out."
 
 
-def _router_problems(values: dict[str, Any]) -> list[str]:
-    problems = []
-    top_k, experts, groups, chosen = (
-        values.get(name, default)
-        for name, default in (
-            ("num_experts_per_tok", None), ("num_local_experts", None), ("n_group", 1), ("topk_group", 1)
+def _layer_types(m: Any) -> Iterator[str]:
+    types, window = m.layer_types, m.sliding_window
+    if m.num_latent_tokens and window:
+        yield (
+            f"num_latent_tokens is {m.num_latent_tokens}, which sliding_window {window} has no place for; leave one of "
+            "them out."
         )
-    )  # fmt: skip
-    if _positive(top_k) and _positive(experts) and top_k > experts:
-        problems.append(f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it.")
-    if not (_positive(groups) and _positive(chosen) and _positive(experts)):
-        return problems
-    if chosen < groups and values.get("router_bias_rule") == "quantile":
-        problems.append(
+    if types is None:
+        return
+    if "sliding_attention" in types and window is None:
+        yield "layer_types has sliding layers without a sliding_window; give its number of positions."
+    if "sliding_attention" not in types and window:
+        yield (
+            f"sliding_window is {window}, but layer_types has no sliding layer; leave it out, or make some of them "
+            "sliding_attention."
+        )
+    if len(types) != m.num_hidden_layers:
+        yield f"layer_types has {len(types)} entries for {m.num_hidden_layers} blocks; give one for each."
+
+
+def _top_k(m: Any) -> Iterator[str]:
+    if m.num_experts_per_tok > m.num_local_experts:
+        top_k, experts = m.num_experts_per_tok, m.num_local_experts
+        yield f"num_experts_per_tok is {top_k}, above num_local_experts {experts}; lower it."
+
+
+def _groups(m: Any) -> Iterator[str]:
+    experts, groups, chosen = m.num_local_experts, m.n_group, m.topk_group
+    if chosen > groups:
+        yield f"topk_group is {chosen}, above n_group {groups}; lower it."
+    if experts % groups or (groups > 1 and experts // groups < 2):
+        yield (
+            f"n_group {groups} does not divide num_local_experts {experts} into groups of two or more; choose another."
+        )
+    elif chosen <= groups and experts >= m.num_experts_per_tok > chosen * experts // groups:
+        yield (
+            f"num_experts_per_tok is {m.num_experts_per_tok}, above the {chosen * experts // groups} experts of "
+            f"topk_group {chosen} groups; raise topk_group."
+        )
+    if chosen < groups and m.router_bias_rule == "quantile":
+        yield (
             f'router_bias_rule "quantile" does not know groups, and topk_group is {chosen} of n_group {groups}; use '
             '"sign" or "proportional".'
         )
-    if chosen > groups:
-        problems.append(f"topk_group is {chosen}, above n_group {groups}; lower it.")
-    if experts % groups or (groups > 1 and experts // groups < 2):
-        problems.append(
-            f"n_group {groups} does not divide num_local_experts {experts} into groups of two or more; choose another."
-        )
-    elif chosen <= groups and _positive(top_k) and experts >= top_k > chosen * experts // groups:
-        problems.append(
-            f"num_experts_per_tok is {top_k}, above the {chosen * experts // groups} experts of topk_group {chosen} "
-            f"groups; raise topk_group."
-        )
-    return problems
 
 
-def _attention_problems(values: dict[str, Any]) -> list[str]:
-    problems = []
-    factor, rotated = values.get("partial_rotary_factor", 1.0), _rotated(values)
-    is_partial = factor != 1 and values.get("qk_rope_head_dim") is None
-    if is_partial and rotated is not None and (rotated < 2 or rotated % 2):
-        problems.append(
-            f"partial_rotary_factor {factor} rotates {rotated} of the {values['head_dim']} dimensions of a head; RoPE "
-            "turns pairs, so choose an even number of 2 or more."
+def _rotated(m: Any) -> int:
+    return m.qk_rope_head_dim or rotated_dimensions(m.head_dim, m.partial_rotary_factor)
+
+
+def _rotation(m: Any) -> Iterator[str]:
+    rotated = _rotated(m)
+    if m.partial_rotary_factor != 1 and m.qk_rope_head_dim is None and (rotated < 2 or rotated % 2):
+        yield (
+            f"partial_rotary_factor {m.partial_rotary_factor} rotates {rotated} of the {m.head_dim} dimensions of a "
+            "head; RoPE turns pairs, so choose an even number of 2 or more."
         )
-    if _positive(values.get("num_latent_tokens")) and _positive(values.get("sliding_window")):
-        problems.append(
-            f"num_latent_tokens is {values['num_latent_tokens']}, which sliding_window {values['sliding_window']} has "
-            "no place for; leave one of them out."
-        )
-    given = [name for name in (*LATENT_ATTENTION, "q_lora_rank") if values.get(name) is not None]
+
+
+def _latent_attention(m: Any) -> Iterator[str]:
+    given = [name for name in (*LATENT_ATTENTION, "q_lora_rank") if getattr(m, name) is not None]
+    missing = [name for name in LATENT_ATTENTION if getattr(m, name) is None]
     if not given:
-        return problems
-    missing = [name for name in LATENT_ATTENTION if values.get(name) is None]
+        return
     if missing:
-        return [*problems, f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add it."]
-    return problems + _latent_attention_problems(values)
-
-
-def _latent_attention_problems(values: dict[str, Any]) -> list[str]:
-    problems = []
-    nope, rope, head_dim = (values[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "head_dim"))
-    if _positive(rope) and rope % 2:
-        problems.append(f"qk_rope_head_dim is {rope}; RoPE turns pairs, so give an even number.")
-    if _positive(nope) and _positive(rope) and _positive(head_dim) and head_dim != nope + rope:
-        problems.append(
-            f"head_dim is {head_dim}, not the sum of qk_nope_head_dim {nope} and qk_rope_head_dim {rope}; set it to "
+        yield f"latent attention ({', '.join(given)}) needs {', '.join(missing)} too; add it."
+        return
+    nope, rope = m.qk_nope_head_dim, m.qk_rope_head_dim
+    if rope % 2:
+        yield f"qk_rope_head_dim is {rope}; RoPE turns pairs, so give an even number."
+    for name, none in (("num_latent_tokens", 0), ("qk_norm", None), ("partial_rotary_factor", 1)):
+        if getattr(m, name) != none:
+            yield f"{name} is {shown(getattr(m, name))}, which latent attention has no place for; leave it out."
+    if m.num_attention_heads != m.num_key_value_heads:
+        yield (
+            f"latent attention has a key and value for each of its num_attention_heads {m.num_attention_heads}; set "
+            f"num_key_value_heads to it, not {m.num_key_value_heads}."
+        )
+    if m.head_dim != nope + rope:
+        yield (
+            f"head_dim is {m.head_dim}, not the sum of qk_nope_head_dim {nope} and qk_rope_head_dim {rope}; set it to "
             f"{nope + rope}."
         )
-    heads, key_value_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if _positive(heads) and _positive(key_value_heads) and heads != key_value_heads:
-        problems.append(
-            f"latent attention has a key and value for each of its num_attention_heads {heads}; set "
-            f"num_key_value_heads to it, not {key_value_heads}."
-        )
-    factor = values.get("partial_rotary_factor", 1.0)
-    unfit = {
-        "num_latent_tokens": _positive(values.get("num_latent_tokens")),
-        "qk_norm": values.get("qk_norm") in ("head", "full"),
-        "partial_rotary_factor": _number(factor) and factor < 1,
-    }
-    problems += [
-        f"{name} is {shown(values[name])}, which latent attention has no place for; leave it out."
-        for name, is_given in unfit.items()
-        if is_given
-    ]
-    return problems
 
 
-def _rope_scaling_problems(scaling: Any, rotated: int | None) -> list[str]:
-    if not isinstance(scaling, dict):
-        return []
+def _scaling(m: Any) -> Iterator[str]:
+    scaling = m.rope_scaling
+    if scaling is None:
+        return
     kind = scaling.get("rope_type")
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        return [f"rope_scaling: rope_type is {shown(kind)}; use one of {', '.join(ROPE_SCALINGS)}."]
+        yield f"rope_scaling: rope_type is {shown(kind)}; use one of {', '.join(ROPE_SCALINGS)}."
+        return
     needed, others = ROPE_SCALINGS[kind]
-    missing = needed - scaling.keys()
-    problems = [f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.'] if missing else []
-    of_any_kind = {"rope_type"}.union(*(one | more for one, more in ROPE_SCALINGS.values()))
+    if missing := needed - scaling.keys():
+        yield f'rope_scaling: "{kind}" needs {", ".join(sorted(missing))} too; add it.'
+    of_any_kind = set[str]().union(*(one | more for one, more in ROPE_SCALINGS.values()))
     for key, value in scaling.items():
-        if key not in of_any_kind:
-            problems.append(unknown_key("rope_scaling", key, needed | others | {"rope_type"}))
-        elif key == "rope_type":
+        if key == "rope_type":
             continue
+        if key not in of_any_kind:
+            yield unknown_key("rope_scaling", key, needed | others | {"rope_type"})
         elif key not in needed | others:
-            problems.append(f'rope_scaling: {key} is {shown(value)}, which "{kind}" does not read; leave it out.')
-        elif not _number(value):
-            problems.append(f"rope_scaling: {key} is {shown(value)}; give a number above 0.")
+            yield f'rope_scaling: {key} is {shown(value)}, which "{kind}" does not read; leave it out.'
+        elif not _is_positive(value):
+            yield f"rope_scaling: {key} is {shown(value)}; give a number above 0."
     low, high = scaling.get("low_freq_factor"), scaling.get("high_freq_factor")
-    if kind == "llama3" and _number(low) and _number(high) and low >= high:
-        problems.append(f"rope_scaling: low_freq_factor is {low}, not below high_freq_factor {high}; lower it.")
-    if kind == "dynamic" and rotated == 2:
-        problems.append(
+    if kind == "llama3" and _is_positive(low) and _is_positive(high) and low >= high:
+        yield f"rope_scaling: low_freq_factor is {low}, not below high_freq_factor {high}; lower it."
+    if kind == "dynamic" and _rotated(m) == 2:
+        yield (
             'rope_scaling: "dynamic" needs 4 or more rotated dimensions of a head, not 2; raise them, or use "linear".'
         )
-    return problems
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+RULES = (_heads, _sizes, _dense_blocks, _layer_types, _top_k, _groups, _rotation, _latent_attention, _scaling)

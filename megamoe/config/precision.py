@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from megamoe.config.recipe import dtype_of, section_of
+from megamoe.config.recipe import Choice, Recipe, dtype_of
 from megamoe.utils.errors import UserError
 from megamoe.utils.hardware import Peak, describe_flops, measured_flops, peak_flops
 from megamoe.utils.run_folder import last_record
 
 FASTER = 1.5  # how many times the FLOP/s of bf16 those of fp32 must be for fp32 to be chosen
-
-Choice = Literal["bf16", "fp32"]
 
 
 def faster_of(half_flops: float, single_flops: float) -> Choice:
@@ -43,18 +40,13 @@ class Precision:
         """What "auto" stands for."""
         return self.recorded or self.faster
 
-    def describe(self, ds: dict[str, Any], where: str) -> str | None:
-        """What was chosen and why, or a warning that the JSON demands the slow one; in one line, if there is one.
-
-        Args:
-            ds: the DeepSpeed JSON as the user wrote it.
-            where: its path.
-        """
-        if not is_auto(ds):
-            if self.faster == "bf16" or dtype_of(ds) != "bf16":
+    def describe(self, recipe: Recipe) -> str | None:
+        """What was chosen and why, or a warning that the JSON demands the slow one; in one line, if there is one."""
+        if not recipe.is_auto:
+            if self.faster == "bf16" or recipe.dtype != "bf16":
                 return None
             remedy = 'set "bf16": {"enabled": "auto"} there for a new run to take fp32'
-            return f"warning: computes in bf16, as {where} demands, but {self.reason}; {remedy}"
+            return f"warning: computes in bf16, as {recipe.where} demands, but {self.reason}; {remedy}"
         if self.choice == self.faster:
             return f"computes in {self.choice}: {self.reason}"
         return f"computes in {self.choice}, as the run began; {self.reason}"
@@ -81,16 +73,6 @@ def precision_of(device: torch.device) -> Precision:
     return Precision("fp32", f"{name} has no bf16 instructions, and fp16 needs a loss scale")
 
 
-def is_auto(ds: dict[str, Any]) -> bool:
-    """Whether a DeepSpeed JSON leaves the choice between bf16 and fp32 to the device."""
-    return section_of(ds, "bf16").get("enabled") == "auto" and section_of(ds, "fp16").get("enabled") is not True
-
-
-def resolve(ds: dict[str, Any], choice: Choice) -> dict[str, Any]:
-    """The DeepSpeed JSON with `choice` in place of "auto", which DeepSpeed itself takes for fp32."""
-    return {**ds, "bf16": {**ds["bf16"], "enabled": choice == "bf16"}} if is_auto(ds) else ds
-
-
 def dtype_to_compute_in(saved: torch.dtype, device: torch.device) -> torch.dtype:
     """Of a model whose weights were saved in `saved`: fp32 where this device multiplies 16-bit matrices slowly."""
     if saved.itemsize < 4 and device.type == "cpu":
@@ -104,7 +86,7 @@ def find_precision(device: torch.device, resumed: Path | None = None) -> Precisi
     found: list[Precision | None] = [None]
     if dist.get_rank() == 0:
         record = None
-        with contextlib.suppress(UserError):  # `Job` says what is wrong with the folder
+        with contextlib.suppress(UserError):  # `resume.py` says what is wrong with the folder
             record = last_record(resumed) if resumed else None
         dtype = dtype_of(record.get("deepspeed", {})) if record else None
         found = [replace(precision_of(device), recorded=None if dtype == "fp16" else dtype)]

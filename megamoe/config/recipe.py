@@ -1,239 +1,301 @@
-"""The DeepSpeed JSON: what megamoe reads from it, and every check of it, against itself and against the other owners.
+"""The DeepSpeed JSON as a `Recipe`: parsed once, with every check of it against itself.
 
-`recipe_keys.py` has its keys, `schedule.py` the schedule, `run_checks.py` what must fit with the other settings.
+`recipe_sections.py` has its keys, `schedule.py` the schedule, `optimizers.py` the optimizers, `run_checks.py` what must
+fit with the other owners of settings.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
+from megamoe.config.model import validate
 from megamoe.config.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
-from megamoe.config.recipe_keys import ABOVE_0, OPTIMIZER_PARAMS, is_number, key_problems, value_problems, why
-from megamoe.config.schedule import read_schedule
-from megamoe.utils.errors import UserError, shown, unknown_key
+from megamoe.config.recipe_sections import (
+    REFUSED,
+    SECTIONS,
+    Batch,
+    Bf16,
+    Dtype,
+    Fp16,
+    OptimizerParams,
+    TopLevel,
+    Zero,
+    refused_problems,
+)  # fmt: skip
+from megamoe.config.schedule import Schedule, parse_schedule
+from megamoe.utils.errors import Problems, UserError, broken_rules, shown, unknown_key
+from megamoe.utils.json_files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Choice = Literal["bf16", "fp32"]
 
 
-def dtype_of(ds: dict[str, Any]) -> Literal["bf16", "fp16", "fp32"]:
-    """Precision of weights and activations that a DeepSpeed JSON asks for; "auto" counts as fp32 until `precision.py`
-    has resolved it."""
+@dataclass(frozen=True)
+class Recipe:
+    """A checked DeepSpeed JSON, for a number of ranks and a device."""
+
+    where: str  # its path, for messages
+    world_size: int
+    on_cpu: bool
+    auto: Choice  # what "auto" stands for in it
+    written: dict[str, Any]
+    json: dict[str, Any]  # with `auto` in place of "auto": for DeepSpeed, the record of a run, and what reads that
+    dtype: Dtype  # of weights and activations
+    bf16: Bf16
+    fp16: Fp16
+    zero: Zero
+    micro_batch: int  # samples per rank and forward pass
+    accumulation: int  # micro-batches per step
+    train_batch_size: int | None  # as it is given, `samples` in any case
+    sum_dtype: Dtype  # that gradients of several micro-batches are summed in
+    communication_dtype: Dtype  # that they are reduced in
+    optimizer: OptimizerSpec
+    optimizer_params: OptimizerParams
+    schedule: Schedule
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same as `dtype`."""
+        return DTYPES[self.dtype]
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the JSON leaves the choice between bf16 and fp32 to the device."""
+        return self.written.get("bf16") != self.json.get("bf16")
+
+    @property
+    def checks_overflow(self) -> bool:
+        """Whether DeepSpeed looks for gradients that are not finite."""
+        return self.dtype == "fp16" or (self.dtype == "bf16" and self.bf16.check_grad_overflow)
+
+    @property
+    def samples(self) -> int:
+        """Per step, over all ranks."""
+        return self.micro_batch * self.accumulation * self.world_size
+
+    @property
+    def operator_builder(self) -> str | None:
+        """Name of DeepSpeed's builder for the operator that it compiles for the optimizer; None where it takes
+        torch's."""
+        if not self.optimizer.builders or self.optimizer_params.torch_adam:
+            return None
+        return self.optimizer.builders[self.zero.offloads_optimizer]
+
+    def replaced(self, changes: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values, checked again. Raises UserError.
+
+        Args:
+            changes: by the path of their keys in the JSON, such as "scheduler.params.total_num_steps"; None removes
+                one.
+        """
+        values = copy.deepcopy(self.written)
+        for path, value in changes.items():
+            *outer, key = path.split(".")
+            section = values
+            for name in outer:
+                section = section.setdefault(name, {})
+                if not isinstance(section, dict):
+                    raise UserError(f'{self.where}: "{name}" of {path} is {shown(section)}, no section; change it.')
+            section[key] = value
+            if value is None:
+                del section[key]
+        return parse_recipe(values, self.where, self.world_size, self.on_cpu, self.auto)
+
+    def lasting(self, steps: int) -> Recipe:
+        """The recipe with a schedule that ends at step `steps`. Raises UserError."""
+        if self.schedule.total_steps is None:
+            raise UserError(
+                f"schedule_steps is {steps}, but the schedule in {self.where} has no end; give --steps instead."
+            )
+        return self.replaced({"scheduler.params.total_num_steps": steps})
+
+
+def read_recipe(path: str, world_size: int, on_cpu: bool, auto: Choice) -> Recipe:
+    """The recipe in a file, as `parse_recipe` checks it. Raises UserError."""
+    return parse_recipe(read_json(Path(path)), path, world_size, on_cpu, auto)
+
+
+def parse_recipe(values: dict[str, Any], where: str, world_size: int, on_cpu: bool, auto: Choice) -> Recipe:
+    """Check and parse a DeepSpeed JSON. Raises one UserError with all its problems.
+
+    Args:
+        where: its path, for messages.
+        auto: what "auto" in its "bf16" section stands for, which DeepSpeed itself takes for fp32.
+    """
+    problems = Problems(f"{where}: {problem}" for problem in refused_problems(values))
+    json = _resolved(values, auto)
+    rest = {key: value for key, value in json.items() if key not in REFUSED and key not in Batch.model_fields}
+    sizes = {key: value for key, value in json.items() if key in Batch.model_fields}
+    top = problems.attempt(validate, TopLevel, rest, where)
+    batch = problems.attempt(validate, Batch, sizes, where)
+    split = batch and problems.attempt(batch_sizes, batch, world_size, where)
+    # Those without problems of their own.
+    sound = SimpleNamespace(dtype=dtype_of(json), has_bf16=dtype_of(values) == "bf16", on_cpu=on_cpu)
+    for name, kind in SECTIONS.items():
+        if parsed := problems.attempt(validate, kind, _section(json, name), f"{where}: {name}"):
+            setattr(sound, name.replace(".", "_"), parsed)
+    params: Any = getattr(sound, "optimizer_params", None)
+    # Without the optimizer's settings, which are wrong then, any peak will do to find what is wrong with the schedule.
+    schedule = problems.attempt(parse_schedule, json.get("scheduler", {}), params.lr if params else 1.0, where)
+    if schedule:
+        sound.schedule = schedule
+    problems += [f"{where}: {problem}" for problem in broken_rules(RULES, sound)]
+    problems.refuse()
+    spec = find_optimizer(sound.optimizer.type)
+    assert spec
+    return Recipe(
+        where=where,
+        world_size=world_size,
+        on_cpu=on_cpu,
+        auto=auto,
+        written=values,
+        json=json,
+        dtype=sound.dtype,
+        bf16=sound.bf16,
+        fp16=sound.fp16,
+        zero=sound.zero_optimization,
+        micro_batch=split[0],
+        accumulation=split[1],
+        train_batch_size=batch.train_batch_size,
+        sum_dtype=sound.data_types.grad_accum_dtype or sound.dtype,
+        communication_dtype=top.communication_data_type or sound.dtype,
+        optimizer=spec,
+        optimizer_params=params,
+        schedule=schedule,
+    )
+
+
+def _section(values: Any, path: str) -> Any:
+    """What is at a path of keys; an empty object where nothing is."""
+    for key in path.split("."):
+        values = values.get(key, {}) if isinstance(values, dict) else {}
+    return values
+
+
+def dtype_of(json: dict[str, Any]) -> Dtype:
+    """Precision of weights and activations in a DeepSpeed JSON, as it is written or as the record of a run has it."""
     for name in ("bf16", "fp16"):
-        if section_of(ds, name).get("enabled") not in (None, False, "auto"):
+        section = json.get(name)
+        if isinstance(section, dict) and section.get("enabled") not in (None, False):
             return name  # type: ignore[return-value]
     return "fp32"
 
 
-def batch_sizes(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
+def batch_sizes(keys: Batch, world_size: int, where: str) -> tuple[int, int]:
     """(micro-batch per rank, accumulation steps), completed from whichever of DeepSpeed's three keys are given.
 
     Raises UserError if they are missing or disagree.
     """
-    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    total, micro, accumulation = given = [ds.get(key) for key in keys]
-    wrong = [
-        f'"{key}" is {shown(value)}{why(value)}; give a whole number of at least 1.'
-        for key, value in zip(keys, given, strict=True)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1)
-    ]
-    if wrong:
-        raise UserError(*wrong)
+    total, micro = keys.train_batch_size, keys.train_micro_batch_size_per_gpu
+    accumulation = keys.gradient_accumulation_steps
     if micro is None:
         if total is None:
-            raise UserError('no batch size is given; add "train_micro_batch_size_per_gpu".')
+            raise UserError(f'{where}: no batch size is given; add "train_micro_batch_size_per_gpu".')
         accumulation = accumulation or 1
         micro = max(total // (world_size * accumulation), 1)
     elif accumulation is None:
         accumulation = max(total // (world_size * micro), 1) if total else 1
     if total is not None and total != micro * accumulation * world_size:
         raise UserError(
-            f'"train_batch_size" is {total}, but {micro} per rank x {accumulation} accumulation x {world_size} ranks '
-            f"is {micro * accumulation * world_size}; change one of them or leave one out."
+            f'{where}: "train_batch_size" is {total}, but {micro} per rank x {accumulation} accumulation x '
+            f"{world_size} ranks is {micro * accumulation * world_size}; change one of them or leave one out."
         )
     return micro, accumulation
 
 
-def deepspeed_problems(ds: dict[str, Any], where: str, world_size: int, on_cpu: bool) -> list[str]:
-    """Everything in a DeepSpeed JSON that megamoe cannot run, one sentence each."""
-    problems = key_problems(ds, "", where) + _zero_problems(ds, where) + _precision_problems(ds, where, on_cpu)
-    try:
-        batch_sizes(ds, world_size)
-    except UserError as error:
-        problems += [f"{where}: {problem}" for problem in error.problems]
-    problems += _optimizer_problems(ds, where, on_cpu)
-    try:
-        schedule = read_schedule(ds, where)
-    except UserError as error:
-        problems += [problem for problem in error.problems if problem not in problems]
-    else:
-        params = section_of(section_of(ds, "optimizer"), "params")
-        owner = "optimizer.params.lr" if schedule.decay == "cosine" else "scheduler.params.warmup_max_lr"
-        problems += [
-            f"{where}: the peak learning rate is given twice, as optimizer.params.{key} {params[key]} and as "
-            f"{owner} {schedule.peak}; leave optimizer.params.{key} out."
-            for key in ("lr", "adam_lr")
-            if is_number(params.get(key)) and params[key] != schedule.peak
-        ]
-    return problems
+def _resolved(values: dict[str, Any], auto: Choice) -> dict[str, Any]:
+    bf16 = values.get("bf16")
+    if not isinstance(bf16, dict) or bf16.get("enabled") != "auto":
+        return values
+    return {**values, "bf16": {**bf16, "enabled": auto == "bf16"}}
 
 
-def offloads_optimizer(ds: dict[str, Any]) -> bool:
-    """Whether the optimizer's states and its step are the host's; DeepSpeed does the same under every device that it
-    offloads to with ZeRO-1 and ZeRO-2."""
-    zero = section_of(ds, "zero_optimization")
-    return bool(zero.get("cpu_offload")) or section_of(zero, "offload_optimizer").get("device", "none") != "none"
+def _one_precision(m: Any) -> Iterator[str]:
+    if m.fp16.enabled and m.has_bf16:
+        yield "the precision is given twice, bf16 and fp16 are both enabled; disable one."
+    elif m.fp16.enabled and m.on_cpu and not m.fp16.loss_scale:
+        scale = shown(m.fp16.loss_scale)
+        yield (f"fp16 on CPU has no loss scale (fp16.loss_scale is {scale}); give a number above 0 there, or use bf16.")
 
 
-def optimizer_of(ds: dict[str, Any]) -> OptimizerSpec | None:
-    """The optimizer that a DeepSpeed JSON asks for; None where megamoe knows none of that name."""
-    return find_optimizer(section_of(ds, "optimizer").get("type"))
+def _zero(m: Any) -> Iterator[str]:
+    zero = m.zero_optimization
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero.stage == 2 and not getattr(zero, key):
+            yield f"zero_optimization.{key} is false, but ZeRO-2 with experts needs it; set it to true."
+    for key in ("round_robin_gradients", "elastic_checkpoint"):
+        if getattr(zero, key):
+            yield (
+                f"zero_optimization.{key} is true, but then a checkpoint does not say which values are whose and could "
+                "not be resumed on other ranks; leave it out."
+            )
 
 
-def operator_builder(ds: dict[str, Any]) -> str | None:
-    """Name of DeepSpeed's builder for the operator that it compiles for the optimizer; None where it takes torch's."""
-    spec, params = optimizer_of(ds), section_of(section_of(ds, "optimizer"), "params")
-    if not spec or not spec.builders or params.get("torch_adam"):
-        return None
-    return spec.builders[offloads_optimizer(ds)]
-
-
-def _optimizer_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
-    problems = []
-    section = section_of(ds, "optimizer")
-    kind, spec, params = section.get("type"), optimizer_of(ds), section_of(section, "params")
-    if section.get("params", {}) != params:
-        problems.append(f'{where}: "optimizer.params" is {shown(section["params"])}; give an object of settings.')
-    if "optimizer" not in ds or (ds["optimizer"] == section and kind is None):
-        key = '"optimizer.type"' if "optimizer" in ds else '"optimizer"'
-        problems.append(f'{where}: {key} is missing; give "optimizer": {{"type": "AdamW", "params": {{...}}}}.')
-    elif kind is not None and kind not in optimizer_names():
-        problems.append(f"{where}: optimizer.type is {shown(kind)}; use one of {', '.join(optimizer_names())}.")
-    problems += _params_problems(spec, str(kind), params, where)
-    if spec and spec.offloaded_on_cpu and on_cpu and not offloads_optimizer(ds):
-        problems.append(
-            f"{where}: optimizer.type is {shown(kind)}, which DeepSpeed runs on CPU only with its states "
-            'offloaded; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'
+def _sums(m: Any) -> Iterator[str]:
+    zero, sums = m.zero_optimization, m.data_types.grad_accum_dtype
+    if zero.stage == 1 and (m.dtype, sums) == ("bf16", "fp32") and not zero.offloads_optimizer:
+        yield (
+            'zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed takes an '
+            "optimizer whose checkpoints cannot be resharded for other ranks; use stage 2, or leave grad_accum_dtype "
+            "out."
         )
-    if spec and spec.splits_matrices:
-        problems += _muon_problems(ds, str(kind), params, where)
-    betas = params.get("betas", [0.9, 0.999])
-    fits = isinstance(betas, list) and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
-    if not fits or len(betas) != 2:
-        problems.append(
-            f"{where}: optimizer.params.betas is {shown(betas)}{why(betas)}; give two numbers from 0 to below 1."
-        )
-    clipping = ds.get("gradient_clipping", 1.0)
-    if not is_number(clipping) or clipping < 0:
-        problems.append(
-            f"{where}: gradient_clipping is {shown(clipping)}{why(clipping)}; give a norm above 0, or 0 for none."
-        )
-    dtype = section_of(ds, "data_types").get("grad_accum_dtype")
-    if dtype not in (None, "fp32", "bf16", "fp16"):
-        problems.append(f'{where}: data_types.grad_accum_dtype is {shown(dtype)}; use "fp32", "bf16" or "fp16".')
-    return problems
 
 
-def _muon_problems(ds: dict[str, Any], kind: str, params: dict[str, Any], where: str) -> list[str]:
-    problems = []
-    if "muon_lr" not in params:
-        problems.append(
-            f"{where}: optimizer.params.muon_lr is missing; give the peak learning rate of the matrices, such as 0.02: "
-            "the scheduler has that of the other parameters, which AdamW takes."
-        )
-    elif not ABOVE_0.fits(params["muon_lr"]):
-        rate = params["muon_lr"]
-        problems.append(f"{where}: optimizer.params.muon_lr is {shown(rate)}{why(rate)}; give {ABOVE_0.words}.")
-    momentum = params.get("momentum", 0.95)
-    if not is_number(momentum) or not 0 <= momentum < 1:
-        problems.append(
-            f"{where}: optimizer.params.momentum is {shown(momentum)}{why(momentum)}; give a number from 0 to below 1."
-        )
-    if offloads_optimizer(ds):
-        problems.append(
-            f"{where}: optimizer.type is {shown(kind)}, whose products of matrices an offloaded step would leave to "
-            'the host\'s cores; leave "offload_optimizer" out of zero_optimization, or use "AdamW".'
-        )
-    return problems
-
-
-def _params_problems(spec: OptimizerSpec | None, kind: str, params: dict[str, Any], where: str) -> list[str]:
-    """Settings that the optimizer does not take, or, where it is unknown, that none takes, and values of the wrong
-    kind."""
-    problems = []
-    kinds = {key: kind for kind, keys in OPTIMIZER_PARAMS.items() for key in keys.split()}
+def _known_optimizer(m: Any) -> Iterator[str]:
+    """Names of optimizers and of settings that the table does not have."""
+    kind, given = m.optimizer.type, m.optimizer.params if isinstance(m.optimizer.params, dict) else {}
+    spec = find_optimizer(kind)
+    if kind is None:
+        yield '"optimizer.type" is missing; give "optimizer": {"type": "AdamW", "params": {...}}.'
+    elif not spec or kind not in spec.names:
+        yield f"optimizer.type is {shown(kind)}; use one of {', '.join(optimizer_names())}."
     known = spec.params if spec else optimizer_params()
     unsaved = spec.unsaved_if if spec else unsaved_params()
-    for key, value in params.items():
+    for key, value in given.items():
         if key in unsaved and value:
-            problems.append(
-                f"{where}: optimizer.params.{key} is {shown(value)}, which adds a state that is not saved; leave "
-                "it out."
-            )
+            yield f"optimizer.params.{key} is {shown(value)}, which adds a state that is not saved; leave it out."
         elif key not in known and key in optimizer_params():
-            problems.append(
-                f"{where}: optimizer.params.{key} is {shown(value)}, which {kind} does not take; leave it out."
-            )
+            yield f"optimizer.params.{key} is {shown(value)}, which {kind} does not take; leave it out."
         elif key not in known:
-            problems.append(unknown_key(f"{where}: optimizer.params", key, known))
-        elif key in kinds:
-            problems += value_problems(kinds[key], f"optimizer.params.{key}", value, where)
-    return problems
+            yield unknown_key("optimizer.params", key, known)
 
 
-def section_of(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """The object under `key`; empty where there is none or it is no object, which is reported elsewhere."""
-    section = values.get(key)
-    return section if isinstance(section, dict) else {}
-
-
-def _zero_problems(ds: dict[str, Any], where: str) -> list[str]:
-    zero = section_of(ds, "zero_optimization")
-    if ds.get("zero_optimization", {}) != zero:
-        return []  # reported as no object
-    stage = zero.get("stage", 0)
-    if stage not in (1, 2) or isinstance(stage, bool):
-        reason = "DeepSpeed refuses ZeRO-3 with its MoE layer" if stage == 3 else "megamoe trains with ZeRO-1 or ZeRO-2"
-        return [f"{where}: zero_optimization.stage is {shown(stage)}; {reason}: set it to 1 or 2."]
-    problems = [
-        f"{where}: zero_optimization.{key} is false, but ZeRO-2 with experts needs it; set it to true."
-        for key in ("contiguous_gradients", "reduce_scatter")
-        if stage == 2 and zero.get(key) is False
-    ]
-    problems += [
-        f"{where}: zero_optimization.{key} is {shown(zero[key])}, but then a checkpoint does not say which values "
-        "are whose, and could not be resumed on other ranks; leave it out."
-        for key in ("round_robin_gradients", "elastic_checkpoint")
-        if zero.get(key)
-    ]
-    mixed = dtype_of(ds) == "bf16" and section_of(ds, "data_types").get("grad_accum_dtype") == "fp32"
-    if stage == 1 and mixed and not offloads_optimizer(ds):
-        problems.append(
-            f'{where}: zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed '
-            "takes an optimizer whose checkpoints cannot be resharded for other ranks; use stage 2, or leave "
-            "grad_accum_dtype out."
+def _optimizer_needs(m: Any) -> Iterator[str]:
+    kind, given = m.optimizer.type, m.optimizer.params or {}
+    spec = find_optimizer(kind)
+    if spec and spec.splits_matrices and "muon_lr" not in given:
+        yield (
+            "optimizer.params.muon_lr is missing; give the peak learning rate of the matrices, such as 0.02: the "
+            "scheduler has that of the other parameters, which AdamW takes."
         )
-    return problems
+    if spec and spec.splits_matrices and m.zero_optimization.offloads_optimizer:
+        yield (
+            f"optimizer.type is {shown(kind)}, whose products of matrices an offloaded step would leave to the host's "
+            'cores; leave "offload_optimizer" out of zero_optimization, or use "AdamW".'
+        )
+    if spec and spec.offloaded_on_cpu and m.on_cpu and not m.zero_optimization.offloads_optimizer:
+        yield (
+            f"optimizer.type is {shown(kind)}, which DeepSpeed runs on CPU only with its states offloaded; add "
+            '"offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'
+        )
 
 
-def _precision_problems(ds: dict[str, Any], where: str, on_cpu: bool) -> list[str]:
-    fp16, bf16 = section_of(ds, "fp16"), section_of(ds, "bf16")
-    problems = [
-        f"{where}: {name}.enabled is {shown(section['enabled'])}{why(section['enabled'])}; set it to {values}."
-        for name, section, values in (("bf16", bf16, 'true, false or "auto"'), ("fp16", fp16, "true or false"))
-        if not isinstance(section.get("enabled", False), bool) and (name, section["enabled"]) != ("bf16", "auto")
-    ]
-    if fp16.get("enabled") is True and bf16.get("enabled") in (True, "auto"):
-        return [*problems, f"{where}: the precision is given twice, bf16 and fp16 are both enabled; disable one."]
-    scale = fp16.get("loss_scale")
-    if scale is not None and not (is_number(scale) and (scale >= 0 or on_cpu)):
-        problems.append(
-            f"{where}: fp16.loss_scale is {shown(scale)}{why(scale)}; give a number above 0, or 0 for one that adapts."
-        )
-    elif fp16.get("enabled") and on_cpu and not (scale and scale > 0):
-        problems.append(
-            f"{where}: fp16 on CPU has no loss scale (fp16.loss_scale is {shown(scale)}); "
-            "give a number above 0 there, or use bf16."
-        )
-    return problems
+def _one_peak(m: Any) -> Iterator[str]:
+    schedule, params = m.schedule, m.optimizer_params
+    owner = "optimizer.params.lr" if schedule.decay == "cosine" else "scheduler.params.warmup_max_lr"
+    for key, value in (("lr", params.lr), ("adam_lr", params.adam_lr)):
+        if value is not None and value != schedule.peak:
+            yield (
+                f"the peak learning rate is given twice, as optimizer.params.{key} {value} and as {owner} "
+                f"{schedule.peak}; leave optimizer.params.{key} out."
+            )
+
+
+RULES = (_one_precision, _zero, _sums, _known_optimizer, _optimizer_needs, _one_peak)

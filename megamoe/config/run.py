@@ -80,11 +80,6 @@ def parse_held_out(value: Any) -> Any:
     return {"name": re.sub(r"[^\w.-]", "_", found) or "valid", "path": value}
 
 
-def several(value: Any) -> Any:
-    """A list of what a run of one held-out set has recorded as a text, and one without as null."""
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
 def with_own_names(sources: list[HeldOutSource]) -> list[HeldOutSource]:
     """Raises ValueError where two have one name, or one has a name of the averaged weights' values in the log."""
     names = [source.name for source in sources]
@@ -127,9 +122,7 @@ class RunConfig(BaseModel):
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
     )
     valid_data: Annotated[
-        list[Annotated[HeldOutSource, BeforeValidator(parse_held_out)]],
-        BeforeValidator(several),
-        AfterValidator(with_own_names),
+        list[Annotated[HeldOutSource, BeforeValidator(parse_held_out)]], AfterValidator(with_own_names)
     ] = Field(
         default=[],
         description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
@@ -165,6 +158,11 @@ class RunConfig(BaseModel):
     )
     steps: int | None = Field(
         default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps, if it has one"
+    )
+    schedule_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="end of the schedule, in place of the DeepSpeed JSON's total_num_steps",
     )
     batch_ramp: list[Annotated[RampStage, BeforeValidator(parse_stage)]] = Field(
         default=[],
@@ -220,6 +218,11 @@ class RunConfig(BaseModel):
         default=None,
         description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
     )
+
+    @property
+    def stages(self) -> tuple[tuple[int, int], ...]:
+        """Of the batch ramp: (samples per step, last step with so many)."""
+        return tuple((stage.samples, stage.last_step) for stage in self.batch_ramp)
 
     @property
     def folder(self) -> Path:

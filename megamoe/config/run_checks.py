@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.recipe import batch_sizes, section_of
+from megamoe.config.recipe import Recipe
 from megamoe.config.run import RunConfig
-from megamoe.config.schedule import read_schedule
-from megamoe.utils.errors import UserError
 
 
-def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_size: int) -> list[str]:
-    """What does not fit between the three owners, one sentence each."""
-    problems = ramp_problems(run, ds, world_size)
+def run_problems(run: RunConfig, model: ModelConfig, recipe: Recipe | None) -> list[str]:
+    """What does not fit between the three owners, one sentence each; no recipe where it has problems itself."""
+    problems = ramp_problems(run, recipe) if recipe else []
     if run.seq_len and run.seq_len > model.max_position_embeddings and model.rope_scaling is None:
         problems.append(
             f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
             "lower it, or raise that or set rope_scaling in the preset."
         )
-    if run.guard == "act" and section_of(ds, "bf16").get("check_grad_overflow") is False:
+    if run.guard == "act" and recipe and not recipe.bf16.check_grad_overflow:
         problems.append(
             f'guard is "act", but "check_grad_overflow" in the "bf16" section of {run.ds_config} is false, with which '
             "DeepSpeed skips no step; set it to true."
@@ -30,17 +27,18 @@ def run_problems(run: RunConfig, model: ModelConfig, ds: dict[str, Any], world_s
             f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
             "give at most that many."
         )
+    if (run.lm_eval_interval or run.lm_eval_folder) and not run.lm_eval_tasks:
+        problems.append("lm_eval_interval and lm_eval_folder are of tasks, and none is given; add --lm_eval_tasks.")
+    both = {source.name for source in run.valid_data} & set(run.lm_eval_tasks)
+    problems += [f"a held-out set and a task have the name {name}; write NAME=PATH with another." for name in both]
     return problems
 
 
-def ramp_problems(run: RunConfig, ds: dict[str, Any], world_size: int) -> list[str]:
+def ramp_problems(run: RunConfig, recipe: Recipe) -> list[str]:
     """What keeps --batch_ramp from leading up to the batch of the DeepSpeed JSON on these ranks, one sentence each."""
-    try:
-        micro, accumulation = batch_sizes(ds, world_size)
-    except UserError:
-        return []  # already reported with the JSON
-    unit, full = micro * world_size, micro * accumulation * world_size
-    stages = [(stage.samples, stage.last_step) for stage in run.batch_ramp]
+    micro, world_size, full = recipe.micro_batch, recipe.world_size, recipe.samples
+    unit = micro * world_size
+    stages = run.stages
     problems = [
         f"batch_ramp has {samples} samples per step, but {micro} per rank x {world_size} ranks is {unit}; give a "
         f'multiple of {unit}, or another "train_micro_batch_size_per_gpu".'
@@ -60,12 +58,9 @@ def ramp_problems(run: RunConfig, ds: dict[str, Any], world_size: int) -> list[s
     return problems
 
 
-def length_problems(run: RunConfig, ds: dict[str, Any]) -> list[str]:
+def length_problems(run: RunConfig, recipe: Recipe) -> list[str]:
     """What keeps the run from an end, one sentence: it has that of its schedule, or one before it."""
-    try:
-        total = read_schedule(ds, run.ds_config).total_steps
-    except UserError:
-        return []  # already reported with the JSON
+    total = recipe.schedule.total_steps
     if total is None and run.steps is None:
         return [f"the schedule in {run.ds_config} has no end, and --steps is missing; give the last step of the run."]
     if total is not None and run.steps and run.steps > total:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megamoe.config.model import JsonModel, validate
-from megamoe.config.recipe_keys import NUMBER, key_problems, value_problems
 from megamoe.utils.errors import Problems, UserError, shown
 
 Decay = Literal["linear", "cosine", "1-sqrt"]
@@ -26,6 +25,9 @@ TotalSteps = Annotated[int, Field(gt=0)]
 """Step at which the decay ends, and the last that a run may take."""
 Ratio = Annotated[float, Field(ge=0, le=1)]
 """A share of the peak."""
+
+Linear = Literal["linear"]
+"""Shape of the warm-up. It must be given, for DeepSpeed's own default is "log"."""
 
 
 @dataclass(frozen=True)
@@ -61,50 +63,36 @@ class WarmupLR(JsonModel):
     warmup_max_lr: Peak
     warmup_num_steps: WarmupSteps
     warmup_min_lr: Initial = 0.0
-    warmup_type: Literal["linear"]
-    """Must be said: DeepSpeed's own default is "log"."""
+    warmup_type: Linear
 
-    def schedule(self) -> Schedule:
+    def schedule(self, lr: float) -> Schedule:
         return Schedule(self.warmup_max_lr, self.warmup_num_steps, self.warmup_min_lr)
 
 
-class WarmupDecayLR(JsonModel):
+class WarmupDecayLR(WarmupLR):
     """A linear decay from the end of the warm-up on."""
 
-    warmup_max_lr: Peak
-    warmup_num_steps: WarmupSteps
     total_num_steps: TotalSteps
-    warmup_min_lr: Initial = 0.0
     decay_min_ratio: Ratio | None = None
     """Share of the peak that the decay ends at; without it, warmup_min_lr, where DeepSpeed's ends."""
-    warmup_type: Literal["linear"]
 
-    def schedule(self) -> Schedule:
-        peak, initial, warmup, total = (
-            self.warmup_max_lr, self.warmup_min_lr, self.warmup_num_steps, self.total_num_steps
-        )  # fmt: skip
-        floor = initial if self.decay_min_ratio is None else self.decay_min_ratio * peak
-        return Schedule(peak, warmup, initial, "linear", total - warmup, total, floor)
+    def schedule(self, lr: float) -> Schedule:
+        peak, total = self.warmup_max_lr, self.total_num_steps
+        floor = self.warmup_min_lr if self.decay_min_ratio is None else self.decay_min_ratio * peak
+        decay_steps = total - self.warmup_num_steps
+        return replace(super().schedule(lr), decay="linear", decay_steps=decay_steps, total_steps=total, floor=floor)
 
 
-class WarmupStableDecayLR(JsonModel):
+class WarmupStableDecayLR(WarmupDecayLR):
     """A constant rate after the warm-up, then a decay over the last steps (arXiv 2404.06395, 2405.18392)."""
 
-    warmup_max_lr: Peak
-    warmup_num_steps: WarmupSteps
-    total_num_steps: TotalSteps
     decay_num_steps: Annotated[int, Field(gt=0)]
     """Steps of the decay, which ends at total_num_steps."""
     decay_type: Literal["linear", "1-sqrt"] = "linear"
     """Its shape."""
-    warmup_min_lr: Initial = 0.0
-    decay_min_ratio: Ratio | None = None
-    """As of WarmupDecayLR."""
-    warmup_type: Literal["linear"]
 
-    def schedule(self) -> Schedule:
-        linear = WarmupDecayLR(**self.model_dump(exclude={"decay_num_steps", "decay_type"})).schedule()
-        return replace(linear, decay=self.decay_type, decay_steps=self.decay_num_steps)
+    def schedule(self, lr: float) -> Schedule:
+        return replace(super().schedule(lr), decay=self.decay_type, decay_steps=self.decay_num_steps)
 
 
 class WarmupCosineLR(JsonModel):
@@ -116,12 +104,12 @@ class WarmupCosineLR(JsonModel):
     """Share of the peak at step 0."""
     cos_min_ratio: Ratio = 0.0001
     """Share of the peak that the decay ends at."""
-    warmup_type: Literal["linear"]
+    warmup_type: Linear
 
-    def schedule(self, peak: float) -> Schedule:
+    def schedule(self, lr: float) -> Schedule:
         warmup, total = self.warmup_num_steps, self.total_num_steps
-        initial, floor = self.warmup_min_ratio * peak, self.cos_min_ratio * peak
-        return Schedule(peak, warmup, initial, "cosine", total - warmup, total, floor)
+        initial, floor = self.warmup_min_ratio * lr, self.cos_min_ratio * lr
+        return Schedule(lr, warmup, initial, "cosine", total - warmup, total, floor)
 
 
 TYPES: dict[str, type[Any]] = {
@@ -129,61 +117,33 @@ TYPES: dict[str, type[Any]] = {
 }
 
 
-# Keys of the other types that WarmupCosineLR does not have, and where it has what they say.
-COSINE_HAS = {
-    "warmup_max_lr": "optimizer.params.lr",
-    "warmup_min_lr": "scheduler.params.warmup_min_ratio",
-    "decay_min_ratio": "scheduler.params.cos_min_ratio",
-}
+class Scheduler(JsonModel):
+    type: Any = None
+    params: Any = Field(default={})
 
 
-def read_schedule(ds: dict[str, Any], where: str) -> Schedule:
-    """The schedule in a DeepSpeed JSON. Raises UserError."""
-    section = ds.get("scheduler", {})
-    if problems := key_problems(section, "scheduler", where):
-        raise UserError(*problems)
-    kind = section.get("type")
+def parse_schedule(section: Any, lr: float | None, where: str) -> Schedule:
+    """The schedule in the "scheduler" section of a DeepSpeed JSON. Raises UserError.
+
+    Args:
+        lr: the optimizer's, the peak of WarmupCosineLR.
+        where: path of the JSON.
+    """
+    scheduler: Scheduler = validate(Scheduler, section, f"{where}: scheduler")
+    kind, params, where = scheduler.type, scheduler.params, f"{where}: scheduler"
     if not isinstance(kind, str) or kind not in TYPES:
         raise UserError(
-            f'{where}: "scheduler" is {shown(kind)}; give {{"type": "WarmupDecayLR", "params": {{...}}}}, or one of '
-            f"{', '.join(TYPES)} as its type."
+            f'{where}: "type" is {shown(kind)}; give "scheduler": {{"type": "WarmupDecayLR", "params": {{...}}}}, or '
+            f"one of {', '.join(TYPES)} as its type."
         )
-    params = section.get("params", {})
-    schedule = _read_cosine(ds, params, where) if kind == "WarmupCosineLR" else _read(TYPES[kind], params, where)
-    if problems := schedule.problems():
-        raise UserError(*(f"{where}: scheduler.params: {problem}" for problem in problems))
-    return schedule
-
-
-def _read(kind: type[Any], params: Any, where: str, *peak: float) -> Schedule:
-    return validate(kind, params, f"{where}: scheduler.params").schedule(*peak)
-
-
-def _read_cosine(ds: dict[str, Any], params: Any, where: str) -> Schedule:
     problems = Problems()
-    lr = problems.attempt(_optimizer_lr, ds, where)
-    if isinstance(params, dict):
-        problems += [
-            f"{where}: scheduler.params: WarmupCosineLR has no {key}; give {COSINE_HAS[key]}."
-            for key in params
-            if key in COSINE_HAS
-        ]
-        params = {key: value for key, value in params.items() if key not in COSINE_HAS}
-    schedule = problems.attempt(_read, WarmupCosineLR, params, where, lr or 1.0)
-    problems.refuse()
-    return schedule
-
-
-def _optimizer_lr(ds: dict[str, Any], where: str) -> float:
-    """The peak of WarmupCosineLR. Raises UserError."""
-    optimizer = ds.get("optimizer")
-    params = optimizer.get("params") if isinstance(optimizer, dict) else None
-    lr: Any = params.get("lr") if isinstance(params, dict) else None
-    problems = [] if lr is None else value_problems(NUMBER, "optimizer.params.lr", lr, where)
-    if problems:
-        raise UserError(*problems)
-    if not lr:
-        raise UserError(
+    if kind == "WarmupCosineLR" and not lr:
+        problems.append(
             f"{where}: optimizer.params.lr is {shown(lr)}, but WarmupCosineLR has its peak there; give one above 0."
         )
-    return float(lr)
+    settings = problems.attempt(validate, TYPES[kind], params, f"{where}.params")
+    if settings:
+        schedule: Schedule = settings.schedule(lr or 1.0)
+        problems += [f"{where}.params: {problem}" for problem in schedule.problems()]
+    problems.refuse()
+    return schedule

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.precision import faster_of, resolve
-from megamoe.config.recipe import DTYPES, deepspeed_problems, dtype_of
+from megamoe.config.precision import faster_of
+from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.config.run import RunConfig
 from megamoe.config.run_checks import run_problems
 from megamoe.formats.config_json import find_preset
@@ -27,7 +25,6 @@ from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.hardware import DEVICES, Device, measured_bandwidth, measured_flops
-from megamoe.utils.json_files import read_json
 
 GIB = 2**30
 
@@ -85,7 +82,7 @@ class Plan:
 
     run: RunConfig
     options: PlanOptions
-    ds: dict[str, Any]
+    recipe: Recipe
     setup: Setup
     device: Device
     gpus_per_node: int  # all of them, where they share this machine
@@ -113,18 +110,17 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     """Check everything and plan. Raises one UserError with all problems."""
     problems = Problems()
     ranks, on_cpu = options.gpus, options.device == "cpu"
-    ds: dict[str, Any] = problems.attempt(read_json, Path(run.ds_config))
     device = this_machine(ranks) if on_cpu else DEVICES.get(options.device)
-    if ds is not None:
-        ds = resolve(ds, faster_of(device.half_flops, device.single_flops) if device else "bf16")
-        if options.micro_batch:
-            ds["train_micro_batch_size_per_gpu"] = options.micro_batch
-        problems += deepspeed_problems(ds, run.ds_config, ranks, on_cpu or options.simulate)
-        problems += setup_problems(ds, run.ds_config)
+    auto = faster_of(device.half_flops, device.single_flops) if device else "bf16"
+    recipe: Recipe = problems.attempt(read_recipe, run.ds_config, ranks, on_cpu or options.simulate, auto)
+    if recipe and options.micro_batch:
+        recipe = problems.attempt(recipe.replaced, {"train_micro_batch_size_per_gpu": options.micro_batch})
+    if recipe:
+        problems += setup_problems(recipe)
     model: ModelConfig = problems.attempt(find_preset, run.preset)
     if model:
-        problems += run_problems(run, model, ds or {}, ranks)
-        problems += placement_problems(model, run.ep_size, dtype_of(ds or {}), ranks, run.preset)
+        problems += run_problems(run, model, recipe)
+        problems += placement_problems(model, run.ep_size, recipe.dtype if recipe else "fp32", ranks, run.preset)
     if not device:
         problems.append(f"device is {options.device!r}; use one of {', '.join(DEVICES)}, cpu.")
     if options.best:
@@ -139,17 +135,17 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
 
     seq_len = run.seq_len or model.max_position_embeddings
     # torch for CUDA comes with Triton.
-    kernel = choose_kernel(device.capability, DTYPES[dtype_of(ds)], has_triton=True)
+    kernel = choose_kernel(device.capability, recipe.torch_dtype, has_triton=True)
     setup = read_setup(
-        model, ds, ranks, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile,
+        model, recipe, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile,
         run.ema_decay is not None,
     )  # fmt: skip
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
-    choices = _search(setup, device, per_node, rates, ds) if options.best else []
+    choices = _search(setup, device, per_node, rates, recipe) if options.best else []
     if choices:
         setup = choices[0].setup
-        ds |= batch_keys(setup)
-    return Plan(run, options, ds, setup, device, per_node, rates, choices)
+        recipe = recipe.replaced(batch_keys(setup))
+    return Plan(run, options, recipe, setup, device, per_node, rates, choices)
 
 
 def rates_of(options: PlanOptions) -> Rates:
@@ -168,8 +164,8 @@ def batch_keys(setup: Setup) -> dict[str, int]:
     }
 
 
-def _search(setup: Setup, device: Device, per_node: int, rates: Rates, ds: dict[str, Any]) -> list[Choice]:
-    samples = ds.get("train_batch_size")
+def _search(setup: Setup, device: Device, per_node: int, rates: Rates, recipe: Recipe) -> list[Choice]:
+    samples = recipe.train_batch_size
     choices = best_choices(setup, device, per_node, rates, samples)
     if not choices:
         kept = f" with {samples} samples per step" if samples else ""

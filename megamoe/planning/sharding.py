@@ -7,11 +7,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import AVERAGE
-from megamoe.config.recipe import DTYPES, batch_sizes, dtype_of, offloads_optimizer, optimizer_of
+from megamoe.config.recipe import DTYPES, Recipe
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.grouped_gemm import Kernel
@@ -98,44 +97,30 @@ class Setup:
         return self.rows + (CPU_ROW_MULTIPLE - 1) // 2 * experts  # counts differ: the mean of the fill
 
 
-def setup_problems(ds: dict[str, Any], where: str) -> list[str]:
-    """What of a DeepSpeed JSON is not modelled, one sentence each, apart from what its own checks find."""
-    zero, bf16, fp16 = (_object(ds.get(name)) for name in ("zero_optimization", "bf16", "fp16"))
+def setup_problems(recipe: Recipe) -> list[str]:
+    """What of a DeepSpeed JSON is not modelled, one sentence each."""
+    zero = recipe.zero
     unmodelled = {
-        "bf16.bf16_master_weights_and_grads": bf16.get("bf16_master_weights_and_grads"),
-        "bf16.bf16_optimizer_states": bf16.get("bf16_optimizer_states"),
-        "fp16.fp16_master_weights_and_grads": fp16.get("fp16_master_weights_and_grads"),
-        "data_types.grad_accum_dtype": zero.get("stage") == 1 and _sums_apart(ds),
-        "zero_optimization.contiguous_gradients": zero.get("stage") == 1 and zero.get("contiguous_gradients") is False,
-        "zero_optimization.reduce_scatter": zero.get("reduce_scatter") is False,
+        "bf16.bf16_master_weights_and_grads": recipe.bf16.bf16_master_weights_and_grads,
+        "bf16.bf16_optimizer_states": recipe.bf16.bf16_optimizer_states,
+        "fp16.fp16_master_weights_and_grads": recipe.fp16.fp16_master_weights_and_grads,
+        "data_types.grad_accum_dtype": zero.stage == 1 and recipe.sum_dtype != recipe.dtype,
+        "zero_optimization.contiguous_gradients": zero.stage == 1 and not zero.contiguous_gradients,
+        "zero_optimization.reduce_scatter": not zero.reduce_scatter,
     }
     problems = [
-        f"{where}: {key} is set to what the plan does not model; leave it out to plan without it."
+        f"{recipe.where}: {key} is set to what the plan does not model; leave it out to plan without it."
         for key, is_set in unmodelled.items()
         if is_set
     ]
-    bucket = zero.get("reduce_bucket_size", 1)
-    if isinstance(bucket, bool) or not isinstance(bucket, int | float) or bucket < 1:
-        problems.append(
-            f"{where}: zero_optimization.reduce_bucket_size is {bucket!r}; give a number of elements, at least 1."
-        )
+    if zero.reduce_bucket_size < 1:
+        problems.append(f"{recipe.where}: zero_optimization.reduce_bucket_size is 0; give at least 1 element.")
     return problems
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _sums_apart(ds: dict[str, Any]) -> bool:
-    """Whether gradients are summed in another precision than they come in."""
-    dtype = dtype_of(ds)
-    return (_object(ds.get("data_types")).get("grad_accum_dtype") or dtype) != dtype
 
 
 def read_setup(
     model: ModelConfig,
-    ds: dict[str, Any],
-    world_size: int,
+    recipe: Recipe,
     ep_size: int,
     seq_len: int,
     on_cpu: bool,
@@ -144,29 +129,26 @@ def read_setup(
     compiled: bool = False,
     averages: bool = False,
 ) -> Setup:
-    """The setup of a run; the arguments must have passed the checks of a run. Raises UserError for batch sizes."""
-    micro_batch, accumulation = batch_sizes(ds, world_size)
-    optimizer = optimizer_of(ds)
-    assert optimizer, "the checks of a run refuse what is not in the table"
-    zero, dtype = ds.get("zero_optimization", {}), dtype_of(ds)
+    """The setup of a run; the arguments must have passed the checks of a run."""
+    zero, optimizer = recipe.zero, recipe.optimizer
     return Setup(
         model=model,
-        world_size=world_size,
+        world_size=recipe.world_size,
         ep_size=ep_size,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
+        micro_batch=recipe.micro_batch,
+        accumulation=recipe.accumulation,
         seq_len=seq_len,
-        weight_bytes=DTYPES[dtype].itemsize,
+        weight_bytes=recipe.torch_dtype.itemsize,
         state_bytes=optimizer.state_bytes(False),
         muon_bytes=optimizer.state_bytes(True) if optimizer.splits_matrices else None,
-        sum_bytes=DTYPES[ds.get("data_types", {}).get("grad_accum_dtype") or dtype].itemsize,
-        communication_bytes=DTYPES[ds.get("communication_data_type") or dtype].itemsize,
-        zero_stage=zero["stage"],
-        bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
-        overlap=bool(zero.get("overlap_comm")),
-        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True),
-        offload=offloads_optimizer(ds),
-        check_overflow=dtype == "fp16" or (dtype == "bf16" and ds["bf16"].get("check_grad_overflow", True)),
+        sum_bytes=DTYPES[recipe.sum_dtype].itemsize,
+        communication_bytes=DTYPES[recipe.communication_dtype].itemsize,
+        zero_stage=zero.stage,
+        bucket=zero.reduce_bucket_size,
+        overlap=zero.overlap_comm,
+        all_reduce=zero.use_multi_rank_bucket_allreduce,
+        offload=zero.offloads_optimizer,
+        check_overflow=recipe.checks_overflow,
         on_cpu=on_cpu,
         recompute_blocks=recompute_blocks,
         kernel=kernel,

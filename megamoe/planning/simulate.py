@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.recipe import batch_sizes
+from megamoe.config.recipe import Recipe
 from megamoe.data.batches import Batch
 from megamoe.launch.distributed import configure_deepspeed
 from megamoe.planning.meter import Collectives, LiveBytes
@@ -42,27 +41,22 @@ class Measured:
 
 def measure(
     config: ModelConfig,
-    ds: dict[str, Any],
+    recipe: Recipe,
     ep_size: int,
     seq_len: int,
     recompute_blocks: int = 0,
     ema_decay: float | None = None,
 ) -> Measured:
-    """Train two steps on random tokens, the first of which makes the optimizer's state, and measure the second.
-
-    Args:
-        ds: the DeepSpeed JSON, checked.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    micro_batch, accumulation = batch_sizes(ds, world_size)
+    """Train two steps on random tokens, the first of which makes the optimizer's state, and measure the second."""
+    rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     ahead = config.num_nextn_predict_layers
     with LiveBytes() as live:
         train_step = build_train_step(
-            config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks, ema_decay=ema_decay
+            config, recipe, ep_size=ep_size, recompute_blocks=recompute_blocks, ema_decay=ema_decay
         )
         ids, labels = (
-            torch.randint(config.vocab_size, (micro_batch, length), generator=generator)
+            torch.randint(config.vocab_size, (recipe.micro_batch, length), generator=generator)
             for length in (seq_len, seq_len + ahead)
         )
         batch = Batch(ids, labels)
@@ -76,7 +70,7 @@ def measure(
             between = live.now
             live.restart()
             with Collectives() as collectives:
-                train_step.forward_backward([batch] * accumulation, passed)
+                train_step.forward_backward([batch] * recipe.accumulation, passed)
                 train_step.update()
                 passed("step")
     return Measured(between, peaks["forward"], peaks["backward"], peaks["step"], collectives.payload)
@@ -98,16 +92,15 @@ def one_rank_of(world_size: int) -> Iterator[None]:
 
 def simulate(
     config: ModelConfig,
-    ds: dict[str, Any],
-    world_size: int,
+    recipe: Recipe,
     ep_size: int,
     seq_len: int,
     recompute_blocks: int = 0,
     ema_decay: float | None = None,
 ) -> Measured:
-    """Measure rank 0 of `world_size` alone, on this machine's CPU. The process can join no other group afterwards.
+    """Measure rank 0 of the recipe's ranks alone, on this CPU. The process can join no other group afterwards.
 
     Every peer seems to send what this rank sends, so the experts of this rank get as many rows as the rank sends away.
     """
-    with one_rank_of(world_size):
-        return measure(config, ds, ep_size, seq_len, recompute_blocks, ema_decay)
+    with one_rank_of(recipe.world_size):
+        return measure(config, recipe, ep_size, seq_len, recompute_blocks, ema_decay)

@@ -16,8 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 from torch import nn
 
-from megamoe.config.recipe import dtype_of, optimizer_of
-from megamoe.config.schedule import Schedule
+from megamoe.config.recipe import Recipe
 from megamoe.launch import cpu
 from megamoe.model.names import is_projection, is_undecayed, plain_parts
 from megamoe.training.matrix_share import MatrixShare, place_of
@@ -51,14 +50,10 @@ def parameter_groups(model: nn.Module, muon: dict[str, Any] | None = None) -> li
     return [group for group in groups if group["params"]]  # DeepSpeed leaves one empty before a too large parameter
 
 
-def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> deepspeed.DeepSpeedEngine:
-    """Wrap `model` in DeepSpeed's engine. After N optimizer steps its learning rate is `learning_rate(N)`.
-
-    Args:
-        ds: the DeepSpeed JSON; its "scheduler" section is replaced by the exact schedule.
-    """
-    ds = copy.deepcopy(ds)
-    ds.pop("scheduler", None)
+def build_engine(model: nn.Module, recipe: Recipe) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` in DeepSpeed's engine. After N optimizer steps its learning rate is `learning_rate(N)`."""
+    ds, schedule = copy.deepcopy(recipe.json), recipe.schedule
+    del ds["scheduler"]  # DeepSpeed's lags by a step
     ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
     ds.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice per micro-batch
     # The group's learning rate is the peak; LambdaLR multiplies it by the schedule's share.
@@ -67,8 +62,8 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> de
     def share_of_peak(step: int) -> float:
         return learning_rate(step, **vars(schedule)) / schedule.peak
 
-    load_operator(ds)
-    muon = _take_muon(model, ds)
+    load_operator(recipe.operator_builder)
+    muon = _take_muon(model, ds, recipe) if recipe.optimizer.splits_matrices else None
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=None if muon else parameter_groups(model),
@@ -89,20 +84,17 @@ def build_engine(model: nn.Module, ds: dict[str, Any], schedule: Schedule) -> de
     return engine
 
 
-def _take_muon(model: nn.Module, ds: dict[str, Any]) -> Muon | None:
-    """The optimizer, where it is Muon: then `ds` no longer asks DeepSpeed for one.
+def _take_muon(model: nn.Module, ds: dict[str, Any], recipe: Recipe) -> Muon:
+    """The optimizer; `ds` no longer asks DeepSpeed for one.
 
     DeepSpeed's own Muon takes stacked experts for one matrix or for none, and orthogonalizes at the end of a backward
     pass: the norm that clips and guards a step would be that of updates. Its momentum has the gradients' precision, and
     a copy on every rank that owns a part of a parameter.
     """
-    optimizer = optimizer_of(ds)
-    if optimizer is None or not optimizer.splits_matrices:
-        return None
     settings = {key: value for key, value in ds.pop("optimizer")["params"].items() if key != "adam_lr"}
     ds["zero_allow_untested_optimizer"] = True
     groups = parameter_groups(model, {"use_muon": True, "lr": settings.pop("muon_lr")})
-    return Muon(groups, dtype=torch.float32 if dtype_of(ds) == "fp32" else torch.bfloat16, **settings)
+    return Muon(groups, dtype=torch.float32 if recipe.dtype == "fp32" else torch.bfloat16, **settings)
 
 
 def _share_matrices(muon: Muon, zero: DeepSpeedZeroOptimizer, model: nn.Module) -> None:
@@ -126,10 +118,10 @@ def _make_one_moment(optimizer: DeepSpeedCPULion) -> None:
             optimizer.state[master] = {"step": 0, "exp_avg": torch.zeros_like(master)}
 
 
-def deepspeed_own_problems(ds: dict[str, Any], where: str) -> list[str]:
+def deepspeed_own_problems(recipe: Recipe) -> list[str]:
     """What DeepSpeed's own configuration classes, or this device, refuse in a DeepSpeed JSON, one sentence each."""
-    problems = []
-    own = copy.deepcopy(ds)
+    problems, where = [], recipe.where
+    own = copy.deepcopy(recipe.json)
     if "train_micro_batch_size_per_gpu" in own:  # without the other ranks DeepSpeed takes their product for wrong
         own.pop("train_batch_size", None)
     try:
@@ -140,6 +132,6 @@ def deepspeed_own_problems(ds: dict[str, Any], where: str) -> list[str]:
             problems.append(f'{where}: DeepSpeed refuses "{key}" as {detail["input"]!r}: {detail["msg"]}; change it.')
     except Exception as error:  # of whatever its code runs into with a value that it does not check
         problems.append(f"{where}: DeepSpeed refuses it: {' '.join(str(error).split())}; change it.")
-    if ds.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+    if recipe.fp16.enabled and not get_accelerator().is_fp16_supported():
         problems.append(f"{where}: fp16 is enabled, but this device does not support it; use bf16 or fp32.")
     return problems

@@ -26,7 +26,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from torch.utils.cpp_extension import _get_build_directory
 
-from megamoe.config.recipe import operator_builder
 from megamoe.utils.errors import UserError
 
 MOST_SECONDS = 15 * 60  # that one process compiles
@@ -34,12 +33,11 @@ QUIET_SECONDS = 3
 POLL_SECONDS = 0.2
 
 
-def load_operator(ds: dict[str, Any]) -> None:
-    """Load the operator that the engine of a DeepSpeed JSON will use, if it uses one; compile it if need be.
+def load_operator(name: str | None) -> None:
+    """Load the operator of DeepSpeed's builder of that name, if there is one; compile it if need be.
 
     Raises UserError where it cannot be compiled here, or another process compiles it without an end.
     """
-    name = operator_builder(ds)
     builder = get_accelerator().create_op_builder(name) if name else None
     if builder and not installed_ops.get(builder.name):
         folder = build_folder(builder.name)

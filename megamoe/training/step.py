@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.precision import is_auto
-from megamoe.config.schedule import read_schedule
+from megamoe.config.recipe import Recipe
 from megamoe.data.batches import Batch
 from megamoe.model.decoder import Decoder
 from megamoe.model.topology import ExpertTopology
@@ -142,7 +141,7 @@ class TrainStep:
 
 def build_train_step(
     config: ModelConfig,
-    ds: dict[str, Any],
+    recipe: Recipe,
     *,
     ep_size: int = 1,
     seed: int = 0,
@@ -153,18 +152,16 @@ def build_train_step(
     """Build model, engine and balancer on this rank of the process group.
 
     Args:
-        ds: the DeepSpeed JSON, checked.
         seed: of the initial weights.
         recompute_blocks: of the model's first blocks, see `Decoder`.
         compiled: train by compiled blocks, see `Decoder.compile_blocks`.
         ema_decay: of the average of the weights, see `WeightAverage`; None keeps none.
     """
-    assert not is_auto(ds)  # which DeepSpeed takes for fp32
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
     model = Decoder(config, seed, topology, recompute_blocks)
     if compiled:
         model.compile_blocks()
-    engine = build_engine(model, ds, read_schedule(ds, "the DeepSpeed JSON"))
+    engine = build_engine(model, recipe)
     average = None if ema_decay is None else WeightAverage(engine, ema_decay)
     return TrainStep(engine, balancer_of(model), average)
 

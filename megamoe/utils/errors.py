@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from collections.abc import Callable, Iterable
@@ -34,6 +35,17 @@ class Problems(list[str]):
         """Raise one UserError with all of them, if there are any."""
         if self:
             raise UserError(*self)
+
+
+def broken_rules(rules: Iterable[Callable[[Any], Iterable[str]]], fields: Any) -> list[str]:
+    """What the rules say of `fields`; one that is wrong itself is no attribute of it, and what needs it is passed
+    over."""
+    problems: list[str] = []
+    for rule in rules:
+        with contextlib.suppress(AttributeError):
+            for problem in rule(fields):
+                problems.append(problem)
+    return problems
 
 
 def first_line(error: BaseException) -> str:

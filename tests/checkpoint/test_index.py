@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 from indexed import BIAS, KINDS, RANKS, SHAPES, flip_bit, rewrite_index, write
-from random_documents import changed, complaints
-from refusals import has, refusal, refusals, sentences
+from random_documents import changed
+from refusals import complaints, has, refusal, refusals, sentences
 
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.index import Range, read_index, write_index

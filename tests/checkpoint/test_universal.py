@@ -78,7 +78,7 @@ def load_by_deepspeed(folder, checkpoint, ep_size, most):
     """
     split = partial(split_params_into_different_moe_groups_for_optimizer, max_group_size=most)
     with patch(SPLIT, split):
-        engine = make(ep_size, seed=99, config=GATED, checkpoint={"load_universal": True})
+        engine = make(ep_size, seed=99, config=GATED, unchecked={"checkpoint": {"load_universal": True}})
     path, _ = engine.load_checkpoint(str(folder), tag="step_3")
     assert path
     source = open_source(checkpoint)

@@ -44,65 +44,6 @@ def test_every_shipped_preset_has_its_name_and_loads_with_what_its_file_says():
         assert load_preset(str(path)).model_dump() == config
 
 
-def test_the_default_preset_is_the_designed_model():
-    assert RunConfig(ds_config="x").preset == "moe-680m"
-    assert load_preset("moe-680m").model_dump() == {
-        "vocab_size": 49152,
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "hidden_act": "silu",
-        "gated_mlp": False,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "num_latent_tokens": 8,
-        "max_position_embeddings": 1024,
-        "rope_theta": 10000.0,
-        "rope_interleaved": False,
-        "rope_scaling": None,
-        "rms_norm_eps": 1e-5,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "expert_dropout": 0.05,
-        "router_jitter_noise": 0.01,
-        "router_score": "softmax",
-        "router_bias_rule": "sign",
-        "router_bias_rate": 1e-3,
-        "router_load_decay": 0.9,
-        "initializer_range": 0.02,
-        # parts that it does not have
-        "tie_word_embeddings": True,
-        "num_nextn_predict_layers": 0,
-        "mtp_loss_coef": 0.3,
-        "output_z_loss_coef": 0.0,
-        "qk_norm": None,
-        "attention_bias": False,
-        "attention_out_bias": False,
-        "sliding_window": None,
-        "layer_types": None,
-        "kv_lora_rank": None,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": None,
-        "qk_rope_head_dim": None,
-        "v_head_dim": None,
-        "partial_rotary_factor": 1.0,
-        "moe_intermediate_size": None,
-        "first_k_dense_replace": 0,
-        "mlp_only_layers": [],
-        "n_shared_experts": 0,
-        "shared_expert_gate": False,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.0,
-        "n_group": 1,
-        "topk_group": 1,
-        "router_bias": True,
-        "router_aux_loss_coef": 0.0,
-        "router_aux_loss_type": "sequence",
-        "router_z_loss_coef": 0.0,
-    }
-
-
 # --- the model ---
 
 

@@ -8,18 +8,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from toy import SHIPPED, write_inputs
+from toy import SHIPPED, begin, recipe_of, write_inputs
 
 from megamoe import pretrain
 from megamoe.config import precision
-from megamoe.config.precision import by_rates, dtype_to_compute_in, faster_of, find_precision, precision_of, resolve
-from megamoe.config.recipe import deepspeed_problems, dtype_of
+from megamoe.config.precision import by_rates, dtype_to_compute_in, faster_of, find_precision, precision_of
+from megamoe.config.recipe import read_recipe
 from megamoe.config.run import RunConfig
 from megamoe.utils.errors import Problems
 from megamoe.utils.hardware import DEVICES, Peak
 from megamoe.utils.json_files import read_json
 
 AVX2, AMX = by_rates(0.56e9, 46e9), by_rates(1000e9, 180e9)
+
+
+def recipe_with(bf16):
+    return recipe_of({**read_json(SHIPPED / "zero2_fp32.json"), "bf16": {"enabled": bf16}})
 
 
 @pytest.mark.parametrize(("ratio", "choice"), [(82, "fp32"), (0.18, "bf16"), (1.4, "bf16"), (1.5, "fp32")])
@@ -38,7 +42,7 @@ def test_auto_is_bf16_on_a_gpu_with_bf16_instructions_whatever_is_measured(has_b
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
     found = precision_of(torch.device("cuda"))
     assert found.choice == ("bf16" if has_bf16 else "fp32")
-    assert found.describe({"bf16": {"enabled": "auto"}}, "ds.json").startswith(
+    assert found.describe(recipe_with("auto")).startswith(
         f"computes in {found.choice}: NVIDIA GB10 has {'' if has_bf16 else 'no '}bf16 instructions"
     )
 
@@ -46,27 +50,10 @@ def test_auto_is_bf16_on_a_gpu_with_bf16_instructions_whatever_is_measured(has_b
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.json")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("choice", ["bf16", "fp32"])
 def test_a_shipped_configuration_resolves_to_one_that_has_no_problems(path, choice):
-    written = read_json(path)
-    resolved = resolve(written, choice)
-    assert deepspeed_problems(resolved, path.name, 2, on_cpu=True) == []
-    assert dtype_of(resolved) == ("fp32" if path.stem == "zero2_fp32" else choice)
-    assert resolved.get("bf16", {}).get("enabled") != "auto"
-    assert written == read_json(path)
-
-
-def test_a_precision_that_the_json_demands_stays():
-    for ds in (
-        {"bf16": {"enabled": True}},
-        {"fp16": {"enabled": True}},
-        {},
-        {"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}},
-    ):
-        assert resolve(ds, "fp32") == ds
-
-
-def test_auto_next_to_fp16_is_a_precision_given_twice():
-    ds = {**read_json(SHIPPED / "tiny.json"), "fp16": {"enabled": True}}
-    assert any("given twice" in problem for problem in deepspeed_problems(ds, "ds.json", 1, False))
+    recipe = read_recipe(str(path), 2, True, choice)
+    assert recipe.dtype == ("fp32" if path.stem == "zero2_fp32" else choice)
+    assert recipe.json.get("bf16", {}).get("enabled") != "auto"
+    assert recipe.written == read_json(path)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +67,14 @@ def test_auto_next_to_fp16_is_a_precision_given_twice():
     ],
 )
 def test_a_run_says_what_it_computes_in_and_both_rates(found, recorded, bf16, begins):
-    line = replace(found, recorded=recorded).describe({"bf16": {"enabled": bf16}}, "ds.json")
+    line = replace(found, recorded=recorded).describe(recipe_with(bf16))
     assert line.startswith(f"{begins}{found.reason}")
     assert ('set "bf16": {"enabled": "auto"} there' in line) == (bf16 is True)
 
 
 def test_a_run_says_nothing_of_a_precision_that_is_given_and_fast():
-    assert AMX.describe({"bf16": {"enabled": True}}, "ds.json") is None
-    assert AVX2.describe({"bf16": {"enabled": False}}, "ds.json") is None
+    assert AMX.describe(recipe_with(True)) is None
+    assert AVX2.describe(recipe_with(False)) is None
 
 
 def test_rates_have_their_units():
@@ -117,10 +104,10 @@ def test_a_saved_16_bit_model_computes_in_fp32_where_that_is_faster_on_cpu(monke
 def checked_precision(run, found):
     """What a run that is begun on these ranks resolves to, and records, where rank 0 measures `found`."""
     with mock.patch.object(precision, "precision_of", return_value=found if dist.get_rank() == 0 else None):
-        job = pretrain.check(RunConfig(**run), Problems(), torch.device("cpu"), is_first_on_host=False)
-    if job.folder:
-        job.enter_folder(0, None)
-    return dtype_of(job.ds), job.record()["deepspeed"]["bf16"]["enabled"]
+        checked = pretrain.check(RunConfig(**run), Problems(), torch.device("cpu"), is_first_on_host=False)
+    if checked.start.folder:
+        begin(checked)
+    return checked.recipe.dtype, checked.record["deepspeed"]["bf16"]["enabled"]
 
 
 def test_all_ranks_take_what_rank_0_measured_and_a_resume_keeps_it(tmp_path):

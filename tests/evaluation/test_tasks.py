@@ -1,6 +1,5 @@
 """Held-out sets and tasks during a run: on all ranks, with the experts split between them, and without an export."""
 
-import json
 import shutil
 import sys
 
@@ -20,7 +19,7 @@ from megamoe.data.tokenizer import train_tokenizer
 from megamoe.evaluation.scoring import Share
 from megamoe.evaluation.tasks import TaskEvaluator
 from megamoe.formats.export import write_huggingface
-from megamoe.job import Job
+from megamoe.pretrain import check_run
 
 TEXTS = [f"To be, or not to be: that is question {number}; to sleep, perchance to dream.\n" * 9 for number in range(8)]
 # Not the texts above: where two windows of a document hold the same tokens, the harness's adapter (0.4.13) takes one's
@@ -61,7 +60,7 @@ def inputs(tmp_path):
 
 
 def problems(run):
-    return refusals(lambda: Job(RunConfig(**run), 1, torch.device("cpu"), PRECISION))
+    return refusals(lambda: check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION))
 
 
 def test_every_set_and_task_is_logged_at_its_own_interval(done):
@@ -159,15 +158,3 @@ def test_a_set_has_its_own_name_or_that_of_its_folder_and_names_that_the_log_can
         (["a b=c"], "pattern"),
     ):
         has(only(refusals(parse_run, ["--ds_config", "ds.json", "--valid_data", *words])), "valid_data", part)
-
-
-def test_a_run_with_sets_is_resumed_where_its_record_has_one_set_as_text_or_none(inputs, tmp_path):
-    run = {name: value for name, value in inputs.items() if not name.startswith("lm_eval")}
-    Job(RunConfig(**run), 1, torch.device("cpu"), PRECISION).enter_folder(0, None)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["run"]["valid_data"][1] == {"name": "source", "path": str(tmp_path / "code")}
-    for before in (None, str(tmp_path / "plays"), record["run"]["valid_data"]):
-        record["run"]["valid_data"] = before
-        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-        assert len(Job(RunConfig(**{**run, "auto_resume": True}), 1, torch.device("cpu"), PRECISION).valid) == 2
-        assert RunConfig(**record["run"])

@@ -13,7 +13,7 @@ from ranks import run_alone, run_ranks
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from toy import ds_config
+from toy import ds_config, recipe_of
 
 from megamoe.config.run import RunConfig
 from megamoe.data.batches import Batch
@@ -72,7 +72,7 @@ def test_ranks_share_the_cpu_and_keep_their_number(monkeypatch):
 
 def timeouts():
     """Of every group that exists with an engine, and what NCCL's groups would get."""
-    build_train_step(CONFIG, ds_config(2), ep_size=2)
+    build_train_step(CONFIG, recipe_of(ds_config(2)), ep_size=2)
     groups = distributed_c10d._world.pg_map
     found = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
     return len(groups), found, distributed_c10d._get_default_timeout("nccl")
@@ -117,7 +117,7 @@ def collectives_of_four_steps():
     """The order of the collectives on this rank, and the rows of its exchanges. In the last two steps no token goes to
     the experts of the second rank of a group."""
     zero = {**ds_config(2)["zero_optimization"], "overlap_comm": True, "reduce_bucket_size": 4000}
-    train_step = build_train_step(CONFIG, ds_config(2, zero_optimization=zero), ep_size=2)
+    train_step = build_train_step(CONFIG, recipe_of(ds_config(2, zero_optimization=zero)), ep_size=2)
     with Order() as order:
         for step in range(4):
             if step == 2:

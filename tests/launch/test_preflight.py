@@ -61,7 +61,7 @@ def test_the_files_that_every_host_needs(tmp_path):
         ds_config="ds.json",
         preset="mine.json",
         data=[str(tmp_path), "b/prefix=2"],
-        valid_data="v/prefix",
+        valid_data=["v/prefix"],
         init_from="w.pt",
     )
     assert [str(path) for path in needed_files(run)] == [

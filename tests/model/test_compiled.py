@@ -18,7 +18,7 @@ from operators import Operators
 from ranks import run_new_ranks, run_ranks
 from step_profile import profile_step
 from torch._dynamo.utils import counters
-from toy import PRESET, ds_config, train_here, write_inputs
+from toy import PRESET, ds_config, recipe_of, train_here, write_inputs
 
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.config.model import ModelConfig, load_preset
@@ -252,7 +252,7 @@ EXPERTS = {"gated_mlp": True, "expert_dropout": 0.1, "router_jitter_noise": 0.01
 def train_step_of(compiled_blocks):
     ds = ds_config(micro_batch=2, accumulation=2)
     config = ModelConfig(**{**PRESET, **EXPERTS})
-    return build_train_step(config, ds, ep_size=2, recompute_blocks=1, compiled=compiled_blocks)
+    return build_train_step(config, recipe_of(ds), ep_size=2, recompute_blocks=1, compiled=compiled_blocks)
 
 
 def losses_of(train_step, steps):

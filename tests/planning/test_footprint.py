@@ -12,7 +12,7 @@ from devices import on_gpus
 from model_parts import PARTS
 from model_parts import SHAPE as PARTS_SHAPE
 from ranks import run_alone, run_new_ranks, run_ranks
-from toy import PRESET, shipped
+from toy import PRESET, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.launch.distributed import this_device
@@ -53,7 +53,7 @@ def case(shape, ds, ep_size=1, recompute_blocks=0, ema_decay=None):
     """What is measured on every rank, and predicted: the shape's micro-batch goes into the JSON."""
     model, micro_batch, seq_len = shape
     ds = {**ds, "train_micro_batch_size_per_gpu": micro_batch}
-    return ModelConfig(**model), ds, ep_size, seq_len, recompute_blocks, ema_decay
+    return ModelConfig(**model), recipe_of(ds), ep_size, seq_len, recompute_blocks, ema_decay
 
 
 OFFLOAD = config("zero2_offload")
@@ -148,9 +148,10 @@ def measured(ranks, name):
 
 
 def setup_of(ranks, name):
-    model, ds, ep_size, seq_len, recompute_blocks, ema_decay = ON_RANKS[ranks][name]
+    model, recipe, ep_size, seq_len, recompute_blocks, ema_decay = ON_RANKS[ranks][name]
     averages = ema_decay is not None
-    return read_setup(model, ds, ranks, ep_size, seq_len, True, recompute_blocks, averages=averages)
+    recipe = replace(recipe, world_size=ranks)
+    return read_setup(model, recipe, ep_size, seq_len, True, recompute_blocks, averages=averages)
 
 
 def held_by_gloo(setup, peak):
@@ -191,8 +192,8 @@ def test_a_loop_over_the_experts_joins_the_gradients_of_each():
     layer = {**ALL, "vocab_size": 16, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1}, 1, 8
     values = case(layer, config("zero2_fp32"))
     (real,) = run_ranks(1, measure_with_a_loop, values)
-    model, ds, ep_size, seq_len, *_ = values
-    setup = read_setup(model, ds, 1, ep_size, seq_len, True, kernel="loop")
+    model, recipe, ep_size, seq_len, *_ = values
+    setup = read_setup(model, recipe, ep_size, seq_len, True, kernel="loop")
     assert footprint(setup).peak.total() == pytest.approx(real.peak, rel=0.002)
     assert footprint(setup).peak.total() > 1.02 * footprint(replace(setup, kernel="grouped_mm")).peak.total()
 
@@ -208,11 +209,11 @@ def peak_of_a_step(*values):
     ("device", "preset", "bucket"), [("cpu", "tiny", 200_000), on_gpus(1, "cuda", "moe-680m", 50_000_000)]
 )
 def test_a_step_of_a_shipped_preset_takes_the_planned_memory_to_5_percent(device, preset, bucket, record_property):
-    model, ds = load_preset(preset), config("zero2", bucket)
+    model, recipe = load_preset(preset), recipe_of(config("zero2", bucket))
     seq_len = model.max_position_embeddings
-    (real,) = run_new_ranks(1, peak_of_a_step, model, ds, 1, seq_len, device=device)
+    (real,) = run_new_ranks(1, peak_of_a_step, model, recipe, 1, seq_len, device=device)
     kernel = products.kernel_for(torch.device(device), torch.bfloat16)
-    planned = footprint(read_setup(model, ds, 1, 1, seq_len, device == "cpu", kernel=kernel)).peak.total()
+    planned = footprint(read_setup(model, recipe, 1, seq_len, device == "cpu", kernel=kernel)).peak.total()
     record_property("planned GiB", round(planned / 2**30, 2))
     record_property("measured GiB", round(real / 2**30, 2))
     assert planned == pytest.approx(real, rel=0.05)

@@ -7,7 +7,7 @@ import torch
 from model_parts import PARTS, model_of
 from operators import Operators
 from torch import nn
-from toy import shipped
+from toy import recipe_of, shipped
 
 from megamoe.config.model import load_preset
 from megamoe.model import block as block_module
@@ -22,7 +22,7 @@ BATCH, LENGTH = 2, 64
 
 def setup_of(model, ep_size=1, on_cpu=False, dtype="bf16", length=LENGTH):
     ds = shipped("zero2" if dtype == "bf16" else "zero2_fp32") | {"train_micro_batch_size_per_gpu": BATCH}
-    return read_setup(model, ds, ep_size, ep_size, length, on_cpu)
+    return read_setup(model, recipe_of(ds, ep_size), ep_size, length, on_cpu)
 
 
 def operators(setup):

@@ -2,7 +2,7 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
-from toy import shipped
+from toy import recipe_of, shipped
 
 from megamoe.config.model import load_preset
 from megamoe.planning.footprint import footprint
@@ -12,7 +12,7 @@ from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
 from megamoe.utils.hardware import DEVICES
 
-SETUP = read_setup(load_preset("tiny"), shipped("zero2"), 8, 1, 256, False)
+SETUP = read_setup(load_preset("tiny"), recipe_of(shipped("zero2"), 8), 1, 256, False)
 
 
 def memory(setup):

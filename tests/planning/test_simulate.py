@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from ranks import run_alone, run_ranks
-from toy import PRESET, shipped
+from toy import PRESET, recipe_of, shipped
 
 from megamoe.commands import plan
 from megamoe.config.model import ModelConfig
@@ -47,8 +47,8 @@ def test_the_tool_simulates_a_rank_of_1024_which_takes_what_is_predicted(tmp_pat
 
 def test_a_simulated_rank_takes_what_it_takes_among_real_ones():
     everywhere = ModelConfig(**{**MODEL, "num_experts_per_tok": 8})  # the same shapes whatever the values
-    alone = run_alone(simulate, everywhere, config(), 2, 2, 64)
-    among = run_ranks(2, measure, everywhere, config(), 2, 64)[0]
+    alone = run_alone(simulate, everywhere, recipe_of(config(), 2), 2, 64)
+    among = run_ranks(2, measure, everywhere, recipe_of(config(), 2), 2, 64)[0]
     assert alone.payload == among.payload
     assert alone.between == pytest.approx(among.between, rel=0.01)
     assert alone.peak == pytest.approx(among.peak, rel=0.05)  # when the other rank's part comes is up to chance

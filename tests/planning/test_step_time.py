@@ -7,7 +7,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from operators import Operators
 from ranks import run_ranks
-from toy import PRESET, ds_config, shipped
+from toy import PRESET, ds_config, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
@@ -31,8 +31,8 @@ from megamoe.training.muon import orthogonalize_share
 from megamoe.training.step import build_train_step
 from megamoe.utils.hardware import DEVICES, Device
 
-SETUP = read_setup(ModelConfig(**PRESET), ds_config(2), 16, 4, 16, False)
-FULL = read_setup(load_preset("moe-680m"), shipped("zero2"), 1, 1, 1024, False)
+SETUP = read_setup(ModelConfig(**PRESET), recipe_of(ds_config(2), 16), 4, 16, False)
+FULL = read_setup(load_preset("moe-680m"), recipe_of(shipped("zero2")), 1, 1024, False)
 SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 # Only what a test changes takes time.
 IDEAL = Rates(math.inf, math.inf, math.inf, links=1.0, operator=0.0, region=0.0, parameter=0.0, wait=0.0)
@@ -100,7 +100,7 @@ def of_deepspeed(sums, wire, reduced):
         config = load_preset("tiny").model_copy(update={"num_hidden_layers": layers, "intermediate_size": width})
         ds = {**ds_config(1), **shipped("zero2"), "train_micro_batch_size_per_gpu": 1}
         ds |= {"data_types": {"grad_accum_dtype": sums}, "communication_data_type": wire}
-        train_step = build_train_step(config, ds)
+        train_step = build_train_step(config, recipe_of(ds))
         optimizer = train_step.engine.optimizer
         if reduced:
             optimizer.allreduce_and_scatter = partial(DeepSpeedZeroOptimizer.allreduce_and_scatter, optimizer)
@@ -189,7 +189,7 @@ def test_muon_gives_the_device_what_is_counted_for_each_batch():
 
 
 def test_an_offloaded_optimizer_waits_for_the_host():
-    setup = read_setup(load_preset("moe-680m"), shipped("zero2_offload"), 1, 1, 1024, False)
+    setup = read_setup(load_preset("moe-680m"), recipe_of(shipped("zero2_offload")), 1, 1024, False)
     weights = 679_809_792
     update = phases(setup, rates=replace(IDEAL, links=0.5))["update"]
     assert update.device["transfers"] == pytest.approx((4 + 2) * weights / (64e9 * 0.5), rel=1e-4)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRESET, ds_config, shipped
+from toy import PRESET, ds_config, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig
 from megamoe.data.batches import Batch
@@ -140,7 +140,7 @@ def statistics(engine):
 
 
 def three_steps(ds, ep_size, config=CONFIG):
-    train_step = build_train_step(config, ds, ep_size=ep_size)
+    train_step = build_train_step(config, recipe_of(ds), ep_size=ep_size)
     own, reported, tokens_of = [], [], ds["train_micro_batch_size_per_gpu"] * 16
     for number in range(3):
         train_step.forward_backward([Batch(tokens(number), tokens(number + 1))])
@@ -180,7 +180,7 @@ def counted_by(engine):
 
 
 def evaluate_and_skip(ds):
-    train_step = build_train_step(QUANTILE, ds, ep_size=2)
+    train_step = build_train_step(QUANTILE, recipe_of(ds), ep_size=2)
     engine = train_step.engine
     before = statistics(engine)
     engine.eval()

@@ -5,10 +5,9 @@ import torch
 from engines import OneWeight
 from ranks import run_ranks
 from torch import nn
-from toy import ds_config, ds_of_samples, losses, train_here, write_inputs
+from toy import ds_config, ds_of_samples, losses, recipe_of, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
-from megamoe.config.schedule import Schedule
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep
 
@@ -23,8 +22,12 @@ def norms_of(zero, inputs):
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_type": "linear", "warmup_max_lr": 0.1, "warmup_num_steps": 0},
+        },
     }
-    engine = build_engine(OneWeight(), ds, Schedule(peak=0.1, warmup_steps=0))
+    engine = build_engine(OneWeight(), recipe_of(ds))
     train_step, norms, weights = TrainStep(engine, None), [], []
     for values in inputs:
         train_step.accumulate(len(values))

@@ -17,10 +17,10 @@ from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config.run import RunConfig
 from megamoe.data import token_files
 from megamoe.data.prefetch import THREAD
-from megamoe.job import Job
 from megamoe.launch import stopping
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
+from megamoe.pretrain import check_run
 from megamoe.pretrain import run as pretrain
 from megamoe.training.sinks import read_log
 from megamoe.training.step import TrainStep
@@ -88,9 +88,9 @@ def stop_after_two_steps(run):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStep, "forward_backward", forward_backward)
-        job = Job(RunConfig(**run), 1, torch.device("cpu"), PRECISION)
-        assert not pretrain(job, None, Position(), stop)
-    return read_log(job.run_dir), threads_of_data()
+        checked = check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION)
+        assert not pretrain(checked, None, Position(), stop)
+    return read_log(checked.run.folder), threads_of_data()
 
 
 def test_a_run_that_is_asked_to_stop_leaves_no_thread_of_its_data(tmp_path):
@@ -105,11 +105,11 @@ def train_to_the_limit(run, left, saving):
     whether the run reached its last step, and what it printed on this rank."""
     rank, limit = torch.distributed.get_rank(), 1e6
     now = psutil.Process().create_time() + rank * (limit - left)
-    job = Job(RunConfig(**run, time_limit=limit), 2, torch.device("cpu"), PRECISION, rank == 0)
+    checked = check_run(RunConfig(**run, time_limit=limit), 2, torch.device("cpu"), PRECISION, rank == 0)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(stopping, "time", SimpleNamespace(time=lambda: now))
         patch.setattr(CheckpointWriter, "expected_seconds", lambda writer: saving)
-        done = pretrain(job, new_store("run"), Position(), StopRequest())
+        done = pretrain(checked, new_store("run"), Position(), StopRequest())
     return done, out.getvalue()
 
 

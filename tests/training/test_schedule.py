@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from deepspeed.runtime import lr_schedules
 from engines import OneWeight
 from ranks import run_ranks
 from torch import nn
+from toy import recipe_of
 
-from megamoe.config.schedule import TYPES, Schedule, read_schedule
+from megamoe.config.schedule import TYPES, Schedule, parse_schedule
 from megamoe.training.engine import build_engine
 from megamoe.training.schedule import learning_rate
 from megamoe.training.step import TrainStep
@@ -43,8 +46,7 @@ STEPS = range(TOTAL + 5)
 def rates_of(kind, **params):
     """Our rates after 0, 1, 2, ... optimizer steps."""
     params = {"warmup_type": "linear", "warmup_num_steps": WARMUP, **params}
-    ds = {"optimizer": {"params": {"lr": PEAK}}, "scheduler": {"type": kind, "params": params}}
-    schedule = read_schedule(ds, "ds.json")
+    schedule = parse_schedule({"type": kind, "params": params}, PEAK, "ds.json")
     return [learning_rate(step, **vars(schedule)) for step in STEPS]
 
 
@@ -142,8 +144,12 @@ def engine_rates():
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 1},
         "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_type": "linear", "warmup_max_lr": 0.1, "warmup_num_steps": 0},
+        },
     }
-    engine = build_engine(OneWeight(), ds, Schedule(**SCHEDULE))
+    engine = build_engine(OneWeight(), replace(recipe_of(ds), schedule=Schedule(**SCHEDULE)))
     train_step = TrainStep(engine, None)
     printed, moved = {}, []
     for step in range(1, max(LOGGED) + 1):

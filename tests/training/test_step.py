@@ -11,7 +11,7 @@ from devices import on_gpus
 from operators import Operators
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import PRESET, ds_config, shipped, train_here, write_inputs
+from toy import PRESET, ds_config, recipe_of, shipped, train_here, write_inputs
 
 import megamoe
 from megamoe.config.model import ModelConfig, load_preset
@@ -121,7 +121,7 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
 
 def one_step(own_flags):
     rank = torch.distributed.get_rank()
-    train_step = build_train_step(ModelConfig(**PRESET), ds_config(2, accumulation=2), ep_size=2)
+    train_step = build_train_step(ModelConfig(**PRESET), recipe_of(ds_config(2, accumulation=2)), ep_size=2)
     generator = torch.Generator().manual_seed(rank)
     batches = [Batch(*torch.randint(PRESET["vocab_size"], (2, 2, 16), generator=generator)) for _ in range(2)]
     with torch.no_grad():
@@ -162,7 +162,7 @@ def parts_of_three_steps(kind, micro_batch, accumulation):
     config = ModelConfig(**{**PRESET, **LOSSES}, router_aux_loss_type=kind, router_load_decay=0, initializer_range=0.3)
     ds = ds_config(micro_batch, accumulation)
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    train_step = build_train_step(config, ds, ep_size=min(world_size, 2))
+    train_step = build_train_step(config, recipe_of(ds), ep_size=min(world_size, 2))
     results, evaluated = [], 0.0
     for step in range(3):
         ids = torch.randint(4, (8, 18), generator=torch.Generator().manual_seed(step)).cumsum(-1) % 96
@@ -206,7 +206,7 @@ def ids_of(step):
 
 
 def losses_and_norms(ds, compiled):
-    train_step = build_train_step(WITHOUT_BALANCING, ds, compiled=compiled)
+    train_step = build_train_step(WITHOUT_BALANCING, recipe_of(ds), compiled=compiled)
     results = []
     for step in range(STEPS):
         ids = ids_of(step)
@@ -264,7 +264,7 @@ def operators_of_an_update(recipe, sums):
     ds.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=0.01)
     if sums:
         ds["data_types"] = {"grad_accum_dtype": sums}
-    train_step = build_train_step(config, ds)
+    train_step = build_train_step(config, recipe_of(ds))
     assert len(list(train_step.model.parameters())) == 42
     assert train_step.model.step_losses.dtype == torch.float32  # under bf16 too
     ids = torch.arange(64).unsqueeze(0)

@@ -6,24 +6,22 @@ import random
 from pathlib import Path
 
 import torch
-from random_documents import changed, complaints
-from refusals import has, refusal, sentences
+from random_documents import changed
+from refusals import complaints, has, refusal, sentences
 from tokenizers import Tokenizer, models
-from toy import PRECISION, PRESET, ds_config, write_inputs
+from toy import PRECISION, PRESET, begin, ds_config, write_inputs
 
 from megamoe.checkpoint import universal
 from megamoe.checkpoint.opening import open_source
 from megamoe.config.model import load_preset
-from megamoe.config.recipe import batch_sizes, deepspeed_problems
+from megamoe.config.recipe import read_recipe
 from megamoe.config.run import RunConfig
 from megamoe.config.run_checks import run_problems
-from megamoe.config.schedule import read_schedule
 from megamoe.data.token_files import split_counts
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
-from megamoe.job import Job
+from megamoe.pretrain import check_run
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.utils import json_files
-from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import MAX_DEPTH, check_regular, read_json
 
 DEEP = 100_000
@@ -150,17 +148,10 @@ def some_are_refused(path, document, check, seed, count=100):
 
 
 def check_ds(path):
-    ds = read_json(path)
-    found = deepspeed_problems(ds, "ds.json", 2, True)
-    sentences(found)
+    recipe = read_recipe(str(path), 2, True, "bf16")
     run = RunConfig(ds_config="ds.json", preset="tiny")
-    sentences(run_problems(run, load_preset("tiny"), ds, 2))
-    if not found:
-        read_schedule(ds, "ds.json")
-        batch_sizes(ds, 2)
-        sentences(deepspeed_own_problems(ds, "ds.json"))
-    else:
-        raise UserError(*found)
+    sentences(run_problems(run, load_preset("tiny"), recipe))
+    sentences(deepspeed_own_problems(recipe))
 
 
 def test_any_deepspeed_json_is_accepted_or_refused_in_sentences(tmp_path):
@@ -183,9 +174,9 @@ def test_any_preset_is_accepted_or_refused_in_sentences(tmp_path):
 def test_any_run_json_is_accepted_or_refused_in_sentences(tmp_path):
     run = RunConfig(**write_inputs(tmp_path, ds_config(2)), run_dir=str(tmp_path / "run"), auto_resume=True)
     cpu = torch.device("cpu")
-    Job(run.model_copy(update={"auto_resume": False}), 1, cpu, PRECISION).enter_folder(0, None)
+    begin(check_run(run.model_copy(update={"auto_resume": False}), 1, cpu, PRECISION))
     path = tmp_path / "run" / "run.json"
-    assert some_are_refused(path, read_json(path), lambda _: Job(run, 1, cpu, PRECISION), seed=3, count=60)
+    assert some_are_refused(path, read_json(path), lambda _: check_run(run, 1, cpu, PRECISION), seed=3, count=60)
 
 
 def test_any_counts_index_or_manifest_is_accepted_or_refused_in_sentences(tmp_path):

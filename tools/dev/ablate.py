@@ -15,7 +15,6 @@ TABLE.jsonl, and is not repeated by the next call. The table of all lines is pri
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import os
@@ -40,17 +39,16 @@ from pydantic import Field
 
 from megamoe.config import cli
 from megamoe.config.model import JsonModel, ModelConfig, validate
-from megamoe.config.precision import precision_of, resolve
-from megamoe.config.recipe import batch_sizes, section_of
+from megamoe.config.precision import precision_of
+from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.config.run import RunConfig, parse_run, parse_stage
-from megamoe.config.schedule import read_schedule
 from megamoe.data.ramp import BatchRamp
 from megamoe.formats.config_json import find_preset
-from megamoe.job import Job
 from megamoe.model.costs import parameter_count, train_flops_per_token
-from megamoe.resume_rules import stages_of
+from megamoe.pretrain import check_run
+from megamoe.resume import stages_of
 from megamoe.training.sinks import read_log
-from megamoe.utils.errors import Problems, UserError, shown, unknown_key
+from megamoe.utils.errors import Problems, UserError, unknown_key
 from megamoe.utils.json_files import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +69,7 @@ class Trial:
     steps: int
     change: dict[str, Any]
     model: ModelConfig
-    ds: dict[str, Any]
+    deepspeed: Recipe
     options: dict[str, Any]
 
     @property
@@ -83,7 +81,7 @@ class Trial:
     def recipe(self) -> str:
         """A hash of all that it trains with; a field that is newer than a result has its default."""
         model = self.model.model_dump(exclude_defaults=True)
-        whole = json.dumps([model, self.ds, self.options], sort_keys=True)
+        whole = json.dumps([model, self.deepspeed.json, self.options], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
@@ -120,11 +118,12 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     changes = {BASELINE: {}, **table.changes}
     problems = Problems(unknown_key(f"{path}: changes", one, changes, "change") for one in only if one not in changes)
     preset = problems.attempt(find_preset, table.preset)
-    ds = problems.attempt(read_json, Path(table.ds_config))
+    device = _device()
+    auto = precision_of(device).choice  # the same for all runs, and in the hash of their recipe
+    recipe = problems.attempt(read_recipe, table.ds_config, ranks, device.type == "cpu", auto)
     problems.refuse()
-    ds = resolve(ds, precision_of(_device()).choice)  # the same for all runs, and in the hash of their recipe
     trials: list[Trial] = []
-    base = Trial(BASELINE, seeds[0], ranks, steps or 0, {}, preset, ds, table.options)
+    base = Trial(BASELINE, seeds[0], ranks, steps or 0, {}, preset, recipe, table.options)
     for name, change in changes.items():
         trial = problems.attempt(_trial, f"{path}: {name}", name, change, base, steps)
         if name == BASELINE:
@@ -151,33 +150,14 @@ def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int
         elif option not in RunConfig.model_fields:
             problems.append(unknown_key(f"{where}: options", option, RunConfig.model_fields, "option"))
     problems.refuse()
-    ds = copy.deepcopy(base.ds)
-    steps = change.steps or steps
-    params = section_of(section_of(ds, "scheduler"), "params")
-    if steps and "total_num_steps" in params:  # a constant rate has no end
-        params["total_num_steps"] = steps
-    for key, value in change.ds_config.items():
-        _set(ds, key, value, where)
-    schedule = read_schedule(ds, where)
-    steps = steps or schedule.total_steps
+    steps, ranks = change.steps or steps, change.ranks or base.ranks
+    has_end = base.deepspeed.schedule.total_steps is not None
+    changes = {"scheduler.params.total_num_steps": steps} if steps and has_end else {}
+    recipe = replace(base.deepspeed, where=where, world_size=ranks).replaced({**changes, **change.ds_config})
+    steps = steps or recipe.schedule.total_steps
     if steps is None:
         raise UserError(f"{where}: its schedule has no end; give --steps, or a change's own steps.")
-    return Trial(name, base.seed, change.ranks or base.ranks, steps, given, model, ds, options)
-
-
-def _set(values: dict[str, Any], path: str, value: Any, where: str) -> None:
-    """Set the value at a path of keys with dots between them; null removes it. Raises UserError."""
-    *sections, key = path.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(
-                f'{where}: ds_config: "{section}" of {path} is {shown(values)}, no section; change the path.'
-            )
-    if value is None:
-        values.pop(key, None)
-    else:
-        values[key] = value
+    return Trial(name, base.seed, ranks, steps, given, model, recipe, options)
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -186,7 +166,7 @@ def _set(values: dict[str, Any], path: str, value: Any, where: str) -> None:
 def command_line(trial: Trial, folder: Path) -> list[str]:
     """The options of pretrain.py, after writing the preset and the DeepSpeed JSON that they name into `folder`."""
     write_json(folder / "preset.json", trial.model.model_dump())
-    write_json(folder / "ds_config.json", trial.ds)
+    write_json(folder / "ds_config.json", trial.deepspeed.json)
     words = [
         "--preset", folder / "preset.json", "--ds_config", folder / "ds_config.json", "--run_dir", folder / "run",
         "--steps", trial.steps, "--seed", trial.seed,
@@ -227,10 +207,9 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     rows, last = log["train"], log["valid"][-1] if log["valid"] else {}
     begins = next(index for index, row in enumerate(rows) if row["step"] >= trial.steps / 10)
     seq_len = trial.options.get("seq_len", trial.model.max_position_embeddings)
-    micro_batch, accumulation = batch_sizes(trial.ds, trial.ranks)
     steps = [row["step"] for row in rows]
     stages = stages_of({"batch_ramp": [parse_stage(stage) for stage in trial.options.get("batch_ramp", [])]})
-    ramp = BatchRamp(micro_batch * accumulation * trial.ranks, stages)
+    ramp = BatchRamp(trial.deepspeed.samples, stages)
     samples = [ramp.samples_before(step + 1) for step in [0, *steps]]
     tokens = [(after - before) * seq_len for before, after in pairwise(samples)]
     return {
@@ -256,7 +235,7 @@ def check_jobs(trials: list[Trial]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 run = parse_run(command_line(trial, Path(folder)))
-                Job(run, trial.ranks, device, precision, leads=False, scans=False)
+                check_run(run, trial.ranks, device, precision, leads=False, scans=False)
             except UserError as error:
                 for problem in error.problems:
                     found.setdefault(problem.replace(f"{folder}/", ""), []).append(trial.name)

@@ -32,7 +32,8 @@ from pydantic import TypeAdapter
 
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig, load_preset
-from megamoe.config.precision import precision_of, resolve
+from megamoe.config.precision import precision_of
+from megamoe.config.recipe import read_recipe
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import read_json
 
@@ -333,12 +334,13 @@ def print_growth(names: list[str], turns: list[list[Turn]]) -> None:
 
 def resolved_file(ds_config: str, folder: Path) -> str:
     """A DeepSpeed JSON in `folder` with the precision that this device is good at, for all turns."""
-    ds = read_json(Path(ds_config))
-    precision = precision_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if note := precision.describe(ds, ds_config):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision_of(device)
+    recipe = read_recipe(ds_config, 1, device.type == "cpu", precision.choice)
+    if note := precision.describe(recipe):
         print(note, file=sys.stderr)
     path = folder / "ds_config.json"
-    path.write_text(json.dumps(resolve(ds, precision.choice)))
+    path.write_text(json.dumps(recipe.json))
     return str(path)
 
 

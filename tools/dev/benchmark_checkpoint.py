@@ -25,13 +25,13 @@ from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import cli
 from megamoe.config.model import load_preset
-from megamoe.config.precision import find_precision, resolve
+from megamoe.config.precision import find_precision
+from megamoe.config.recipe import read_recipe
 from megamoe.data.batches import Batch
 from megamoe.launch.distributed import init_distributed
 from megamoe.training.step import build_train_step
 from megamoe.utils.errors import UserError
 from megamoe.utils.hardware import memory_gib
-from megamoe.utils.json_files import read_json
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -64,10 +64,11 @@ class Bench:
     def __init__(self, preset: str, ds_config: str, ep_size: int, folder: Path, tokens: int):
         rendezvous, device = init_distributed()
         rank, world_size = rendezvous.rank_info.rank, rendezvous.rank_info.world_size
-        config, ds = load_preset(preset), resolve(read_json(Path(ds_config)), find_precision(device).choice)
+        config = load_preset(preset)
+        recipe = read_recipe(ds_config, world_size, device.type == "cpu", find_precision(device).choice)
         self.folder, self.store = folder, rendezvous.store
         self.bare_file = folder / f"bare_{rank}.pt"
-        self.train_step = build_train_step(config, {**ds, "gradient_accumulation_steps": 1}, ep_size=ep_size)
+        self.train_step = build_train_step(config, recipe.replaced({"gradient_accumulation_steps": 1}), ep_size=ep_size)
         self.engine = self.train_step.engine
         ids = torch.randint(config.vocab_size, (1, tokens), device=device)
         self.batch = Batch(ids, ids)

@@ -35,13 +35,12 @@ from megamoe.checkpoint.slice_file import BLOCK_BYTES, TensorRecord, number_of_b
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.config.optimizers import MASTERS
-from megamoe.config.precision import resolve
+from megamoe.config.recipe import read_recipe
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import engine_parameters, engine_shape, expert_id, plain_parts, stretches
 from megamoe.model.topology import ExpertTopology
 from megamoe.planning.sharding import Group, Setup, parameter_groups, read_setup
 from megamoe.utils.errors import UserError
-from megamoe.utils.json_files import read_json
 
 STATE = ("exp_avg", "exp_avg_sq")
 VALUE_BYTES = 4
@@ -138,7 +137,7 @@ def main() -> None:
     parser.add_argument("--resume_ep_size", type=int, help="their ep_size; by default the same")
     args = parser.parse()
     model: ModelConfig = load_preset(args.preset).model_copy(update={"num_local_experts": args.experts})
-    ds = resolve(read_json(Path(args.ds_config)), "bf16")
+    recipe = read_recipe(args.ds_config, args.ranks, on_cpu=False, auto="bf16")
     again, again_ep = args.resume_on or args.ranks, args.resume_ep_size or args.ep_size
     problems = [
         *ExpertTopology.problems(args.ep_size, args.experts, args.ranks, args.preset),
@@ -146,8 +145,8 @@ def main() -> None:
     ]
     if problems:
         raise UserError(*problems)
-    setup = read_setup(model, ds, args.ranks, args.ep_size, model.max_position_embeddings, on_cpu=False)
-    index = make_index(setup, {"model": model.model_dump(), "deepspeed": ds})
+    setup = read_setup(model, recipe, args.ep_size, model.max_position_embeddings, on_cpu=False)
+    index = make_index(setup, {"model": model.model_dump(), "deepspeed": recipe.json})
     with tempfile.TemporaryDirectory() as folder:
         _, writing = timed(write_index, Path(folder), index)
         size = (Path(folder) / "index.json").stat().st_size

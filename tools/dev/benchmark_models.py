@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import deepspeed.moe.layer
@@ -13,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.recipe import DTYPES, dtype_of
-from megamoe.config.schedule import read_schedule
+from megamoe.config.recipe import read_recipe
 from megamoe.data.batches import Batch
+from megamoe.launch.distributed import is_on_cpu
 from megamoe.model.decoder import Decoder
 from megamoe.model.dropout import Dropout
 from megamoe.model.feed_forward import MLP
@@ -23,7 +22,6 @@ from megamoe.model.from_config import from_config
 from megamoe.model.topology import ExpertTopology
 from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep, build_train_step
-from megamoe.utils.json_files import read_json
 
 
 @dataclass
@@ -48,13 +46,19 @@ def build_engine_contender(
 ) -> Contender:
     """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it,
     `compiled` compiles its blocks. A step has `samples` sequences on a rank, whatever the JSON says."""
-    ds = {**read_json(Path(ds_config)), "train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1}
-    ds.pop("train_batch_size", None)
+    batch = {
+        "train_micro_batch_size_per_gpu": samples,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": None,
+    }
+    recipe = read_recipe(ds_config, dist.get_world_size(), is_on_cpu(), "bf16").replaced(batch)
     if stock:
         model = stock_model(config, ep_size, recompute_blocks)
-        train_step = TrainStep(build_engine(model, ds, read_schedule(ds, ds_config)), balancer=None)
+        train_step = TrainStep(build_engine(model, recipe), balancer=None)
     else:
-        train_step = build_train_step(config, ds, ep_size=ep_size, recompute_blocks=recompute_blocks, compiled=compiled)
+        train_step = build_train_step(
+            config, recipe, ep_size=ep_size, recompute_blocks=recompute_blocks, compiled=compiled
+        )
     optimizer = train_step.engine.optimizer
     while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -91,7 +95,7 @@ def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> 
     transformers chooses (`grouped_mm` where torch has it)."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    dtype = DTYPES[dtype_of(read_json(Path(ds_config)))]
+    dtype = read_recipe(ds_config, 1, device.type == "cpu", "bf16").torch_dtype
     shape = MixtralConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

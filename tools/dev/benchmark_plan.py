@@ -21,7 +21,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
 
@@ -29,7 +28,8 @@ import torch
 
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig, load_preset
-from megamoe.config.precision import precision_of, resolve
+from megamoe.config.precision import precision_of
+from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.data.batches import Batch
 from megamoe.launch.cpu import keep_freed_memory
 from megamoe.planning.planner import this_machine
@@ -40,7 +40,6 @@ from megamoe.planning.step_time import step_time
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.hardware import Device
-from megamoe.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[2]
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
@@ -66,11 +65,11 @@ class Case:
     micro_batch: int
     seq_len: int
 
-    def setup(self, ds: dict[str, Any]) -> Setup:
-        return read_setup(self.config, self.ds(ds), 1, 1, self.seq_len, on_cpu=True)
+    def setup(self, base: Recipe) -> Setup:
+        return read_setup(self.config, self.recipe(base), 1, self.seq_len, on_cpu=True)
 
-    def ds(self, ds: dict[str, Any]) -> dict[str, Any]:
-        return {**ds, "train_micro_batch_size_per_gpu": self.micro_batch, "gradient_accumulation_steps": 1}
+    def recipe(self, base: Recipe) -> Recipe:
+        return base.replaced({"train_micro_batch_size_per_gpu": self.micro_batch, "gradient_accumulation_steps": 1})
 
 
 def cases() -> tuple[dict[str, Case], dict[str, Case]]:
@@ -94,11 +93,11 @@ def cases() -> tuple[dict[str, Case], dict[str, Case]]:
 # --- measured -------------------------------------------------------------------------------------------------------
 
 
-def measure(chosen: dict[str, Case], ds: dict[str, Any], rounds: int) -> dict[str, list[list[float]]]:
+def measure(chosen: dict[str, Case], base: Recipe, rounds: int) -> dict[str, list[list[float]]]:
     """Seconds of the process in each phase of a step, for each round."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    built = {name: (build_train_step(case.config, case.ds(ds)), ids_of(case)) for name, case in chosen.items()}
+    built = {name: (build_train_step(case.config, case.recipe(base)), ids_of(case)) for name, case in chosen.items()}
     for train_step, ids in built.values():
         for _ in range(WARM_UP):
             take_step(train_step, ids)
@@ -166,14 +165,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps of each model")
     parser.add_argument("--json", type=Path, help="file to write all measurements and predictions to")
     args = parser.parse(check=check)
-    ds = resolve(read_json(Path(args.ds_config)), precision_of(torch.device("cpu")).choice)
+    recipe = read_recipe(args.ds_config, 1, on_cpu=True, auto=precision_of(torch.device("cpu")).choice)
     fitted, predicted = cases()
     every = {**fitted, **predicted}
     with contextlib.redirect_stdout(sys.stderr), one_rank_of(1):  # DeepSpeed prints as it starts
-        measured = measure(every, ds, args.rounds)
+        measured = measure(every, recipe, args.rounds)
         device = this_machine(1)
     medians = {name: [statistics.median(phase) for phase in zip(*own, strict=True)] for name, own in measured.items()}
-    setups = {name: case.setup(ds) for name, case in every.items()}
+    setups = {name: case.setup(recipe) for name, case in every.items()}
     rates = fit([setups[name] for name in fitted], [medians[name] for name in fitted], device)
     expected = {name: phases(setup, device, rates) for name, setup in setups.items()}
     base = list(fitted)[-1]

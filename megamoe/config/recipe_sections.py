@@ -1,0 +1,175 @@
+"""The sections of the DeepSpeed JSON, each with its keys and their kinds.
+
+A key that is not here is an error that names the nearest known one; DeepSpeed ignores what it does not know. A default
+that is None stands for a key that nothing here reads.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from megamoe.config.model import JsonModel
+from megamoe.utils.errors import shown
+
+Dtype = Literal["bf16", "fp16", "fp32"]
+Number = Annotated[float, Field(ge=0)]
+Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Unread: Any = Field(default=None)
+
+
+class Batch(JsonModel):
+    """Three keys of no section, of which any may be left out that follow from the others."""
+
+    train_batch_size: Count | None = None
+    train_micro_batch_size_per_gpu: Count | None = None
+    gradient_accumulation_steps: Count | None = None
+
+
+class TopLevel(Batch):
+    """The keys of no section, and the sections, which are checked one by one."""
+
+    gradient_clipping: Number = Unread
+    communication_data_type: Dtype | None = None
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = Unread
+    prescale_gradients: bool = Unread
+    zero_allow_untested_optimizer: bool = Unread
+    zero_force_ds_cpu_optimizer: bool = Unread
+    wall_clock_breakdown: bool = Unread
+    memory_breakdown: bool = Unread
+    dump_state: bool = Unread
+    steps_per_print: Count = Unread
+    aio: dict[str, Any] = Unread
+    flops_profiler: dict[str, Any] = Unread
+    timers: dict[str, Any] = Unread
+    keep_in_fp32_modules: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    bf16: Any = None
+    fp16: Any = None
+    zero_optimization: Any = None
+    data_types: Any = None
+
+
+class Optimizer(JsonModel):
+    type: Any = None
+    params: Any = None
+
+
+class OptimizerParams(JsonModel):
+    """Settings of any optimizer; `OptimizerSpec` has the names of those that each takes."""
+
+    model_config = ConfigDict(extra="allow")
+
+    lr: Number | None = None
+    adam_lr: Number | None = None
+    muon_lr: Annotated[float, Field(gt=0)] = Unread
+    momentum: Share = Unread
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Unread
+    eps: Number = Unread
+    weight_decay: Number = Unread
+    alpha: Number = Unread
+    torch_adam: bool = False
+    adam_w_mode: bool = Unread
+    fused: bool = Unread
+    foreach: bool = Unread
+    bias_correction: bool = Unread
+
+
+class Bf16(JsonModel):
+    enabled: bool = False
+    check_grad_overflow: bool = True
+    immediate_grad_update: bool = Unread
+    bf16_optimizer_states: bool = False
+    bf16_master_weights_and_grads: bool = False
+
+
+class Fp16(JsonModel):
+    enabled: bool = False
+    loss_scale: Number | None = None
+    initial_scale_power: Whole = Unread
+    hysteresis: Whole = Unread
+    loss_scale_window: Count = Unread
+    min_loss_scale: Number = Unread
+    auto_cast: bool = Unread
+    consecutive_hysteresis: bool = Unread
+    fp16_master_weights_and_grads: bool = False
+
+
+class Zero(JsonModel):
+    stage: int = Field(default=0, validate_default=True)
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    overlap_comm: bool = False
+    reduce_bucket_size: Whole = 500_000_000
+    use_multi_rank_bucket_allreduce: bool = True
+    cpu_offload: bool = False
+    offload_optimizer: Any = None
+    round_robin_gradients: bool = False
+    elastic_checkpoint: bool = False
+    allgather_partitions: bool = Unread
+    allgather_bucket_size: Whole = Unread
+    sub_group_size: Whole = Unread
+    ignore_unused_parameters: bool = Unread
+    load_from_fp32_weights: bool = Unread
+
+    @field_validator("stage")
+    @classmethod
+    def _trains(cls, stage: int) -> int:
+        if stage not in (1, 2):
+            reason = "DeepSpeed refuses ZeRO-3 with its MoE layer" if stage == 3 else "megamoe trains with 1 or 2"
+            raise ValueError(f"it is {stage}, but {reason}; set it to 1 or 2.")
+        return stage
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's states and its step are the host's; DeepSpeed does the same under every device that
+        it offloads to with ZeRO-1 and ZeRO-2."""
+        return self.cpu_offload or (self.offload_optimizer or {}).get("device", "none") != "none"
+
+
+class Offload(JsonModel):
+    device: str = "none"
+    nvme_path: str = Unread
+    pin_memory: bool = Unread
+    pipeline_read: bool = Unread
+    pipeline_write: bool = Unread
+    fast_init: bool = Unread
+    buffer_count: Whole = Unread
+    ratio: Number = Unread
+
+
+class DataTypes(JsonModel):
+    grad_accum_dtype: Dtype | None = None
+
+
+# By their place in the JSON. `schedule.py` has the scheduler's.
+SECTIONS: dict[str, type[JsonModel]] = {
+    "bf16": Bf16,
+    "fp16": Fp16,
+    "zero_optimization": Zero,
+    "zero_optimization.offload_optimizer": Offload,
+    "data_types": DataTypes,
+    "optimizer": Optimizer,
+    "optimizer.params": OptimizerParams,
+}
+
+LOGS = "megamoe always writes losses and MaxVio to tensorboard/ and log.jsonl in the run folder: leave it out"
+# Sections that would do nothing here, or half of what they say, and what to use instead.
+REFUSED = {
+    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), LOGS),
+    "comms_logger": "nothing prints its summary; tools/plan.py says what each collective sends: leave it out",
+    "activation_checkpointing": "--recompute_blocks N says which blocks recompute theirs: leave it out",
+}
+
+
+def refused_problems(values: dict[str, Any]) -> list[str]:
+    """That a section is there which would do nothing, unless it is disabled, one sentence each."""
+    return [
+        f'"{name}" is {shown(values[name])}, but it is not used; {reason}.'
+        for name, reason in REFUSED.items()
+        if name in values and not (isinstance(values[name], dict) and values[name].get("enabled") is False)
+    ]

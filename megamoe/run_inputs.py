@@ -1,0 +1,104 @@
+"""What a run reads, opened and checked before anything is built: corpora, tokenizer, tasks, weights to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from megamoe.checkpoint.opening import open_source
+from megamoe.config.model import ModelConfig
+from megamoe.config.run import HeldOutSource, RunConfig
+from megamoe.data.batches import TrainData
+from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.data.tokenizer import load_tokenizer, numbering_problems
+from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
+from megamoe.evaluation.tasks import Tasks, load_tasks
+from megamoe.formats.source_checks import model_problems
+from megamoe.utils.errors import Problems, UserError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads."""
+
+    data: TrainData
+    held_out: list[HeldOut]
+    held_out_sources: list[HeldOutSource]  # of the same, one by one
+    tokenizer: Path | None  # of the first corpus
+    tasks: Tasks | None  # on the leading rank
+
+
+def open_inputs(
+    run: RunConfig, model: ModelConfig, seq_len: int, initial_weights: list[Path], leads: bool, scans: bool
+) -> Inputs:
+    """Open and check what a run reads. Raises one UserError with all problems.
+
+    Args:
+        initial_weights: that it starts from, in the order to try them.
+        leads: this rank counts bytes and loads tasks, for all ranks.
+        scans: this rank checks the tokens of the corpora, for all ranks of its host.
+    """
+    problems = Problems(initial_problems(model, initial_weights))
+
+    def corpus(path: str, split: str) -> TokenCorpus:
+        return problems.attempt(TokenCorpus, corpus_prefix(path, split), seq_len, model.vocab_size, scans)
+
+    corpora = [corpus(source.path, "train") for source in run.data]
+    first = Path(run.data[0].path)
+    own = [HeldOutSource(name="valid", path=str(first))] if (first / "valid.idx").is_file() else []
+    sources = run.valid_data or own
+    held_out = [corpus(source.path, "valid") for source in sources]
+    folders = [
+        *(Path(source.path) for source in run.data),
+        *(corpus_prefix(one.path, "valid").parent for one in sources),
+    ]
+    wrong = tokenizer_problems(folders, initial_weights, model.vocab_size)
+    problems += wrong
+
+    def density(corpus: TokenCorpus) -> Any:
+        can_count = corpus and leads and not wrong
+        return problems.attempt(tokens_per_byte, corpus, run.eval_samples) if can_count else None
+
+    sets = [HeldOut(one.name, corpus, density(corpus)) for one, corpus in zip(sources, held_out, strict=True)]
+    tokenizer = first / "tokenizer.json" if (first / "tokenizer.json").is_file() else None
+    loads = leads and run.lm_eval_tasks and not wrong
+    tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
+    problems.refuse()
+    data = TrainData(corpora, [source.weight for source in run.data], run.seed)
+    return Inputs(data, sets, sources, tokenizer, tasks)
+
+
+def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[str]:
+    """What keeps the weights to start from, or the newest of them that can be opened, from being this model's."""
+    problems: list[str] = []
+    for path in initial_weights:
+        try:
+            return model_problems(open_source(path), model, str(path))
+        except UserError as error:
+            problems = error.problems
+    return problems
+
+
+def tokenizer_problems(folders: list[Path], initial_weights: list[Path], vocab_size: int) -> list[str]:
+    """Corpora of a mix, and the held-out ones, must have been made with one tokenizer that fits the model, where it is
+    known, and numbers tokens as that of the directory whose weights the run starts from."""
+    files = list(dict.fromkeys(file for folder in folders if (file := folder / "tokenizer.json").exists()))
+    theirs = [path / "tokenizer.json" for path in initial_weights if (path / "tokenizer.json").is_file()]
+    problems = Problems(numbering_problems(files[0], theirs[0]) if files and theirs else [])
+    if all([problems.attempt(load_tokenizer, file, vocab_size) for file in files]):
+        problems += [
+            f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one --tokenizer."
+            for path in files[1:]
+            if path.read_bytes() != files[0].read_bytes()
+        ]
+    return problems
+
+
+def _load_tasks(run: RunConfig, tokenizer: Path | None, max_length: int) -> Tasks:
+    if not tokenizer:
+        raise UserError(f"lm_eval_tasks need a tokenizer, but {run.data[0].path} has no tokenizer.json; put it there.")
+    loaded: Tokenizer = load_tokenizer(tokenizer)
+    return load_tasks(run.lm_eval_tasks, run.lm_eval_folder, loaded, max_length)

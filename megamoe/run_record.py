@@ -1,0 +1,122 @@
+"""What a run says of itself: its record, which is enough to repeat it, and the first lines of its log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megamoe
+from megamoe.config.model import ModelConfig
+from megamoe.config.recipe import Recipe
+from megamoe.config.run import RunConfig
+from megamoe.data.batches import BatchShape
+from megamoe.formats.config_json import differences, preset_of
+from megamoe.model.costs import parameter_count
+from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
+from megamoe.run_inputs import Inputs
+
+PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy")
+
+
+def make_record(
+    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: Inputs, run_id: str | None
+) -> dict[str, Any]:
+    """The resolved configuration and the versions."""
+    return {
+        "run_id": run_id,
+        "command": sys.argv,
+        "preset": run.preset,
+        "parameters": parameter_count(model),
+        "model": model.model_dump(),
+        "run": run.model_dump(),
+        "seed": run.seed,
+        "seq_len": shape.seq_len,
+        "samples_per_step": shape.samples,
+        "world_size": shape.world_size,
+        "ep_size": run.ep_size,
+        "data": [
+            {"path": str(corpus.prefix), "tokens": corpus.num_tokens, "weight": source.weight}
+            for corpus, source in zip(inputs.data.corpora, run.data, strict=True)
+        ],
+        "tokenizer_sha256": inputs.tokenizer and hashlib.sha256(inputs.tokenizer.read_bytes()).hexdigest(),
+        "deepspeed": recipe.json,
+        "versions": {
+            "megamoe": megamoe.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+    }
+
+
+def describe_run(
+    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: Inputs, first: int, last: int
+) -> str:
+    """The run from step `first` to step `last`, in one line."""
+    return (
+        f"{run.preset}: {parameter_count(model):,} parameters, {recipe.dtype}"
+        f"{', compiled' * run.compile}{', deterministic' * run.deterministic}, "
+        f"{shape.world_size} rank{'s' * (shape.world_size > 1)}, ep_size {run.ep_size}; {_describe_batch(shape)}; "
+        f"{_describe_corpora(run, inputs)}; {_describe_held_out(inputs)}; steps {first} to {last}; "
+        f"run folder {run.folder}"
+    )
+
+
+def _describe_batch(shape: BatchShape) -> str:
+    ramp = [f"{samples} x {shape.seq_len} up to step {last}, then " for samples, last in shape.stages]
+    return f"{''.join(ramp)}{shape.samples} x {shape.seq_len} tokens per step"
+
+
+def _describe_corpora(run: RunConfig, inputs: Inputs) -> str:
+    """Tokens and place of each corpus and, in a mix, its weight."""
+    mixed = len(run.data) > 1
+    return ", ".join(
+        f"{corpus.num_tokens:,} tokens in {source.path}" + (f" at weight {source.weight:g}" if mixed else "")
+        for corpus, source in zip(inputs.data.corpora, run.data, strict=True)
+    )
+
+
+def _describe_held_out(inputs: Inputs) -> str:
+    if not inputs.held_out:
+        return "no held-out tokens, so nothing is evaluated (--valid_data gives some)"
+    several = len(inputs.held_out) > 1
+    return ", ".join(
+        f"{one.corpus.num_tokens:,} held-out tokens in {source.path}" + (f" ({one.name})" if several else "")
+        for one, source in zip(inputs.held_out, inputs.held_out_sources, strict=True)
+    )
+
+
+def describe_initial(model: ModelConfig, initial_weights: list[Path]) -> str | None:
+    """By what the model differs from that of the directory whose weights the run starts from, where the weights do not
+    show it."""
+    directory = next((path for path in initial_weights if (path / "config.json").is_file()), None)
+    if directory is None:
+        return None
+    theirs = preset_of(directory)
+    changed = [
+        f"{name} {json.dumps(getattr(model, name))} in place of {json.dumps(getattr(theirs, name))}"
+        for name in differences(model, theirs)
+    ]
+    return f"the model has, for the weights in {directory}, {', '.join(changed)}" if changed else None
+
+
+def describe_products(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What multiplies rows with their experts' weights on this device, where it is not the fastest way."""
+    kernel = kernel_for(device, dtype)
+    return None if kernel == "grouped_mm" else f"the experts' products are {DESCRIPTIONS[kernel]}"
+
+
+def describe_split_dependence(model: ModelConfig) -> str | None:
+    """What makes the losses depend on how a step is split over ranks and micro-batches, if anything does."""
+    if model.router_aux_loss_coef and model.router_aux_loss_type == "micro_batch":
+        return (
+            'router_aux_loss_type is "micro_batch": the losses depend on how a step is split over ranks and '
+            'micro-batches; "sequence" and "global_batch" do not'
+        )
+    return None

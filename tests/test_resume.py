@@ -1,0 +1,231 @@
+"""What a run starts from, and what it may change when it resumes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from refusals import has, only, refusals
+from toy import PRECISION, begin, ds_config, write_inputs
+
+from megamoe.config.run import RunConfig
+from megamoe.data.ledger import DataLedger
+from megamoe.pretrain import check_run
+
+
+def check(run):
+    return check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION)
+
+
+def problem(run):
+    return only(refusals(check, run))
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+
+
+def write_ds(folder, ds):
+    (folder / "ds.json").write_text(json.dumps(ds))
+
+
+def complete(run, step):
+    """A checkpoint of that step, by its name and the file that is written last."""
+    folder = Path(run["run_dir"]) / "checkpoints" / f"step_{step}"
+    folder.mkdir(parents=True)
+    (folder / "index.json").write_text("{}\n")
+
+
+def change_record(run, /, **changes):
+    path = Path(run["run_dir"]) / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def started(run, **changes):
+    """The run as an earlier start left it, with a checkpoint at step 3 and changes of its record."""
+    begin(check(run))
+    change_record(run, **changes)
+    complete(run, 3)
+    return {**run, "resume": True}
+
+
+# --- the start ---
+
+
+def test_a_folder_that_the_run_cannot_have_is_refused_and_left_alone(inputs, tmp_path):
+    has(problem({**inputs, "resume": True}), "holds no run to resume")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    has(problem(inputs), "holds no run; choose another --run_dir")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+    has(problem({**inputs, "run_dir": str(tmp_path / "run" / "thesis.txt" / "x")}), "thesis.txt is a file")
+    (tmp_path / "run" / "thesis.txt").unlink()
+    (tmp_path / "run").rmdir()
+    started(inputs)
+    has(problem(inputs), "holds another run")
+
+
+def test_auto_resume_begins_a_run_and_goes_on_with_it_from_the_newest_checkpoint_whatever_latest_says(inputs):
+    run = {**inputs, "auto_resume": True}
+    assert not check(run).start.is_resuming
+    started(inputs)
+    complete(run, 10)
+    (Path(run["run_dir"]) / "checkpoints" / "latest").write_text("step_3")
+    start = check(run).start
+    assert start.is_resuming
+    assert [path.name for path in start.candidates] == ["step_10", "step_3"]
+
+
+def test_resuming_without_a_complete_checkpoint_is_refused_and_auto_resume_begins_again(inputs):
+    run = started(inputs)
+    (Path(run["run_dir"]) / "checkpoints" / "step_3" / "index.json").unlink()  # killed while it was written
+    has(problem(run), "holds no complete checkpoint to resume from; give --auto_resume")
+    start = check({**inputs, "auto_resume": True}).start
+    assert (start.is_resuming, start.candidates) == (True, [])
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with_only(inputs):
+    run = started(inputs)
+    recorded = json.loads((Path(run["run_dir"]) / "run.json").read_text())["run"]
+    change_record(run, run={**recorded, "init_from": "old.pt"})
+    has(problem({**run, "init_from": "new.pt"}), 'init_from "old.pt", not "new.pt"')
+    check(run)  # from the checkpoint
+    DataLedger().gone_back(1, 3, generation=1).write(Path(run["run_dir"]))  # which the run has left
+    again = {**inputs, "auto_resume": True}
+    has(problem(again), 'init_from "old.pt", not null; give the same again')
+    assert "old.pt" in problem({**again, "init_from": "old.pt"})  # is looked for
+
+
+# --- what may change ---
+
+
+def test_resuming_with_what_decides_the_losses_changed_is_refused_with_what_differs(inputs):
+    record = check(inputs).record
+    ds, model, data = record["deepspeed"], record["model"], record["data"][0]
+    run = started(inputs)
+    for changes, parts in (
+        *(({key: "another"}, [f'{key} "another", not ']) for key in ("seed", "seq_len", "tokenizer_sha256")),
+        ({"samples_per_step": 4}, ["samples_per_step 4, not 2", '"train_batch_size" to 4']),
+        ({"data": [{**data, "weight": 2.0}]}, ['data [{"', '"weight": 2.0']),
+        ({"data": [{**data, "tokens": 5}]}, ['"tokens": 5']),
+        ({"model": {**model, "hidden_size": 64}}, ['model {"hidden_size": 64}, not {"hidden_size": 32}']),
+        ({"deepspeed": {**ds, "optimizer": {"type": "Adam"}}}, ['optimization {"optimizer": ']),
+        ({"deepspeed": {**ds, "gradient_clipping": 2.0}}, ['optimization {"gradient_clipping": ']),
+        ({"deepspeed": {**ds, "bf16": {"enabled": True}}}, ['optimization {"bf16": ']),
+        ({"deepspeed": {**ds, "communication_data_type": "bf16"}}, ['optimization {"communication_data_type": ']),
+    ):
+        change_record(run, **{**record, **changes})
+        has(problem(run), *parts)
+    change_record(run, **record)
+    has(problem({**inputs, "auto_resume": True, "seed": 7}), "holds a run with seed 1234, not 7")
+
+
+def test_resuming_with_what_leaves_the_losses_alone_is_welcome(inputs, tmp_path):
+    run = started(inputs)
+    for change in (
+        {"zero_optimization": {"stage": 1}},
+        {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
+        {"steps_per_print": 7},
+    ):
+        write_ds(tmp_path, ds_config(2, **change))
+        check(run)
+    shutil.move(tmp_path / "corpus", tmp_path / "elsewhere")
+    check({**run, "data": [str(tmp_path / "elsewhere")]})
+
+
+def with_schedule(**params):
+    ds = ds_config(2)
+    ds["scheduler"]["params"].update(params)
+    return ds
+
+
+COSINE = {
+    "type": "WarmupCosineLR",
+    "params": {"warmup_type": "linear", "warmup_num_steps": 4, "total_num_steps": 40},
+}
+ADAMW = ds_config(2)["optimizer"]
+
+
+def with_muon(muon_lr, **others):
+    return ds_config(2, optimizer={"type": "Muon", "params": {"muon_lr": muon_lr, **others}})
+
+
+def with_cosine(**others):
+    params = {**ADAMW["params"], "lr": 0.01, **others}
+    return ds_config(2, scheduler=COSINE, optimizer={**ADAMW, "params": params})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said", "wrong"),
+    [
+        (
+            with_schedule(decay_min_ratio=0.1),
+            with_schedule(total_num_steps=80),
+            {"params": {"total_num_steps": 80, "decay_min_ratio": None}},
+            {**with_schedule(total_num_steps=80), "gradient_clipping": 9.0},
+        ),
+        (ds_config(2), with_cosine(), {**COSINE, "optimizer.params.lr": 0.01}, with_cosine(eps=1e-5)),
+        (with_muon(0.02), with_muon(0.01), {"optimizer.params.muon_lr": 0.01}, with_muon(0.01, momentum=0.9)),
+    ],
+    ids=["longer", "of another type", "Muon's peak"],
+)
+def test_another_schedule_is_welcome_on_resume_alone(inputs, tmp_path, before, after, said, wrong):
+    run = started(inputs, deepspeed=before)
+    write_ds(tmp_path, after)
+    changes = check(run).changes
+    assert changes.schedule == said
+    assert changes.lines(3) == [f"the schedule changes after step 3: {json.dumps(said)}"]
+    has(problem({**inputs, "auto_resume": True}), "give --resume to continue with the new schedule")
+    write_ds(tmp_path, wrong)
+    has(problem(run), "holds a run with optimization")
+
+
+def test_the_length_of_the_schedule_given_on_the_command_line_is_that_of_the_run(inputs):
+    run = started({**inputs, "schedule_steps": 60})
+    assert not check({**run, "schedule_steps": 60}).changes.schedule
+    assert check({**run, "schedule_steps": 60}).last_step == 60
+    assert check({**run, "schedule_steps": None}).changes.schedule == {"params": {"total_num_steps": 40}}
+    has(problem({**run, "resume": False, "auto_resume": True, "schedule_steps": 50}), "give --resume")
+
+
+def with_ramp(run, tmp_path, *ramp):
+    write_ds(tmp_path, ds_config(2, accumulation=4))
+    return {**run, "batch_ramp": list(ramp)}
+
+
+def test_a_batch_ramp_may_change_on_resume_for_steps_that_are_not_taken_yet_only(inputs, tmp_path):
+    run = started(with_ramp(inputs, tmp_path, "2:5", "4:9"))  # and has a checkpoint at step 3
+    for ramp, first in ((["2:4", "4:9"], 5), (["2:5"], 6), (["2:3"], 4), (["2:5", "4:9"], None)):
+        assert check({**run, "batch_ramp": ramp}).changes.ramp_step == first
+    has(problem({**run, "batch_ramp": ["2:2", "4:9"]}), "2 samples in step 3 of its batch_ramp, not 4, and 3 steps")
+    has(problem({**run, "batch_ramp": []}), "2 samples in step 1 of its batch_ramp, not 8")
+    has(problem({**run, "batch_ramp": ["2:5"], "resume": False, "auto_resume": True}), "give --resume to change step 6")
+    # A run that has gone back to step 3 has read data of further steps.
+    DataLedger().gone_back(3, 6, generation=1).write(tmp_path / "run")
+    assert check({**run, "batch_ramp": ["2:5", "4:6"]}).changes.ramp_step == 7
+    has(problem({**run, "batch_ramp": ["2:5"]}), "4 samples in step 6 of its batch_ramp, not 8, and 6 steps are taken")
+
+
+# --- records ---
+
+
+def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record(inputs, tmp_path):
+    run = started(inputs)
+    start = (tmp_path / "run" / "run.json").read_bytes()
+    write_ds(tmp_path, with_schedule(total_num_steps=80))
+    begin(check(run))
+    assert (tmp_path / "run" / "run.json").read_bytes() == start
+    record = json.loads((tmp_path / "run" / "resumes.jsonl").read_text())
+    assert record["run_id"] == json.loads(start)["run_id"]
+    assert not check({**inputs, "auto_resume": True}).changes.schedule  # since the last resume
+
+
+def test_a_run_json_of_wrong_types_is_refused_in_a_sentence(inputs):
+    run = started(inputs)
+    record = json.loads((Path(run["run_dir"]) / "run.json").read_text())
+    for key, value in (("run", []), ("deepspeed", "auto"), ("data", {}), ("data", [7]), ("model", []), ("seed", {})):
+        change_record(run, **{**record, key: value})
+        said = refusals(check, run)
+        assert any(key in problem and run["run_dir"] in problem for problem in said), said

@@ -1,0 +1,58 @@
+"""What the log of a run says of it before its first step."""
+
+import json
+
+import native_models
+import pytest
+import torch
+from toy import PRECISION, ds_config, write_inputs
+
+from megamoe import run_record
+from megamoe.config.run import RunConfig
+from megamoe.formats.config_json import preset_of
+from megamoe.pretrain import check_run, first_lines
+from megamoe.run_record import describe_products
+
+
+@pytest.fixture
+def lines(tmp_path):
+    def lines_of(**options):
+        run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), **options}
+        return first_lines(check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION), 0, None, False)
+
+    return lines_of
+
+
+def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(lines, tmp_path):
+    assert "600 held-out tokens in" in lines()[0]
+    for suffix in ("bin", "idx"):
+        (tmp_path / "corpus" / f"valid.{suffix}").unlink()
+    assert "so nothing is evaluated (--valid_data gives some)" in lines()[0]
+    assert "\n" not in lines()[0]
+
+
+def test_experts_products_other_than_torchs_one_kernel_are_said(monkeypatch):
+    for kernel, said in (("grouped_mm", None), ("triton", "Triton"), ("loop", "waits for the device")):
+        monkeypatch.setattr(run_record, "kernel_for", lambda device, dtype, kernel=kernel: kernel)
+        line = describe_products(torch.device("cpu"), torch.float32)
+        assert (said in line and line.startswith("the experts' products are ")) if said else line is None
+
+
+def test_what_a_preset_changes_of_the_directory_that_a_run_starts_from_is_said(lines, tmp_path):
+    directory = tmp_path / "hf"
+    native_models.new_model("Glm4Moe").save_pretrained(directory)
+    changed = {**preset_of(directory).model_dump(), "rope_theta": 5e5, "router_aux_loss_coef": 0.1}
+    (tmp_path / "other.json").write_text(json.dumps(changed))
+    options = {"init_from": str(directory), "seq_len": 16}
+    _, line = lines(preset=str(tmp_path / "other.json"), **options)
+    assert f"for the weights in {directory}, rope_theta 500000.0 in place of 300.0" in line
+    assert "aux" not in line
+    assert len(lines(preset=str(directory), **options)) == 1
+
+
+def test_a_run_whose_losses_depend_on_its_split_says_so(lines, tmp_path):
+    assert len(lines()) == 1
+    preset = json.loads((tmp_path / "preset.json").read_text())
+    preset |= {"router_aux_loss_coef": 0.1, "router_aux_loss_type": "micro_batch"}
+    (tmp_path / "other.json").write_text(json.dumps(preset))
+    assert 'router_aux_loss_type is "micro_batch"' in lines(preset=str(tmp_path / "other.json"))[1]
