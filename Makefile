@@ -61,12 +61,17 @@ TOKENS := data/tokens-$(shell printf %s "$(abspath $(TEXT))" | cksum | cut -d' '
 CHANGED := $(if $(shell find -L $(TEXT) -newer $(TOKENS)/corpus.json -print -quit 2>/dev/null),changed)
 endif
 
+OPTIONS = --ds_config $(RECIPE) $(if $(STEPS),--schedule_steps $(STEPS)) --preset $(PRESET) --data $(TOKENS) \
+	--run_dir $(RUN) --auto_resume --eval_interval 100
+CONTINUED = $(filter-out RUN=%,$(MAKEOVERRIDES)) RUN=$(RUN)
+
 .PHONY: changed train ready test test-cluster gpu check bench bench-short
 train:
 	@flock --nonblock Makefile true || echo "waiting for another 'make train' here to prepare its data" >&2
 	@flock --no-fork Makefile $(MAKE) --no-print-directory ready
-	launch_scripts/single_node.sh 2 --ds_config $(RECIPE) $(if $(STEPS),--schedule_steps $(STEPS)) --preset $(PRESET) \
-		--ep_size 2 --data $(TOKENS) --run_dir $(RUN) --auto_resume --eval_interval 100
+	@ranks=$$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)'); \
+	command="launch_scripts/single_node.sh $$ranks --ep_size $$ranks $(OPTIONS)"; echo $$command; \
+	$$command || { code=$$?; [ $$code != 75 ] || echo "to go on: make train $(CONTINUED)" >&2; exit $$code; }
 	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5
 	python tools/report.py $(RUN)
 

@@ -12,7 +12,6 @@ ROOT = Path(__file__).parents[2]
 OWNER = "megamoe/model/topology.py"
 HELPERS = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
 PROGRAM = sorted([*(ROOT / "megamoe").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *HELPERS])
-SPELLING = "deepspeed_" + "experts"
 
 
 def groups_of_deepspeed(sizes):
@@ -69,8 +68,3 @@ def test_nobody_else_computes_with_ep_size():
         str(path.relative_to(ROOT)): lines for path in PROGRAM if (lines := arithmetic_with_ep_size(path.read_text()))
     }
     assert found.keys() == {OWNER}, found
-
-
-def test_deepspeeds_name_for_a_ranks_experts_is_spelled_in_one_module():
-    spelled = [str(path.relative_to(ROOT)) for path in PROGRAM if SPELLING in path.read_text()]
-    assert spelled == ["megamoe/model/names.py"]
