@@ -201,6 +201,8 @@ class CheckpointWriter:
             part = self._write(save, host_copy)
             self._failure = self._conclude(save, part)
             self._last_seconds = time.perf_counter() - save.started
+            if save.index and save.number > 1:  # every rank has taken part in this one, and is done with that before
+                forget(PrefixStore(str(save.number - 1), self._store), self._ranks, "plan")
             if self.retention:
                 self._report(save)
                 if self._failure is None:
@@ -225,8 +227,6 @@ class CheckpointWriter:
         is raised but DistError."""
         if save.index:
             post(save.store, "plan", self._begin(save.index))
-            if save.number > 2:  # every rank has taken part in the save before, and is done with that before it
-                forget(PrefixStore(str(save.number - 2), self._store), self._ranks, "plan")
         try:
             tensors = host_copy.take(save.state.tensors, save.ready) if host_copy else None
             if tensors is not None:

@@ -8,13 +8,12 @@ at once, as sentences that name the value, the limit and the remedy.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from megamoe.config.model_checks import MAX_EXPERTS, MAX_LAYERS, MAX_SIZE, RULES, rotated_dimensions
-from megamoe.utils.errors import UserError, broken_rules, shown, unknown_key
+from megamoe.utils.errors import SoundFields, UserError, broken_rules, shown, unknown_key
 from megamoe.utils.json_files import read_json
 
 PRESET_DIR = Path(__file__).parent / "presets"
@@ -254,7 +253,7 @@ def validate(model: type[Any], values: Any, where: str) -> Any:
             wrong = {detail["loc"][0] for detail in error.errors()}
             defaults = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
             sound = {name: _whole(value) for name, value in {**defaults, **values}.items() if name not in wrong}
-            problems += [f"{where}: {problem}" for problem in broken_rules(RULES, SimpleNamespace(**sound))]
+            problems += [f"{where}: {problem}" for problem in broken_rules(RULES, SoundFields(**sound))]
         raise UserError(*problems) from None
 
 

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +29,7 @@ from megamoe.config.recipe_sections import (
     refused_problems,
 )  # fmt: skip
 from megamoe.config.schedule import Schedule, parse_schedule
-from megamoe.utils.errors import Problems, UserError, broken_rules, shown, unknown_key
+from megamoe.utils.errors import Problems, SoundFields, UserError, broken_rules, shown, unknown_key
 from megamoe.utils.json_files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -137,7 +136,7 @@ def parse_recipe(values: dict[str, Any], where: str, world_size: int, on_cpu: bo
     batch = problems.attempt(validate, Batch, sizes, where)
     split = batch and problems.attempt(batch_sizes, batch, world_size, where)
     # Those without problems of their own.
-    sound = SimpleNamespace(dtype=dtype_of(json), has_bf16=dtype_of(values) == "bf16", on_cpu=on_cpu)
+    sound = SoundFields(dtype=dtype_of(json), has_bf16=dtype_of(values) == "bf16", on_cpu=on_cpu)
     for name, kind in SECTIONS.items():
         if parsed := problems.attempt(validate, kind, _section(json, name), f"{where}: {name}"):
             setattr(sound, name.replace(".", "_"), parsed)
@@ -270,7 +269,7 @@ def _known_optimizer(m: Any) -> Iterator[str]:
 def _optimizer_needs(m: Any) -> Iterator[str]:
     kind, given = m.optimizer.type, m.optimizer.params or {}
     spec = find_optimizer(kind)
-    if spec and spec.splits_matrices and "muon_lr" not in given:
+    if spec and spec.splits_matrices and isinstance(given, dict) and "muon_lr" not in given:
         yield (
             "optimizer.params.muon_lr is missing; give the peak learning rate of the matrices, such as 0.02: the "
             "scheduler has that of the other parameters, which AdamW takes."

@@ -44,10 +44,10 @@ class TopLevel(Batch):
     steps_per_print: Count = Unread
     aio: dict[str, Any] = Unread
     flops_profiler: dict[str, Any] = Unread
-    timers: dict[str, Any] = Unread
     keep_in_fp32_modules: Any = None
     optimizer: Any = None
     scheduler: Any = None
+    timers: Any = None
     bf16: Any = None
     fp16: Any = None
     zero_optimization: Any = None
@@ -142,6 +142,15 @@ class Offload(JsonModel):
     ratio: Number = Unread
 
 
+class Timers(JsonModel):
+    throughput: Any = None
+
+
+class Throughput(JsonModel):
+    enabled: bool = Unread
+    synchronized: bool = Unread
+
+
 class DataTypes(JsonModel):
     grad_accum_dtype: Dtype | None = None
 
@@ -153,6 +162,8 @@ SECTIONS: dict[str, type[JsonModel]] = {
     "zero_optimization": Zero,
     "zero_optimization.offload_optimizer": Offload,
     "data_types": DataTypes,
+    "timers": Timers,
+    "timers.throughput": Throughput,
     "optimizer": Optimizer,
     "optimizer.params": OptimizerParams,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import psutil
 import torch
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.precision import faster_of
-from megamoe.config.recipe import Recipe, read_recipe
+from megamoe.config.recipe import Recipe, parse_recipe
 from megamoe.config.run import RunConfig
 from megamoe.config.run_checks import run_problems
 from megamoe.formats.config_json import find_preset
@@ -25,6 +26,7 @@ from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.hardware import DEVICES, Device, measured_bandwidth, measured_flops
+from megamoe.utils.json_files import read_json
 
 GIB = 2**30
 
@@ -112,9 +114,12 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     ranks, on_cpu = options.gpus, options.device == "cpu"
     device = this_machine(ranks) if on_cpu else DEVICES.get(options.device)
     auto = faster_of(device.half_flops, device.single_flops) if device else "bf16"
-    recipe: Recipe = problems.attempt(read_recipe, run.ds_config, ranks, on_cpu or options.simulate, auto)
-    if recipe and options.micro_batch:
-        recipe = problems.attempt(recipe.replaced, {"train_micro_batch_size_per_gpu": options.micro_batch})
+    micro = {"train_micro_batch_size_per_gpu": options.micro_batch} if options.micro_batch else {}
+
+    def recipe_of(path: str) -> Recipe:
+        return parse_recipe({**read_json(Path(path)), **micro}, path, ranks, on_cpu or options.simulate, auto)
+
+    recipe: Recipe = problems.attempt(recipe_of, run.ds_config)
     if recipe:
         problems += setup_problems(recipe)
     model: ModelConfig = problems.attempt(find_preset, run.preset)

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -37,12 +38,22 @@ class Problems(list[str]):
             raise UserError(*self)
 
 
+class _Missing(AttributeError):
+    pass
+
+
+class SoundFields(SimpleNamespace):
+    """The fields of a configuration that are right by themselves."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _Missing(name)
+
+
 def broken_rules(rules: Iterable[Callable[[Any], Iterable[str]]], fields: Any) -> list[str]:
-    """What the rules say of `fields`; one that is wrong itself is no attribute of it, and what needs it is passed
-    over."""
+    """What the rules say of `fields`. A rule that needs one that `SoundFields` does not have is passed over."""
     problems: list[str] = []
     for rule in rules:
-        with contextlib.suppress(AttributeError):
+        with contextlib.suppress(_Missing):
             for problem in rule(fields):
                 problems.append(problem)
     return problems

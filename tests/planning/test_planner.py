@@ -43,6 +43,14 @@ def run(monkeypatch, capsys, *options):
     return caught.value.code, said.out, said.err.splitlines()
 
 
+def test_a_micro_batch_of_the_command_line_stands_in_place_of_that_of_the_json(tmp_path):
+    ds = {**shipped("zero2"), "train_batch_size": 256, "train_micro_batch_size_per_gpu": 16}
+    del ds["gradient_accumulation_steps"]
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    setup = planned(gpus=128, ds_config=str(tmp_path / "ds.json"), micro_batch=2).setup
+    assert (setup.micro_batch, setup.accumulation) == (2, 1)
+
+
 def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     ds = ds_config(2, fp16={"fp16_master_weights_and_grads": True})
     (tmp_path / "ds.json").write_text(json.dumps(ds))
