@@ -14,7 +14,7 @@ import torch
 
 from megamoe.config import cli
 from megamoe.formats.export import bytes_of_shard
-from megamoe.formats.upcycle import Recipe, upcycle
+from megamoe.formats.upcycle import Upcycling, upcycle
 from megamoe.utils.disk import check_absent
 from megamoe.utils.hardware import memory_gib
 
@@ -35,7 +35,7 @@ def main() -> None:
     started = time.perf_counter()
     shard_bytes = bytes_of_shard(args.max_shard_gb)
     check_absent(args.out)
-    recipe = Recipe(args.experts, args.top_k, args.split, args.noise, args.seed)
+    recipe = Upcycling(args.experts, args.top_k, args.split, args.noise, args.seed)
     made = upcycle(args.dense, args.out, recipe, shard_bytes)
     seconds, memory = time.perf_counter() - started, memory_gib(torch.device("cpu"))
     experts, top_k = recipe.copies * recipe.split, recipe.top_k * recipe.split

@@ -52,7 +52,7 @@ class Recipe:
     zero: Zero
     micro_batch: int  # samples per rank and forward pass
     accumulation: int  # micro-batches per step
-    train_batch_size: int | None  # as it is given, `samples` in any case
+    train_batch_size: int | None  # as given; None where it follows from the others
     sum_dtype: Dtype  # that gradients of several micro-batches are summed in
     communication_dtype: Dtype  # that they are reduced in
     optimizer: OptimizerSpec

@@ -1,7 +1,7 @@
 """The sections of the DeepSpeed JSON, each with its keys and their kinds.
 
-A key that is not here is an error that names the nearest known one; DeepSpeed ignores what it does not know. A default
-that is None stands for a key that nothing here reads.
+A key that is not here is an error that names the nearest known one; DeepSpeed ignores what it does not know. Keys
+inside aio and flops_profiler are not checked. A default that is None stands for a key that nothing here reads.
 """
 
 from __future__ import annotations
@@ -71,7 +71,6 @@ class OptimizerParams(JsonModel):
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Unread
     eps: Number = Unread
     weight_decay: Number = Unread
-    alpha: Number = Unread
     torch_adam: bool = False
     adam_w_mode: bool = Unread
     fused: bool = Unread

@@ -64,8 +64,9 @@ def length_problems(run: RunConfig, recipe: Recipe) -> list[str]:
     if total is None and run.steps is None:
         return [f"the schedule in {run.ds_config} has no end, and --steps is missing; give the last step of the run."]
     if total is not None and run.steps and run.steps > total:
+        where = "by --schedule_steps" if run.schedule_steps else f"in {run.ds_config}"
+        longer = "--schedule_steps" if run.schedule_steps else "total_num_steps"
         return [
-            f"steps is {run.steps}, but the schedule in {run.ds_config} ends at step {total}; lower --steps or raise "
-            "total_num_steps."
+            f"steps is {run.steps}, but the schedule {where} ends at step {total}; lower --steps or raise {longer}."
         ]
     return []

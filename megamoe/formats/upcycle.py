@@ -70,7 +70,7 @@ PAIRS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Upcycling:
     """What is made of each MLP."""
 
     copies: int
@@ -102,7 +102,7 @@ class Recipe:
         return problems
 
 
-def upcycle(directory: Path, out: Path, recipe: Recipe, shard_bytes: int) -> str:
+def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> str:
     """Write the sparse model of the dense one in `directory`, and return its class. Raises UserError."""
     path = directory / "config.json"
     pair, values = read_dense(path)
@@ -158,7 +158,7 @@ def _with_experts(sparse: Architecture, values: dict[str, Any], experts: int, to
 class Upcycled(WeightsAlone):
     """The sparse model as a source of tensors under its published names; each is made when it is read."""
 
-    def __init__(self, files: NativeFiles, sparse: Architecture, config: ModelConfig, recipe: Recipe):
+    def __init__(self, files: NativeFiles, sparse: Architecture, config: ModelConfig, recipe: Upcycling):
         self.dtype, self.buffers = files.dtype, dict[str, Tensor]()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._files, self._recipe = files, recipe

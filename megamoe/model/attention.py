@@ -1,5 +1,5 @@
-"""Grouped-query attention over learned latent (prefix) tokens and the sequence, and the mask, attention
-itself and key/value cache of any kind.
+"""Grouped-query attention over learned latent (prefix) tokens and the sequence; mask, attention and key/value cache for
+attention of any kind.
 
 Shape legend: B batch, T query positions, S cached and new token positions, M latent tokens, D hidden_size,
 H query heads, G key/value heads, d head_dim, v the width of a value.

@@ -33,13 +33,6 @@ class ExpertTopology:
             )
         return found
 
-    @classmethod
-    def from_partitions(cls, num_experts: int, partition_counts: list[int], rank: int) -> ExpertTopology:
-        """From the data-parallel sizes of a checkpoint's optimizer groups: all ranks share the dense weights, the
-        replicas an expert's."""
-        world_size = max(partition_counts)
-        return cls(num_experts, world_size // min(partition_counts), world_size, rank)
-
     @property
     def ep_rank(self) -> int:
         """Rank in the expert-parallel group."""

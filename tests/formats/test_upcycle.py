@@ -14,7 +14,7 @@ from megamoe.checkpoint.opening import open_source
 from megamoe.commands import upcycle as tool
 from megamoe.formats.config_json import preset_of
 from megamoe.formats.source import load_weights
-from megamoe.formats.upcycle import Recipe, read_dense, upcycle
+from megamoe.formats.upcycle import Upcycling, read_dense, upcycle
 from megamoe.model.decoder import Decoder
 
 SHAPE = dict(
@@ -76,7 +76,7 @@ def load(folder):
 @pytest.mark.parametrize(("name", "split"), zip(DENSE, (1, 3, 2, 3), strict=True))
 def test_the_sparse_model_computes_what_the_dense_one_does_in_transformers_and_in_megamoe(name, split, tmp_path):
     model = write_dense(tmp_path / "dense", name)
-    made = upcycle(tmp_path / "dense", tmp_path / "sparse", Recipe(copies=4, top_k=2, split=split), 20_000)
+    made = upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(copies=4, top_k=2, split=split), 20_000)
     sparse = load(tmp_path / "sparse")
     assert type(sparse).__name__ == made == {"L": "MixtralForCausalLM", "Q": "Qwen3MoeForCausalLM"}[name[0]]
     assert (sparse.config.num_local_experts, sparse.config.num_experts_per_tok) == (4 * split, 2 * split)
@@ -95,7 +95,7 @@ def gates(folder):
 
 
 def test_the_router_is_drawn_from_the_seed_and_equal_for_the_parts_of_a_copy(dense, tmp_path):
-    for name, recipe in {"a": Recipe(16, 2), "b": Recipe(16, 2, seed=1), "c": Recipe(16, 2, split=2)}.items():
+    for name, recipe in {"a": Upcycling(16, 2), "b": Upcycling(16, 2, seed=1), "c": Upcycling(16, 2, split=2)}.items():
         upcycle(dense, tmp_path / name, recipe, 10**9)
     (first, _), (other, _), (split, _) = (gates(tmp_path / name) for name in "abc")
     assert len(first) == 2
@@ -107,8 +107,8 @@ def test_the_router_is_drawn_from_the_seed_and_equal_for_the_parts_of_a_copy(den
 
 
 def test_noise_is_of_the_size_asked_for_and_differs_between_experts(dense, tmp_path):
-    upcycle(dense, tmp_path / "plain", Recipe(3, 2), 10**9)
-    upcycle(dense, tmp_path / "noisy", Recipe(3, 2, noise=0.25), 10**9)
+    upcycle(dense, tmp_path / "plain", Upcycling(3, 2), 10**9)
+    upcycle(dense, tmp_path / "noisy", Upcycling(3, 2, noise=0.25), 10**9)
     (_, plain), (_, noisy) = gates(tmp_path / "plain"), gates(tmp_path / "noisy")
     experts = [name for name in plain if ".experts." in name]
     assert len(experts) == 2 * 3 * 3
@@ -120,7 +120,7 @@ def test_noise_is_of_the_size_asked_for_and_differs_between_experts(dense, tmp_p
 
 def test_the_files_have_the_dense_models_dtype_and_size_and_its_tokenizer(tmp_path):
     write_dense(tmp_path / "dense", "Qwen3", torch.bfloat16)
-    upcycle(tmp_path / "dense", tmp_path / "sparse", Recipe(4, 2), 20_000)
+    upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(4, 2), 20_000)
     files = sorted((tmp_path / "sparse").glob("model-*.safetensors"))
     assert len(files) > 3
     for file in files:
@@ -142,7 +142,7 @@ def test_a_missing_key_has_the_dense_classs_value(tmp_path):
 
 
 def refused(dense):
-    return refusal(upcycle, dense, dense.parent / "sparse", Recipe(4, 2), 10**9)
+    return refusal(upcycle, dense, dense.parent / "sparse", Upcycling(4, 2), 10**9)
 
 
 def edit(folder, **changes):
@@ -185,10 +185,10 @@ def test_a_dense_model_that_has_no_sparse_form_is_refused(dense, tmp_path):
 
 
 def test_all_wrong_numbers_are_named_at_once(dense, tmp_path):
-    said = refusals(upcycle, dense, tmp_path / "sparse", Recipe(2, 3, split=5, noise=-1.0, seed=-1), 10**9)
+    said = refusals(upcycle, dense, tmp_path / "sparse", Upcycling(2, 3, split=5, noise=-1.0, seed=-1), 10**9)
     has("\n".join(said), "--top_k is 3, above --experts 2", "--split is 5", "--noise is -1.0", "--seed is -1")
     assert len(said) == 4
-    has(only(refusals(upcycle, dense, tmp_path / "sparse", Recipe(0, 0), 10**9)[:1]), "--experts is 0")
+    has(only(refusals(upcycle, dense, tmp_path / "sparse", Upcycling(0, 0), 10**9)[:1]), "--experts is 0")
 
 
 def test_the_tool_says_what_it_made_and_overwrites_nothing(dense, tmp_path, monkeypatch, capsys):

@@ -41,11 +41,6 @@ def test_the_groups_are_those_that_deepspeed_makes():
             assert [expert for other in together for expert in others[other].expert_ids] == list(range(8))
 
 
-def test_the_topology_of_a_checkpoint_follows_from_its_partitions():
-    assert ExpertTopology.from_partitions(8, [8, 8, 2], 5) == ExpertTopology(8, 4, 8, 5)
-    assert ExpertTopology.from_partitions(8, [3, 3, 3], 0) == ExpertTopology(8, 1, 3, 0)
-
-
 def arithmetic_with_ep_size(source):
     """Lines that compute with something called `ep_size`; strings put together by "%" or "*" do not count."""
     lines = []
