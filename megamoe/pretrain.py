@@ -25,7 +25,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.precision import Precision, find_precision
 from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.config.run import RunConfig, parse_run
-from megamoe.config.run_checks import length_problems, run_problems
+from megamoe.config.run_checks import length_problems, run_problems, task_problems
 from megamoe.data.batches import BatchShape
 from megamoe.evaluation.held_out import Evaluator
 from megamoe.evaluation.tasks import TaskEvaluator
@@ -147,7 +147,7 @@ def check_run(
         leads: this rank locks the run folder, and checks what the run resumes or starts from, for all ranks.
         scans: this rank checks the tokens of the corpora, for all ranks of its host.
     """
-    problems = Problems()
+    problems = Problems(task_problems(run))
     start = find_start(run, problems) if leads else Start()
     on_cpu = device.type == "cpu"
     recipe: Recipe = problems.attempt(read_recipe, run.ds_config, world_size, on_cpu, precision.choice)

@@ -15,7 +15,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import DTYPES, batch_sizes, parse_recipe, read_recipe
 from megamoe.config.recipe_sections import Batch
 from megamoe.config.run import RunConfig
-from megamoe.config.run_checks import length_problems, run_problems
+from megamoe.config.run_checks import length_problems, run_problems, task_problems
 from megamoe.config.schedule import Schedule
 from megamoe.model.placement import placement_problems
 from megamoe.utils.errors import UserError
@@ -268,7 +268,8 @@ def between(world_size=1, experts=4, ds=None, widths=(32, 48), **options):
     sizes = {"num_local_experts": experts, "hidden_size": widths[0], "intermediate_size": widths[1]}
     model, recipe = ModelConfig(**{**PRESET, **sizes}), parse(ds, world_size, on_cpu=False)
     problems = placement_problems(model, run.ep_size, recipe.dtype, world_size, run.preset)
-    return sentences(problems + run_problems(run, model, recipe) + length_problems(run, recipe))
+    problems += task_problems(run) + run_problems(run, model, recipe) + length_problems(run, recipe)
+    return sentences(problems)
 
 
 FOUR = {"gradient_accumulation_steps": 4}
