@@ -128,7 +128,10 @@ def test_a_request_while_something_is_compiled_ends_the_compiler_and_the_wait(st
     compiling.hears("heard")
     compiling.process.join(DEADLINE)
     assert compiling.process.exitcode == 0
-    assert not any(map(is_alive, compilers))
+    end = time.monotonic() + DEADLINE
+    while any(map(is_alive, compilers)):  # one that was sent a signal takes a moment to die
+        assert time.monotonic() < end, compilers
+        time.sleep(0.02)
 
 
 def test_the_deadline_is_the_limit_from_the_start_of_the_process_or_the_end_of_a_slurm_job_if_that_is_earlier():
