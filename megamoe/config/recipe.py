@@ -237,9 +237,14 @@ def _zero(m: Any) -> Iterator[str]:
             )
 
 
+def _offloads(m: Any) -> bool:
+    """As `Zero.offloads_optimizer`, of a section that may be wrong."""
+    return m.zero_optimization.cpu_offload or m.zero_optimization_offload_optimizer.device != "none"
+
+
 def _sums(m: Any) -> Iterator[str]:
     zero, sums = m.zero_optimization, m.data_types.grad_accum_dtype
-    if zero.stage == 1 and (m.dtype, sums) == ("bf16", "fp32") and not zero.offloads_optimizer:
+    if zero.stage == 1 and (m.dtype, sums) == ("bf16", "fp32") and not _offloads(m):
         yield (
             'zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed takes an '
             "optimizer whose checkpoints cannot be resharded for other ranks; use stage 2, or leave grad_accum_dtype "
@@ -274,12 +279,12 @@ def _optimizer_needs(m: Any) -> Iterator[str]:
             "optimizer.params.muon_lr is missing; give the peak learning rate of the matrices, such as 0.02: the "
             "scheduler has that of the other parameters, which AdamW takes."
         )
-    if spec and spec.splits_matrices and m.zero_optimization.offloads_optimizer:
+    if spec and spec.splits_matrices and _offloads(m):
         yield (
             f"optimizer.type is {shown(kind)}, whose products of matrices an offloaded step would leave to the host's "
             'cores; leave "offload_optimizer" out of zero_optimization, or use "AdamW".'
         )
-    if spec and spec.offloaded_on_cpu and m.on_cpu and not m.zero_optimization.offloads_optimizer:
+    if spec and spec.offloaded_on_cpu and m.on_cpu and not _offloads(m):
         yield (
             f"optimizer.type is {shown(kind)}, which DeepSpeed runs on CPU only with its states offloaded; add "
             '"offload_optimizer": {"device": "cpu"} to zero_optimization, or use "AdamW".'

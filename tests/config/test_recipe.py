@@ -130,6 +130,7 @@ REFUSED = [
     ({"zero_optimization.elastic_checkpoint": True}, ["elastic_checkpoint is true", "leave it out"]),
     ({"zero_optimization.reduce_bucket_size": 0.5}, ['"reduce_bucket_size" is 0.5', "integer"]),
     (MIXED, ["stage is 1 with bf16", "use stage 2"]),
+    ({"optimizer.type": "Lion", "zero_optimization.offload_optimizer": 5}, ["offload_optimizer", "5", "object"]),
     (FP16, ["fp16 on CPU", "null", "above 0", "bf16"]),
     ({**FP16, "fp16.loss_scale": 0.0}, ["fp16 on CPU", "0", "above 0"]),
     ({"fp16": {"enabled": True, "loss_scale": 128}}, ["given twice", "bf16", "fp16", "disable one"]),

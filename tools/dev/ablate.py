@@ -25,6 +25,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -39,7 +40,7 @@ from pydantic import Field
 
 from megamoe.config import cli
 from megamoe.config.model import JsonModel, ModelConfig, validate
-from megamoe.config.precision import precision_of
+from megamoe.config.precision import Precision, precision_of
 from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.config.run import RunConfig, parse_run, parse_stage
 from megamoe.data.ramp import BatchRamp
@@ -118,9 +119,8 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     changes = {BASELINE: {}, **table.changes}
     problems = Problems(unknown_key(f"{path}: changes", one, changes, "change") for one in only if one not in changes)
     preset = problems.attempt(find_preset, table.preset)
-    device = _device()
-    auto = precision_of(device).choice  # the same for all runs, and in the hash of their recipe
-    recipe = problems.attempt(read_recipe, table.ds_config, ranks, device.type == "cpu", auto)
+    device, precision = _device()  # the same for all runs, and in the hash of their recipe
+    recipe = problems.attempt(read_recipe, table.ds_config, ranks, device.type == "cpu", precision.choice)
     problems.refuse()
     trials: list[Trial] = []
     base = Trial(BASELINE, seeds[0], ranks, steps or 0, {}, preset, recipe, table.options)
@@ -133,9 +133,11 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     return [trial for trial in trials if not only or trial.name in only]
 
 
-def _device() -> torch.device:
-    """What the runs train on."""
-    return torch.device(get_accelerator().device_name())
+@cache
+def _device() -> tuple[torch.device, Precision]:
+    """What the runs train on, and what it is the faster in."""
+    device = torch.device(get_accelerator().device_name())
+    return device, precision_of(device)
 
 
 def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int | None) -> Trial:
@@ -228,8 +230,7 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
 def check_jobs(trials: list[Trial]) -> None:
     """Raise UserError for files, sizes and options with which a run would end before its first step: each sentence
     once, with the names of its changes."""
-    device = _device()
-    precision = precision_of(device)
+    device, precision = _device()
     found: dict[str, list[str]] = {}
     for trial in {trial.name: trial for trial in trials}.values():
         with tempfile.TemporaryDirectory() as folder:
