@@ -129,10 +129,11 @@ def save_and_exit(engine, checkpoints, store, kill_at):
 
 def was_killed_at(nth, half, killed_rank, engine, checkpoints):
     """Whether a child of that rank came to its nth call. The other rank's child, which then waits for it, ends too."""
+    # Before the fork: a thread of gloo may hold the resolver's lock, which a child could then never get.
+    store = open_store("127.0.0.1", int(os.environ["MASTER_PORT"]), False, DEADLINE)
     child = os.fork()
     if child == 0:
         try:
-            store = open_store("127.0.0.1", int(os.environ["MASTER_PORT"]), False, DEADLINE)
             own = dist.PrefixStore(checkpoints.parent.name, store)
             save_and_exit(engine, checkpoints, own, (nth, half) if dist.get_rank() == killed_rank else None)
         finally:
