@@ -23,7 +23,7 @@ from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig
 from megamoe.config.precision import Precision, find_precision
-from megamoe.config.recipe import Recipe, read_recipe
+from megamoe.config.recipe import Choice, Recipe, parse_recipe
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.config.run_checks import length_problems, run_problems, task_problems
 from megamoe.data.batches import BatchShape
@@ -38,7 +38,7 @@ from megamoe.launch.watch import Position, Watch
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
 from megamoe.resume import Changes, Start, check_changes, find_start
-from megamoe.run_inputs import Inputs, open_inputs
+from megamoe.run_inputs import RunInputs, open_inputs
 from megamoe.run_record import (
     describe_initial,
     describe_products,
@@ -54,6 +54,7 @@ from megamoe.training.sinks import open_sinks
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
 from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.json_files import read_json
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ class Checked:
     device: torch.device
     shape: BatchShape
     last_step: int
-    inputs: Inputs
+    inputs: RunInputs
     start: Start
     changes: Changes  # of what it resumes
     record: dict[str, Any]
@@ -149,16 +150,11 @@ def check_run(
     """
     problems = Problems(task_problems(run))
     start = find_start(run, problems) if leads else Start()
-    on_cpu = device.type == "cpu"
-    recipe: Recipe = problems.attempt(read_recipe, run.ds_config, world_size, on_cpu, precision.choice)
-    if recipe and run.schedule_steps:
-        recipe = problems.attempt(recipe.lasting, run.schedule_steps)
-    if recipe:
-        problems += length_problems(run, recipe)
+    recipe = _recipe_of(run, problems, world_size, device.type == "cpu", precision.choice)
     model: ModelConfig = problems.attempt(find_preset, run.preset)
+    problems += run_problems(run, model, recipe)
     if model:
         seq_len = run.seq_len or model.max_position_embeddings
-        problems += run_problems(run, model, recipe)
         problems += placement_problems(model, run.ep_size, recipe.dtype if recipe else "fp32", world_size, run.preset)
         inputs = problems.attempt(open_inputs, run, model, seq_len, start.initial_weights, leads, scans)
     if run.compile:
@@ -166,12 +162,26 @@ def check_run(
     if not problems:
         problems += deepspeed_own_problems(recipe)
     problems.refuse()
-    shape = BatchShape(recipe.micro_batch, recipe.accumulation, world_size, seq_len, run.stages)
+    shape = BatchShape(recipe.micro_batch, recipe.accumulation, world_size, seq_len, run.batch_ramp)
     last_step = run.steps or recipe.schedule.total_steps
     assert last_step, "length_problems"
     record = make_record(run, model, recipe, shape, inputs, start.folder.run_id() if start.folder else None)
-    changes = check_changes(run, start, record, shape.ramp)
+    changes = check_changes(run, start, record)
     return Checked(run, model, recipe, precision, device, shape, last_step, inputs, start, changes, record)
+
+
+def _recipe_of(run: RunConfig, problems: Problems, world_size: int, on_cpu: bool, auto: Choice) -> Any:
+    """The Recipe that a run trains by; where it has problems, what `parse_recipe` makes of it, if it can be read."""
+    json = problems.attempt(read_json, Path(run.ds_config))
+    if json is None:
+        return None
+    recipe = parse_recipe(json, run.ds_config, world_size, on_cpu, auto, problems)
+    schedule = getattr(recipe, "schedule", None)
+    if schedule:
+        problems += length_problems(run, schedule)
+    if isinstance(recipe, Recipe) and run.schedule_steps and recipe.schedule.total_steps:
+        return problems.attempt(recipe.replaced, {"scheduler.params.total_num_steps": run.schedule_steps})
+    return recipe
 
 
 def is_done(checked: Checked) -> bool:

@@ -10,16 +10,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from megamoe.checkpoint import folders
-from megamoe.config.model import ModelConfig
-from megamoe.config.run import RampStage, RunConfig
+from megamoe.config.run import RunConfig, Stage
 from megamoe.data.ledger import DataLedger, read_ledger
-from megamoe.data.ramp import BatchRamp
 from megamoe.utils.errors import Problems, UserError, shown
 from megamoe.utils.run_folder import RunFolder
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
-SAME_ON_RESUME = ("model", "optimization", "seed", "seq_len", "samples_per_step", "data", "tokenizer_sha256")
+SAME_ON_RESUME = (
+    "model", "optimization", "seed", "seq_len", "samples_per_step", "batch_ramp", "data", "tokenizer_sha256",
+)  # fmt: skip
 OPTIMIZATION = (
     "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type",
     "prescale_gradients", "gradient_predivide_factor",
@@ -37,28 +37,17 @@ class Start:
     initial_weights: list[Path] = field(default_factory=list)  # where there are none, in the order to try them
     ledger: DataLedger = field(default_factory=DataLedger)
 
-    def data_steps(self) -> int:
-        """Steps whose data the run has read, also those before it went back to an earlier checkpoint."""
-        newest = max((folders.step_of(path) or 0 for path in self.candidates), default=0)
-        return self.ledger.data_step(newest + 1) - 1
-
 
 @dataclass(frozen=True)
 class Changes:
     """What a resume changes."""
 
-    schedule: dict[str, Any] | None = None
-    ramp_step: int | None = None  # the first step that has another number of samples
+    schedule: str | None = None  # from what to what
     ema_decay_before: float | None = None
 
     def lines(self, step: int) -> list[str]:
         """What the log says of them after step `step`."""
-        lines = []
-        if self.schedule:
-            lines.append(f"the schedule changes after step {step}: {json.dumps(self.schedule)}")
-        if self.ramp_step:
-            lines.append(f"the batch ramp changes with step {self.ramp_step}")
-        return lines
+        return [f"the schedule changes after step {step} {self.schedule}"] if self.schedule else []
 
 
 # --- the start ------------------------------------------------------------------------------------------------------
@@ -98,7 +87,7 @@ def _folder_problems(run: RunConfig, folder: RunFolder, start: Start) -> list[st
 # --- what may change ------------------------------------------------------------------------------------------------
 
 
-def check_changes(run: RunConfig, start: Start, record: dict[str, Any], ramp: BatchRamp) -> Changes:
+def check_changes(run: RunConfig, start: Start, record: dict[str, Any]) -> Changes:
     """What the run with this record changes of the one in its folder. Raises UserError where it would have other
     losses."""
     if not start.folder or start.folder.began is None:
@@ -115,43 +104,29 @@ def check_changes(run: RunConfig, start: Start, record: dict[str, Any], ramp: Ba
     changed = [key for key in now if before.get(key) != now[key]]
     schedule = None
     if run.resume and "optimization" in changed:
-        others = _part(now["optimization"], before["optimization"])
-        if others.keys() <= {"scheduler"}:  # a longer run, or another decay: the optimizer's state fits still
-            schedule = _new_schedule(now["optimization"]["scheduler"], before["optimization"]["scheduler"])
+        ours = _part(now["optimization"], before["optimization"])
+        theirs = _part(before["optimization"], now["optimization"])
+        if ours.keys() == {"scheduler"}:  # a longer run, or another decay: the optimizer's state fits still
+            schedule = f"from {json.dumps(theirs['scheduler'])} to {json.dumps(ours['scheduler'])}"
             changed.remove("optimization")
     problems = [
         f"{run.folder} holds a run with {key} {json.dumps(_part(before.get(key), now[key]))}, "
         f"not {json.dumps(_part(now[key], before.get(key)))}; {_remedy(key, before, now)}."
         for key in changed
     ]
-    ramp_before = BatchRamp(record["samples_per_step"], stages_of(last.get("run", {})))
-    ramp_step = ramp_before.first_difference(ramp)
-    problems += _ramp_problems(run, ramp_before, ramp, ramp_step, start.data_steps())
     if problems:
         raise UserError(*problems)
-    return Changes(schedule, ramp_step, last.get("run", {}).get("ema_decay"))
-
-
-def _ramp_problems(run: RunConfig, before: BatchRamp, now: BatchRamp, step: int | None, taken: int) -> list[str]:
-    """A changed ramp is for steps that no checkpoint has taken yet, and on --resume."""
-    if step is None or (run.resume and step > taken):
-        return []
-    way = f"give --resume to change step {step}" if step > taken else "resume with the same for those"
-    return [
-        f"{run.folder} holds a run with {before.samples_of(step)} samples in step {step} of its batch_ramp, not "
-        f"{now.samples_of(step)}, and {taken} steps are taken; {way}, or choose another --run_dir."
-    ]
+    return Changes(schedule, last.get("run", {}).get("ema_decay"))
 
 
 def _decisive(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's record, what decides its losses. Where a corpus lies does not; a field of the model that is newer than
-    the record had its default."""
+    """Of a run's record, what decides its losses. Where a corpus lies does not."""
     optimization = _with_peaks_in_schedule({key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION})
     corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
     data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
-    defaults = {name: field.default for name, field in ModelConfig.model_fields.items() if not field.is_required()}
-    model = {"model": {**defaults, **record["model"]}} if "model" in record else {}
-    return {key: {**record, **model, "optimization": optimization, "data": data}.get(key) for key in SAME_ON_RESUME}
+    stages = stages_of(record.get("run", {}))
+    decisive = {**record, "optimization": optimization, "data": data, "batch_ramp": stages}
+    return {key: decisive.get(key) for key in SAME_ON_RESUME}
 
 
 def _with_peaks_in_schedule(optimization: dict[str, Any]) -> dict[str, Any]:
@@ -163,18 +138,6 @@ def _with_peaks_in_schedule(optimization: dict[str, Any]) -> dict[str, Any]:
     peaks = {f"optimizer.params.{key}": params[key] for key in PEAKS if key in params}
     rest = {**optimizer, "params": {key: value for key, value in params.items() if key not in PEAKS}}
     return {**optimization, "optimizer": rest, "scheduler": {**scheduler, **peaks}}
-
-
-def _new_schedule(now: dict[str, Any], before: Any) -> dict[str, Any]:
-    """What a log line says of a schedule that has changed: all of it if it is of another type, else what differs; what
-    is no longer given is null."""
-    if not isinstance(before, dict) or now.get("type") != before.get("type"):
-        return now
-    params = now.get("params", {})
-    gone: dict[str, Any] = {key: None for key in before.get("params", {}) if key not in params}
-    changes = _part(now, before)
-    changed = {**changes.get("params", {}), **gone}
-    return {**changes, **({"params": changed} if changed else {})}
 
 
 def _remedy(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -196,12 +159,11 @@ def _part(value: Any, other: Any) -> Any:
 
 
 def stages_of(run: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """The batch ramp in a run's options as recorded; runs before it had none. Raises UserError."""
-    recorded = run.get("batch_ramp", [])
+    """Of the batch-size warmup in a run's options as recorded. Raises UserError."""
+    recorded = run.get("batch_ramp", ())
     try:
-        stages = TypeAdapter(list[RampStage]).validate_python(recorded)
+        return TypeAdapter(tuple[Stage, ...]).validate_python(recorded)
     except ValidationError:
         raise UserError(
             f"the record of the run has batch_ramp {shown(recorded)}, which no run has written; bring the file back."
         ) from None
-    return tuple((stage.samples, stage.last_step) for stage in stages)

@@ -13,7 +13,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.run import HeldOutSource, RunConfig
 from megamoe.data.batches import TrainData
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
-from megamoe.data.tokenizer import load_tokenizer, numbering_problems
+from megamoe.data.tokenizer import load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
 from megamoe.evaluation.tasks import Tasks, load_tasks
 from megamoe.formats.source_checks import model_problems
@@ -21,7 +21,7 @@ from megamoe.utils.errors import Problems, UserError
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What a run reads."""
 
     data: TrainData
@@ -33,7 +33,7 @@ class Inputs:
 
 def open_inputs(
     run: RunConfig, model: ModelConfig, seq_len: int, initial_weights: list[Path], leads: bool, scans: bool
-) -> Inputs:
+) -> RunInputs:
     """Open and check what a run reads. Raises one UserError with all problems.
 
     Args:
@@ -68,7 +68,7 @@ def open_inputs(
     tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
     problems.refuse()
     data = TrainData(corpora, [source.weight for source in run.data], run.seed)
-    return Inputs(data, sets, sources, tokenizer, tasks)
+    return RunInputs(data, sets, sources, tokenizer, tasks)
 
 
 def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[str]:
@@ -83,16 +83,19 @@ def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[st
 
 
 def tokenizer_problems(folders: list[Path], initial_weights: list[Path], vocab_size: int) -> list[str]:
-    """Corpora of a mix, and the held-out ones, must have been made with one tokenizer that fits the model, where it is
-    known, and numbers tokens as that of the directory whose weights the run starts from."""
-    files = list(dict.fromkeys(file for folder in folders if (file := folder / "tokenizer.json").exists()))
-    theirs = [path / "tokenizer.json" for path in initial_weights if (path / "tokenizer.json").is_file()]
-    problems = Problems(numbering_problems(files[0], theirs[0]) if files and theirs else [])
-    if all([problems.attempt(load_tokenizer, file, vocab_size) for file in files]):
+    """Corpora of a mix, the held-out ones, and the directory whose weights the run starts from must number tokens
+    alike, and the model must have all of them, where it is known."""
+    found = [file for folder in folders if (file := folder / "tokenizer.json").exists()]
+    theirs = [file for path in initial_weights if (file := path / "tokenizer.json").is_file()]
+    files = list(dict.fromkeys([*found, *theirs[:1]])) if found else []
+    problems = Problems()
+    loaded = [problems.attempt(load_tokenizer, file, None if file in theirs else vocab_size) for file in files]
+    if all(loaded):
         problems += [
-            f"{files[0]} and {path} differ, so a token id means two things; prepare both corpora with one --tokenizer."
-            for path in files[1:]
-            if path.read_bytes() != files[0].read_bytes()
+            f"{files[0]} and {path} differ, so a token id means two things; prepare all corpora with one --tokenizer"
+            f"{', that file' * (path in theirs)}."
+            for path, tokenizer in zip(files, loaded, strict=True)
+            if tokenizer.get_vocab() != loaded[0].get_vocab()
         ]
     return problems
 

@@ -20,13 +20,11 @@ from megamoe.data.batches import BatchShape
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
-from megamoe.run_inputs import Inputs
-
-PACKAGES = ("torch", "deepspeed", "tokenizers", "numpy")
+from megamoe.run_inputs import RunInputs
 
 
 def make_record(
-    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: Inputs, run_id: str | None
+    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: RunInputs, run_id: str | None
 ) -> dict[str, Any]:
     """The resolved configuration and the versions."""
     return {
@@ -50,13 +48,13 @@ def make_record(
         "versions": {
             "megamoe": megamoe.__version__,
             "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
+            **{package: version(package) for package in ("torch", "deepspeed", "tokenizers", "numpy")},
         },
     }
 
 
 def describe_run(
-    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: Inputs, first: int, last: int
+    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: RunInputs, first: int, last: int
 ) -> str:
     """The run from step `first` to step `last`, in one line."""
     return (
@@ -69,11 +67,11 @@ def describe_run(
 
 
 def _describe_batch(shape: BatchShape) -> str:
-    ramp = [f"{samples} x {shape.seq_len} up to step {last}, then " for samples, last in shape.stages]
-    return f"{''.join(ramp)}{shape.samples} x {shape.seq_len} tokens per step"
+    stages = [f"{samples} x {shape.seq_len} up to step {last}, then " for samples, last in shape.stages]
+    return f"{''.join(stages)}{shape.samples} x {shape.seq_len} tokens per step"
 
 
-def _describe_corpora(run: RunConfig, inputs: Inputs) -> str:
+def _describe_corpora(run: RunConfig, inputs: RunInputs) -> str:
     """Tokens and place of each corpus and, in a mix, its weight."""
     mixed = len(run.data) > 1
     return ", ".join(
@@ -82,7 +80,7 @@ def _describe_corpora(run: RunConfig, inputs: Inputs) -> str:
     )
 
 
-def _describe_held_out(inputs: Inputs) -> str:
+def _describe_held_out(inputs: RunInputs) -> str:
     if not inputs.held_out:
         return "no held-out tokens, so nothing is evaluated (--valid_data gives some)"
     several = len(inputs.held_out) > 1

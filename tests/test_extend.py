@@ -4,10 +4,11 @@ changed."""
 import json
 
 import pytest
-import torch
 from ranks import run_ranks
-from toy import PRESET, ds_config, recipe_of, train_here, write_inputs
+from refusals import has, only, refusals
+from toy import PRESET, ds_config, ds_of_samples, losses, recipe_of, train_here, write_inputs
 
+from megamoe.checkpoint.opening import find_checkpoint, open_source
 from megamoe.config import model as config
 from megamoe.config import optimizers
 from megamoe.config.model import load_preset, preset_names
@@ -17,10 +18,17 @@ from megamoe.planning.sharding import read_setup
 from megamoe.training import sinks
 from megamoe.training.sinks import Sink
 
-# torch's own, which DeepSpeed makes by its name.
-RMSPROP = OptimizerSpec(
-    names=("RMSprop",), params=frozenset({"lr", "eps", "weight_decay", "alpha"}), state=(StateTensor("square_avg"),)
+# torch's own with momentum, which DeepSpeed makes by its name; it counts no steps.
+SGD = OptimizerSpec(
+    names=("SGD",),
+    params=frozenset({"lr", "momentum", "weight_decay"}),
+    state=(StateTensor("momentum_buffer"),),
+    counts_steps=False,
 )
+SGD_JSON = {
+    "optimizer": {"type": "SGD", "params": {"momentum": 0.9}},
+    "zero_allow_untested_optimizer": True,
+}
 
 
 class FileSink(Sink):
@@ -41,13 +49,8 @@ def extend(patch, folder):
     if not (presets / "made-up.json").exists():  # or one rank would read what another is writing
         (presets / "made-up.json").write_text(json.dumps(PRESET))
     patch.setattr(config, "PRESET_DIR", presets)
-    patch.setattr(optimizers, "OPTIMIZERS", [*optimizers.OPTIMIZERS, RMSPROP])
+    patch.setattr(optimizers, "OPTIMIZERS", [*optimizers.OPTIMIZERS, SGD])
     patch.setattr(sinks, "SINKS", (*sinks.SINKS, FileSink))
-
-
-def recipe():
-    optimizer = {"type": "RMSprop", "params": {"eps": 1e-8, "weight_decay": 0.01}}
-    return ds_config(2, optimizer=optimizer, zero_allow_untested_optimizer=True)
 
 
 def train_extended(folder, run):
@@ -56,26 +59,23 @@ def train_extended(folder, run):
         return train_here(run)
 
 
-def losses(log):
-    return [record["loss"] for record in log["train"]]
-
-
 def test_a_preset_is_a_file_an_optimizer_an_entry_and_a_sink_a_class(tmp_path, monkeypatch):
-    ds = recipe()
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        del ds[key]
-    run = {**write_inputs(tmp_path, {**ds, "train_batch_size": 4}), "preset": "made-up"}
+    run = {**write_inputs(tmp_path, {**ds_of_samples(4), **SGD_JSON}), "preset": "made-up"}
     whole, cut = ({**run, "run_dir": str(tmp_path / name)} for name in ("whole", "cut"))
     (expected,) = run_ranks(1, train_extended, tmp_path, {**whole, "steps": 8})
     run_ranks(1, train_extended, tmp_path, {**cut, "steps": 5})
     log, _ = run_ranks(2, train_extended, tmp_path, {**cut, "steps": 8, "ep_size": 2, "resume": True})
-    torch.testing.assert_close(losses(log), losses(expected), atol=1e-5, rtol=0)
+    assert losses(log) == pytest.approx(losses(expected), abs=1e-5)
     lines = (tmp_path / "whole" / "mine.txt").read_text().splitlines()
     assert lines[:2] == [f"train {step} {losses(expected)[step - 1]:.4f}" for step in (1, 2)]
     assert lines[-1].startswith("valid 8 ")
 
     extend(monkeypatch, tmp_path)
     assert preset_names() == ["made-up"]
-    setup = read_setup(load_preset("made-up"), recipe_of(recipe()), 1, 16, True)
+    source = open_source(find_checkpoint(tmp_path / "cut"))
+    assert (source.state_names, source.training_state()["optimizer_step"]) == (("momentum_buffer",), None)
+    setup = read_setup(load_preset("made-up"), recipe_of(ds_config(2, **SGD_JSON)), 1, 16, True)
     state = footprint(setup).between
     assert state["optimizer state"] == state["fp32 masters"]  # one tensor in fp32
+    betas = {"type": "SGD", "params": {"betas": [0.9, 0.9]}}
+    has(only(refusals(recipe_of, ds_config(2, optimizer=betas))), "optimizer.params of SGD", '"betas"')

@@ -100,22 +100,6 @@ def test_no_module_imports_itself_over_others():
     assert graph == {}, "these import each other in a circle"
 
 
-def test_an_upward_import_of_any_form_would_be_seen():
-    for line in (
-        "import megamoe.training.loop",
-        "import megamoe.training.loop as loop",
-        "from megamoe.training import loop",
-        "from megamoe.training.loop import Trainer",
-        "from ..training import loop",
-        "from ..training.loop import Trainer",
-        "def late():\n    from megamoe.training.loop import Trainer",
-    ):
-        assert upward("model.decoder", line) == ["training.loop"]
-        assert upward("training.engine", line) == upward("planning.simulate", line) == []
-    assert upward("planning.planner", "from megamoe.checkpoint import folders") == ["checkpoint.folders"]
-    assert upward("config.model", "from megamoe.data.tokenizer import load_tokenizer") == ["data.tokenizer"]
-
-
 def test_only_its_own_modules_import_deepspeed():
     importers = {
         module
@@ -123,8 +107,6 @@ def test_only_its_own_modules_import_deepspeed():
         if any(name.split(".")[0] == "deepspeed" for name in imports(module, source))
     }
     assert importers == DEEPSPEED_MODULES
-    (index_writer,) = (name for name in imports("data.corpus", SOURCES["data.corpus"]) if "deepspeed" in name)
-    assert index_writer.endswith("indexed_dataset.MMapIndexedDataset")
     from_model = [name for name in imports("model.moe", SOURCES["model.moe"]) if name.startswith("deepspeed")]
     assert from_model == ["deepspeed.moe.layer"]
 

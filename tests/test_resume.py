@@ -163,11 +163,16 @@ def with_cosine(**others):
         (
             with_schedule(decay_min_ratio=0.1),
             with_schedule(total_num_steps=80),
-            {"params": {"total_num_steps": 80, "decay_min_ratio": None}},
+            'from {"params": {"total_num_steps": 40, "decay_min_ratio": 0.1}} to {"params": {"total_num_steps": 80}}',
             {**with_schedule(total_num_steps=80), "gradient_clipping": 9.0},
         ),
-        (ds_config(2), with_cosine(), {**COSINE, "optimizer.params.lr": 0.01}, with_cosine(eps=1e-5)),
-        (with_muon(0.02), with_muon(0.01), {"optimizer.params.muon_lr": 0.01}, with_muon(0.01, momentum=0.9)),
+        (ds_config(2), with_cosine(), 'to {"type": "WarmupCosineLR", "params": ', with_cosine(eps=1e-5)),
+        (
+            with_muon(0.02),
+            with_muon(0.01),
+            'from {"optimizer.params.muon_lr": 0.02} to {"optimizer.params.muon_lr": 0.01}',
+            with_muon(0.01, momentum=0.9),
+        ),
     ],
     ids=["longer", "of another type", "Muon's peak"],
 )
@@ -175,8 +180,8 @@ def test_another_schedule_is_welcome_on_resume_alone(inputs, tmp_path, before, a
     run = started(inputs, deepspeed=before)
     write_ds(tmp_path, after)
     changes = check(run).changes
-    assert changes.schedule == said
-    assert changes.lines(3) == [f"the schedule changes after step 3: {json.dumps(said)}"]
+    assert said in changes.schedule
+    assert changes.lines(3) == [f"the schedule changes after step 3 {changes.schedule}"]
     has(problem({**inputs, "auto_resume": True}), "give --resume to continue with the new schedule")
     write_ds(tmp_path, wrong)
     has(problem(run), "holds a run with optimization")
@@ -186,26 +191,15 @@ def test_the_length_of_the_schedule_given_on_the_command_line_is_that_of_the_run
     run = started({**inputs, "schedule_steps": 60})
     assert not check({**run, "schedule_steps": 60}).changes.schedule
     assert check({**run, "schedule_steps": 60}).last_step == 60
-    assert check({**run, "schedule_steps": None}).changes.schedule == {"params": {"total_num_steps": 40}}
+    assert check({**run, "schedule_steps": None}).changes.schedule.endswith('to {"params": {"total_num_steps": 40}}')
     has(problem({**run, "resume": False, "auto_resume": True, "schedule_steps": 50}), "give --resume")
 
 
-def with_ramp(run, tmp_path, *ramp):
+def test_a_batch_size_warmup_may_not_change(inputs, tmp_path):
     write_ds(tmp_path, ds_config(2, accumulation=4))
-    return {**run, "batch_ramp": list(ramp)}
-
-
-def test_a_batch_ramp_may_change_on_resume_for_steps_that_are_not_taken_yet_only(inputs, tmp_path):
-    run = started(with_ramp(inputs, tmp_path, "2:5", "4:9"))  # and has a checkpoint at step 3
-    for ramp, first in ((["2:4", "4:9"], 5), (["2:5"], 6), (["2:3"], 4), (["2:5", "4:9"], None)):
-        assert check({**run, "batch_ramp": ramp}).changes.ramp_step == first
-    has(problem({**run, "batch_ramp": ["2:2", "4:9"]}), "2 samples in step 3 of its batch_ramp, not 4, and 3 steps")
-    has(problem({**run, "batch_ramp": []}), "2 samples in step 1 of its batch_ramp, not 8")
-    has(problem({**run, "batch_ramp": ["2:5"], "resume": False, "auto_resume": True}), "give --resume to change step 6")
-    # A run that has gone back to step 3 has read data of further steps.
-    DataLedger().gone_back(3, 6, generation=1).write(tmp_path / "run")
-    assert check({**run, "batch_ramp": ["2:5", "4:6"]}).changes.ramp_step == 7
-    has(problem({**run, "batch_ramp": ["2:5"]}), "4 samples in step 6 of its batch_ramp, not 8, and 6 steps are taken")
+    run = started({**inputs, "batch_ramp": ["2:5", "4:9"]})
+    check(run)
+    has(problem({**run, "batch_ramp": ["2:5"]}), "batch_ramp [[2, 5], [4, 9]], not [[2, 5]]")
 
 
 # --- records ---

@@ -90,7 +90,7 @@ def test_weights_of_another_tokenizer_than_the_corpus_are_refused(inputs, direct
     run = {**inputs, "preset": str(directory), "init_from": str(directory), "seq_len": 16}
     write_tokenizer(directory)
     write_tokenizer(tmp_path / "corpus", 90)
-    has(problem(run), "has 90 tokens", "starts from, 96", "--tokenizer")
+    has(problem(run), "differ", "--tokenizer")
     write_tokenizer(tmp_path / "corpus")
     text = (directory / "tokenizer.json").read_text()
     (directory / "tokenizer.json").write_text(json.dumps(json.loads(text), indent=3))  # the same, written otherwise

@@ -7,7 +7,6 @@ is used, with --vocab_size one is trained on the training split first.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megamoe.config import cli
-from megamoe.data.corpus import input_files, leftovers, read_documents, split_documents, write_corpus
+from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus
 from megamoe.data.tokenizer import load_tokenizer, tokenizer_file, train_tokenizer, vocabulary_of
 from megamoe.utils.disk import check_absent
 from megamoe.utils.errors import Problems
@@ -55,8 +54,6 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    for folder in leftovers(args.out):
-        print(f"note: {folder} is of a call that has not finished; unless it still runs, remove it.", file=sys.stderr)
     files = args.files
     size = sum(file.stat().st_size for file in files)
 

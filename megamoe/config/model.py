@@ -224,16 +224,13 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESET_DIR.glob("*.json"))
 
 
-def load_preset(name: str, places: str = "a .json file") -> ModelConfig:
-    """Load a shipped preset by name, or one of the user's by the path of its JSON file. Raises UserError.
-
-    Args:
-        places: whose path the caller takes as well, for its sentence.
-    """
+def load_preset(name: str) -> ModelConfig:
+    """Load a shipped preset by name, or one of the user's by the path of its JSON file. Raises UserError."""
     path = Path(name) if name.endswith(".json") else PRESET_DIR / f"{name}.json"
     if not path.exists():
         raise UserError(
-            f"preset {name!r} does not exist; use one of {', '.join(preset_names())}, or the path of {places}."
+            f"preset {name!r} does not exist; use one of {', '.join(preset_names())}, or the path of a .json file or a "
+            "Hugging Face directory."
         )
     return validate(ModelConfig, read_json(path), str(path))
 

@@ -42,13 +42,10 @@ class OptimizerSpec:
     """One optimizer as DeepSpeed makes it."""
 
     names: tuple[str, ...]  # as optimizer.type in the DeepSpeed JSON
-    params: frozenset[str]  # known keys of optimizer.params
+    params: frozenset[str]  # known keys of optimizer.params; none that adds a state, as amsgrad does
     state: tuple[StateTensor, ...]
     counts_steps: bool = True  # keeps the number of its steps, as "step"
-    unsaved_if: frozenset[str] = frozenset()  # params that add state beyond `state` if true: refused
-    builders: tuple[str, str] | None = (
-        None  # DeepSpeed's, of the operators for states on the device, and offloaded ones
-    )
+    builders: tuple[str, str] | None = None  # DeepSpeed's, of operators for states on the device, and offloaded ones
     offloaded_on_cpu: bool = False  # DeepSpeed has no operator for CPU but the one for offloaded states
 
     @property
@@ -72,11 +69,10 @@ OPTIMIZERS = [
         params=frozenset(
             {
                 "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused", "foreach",
-                "bias_correction", "amsgrad",
+                "bias_correction",
             }
         ),
         state=(StateTensor("exp_avg"), StateTensor("exp_avg_sq")),
-        unsaved_if=frozenset({"amsgrad"}),
         builders=("FusedAdamBuilder", "CPUAdamBuilder"),
     ),
     # https://arxiv.org/abs/2302.06675
@@ -103,16 +99,6 @@ OPTIMIZERS = [
 def optimizer_names() -> list[str]:
     """Names of all optimizers, as in the DeepSpeed JSON."""
     return [name for spec in OPTIMIZERS for name in spec.names]
-
-
-def optimizer_params() -> frozenset[str]:
-    """Keys of optimizer.params that some optimizer takes."""
-    return frozenset().union(*(spec.params for spec in OPTIMIZERS))
-
-
-def unsaved_params() -> frozenset[str]:
-    """Settings that add a state which is not saved, of all optimizers."""
-    return frozenset().union(*(spec.unsaved_if for spec in OPTIMIZERS))
 
 
 def find_optimizer(name: object) -> OptimizerSpec | None:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 from megamoe.config.model import validate
-from megamoe.config.optimizers import OptimizerSpec, find_optimizer, optimizer_names, optimizer_params, unsaved_params
+from megamoe.config.optimizers import OptimizerSpec, find_optimizer, optimizer_names
 from megamoe.config.recipe_sections import (
     REFUSED,
     SECTIONS,
-    Batch,
+    BatchSizes,
     Bf16,
     Dtype,
     Fp16,
@@ -107,48 +107,47 @@ class Recipe:
                 del section[key]
         return parse_recipe(values, self.where, self.world_size, self.on_cpu, self.auto)
 
-    def lasting(self, steps: int) -> Recipe:
-        """The recipe with a schedule that ends at step `steps`. Raises UserError."""
-        if self.schedule.total_steps is None:
-            raise UserError(
-                f"schedule_steps is {steps}, but the schedule in {self.where} has no end; give --steps instead."
-            )
-        return self.replaced({"scheduler.params.total_num_steps": steps})
-
 
 def read_recipe(path: str, world_size: int, on_cpu: bool, auto: Choice) -> Recipe:
     """The recipe in a file, as `parse_recipe` checks it. Raises UserError."""
     return parse_recipe(read_json(Path(path)), path, world_size, on_cpu, auto)
 
 
-def parse_recipe(values: dict[str, Any], where: str, world_size: int, on_cpu: bool, auto: Choice) -> Recipe:
-    """Check and parse a DeepSpeed JSON. Raises one UserError with all its problems.
+def parse_recipe(
+    values: dict[str, Any], where: str, world_size: int, on_cpu: bool, auto: Choice, problems: Problems | None = None
+) -> Any:
+    """The Recipe in a DeepSpeed JSON. Raises one UserError with all its problems.
 
     Args:
         where: its path, for messages.
         auto: what "auto" in its "bf16" section stands for, which DeepSpeed itself takes for fp32.
+        problems: takes them in place of the UserError. Where there are any, what comes back has the fields of a Recipe
+            alone that are right.
     """
-    problems = Problems(f"{where}: {problem}" for problem in refused_problems(values))
+    found = Problems(f"{where}: {problem}" for problem in refused_problems(values))
     json = _resolved(values, auto)
-    rest = {key: value for key, value in json.items() if key not in REFUSED and key not in Batch.model_fields}
-    sizes = {key: value for key, value in json.items() if key in Batch.model_fields}
-    top = problems.attempt(validate, TopLevel, rest, where)
-    batch = problems.attempt(validate, Batch, sizes, where)
-    split = batch and problems.attempt(batch_sizes, batch, world_size, where)
-    # Those without problems of their own.
-    sound = SoundFields(dtype=dtype_of(json), has_bf16=dtype_of(values) == "bf16", on_cpu=on_cpu)
+    rest = {key: value for key, value in json.items() if key not in REFUSED and key not in BatchSizes.model_fields}
+    sizes = {key: value for key, value in json.items() if key in BatchSizes.model_fields}
+    top = found.attempt(validate, TopLevel, rest, where)
+    batch = found.attempt(validate, BatchSizes, sizes, where)
+    split = batch and found.attempt(batch_sizes, batch, world_size, where)
+    sound = SoundFields(dtype=dtype_of(json), has_bf16=dtype_of(values) == "bf16", on_cpu=on_cpu, world_size=world_size)
+    if split:
+        sound.micro_batch, sound.accumulation = split
     for name, kind in SECTIONS.items():
-        if parsed := problems.attempt(validate, kind, _section(json, name), f"{where}: {name}"):
+        if parsed := found.attempt(validate, kind, _section(json, name), f"{where}: {name}"):
             setattr(sound, name.replace(".", "_"), parsed)
     params: Any = getattr(sound, "optimizer_params", None)
     # Without the optimizer's settings, which are wrong then, any peak will do to find what is wrong with the schedule.
-    schedule = problems.attempt(parse_schedule, json.get("scheduler", {}), params.lr if params else 1.0, where)
-    if schedule:
+    if schedule := found.attempt(parse_schedule, json.get("scheduler", {}), params.lr if params else 1.0, where):
         sound.schedule = schedule
-    problems += [f"{where}: {problem}" for problem in broken_rules(RULES, sound)]
-    problems.refuse()
-    spec = find_optimizer(sound.optimizer.type)
-    assert spec
+    found += [f"{where}: {problem}" for problem in broken_rules(RULES, sound)]
+    if found and problems is not None:
+        problems += found
+        return sound
+    found.refuse()
+    optimizer = find_optimizer(sound.optimizer.type)
+    assert optimizer
     return Recipe(
         where=where,
         world_size=world_size,
@@ -160,12 +159,12 @@ def parse_recipe(values: dict[str, Any], where: str, world_size: int, on_cpu: bo
         bf16=sound.bf16,
         fp16=sound.fp16,
         zero=sound.zero_optimization,
-        micro_batch=split[0],
-        accumulation=split[1],
+        micro_batch=sound.micro_batch,
+        accumulation=sound.accumulation,
         train_batch_size=batch.train_batch_size,
         sum_dtype=sound.data_types.grad_accum_dtype or sound.dtype,
         communication_dtype=top.communication_data_type or sound.dtype,
-        optimizer=spec,
+        optimizer=optimizer,
         optimizer_params=params,
         schedule=schedule,
     )
@@ -187,7 +186,7 @@ def dtype_of(json: dict[str, Any]) -> Dtype:
     return "fp32"
 
 
-def batch_sizes(keys: Batch, world_size: int, where: str) -> tuple[int, int]:
+def batch_sizes(keys: BatchSizes, world_size: int, where: str) -> tuple[int, int]:
     """(micro-batch per rank, accumulation steps), completed from whichever of DeepSpeed's three keys are given.
 
     Raises UserError if they are missing or disagree.
@@ -254,21 +253,16 @@ def _sums(m: Any) -> Iterator[str]:
 
 def _known_optimizer(m: Any) -> Iterator[str]:
     """Names of optimizers and of settings that the table does not have."""
-    kind, given = m.optimizer.type, m.optimizer.params if isinstance(m.optimizer.params, dict) else {}
+    kind, given = m.optimizer.type, m.optimizer.params
     spec = find_optimizer(kind)
     if kind is None:
         yield '"optimizer.type" is missing; give "optimizer": {"type": "AdamW", "params": {...}}.'
     elif not spec or kind not in spec.names:
         yield f"optimizer.type is {shown(kind)}; use one of {', '.join(optimizer_names())}."
-    known = spec.params if spec else optimizer_params()
-    unsaved = spec.unsaved_if if spec else unsaved_params()
-    for key, value in given.items():
-        if key in unsaved and value:
-            yield f"optimizer.params.{key} is {shown(value)}, which adds a state that is not saved; leave it out."
-        elif key not in known and key in optimizer_params():
-            yield f"optimizer.params.{key} is {shown(value)}, which {kind} does not take; leave it out."
-        elif key not in known:
-            yield unknown_key("optimizer.params", key, known)
+    elif isinstance(given, dict):
+        for key in given:
+            if key not in spec.params:
+                yield unknown_key(f"optimizer.params of {kind}", key, spec.params)
 
 
 def _optimizer_needs(m: Any) -> Iterator[str]:

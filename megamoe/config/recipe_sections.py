@@ -1,7 +1,7 @@
 """The sections of the DeepSpeed JSON, each with its keys and their kinds.
 
-A key that is not here is an error that names the nearest known one; DeepSpeed ignores what it does not know. Keys
-inside aio and flops_profiler are not checked. A default that is None stands for a key that nothing here reads.
+A key that is not here is an error that names the nearest known one: DeepSpeed ignores it, or has it for ZeRO-3 alone.
+Keys inside flops_profiler are not checked. A default that is None stands for a key that nothing here reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Unread: Any = Field(default=None)
 
 
-class Batch(JsonModel):
+class BatchSizes(JsonModel):
     """Three keys of no section, of which any may be left out that follow from the others."""
 
     train_batch_size: Count | None = None
@@ -29,7 +29,7 @@ class Batch(JsonModel):
     gradient_accumulation_steps: Count | None = None
 
 
-class TopLevel(Batch):
+class TopLevel(BatchSizes):
     """The keys of no section, and the sections, which are checked one by one."""
 
     gradient_clipping: Number = Unread
@@ -42,7 +42,6 @@ class TopLevel(Batch):
     memory_breakdown: bool = Unread
     dump_state: bool = Unread
     steps_per_print: Count = Unread
-    aio: dict[str, Any] = Unread
     flops_profiler: dict[str, Any] = Unread
     keep_in_fp32_modules: Any = None
     optimizer: Any = None
@@ -111,9 +110,7 @@ class Zero(JsonModel):
     elastic_checkpoint: bool = False
     allgather_partitions: bool = Unread
     allgather_bucket_size: Whole = Unread
-    sub_group_size: Whole = Unread
     ignore_unused_parameters: bool = Unread
-    load_from_fp32_weights: bool = Unread
 
     @field_validator("stage")
     @classmethod
@@ -132,13 +129,7 @@ class Zero(JsonModel):
 
 class Offload(JsonModel):
     device: str = "none"
-    nvme_path: str = Unread
     pin_memory: bool = Unread
-    pipeline_read: bool = Unread
-    pipeline_write: bool = Unread
-    fast_init: bool = Unread
-    buffer_count: Whole = Unread
-    ratio: Number = Unread
 
 
 class Timers(JsonModel):

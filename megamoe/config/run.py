@@ -7,9 +7,9 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from megamoe.config import cli
 from megamoe.config.model import validate
@@ -38,13 +38,11 @@ def parse_corpus(value: Any) -> Any:
         raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
 
 
-class RampStage(BaseModel):
-    """Samples per optimizer step up to a step of a run."""
+class Stage(NamedTuple):
+    """Samples per optimizer step up to a step of a run, in batch-size warmup."""
 
-    model_config = ConfigDict(frozen=True)
-
-    samples: int = Field(gt=0)
-    last_step: int = Field(gt=0)
+    samples: PositiveInt
+    last_step: PositiveInt
 
 
 def parse_stage(value: Any) -> Any:
@@ -52,9 +50,8 @@ def parse_stage(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if not re.fullmatch(r"\d+:\d+", value):
-        raise ValueError(f"{value!r} is no stage of a ramp; write SAMPLES:STEP.")
-    samples, last_step = value.split(":")
-    return {"samples": int(samples), "last_step": int(last_step)}
+        raise ValueError(f"{value!r} is no stage; write SAMPLES:STEP.")
+    return tuple(map(int, value.split(":")))
 
 
 class HeldOutSource(BaseModel):
@@ -154,7 +151,7 @@ class RunConfig(BaseModel):
     )
     compile: bool = Field(
         default=False,
-        description="compile what lies around the experts' products in each block: faster steps, a later first one",
+        description="compile what lies around the experts' GEMMs in each block: faster steps, a later first one",
     )
     steps: int | None = Field(
         default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps, if it has one"
@@ -164,9 +161,10 @@ class RunConfig(BaseModel):
         gt=0,
         description="end of the schedule, in place of the DeepSpeed JSON's total_num_steps",
     )
-    batch_ramp: list[Annotated[RampStage, BeforeValidator(parse_stage)]] = Field(
-        default=[],
-        description="fewer samples per step at first: SAMPLES:STEP, the last step with so many, for each stage",
+    batch_ramp: tuple[Annotated[Stage, BeforeValidator(parse_stage)], ...] = Field(
+        default=(),
+        description="batch-size warmup: fewer samples per step at first, SAMPLES:STEP, the last step with so many, "
+        "for each stage",
     )
     seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
     ema_decay: float | None = Field(
@@ -202,7 +200,10 @@ class RunConfig(BaseModel):
         default="warn", description="what is done about spikes of the loss or the gradient norm, see docs/guard.md"
     )
     guard_deviations: float = Field(
-        default=6.0, gt=0, allow_inf_nan=False, description="deviations above its window from which a step is a spike"
+        default=6.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="standard deviations above its window from which a step is a spike",
     )
     guard_window: int = Field(default=128, ge=4, le=4096, description="steps of that window, and of the smoothed loss")
     guard_margin: float = Field(
@@ -218,11 +219,6 @@ class RunConfig(BaseModel):
         default=None,
         description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
     )
-
-    @property
-    def stages(self) -> tuple[tuple[int, int], ...]:
-        """Of the batch ramp: (samples per step, last step with so many)."""
-        return tuple((stage.samples, stage.last_step) for stage in self.batch_ramp)
 
     @property
     def folder(self) -> Path:

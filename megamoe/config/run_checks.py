@@ -2,32 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe
 from megamoe.config.run import RunConfig
+from megamoe.config.schedule import Schedule
+from megamoe.utils.errors import SoundFields, broken_rules
 
 
-def run_problems(run: RunConfig, model: ModelConfig, recipe: Recipe | None) -> list[str]:
-    """What does not fit between the three owners, one sentence each; no recipe where it has problems itself."""
-    problems = ramp_problems(run, recipe) if recipe else []
-    if run.seq_len and run.seq_len > model.max_position_embeddings and model.rope_scaling is None:
-        problems.append(
-            f"seq_len is {run.seq_len}, above max_position_embeddings {model.max_position_embeddings} of {run.preset}; "
-            "lower it, or raise that or set rope_scaling in the preset."
+def run_problems(run: RunConfig, model: ModelConfig | None, recipe: Recipe | SoundFields | None) -> list[str]:
+    """What does not fit between the three owners, one sentence each.
+
+    Args:
+        model: None where the preset has problems itself, which leave out what needs it.
+        recipe: of one with problems, the fields that have none.
+    """
+    owners = SoundFields(run=run, recipe=recipe or SoundFields(), **({"model": model} if model else {}))
+    return broken_rules((_seq_len, _recomputed_blocks, _guard, _batch_warmup), owners)
+
+
+def _seq_len(m: Any) -> Iterator[str]:
+    limit = m.model.max_position_embeddings
+    if m.run.seq_len and m.run.seq_len > limit and m.model.rope_scaling is None:
+        yield (
+            f"seq_len is {m.run.seq_len}, above max_position_embeddings {limit} of {m.run.preset}; lower it, or raise "
+            "that or set rope_scaling in the preset."
         )
-    if run.guard == "act" and recipe and not recipe.bf16.check_grad_overflow:
-        problems.append(
-            f'guard is "act", but "check_grad_overflow" in the "bf16" section of {run.ds_config} is false, with which '
-            "DeepSpeed skips no step; set it to true."
-        )
-    if run.recompute_blocks > model.num_hidden_layers:
-        problems.append(
-            f"recompute_blocks is {run.recompute_blocks}, but {run.preset} has {model.num_hidden_layers} blocks; "
+
+
+def _recomputed_blocks(m: Any) -> Iterator[str]:
+    if m.run.recompute_blocks > m.model.num_hidden_layers:
+        yield (
+            f"recompute_blocks is {m.run.recompute_blocks}, but {m.run.preset} has {m.model.num_hidden_layers} blocks; "
             "give at most that many."
         )
-    return problems
+
+
+def _guard(m: Any) -> Iterator[str]:
+    if m.run.guard == "act" and not m.recipe.bf16.check_grad_overflow:
+        yield (
+            f'guard is "act", but "check_grad_overflow" in the "bf16" section of {m.run.ds_config} is false, with '
+            "which DeepSpeed skips no step; set it to true."
+        )
+
+
+def _batch_warmup(m: Any) -> Iterator[str]:
+    """What keeps --batch_ramp from leading up to the batch of the DeepSpeed JSON on these ranks."""
+    stages = m.run.batch_ramp
+    for (samples, last), (more, later) in pairwise(stages):
+        if more <= samples or later <= last:
+            yield f"batch_ramp has {samples} samples up to step {last}, then {more} up to step {later}; let both rise."
+    micro, world_size = m.recipe.micro_batch, m.recipe.world_size
+    unit = micro * world_size
+    for samples, _ in stages:
+        if samples % unit:
+            yield (
+                f"batch_ramp has {samples} samples per step, but {micro} per rank x {world_size} ranks is {unit}; give "
+                f'a multiple of {unit}, or another "train_micro_batch_size_per_gpu".'
+            )
+    full = unit * m.recipe.accumulation
+    if stages and stages[-1].samples >= full:
+        yield (
+            f"batch_ramp ends with {stages[-1].samples} samples per step, but the full batch of {m.run.ds_config} is "
+            f"{full}; give fewer, and leave the full batch out."
+        )
+
+
+def length_problems(run: RunConfig, schedule: Schedule) -> list[str]:
+    """What keeps the run from an end, one sentence: it has that of its schedule, or one before it."""
+    if schedule.total_steps is None:
+        if run.schedule_steps:
+            return [f"schedule_steps is {run.schedule_steps}, but {run.ds_config} has no end; give --steps instead."]
+        if run.steps is None:
+            return [f"the schedule in {run.ds_config} has no end, and --steps is missing; give the last step."]
+        return []
+    total = run.schedule_steps or schedule.total_steps
+    if run.steps and run.steps > total:
+        where = "by --schedule_steps" if run.schedule_steps else f"in {run.ds_config}"
+        longer = "--schedule_steps" if run.schedule_steps else "total_num_steps"
+        return [
+            f"steps is {run.steps}, but the schedule {where} ends at step {total}; lower --steps or raise {longer}."
+        ]
+    return []
 
 
 def task_problems(run: RunConfig) -> list[str]:
@@ -37,41 +96,3 @@ def task_problems(run: RunConfig) -> list[str]:
     if (run.lm_eval_interval or run.lm_eval_folder) and not run.lm_eval_tasks:
         problems.append("lm_eval_interval and lm_eval_folder are of tasks, and none is given; add --lm_eval_tasks.")
     return problems
-
-
-def ramp_problems(run: RunConfig, recipe: Recipe) -> list[str]:
-    """What keeps --batch_ramp from leading up to the batch of the DeepSpeed JSON on these ranks, one sentence each."""
-    micro, world_size, full = recipe.micro_batch, recipe.world_size, recipe.samples
-    unit = micro * world_size
-    stages = run.stages
-    problems = [
-        f"batch_ramp has {samples} samples per step, but {micro} per rank x {world_size} ranks is {unit}; give a "
-        f'multiple of {unit}, or another "train_micro_batch_size_per_gpu".'
-        for samples, _ in stages
-        if samples % unit
-    ]
-    problems += [
-        f"batch_ramp has {samples} samples up to step {last}, then {more} up to step {later}; let both rise."
-        for (samples, last), (more, later) in pairwise(stages)
-        if more <= samples or later <= last
-    ]
-    if stages and stages[-1][0] >= full:
-        problems.append(
-            f"batch_ramp ends with {stages[-1][0]} samples per step, but the full batch of {run.ds_config} is {full}; "
-            "give fewer, and leave the full batch out."
-        )
-    return problems
-
-
-def length_problems(run: RunConfig, recipe: Recipe) -> list[str]:
-    """What keeps the run from an end, one sentence: it has that of its schedule, or one before it."""
-    total = recipe.schedule.total_steps
-    if total is None and run.steps is None:
-        return [f"the schedule in {run.ds_config} has no end, and --steps is missing; give the last step of the run."]
-    if total is not None and run.steps and run.steps > total:
-        where = "by --schedule_steps" if run.schedule_steps else f"in {run.ds_config}"
-        longer = "--schedule_steps" if run.schedule_steps else "total_num_steps"
-        return [
-            f"steps is {run.steps}, but the schedule {where} ends at step {total}; lower --steps or raise {longer}."
-        ]
-    return []

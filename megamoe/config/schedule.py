@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megamoe.config.model import JsonModel, validate
 from megamoe.utils.errors import Problems, UserError, shown
@@ -105,6 +105,12 @@ class WarmupCosineLR(JsonModel):
     cos_min_ratio: Ratio = 0.0001
     """Share of the peak that the decay ends at."""
     warmup_type: Linear
+    warmup_max_lr: Any = None
+
+    @field_validator("warmup_max_lr")
+    @classmethod
+    def _has_its_peak_elsewhere(cls, value: Any) -> None:
+        raise ValueError(f"it is {shown(value)}, but the peak of WarmupCosineLR is optimizer.params.lr; move it there.")
 
     def schedule(self, lr: float) -> Schedule:
         warmup, total = self.warmup_num_steps, self.total_num_steps

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megamoe.data.batch_warmup import BatchWarmup
 from megamoe.data.order import SampleOrder
-from megamoe.data.ramp import BatchRamp
 from megamoe.data.token_files import TokenCorpus
 
 NO_LABEL = -100  # torch's own default for `ignore_index`
@@ -27,11 +27,11 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies it while the host goes on."""
-        return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy of a pinned batch does not hold up the host."""
-        tensors = (getattr(self, field.name) for field in fields(self))
+        tensors = (self.input_ids, self.labels)
         return Batch(*(tensor.to(device, non_blocking=tensor.is_pinned()) for tensor in tensors))
 
 
@@ -40,20 +40,20 @@ class BatchShape:
     """How the samples of an optimizer step are shared out."""
 
     micro_batch: int  # samples per rank and forward pass
-    accumulation: int  # forward passes per step, after the ramp if there is one
+    accumulation: int  # forward passes per step, after the warmup if there is one
     world_size: int
     seq_len: int
-    stages: tuple[tuple[int, int], ...] = ()  # of the ramp, see `BatchRamp`; multiples of micro_batch x world_size
+    stages: tuple[tuple[int, int], ...] = ()  # of the warmup, see `BatchWarmup`; multiples of micro_batch x world_size
 
     @property
     def samples(self) -> int:
-        """Samples in one optimizer step over all ranks, after the ramp."""
+        """Samples in one optimizer step over all ranks, after the warmup."""
         return self.micro_batch * self.accumulation * self.world_size
 
     @property
-    def ramp(self) -> BatchRamp:
+    def warmup(self) -> BatchWarmup:
         """Samples in each optimizer step."""
-        return BatchRamp(self.samples, self.stages)
+        return BatchWarmup(self.samples, self.stages)
 
 
 class TrainData:
@@ -68,14 +68,14 @@ class TrainData:
 
         A step's samples stand at consecutive positions: micro-batch by micro-batch, and in each rank by rank.
         """
-        first, samples = shape.ramp.samples_before(step), shape.ramp.samples_of(step)
+        first, samples = shape.warmup.samples_before(step), shape.warmup.samples_of(step)
         for start in range(first + rank * shape.micro_batch, first + samples, shape.micro_batch * shape.world_size):
             yield self.batch(start, shape.micro_batch, ahead)
 
     def step_samples(self, step: int, shape: BatchShape) -> list[tuple[int, int]]:
         """(corpus, sample), by number from 0, of all samples of a step over all ranks, in the order of positions."""
-        first = shape.ramp.samples_before(step)
-        return [self.order.at(position) for position in range(first, first + shape.ramp.samples_of(step))]
+        first = shape.warmup.samples_before(step)
+        return [self.order.at(position) for position in range(first, first + shape.warmup.samples_of(step))]
 
     def batch(self, first: int, count: int, ahead: int = 0) -> Batch:
         """The samples at positions first .. first + count - 1.

@@ -6,18 +6,12 @@ A prepared folder holds train.bin/.idx, valid.bin/.idx where any text is held ou
 
 from __future__ import annotations
 
-import glob
 import gzip
-import io
 import itertools
 import json
-import os
 import sys
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
-from megamoe.utils.disk import new_folder
+from megamoe.utils.disk import flush, new_folder
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import check_regular
 
@@ -63,16 +57,27 @@ def read_documents(files: Iterable[Path], text_key: str, progress: Progress) -> 
     Raises UserError, naming file and place, for undecodable bytes, broken JSON or a line without `text_key`.
     """
     for file in files:
-        with _open_counted(file, progress) as stream:
-            try:
-                if file.name.endswith(JSONL_SUFFIXES):
-                    yield from _json_lines(file, stream, text_key)
-                else:
-                    text = _decode(stream.read(), file, "")
-                    if text.strip():
-                        yield text
-            except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); replace the file.") from None
+        done = 0
+        try:
+            with open(file, "rb") as raw:
+                for text in _documents(file, _unpacked(raw, file.suffix), text_key):
+                    yield text
+                    progress(raw.tell() - done)
+                    done = raw.tell()
+                progress(raw.tell() - done)
+        except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
+            raise UserError(f"{file}: cannot be read ({error}); replace the file.") from None
+
+
+def _unpacked(raw: IO[bytes], suffix: str) -> Any:
+    return gzip.GzipFile(fileobj=raw) if suffix == ".gz" else zstd.ZstdFile(raw) if suffix == ".zst" else raw
+
+
+def _documents(file: Path, stream: IO[bytes], text_key: str) -> Iterator[str]:
+    if file.name.endswith(JSONL_SUFFIXES):
+        yield from _json_lines(file, stream, text_key)
+    elif (text := _decode(stream.read(), file, "")).strip():
+        yield text
 
 
 def _json_lines(file: Path, stream: IO[bytes], text_key: str) -> Iterator[str]:
@@ -103,35 +108,6 @@ def _decode(data: bytes, file: Path, place: str) -> str:
         ) from None
 
 
-@contextmanager
-def _open_counted(file: Path, progress: Progress) -> Iterator[IO[bytes]]:
-    """Open a plain, .gz or .zst file for reading, reporting the bytes taken from disk."""
-
-    class Counted(io.FileIO):
-        def readinto(self, buffer: Any) -> int | None:
-            count = super().readinto(buffer)
-            progress(count or 0)
-            return count
-
-        def readall(self) -> bytes:
-            data = super().readall()
-            progress(len(data))
-            return data
-
-    try:
-        raw = Counted(file, "rb")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions.") from None
-    with raw:
-        buffered = io.BufferedReader(raw)
-        if file.suffix == ".gz":
-            yield gzip.GzipFile(fileobj=buffered)  # type: ignore[misc]
-        elif file.suffix == ".zst":
-            yield zstd.ZstdFile(buffered)  # type: ignore[misc]
-        else:
-            yield buffered
-
-
 def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:
     """("train" or "valid", document) pairs. Every k-th document is held out, k = 1 / valid_fraction.
 
@@ -157,47 +133,32 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
             yield "train", document
 
 
-@dataclass
 class SplitWriter:
-    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx with DeepSpeed's own index writer."""
+    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx, with DeepSpeed's own builder."""
 
-    prefix: Path
-    dtype: type
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    _sizes: array[int] = field(default_factory=lambda: array("i"))
-    _document_starts: array[int] = field(default_factory=lambda: array("q", [0]))
+    def __init__(self, prefix: Path, dtype: type):
+        from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
 
-    def __post_init__(self) -> None:
-        self._bin = open(f"{self.prefix}.bin", "wb")  # noqa: SIM115 (open until close)
+        self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
+        self._prefix = prefix
+        self._dtype = dtype
+        self._builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype)
 
     def add_piece(self, ids: list[int], num_bytes: int, ends_document: bool) -> None:
         """Add the token ids of one piece of a document (an item of the .idx)."""
-        self._bin.write(np.asarray(ids, dtype=self.dtype).tobytes())
-        self._sizes.append(len(ids))
-        self.tokens += len(ids)
-        self.bytes += num_bytes
+        self._builder.add_item_numpy(np.asarray(ids, self._dtype))
+        self.counts["tokens"] += len(ids)
+        self.counts["bytes"] += num_bytes
         if ends_document:
-            self.documents += 1
-            self._document_starts.append(len(self._sizes))
+            self.counts["documents"] += 1
+            self._builder.end_document()
 
     def close(self) -> dict[str, int]:
         """Write the index and flush both files to disk; returns the counts."""
-        from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
-
-        _sync_and_close(self._bin)
-        with MMapIndexedDataset.Index.writer(f"{self.prefix}.idx", self.dtype) as index:
-            index.write(self._sizes, self._document_starts)
-        with open(f"{self.prefix}.idx", "rb+") as stream:
-            _sync_and_close(stream)
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-
-
-def _sync_and_close(stream: IO[bytes]) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
+        self._builder.finalize(f"{self._prefix}.idx")
+        for suffix in (".bin", ".idx"):
+            flush(Path(f"{self._prefix}{suffix}"))
+        return self.counts
 
 
 def pieces_of(document: str) -> Iterator[str]:
@@ -262,8 +223,3 @@ def write_corpus(
         (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         (partial / "corpus.json").write_text(json.dumps(counts, indent=2) + "\n")
     return counts
-
-
-def leftovers(out: Path) -> list[Path]:
-    """What a call that was killed has left of `out`; or what one that still runs is writing."""
-    return sorted(out.parent.glob(f".{glob.escape(out.name)}-*"))

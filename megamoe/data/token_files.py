@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
-from megamoe.utils.errors import UserError, shown
+from megamoe.config.model import JsonModel, validate
+from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import check_regular, read_json
 
 IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, items, document starts
-IDX_MAGIC = b"MMIDIDX\x00\x00"
-IDX_VERSION = 1  # of the layout; there is no other
+IDX_START = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little")  # magic and the version, of which there is no other
 # What each dtype code may mean. DeepSpeed's table and Megatron-LM's agree up to 5; 8 is uint64 in one and uint16 in the
 # other, so the size of the .bin decides.
 IDX_DTYPES: dict[int, tuple[type, ...]] = {
@@ -96,11 +97,9 @@ def _checked_dtype(prefix: Path) -> type:
     bin_size, idx_size = (check_regular(path, "a .bin/.idx pair") for path in (bin_path, idx_path))
     with open(idx_path, "rb") as stream:
         header = stream.read(IDX_HEADER.size)
-        if len(header) < IDX_HEADER.size or not header.startswith(IDX_MAGIC):
-            raise UserError(f"{idx_path} is not a Megatron index; prepare the corpus again.")
-        _, version, dtype_code, items, documents = IDX_HEADER.unpack(header)
-        if version != IDX_VERSION:
-            raise UserError(f"{idx_path} is of version {version}, not {IDX_VERSION}; prepare the corpus again.")
+        if len(header) < IDX_HEADER.size or not header.startswith(IDX_START):
+            raise UserError(f"{idx_path} is not a Megatron index of version 1; prepare the corpus again.")
+        _, _, dtype_code, items, documents = IDX_HEADER.unpack(header)
         expected = IDX_HEADER.size + items * (4 + 8) + documents * 8
         if idx_size != expected:
             raise UserError(
@@ -115,19 +114,14 @@ def _checked_dtype(prefix: Path) -> type:
     candidates = IDX_DTYPES.get(dtype_code, ())
     if not candidates:
         raise UserError(f"{idx_path} has dtype code {dtype_code}, which is not one of integers; prepare it again.")
-    described = [last_start + last_size * np.dtype(candidate).itemsize for candidate in candidates]
-    if bin_size not in described or min(last_start, last_size) < 0:
-        raise UserError(
-            f"{idx_path} describes {described[0]} bytes, but {bin_path} has {bin_size}; "
-            "they belong to different corpora: prepare it again."
-        )
-    dtype = candidates[described.index(bin_size)]
-    if bin_size % np.dtype(dtype).itemsize:
-        raise UserError(
-            f"{bin_path} has {bin_size} bytes, no whole number of the {np.dtype(dtype).itemsize}-byte tokens that "
-            f"{idx_path} describes; prepare it again."
-        )
-    return dtype
+    for dtype in candidates:
+        width = np.dtype(dtype).itemsize
+        if bin_size == last_start + last_size * width and min(last_start, last_size) >= 0 and not bin_size % width:
+            return dtype
+    raise UserError(
+        f"{idx_path} describes {last_start + last_size * np.dtype(candidates[0]).itemsize} bytes of whole tokens, but "
+        f"{bin_path} has {bin_size}; they belong to different corpora: prepare it again."
+    )
 
 
 def corpus_prefix(path: str, split: str) -> Path:
@@ -138,17 +132,16 @@ def corpus_prefix(path: str, split: str) -> Path:
     return given.with_suffix("") if given.suffix in (".bin", ".idx") else given
 
 
-def split_counts(prefix: Path) -> dict[str, int] | None:
-    """Documents, tokens and bytes of a split of a prepared folder; None for corpora prepared elsewhere. Raises
-    UserError."""
+class Counts(JsonModel):
+    """What corpus.json has of a split."""
+
+    documents: int = 0
+    tokens: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+
+
+def split_counts(prefix: Path) -> Counts | None:
+    """Those of a split of a prepared folder; None for corpora prepared elsewhere. Raises UserError."""
     file = prefix.parent / "corpus.json"
     counts = read_json(file).get(prefix.name) if file.exists() else None
-    if counts is None:
-        return None
-    numbers = [counts.get(key) for key in ("tokens", "bytes")] if isinstance(counts, dict) else [None]
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number > 0 for number in numbers):
-        raise UserError(
-            f'{file}: "{prefix.name}" is {shown(counts)}, where "tokens" and "bytes" must be whole numbers above 0; '
-            "prepare the corpus again."
-        )
-    return counts
+    return None if counts is None else validate(Counts, counts, f"{file}: {prefix.name}")

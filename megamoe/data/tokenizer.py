@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megamoe.config.model import MAX_SIZE
-from megamoe.utils.errors import Problems, UserError, shown
+from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import read_regular
 
 END_OF_TEXT = "<|endoftext|>"
@@ -105,18 +105,3 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
         f"the tokenizer has none of the end-of-text tokens {', '.join(END_OF_TEXT_NAMES)}; name its own with "
         "--end_of_text, or add one of them to it."
     )
-
-
-def numbering_problems(corpus: Path, model: Path) -> list[str]:
-    """What keeps the tokens of a corpus from being those of a model, by the tokenizer.json of each."""
-    if corpus.read_bytes() == model.read_bytes():
-        return []
-    problems = Problems()
-    loaded = [problems.attempt(load_tokenizer, file) for file in (corpus, model)]
-    if all(loaded) and loaded[0].get_vocab() != loaded[1].get_vocab():
-        ours, other = (tokenizer.get_vocab_size() for tokenizer in loaded)
-        problems.append(
-            f"{corpus} has {ours:,} tokens and {model}, whose weights the run starts from, {other:,}, or "
-            "numbers them otherwise; prepare the corpus with --tokenizer and that file."
-        )
-    return problems

@@ -21,7 +21,7 @@ def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
     tokenizer beside the corpus decodes its first `limit` samples to; None where there is neither. Raises UserError."""
     counts = split_counts(corpus.prefix)
     if counts:
-        return counts["tokens"] / counts["bytes"]
+        return counts.tokens / counts.bytes
     file = corpus.prefix.parent / "tokenizer.json"
     if not file.exists():
         return None

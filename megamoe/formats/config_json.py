@@ -40,7 +40,7 @@ def find_preset(name: str) -> ModelConfig:
     """The preset of a name, of the path of its JSON file, or of a Hugging Face directory. Raises UserError."""
     if name not in preset_names() and Path(name).is_dir():
         return preset_of(Path(name))
-    return load_preset(name, "a .json file or of a Hugging Face directory")
+    return load_preset(name)
 
 
 def preset_of(directory: Path) -> ModelConfig:

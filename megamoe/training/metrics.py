@@ -57,14 +57,14 @@ class StepMetrics:
         flops = rate * self._sample_flops / self._shape.world_size
         if self.peak.is_measured:
             self.peak = replace(self.peak, flops=max(self.peak.flops, flops))
-        ramp = self._shape.ramp
+        warmup = self._shape.warmup
         balance = self._last.balance
         entropies = balance.entropies if balance else []
         return {
             "loss": self._losses / steps,
             **{f"{name}_loss": total / steps for name, total in self._parts.items()},
             "lr": self._engine.get_lr()[0],
-            **({"batch_size": self._engine.train_batch_size()} if ramp.stages else {}),
+            **({"batch_size": self._engine.train_batch_size()} if warmup.stages else {}),
             "tokens_per_second": rate * self._shape.seq_len,
             "mfu": flops / self.peak.flops,
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
@@ -76,5 +76,5 @@ class StepMetrics:
             "grad_norm": self._last.grad_norm,
             "memory_gib": memory_gib(self._device),
             "skipped_steps": self._engine.skipped_steps,
-            "seconds_left": (ramp.samples_before(last + 1) - ramp.samples_before(step + 1)) / rate,
+            "seconds_left": (warmup.samples_before(last + 1) - warmup.samples_before(step + 1)) / rate,
         }

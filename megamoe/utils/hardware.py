@@ -92,12 +92,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(measured_flops(device, dtype), is_measured=True)
 
 
-# Sides of the square matrix products that are measured: twice the size again and again, while there is time and, on a
-# GPU, while the rate grows. The largest takes under 1 GiB in fp32.
+# Sides of the square matrix products that are measured: twice the size again and again while there is time. The largest
+# takes under 1 GiB in fp32.
 SMALLEST_SQUARE, LARGEST_SQUARE, LARGEST_SQUARE_ON_CPU = 128, 8192, 1024
 MEASURED_SECONDS = 0.3
 ROUNDS = 8
-GROWS = 1.02  # a rate that has not grown by this factor has stopped growing
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -112,7 +111,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         _product_seconds(_square(size, device, dtype))  # loads libraries, builds a kernel
         until = time.perf_counter() + MEASURED_SECONDS
         while size <= (LARGEST_SQUARE_ON_CPU if on_cpu else LARGEST_SQUARE):
-            before, seconds, a = best, math.inf, _square(size, device, dtype)
+            seconds, a = math.inf, _square(size, device, dtype)
             if not on_cpu:
                 until += _product_seconds(a)  # loads this size's kernel
             for _ in range(ROUNDS):
@@ -120,8 +119,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
                 best = max(best, 2 * size**3 / seconds)
                 if time.perf_counter() > until:
                     return best
-            is_flat = not on_cpu and size >= 1024 and best < GROWS * before
-            if is_flat or time.perf_counter() + 2**3 * seconds > until:  # what a product of twice the size takes
+            if time.perf_counter() + 2**3 * seconds > until:  # what a product of twice the size takes
                 return best
             size *= 2
     except RuntimeError:  # out of memory, or no kernel for this dtype

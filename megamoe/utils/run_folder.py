@@ -100,7 +100,7 @@ class RunFolder:
         self._lock = self._lock or _lock(self.path, self._waits)
 
     def run_id(self) -> str | None:
-        """Of the run in it, or a new one; None for a run that began before runs had ids."""
+        """Of the run in it, or a new one."""
         return uuid.uuid4().hex if self.began is None else self.began.get("run_id")
 
 

@@ -227,7 +227,7 @@ def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, text
         ((tmp_path / "empty.txt", "--out", out, "--vocab_size", 300), ("empty", "give")),
         ((texts, "--out", out, "--vocab_size", 300, "--text_kye", "a"), ("unknown option", "--text_kye", "--text_key")),
         ((texts, "--out", out, "--vocab_size", 300, "--end_of_text", "</s>"), ("--end_of_text", "--tokenizer")),
-        (("/proc/kmsg", "--out", out, "--vocab_size", 300), ("/proc/kmsg", "not a regular file")),
+        (("/dev/zero", "--out", out, "--vocab_size", 300), ("/dev/zero", "not a regular file")),
         ((texts, "--out", out, "--vocab_size", 300, "--vocab_size", 301), ("--vocab_size", "300", "301")),
         ((texts, "--vocab_size", 300), ("--out",)),
         ((texts, "--out", texts / "0.txt" / "out", "--vocab_size", 300), (str(texts / "0.txt"),)),
@@ -263,12 +263,3 @@ def test_a_tokenizer_may_be_given_by_its_folder_and_its_end_of_text_be_named(tmp
     assert code == 2
     has(only(problems), '"<halt>"', "name one")
     assert not (tmp_path / "three").exists()
-
-
-def test_what_a_killed_call_has_left_is_said_and_the_next_one_works(tmp_path, texts, run):
-    (tmp_path / ".out-killed").mkdir()
-    (tmp_path / ".out-killed" / "train.bin").write_bytes(b"half")
-    _, said = run(prepare_data, texts, "--out", tmp_path / "out", "--vocab_size", 300)
-    assert said.err.count(f"note: {tmp_path / '.out-killed'} is of a call that has not finished") == 1
-    assert (tmp_path / "out" / "train.bin").exists()
-    assert (tmp_path / ".out-killed" / "train.bin").read_bytes() == b"half"  # it may still run

@@ -156,7 +156,7 @@ def test_losses_and_balance_of_several_runs_are_drawn_over_tokens(two_runs, tmp_
     assert [line.get_ydata()[-1] for line in balance.lines] == [0.456, 0.111]
 
 
-def test_tokens_of_a_run_with_a_batch_ramp_are_those_of_its_stages_as_last_resumed(two_runs, tmp_path):
+def test_tokens_of_a_run_with_batch_size_warmup_are_those_of_its_stages_as_last_resumed(two_runs, tmp_path):
     record = json.loads((tmp_path / "small" / "run.json").read_text())
     ramp = [{"samples": 1, "last_step": 12}, {"samples": 2, "last_step": 20}]
     (tmp_path / "small" / "resumes.jsonl").write_text(json.dumps({**record, "run": {"batch_ramp": ramp}}) + "\n")

@@ -62,7 +62,7 @@ def test_the_ranks_together_train_on_the_same_samples_however_many_there_are(tmp
     assert first != second
 
 
-def test_the_steps_of_a_ramp_take_the_samples_in_order_on_any_number_of_ranks(tmp_path):
+def test_the_steps_of_a_batch_size_warmup_take_the_samples_in_order_on_any_number_of_ranks(tmp_path):
     source = train_data(tmp_path)
     for micro_batch, world_size in ((4, 1), (2, 2), (1, 4), (1, 2)):
         shape = BatchShape(micro_batch, 8 // (micro_batch * world_size), world_size, 10, stages=((4, 2),))

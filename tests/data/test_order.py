@@ -4,14 +4,12 @@ import bisect
 import functools
 import itertools
 import math
-import tracemalloc
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from refusals import has, refusal
 
-from megamoe.data import order as order_module
 from megamoe.data.order import MIX_BLOCK, SampleOrder, permute
 
 # --- the permutation ---
@@ -28,13 +26,6 @@ def test_permute_is_a_bijection():
 
 def walk(order, start, count):
     return [order.at(position) for position in range(start, start + count)]
-
-
-def test_each_epoch_visits_each_sample_once_in_another_order():
-    order = SampleOrder.of([97], [1.0], seed=3)
-    epochs = [tuple(sample for _, sample in walk(order, 97 * epoch, 97)) for epoch in range(50)]
-    assert all(sorted(epoch) == list(range(97)) for epoch in epochs)
-    assert len(set(epochs)) == 50
 
 
 def test_each_corpus_is_walked_through_before_it_begins_again():
@@ -73,23 +64,6 @@ def test_shares_are_those_of_the_largest_remainder():
 def test_a_weight_too_small_for_one_position_is_refused():
     has(refusal(SampleOrder.of, [5, 5], [1.0, 1e-5], 0), "weight 1e-05", "1/4096", "raise it or leave it out")
     assert SampleOrder.of([5, 5], [1.0, 1 / 4095], 0).shares == (4095, 1)
-
-
-def test_a_position_far_away_in_a_huge_corpus_needs_neither_memory_nor_a_search(monkeypatch):
-    hashes = []
-    plain = order_module._stir
-    monkeypatch.setattr(
-        order_module, "_stir", lambda state, value: hashes.append(np.size(value)) or plain(state, value)
-    )
-    order = SampleOrder.of([10**9, 10**9 + 7], [1.0, 2.0], seed=11)
-    tracemalloc.start()
-    found = [order.at(10**12 + step) for step in range(20)]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1_000_000  # a block of positions may be kept, an index of samples not
-    assert sum(hashes) < 10 * MIX_BLOCK
-    assert len(set(found)) == 20
-    assert all(0 <= sample < order.sizes[corpus] for corpus, sample in found)
 
 
 # --- the same order in every version ---
@@ -145,22 +119,3 @@ def test_the_order_is_that_of_its_definition_computed_number_by_number(seed, cor
         slots = [0, 1, 2, 4094, 4095, 4096, *draw.integers(0, 4096, 50).tolist()]
         for position in (block * 4096 + slot for slot in slots):
             assert order.at(position) == at_by_definition(order, position), (order.sizes, position)
-
-
-def test_the_order_has_the_numbers_of_the_first_release():
-    assert [permute(index, 1000, 1, 2, 3) for index in range(8)] == [458, 192, 741, 949, 19, 626, 416, 887]
-    single = SampleOrder.of([97], [1.0], seed=3)
-    assert [single.at(position)[1] for position in (0, 1, 2, 96, 97, 98, 4095, 4096, 10**12)] == [
-        90,
-        77,
-        14,
-        2,
-        32,
-        31,
-        47,
-        82,
-        18,
-    ]
-    mix = SampleOrder.of([500, 30, 10**9], [3.0, 1.0, 2.0], seed=6)
-    places = [mix.at(position) for position in (0, 1, 2, 3, 4095, 4096, 4097, 10**12)]
-    assert places == [(0, 151), (0, 390), (1, 13), (0, 395), (1, 24), (0, 249), (0, 369), (1, 27)]

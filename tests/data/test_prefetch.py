@@ -74,21 +74,6 @@ def test_an_error_is_raised_as_itself_at_the_step_that_it_belongs_to(start):
     assert caught.value is error
 
 
-def test_an_error_in_a_step_that_is_never_asked_for_is_not_raised_and_no_thread_stays():
-    failed = threading.Event()
-
-    def make(step):
-        if step == 2:
-            failed.set()
-            raise UserError("token id 77")
-        return []
-
-    with Prefetcher(make, CPU) as batches:
-        batches.step(1)
-        assert failed.wait(DEADLINE)
-    assert not threads()
-
-
 def test_an_error_does_not_wait_for_what_the_thread_makes():
     begun, goes_on = threading.Event(), threading.Event()
 

@@ -126,7 +126,7 @@ def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follo
     assert [of_all_ranks(further, number) for number in (0, 1)] == [samples_of(step, folder) for step in (20, 21)]
 
 
-def test_with_a_batch_ramp_a_run_that_went_back_goes_on_as_one_that_resumes_there(tmp_path):
+def test_with_batch_size_warmup_a_run_that_went_back_goes_on_as_one_that_resumes_there(tmp_path):
     run = {**write_inputs(tmp_path, ds_of_samples(8, 2)), **GUARD, "batch_ramp": ["2:4", "4:14"]}
     whole = run_ranks(1, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "whole")})[0][0]
     # Step 12 reads the data of step 15, with as many samples.

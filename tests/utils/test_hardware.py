@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamoe.utils import hardware
-from megamoe.utils.hardware import Peak, measured_flops, memory_gib, peak_flops
+from megamoe.utils.hardware import Peak, measured_flops, peak_flops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,18 +52,6 @@ def test_a_measurement_takes_less_than_half_a_second_at_any_rate(monkeypatch, ra
     assert sizes[-1] == 1024 or rate < 46e9
 
 
-def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
-    seconds = iter([9.0, 0.02, 0.01, 0.03, *[0.04] * 99])  # the first loads libraries
-    found, *_ = measured_with(monkeypatch, lambda size: next(seconds))
-    assert found == 2 * 128**3 / 0.01
-
-
-def test_a_gpu_is_measured_where_its_rate_has_stopped_growing(monkeypatch):
-    rates = {128: 1e13, 256: 3e13, 512: 9e13, 1024: 2e14, 2048: 3e14, 4096: 3.01e14}
-    found, sizes, _ = measured_with(monkeypatch, lambda size: 2 * size**3 / rates[size], "cuda")
-    assert (found, sizes) == (pytest.approx(3.01e14), list(rates))
-
-
 def test_a_gpu_without_memory_for_a_larger_product_has_the_rate_before(monkeypatch):
     def seconds(size):
         return torch.OutOfMemoryError() if size == 2048 else 2 * size**3 / (1e11 * size)
@@ -73,11 +61,6 @@ def test_a_gpu_without_memory_for_a_larger_product_has_the_rate_before(monkeypat
 
 def test_a_device_without_a_kernel_for_a_dtype_has_the_rate_0(monkeypatch):
     assert measured_with(monkeypatch, lambda size: RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), "cuda")[0] == 0
-
-
-def test_a_peak_says_whether_it_was_measured():
-    assert str(Peak(989e12, is_measured=False)) == "989 TFLOP/s per rank, of the data sheet"
-    assert str(Peak(4.2e11, is_measured=True)) == "420 GFLOP/s per rank, measured, of square matrix products"
 
 
 @pytest.mark.parametrize(
@@ -107,9 +90,3 @@ def test_the_bf16_peak_of_an_unknown_card_or_one_without_bf16_is_measured(monkey
 def test_the_peak_of_a_cpu_is_measured(monkeypatch):
     monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: (device.type, dtype))
     assert peak_flops(torch.device("cpu"), torch.float32) == Peak(("cpu", torch.float32), is_measured=True)
-
-
-def test_memory_on_cpu_is_what_the_process_holds():
-    held = torch.ones(2**26)  # a quarter of a GiB
-    assert 0.25 < memory_gib(torch.device("cpu")) < 32
-    assert held[0] == 1

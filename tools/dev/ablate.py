@@ -43,7 +43,7 @@ from megamoe.config.model import JsonModel, ModelConfig, validate
 from megamoe.config.precision import Precision, precision_of
 from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.config.run import RunConfig, parse_run, parse_stage
-from megamoe.data.ramp import BatchRamp
+from megamoe.data.batch_warmup import BatchWarmup
 from megamoe.formats.config_json import find_preset
 from megamoe.model.costs import parameter_count, train_flops_per_token
 from megamoe.pretrain import check_run
@@ -211,8 +211,8 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     seq_len = trial.options.get("seq_len", trial.model.max_position_embeddings)
     steps = [row["step"] for row in rows]
     stages = stages_of({"batch_ramp": [parse_stage(stage) for stage in trial.options.get("batch_ramp", [])]})
-    ramp = BatchRamp(trial.deepspeed.samples, stages)
-    samples = [ramp.samples_before(step + 1) for step in [0, *steps]]
+    warmup = BatchWarmup(trial.deepspeed.samples, stages)
+    samples = [warmup.samples_before(step + 1) for step in [0, *steps]]
     tokens = [(after - before) * seq_len for before, after in pairwise(samples)]
     return {
         "tokens": sum(tokens),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class BatchRamp:
+class BatchWarmup:
     """How many samples each optimizer step takes; steps count from 1. A function of the step alone, so that positions
     in the data do not depend on ranks or on where a run was resumed."""
 
@@ -25,8 +25,3 @@ class BatchRamp:
             total += samples * (reached - done)
             done = reached
         return total
-
-    def first_difference(self, other: BatchRamp) -> int | None:
-        """The first step that takes another number of samples in `other`; None if no step does."""
-        firsts = sorted({1, *(last + 1 for ramp in (self, other) for _, last in ramp.stages)})
-        return next((step for step in firsts if self.samples_of(step) != other.samples_of(step)), None)

@@ -67,13 +67,13 @@ def on_one_rank(tmp_path_factory):
     return run_ranks(1, train_here, run)[0]
 
 
-def test_a_run_with_a_ramp_logs_its_batch_and_takes_the_samples_of_smaller_batches_first(tmp_path, on_one_rank):
+def test_a_run_with_batch_size_warmup_logs_its_batch_and_takes_small_batches_first(tmp_path, on_one_rank):
     assert [row["batch_size"] for row in on_one_rank["train"]] == [2] * 3 + [4] * 4 + [8] * 4
     small = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 3}
     assert losses(run_ranks(1, train_here, small)[0]) == losses(on_one_rank)[:3]
 
 
-def test_losses_with_a_ramp_are_the_same_on_other_ranks_and_after_a_resume_over_a_boundary_bit_for_bit(
+def test_losses_with_batch_size_warmup_are_the_same_on_other_ranks_and_after_a_resume_over_a_boundary_bit_for_bit(
     tmp_path, on_one_rank
 ):
     run = {**write_inputs(tmp_path, ds_of_samples(8, 1)), **RAMP, "ep_size": 2}
