@@ -39,13 +39,7 @@ from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
 from megamoe.resume import Changes, Start, check_changes, find_start
 from megamoe.run_inputs import RunInputs, open_inputs
-from megamoe.run_record import (
-    describe_initial,
-    describe_products,
-    describe_run,
-    describe_split_dependence,
-    make_record,
-)
+from megamoe.run_record import describe_experts_gemms, describe_initial, describe_run, make_record
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.guard import Guard, GuardSettings
 from megamoe.training.loop import Trainer
@@ -201,11 +195,9 @@ def is_done(checked: Checked) -> bool:
     except UserError as error:
         problems = error.problems
     if step is not None and step >= last_step and not checked.run.auto_resume:
-        ends = checked.recipe.schedule.total_steps is not None
-        end = "--schedule_steps" if checked.run.schedule_steps else "total_num_steps in the DeepSpeed JSON"
-        longer = f"{end}, and --steps if it is given," if ends else "--steps"
         problems.append(
-            f"{folder} is at step {step} already and the run ends at {last_step}; raise {longer} to train on."
+            f"{folder} is at step {step} already and the run ends at {last_step}; to train on, raise --steps and the "
+            "end of the schedule, if it has one."
         )
     raise_on_any_rank(problems)
     if step is None or step < last_step:
@@ -291,17 +283,9 @@ def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list
 
 def restore_guard(config: RunConfig, warmup_steps: int, checkpoint: Path | None) -> Guard:
     """The run's guard as `checkpoint` has it. Collective."""
-    guard = Guard(
-        GuardSettings(
-            mode=config.guard,
-            deviations=config.guard_deviations,
-            window=config.guard_window,
-            margin=config.guard_margin,
-            skips=config.guard_skips,
-            rollbacks=config.guard_rollbacks,
-            warmup=warmup_steps,
-        )
-    )
+    names = ("deviations", "window", "margin", "skips", "rollbacks")
+    settings = {name: getattr(config, f"guard_{name}") for name in names}
+    guard = Guard(GuardSettings(mode=config.guard, warmup=warmup_steps, **settings))
     if checkpoint:
         guard.restore(saved_guard(checkpoint), folders.step_of(checkpoint) or 0)
     return guard
@@ -319,8 +303,7 @@ def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_avera
         f"resumed from {checkpoint}" if checkpoint else None,
         checked.precision.describe(recipe),
         describe_initial(model, start.initial_weights),
-        describe_products(checked.device, recipe.torch_dtype),
-        describe_split_dependence(model),
+        describe_experts_gemms(checked.device, recipe.torch_dtype),
     ]
     if start.is_resuming and not checkpoint:
         lines.append(f"{run.folder} holds no complete checkpoint, so the run begins again at step 0")

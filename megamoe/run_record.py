@@ -104,17 +104,7 @@ def describe_initial(model: ModelConfig, initial_weights: list[Path]) -> str | N
     return f"the model has, for the weights in {directory}, {', '.join(changed)}" if changed else None
 
 
-def describe_products(device: torch.device, dtype: torch.dtype) -> str | None:
+def describe_experts_gemms(device: torch.device, dtype: torch.dtype) -> str | None:
     """What multiplies rows with their experts' weights on this device, where it is not the fastest way."""
     kernel = kernel_for(device, dtype)
-    return None if kernel == "grouped_mm" else f"the experts' products are {DESCRIPTIONS[kernel]}"
-
-
-def describe_split_dependence(model: ModelConfig) -> str | None:
-    """What makes the losses depend on how a step is split over ranks and micro-batches, if anything does."""
-    if model.router_aux_loss_coef and model.router_aux_loss_type == "micro_batch":
-        return (
-            'router_aux_loss_type is "micro_batch": the losses depend on how a step is split over ranks and '
-            'micro-batches; "sequence" and "global_batch" do not'
-        )
-    return None
+    return None if kernel == "grouped_mm" else f"the experts' GEMMs are {DESCRIPTIONS[kernel]}"

@@ -113,7 +113,7 @@ def test_a_run_whose_last_checkpoint_is_verified_is_done(copied):
     assert "is at its last step, 4, already" in said
     results, said = run_and_hear(2, done_here, {**copied, "auto_resume": False, "resume": True})
     assert results == [2, 2]
-    assert "at step 4 already and the run ends at 4; raise total_num_steps" in said
+    assert "at step 4 already and the run ends at 4; to train on, raise --steps" in said
 
 
 @pytest.mark.parametrize("file", ["rank_00001.safetensors", "index.json"])
@@ -180,7 +180,7 @@ def test_a_decay_branches_from_a_middle_checkpoint_of_a_constant_run_in_a_folder
     assert [row["lr"] for row in stable["train"]] == [5e-3] + [1e-2] * 7
     (result,), said = run_and_hear(1, done_here, {**run, "resume": True})
     assert result == 2
-    assert "is at step 8 already and the run ends at 8; raise --steps to train on" in said
+    assert "is at step 8 already and the run ends at 8; to train on, raise --steps" in said
 
     (tmp_path / "branch" / "checkpoints").mkdir(parents=True)  # as docs/schedules.md has it
     for file in (tmp_path / "stable").glob("*.json*"):

@@ -11,7 +11,7 @@ from megamoe import run_record
 from megamoe.config.run import RunConfig
 from megamoe.formats.config_json import preset_of
 from megamoe.pretrain import check_run, first_lines
-from megamoe.run_record import describe_products
+from megamoe.run_record import describe_experts_gemms
 
 
 @pytest.fixture
@@ -31,11 +31,11 @@ def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(li
     assert "\n" not in lines()[0]
 
 
-def test_experts_products_other_than_torchs_one_kernel_are_said(monkeypatch):
+def test_experts_gemms_other_than_torchs_one_kernel_are_said(monkeypatch):
     for kernel, said in (("grouped_mm", None), ("triton", "Triton"), ("loop", "waits for the device")):
         monkeypatch.setattr(run_record, "kernel_for", lambda device, dtype, kernel=kernel: kernel)
-        line = describe_products(torch.device("cpu"), torch.float32)
-        assert (said in line and line.startswith("the experts' products are ")) if said else line is None
+        line = describe_experts_gemms(torch.device("cpu"), torch.float32)
+        assert (said in line and line.startswith("the experts' GEMMs are ")) if said else line is None
 
 
 def test_what_a_preset_changes_of_the_directory_that_a_run_starts_from_is_said(lines, tmp_path):
@@ -48,11 +48,3 @@ def test_what_a_preset_changes_of_the_directory_that_a_run_starts_from_is_said(l
     assert f"for the weights in {directory}, rope_theta 500000.0 in place of 300.0" in line
     assert "aux" not in line
     assert len(lines(preset=str(directory), **options)) == 1
-
-
-def test_a_run_whose_losses_depend_on_its_split_says_so(lines, tmp_path):
-    assert len(lines()) == 1
-    preset = json.loads((tmp_path / "preset.json").read_text())
-    preset |= {"router_aux_loss_coef": 0.1, "router_aux_loss_type": "micro_batch"}
-    (tmp_path / "other.json").write_text(json.dumps(preset))
-    assert 'router_aux_loss_type is "micro_batch"' in lines(preset=str(tmp_path / "other.json"))[1]

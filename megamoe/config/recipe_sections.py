@@ -1,7 +1,7 @@
 """The sections of the DeepSpeed JSON, each with its keys and their kinds.
 
 A key that is not here is an error that names the nearest known one: DeepSpeed ignores it, or has it for ZeRO-3 alone.
-Keys inside flops_profiler are not checked. A default that is None stands for a key that nothing here reads.
+Keys inside flops_profiler and timers are not checked. A default that is None stands for a key that nothing here reads.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ class TopLevel(BatchSizes):
     dump_state: bool = Unread
     steps_per_print: Count = Unread
     flops_profiler: dict[str, Any] = Unread
-    keep_in_fp32_modules: Any = None
     optimizer: Any = None
     scheduler: Any = None
-    timers: Any = None
+    timers: dict[str, Any] = Unread
     bf16: Any = None
     fp16: Any = None
     zero_optimization: Any = None
@@ -132,15 +131,6 @@ class Offload(JsonModel):
     pin_memory: bool = Unread
 
 
-class Timers(JsonModel):
-    throughput: Any = None
-
-
-class Throughput(JsonModel):
-    enabled: bool = Unread
-    synchronized: bool = Unread
-
-
 class DataTypes(JsonModel):
     grad_accum_dtype: Dtype | None = None
 
@@ -152,8 +142,6 @@ SECTIONS: dict[str, type[JsonModel]] = {
     "zero_optimization": Zero,
     "zero_optimization.offload_optimizer": Offload,
     "data_types": DataTypes,
-    "timers": Timers,
-    "timers.throughput": Throughput,
     "optimizer": Optimizer,
     "optimizer.params": OptimizerParams,
 }

@@ -39,7 +39,7 @@ class RunFolder:
         Raises UserError where another process trains in it.
 
         Args:
-            waits: for a process that may be about to exit, also on this host.
+            waits: for a process that may be about to exit, or a host that a file server may have lost.
         """
         self.path = path
         self._waits = waits
@@ -145,7 +145,6 @@ def _lock(folder: Path, waits: bool) -> IO[str] | None:
         file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the lock
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another --run_dir.") from None
-    kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     deadline, said = time.monotonic() + LEASE_SECONDS, False
     while True:
         try:
@@ -159,12 +158,9 @@ def _lock(folder: Path, waits: bool) -> IO[str] | None:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
         file.seek(0)
-        holder, _, its_kernel = file.read().strip().partition("; kernel ")
-        # The lock of a process of this kernel ends with it at once.
-        if (its_kernel == kernel and not waits) or time.monotonic() > deadline:
-            raise UserError(
-                f"{folder} is in use by {holder or 'another run'}; wait for its end, or choose another --run_dir."
-            )
+        holder = file.read().strip() or "another run"
+        if not waits or time.monotonic() > deadline:
+            raise UserError(f"{folder} is in use by {holder}; wait for its end, or choose another --run_dir.")
         if not said:
             print(f"waiting up to {LEASE_SECONDS} s for {folder}, in use by {holder}", file=sys.stderr, flush=True)
             said = True
@@ -172,6 +168,6 @@ def _lock(folder: Path, waits: bool) -> IO[str] | None:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.seek(0)
     file.truncate()
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}; kernel {kernel}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
     file.flush()
     return file

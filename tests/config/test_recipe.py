@@ -136,7 +136,6 @@ REFUSED = [
     ({"fp16": {"enabled": True}, "bf16.enabled": "auto"}, ["given twice"]),
     ({"gradient_clipping": "1.0"}, ['gradient_clipping" is "1.0"', "in quotes", "number"]),
     ({"communication_data_type": "foo"}, ['communication_data_type" is "foo"', "bf16"]),
-    ({"timers": {"througput": {"enabled": False}}}, ["througput", '"throughput"']),
     ({"optimizer": {"type": "Muon", "params": 5}}, ["params", "5"]),
     ({"comms_logger": {"enabled": True}}, ['"comms_logger"', "tools/plan.py", "leave it out"]),
     ({"activation_checkpointing": {"x": True}}, ['"activation_checkpointing"', "--recompute_blocks", "leave it out"]),
@@ -165,7 +164,6 @@ def test_what_can_be_run_has_no_problem():
         {**MIXED, "bf16.enabled": False},
         {"zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_scatter": False}},
         {**FP16, "fp16.loss_scale": 128},
-        {"timers": {"throughput": {"enabled": True, "synchronized": False}}},
         {"wandb": {"enabled": False}},
         {"zero_optimization.reduce_bucket_size": 5e8, "scheduler.params.total_num_steps": 1e4},
     ):
