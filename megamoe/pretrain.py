@@ -25,7 +25,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.precision import Precision, find_precision
 from megamoe.config.recipe import Choice, Recipe, parse_recipe
 from megamoe.config.run import RunConfig, parse_run
-from megamoe.config.run_checks import length_problems, run_problems, task_problems
+from megamoe.config.run_checks import length_problems, run_problems
 from megamoe.data.batches import BatchShape
 from megamoe.evaluation.held_out import Evaluator
 from megamoe.evaluation.tasks import TaskEvaluator
@@ -142,7 +142,7 @@ def check_run(
         leads: this rank locks the run folder, and checks what the run resumes or starts from, for all ranks.
         scans: this rank checks the tokens of the corpora, for all ranks of its host.
     """
-    problems = Problems(task_problems(run))
+    problems = Problems()
     start = find_start(run, problems) if leads else Start()
     recipe = _recipe_of(run, problems, world_size, device.type == "cpu", precision.choice)
     model: ModelConfig = problems.attempt(find_preset, run.preset)
@@ -307,7 +307,8 @@ def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_avera
     ]
     if start.is_resuming and not checkpoint:
         lines.append(f"{run.folder} holds no complete checkpoint, so the run begins again at step 0")
-    lines += checked.changes.lines(first)
+    if checked.changes.schedule:
+        lines.append(f"the schedule changes after step {first} {checked.changes.schedule}")
     if checkpoint:
         lines.append(describe_change(first, checked.changes.ema_decay_before, run.ema_decay, has_average))
     return [line for line in lines if line]

@@ -45,10 +45,6 @@ class Changes:
     schedule: str | None = None  # from what to what
     ema_decay_before: float | None = None
 
-    def lines(self, step: int) -> list[str]:
-        """What the log says of them after step `step`."""
-        return [f"the schedule changes after step {step} {self.schedule}"] if self.schedule else []
-
 
 # --- the start ------------------------------------------------------------------------------------------------------
 

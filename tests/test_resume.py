@@ -181,7 +181,6 @@ def test_another_schedule_is_welcome_on_resume_alone(inputs, tmp_path, before, a
     write_ds(tmp_path, after)
     changes = check(run).changes
     assert said in changes.schedule
-    assert changes.lines(3) == [f"the schedule changes after step 3 {changes.schedule}"]
     has(problem({**inputs, "auto_resume": True}), "give --resume to continue with the new schedule")
     write_ds(tmp_path, wrong)
     has(problem(run), "holds a run with optimization")

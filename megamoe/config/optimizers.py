@@ -7,19 +7,11 @@ in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from typing import Literal
 
 import torch
 
 MASTERS = "fp32"  # the name of the fp32 masters, where others are those of state tensors
-
-
-class Of(Enum):
-    """The parameters that have a state tensor."""
-
-    ALL = "all"
-    MATRICES = "matrices"  # of attention, MLPs and experts: `is_projection` of `model/names.py`
-    OTHERS = "others"
 
 
 @dataclass(frozen=True)
@@ -28,7 +20,7 @@ class StateTensor:
 
     name: str  # key in torch's state of the optimizer, and file in a Universal Checkpoint
     dtype: torch.dtype = torch.float32
-    of: Of = Of.ALL
+    of: Literal["all", "matrices", "others"] = "all"  # matrices: `is_projection` of `model/names.py`
     begins_late: bool = False  # a checkpoint without it is restored, and it begins there
 
 
@@ -51,12 +43,12 @@ class OptimizerSpec:
     @property
     def splits_matrices(self) -> bool:
         """Whether it treats matrices in another way than the other parameters, as Muon does."""
-        return any(tensor.of is not Of.ALL for tensor in self.state)
+        return any(tensor.of != "all" for tensor in self.state)
 
     def state_of(self, is_matrix: bool) -> list[StateTensor]:
         """Of a matrix, or of another parameter."""
-        absent = Of.OTHERS if is_matrix else Of.MATRICES
-        return [tensor for tensor in self.state if tensor.of is not absent]
+        absent = "others" if is_matrix else "matrices"
+        return [tensor for tensor in self.state if tensor.of != absent]
 
     def state_bytes(self, is_matrix: bool) -> int:
         """Bytes of state per weight, beyond the fp32 master."""
@@ -88,9 +80,9 @@ OPTIMIZERS = [
         names=("Muon",),
         params=frozenset({"lr", "adam_lr", "muon_lr", "momentum", "betas", "eps", "weight_decay"}),
         state=(
-            StateTensor("momentum_buffer", of=Of.MATRICES),
-            StateTensor("exp_avg", of=Of.OTHERS),
-            StateTensor("exp_avg_sq", of=Of.OTHERS),
+            StateTensor("momentum_buffer", of="matrices"),
+            StateTensor("exp_avg", of="others"),
+            StateTensor("exp_avg_sq", of="others"),
         ),
     ),
 ]  # fmt: skip

@@ -228,17 +228,16 @@ def _zero(m: Any) -> Iterator[str]:
     for key in ("contiguous_gradients", "reduce_scatter"):
         if zero.stage == 2 and not getattr(zero, key):
             yield f"zero_optimization.{key} is false, but ZeRO-2 with experts needs it; set it to true."
-    for key in ("round_robin_gradients", "elastic_checkpoint"):
-        if getattr(zero, key):
-            yield (
-                f"zero_optimization.{key} is true, but then a checkpoint does not say which values are whose and could "
-                "not be resumed on other ranks; leave it out."
-            )
+    if zero.round_robin_gradients:
+        yield (
+            "zero_optimization.round_robin_gradients is true, but then a checkpoint does not say which values are "
+            "whose and could not be resumed on other ranks; leave it out."
+        )
 
 
 def _offloads(m: Any) -> bool:
     """As `Zero.offloads_optimizer`, of a section that may be wrong."""
-    return m.zero_optimization.cpu_offload or m.zero_optimization_offload_optimizer.device != "none"
+    return m.zero_optimization_offload_optimizer.device != "none"
 
 
 def _sums(m: Any) -> Iterator[str]:

@@ -80,8 +80,6 @@ class Bf16(JsonModel):
     enabled: bool = False
     check_grad_overflow: bool = True
     immediate_grad_update: bool = Unread
-    bf16_optimizer_states: bool = False
-    bf16_master_weights_and_grads: bool = False
 
 
 class Fp16(JsonModel):
@@ -93,7 +91,6 @@ class Fp16(JsonModel):
     min_loss_scale: Number = Unread
     auto_cast: bool = Unread
     consecutive_hysteresis: bool = Unread
-    fp16_master_weights_and_grads: bool = False
 
 
 class Zero(JsonModel):
@@ -103,10 +100,8 @@ class Zero(JsonModel):
     overlap_comm: bool = False
     reduce_bucket_size: Whole = 500_000_000
     use_multi_rank_bucket_allreduce: bool = True
-    cpu_offload: bool = False
     offload_optimizer: Any = None
     round_robin_gradients: bool = False
-    elastic_checkpoint: bool = False
     allgather_partitions: bool = Unread
     allgather_bucket_size: Whole = Unread
     ignore_unused_parameters: bool = Unread
@@ -123,7 +118,7 @@ class Zero(JsonModel):
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's states and its step are the host's; DeepSpeed does the same under every device that
         it offloads to with ZeRO-1 and ZeRO-2."""
-        return self.cpu_offload or (self.offload_optimizer or {}).get("device", "none") != "none"
+        return (self.offload_optimizer or {}).get("device", "none") != "none"
 
 
 class Offload(JsonModel):

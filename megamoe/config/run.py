@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from megamoe.config import cli
 from megamoe.config.model import validate
@@ -49,8 +49,8 @@ def parse_stage(value: Any) -> Any:
     """`SAMPLES:STEP` from the command line."""
     if not isinstance(value, str):
         return value
-    if not re.fullmatch(r"\d+:\d+", value):
-        raise ValueError(f"{value!r} is no stage; write SAMPLES:STEP.")
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", value):
+        raise ValueError(f"{value!r} is no stage; write SAMPLES:STEP, numbers above 0.")
     return tuple(map(int, value.split(":")))
 
 
@@ -75,20 +75,6 @@ def parse_held_out(value: Any) -> Any:
     last = last.with_suffix("") if last.suffix in (".bin", ".idx") else last
     found = last.parent.name if last.name in ("train", "valid") else last.name
     return {"name": re.sub(r"[^\w.-]", "_", found) or "valid", "path": value}
-
-
-def with_own_names(sources: list[HeldOutSource]) -> list[HeldOutSource]:
-    """Raises ValueError where two have one name, or one has a name of the averaged weights' values in the log."""
-    names = [source.name for source in sources]
-    averaged = next((name for name in names if name == "ema" or name.startswith("ema_")), None)
-    if averaged:
-        raise ValueError(
-            f"a held-out set has the name {averaged}, as values of averaged weights have; write NAME=PATH with another."
-        )
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(f"two held-out sets have the name {twice}; write NAME=PATH with names of their own.")
-    return sources
 
 
 def parse_duration(value: Any) -> Any:
@@ -118,9 +104,7 @@ class RunConfig(BaseModel):
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
     )
-    valid_data: Annotated[
-        list[Annotated[HeldOutSource, BeforeValidator(parse_held_out)]], AfterValidator(with_own_names)
-    ] = Field(
+    valid_data: list[Annotated[HeldOutSource, BeforeValidator(parse_held_out)]] = Field(
         default=[],
         description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
         "folder",
@@ -219,6 +203,25 @@ class RunConfig(BaseModel):
         default=None,
         description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        names = [*(source.name for source in self.valid_data), *self.lm_eval_tasks]
+        problems = [
+            f"valid_data: two held-out sets, or one and a task, have the name {name}; write NAME=PATH with another."
+            for name in dict.fromkeys(names)
+            if names.count(name) > 1
+        ]
+        problems += [
+            f"valid_data: the name {name} is one of averaged weights' values in the log; write NAME=PATH with another."
+            for name in names
+            if name == "ema" or name.startswith("ema_")
+        ]
+        if (self.lm_eval_interval or self.lm_eval_folder) and not self.lm_eval_tasks:
+            problems.append("lm_eval_interval and lm_eval_folder are of tasks, and none is given; add --lm_eval_tasks.")
+        if problems:
+            raise UserError(*problems)
+        return self
 
     @property
     def folder(self) -> Path:

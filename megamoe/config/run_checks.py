@@ -87,12 +87,3 @@ def length_problems(run: RunConfig, schedule: Schedule) -> list[str]:
             f"steps is {run.steps}, but the schedule {where} ends at step {total}; lower --steps or raise {longer}."
         ]
     return []
-
-
-def task_problems(run: RunConfig) -> list[str]:
-    """What does not fit between the options of tasks and held-out sets, one sentence each."""
-    both = {source.name for source in run.valid_data} & set(run.lm_eval_tasks)
-    problems = [f"a held-out set and a task have the name {name}; write NAME=PATH with another." for name in both]
-    if (run.lm_eval_interval or run.lm_eval_folder) and not run.lm_eval_tasks:
-        problems.append("lm_eval_interval and lm_eval_folder are of tasks, and none is given; add --lm_eval_tasks.")
-    return problems

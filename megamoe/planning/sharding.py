@@ -101,9 +101,6 @@ def setup_problems(recipe: Recipe) -> list[str]:
     """What of a DeepSpeed JSON is not modelled, one sentence each."""
     zero = recipe.zero
     unmodelled = {
-        "bf16.bf16_master_weights_and_grads": recipe.bf16.bf16_master_weights_and_grads,
-        "bf16.bf16_optimizer_states": recipe.bf16.bf16_optimizer_states,
-        "fp16.fp16_master_weights_and_grads": recipe.fp16.fp16_master_weights_and_grads,
         "data_types.grad_accum_dtype": zero.stage == 1 and recipe.sum_dtype != recipe.dtype,
         "zero_optimization.contiguous_gradients": zero.stage == 1 and not zero.contiguous_gradients,
         "zero_optimization.reduce_scatter": not zero.reduce_scatter,

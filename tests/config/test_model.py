@@ -59,7 +59,6 @@ def test_margins_are_counted_for_a_bias_that_needs_them():
 def test_an_unknown_preset_names_the_known_ones():
     has(only(refusals(load_preset, "tinny")), "'tinny'", "moe-680m", "tiny", ".json")
     has(only(refusals(load_preset, "no/such.json")), "no/such.json", "tiny")
-    assert "directory" not in only(refusals(load_preset, "tinny"))  # which `find_preset` takes
 
 
 @pytest.mark.parametrize(
@@ -163,8 +162,7 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
         ("--data x=much", ["'x=much'", "PATH=WEIGHT"]),
         *((f"--data x={weight}", ["weight"]) for weight in ("0", "inf")),
         *((f"--time_limit={words}", ["time_limit"]) for words in ("1:30", "0")),
-        ("--batch_ramp 16", ["'16'", "SAMPLES:STEP"]),
-        ("--batch_ramp 0:5", ['"batch_ramp.0.samples" is 0', "greater than 0"]),
+        *((f"--batch_ramp {stage}", [f"'{stage}'", "SAMPLES:STEP"]) for stage in ("16", "0:5")),
     ],
 )
 def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):

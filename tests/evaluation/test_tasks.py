@@ -114,7 +114,7 @@ def test_what_keeps_tasks_from_being_evaluated_is_said_before_the_run(inputs, tm
     has(said, "task broken of lm-evaluation-harness cannot be loaded")
     has(only(problems({**inputs, "lm_eval_folder": "nowhere"})), "nowhere is no folder of tasks")
     own = f"rolling={tmp_path / 'code'}"
-    has(only(problems({**inputs, "valid_data": [own]})), "a held-out set and a task have the name rolling")
+    has(only(problems({**inputs, "valid_data": [own]})), "have the name rolling")
     has(only(problems({**inputs, "lm_eval_tasks": []})), "lm_eval_interval and lm_eval_folder", "--lm_eval_tasks")
     said = problems({**inputs, "lm_eval_tasks": ["chioce", "rolling", "zzzzzz"]})
     has(said[0], 'knows no task "chioce"', 'did you mean "choice"?')

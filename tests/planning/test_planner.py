@@ -52,7 +52,7 @@ def test_a_micro_batch_of_the_command_line_stands_in_place_of_that_of_the_json(t
 
 
 def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
-    ds = ds_config(2, fp16={"fp16_master_weights_and_grads": True})
+    ds = ds_config(2, zero_optimization={"stage": 1, "contiguous_gradients": False})
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     code, out, problems = run(
         monkeypatch, capsys, "--gpus", 10, "--ep_size", 3, "--device", "h1000", "--seq_len", 4096,
@@ -61,7 +61,7 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     assert (code, out) == (2, "")
     sentences(problems)
     for parts in (
-        ("fp16_master_weights_and_grads", "leave it out"),
+        ("contiguous_gradients", "leave it out"),
         ("ep_size is 3", "10 ranks", "divisor"),
         ("ep_size is 3", "8 experts", "divisor"),
         ("seq_len is 4096", "1024", "lower it"),

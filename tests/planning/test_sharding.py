@@ -128,9 +128,6 @@ def test_what_is_not_modelled_is_named():
         ("zero_optimization", "contiguous_gradients", False),
         ("zero_optimization", "reduce_scatter", False),
         ("data_types", "grad_accum_dtype", "bf16"),
-        ("bf16", "bf16_master_weights_and_grads", True),
-        ("bf16", "bf16_optimizer_states", True),
-        ("fp16", "fp16_master_weights_and_grads", True),
     ):
         ds = ds_config(2)
         ds["zero_optimization"]["stage"] = 1
