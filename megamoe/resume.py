@@ -13,7 +13,7 @@ from megamoe.checkpoint import folders
 from megamoe.config.run import RunConfig, Stage
 from megamoe.data.ledger import DataLedger, read_ledger
 from megamoe.utils.errors import Problems, UserError, shown
-from megamoe.utils.run_folder import RunFolder
+from megamoe.utils.run_folder import RunFolder, last_record
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
@@ -88,7 +88,7 @@ def check_changes(run: RunConfig, start: Start, record: dict[str, Any]) -> Chang
     losses."""
     if not start.folder or start.folder.began is None:
         return Changes()
-    last = start.folder.last_record()
+    last = last_record(start.folder.path) or {}
     started_from = start.folder.began.get("run", {}).get("init_from")
     # Once there is a checkpoint it may be left out.
     if started_from != run.init_from and (run.init_from or not start.candidates):

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from corpora import build
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megamoe.config.precision import by_rates
 from megamoe.config.recipe import Recipe, parse_recipe, read_recipe
 from megamoe.config.run import RunConfig
-from megamoe.data.corpus import SplitWriter
 from megamoe.launch.determinism import make_deterministic
 from megamoe.launch.distributed import raise_on_any_rank, this_device
 from megamoe.launch.stopping import StopRequest
@@ -74,10 +74,7 @@ def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None
     if not corpus.exists():
         corpus.mkdir(parents=True)
         for split, tokens in (("train", 6000), ("valid", 600)):
-            writer = SplitWriter(corpus / split, np.int16)
-            ids = np.cumsum(draw.integers(0, 4, tokens)) % PRESET["vocab_size"]
-            writer.add_piece(ids.tolist(), 3 * tokens, True)
-            writer.close()
+            build(corpus / split, np.cumsum(draw.integers(0, 4, tokens)) % PRESET["vocab_size"], np.int16, item=tokens)
     (folder / "preset.json").write_text(json.dumps({**PRESET, **(preset or {})}))
     (folder / "ds.json").write_text(json.dumps(ds))
     return {

@@ -23,8 +23,8 @@ from megamoe.utils import disk
 from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import parse_json, read_json
 
-LOCK = "lock"
-BEGUN = {LOCK, "tokenizer.json", "run.json" + disk.PARTIAL}  # all that a start leaves that was cut off
+LOCK, START, RESUMES = "lock", "run.json", "resumes.jsonl"
+BEGUN = {LOCK, "tokenizer.json", START + disk.PARTIAL}  # all that a start leaves that was cut off
 LEASE_SECONDS = 100  # after which a file server gives up the locks of a host that it does not hear of any more
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MISSES, MISS_SECONDS = 3, 1.0  # a folder that a file server moves or mounts again is absent for a moment
@@ -44,7 +44,7 @@ class RunFolder:
         self.path = path
         self._waits = waits
         self._lock: IO[str] | None = None
-        if _start(path).is_file():
+        if (path / START).is_file():
             self._take_lock()
         self.began = beginning(path)
 
@@ -60,10 +60,6 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {""}
         return not names <= (BEGUN if LOCK in names else set())
 
-    def last_record(self) -> dict[str, Any]:
-        """The record of the last resume, or of the start. Raises UserError."""
-        return last_record(self.path) or {}
-
     def enter(self, record: dict[str, Any], tokenizer: Path | None) -> None:
         """Write the record of a start or a resume, in a folder that stays locked. Raises UserError."""
         try:
@@ -71,16 +67,16 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path} cannot be made ({error.strerror}); choose another --run_dir.") from None
         self._take_lock()
-        if self.began is None and _start(self.path).is_file():
+        if self.began is None and (self.path / START).is_file():
             raise UserError(f"{self.path} has become another run's meanwhile; choose another --run_dir.")
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
         if self.began is not None:
-            with open(_resumes(self.path), "a", encoding="utf-8") as file:
+            with open(self.path / RESUMES, "a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps(record) + "\n")  # a kill can have torn the line before
             return
         if tokenizer:
             shutil.copyfile(tokenizer, self.path / "tokenizer.json")
-        disk.replace_file(_start(self.path), json.dumps(record, indent=2) + "\n")
+        disk.replace_file(self.path / START, json.dumps(record, indent=2) + "\n")
 
     def is_gone(self) -> bool:
         """Whether it has been removed, and perhaps made again, since this process locked it."""
@@ -104,23 +100,15 @@ class RunFolder:
         return uuid.uuid4().hex if self.began is None else self.began.get("run_id")
 
 
-def _start(folder: Path) -> Path:
-    return folder / "run.json"
-
-
-def _resumes(folder: Path) -> Path:
-    return folder / "resumes.jsonl"
-
-
 def beginning(folder: Path) -> dict[str, Any] | None:
     """How the run in a folder began; None where it holds none. Raises UserError."""
-    path = _start(folder)
+    path = folder / START
     return _checked(read_json(path), path) if path.is_file() else None
 
 
 def last_record(folder: Path) -> dict[str, Any] | None:
     """How the run in a folder was last resumed, or began; None where it holds none. Raises UserError."""
-    path = _resumes(folder)
+    path = folder / RESUMES
     content = path.read_bytes() if path.is_file() else b""
     lines = [line for line in content.splitlines() if line]
     if not content.endswith(b"\n"):
@@ -130,10 +118,10 @@ def last_record(folder: Path) -> dict[str, Any] | None:
 
 def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
     for key, kind in (("model", dict), ("run", dict), ("deepspeed", dict), ("versions", dict), ("data", list)):
-        if not isinstance(record, dict) or not isinstance(record.get(key, kind()), kind):
+        if not isinstance(record.get(key, kind()), kind):
             raise UserError(
-                f"{path}: {key} is {shown(record.get(key) if isinstance(record, dict) else record)}, which no run has "
-                "written; bring the file back, or choose another --run_dir."
+                f"{path}: {key} is {shown(record[key])}, which no run has written; bring the file back, or choose "
+                "another --run_dir."
             )
     return record
 

@@ -47,11 +47,6 @@ def test_an_option_given_twice_with_the_same_value_is_fine():
     assert (values.steps, values.data, values.resume) == (3, ["a", "b"], True)
 
 
-def test_a_parser_forgets_the_command_line_before():
-    one = parser()
-    assert [one.parse(["--seed", seed]).seed for seed in ("1", "2")] == ["1", "2"]
-
-
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -78,14 +73,11 @@ def test_all_problems_of_a_command_line_come_at_once():
     def check(values):
         raise UserError(f"steps is {values.steps}; raise it.", "the name is missing; give one.")
 
+    assert parser().parse(["--steps", "3"], lambda values: values.steps + 1) == 4
     with pytest.raises(UserError) as caught:
         parser().parse(["--sede", "3", "--steps", "0"], check)
     assert len(caught.value.problems) == 3
     has(str(caught.value), 'unknown option "--sede"', "steps is 0", "the name is missing")
-
-
-def test_what_checks_the_values_may_turn_them_into_something_else():
-    assert parser().parse(["--steps", "3"], lambda values: values.steps + 1) == 4
 
 
 ENDS = [  # what ends a program, its exit code, and what it says

@@ -11,7 +11,7 @@ import pytest
 
 from megamoe.utils import run_folder
 from megamoe.utils.errors import UserError
-from megamoe.utils.run_folder import RunFolder
+from megamoe.utils.run_folder import RunFolder, last_record
 
 HOLDER = """
 import sys
@@ -101,16 +101,16 @@ def test_a_record_that_was_torn_by_a_kill_is_passed_over(tmp_path):
     RunFolder(tmp_path).enter({"seed": 2}, None)
     with open(tmp_path / "resumes.jsonl", "a") as file:
         file.write('{"seed": 3, "mod')
-    assert RunFolder(tmp_path).last_record()["seed"] == 2
+    assert last_record(tmp_path)["seed"] == 2
     RunFolder(tmp_path).enter({"seed": 4}, None)
-    assert RunFolder(tmp_path).last_record()["seed"] == 4
+    assert last_record(tmp_path)["seed"] == 4
 
 
 def test_a_record_that_is_no_record_is_a_sentence_and_not_passed_over(tmp_path):
     RunFolder(tmp_path).enter({"seed": 1}, None)
     (tmp_path / "resumes.jsonl").write_text('{"seed": 2}\n{"model": 1}\n')
     with pytest.raises(UserError, match="model is 1"):
-        RunFolder(tmp_path).last_record()
+        last_record(tmp_path)
     (tmp_path / "resumes.jsonl").write_text('{"seed": 2}\n{"seed" 1}\n')
     with pytest.raises(UserError, match="not valid JSON"):
-        RunFolder(tmp_path).last_record()
+        last_record(tmp_path)
