@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,10 +26,8 @@ class Corpus(BaseModel):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
-def parse_corpus(value: Any) -> Any:
+def parse_corpus(value: str) -> dict[str, Any]:
     """`PATH` or `PATH=WEIGHT` from the command line."""
-    if not isinstance(value, str):
-        return value
     path, separator, weight = value.rpartition("=")
     if not separator:
         return {"path": value}
@@ -45,10 +44,8 @@ class Stage(NamedTuple):
     last_step: PositiveInt
 
 
-def parse_stage(value: Any) -> Any:
+def parse_stage(value: str) -> tuple[int, ...]:
     """`SAMPLES:STEP` from the command line."""
-    if not isinstance(value, str):
-        return value
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", value):
         raise ValueError(f"{value!r} is no stage; write SAMPLES:STEP, numbers above 0.")
     return tuple(map(int, value.split(":")))
@@ -63,11 +60,9 @@ class HeldOutSource(BaseModel):
     path: str
 
 
-def parse_held_out(value: Any) -> Any:
+def parse_held_out(value: str) -> dict[str, str]:
     """`PATH` or `NAME=PATH` from the command line. A path has its folder's name; one with a "/" before its "=" is
     taken for a path alone."""
-    if not isinstance(value, str):
-        return value
     name, separator, path = value.partition("=")
     if separator and "/" not in name:
         return {"name": name, "path": path}
@@ -77,10 +72,8 @@ def parse_held_out(value: Any) -> Any:
     return {"name": re.sub(r"[^\w.-]", "_", found) or "valid", "path": value}
 
 
-def parse_duration(value: Any) -> Any:
+def parse_duration(value: str) -> float:
     """Seconds of "90" (minutes), "1:30:00" or "2-12:00:00" (days), as Slurm writes them. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
     found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):(\d\d):(\d\d))|(\d+(?:\.\d+)?)", value)
     if not found:
         raise ValueError(f"{value!r} is no time; write minutes, H:MM:SS or D-HH:MM:SS.")
@@ -88,6 +81,10 @@ def parse_duration(value: Any) -> Any:
     if plain:
         return 60 * float(plain)
     return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
+
+
+def _from_text(parse: Callable[[str], Any]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
 class RunConfig(BaseModel):
@@ -99,12 +96,12 @@ class RunConfig(BaseModel):
     preset: str = Field(
         default="moe-680m", description="name of a shipped preset, or path of its JSON or of a Hugging Face directory"
     )
-    data: list[Annotated[Corpus, BeforeValidator(parse_corpus)]] = Field(
+    data: list[Annotated[Corpus, _from_text(parse_corpus)]] = Field(
         default=[Corpus(path="data/shakespeare-2048")],
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
     )
-    valid_data: list[Annotated[HeldOutSource, BeforeValidator(parse_held_out)]] = Field(
+    valid_data: list[Annotated[HeldOutSource, _from_text(parse_held_out)]] = Field(
         default=[],
         description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
         "folder",
@@ -114,7 +111,7 @@ class RunConfig(BaseModel):
     auto_resume: bool = Field(
         default=False, description="resume if the run folder holds a run, else begin: one command for both"
     )
-    time_limit: Annotated[float | None, BeforeValidator(parse_duration)] = Field(
+    time_limit: Annotated[float | None, _from_text(parse_duration)] = Field(
         default=None,
         gt=0,
         description="save and leave before this time since the start: minutes, H:MM:SS or D-HH:MM:SS; the end of a "
@@ -145,7 +142,7 @@ class RunConfig(BaseModel):
         gt=0,
         description="end of the schedule, in place of the DeepSpeed JSON's total_num_steps",
     )
-    batch_ramp: tuple[Annotated[Stage, BeforeValidator(parse_stage)], ...] = Field(
+    batch_ramp: tuple[Annotated[Stage, _from_text(parse_stage)], ...] = Field(
         default=(),
         description="batch-size warmup: fewer samples per step at first, SAMPLES:STEP, the last step with so many, "
         "for each stage",
