@@ -181,7 +181,6 @@ def problems_of_trainers(path):
     return {
         "all at once": problems(ds_config(2, gradient_clipping=-1), 3, hidden_size=30),
         "of a file": problems(path),
-        "no ranks": problems(ds_config(2), 0),
         "DeepSpeed's own": problems(ds_config(2, flops_profiler={"enabled": "maybe"})),
     }
 
@@ -195,7 +194,6 @@ def test_what_a_trainer_cannot_be_built_from_is_said_in_sentences(tmp_path):
     for problem, part in zip(said["all at once"], parts, strict=True):
         assert part in problem
     has(only(said["of a file"]), f"{tmp_path / 'mine.json'}: zero_optimization: stage", "ZeRO-3")
-    has(only(said["no ranks"]), "ep_size is 0")
     has(only(said["DeepSpeed's own"]), "the DeepSpeed JSON: DeepSpeed refuses")
 
 

@@ -3,9 +3,7 @@
 import gzip
 import itertools
 import json
-import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,16 +125,6 @@ def test_what_is_no_json_of_a_text_is_refused_with_its_line(tmp_path):
         assert len(problem) < 500
 
 
-def test_a_packed_file_truncated_between_two_lines_is_refused(tmp_path):
-    squeeze = zstd.ZstdCompressor()
-    lines = [squeeze.compress(json_lines([text]), mode=squeeze.FLUSH_BLOCK) for text in "abc"]
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(b"".join(lines) + squeeze.flush())
-    assert read(path) == ["a", "b", "c"]
-    path.write_bytes(b"".join(lines[:2]))
-    has(refusal(read, path), str(path), "replace the file")
-
-
 def test_a_truncated_or_corrupt_packed_file_is_refused(tmp_path):
     plain = json_lines([random.Random(3).randbytes(200).hex() for _ in range(500)])
     for kind, data in (
@@ -217,12 +205,19 @@ def documents_of(folder, split, tokenizer):
     return texts
 
 
-def test_the_tokens_decode_to_the_documents_of_each_split(tmp_path, tokenizer):
+def test_the_tokens_decode_to_the_documents_of_each_split_and_are_counted(tmp_path, tokenizer):
     out = tmp_path / "out"
     documents = [f"number {number}\n{DOCUMENTS[number % 4]}" for number in range(12)]
-    write_corpus(split_documents(documents, 0.25), tokenizer, out)
-    assert documents_of(out, "valid", tokenizer) == documents[3::4]
-    assert documents_of(out, "train", tokenizer) == [text for number, text in enumerate(documents) if number % 4 != 3]
+    counts = write_corpus(split_documents(documents, 0.25), tokenizer, out)
+    assert json.loads((out / "corpus.json").read_text()) == counts
+    expected = {"train": [text for number, text in enumerate(documents) if number % 4 != 3], "valid": documents[3::4]}
+    for split, texts in expected.items():
+        assert documents_of(out, split, tokenizer) == texts
+        assert counts[split] == {
+            "documents": len(texts),
+            "tokens": (out / f"{split}.bin").stat().st_size // 2,
+            "bytes": sum(len(text.encode()) for text in texts),
+        }
 
 
 def test_a_document_that_names_the_end_of_text_does_not_end_there(tmp_path, tokenizer):
@@ -253,21 +248,6 @@ def test_long_documents_are_cut_at_line_ends_and_stay_one_document(tmp_path, tok
         assert all(piece.endswith("\n") for piece in document[:-1])
         assert all(40 < len(piece) <= 80 for piece in document[:-1])
     assert counts["train"]["documents"] == len(documents)
-    assert counts["train"]["bytes"] == sum(len(text.encode()) for text in documents)
-
-
-def test_counts_are_those_of_the_files_and_of_the_text(tmp_path, tokenizer):
-    out = tmp_path / "out"
-    pairs = [("train", DOCUMENTS[0]), ("valid", DOCUMENTS[1]), ("train", DOCUMENTS[2])]
-    counts = write_corpus(pairs, tokenizer, out)
-    assert json.loads((out / "corpus.json").read_text()) == counts
-    for split, texts in (("train", DOCUMENTS[0:3:2]), ("valid", DOCUMENTS[1:2])):
-        dataset = items(out, split)[1]
-        assert counts[split] == {
-            "documents": len(texts),
-            "tokens": (out / f"{split}.bin").stat().st_size // np.dtype(dataset.dtype).itemsize,
-            "bytes": sum(len(text.encode()) for text in texts),
-        }
 
 
 def words_tokenizer(size):
@@ -282,12 +262,6 @@ def test_the_largest_id_of_a_vocabulary_fits_its_token_type(tmp_path, size, dtyp
     documents, dataset = items(tmp_path / "out", "train")
     assert documents == [[[1, size - 1, 0]]]
     assert dataset.dtype == dtype
-
-
-def test_a_text_that_is_a_pipe_or_a_device_is_refused_unopened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.txt")
-    for path in (tmp_path / "pipe.txt", Path("/dev/zero")):
-        has(refusal(input_files, path), str(path), "not a regular file")
 
 
 def test_no_training_text_or_no_end_of_text_is_refused_and_leaves_nothing(tmp_path, tokenizer):
