@@ -12,16 +12,21 @@ from megamoe.checkpoint.opening import find_checkpoint, open_source
 from megamoe.config import model as config
 from megamoe.config import optimizers
 from megamoe.config.model import load_preset, preset_names
-from megamoe.config.optimizers import OptimizerSpec, StateTensor
+from megamoe.config.optimizers import OptimizerSpec, Params, StateTensor
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import read_setup
 from megamoe.training import sinks
 from megamoe.training.sinks import Sink
 
+
+class SgdParams(Params):
+    momentum: float
+
+
 # torch's own with momentum, which DeepSpeed makes by its name; it counts no steps.
 SGD = OptimizerSpec(
     names=("SGD",),
-    params=frozenset({"lr", "momentum", "weight_decay"}),
+    params=SgdParams,
     state=(StateTensor("momentum_buffer"),),
     counts_steps=False,
 )
@@ -77,5 +82,5 @@ def test_a_preset_is_a_file_an_optimizer_an_entry_and_a_sink_a_class(tmp_path, m
     setup = read_setup(load_preset("made-up"), recipe_of(ds_config(2, **SGD_JSON)), 1, 16, True)
     state = footprint(setup).between
     assert state["optimizer state"] == state["fp32 masters"]  # one tensor in fp32
-    betas = {"type": "SGD", "params": {"betas": [0.9, 0.9]}}
-    has(only(refusals(recipe_of, ds_config(2, optimizer=betas))), "optimizer.params of SGD", '"betas"')
+    betas = {"type": "SGD", "params": {"momentum": 0.9, "betas": [0.9, 0.9]}}
+    has(only(refusals(recipe_of, ds_config(2, optimizer=betas))), "optimizer.params", '"betas"')

@@ -7,9 +7,13 @@ in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
+
+from megamoe.config.model import JsonModel
+from megamoe.config.recipe_sections import Number, Share, Unread
 
 MASTERS = "fp32"  # the name of the fp32 masters, where others are those of state tensors
 
@@ -29,12 +33,45 @@ AVERAGE = StateTensor("ema", begins_late=True)
 AVERAGE_DECAY = "ema_decay"
 
 
+Betas = Annotated[list[Share], Field(min_length=2, max_length=2)]
+
+
+class Params(JsonModel):
+    """Settings of any optimizer; none adds a state, as amsgrad does."""
+
+    lr: Number | None = None
+    weight_decay: Number = Unread
+
+
+class AdamParams(Params):
+    betas: Betas = Unread
+    eps: Number = Unread
+    torch_adam: bool = False
+    adam_w_mode: bool = Unread
+    fused: bool = Unread
+    foreach: bool = Unread
+    bias_correction: bool = Unread
+
+
+class LionParams(Params):
+    betas: Betas = Unread
+
+
+class MuonParams(Params):
+    muon_lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate of the matrices; the scheduler has that of the other parameters, which AdamW takes."""
+    adam_lr: Number | None = None
+    momentum: Share = Unread
+    betas: Betas = Unread
+    eps: Number = Unread
+
+
 @dataclass(frozen=True)
 class OptimizerSpec:
     """One optimizer as DeepSpeed makes it."""
 
     names: tuple[str, ...]  # as optimizer.type in the DeepSpeed JSON
-    params: frozenset[str]  # known keys of optimizer.params; none that adds a state, as amsgrad does
+    params: type[Params]  # as optimizer.params there
     state: tuple[StateTensor, ...]
     counts_steps: bool = True  # keeps the number of its steps, as "step"
     builders: tuple[str, str] | None = None  # DeepSpeed's, of operators for states on the device, and offloaded ones
@@ -58,19 +95,14 @@ class OptimizerSpec:
 OPTIMIZERS = [
     OptimizerSpec(
         names=("Adam", "AdamW"),
-        params=frozenset(
-            {
-                "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused", "foreach",
-                "bias_correction",
-            }
-        ),
+        params=AdamParams,
         state=(StateTensor("exp_avg"), StateTensor("exp_avg_sq")),
         builders=("FusedAdamBuilder", "CPUAdamBuilder"),
     ),
     # https://arxiv.org/abs/2302.06675
     OptimizerSpec(
         names=("Lion",),
-        params=frozenset({"lr", "betas", "weight_decay"}),
+        params=LionParams,
         state=(StateTensor("exp_avg"),),
         builders=("FusedLionBuilder", "CPULionBuilder"),
         offloaded_on_cpu=True,
@@ -78,14 +110,14 @@ OPTIMIZERS = [
     # `training/muon.py`, with DeepSpeed's keys.
     OptimizerSpec(
         names=("Muon",),
-        params=frozenset({"lr", "adam_lr", "muon_lr", "momentum", "betas", "eps", "weight_decay"}),
+        params=MuonParams,
         state=(
             StateTensor("momentum_buffer", of="matrices"),
             StateTensor("exp_avg", of="others"),
             StateTensor("exp_avg_sq", of="others"),
         ),
     ),
-]  # fmt: skip
+]
 
 
 def optimizer_names() -> list[str]:

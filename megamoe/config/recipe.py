@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from megamoe.config.model import validate
-from megamoe.config.optimizers import OptimizerSpec, find_optimizer, optimizer_names
+from megamoe.config.optimizers import OptimizerSpec, Params, find_optimizer, optimizer_names
 from megamoe.config.recipe_sections import (
     REFUSED,
     SECTIONS,
@@ -23,13 +23,12 @@ from megamoe.config.recipe_sections import (
     Bf16,
     Dtype,
     Fp16,
-    OptimizerParams,
     TopLevel,
     Zero,
     refused_problems,
 )  # fmt: skip
 from megamoe.config.schedule import Schedule, parse_schedule
-from megamoe.utils.errors import Problems, SoundFields, UserError, broken_rules, shown, unknown_key
+from megamoe.utils.errors import Problems, SoundFields, UserError, broken_rules, shown
 from megamoe.utils.json_files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -56,7 +55,7 @@ class Recipe:
     sum_dtype: Dtype  # that gradients of several micro-batches are summed in
     communication_dtype: Dtype  # that they are reduced in
     optimizer: OptimizerSpec
-    optimizer_params: OptimizerParams
+    optimizer_params: Params
     schedule: Schedule
 
     @property
@@ -83,7 +82,7 @@ class Recipe:
     def operator_builder(self) -> str | None:
         """Name of DeepSpeed's builder for the operator that it compiles for the optimizer; None where it takes
         torch's."""
-        if not self.optimizer.builders or self.optimizer_params.torch_adam:
+        if not self.optimizer.builders or getattr(self.optimizer_params, "torch_adam", False):
             return None
         return self.optimizer.builders[self.zero.offloads_optimizer]
 
@@ -134,7 +133,9 @@ def parse_recipe(
     sound = SoundFields(dtype=dtype_of(json), has_bf16=dtype_of(values) == "bf16", on_cpu=on_cpu, world_size=world_size)
     if split:
         sound.micro_batch, sound.accumulation = split
-    for name, kind in SECTIONS.items():
+    optimizer: Any = find_optimizer(_section(json, "optimizer.type"))
+    sections = {**SECTIONS, **({"optimizer.params": optimizer.params} if optimizer else {})}
+    for name, kind in sections.items():
         if parsed := found.attempt(validate, kind, _section(json, name), f"{where}: {name}"):
             setattr(sound, name.replace(".", "_"), parsed)
     params: Any = getattr(sound, "optimizer_params", None)
@@ -146,8 +147,6 @@ def parse_recipe(
         problems += found
         return sound
     found.refuse()
-    optimizer = find_optimizer(sound.optimizer.type)
-    assert optimizer
     return Recipe(
         where=where,
         world_size=world_size,
@@ -251,27 +250,17 @@ def _sums(m: Any) -> Iterator[str]:
 
 
 def _known_optimizer(m: Any) -> Iterator[str]:
-    """Names of optimizers and of settings that the table does not have."""
-    kind, given = m.optimizer.type, m.optimizer.params
+    kind = m.optimizer.type
     spec = find_optimizer(kind)
     if kind is None:
         yield '"optimizer.type" is missing; give "optimizer": {"type": "AdamW", "params": {...}}.'
     elif not spec or kind not in spec.names:
         yield f"optimizer.type is {shown(kind)}; use one of {', '.join(optimizer_names())}."
-    elif isinstance(given, dict):
-        for key in given:
-            if key not in spec.params:
-                yield unknown_key(f"optimizer.params of {kind}", key, spec.params)
 
 
 def _optimizer_needs(m: Any) -> Iterator[str]:
-    kind, given = m.optimizer.type, m.optimizer.params or {}
+    kind = m.optimizer.type
     spec = find_optimizer(kind)
-    if spec and spec.splits_matrices and isinstance(given, dict) and "muon_lr" not in given:
-        yield (
-            "optimizer.params.muon_lr is missing; give the peak learning rate of the matrices, such as 0.02: the "
-            "scheduler has that of the other parameters, which AdamW takes."
-        )
     if spec and spec.splits_matrices and _offloads(m):
         yield (
             f"optimizer.type is {shown(kind)}, whose products of matrices an offloaded step would leave to the host's "
@@ -287,7 +276,7 @@ def _optimizer_needs(m: Any) -> Iterator[str]:
 def _one_peak(m: Any) -> Iterator[str]:
     schedule, params = m.schedule, m.optimizer_params
     owner = "optimizer.params.lr" if schedule.decay == "cosine" else "scheduler.params.warmup_max_lr"
-    for key, value in (("lr", params.lr), ("adam_lr", params.adam_lr)):
+    for key, value in (("lr", params.lr), ("adam_lr", getattr(params, "adam_lr", None))):
         if value is not None and value != schedule.peak:
             yield (
                 f"the peak learning rate is given twice, as optimizer.params.{key} {value} and as {owner} "

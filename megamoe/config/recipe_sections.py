@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from megamoe.config.model import JsonModel
 from megamoe.utils.errors import shown
@@ -55,25 +55,6 @@ class TopLevel(BatchSizes):
 class Optimizer(JsonModel):
     type: Any = None
     params: Any = None
-
-
-class OptimizerParams(JsonModel):
-    """Settings of any optimizer; `OptimizerSpec` has the names of those that each takes."""
-
-    model_config = ConfigDict(extra="allow")
-
-    lr: Number | None = None
-    adam_lr: Number | None = None
-    muon_lr: Annotated[float, Field(gt=0)] = Unread
-    momentum: Share = Unread
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Unread
-    eps: Number = Unread
-    weight_decay: Number = Unread
-    torch_adam: bool = False
-    adam_w_mode: bool = Unread
-    fused: bool = Unread
-    foreach: bool = Unread
-    bias_correction: bool = Unread
 
 
 class Bf16(JsonModel):
@@ -138,7 +119,6 @@ SECTIONS: dict[str, type[JsonModel]] = {
     "zero_optimization.offload_optimizer": Offload,
     "data_types": DataTypes,
     "optimizer": Optimizer,
-    "optimizer.params": OptimizerParams,
 }
 
 LOGS = "megamoe always writes losses and MaxVio to tensorboard/ and log.jsonl in the run folder: leave it out"

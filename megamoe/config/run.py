@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -245,7 +244,4 @@ def parse_run(arguments: list[str] | None = None) -> RunConfig:
 
 def _run_of(values: argparse.Namespace) -> RunConfig:
     given = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
-    foreign = [word for word in sys.argv if not word.isascii() and word.encode(errors="replace").decode() != word]
-    if foreign:  # no JSON could hold it
-        raise UserError(f"command line: {foreign[0]!a} is not UTF-8; rename that.")
     return validate(RunConfig, given, "command line")

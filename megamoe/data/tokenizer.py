@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,11 +59,7 @@ def load_tokenizer(path: Path, vocab_size: int | None = None) -> Tokenizer:
         tokenizer = Tokenizer.from_buffer(data)
         tokenizer.no_truncation()  # published files may cut or fill up every text to a model's length
         tokenizer.no_padding()
-        with contextlib.suppress(Exception):  # it need not know every word
-            tokenizer.encode("a", add_special_tokens=False)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and where it panics what is no Exception
+    except Exception as error:  # the library raises bare Exception
         why = " ".join(str(error).split())
         raise UserError(f"tokenizer {path} cannot be read ({why}); give a tokenizer.json of `tokenizers`.") from None
     largest = vocabulary_of(tokenizer) - 1
@@ -95,13 +90,12 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
     Args:
         name: of that token; by default the first of END_OF_TEXT_NAMES that there is.
     """
-    for known in [name] if name is not None else END_OF_TEXT_NAMES:
+    names = END_OF_TEXT_NAMES if name is None else (name,)
+    for known in names:
         token_id = tokenizer.token_to_id(known)
         if token_id is not None:
             return token_id
-    if name is not None:
-        raise UserError(f"the tokenizer has no token {shown(name)} to end a text with; name one that it has.")
     raise UserError(
-        f"the tokenizer has none of the end-of-text tokens {', '.join(END_OF_TEXT_NAMES)}; name its own with "
-        "--end_of_text, or add one of them to it."
+        f"the tokenizer has no end-of-text token {' or '.join(map(shown, names))}; name one of its own with "
+        "--end_of_text."
     )

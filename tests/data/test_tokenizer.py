@@ -65,14 +65,8 @@ def test_a_vocabulary_below_the_bytes_and_end_of_text_is_refused():
 def test_a_missing_or_broken_tokenizer_is_refused(tokenizer, tmp_path):
     for path in (tmp_path / "no.json", tmp_path):
         has(refusal(load_tokenizer, path), str(path), "tokenizer.json")
-    path, whole = tmp_path / "tokenizer.json", json.loads(tokenizer.to_str())
-    # The library breaks down over the last two.
-    broken = (
-        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
-    )
-    changed = [json.dumps({**whole, **change}).encode() for change in broken]
-    for content in (b"", b"{", b"[1, 2]", b'{"a": 1}', b"\xff\xfe", *changed):
+    path = tmp_path / "tokenizer.json"
+    for content in (b"", b"{", b"[1, 2]", b'{"a": 1}', b"\xff\xfe"):
         path.write_bytes(content)
         has(refusal(load_tokenizer, path), str(path), "cannot be read")
 
@@ -114,4 +108,4 @@ def test_the_end_of_text_of_published_tokenizers_is_found():
     for name in END_OF_TEXT_NAMES:
         assert end_of_text_id(Tokenizer(models.WordLevel({"word": 0, name: 7}))) == 7
     problem = refusal(end_of_text_id, Tokenizer(models.WordLevel({"word": 0})))
-    has(problem, *END_OF_TEXT_NAMES, "--end_of_text", "add one")
+    has(problem, *END_OF_TEXT_NAMES, "name one", "--end_of_text")
