@@ -92,7 +92,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def save_state_dict(path: str | Path, out: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write all weights of a model, experts included, by plain names: `torch.load(out, weights_only=True)` opens them.
+    """Write all weights of a model, experts included, by parameter name; `torch.load(out, weights_only=True)` opens it.
 
     Args:
         path: what `load_model` takes; no preset is needed.

@@ -26,7 +26,6 @@ class RunInputs:
 
     data: TrainData
     held_out: list[HeldOut]
-    held_out_sources: list[HeldOutSource]  # of the same, one by one
     tokenizer: Path | None  # of the first corpus
     tasks: Tasks | None  # on the leading rank
 
@@ -68,7 +67,7 @@ def open_inputs(
     tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
     problems.refuse()
     data = TrainData(corpora, [source.weight for source in run.data], run.seed)
-    return RunInputs(data, sets, sources, tokenizer, tasks)
+    return RunInputs(data, sets, tokenizer, tasks)
 
 
 def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[str]:

@@ -85,8 +85,8 @@ def _describe_held_out(inputs: RunInputs) -> str:
         return "no held-out tokens, so nothing is evaluated (--valid_data gives some)"
     several = len(inputs.held_out) > 1
     return ", ".join(
-        f"{one.corpus.num_tokens:,} held-out tokens in {source.path}" + (f" ({one.name})" if several else "")
-        for one, source in zip(inputs.held_out, inputs.held_out_sources, strict=True)
+        f"{one.corpus.num_tokens:,} held-out tokens in {one.corpus.prefix}" + (f" ({one.name})" if several else "")
+        for one in inputs.held_out
     )
 
 

