@@ -29,14 +29,11 @@ MALFORMED = {
     "a number beyond floating point": ('{"a": 1e400}', "not finite"),
     "NaN": ('{"a": NaN}', "NaN is not finite"),
     "Infinity": ('{"a": {"b": -Infinity}}', "-Infinity is not finite"),
-    "an end too early": ('{"a": 1', "line 1"),
     "two documents": ("{}{}", "Extra data"),
     "nothing": ("", "not valid JSON"),
     "a mistake in a line": ('{\n "a": 1,\n "b" 2}', "line 3"),
     "null": ("null", "JSON object"),
     "a list": ("[1, 2]", "list"),
-    "a text": ('"a"', "JSON object"),
-    "a control character": ('{"a": "\n"}', "control character"),
     "zeros": (bytes(100), "not valid JSON"),
 }
 
