@@ -1,41 +1,34 @@
 """Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
 
 Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted. With
---best, micro-batch, accumulation, ep_size and recomputed blocks are those with most tokens/s. With --simulate, one rank
-of that job also runs two steps on this machine's CPU, and what it takes is printed next to what was predicted.
+--best, micro-batch, accumulation, ep_size and recomputed blocks are those with most tokens/s.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import sys
 from operator import itemgetter
 from pathlib import Path
-
-os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported: a simulated rank runs on CPU, GPU or not
 
 from megamoe.config import cli
 from megamoe.config.model import validate
 from megamoe.config.run import RunConfig
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
-from megamoe.planning.report import LIMITS, advice, as_json, assumptions, comparison, payloads, totals
+from megamoe.planning.report import LIMITS, advice, as_json, assumptions, totals
 from megamoe.planning.search import kept_free
-from megamoe.planning.simulate import Measured, simulate
 from megamoe.training.sinks import duration
 from megamoe.utils.errors import Problems
 
 
-def parse(arguments: list[str] | None = None) -> tuple[RunConfig, PlanOptions, Path | None]:
+def parse() -> tuple[RunConfig, PlanOptions, Path | None]:
     """The command line: the run, the plan's options, and where to write it as JSON. Raises UserError."""
-    parser = cli.Parser(prog="plan.py", description="Plan a run on many GPUs: memory, communication, time.")
+    parser = cli.Parser(description="Plan a run on many GPUs: memory, communication, time.")
     cli.add_fields(parser, RunConfig, RUN_OPTIONS)
     cli.add_fields(parser, PlanOptions)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
-    return parser.parse(arguments, check)
+    return parser.parse(check=check)
 
 
 def check(args: argparse.Namespace) -> tuple[RunConfig, PlanOptions, Path | None]:
@@ -121,14 +114,6 @@ def print_choices(plan: Plan) -> None:
     print(f'  a step then has {samples:,} samples; with "train_batch_size" in the JSON the search keeps that number')
 
 
-def print_simulated(plan: Plan, measured: Measured) -> None:
-    print(f"\nrank 0 of {plan.setup.world_size}, run alone on this CPU")
-    print(f"  {'bytes; on CPU, activations differ':38s}{'predicted':>16s}{'measured':>16s}")
-    for name, row in {**comparison(plan, measured), **payloads(plan, measured)}.items():
-        off = row["predicted"] / row["measured"] - 1 if row["measured"] else float(row["predicted"] > 0)
-        print(f"  {name:38s}{row['predicted']:16,d}{row['measured']:16,d}  {off:+.2%}")
-
-
 def main() -> None:
     run, options, file = parse()
     plan = make_plan(run, options)
@@ -147,13 +132,5 @@ def main() -> None:
     print("\nassumed")
     for sentence in assumptions(plan):
         print(f"  {sentence}")
-    measured = None
-    if options.simulate:
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
-            measured = simulate(
-                setup.model, plan.recipe, setup.ep_size, setup.seq_len, setup.recompute_blocks,
-                run.ema_decay,
-            )  # fmt: skip
-        print_simulated(plan, measured)
     if file:
-        file.write_text(json.dumps(as_json(plan, measured), indent=2) + "\n")
+        file.write_text(json.dumps(as_json(plan), indent=2) + "\n")

@@ -1,1 +1,1 @@
-"""Bytes, traffic and time of a step on any number of ranks, predicted and simulated."""
+"""Bytes, traffic and time of a step on any number of ranks, predicted."""

@@ -73,9 +73,6 @@ class PlanOptions(BaseModel):
         default=False,
         description="search for the micro-batch, accumulation, ep_size and recomputed blocks with most tokens/s",
     )
-    simulate: bool = Field(
-        default=False, description="also run one rank on this machine's CPU, and compare what it takes"
-    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     micro = {"train_micro_batch_size_per_gpu": options.micro_batch} if options.micro_batch else {}
 
     def recipe_of(path: str) -> Recipe:
-        return parse_recipe({**read_json(Path(path)), **micro}, path, ranks, on_cpu or options.simulate, auto)
+        return parse_recipe({**read_json(Path(path)), **micro}, path, ranks, on_cpu, auto)
 
     recipe: Recipe = problems.attempt(recipe_of, run.ds_config)
     if recipe:

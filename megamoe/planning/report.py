@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS
-from megamoe.planning.footprint import Footprint, footprint
+from megamoe.planning.footprint import Footprint
 from megamoe.planning.planner import GIB, Plan, batch_keys
 from megamoe.planning.search import Choice
 from megamoe.planning.sharding import parameter_groups
-from megamoe.planning.simulate import Measured
 from megamoe.planning.step_time import Part, StepTime
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE
 
@@ -89,7 +87,7 @@ def assumptions(plan: Plan) -> list[str]:
     return found
 
 
-def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
+def as_json(plan: Plan) -> dict[str, Any]:
     """The plan as an object for a JSON file; sizes in bytes, times in seconds."""
     setup = {key: value for key, value in asdict(plan.setup).items() if key != "model"}
     peak = plan.footprint.peak
@@ -120,8 +118,6 @@ def as_json(plan: Plan, measured: Measured | None) -> dict[str, Any]:
     }
     if plan.choices:
         record["best"] = [choice_as_json(choice) for choice in plan.choices]
-    if measured:
-        record["simulated"] = {"memory": comparison(plan, measured), "payload": payloads(plan, measured)}
     return record
 
 
@@ -166,23 +162,3 @@ def totals(bytes_held: Footprint) -> dict[str, int]:
     """Bytes of each phase of a step at its peak, and at that of the step."""
     phases = {name: getattr(bytes_held, name).total() for name in ("between", "forward", "backward", "step")}
     return {**phases, "peak": bytes_held.peak.total()}
-
-
-def comparison(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
-    """Bytes that the simulated rank took, next to those predicted for a CPU."""
-    setup = replace(plan.setup, on_cpu=True, kernel="grouped_mm")
-    return {
-        name: {"predicted": size, "measured": getattr(measured, name)}
-        for name, size in totals(footprint(setup)).items()
-    }
-
-
-def payloads(plan: Plan, measured: Measured) -> dict[str, dict[str, int]]:
-    """Payload by kind of collective and ranks of its group."""
-    predicted: Counter[tuple[str, int]] = Counter()
-    for one in plan.collectives:
-        predicted[one.kind, one.ranks] += one.payload
-    return {
-        f"{kind} over {ranks}": {"predicted": predicted[kind, ranks], "measured": measured.payload[kind, ranks]}
-        for kind, ranks in sorted(predicted.keys() | measured.payload.keys())
-    }

@@ -1,7 +1,6 @@
 """Predicted bytes and payloads against a real engine's step, measured operation by operation."""
 
 import gc
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -12,6 +11,7 @@ from devices import on_gpus
 from model_parts import PARTS
 from model_parts import SHAPE as PARTS_SHAPE
 from ranks import run_alone, run_new_ranks, run_ranks
+from simulate import measure, one_rank_of, payload_of
 from toy import PRESET, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig, load_preset
@@ -19,7 +19,6 @@ from megamoe.launch.distributed import this_device
 from megamoe.model import grouped_gemm as products
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import parameter_groups, read_setup
-from megamoe.planning.simulate import measure, one_rank_of
 from megamoe.planning.traffic import collectives
 
 # Every token goes to every expert: how many rows travel does not depend on the routing.
@@ -167,9 +166,7 @@ def held_by_gloo(setup, peak):
 @pytest.mark.parametrize(("ranks", "name"), CASES)
 def test_predicted_bytes_and_payload_are_those_of_a_real_step(ranks, name):
     setup = setup_of(ranks, name)
-    payload = Counter()
-    for one in collectives(setup):
-        payload[one.kind, one.ranks] += one.payload
+    payload = payload_of(setup)
     off = 0.015 if setup.world_size == 1 and not setup.recompute_blocks else 0.03  # what garbage is left differs
     for rank, real in enumerate(measured(ranks, name)):
         predicted = footprint(setup, rank)

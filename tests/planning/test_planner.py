@@ -115,7 +115,6 @@ def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
     assert f": {time['advice']}\n" in out
     for sentence in record["assumptions"]:
         assert sentence in out
-    assert "simulated" not in record
 
 
 def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeypatch, capsys):

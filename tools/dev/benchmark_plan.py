@@ -25,6 +25,7 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when DeepSpeed is imported
 
 import torch
+from simulate import one_rank_of
 
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig, load_preset
@@ -35,7 +36,6 @@ from megamoe.launch.cpu import keep_freed_memory
 from megamoe.planning.planner import this_machine
 from megamoe.planning.rates import CPU, Rates
 from megamoe.planning.sharding import Setup, read_setup
-from megamoe.planning.simulate import one_rank_of
 from megamoe.planning.step_time import step_time
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.utils.errors import Problems, UserError
