@@ -2,9 +2,9 @@
 
     python tools/dev/simulate.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json
 
-The options are those of tools/plan.py. The real model and engine run under torch's fake process group, whose collectives
-return at once and move nothing: shapes, memory and payloads are those of the real job, values are not. Every peer seems
-to send what this rank sends.
+The options are those of tools/plan.py. The real model and engine run under torch's fake process group, whose
+collectives return at once and move nothing: shapes, memory and payloads are those of the real job, values are not.
+Every peer seems to send what this rank sends.
 """
 
 from __future__ import annotations
