@@ -1,7 +1,7 @@
 """Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
 
 Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted. With
---best, micro-batch, accumulation, ep_size and recomputed blocks are those with most tokens/s.
+--best, micro-batch, accumulation, ep_size and recompute_blocks are those with most tokens/s.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ def print_time(plan: Plan) -> None:
     print(f"  limited by {LIMITS[time.limit]}: {advice(plan)}")
 
 
-def print_choices(plan: Plan) -> None:
-    print(f"\nbest predicted of {len(plan.choices)} splits that leave {kept_free(plan.setup):.0%} of the memory free")
+def print_splits(plan: Plan) -> None:
+    print(f"\nbest predicted of {len(plan.splits)} splits that leave {kept_free(plan.setup):.0%} of the memory free")
     print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>11s}{'memory':>14s}"
           f"{'tokens/s':>13s}{'MFU':>7s}  limited by")  # fmt: skip
-    for one in plan.choices[:BEST]:
+    for one in plan.splits[:BEST]:
         setup, time = one.setup, one.time
         print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{setup.recompute_blocks:11d} "
               f"{size(one.memory)}{time.tokens_per_second:13,.0f}{time.mfu:7.1%}  {LIMITS[time.limit]}")  # fmt: skip
@@ -124,8 +124,8 @@ def main() -> None:
         f"ZeRO-{setup.zero_stage}; "
         f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"
     )
-    if plan.choices:
-        print_choices(plan)
+    if plan.splits:
+        print_splits(plan)
     print_memory(plan)
     print_communication(plan)
     print_time(plan)

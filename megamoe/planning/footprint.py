@@ -178,22 +178,21 @@ def _step(setup: Setup, reduction: Reduction, rank: int) -> None:
 
 
 def _orthogonalize(setup: Setup, share: MatrixShare, ledger: Ledger) -> None:
-    """What `training/muon.py` allocates: the parts of a cut matrix that come, together with those here, and products of
-    matrices."""
+    """What `training/muon.py` allocates: the parts of a cut matrix that come, with those here, and each batch."""
     if share.is_cut:
-        ledger.allocate("products of matrices", 4 * sum(share.received))
+        ledger.allocate("temporaries of Muon", 4 * sum(share.received))
         if share.tail:
             size = 4 * share.tail.rows * share.tail.columns
-            ledger.allocate("products of matrices", size)
-            ledger.transient("products of matrices", _product_bytes(setup, share.tail))
-            ledger.free("products of matrices", size)
-        ledger.free("products of matrices", 4 * sum(share.received))
+            ledger.allocate("temporaries of Muon", size)
+            ledger.transient("temporaries of Muon", _muon_bytes(setup, share.tail))
+            ledger.free("temporaries of Muon", size)
+        ledger.free("temporaries of Muon", 4 * sum(share.received))
     for run in share.whole:
-        ledger.transient("products of matrices", _product_bytes(setup, run))
+        ledger.transient("temporaries of Muon", _muon_bytes(setup, run))
 
 
-def _product_bytes(setup: Setup, run: Run) -> int:
-    """At the peak of a batch: its matrices in fp32 and in the products' precision, or twice in that with two of the
+def _muon_bytes(setup: Setup, run: Run) -> int:
+    """At the peak of a batch: its matrices in fp32 and in the GEMMs' precision, or twice in that with two of the
     smaller squares."""
     values, square = run.count * run.rows * run.columns, run.count * min(run.rows, run.columns) ** 2
     itemsize = min(setup.weight_bytes, 4)

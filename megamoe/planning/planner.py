@@ -20,7 +20,7 @@ from megamoe.model.grouped_gemm import choose_kernel
 from megamoe.model.placement import placement_problems
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.rates import CPU, GPU, Rates
-from megamoe.planning.search import Choice, best_choices, kept_free
+from megamoe.planning.search import Split, best_splits, kept_free
 from megamoe.planning.sharding import Setup, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
@@ -58,7 +58,7 @@ class PlanOptions(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description=f"share of the peak FLOP/s that the largest products reach (assumed: {GPU.products:g} on a GPU)",
+        description=f"share of the peak FLOP/s that the largest GEMMs reach (assumed: {GPU.gemms:g} on a GPU)",
     )
     link_efficiency: float = Field(
         default=GPU.links, gt=0, le=1, description="share of the links' rates that collectives reach (assumed)"
@@ -71,7 +71,7 @@ class PlanOptions(BaseModel):
     )
     best: bool = Field(
         default=False,
-        description="search for the micro-batch, accumulation, ep_size and recomputed blocks with most tokens/s",
+        description="search for the micro-batch, accumulation, ep_size and recompute_blocks with most tokens/s",
     )
 
 
@@ -86,7 +86,7 @@ class Plan:
     device: Device
     gpus_per_node: int  # all of them, where they share this machine
     rates: Rates
-    choices: list[Choice]  # of a search, best first
+    splits: list[Split]  # of a search, best first
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -143,18 +143,18 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
         run.ema_decay is not None,
     )  # fmt: skip
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
-    choices = _search(setup, device, per_node, rates, recipe) if options.best else []
-    if choices:
-        setup = choices[0].setup
+    splits = _search(setup, device, per_node, rates, recipe) if options.best else []
+    if splits:
+        setup = splits[0].setup
         recipe = recipe.replaced(batch_keys(setup))
-    return Plan(run, options, recipe, setup, device, per_node, rates, choices)
+    return Plan(run, options, recipe, setup, device, per_node, rates, splits)
 
 
 def rates_of(options: PlanOptions) -> Rates:
     """What is assumed, with what the options say instead."""
     rates = replace(CPU if options.device == "cpu" else GPU, links=options.link_efficiency)
     if options.efficiency:
-        rates = replace(rates, products=options.efficiency)
+        rates = replace(rates, gemms=options.efficiency)
     return replace(rates, operator=options.launch_us / 1e6) if options.launch_us else rates
 
 
@@ -166,21 +166,21 @@ def batch_keys(setup: Setup) -> dict[str, int]:
     }
 
 
-def _search(setup: Setup, device: Device, per_node: int, rates: Rates, recipe: Recipe) -> list[Choice]:
+def _search(setup: Setup, device: Device, per_node: int, rates: Rates, recipe: Recipe) -> list[Split]:
     samples = recipe.train_batch_size
-    choices = best_choices(setup, device, per_node, rates, samples)
-    if not choices:
+    splits = best_splits(setup, device, per_node, rates, samples)
+    if not splits:
         kept = f" with {samples} samples per step" if samples else ""
         usable = (1 - kept_free(setup)) * device.memory / GIB
         raise UserError(
             f"nothing{kept} fits in {usable:.1f} GiB on {setup.world_size} ranks; "
             "use more ranks or a shorter --seq_len."
         )
-    return choices
+    return splits
 
 
 def this_machine(ranks: int) -> Device:
-    """One of `ranks` equal shares of this machine, at the rates of a matrix product and of a copy that are measured
+    """One of `ranks` equal shares of this machine, at the rates of a GEMM and of a copy that are measured
     now."""
     cpu = torch.device("cpu")
     rate = measured_bandwidth(cpu) / ranks

@@ -9,7 +9,7 @@ from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS
 from megamoe.planning.footprint import Footprint
 from megamoe.planning.planner import GIB, Plan, batch_keys
-from megamoe.planning.search import Choice
+from megamoe.planning.search import Split
 from megamoe.planning.sharding import parameter_groups
 from megamoe.planning.step_time import Part, StepTime
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE
@@ -18,9 +18,9 @@ from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE
 LIMITS: dict[Part, str] = {
     "launches": "the host, which launches operators",
     "waits": "waits of the host for the device",
-    "products": "matrix products",
+    "gemms": "GEMMs",
     "attention": "attention",
-    "memory": "memory traffic of operators other than products",
+    "memory": "memory traffic of operators other than GEMMs",
     "copies": "DeepSpeed's copies of gradients",
     "exchange": "the exchange of rows between ranks",
     "gradients": "the reduction of gradients",
@@ -31,7 +31,7 @@ LIMITS: dict[Part, str] = {
 ADVICE: dict[Part, str] = {
     "launches": "give a forward pass more tokens (micro-batch)",
     "waits": "give a forward pass more tokens (micro-batch), or train in bf16 on a GPU with one kernel for all experts",
-    "products": "little is left to gain but wider experts or more tokens per expert (a smaller ep_size or more tokens)",
+    "gemms": "little is left to gain but wider experts or more tokens per expert (a smaller ep_size or more tokens)",
     "attention": "shorten the sequences, or widen the heads",
     "memory": "a wider model moves fewer bytes for each of its operations",
     "copies": "give a forward pass more tokens (micro-batch), or raise ep_size",
@@ -60,13 +60,13 @@ def assumptions(plan: Plan) -> list[str]:
         f"{device.name}: {sheet}, {device.flops(plan.setup.weight_bytes) / 1e12:.4g} TFLOP/s dense, "
         f"{device.memory / GIB:.4g} GiB, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
         f"{plan.gpus_per_node} and {device.between / 1e9:.4g} GB/s per GPU between nodes.",
-        f"The largest products reach {rates.products:.0%} of the peak (--efficiency), smaller ones what their tiles "
+        f"The largest GEMMs reach {rates.gemms:.0%} of the peak (--efficiency), smaller ones what their tiles "
         f"and bytes allow, other operators {rates.memory:.0%} of the memory's {device.memory_rate / 1e12:.3g} TB/s, "
         f"collectives {rates.links:.0%} of the links (--link_efficiency) after {LATENCY_INSIDE * 1e6:.0f} us "
         f"({LATENCY_BETWEEN * 1e6:.0f} us between nodes) for each call.",
         f"The host needs {1e6 * rates.operator:g} us for an operator (--launch_us), {1e6 * rates.parameter:g} us more "
         f"for each gradient that DeepSpeed takes, and {1e6 * rates.wait:g} us after the device for what it waits for.",
-        f"The experts' products are {DESCRIPTIONS[plan.setup.kernel]}.",
+        f"The experts' GEMMs are {DESCRIPTIONS[plan.setup.kernel]}.",
         "Every expert gets equally many rows. Reducing gradients hides behind the backward pass where overlap_comm is "
         "set; everything else waits.",
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
@@ -116,24 +116,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "time": {**time_as_json(plan.time), "advice": advice(plan)},
         },
     }
-    if plan.choices:
-        record["best"] = [choice_as_json(choice) for choice in plan.choices]
+    if plan.splits:
+        record["best"] = [split_as_json(split) for split in plan.splits]
     return record
 
 
 def time_as_json(time: StepTime) -> dict[str, Any]:
     return {
-        "phases": [
-            {
-                "name": phase.name,
-                "seconds": phase.seconds,
-                "launches": phase.launches,
-                "device": phase.device,
-                "waits": phase.waits,
-                "limit": phase.limit,
-            }
-            for phase in time.phases
-        ],
+        "phases": [{**asdict(phase), "seconds": phase.seconds, "limit": phase.limit} for phase in time.phases],
         "parts": time.parts,
         "limit": time.limit,
         "step": time.seconds,
@@ -144,16 +134,16 @@ def time_as_json(time: StepTime) -> dict[str, Any]:
     }
 
 
-def choice_as_json(choice: Choice) -> dict[str, Any]:
+def split_as_json(split: Split) -> dict[str, Any]:
     """A split as options and keys of the DeepSpeed JSON, with what is predicted of it."""
     return {
-        "options": {"ep_size": choice.setup.ep_size, "recompute_blocks": choice.setup.recompute_blocks},
-        "ds_config": batch_keys(choice.setup),
+        "options": {"ep_size": split.setup.ep_size, "recompute_blocks": split.setup.recompute_blocks},
+        "ds_config": batch_keys(split.setup),
         "predicted": {
-            "memory": choice.memory,
-            "tokens_per_second": choice.time.tokens_per_second,
-            "mfu": choice.time.mfu,
-            "limit": choice.time.limit,
+            "memory": split.memory,
+            "tokens_per_second": split.time.tokens_per_second,
+            "mfu": split.time.mfu,
+            "limit": split.time.limit,
         },
     }
 

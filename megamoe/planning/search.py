@@ -1,4 +1,4 @@
-"""The best split of a step on given GPUs: micro-batch, accumulation, `ep_size` and recomputed blocks, by prediction."""
+"""The split of a step that is predicted best: micro-batch, accumulation, `ep_size` and `recompute_blocks`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kept_free(setup: Setup) -> float:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Split:
     """A split that fits."""
 
     setup: Setup
@@ -31,10 +31,10 @@ class Choice:
     time: StepTime
 
 
-def best_choices(
+def best_splits(
     setup: Setup, device: Device, gpus_per_node: int, rates: Rates, samples: int | None = None
-) -> list[Choice]:
-    """Every split that fits, with the fewest recomputed blocks that do, most tokens/s first.
+) -> list[Split]:
+    """Every split that fits, with the lowest `recompute_blocks` that does, most tokens/s first.
 
     Args:
         samples: of a step over all ranks, which accumulation keeps; None keeps the accumulation of `setup`.
@@ -47,8 +47,8 @@ def best_choices(
             if blocks is None:
                 break  # nor do more samples fit
             split = replace(split, recompute_blocks=blocks)
-            found.append(Choice(split, _memory(split), step_time(split, device, gpus_per_node, rates)))
-    return sorted(found, key=lambda choice: choice.time.tokens_per_second, reverse=True)
+            found.append(Split(split, _memory(split), step_time(split, device, gpus_per_node, rates)))
+    return sorted(found, key=lambda split: split.time.tokens_per_second, reverse=True)
 
 
 def _ep_sizes(setup: Setup) -> Iterator[int]:

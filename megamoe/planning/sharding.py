@@ -47,7 +47,7 @@ class Setup:
     check_overflow: bool  # an offloaded optimizer asks all ranks for overflows before each step
     on_cpu: bool
     recompute_blocks: int = 0  # blocks of which backward recomputes the activations
-    kernel: Kernel = "grouped_mm"  # of the experts' products
+    kernel: Kernel = "grouped_mm"  # of the experts' GEMMs
     compiled: bool = False  # regions of a block as one kernel each
     average_bytes: int = 0  # of the average of a weight
 

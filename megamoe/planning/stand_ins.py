@@ -23,7 +23,7 @@ def stand_ins(tracer: Tracer, rows: int, loop: bool, on_cpu: bool) -> Iterator[N
     """
     Args:
         rows: that a rank sends to experts, and gets, evenly over ranks and experts.
-        loop: whether the experts' products are a loop.
+        loop: whether the experts' GEMMs are a loop.
         on_cpu: whether RMSNorm and dropout are several operators; on a GPU they are one each way.
     """
 

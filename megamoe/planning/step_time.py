@@ -12,10 +12,10 @@ from typing import Literal, get_args
 
 from megamoe.model.costs import train_flops_per_token
 from megamoe.planning.model_trace import Trace, model_trace
-from megamoe.planning.rates import KERNEL, Rates, attention_seconds, product_seconds
+from megamoe.planning.rates import KERNEL, Rates, attention_seconds, gemm_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
 from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
-from megamoe.planning.work import Product, Work
+from megamoe.planning.work import Gemm, Work
 from megamoe.training.matrix_share import Run
 from megamoe.training.muon import NEWTON_SCHULZ_STEPS
 from megamoe.utils.hardware import Device
@@ -23,7 +23,7 @@ from megamoe.utils.hardware import Device
 Part = Literal[
     "launches",
     "waits",
-    "products",
+    "gemms",
     "attention",
     "memory",
     "copies",
@@ -78,11 +78,11 @@ def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
     return of_whole * whole + (s + wire + (summed if setup.sums_apart else 2 * s)) * owned
 
 
-def newton_schulz(run: Run) -> list[Product]:
-    """The products by which Muon orthogonalizes matrices: each with its transpose, that with itself, and with it."""
+def newton_schulz(run: Run) -> list[Gemm]:
+    """The GEMMs by which Muon orthogonalizes matrices: each with its transpose, that with itself, and with it."""
     small, large = sorted((run.rows, run.columns))
     sizes = ((small, small, large), (small, small, small), (small, large, small))
-    return [Product(*size, groups=run.count, calls=NEWTON_SCHULZ_STEPS) for size in sizes]
+    return [Gemm(*size, groups=run.count, calls=NEWTON_SCHULZ_STEPS) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Step:
 
     def regions(self, blocks: list[Trace]) -> int:
         """Compiled regions that the host calls in one pass of these blocks: around the experts, and between the
-        products of gated ones; one of a dense block."""
+        GEMMs of gated ones; one of a dense block."""
         of_sparse = 2 + self.setup.model.gated_mlp
         return self.setup.compiled * sum(1 if block.is_dense else of_sparse for block in blocks)
 
@@ -228,9 +228,9 @@ class _Step:
         moved = sum(update_bytes(setup, setup.state_bytes_of(group)) * group.partition for group in self.groups)
         rate = self.device.host_memory_rate if setup.offload else self.memory_rate
         batches = self.matrices_of_muon()
-        products = Counter(product for batch in batches for product in newton_schulz(batch))
+        gemms = Counter(gemm for batch in batches for gemm in newton_schulz(batch))
         device: Parts = {
-            "products": self.products_seconds(products),
+            "gemms": self.gemms_seconds(gemms),
             "optimizer": moved / rate,
             "transfers": sum(host_transfers(setup)) / self.device.host / rates.links,
             "weights": self.collectives["update"],
@@ -258,18 +258,18 @@ class _Step:
     def device_parts(self, work: Work) -> Parts:
         """The device's seconds."""
         setup, passes = self.setup, self.setup.accumulation
-        others = work.operators - sum(count * product.calls for product, count in work.products.items())
+        others = work.operators - sum(count * gemm.calls for gemm, count in work.gemms.items())
         least = KERNEL * max(others, 0) if self.device.multiprocessors else 0.0
         attention = attention_seconds(work.attention, setup.model.head_dim, self.device, self.rates, setup.weight_bytes)
         return {
-            "products": passes * self.products_seconds(work.products),
+            "gemms": passes * self.gemms_seconds(work.gemms),
             "attention": passes * attention,
             "memory": passes * (least + work.bytes / self.memory_rate),
         }
 
-    def products_seconds(self, products: Counter[Product]) -> float:
+    def gemms_seconds(self, gemms: Counter[Gemm]) -> float:
         of_each = (
-            count * product_seconds(product, self.device, self.rates, self.setup.weight_bytes)
-            for product, count in products.items()
+            count * gemm_seconds(gemm, self.device, self.rates, self.setup.weight_bytes)
+            for gemm, count in gemms.items()
         )
         return sum(of_each)

@@ -1,4 +1,4 @@
-"""Count what runs without values: operators, products, bytes, and what is alive."""
+"""Count what runs without values: operators, GEMMs, bytes, and what is alive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from megamoe.planning.meter import LiveBytes
-from megamoe.planning.work import Product, Work
+from megamoe.planning.work import Gemm, Work
 
 # Operators that make no kernel.
 VIEWS = {
@@ -111,9 +111,9 @@ class Tracer(LiveBytes):
     def _count(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         work = self.work[self.phase]
         work.operators += 1
-        product = _product(name, args, out)
-        if product:
-            work.products[product] += 1
+        gemm = _gemm(name, args, out)
+        if gemm:
+            work.gemms[gemm] += 1
         elif name in PICKING:
             work.bytes += _bytes((args[1:], out if out is not args[0] else None))
         elif "empty" not in name:  # which writes nothing
@@ -124,19 +124,19 @@ def _bytes(tree: Any) -> int:
     return sum(one.numel() * one.element_size() for one in tree_iter(tree) if isinstance(one, Tensor))
 
 
-def _product(name: str, args: Any, out: Any) -> Product | None:
-    """The product of matrices that an operator is."""
+def _gemm(name: str, args: Any, out: Any) -> Gemm | None:
+    """The GEMM that an operator is."""
     if name in ("mm", "addmm"):
         left, right = args[-2:]
-        return Product(left.shape[0], right.shape[1], left.shape[1])
+        return Gemm(left.shape[0], right.shape[1], left.shape[1])
     if name == "bmm":
         left, right = args
-        return Product(left.shape[1], right.shape[2], left.shape[2], left.shape[0])
+        return Gemm(left.shape[1], right.shape[2], left.shape[2], left.shape[0])
     if name == "_grouped_mm":
         left, right = args[:2]
         if right.dim() == 3:  # rows by group
-            return Product(left.shape[0] / len(right), right.shape[2], right.shape[1], len(right))
-        return Product(left.shape[0], right.shape[1], left.shape[1] / len(out), len(out))
+            return Gemm(left.shape[0] / len(right), right.shape[2], right.shape[1], len(right))
+        return Gemm(left.shape[0], right.shape[1], left.shape[1] / len(out), len(out))
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a device is given to do: operators, matrix products among them, bytes that the others move."""
+"""What a device is given to do: operators, GEMMs among them, bytes that the others move."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Product:
+class Gemm:
     """(rows, inside) times (inside, columns), in `groups` that one kernel takes together."""
 
     rows: float
@@ -31,13 +31,13 @@ class Product:
 class Work:
     """Of one micro-batch on one rank.
 
-    The operators are those that torch dispatches, views left out, with the products among them. The bytes are what the
-    operators read and write, those of the products, of attention and of the exchange between ranks left out.
+    The operators are those that torch dispatches, views left out, with the GEMMs among them. The bytes are what the
+    operators read and write, those of the GEMMs, of attention and of the exchange between ranks left out.
     """
 
     operators: float = 0
     bytes: float = 0
-    products: Counter[Product] = field(default_factory=Counter)  # and how often each is called
+    gemms: Counter[Gemm] = field(default_factory=Counter)  # and how often each is called
     attention: float = 0  # FLOPs of scores and sums of values
     waits: int = 0  # reads of the device by the host
 
@@ -45,7 +45,7 @@ class Work:
         return Work(
             self.operators + other.operators,
             self.bytes + other.bytes,
-            self.products + other.products,
+            self.gemms + other.gemms,
             self.attention + other.attention,
             self.waits + other.waits,
         )

@@ -16,7 +16,7 @@ from toy import PRESET, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.launch.distributed import this_device
-from megamoe.model import grouped_gemm as products
+from megamoe.model import grouped_gemm
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import parameter_groups, read_setup
 from megamoe.planning.traffic import collectives
@@ -180,8 +180,8 @@ def test_predicted_bytes_and_payload_are_those_of_a_real_step(ranks, name):
 
 
 def measure_with_a_loop(values):
-    """With the products of GPUs for which neither torch nor DeepSpeed has one kernel."""
-    with mock.patch.object(products, "kernel_for", return_value="loop"):
+    """With the GEMMs of GPUs for which neither torch nor DeepSpeed has one kernel."""
+    with mock.patch.object(grouped_gemm, "kernel_for", return_value="loop"):
         return measure(*values)
 
 
@@ -209,7 +209,7 @@ def test_a_step_of_a_shipped_preset_takes_the_planned_memory_to_5_percent(device
     model, recipe = load_preset(preset), recipe_of(config("zero2", bucket))
     seq_len = model.max_position_embeddings
     (real,) = run_new_ranks(1, peak_of_a_step, model, recipe, 1, seq_len, device=device)
-    kernel = products.kernel_for(torch.device(device), torch.bfloat16)
+    kernel = grouped_gemm.kernel_for(torch.device(device), torch.bfloat16)
     planned = footprint(read_setup(model, recipe, 1, seq_len, device == "cpu", kernel=kernel)).peak.total()
     record_property("planned GiB", round(planned / 2**30, 2))
     record_property("measured GiB", round(real / 2**30, 2))

@@ -32,7 +32,7 @@ def operators(setup):
 
 
 def flops(work):
-    return sum(count * product.flops for product, count in work.products.items()) + work.attention
+    return sum(count * gemm.flops for gemm, count in work.gemms.items()) + work.attention
 
 
 def computed(model):
@@ -76,7 +76,7 @@ def test_a_gpu_is_given_as_many_operators_as_were_counted_by_hand(preset, ep_siz
 
 
 @pytest.mark.parametrize("preset", ["moe-680m", "qwen3-30b-a3b", "olmoe-7b-a1b", "moonlight-16b-a3b", "tiny-glm"])
-def test_products_and_attention_have_the_operations_that_a_models_costs_say(preset):
+def test_gemms_and_attention_have_the_operations_that_a_models_costs_say(preset):
     model = load_preset(preset)
     setup = setup_of(model, length=256)
     trace = model_trace(setup)
@@ -87,18 +87,18 @@ def test_products_and_attention_have_the_operations_that_a_models_costs_say(pres
     assert 2 * forward < backward < 2.1 * forward  # attention has 2.5 times
 
 
-def test_a_loop_has_a_product_for_each_expert_and_waits_for_the_device():
+def test_a_loop_has_a_gemm_for_each_expert_and_waits_for_the_device():
     setup = setup_of(load_preset("tiny"), ep_size=2)
     plain, loop = (
         model_trace(one).blocks["layers.0"].work["forward"] for one in (setup, replace(setup, kernel="loop"))
     )
     assert flops(loop) == pytest.approx(flops(plain))
     assert (plain.waits, loop.waits) == (1, 3)
-    assert loop.products.total() == plain.products.total() + 2 * 4 - 2
+    assert loop.gemms.total() == plain.gemms.total() + 2 * 4 - 2
 
 
 class Mixing(nn.Module):
-    """A made-up attention: one product, and a sum over the positions before."""
+    """A made-up attention: one GEMM, and a sum over the positions before."""
 
     def __init__(self, width):
         super().__init__()
@@ -109,7 +109,7 @@ class Mixing(nn.Module):
 
 
 class Squared(experts.StackedExperts):
-    """A made-up kind of expert: what lies between the products is squared."""
+    """A made-up kind of expert: what lies between the GEMMs is squared."""
 
     def activate(self, projected):
         return projected * projected

@@ -170,7 +170,7 @@ def test_a_device_has_the_peak_that_mfu_is_measured_by():
         assert plan.time.mfu == pytest.approx(flops / KNOWN_PEAKS[name][0] / plan.time.seconds), name
 
 
-def test_what_the_experts_products_are_is_said():
+def test_what_the_experts_gemms_are_is_said():
     for device, ds, kernel, said in (
         ("h100", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
         ("b200", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
@@ -179,7 +179,7 @@ def test_what_the_experts_products_are_is_said():
     ):
         plan = planned(device=device, ds_config=str(SHIPPED / f"{ds}.json"))
         assert plan.setup.kernel == kernel, (device, ds)
-        has(only([sentence for sentence in assumptions(plan) if "experts' products" in sentence]), said)
+        has(only([sentence for sentence in assumptions(plan) if "experts' GEMMs" in sentence]), said)
 
 
 def said_of_buckets(path):
@@ -228,7 +228,7 @@ def test_auto_is_planned_in_what_this_machine_is_the_faster_in(monkeypatch, caps
 def test_options_take_the_place_of_what_is_assumed():
     assert rates_of(PlanOptions(gpus=1)) == GPU
     given = PlanOptions(gpus=1, efficiency=0.5, link_efficiency=0.6, launch_us=10)
-    assert rates_of(given) == replace(GPU, products=0.5, links=0.6, operator=1e-5)
+    assert rates_of(given) == replace(GPU, gemms=0.5, links=0.6, operator=1e-5)
     assert planned(launch_us=60).time.seconds > 2 * planned().time.seconds
 
 

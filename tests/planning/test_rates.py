@@ -3,25 +3,25 @@ from dataclasses import replace
 
 import pytest
 
-from megamoe.planning.rates import GPU, GROUP, KERNEL, PACKING, attention_seconds, product_seconds
-from megamoe.planning.work import Product
+from megamoe.planning.rates import GPU, GROUP, KERNEL, PACKING, attention_seconds, gemm_seconds
+from megamoe.planning.work import Gemm
 from megamoe.utils.hardware import DEVICES, Device
 
 H100 = DEVICES["h100"]
 TILE = 128 * 256
 
 
-def share(product):
+def share(gemm):
     """Of the peak FLOP/s of an H100 in bf16."""
-    return product.flops / product_seconds(product, H100, GPU, 2) / H100.half_flops
+    return gemm.flops / gemm_seconds(gemm, H100, GPU, 2) / H100.half_flops
 
 
-def test_the_largest_products_come_near_the_share_that_is_assumed():
-    assert 0.74 < share(Product(16384, 16384, 16384)) < GPU.products
+def test_the_largest_gemms_come_near_the_share_that_is_assumed():
+    assert 0.74 < share(Gemm(16384, 16384, 16384)) < GPU.gemms
 
 
 def test_the_share_grows_with_the_size():
-    shares = [share(Product(size, size, size)) for size in (256, 512, 1024, 2048, 4096)]
+    shares = [share(Gemm(size, size, size)) for size in (256, 512, 1024, 2048, 4096)]
     assert shares == sorted(shares)
     assert shares[0] < 0.05
 
@@ -29,7 +29,7 @@ def test_the_share_grows_with_the_size():
 def test_a_row_more_is_a_tile_more_and_a_tile_more_a_wave():
     # Two groups, 8 tiles wide: 8 tiles high they are 128 tiles for 132 multiprocessors, 9 high 144, 16 high 256.
     one, two, full = (
-        product_seconds(Product(rows, 2048, 8192, groups=2), H100, GPU, 2) - KERNEL
+        gemm_seconds(Gemm(rows, 2048, 8192, groups=2), H100, GPU, 2) - KERNEL
         for rows in (8 * 128, 8 * 128 + 1, 16 * 128)
     )
     assert two == pytest.approx(2 * one)
@@ -37,27 +37,27 @@ def test_a_row_more_is_a_tile_more_and_a_tile_more_a_wave():
 
 
 def test_the_inner_dimension_of_few_tiles_is_split():
-    deep = product_seconds(Product(256, 256, 2**16), H100, GPU, 2)
-    in_one_piece = 2 * TILE * 2**16 / (H100.half_flops * GPU.products / 132)
+    deep = gemm_seconds(Gemm(256, 256, 2**16), H100, GPU, 2)
+    in_one_piece = 2 * TILE * 2**16 / (H100.half_flops * GPU.gemms / 132)
     assert deep < in_one_piece / 4
 
 
 def test_small_groups_are_slow():
-    few, many = Product(4096, 2048, 768, groups=2), Product(64, 2048, 768, groups=128)
+    few, many = Gemm(4096, 2048, 768, groups=2), Gemm(64, 2048, 768, groups=128)
     assert few.flops == many.flops
     assert share(many) < share(few) / 2
 
 
-def test_a_product_takes_at_least_its_bytes():
-    one = Product(1, 8192, 8192)
-    assert product_seconds(one, H100, GPU, 2) > one.bytes(2) / H100.memory_rate
+def test_a_gemm_takes_at_least_its_bytes():
+    one = Gemm(1, 8192, 8192)
+    assert gemm_seconds(one, H100, GPU, 2) > one.bytes(2) / H100.memory_rate
 
 
 def test_on_cpu_bytes_and_operations_add_up():
     cpu = Device("CPU", 4e11, 1e11, 1e10, 2e10, 1e9, 1e9, 1e9, 1e9)
-    one = Product(100, 200, 300, groups=2, calls=3)
+    one = Gemm(100, 200, 300, groups=2, calls=3)
     expected = one.flops / (4e11 * 0.5) + 3 * (PACKING * one.bytes(2) / 2e10 + 2 * GROUP * GPU.operator)
-    assert product_seconds(one, cpu, replace(GPU, products=0.5, memory=1.0), 2) == pytest.approx(expected)
+    assert gemm_seconds(one, cpu, replace(GPU, gemms=0.5, memory=1.0), 2) == pytest.approx(expected)
 
 
 def test_attention_is_faster_with_wider_heads():

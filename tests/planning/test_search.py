@@ -7,7 +7,7 @@ from toy import recipe_of, shipped
 from megamoe.config.model import load_preset
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import GPU
-from megamoe.planning.search import MICRO_BATCHES, best_choices, kept_free
+from megamoe.planning.search import MICRO_BATCHES, best_splits, kept_free
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
 from megamoe.utils.hardware import DEVICES
@@ -36,25 +36,25 @@ def test_it_finds_what_trying_everything_finds(samples):
     fitting = [setup for setup in tried if memory(setup) <= (1 - kept_free(SETUP)) * SMALL.memory]
     assert len(fitting) < len(tried)
     best = max(step_time(setup, SMALL, 8, GPU).tokens_per_second for setup in fitting)
-    found = best_choices(SETUP, SMALL, 8, GPU, samples)
+    found = best_splits(SETUP, SMALL, 8, GPU, samples)
     assert found[0].time.tokens_per_second == best
-    rates = [choice.time.tokens_per_second for choice in found]
+    rates = [split.time.tokens_per_second for split in found]
     assert rates == sorted(rates, reverse=True)
-    for choice in found:
-        assert choice.memory == memory(choice.setup) <= (1 - kept_free(SETUP)) * SMALL.memory
+    for split in found:
+        assert split.memory == memory(split.setup) <= (1 - kept_free(SETUP)) * SMALL.memory
         if samples:
-            assert choice.setup.micro_batch * choice.setup.accumulation * 8 == samples
+            assert split.setup.micro_batch * split.setup.accumulation * 8 == samples
 
 
 def test_no_block_is_recomputed_in_vain():
-    found = [choice for choice in best_choices(SETUP, SMALL, 8, GPU) if choice.setup.recompute_blocks]
+    found = [split for split in best_splits(SETUP, SMALL, 8, GPU) if split.setup.recompute_blocks]
     assert found
-    for choice in found:
+    for split in found:
         assert (
-            memory(replace(choice.setup, recompute_blocks=choice.setup.recompute_blocks - 1))
+            memory(replace(split.setup, recompute_blocks=split.setup.recompute_blocks - 1))
             > (1 - kept_free(SETUP)) * SMALL.memory
         )
 
 
 def test_nothing_is_found_where_nothing_fits():
-    assert best_choices(SETUP, replace(SMALL, memory=2**20), 8, GPU) == []
+    assert best_splits(SETUP, replace(SMALL, memory=2**20), 8, GPU) == []

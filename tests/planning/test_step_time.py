@@ -49,9 +49,9 @@ def phases(setup, device=DEVICES["h100"], rates=GPU):
 
 
 def test_a_phase_takes_the_longer_of_host_and_device_and_what_waits():
-    phase = Phase("test", 3.0, {"products": 2.0, "memory": 2.5}, waits=0.5)
+    phase = Phase("test", 3.0, {"gemms": 2.0, "memory": 2.5}, waits=0.5)
     assert (phase.seconds, phase.limit) == (5.0, "memory")
-    assert phase.parts == {"products": 2.0, "memory": 2.5, "waits": 0.5}
+    assert phase.parts == {"gemms": 2.0, "memory": 2.5, "waits": 0.5}
     slow_host = replace(phase, launches=6.0)
     assert slow_host.parts == {"launches": 6.0, "waits": 0.5}
     assert slow_host.limit == "launches"
@@ -168,13 +168,13 @@ def test_an_update_takes_as_long_as_its_bytes():
     assert phases(lion, rates=rates)["update"].seconds == pytest.approx(38 * weights / 3.35e12, rel=1e-4)
 
 
-def test_muon_adds_the_products_of_every_matrix():
+def test_muon_adds_the_gemms_of_every_matrix():
     setup = replace(FULL, muon_bytes=4)
     layer = 2 * [(768, 768)] + 2 * [(256, 768)] + 16 * [(768, 2048)]  # attention; experts, either way round
     flops = 24 * sum(5 * 2 * (2 * small**2 * large + small**3) for small, large in layer)
-    found = phases(setup, SLOW, replace(IDEAL, products=1.0))["update"].device["products"]
+    found = phases(setup, SLOW, replace(IDEAL, gemms=1.0))["update"].device["gemms"]
     assert found == pytest.approx(flops / SLOW.flops(2))
-    assert phases(FULL, SLOW, replace(IDEAL, products=1.0))["update"].device["products"] == 0
+    assert phases(FULL, SLOW, replace(IDEAL, gemms=1.0))["update"].device["gemms"] == 0
     more = phases(setup, rates=replace(IDEAL, operator=1.0))["update"].launches - UPDATE_OPERATORS
     # Keys and values of all layers; queries and outputs, 2**24 values at a time; two stacks of each layer.
     assert more == MUON_OPERATORS * (1 + 2 + 2 * 24)
@@ -200,7 +200,7 @@ def test_an_offloaded_optimizer_waits_for_the_host():
 def test_recomputed_blocks_cost_their_forward_pass_again():
     half = replace(FULL, recompute_blocks=12)
     plain, again = phases(FULL), phases(half)
-    for part in ("products", "attention", "memory"):
+    for part in ("gemms", "attention", "memory"):
         more = again["backward"].device[part] - plain["backward"].device[part]
         assert more == pytest.approx(plain["forward"].device[part] / 2, rel=0.02)  # a little is around the blocks
     assert again["forward"] == plain["forward"]
@@ -226,7 +226,7 @@ def test_zero_1_hides_what_it_reduces_behind_one_micro_batch_only():
     assert hidden(setup, SLOW) == pytest.approx(phases(setup, SLOW)["backward"].seconds / 4)
 
 
-def test_the_host_waits_once_for_rows_and_for_each_looped_product():
+def test_the_host_waits_once_for_rows_and_for_each_looped_gemm():
     rates = replace(IDEAL, wait=1.0)
     waits = [
         phases(replace(FULL, world_size=8, ep_size=ep_size, kernel=kernel), rates=rates)["forward"].waits

@@ -2,26 +2,26 @@ import torch
 from torch import nn
 
 from megamoe.planning.tracer import Tracer
-from megamoe.planning.work import Product
+from megamoe.planning.work import Gemm
 
 
-def test_operators_products_and_the_bytes_of_the_others_are_counted():
+def test_operators_gemms_and_the_bytes_of_the_others_are_counted():
     rows, weight = torch.empty(6, 8, device="meta"), torch.empty(8, 4, device="meta")
     index = torch.empty(6, 1, dtype=torch.int64, device="meta")
     tracer = Tracer(fill=5)
     with tracer:
         tracer.begin("forward", "tensors")
-        product = rows @ weight
-        sums = (product + product).view(24)  # reads both, and writes
-        picked = product.gather(1, index)  # reads an index of 8 bytes for each number that it writes
+        gemm = rows @ weight
+        sums = (gemm + gemm).view(24)  # reads both, and writes
+        picked = gemm.gather(1, index)  # reads an index of 8 bytes for each number that it writes
         assert int(sums[0]) == 5
     work = tracer.work["forward"]
     assert work.operators == 4
-    assert work.products == {Product(rows=6, columns=4, inside=8): 1}
-    assert work.bytes == 3 * product.nbytes + index.nbytes + picked.nbytes
+    assert work.gemms == {Gemm(rows=6, columns=4, inside=8): 1}
+    assert work.bytes == 3 * gemm.nbytes + index.nbytes + picked.nbytes
 
 
-def test_grouped_products_are_those_of_each_group_both_ways():
+def test_grouped_gemms_are_those_of_each_group_both_ways():
     rows = torch.empty(64, 16, device="meta", requires_grad=True)
     weight = torch.empty(4, 32, 16, device="meta", requires_grad=True)
     ends = torch.empty(4, dtype=torch.int32, device="meta")
@@ -31,8 +31,8 @@ def test_grouped_products_are_those_of_each_group_both_ways():
         out = nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
         tracer.begin("backward", "tensors")
         out.sum().backward()
-    assert tracer.work["forward"].products == {Product(16, 32, 16, groups=4): 1}
-    assert tracer.work["backward"].products == {Product(16, 16, 32, groups=4): 1, Product(32, 16, 16, groups=4): 1}
+    assert tracer.work["forward"].gemms == {Gemm(16, 32, 16, groups=4): 1}
+    assert tracer.work["backward"].gemms == {Gemm(16, 16, 32, groups=4): 1, Gemm(32, 16, 16, groups=4): 1}
 
 
 def test_the_gradient_of_each_parameter_is_an_event_at_which_it_is_gone():

@@ -3,7 +3,7 @@
     python tools/dev/benchmark_plan.py --json plan.json          nine rounds, two minutes on one core
 
 One process trains all five models on one thread, a step of each in turn and in alternating order, and takes the time of
-the process, so other load on the host hardly matters. Three constants (the rates of products and of memory, and the
+the process, so other load on the host hardly matters. Three constants (the rates of GEMMs and of memory, and the
 time of an operator) are fitted to the phases of the steps of `tiny` and `small`. What they predict of the others is
 printed as a ratio to the step of `small`, next to the median of the ratios measured in each round.
 """
@@ -45,13 +45,13 @@ ROOT = Path(__file__).parents[2]
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
 # The phases that are measured, as the planner's that each holds.
 PHASES = (("forward", "head and loss"), ("backward",), ("update",))
-# Rates at which nothing takes time, and what each fitted constant is at 1. Attention follows the products: two models
+# Rates at which nothing takes time, and what each fitted constant is at 1. Attention follows the GEMMs: two models
 # tell too little of it apart.
 IDEAL = Rates(
-    products=math.inf, attention=math.inf, memory=math.inf, links=1.0, operator=0.0, region=0.0, parameter=0.0, wait=0.0
+    gemms=math.inf, attention=math.inf, memory=math.inf, links=1.0, operator=0.0, region=0.0, parameter=0.0, wait=0.0
 )
 CONSTANTS = {
-    "products": replace(IDEAL, products=1.0, attention=CPU.attention / CPU.products),
+    "gemms": replace(IDEAL, gemms=1.0, attention=CPU.attention / CPU.gemms),
     "memory": replace(IDEAL, memory=1.0),
     "operator": replace(IDEAL, operator=1.0),
 }
@@ -147,9 +147,9 @@ def fit(setups: list[Setup], measured: list[list[float]], device: Device) -> Rat
     if min(factors) <= 0:
         found = ", ".join(f"{name} {factor:.3g}" for name, factor in zip(CONSTANTS, factors, strict=True))
         raise UserError(f"the measured steps give a constant that is not positive ({found}); give more --rounds.")
-    products, memory, operator = factors
-    attention = CONSTANTS["products"].attention / products
-    return replace(IDEAL, products=1 / products, attention=attention, memory=1 / memory, operator=operator)
+    gemms, memory, operator = factors
+    attention = CONSTANTS["gemms"].attention / gemms
+    return replace(IDEAL, gemms=1 / gemms, attention=attention, memory=1 / memory, operator=operator)
 
 
 def ratios(steps: dict[str, list[float]], over: str) -> dict[str, float]:
@@ -180,8 +180,8 @@ def main() -> None:
     foreseen = ratios({name: [sum(values)] for name, values in expected.items()}, base)
 
     print(
-        f"fitted: products {rates.products * device.half_flops / 1e9:.0f} GFLOP/s, "
-        f"memory {rates.memory * device.memory_rate / 1e9:.1f} GB/s, {rates.products:.2f} and {rates.memory:.2f} of "
+        f"fitted: GEMMs {rates.gemms * device.half_flops / 1e9:.0f} GFLOP/s, "
+        f"memory {rates.memory * device.memory_rate / 1e9:.1f} GB/s, {rates.gemms:.2f} and {rates.memory:.2f} of "
         f"the rates measured alone; operator {1e6 * rates.operator:.1f} us\n\n"
         f"| step over that of {base} | measured | predicted | off |\n|---|---|---|---|"
     )
