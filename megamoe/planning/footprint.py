@@ -17,8 +17,6 @@ from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_
 from megamoe.planning.tracer import Event
 from megamoe.training.matrix_share import MatrixShare, Run
 
-# --- the walk -------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Footprint:
@@ -178,15 +176,12 @@ def _step(setup: Setup, reduction: Reduction, rank: int) -> None:
 
 
 def _orthogonalize(setup: Setup, share: MatrixShare, ledger: Ledger) -> None:
-    """What `training/muon.py` allocates: the parts of a cut matrix that come, with those here, and each batch."""
-    if share.is_cut:
-        ledger.allocate("temporaries of Muon", 4 * sum(share.received))
-        if share.tail:
-            size = 4 * share.tail.rows * share.tail.columns
-            ledger.allocate("temporaries of Muon", size)
-            ledger.transient("temporaries of Muon", _muon_bytes(setup, share.tail))
-            ledger.free("temporaries of Muon", size)
-        ledger.free("temporaries of Muon", 4 * sum(share.received))
+    """What `training/muon.py` allocates: one batch after the other; first, with the parts that come, a cut matrix."""
+    come = 4 * sum(share.received) if share.is_cut else 0
+    ledger.transient("temporaries of Muon", come)
+    if share.tail:
+        tail = 4 * share.tail.rows * share.tail.columns
+        ledger.transient("temporaries of Muon", come + tail + _muon_bytes(setup, share.tail))
     for run in share.whole:
         ledger.transient("temporaries of Muon", _muon_bytes(setup, run))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
@@ -52,90 +52,72 @@ class ModelTrace:
 
 def model_trace(setup: Setup) -> ModelTrace:
     """The trace of a setup's model on one rank, whose experts get equally many rows."""
-    return _Pass(
-        setup.model, setup.ep_size, setup.micro_batch, setup.seq_len, DTYPES[setup.weight_bytes], setup.on_cpu,
-        setup.kernel == "loop", setup.places,
-    ).trace()  # fmt: skip
+    # What a search changes without a change of the trace does not make it anew.
+    return _traced(replace(setup, world_size=setup.ep_size, accumulation=1, recompute_blocks=0))
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """What a trace depends on."""
+@lru_cache
+def _traced(setup: Setup) -> ModelTrace:
+    model, topology = setup.model, setup.topology()
+    with ExitStack() as stack:
+        if setup.on_cpu:
+            stack.enter_context(FakeTensorMode())
+        stack.enter_context(torch.device("cpu" if setup.on_cpu else "meta"))
+        tracer = Tracer(setup.places - setup.rows)
+        gap = partial(_Gap, tracer)
+        with mock.patch.object(decoder, "Block", gap), mock.patch.object(multi_token, "Block", gap):
+            whole = decoder.Decoder(model, seed=None, topology=topology)
+        gaps = {name: module for name, module in whole.named_modules() if isinstance(module, _Gap)}
+        lengths = setup.seq_len, setup.seq_len + model.num_nextn_predict_layers
+        given = [torch.empty(setup.micro_batch, length, dtype=torch.int64) for length in lengths]
+        around = _run(setup, whole, tracer, lambda: whole(*given), given, (AROUND, AROUND))
+        of_kind: dict[Any, Trace] = {}
+        for one in gaps.values():
+            if one.kind not in of_kind:
+                of_kind[one.kind] = _block(setup, Block(model, topology, one.is_dense), *one.given)
+    return ModelTrace(around, {name: of_kind[one.kind] for name, one in gaps.items()})
 
-    model: ModelConfig
-    ep_size: int
-    micro_batch: int
-    seq_len: int
-    dtype: torch.dtype
-    on_cpu: bool
-    loop: bool
-    places: int
 
-    @lru_cache  # noqa: B019  # a search asks for the same ones hundreds of times
-    def trace(self) -> ModelTrace:
-        model, topology = self.model, ExpertTopology(self.model.num_local_experts, self.ep_size, self.ep_size)
-        with ExitStack() as stack:
-            if self.on_cpu:
-                stack.enter_context(FakeTensorMode())
-            stack.enter_context(torch.device("cpu" if self.on_cpu else "meta"))
-            tracer = Tracer(self.places - self.rows)
-            gap = partial(_Gap, tracer)
-            with mock.patch.object(decoder, "Block", gap), mock.patch.object(multi_token, "Block", gap):
-                whole = decoder.Decoder(model, seed=None, topology=topology)
-            gaps = {name: module for name, module in whole.named_modules() if isinstance(module, _Gap)}
-            lengths = self.seq_len, self.seq_len + model.num_nextn_predict_layers
-            given = [torch.empty(self.micro_batch, length, dtype=torch.int64) for length in lengths]
-            around = self.run(whole, tracer, lambda: whole(*given), given, (AROUND, AROUND))
-            of_kind: dict[Any, Trace] = {}
-            for one in gaps.values():
-                if one.kind not in of_kind:
-                    of_kind[one.kind] = self.block(Block(model, topology, one.is_dense), *one.given)
-        return ModelTrace(around, {name: of_kind[one.kind] for name, one in gaps.items()})
+def _block(setup: Setup, block: Block, shape: torch.Size, rotary: Rotary, mask: Tensor | None) -> Trace:
+    anchor, tracer = torch.zeros((), requires_grad=True), Tracer(setup.places - setup.rows)
 
-    @property
-    def rows(self) -> int:
-        """That this rank sends to experts, and gets."""
-        return self.micro_batch * self.seq_len * self.model.num_experts_per_tok
+    def forward() -> Tensor:
+        x = _Begin.apply(anchor, shape, DTYPES[setup.weight_bytes], tracer)
+        return _End.apply(*block(x, rotary, mask, None, None), tracer)
 
-    def block(self, block: Block, shape: torch.Size, rotary: Rotary, mask: Tensor | None) -> Trace:
-        anchor, tracer = torch.zeros((), requires_grad=True), Tracer(self.places - self.rows)
+    given = [one for one in (anchor, *rotary, mask) if one is not None]
+    return _run(setup, block, tracer, forward, given, (ACTIVATIONS, TEMPORARIES))
 
-        def forward() -> Tensor:
-            x = _Begin.apply(anchor, shape, self.dtype, tracer)
-            return _End.apply(*block(x, rotary, mask, None, None), tracer)
 
-        given = [one for one in (anchor, *rotary, mask) if one is not None]
-        return self.run(block, tracer, forward, given, (ACTIVATIONS, TEMPORARIES))
+def _run(
+    setup: Setup,
+    module: nn.Module,
+    tracer: Tracer,
+    forward: Callable[[], Tensor],
+    given: list[Tensor],
+    kinds: tuple[str, str],
+) -> Trace:
+    """Both passes.
 
-    def run(
-        self,
-        module: nn.Module,
-        tracer: Tracer,
-        forward: Callable[[], Tensor],
-        given: list[Tensor],
-        kinds: tuple[str, str],
-    ) -> Trace:
-        """Both passes.
-
-        Args:
-            given: tensors whose bytes are not of this part.
-            kinds: of the bytes that are made in forward and in backward.
-        """
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(self.dtype)
-        tracer.watch(module)
-        for tensor in given:
-            tracer.ignore(tensor)
-        with stand_ins(tracer, self.rows, self.loop, self.on_cpu), tracer:
-            tracer.begin("forward", kinds[0])
-            loss = forward()
-            tracer.mark(END)
-            tracer.begin("backward", kinds[1])
-            loss.backward()
-            if tracer.events["backward"][-1].name != END:
-                tracer.mark(END)  # around the blocks, nothing marks it
-        buffers = sum(buffer.nbytes for buffer in module.buffers())
-        return Trace(tracer.work, tracer.events, buffers, isinstance(module, Block) and module.is_dense)
+    Args:
+        given: tensors whose bytes are not of this part.
+        kinds: of the bytes that are made in forward and in backward.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(DTYPES[setup.weight_bytes])
+    tracer.watch(module)
+    for tensor in given:
+        tracer.ignore(tensor)
+    with stand_ins(setup, tracer), tracer:
+        tracer.begin("forward", kinds[0])
+        loss = forward()
+        tracer.mark(END)
+        tracer.begin("backward", kinds[1])
+        loss.backward()
+        if tracer.events["backward"][-1].name != END:
+            tracer.mark(END)  # around the blocks, nothing marks it
+    buffers = sum(buffer.nbytes for buffer in module.buffers())
+    return Trace(tracer.work, tracer.events, buffers, isinstance(module, Block) and module.is_dense)
 
 
 class _Gap(nn.Module):

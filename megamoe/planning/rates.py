@@ -46,18 +46,17 @@ PACKING, GROUP = 3, 0.25
 
 
 def gemm_seconds(gemm: Gemm, device: Device, rates: Rates, itemsize: int) -> float:
-    """Seconds of all calls of a GEMM: on a GPU the longer of its tiles and of its bytes, on CPU both."""
+    """Seconds of a GEMM: on a GPU the longer of its tiles and of its bytes, on CPU both."""
     moved = gemm.bytes(itemsize) / (device.memory_rate * rates.memory)
     peak = device.flops(itemsize) * rates.gemms
     if not device.multiprocessors:
-        called = GROUP * gemm.groups * rates.operator
-        return gemm.flops / peak + gemm.calls * (PACKING * moved + called)
+        return gemm.flops / peak + PACKING * moved + GROUP * gemm.groups * rates.operator
     computed = _seconds_of_tiles(gemm, device.multiprocessors, peak / device.multiprocessors)
-    return gemm.calls * (KERNEL + max(moved, computed))
+    return KERNEL + max(moved, computed)
 
 
 def _seconds_of_tiles(gemm: Gemm, multiprocessors: int, rate: float) -> float:
-    """Of one call, with the best of the tiles that there are.
+    """With the best of the tiles that there are.
 
     Args:
         rate: FLOP/s of a multiprocessor.

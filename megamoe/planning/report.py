@@ -129,7 +129,6 @@ def time_as_json(time: StepTime) -> dict[str, Any]:
         "step": time.seconds,
         "tokens": time.tokens,
         "tokens_per_second": time.tokens_per_second,
-        "tokens_per_day": time.tokens_per_second * 86_400,
         "mfu": time.mfu,
     }
 

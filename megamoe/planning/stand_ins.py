@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from megamoe.model import grouped_gemm
+from megamoe.planning.sharding import Setup
 from megamoe.planning.tracer import Tracer
 
 
 @contextmanager
-def stand_ins(tracer: Tracer, rows: int, loop: bool, on_cpu: bool) -> Iterator[None]:
-    """
-    Args:
-        rows: that a rank sends to experts, and gets, evenly over ranks and experts.
-        loop: whether the experts' GEMMs are a loop.
-        on_cpu: whether RMSNorm and dropout are several operators; on a GPU they are one each way.
-    """
+def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
+    """Rows go evenly to ranks and experts. RMSNorm and dropout are one operator each way on a GPU, several on CPU."""
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: Any = None, **_: Any
@@ -38,8 +34,8 @@ def stand_ins(tracer: Tracer, rows: int, loop: bool, on_cpu: bool) -> Iterator[N
     def to_list(values: Tensor) -> Any:
         tracer.work[tracer.phase].waits += 1
         if values.dim() == 2:  # rows sent and received
-            return [_even(rows, values.shape[1])] * 2
-        return list(accumulate(_even(rows + tracer.fill, len(values))))  # where each expert's rows end
+            return [_even(setup.rows, values.shape[1])] * 2
+        return list(accumulate(_even(setup.places, len(values))))  # where each expert's rows end
 
     def exchange(*_: Any, **__: Any) -> None:
         with tracer.as_one():
@@ -47,11 +43,11 @@ def stand_ins(tracer: Tracer, rows: int, loop: bool, on_cpu: bool) -> Iterator[N
 
     replaced: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", attention),
-        (FakeTensor if on_cpu else Tensor, "tolist", to_list),
+        (FakeTensor if setup.on_cpu else Tensor, "tolist", to_list),
         (dist, "all_to_all_single", exchange),
-        (grouped_gemm, "kernel_for", lambda *_: "loop" if loop else "grouped_mm"),
+        (grouped_gemm, "kernel_for", lambda *_: "loop" if setup.kernel == "loop" else "grouped_mm"),
     ]
-    if not on_cpu:
+    if not setup.on_cpu:
         replaced += [
             (nn.RMSNorm, "forward", lambda norm, x: _Norm.apply(x, norm.weight, tracer)),
             (F, "dropout", lambda x, p, training, inplace: torch.native_dropout(x, p, training)[0] if p else x),

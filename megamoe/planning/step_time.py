@@ -79,10 +79,10 @@ def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
 
 
 def newton_schulz(run: Run) -> list[Gemm]:
-    """The GEMMs by which Muon orthogonalizes matrices: each with its transpose, that with itself, and with it."""
+    """The GEMMs of a Newton-Schulz step: each matrix with its transpose, that with itself, and that with the matrix."""
     small, large = sorted((run.rows, run.columns))
     sizes = ((small, small, large), (small, small, small), (small, large, small))
-    return [Gemm(*size, groups=run.count, calls=NEWTON_SCHULZ_STEPS) for size in sizes]
+    return [Gemm(*size, groups=run.count) for size in sizes]
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class _Step:
         batches = self.matrices_of_muon()
         gemms = Counter(gemm for batch in batches for gemm in newton_schulz(batch))
         device: Parts = {
-            "gemms": self.gemms_seconds(gemms),
+            "gemms": NEWTON_SCHULZ_STEPS * self.gemms_seconds(gemms),
             "optimizer": moved / rate,
             "transfers": sum(host_transfers(setup)) / self.device.host / rates.links,
             "weights": self.collectives["update"],
@@ -258,7 +258,7 @@ class _Step:
     def device_parts(self, work: Work) -> Parts:
         """The device's seconds."""
         setup, passes = self.setup, self.setup.accumulation
-        others = work.operators - sum(count * gemm.calls for gemm, count in work.gemms.items())
+        others = work.operators - work.gemms.total()
         least = KERNEL * max(others, 0) if self.device.multiprocessors else 0.0
         attention = attention_seconds(work.attention, setup.model.head_dim, self.device, self.rates, setup.weight_bytes)
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -14,15 +14,13 @@ class Gemm:
     columns: float
     inside: float
     groups: int = 1
-    calls: float = 1
 
     @property
     def flops(self) -> float:
-        """Of all calls."""
-        return 2.0 * self.calls * self.groups * self.rows * self.columns * self.inside
+        return 2.0 * self.groups * self.rows * self.columns * self.inside
 
     def bytes(self, itemsize: int) -> float:
-        """Read and written by one call, each operand once."""
+        """Read and written, each operand once."""
         size = self.rows * self.inside + self.inside * self.columns + self.rows * self.columns
         return itemsize * self.groups * size
 
@@ -42,10 +40,4 @@ class Work:
     waits: int = 0  # reads of the device by the host
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.operators + other.operators,
-            self.bytes + other.bytes,
-            self.gemms + other.gemms,
-            self.attention + other.attention,
-            self.waits + other.waits,
-        )
+        return Work(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))

@@ -15,13 +15,9 @@ def train_row(step):
         "loss": 10 - step / 100,
         "lr": step * 1.5e-6,
         "tokens_per_second": 5000.4,
-        "mfu": 0.4,
         "max_vio": 0.9,
         "running_max_vio": 0.456,
         "worst_running_max_vio": 0.7,
-        "grad_norm": 1.0,
-        "memory_gib": 2.0,
-        "skipped_steps": 0,
     }
 
 

@@ -47,8 +47,8 @@ def test_a_micro_batch_of_the_command_line_stands_in_place_of_that_of_the_json(t
     ds = {**shipped("zero2"), "train_batch_size": 256, "train_micro_batch_size_per_gpu": 16}
     del ds["gradient_accumulation_steps"]
     (tmp_path / "ds.json").write_text(json.dumps(ds))
-    setup = planned(gpus=128, ds_config=str(tmp_path / "ds.json"), micro_batch=2).setup
-    assert (setup.micro_batch, setup.accumulation) == (2, 1)
+    setup = planned(gpus=128, ds_config=str(tmp_path / "ds.json"), micro_batch=2, seq_len=512).setup
+    assert (setup.micro_batch, setup.accumulation, setup.seq_len) == (2, 1, 512)
 
 
 def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
@@ -107,7 +107,6 @@ def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
     for one in record["predicted"]["communication"]:
         assert f"{one['purpose']} ({one['kind']})" in out
     assert f"{time['tokens_per_second']:,.0f} tokens/s" in out
-    assert time["tokens_per_day"] == 86_400 * time["tokens_per_second"]
     for phase in time["phases"]:
         assert f"  {phase['name']} " in out
     assert sum(phase["seconds"] for phase in time["phases"]) == pytest.approx(time["step"])
@@ -123,11 +122,9 @@ def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeyp
     code, out, problems = run(monkeypatch, capsys, "--ds_config", offload, *options)
     assert (code, problems) == (0, [])
     on_device, on_host = planned(), planned(ds_config=offload)
-    assert not on_device.footprint.host
     for kind in ("fp32 masters", "optimizer state"):
         assert on_host.footprint.host[kind] == on_device.footprint.peak[kind] > 0, kind
         assert kind not in on_host.footprint.peak, kind
-    assert on_host.footprint.between.total() < on_device.footprint.between.total()
     assert json.loads((tmp_path / "plan.json").read_text())["predicted"]["memory"]["host"] == dict(
         on_host.footprint.host
     )
@@ -145,12 +142,6 @@ def test_whether_an_offloaded_optimizer_fits_is_said_of_the_devices_memory():
     assert small.fits
     assert small.footprint.host.total() > small.device.memory
     assert not replace(small, device=replace(small.device, memory=small.device.memory - 1)).fits
-
-
-def test_micro_batch_and_seq_len_are_those_given():
-    setup = planned(micro_batch=3, seq_len=512).setup
-    assert (setup.micro_batch, setup.seq_len, setup.tokens) == (3, 512, 1536)
-    assert planned().setup.tokens == 2 * 1024
 
 
 def test_what_does_not_fit_is_said(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder
 from megamoe.model.topology import ExpertTopology
 from megamoe.planning import sharding
-from megamoe.planning.sharding import Group, elements_touched, parameter_groups, read_setup, setup_problems
+from megamoe.planning.sharding import Group, parameter_groups, read_setup, setup_problems
 from megamoe.training import engine
 
 CONFIG = ModelConfig(**PRESET)
@@ -89,22 +89,6 @@ def test_groups_are_those_that_the_optimizer_is_given(muon, gated, ep_size, limi
     for group, theirs in zip(planned, given, strict=True):
         assert bool(group.matrices) == theirs.get("use_muon", False)
         assert not group.matrices or sum(map(math.prod, group.matrices)) == sum(group.sizes.values())
-
-
-@pytest.mark.parametrize("ep_size", [1, 2])
-def test_a_rank_touches_every_parameter_of_which_it_owns_a_part(ep_size):
-    setup = setup_of(ds_config(2), 4, ep_size)
-    groups = parameter_groups(setup)
-    for rank in range(4):
-        touched = 0
-        for group in groups:
-            index = rank // ep_size if group.expert else rank
-            place = 0
-            for size in group.sizes.values():
-                mine = range(index * group.partition, (index + 1) * group.partition)
-                touched += size * (place < mine.stop and place + size > mine.start)
-                place += size
-        assert elements_touched(setup, groups, rank) == touched
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 64])
