@@ -13,9 +13,9 @@ from megamoe.planning.sharding import Group, Setup, elements_touched
 class Ledger:
     """What is held, by kind, and what was held at the peak since the last `restart`."""
 
-    def __init__(self) -> None:
-        self.held: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
+    def __init__(self, held: Counter[str]) -> None:
+        self.held = Counter(held)
+        self.peak = Counter(held)
 
     def restart(self) -> None:
         self.peak = Counter(self.held)

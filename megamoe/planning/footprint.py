@@ -36,11 +36,10 @@ class Footprint:
 
 def footprint(setup: Setup, rank: int = 0) -> Footprint:
     """Bytes of tensors on `rank` in a step after the first one, which makes the optimizer's state."""
-    groups, ledger, trace = parameter_groups(setup), Ledger(), model_trace(setup)
+    groups, trace = parameter_groups(setup), model_trace(setup)
+    between, host = _kept(setup, groups, rank, trace)
+    ledger = Ledger(between)
     reduction = Reduction(setup, groups, rank, ledger)
-    states, host = _states(setup, groups, rank)
-    _hold(setup, groups, states, trace, ledger)
-    between = Counter(ledger.held)
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
@@ -57,40 +56,30 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     return Footprint(between, forward, backward, ledger.peak, host)
 
 
-def _states(setup: Setup, groups: list[Group], rank: int) -> tuple[Counter[str], Counter[str]]:
-    """Masters, optimizer state and, where these are offloaded, the buffers that go with it: (in the device's memory, in
-    the host's, which is the same one on CPU)."""
+def _kept(setup: Setup, groups: list[Group], rank: int, trace: ModelTrace) -> tuple[Counter[str], Counter[str]]:
+    """What stays from step to step: (in the device's memory, in the host's, which is the same one on CPU)."""
     share = sum(group.partition for group in groups)
-    # A copy under fp32 too.
-    state = sum(setup.state_bytes_of(group) * group.partition for group in groups)
-    states = Counter({"fp32 masters": 4 * share, "optimizer state": state})
-    if setup.average_bytes:
-        states["averaged weights"] = setup.average_bytes * share
-    if not setup.offload:
-        return states, Counter()
-    states["fp32 gradients"] = 4 * share
-    states["updated weights"] = setup.weight_bytes * share
-    states["gradient buffer"] = setup.weight_bytes * _largest(groups)
-    if setup.sums_on_host:
-        states["gradients summed"] = setup.weight_bytes * elements_touched(setup, groups, rank)
-    return (states, Counter()) if setup.on_cpu else (Counter(), states)
-
-
-def _largest(groups: list[Group]) -> int:
-    """Elements of the largest parameter."""
-    return max(size for group in groups for size in group.sizes.values())
-
-
-def _hold(setup: Setup, groups: list[Group], states: Counter[str], trace: ModelTrace, ledger: Ledger) -> None:
-    """Allocate what the device keeps from step to step."""
-    ledger.allocate("weights", setup.weight_bytes * sum(group.partition * group.ranks for group in groups))
-    for kind, size in states.items():
-        ledger.allocate(kind, size)
-    if setup.offload:
-        ledger.allocate("gradient buffer", setup.weight_bytes * _largest(groups))
     batch = 8 * (2 * setup.tokens + setup.micro_batch * setup.model.num_nextn_predict_layers)  # ids and labels
     buffers = sum(part.buffers for part in (trace.around, *trace.blocks.values()))
-    ledger.allocate("batch and router state", batch + buffers)
+    buffer = setup.weight_bytes * max(size for group in groups for size in group.sizes.values())
+    states = Counter(
+        {
+            "fp32 masters": 4 * share,  # under fp32 too
+            "optimizer state": sum(setup.state_bytes_of(group) * group.partition for group in groups),
+            "averaged weights": setup.average_bytes * share,
+        }
+    )
+    if setup.offload:
+        states["fp32 gradients"] = 4 * share
+        states["updated weights"] = setup.weight_bytes * share
+        states["gradient buffer"] = buffer
+    if setup.sums_on_host:
+        states["gradients summed"] = setup.weight_bytes * elements_touched(setup, groups, rank)
+    host = states if setup.offload and not setup.on_cpu else Counter[str]()
+    device = Counter({"weights": setup.weight_bytes * sum(group.partition * group.ranks for group in groups)})
+    device += states - host
+    device += Counter({"gradient buffer": buffer * setup.offload, "batch and router state": batch + buffers})
+    return device, +host
 
 
 def _forward(setup: Setup, trace: ModelTrace, ledger: Ledger) -> None:
