@@ -70,6 +70,8 @@ def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_pat
     assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in said.out
     for place in ("checkpoints", "loss_lr.png", "log.jsonl", "tensorboard", "run.json"):
         assert str(tmp_path / place) in said.out
+    run(report, tmp_path, "--out", tmp_path / "a picture.png")
+    assert (tmp_path / "a picture.png").read_bytes() == (tmp_path / "loss_lr.png").read_bytes()
 
 
 def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, run):
@@ -80,6 +82,9 @@ def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, run):
     code, said = run(report, tmp_path)
     assert code == 2
     has(said.err, "error: ", str(tmp_path), "no step yet", "wait")
+    code, said = run(report, tmp_path, "--out", "picture.jpg")
+    assert (code, said.out) == (2, "")
+    has(said.err, "--out is picture.jpg", ".png")
     assert not (tmp_path / "loss_lr.png").exists()
 
 
@@ -111,15 +116,3 @@ def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, mo
     loss, _, _, tasks = figures[0].axes
     assert [line.get_label() for line in loss.lines] == ["training", "held out", "held out on code"]
     assert [((*line.get_xdata(),), (*line.get_ydata(),)) for line in tasks.lines] == [((20, 30), (0.75, 0.875))]
-
-
-def test_the_picture_goes_where_out_says(tmp_path, run):
-    write_log(tmp_path, train_row(10))
-    picture = tmp_path / "a picture.png"
-    code, said = run(report, tmp_path, "--out", picture)
-    assert code == 0
-    assert f"plot: {picture}\n" in said.out
-    assert is_png(picture)
-    code, said = run(report, tmp_path, "--out", "picture.jpg")
-    assert (code, said.out) == (2, "")
-    has(said.err, "--out is picture.jpg", ".png")

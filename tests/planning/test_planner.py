@@ -223,9 +223,8 @@ def test_options_take_the_place_of_what_is_assumed():
     assert planned(launch_us=60).time.seconds > 2 * planned().time.seconds
 
 
-def test_compiled_blocks_launch_less():
+def test_compiling_is_advised_where_it_helps():
     eager, compiled = planned(), planned(compile=True)
-    assert compiled.time.phases[0].launches < eager.time.phases[0].launches
     assert compiled.time.seconds < eager.time.seconds
     assert (eager.time.limit, compiled.time.limit) == ("launches", "launches")
     assert advice(eager) == f"compile (--compile); {advice(compiled)}"

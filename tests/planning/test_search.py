@@ -48,7 +48,3 @@ def test_it_finds_what_trying_everything_finds(samples):
             assert memory(fewer) > (1 - kept_free(SETUP)) * SMALL.memory
         if samples:
             assert split.setup.micro_batch * split.setup.accumulation * 8 == samples
-
-
-def test_nothing_is_found_where_nothing_fits():
-    assert best_splits(SETUP, replace(SMALL, memory=2**20), 8, GPU) == []
