@@ -15,7 +15,7 @@ from megamoe.planning.buckets import Ledger, Reduction
 from megamoe.planning.model_trace import ACTIVATIONS, BLOCK, END, TEMPORARIES, ModelTrace, Trace, model_trace
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 from megamoe.planning.tracer import Event
-from megamoe.training.matrix_share import MatrixShare, Run
+from megamoe.training.matrix_share import Run
 
 
 @dataclass(frozen=True)
@@ -157,22 +157,11 @@ def _step(setup: Setup, reduction: Reduction, rank: int) -> None:
         ledger.allocate("flat gradients", flat)
         if number == len(reduction.groups) - 1:  # they are one buffer
             ledger.free("gradients owned", ledger.held["gradients owned"])
-        if group.matrices:
-            _orthogonalize(setup, group.matrix_share(setup.topology(rank)), ledger)
+        for batch in group.batches(setup.topology(rank)):
+            ledger.transient("temporaries of Muon", _muon_bytes(setup, batch))
         ledger.free("flat gradients", flat)
         if number in reduction.partitions:
             ledger.free("gradient partition", setup.sum_bytes * group.partition)
-
-
-def _orthogonalize(setup: Setup, share: MatrixShare, ledger: Ledger) -> None:
-    """What `training/muon.py` allocates: one batch after the other; first, with the parts that come, a cut matrix."""
-    come = 4 * sum(share.received) if share.is_cut else 0
-    ledger.transient("temporaries of Muon", come)
-    if share.tail:
-        tail = 4 * share.tail.rows * share.tail.columns
-        ledger.transient("temporaries of Muon", come + tail + _muon_bytes(setup, share.tail))
-    for run in share.whole:
-        ledger.transient("temporaries of Muon", _muon_bytes(setup, run))
 
 
 def _muon_bytes(setup: Setup, run: Run) -> int:

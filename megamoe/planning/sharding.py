@@ -16,7 +16,7 @@ from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.grouped_gemm import Kernel
 from megamoe.model.names import engine_parameters, expert_id, is_engine_expert, is_projection, is_undecayed
 from megamoe.model.topology import ExpertTopology
-from megamoe.training.matrix_share import MatrixShare, Shape, place_of
+from megamoe.training.matrix_share import MatrixShare, Run, Shape, place_of
 
 # Elements per rank to which a flat group is rounded up (nccl_start_alignment_factor in stage_1_and_2.py).
 FLAT_ALIGNMENT = 2
@@ -184,6 +184,11 @@ class Group:
     def matrix_share(self, topology: ExpertTopology) -> MatrixShare:
         """Which of `matrices` are on a rank."""
         return MatrixShare(list(self.matrices), self.partition, self.index(topology), self.ranks)
+
+    def batches(self, topology: ExpertTopology) -> list[Run]:
+        """The matrices that Muon orthogonalizes at once on a rank; one that is cut by itself."""
+        share = self.matrix_share(topology)
+        return [*share.whole, *([share.tail] if share.tail else [])]
 
     def owners(self, name: str) -> dict[int, int]:
         """Elements of a parameter that fall into each rank's share, by index in the data-parallel group."""

@@ -227,7 +227,7 @@ class _Step:
         setup, rates = self.setup, self.rates
         moved = sum(update_bytes(setup, setup.state_bytes_of(group)) * group.partition for group in self.groups)
         rate = self.device.host_memory_rate if setup.offload else self.memory_rate
-        batches = self.matrices_of_muon()
+        batches = [batch for group in self.groups for batch in group.batches(setup.topology())]
         gemms = Counter(gemm for batch in batches for gemm in newton_schulz(batch))
         device: Parts = {
             "gemms": NEWTON_SCHULZ_STEPS * self.gemms_seconds(gemms),
@@ -237,11 +237,6 @@ class _Step:
         }
         operators = UPDATE_OPERATORS + MUON_OPERATORS * len(batches)
         return Phase("update", operators * rates.operator, device, rates.wait, setup.on_cpu)
-
-    def matrices_of_muon(self) -> list[Run]:
-        """What the first rank orthogonalizes, by batch."""
-        shares = [group.matrix_share(self.setup.topology()) for group in self.groups if group.matrices]
-        return [run for share in shares for run in (*share.whole, *([share.tail] if share.tail else []))]
 
     # --- what phases are made of ------------------------------------------------------------------------------------
 

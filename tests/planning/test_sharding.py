@@ -74,6 +74,7 @@ def test_groups_are_those_that_the_optimizer_is_given(muon, gated, ep_size, limi
         [(names[one], one.numel()) for one in group["params"]] for group in given
     ]
     for group, theirs in zip(planned, given, strict=True):
+        assert group.ranks == (1 if group.expert else ep_size)
         assert bool(group.matrices) == theirs.get("use_muon", False)
         assert not group.matrices or sum(map(math.prod, group.matrices)) == sum(group.sizes.values())
 

@@ -70,7 +70,7 @@ class Trial:
     steps: int
     change: dict[str, Any]
     model: ModelConfig
-    deepspeed: Recipe
+    recipe: Recipe
     options: dict[str, Any]
 
     @property
@@ -79,10 +79,10 @@ class Trial:
         return _key_of(vars(self))
 
     @property
-    def recipe(self) -> str:
+    def digest(self) -> str:
         """A hash of all that it trains with; a field that is newer than a result has its default."""
         model = self.model.model_dump(exclude_defaults=True)
-        whole = json.dumps([model, self.deepspeed.json, self.options], sort_keys=True)
+        whole = json.dumps([model, self.recipe.json, self.options], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
@@ -119,7 +119,7 @@ def read_table(path: Path, steps: int | None, ranks: int, seeds: list[int], only
     changes = {BASELINE: {}, **table.changes}
     problems = Problems(unknown_key(f"{path}: changes", one, changes, "change") for one in only if one not in changes)
     preset = problems.attempt(find_preset, table.preset)
-    device, precision = _device()  # the same for all runs, and in the hash of their recipe
+    device, precision = _device()  # the same for all runs, and in their digest
     recipe = problems.attempt(read_recipe, table.ds_config, ranks, device.type == "cpu", precision.choice)
     problems.refuse()
     trials: list[Trial] = []
@@ -153,9 +153,9 @@ def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int
             problems.append(unknown_key(f"{where}: options", option, RunConfig.model_fields, "option"))
     problems.refuse()
     steps, ranks = change.steps or steps, change.ranks or base.ranks
-    has_end = base.deepspeed.schedule.total_steps is not None
+    has_end = base.recipe.schedule.total_steps is not None
     changes = {"scheduler.params.total_num_steps": steps} if steps and has_end else {}
-    recipe = replace(base.deepspeed, where=where, world_size=ranks).replaced({**changes, **change.ds_config})
+    recipe = replace(base.recipe, where=where, world_size=ranks).replaced({**changes, **change.ds_config})
     steps = steps or recipe.schedule.total_steps
     if steps is None:
         raise UserError(f"{where}: its schedule has no end; give --steps, or a change's own steps.")
@@ -168,7 +168,7 @@ def _trial(where: str, name: str, given: dict[str, Any], base: Trial, steps: int
 def command_line(trial: Trial, folder: Path) -> list[str]:
     """The options of pretrain.py, after writing the preset and the DeepSpeed JSON that they name into `folder`."""
     write_json(folder / "preset.json", trial.model.model_dump())
-    write_json(folder / "ds_config.json", trial.deepspeed.json)
+    write_json(folder / "ds_config.json", trial.recipe.json)
     words = [
         "--preset", folder / "preset.json", "--ds_config", folder / "ds_config.json", "--run_dir", folder / "run",
         "--steps", trial.steps, "--seed", trial.seed,
@@ -201,7 +201,7 @@ def train(trial: Trial, folder: Path, threads: int) -> dict[str, Any]:
 
 def named(trial: Trial) -> dict[str, Any]:
     """What the line of a run tells it by."""
-    return {**{name: getattr(trial, name) for name in KEY}, "recipe": trial.recipe}
+    return {**{name: getattr(trial, name) for name in KEY}, "recipe": trial.digest}
 
 
 def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     seq_len = trial.options.get("seq_len", trial.model.max_position_embeddings)
     steps = [row["step"] for row in rows]
     stages = stages_of({"batch_ramp": [parse_stage(stage) for stage in trial.options.get("batch_ramp", [])]})
-    warmup = BatchWarmup(trial.deepspeed.samples, stages)
+    warmup = BatchWarmup(trial.recipe.samples, stages)
     samples = [warmup.samples_before(step + 1) for step in [0, *steps]]
     tokens = [(after - before) * seq_len for before, after in pairwise(samples)]
     return {
@@ -248,7 +248,7 @@ def train_all(trials: list[Trial], lines: Path, work: Path, parallel: int) -> li
     """Train those of which `lines` holds no result yet, and append theirs; returns what went wrong.
     Raises UserError where a result is of another recipe than the table has now, and where a run could not begin."""
     done = {_key_of(line): line["recipe"] for line in read_lines(lines)}
-    others = [trial.name for trial in trials if done.get(trial.key, trial.recipe) != trial.recipe]
+    others = [trial.name for trial in trials if done.get(trial.key, trial.digest) != trial.digest]
     if others:
         raise UserError(
             f"{lines} has results of {', '.join(dict.fromkeys(others))} with another preset, DeepSpeed JSON or options "

@@ -16,7 +16,7 @@ import matplotlib
 
 from megamoe.commands.report import cell, draw, read_run
 from megamoe.config import cli
-from megamoe.data.ramp import BatchRamp
+from megamoe.data.batch_warmup import BatchWarmup
 from megamoe.resume import stages_of
 from megamoe.utils.errors import Problems, UserError, shown
 from megamoe.utils.json_files import read_regular
@@ -29,7 +29,7 @@ class Run(NamedTuple):
     name: str
     parameters: int
     seq_len: int
-    ramp: BatchRamp
+    warmup: BatchWarmup
     log: dict[str, list[dict[str, Any]]]
 
     def held_out(self) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
     def tokens(self, rows: list[dict[str, Any]]) -> list[int]:
         """Tokens trained on up to each of the rows."""
-        return [self.ramp.samples_before(row["step"] + 1) * self.seq_len for row in rows]
+        return [self.warmup.samples_before(row["step"] + 1) * self.seq_len for row in rows]
 
 
 def read_sized_run(run_dir: Path) -> Run:
@@ -48,7 +48,7 @@ def read_sized_run(run_dir: Path) -> Run:
     if not all(isinstance(size, int) for size in sizes):
         raise UserError(f"{run_dir}/run.json does not say how large the run is; bring the file back, or leave it out.")
     parameters, seq_len, samples = sizes
-    return Run(str(run_dir), parameters, seq_len, BatchRamp(samples, stages_of(record.get("run", {}))), log)
+    return Run(str(run_dir), parameters, seq_len, BatchWarmup(samples, stages_of(record.get("run", {}))), log)
 
 
 def comparison_table(runs: list[Run]) -> str:
