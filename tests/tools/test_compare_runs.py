@@ -3,8 +3,6 @@
 import json
 
 import compare_runs
-import pytest
-from refusals import has, refusal
 
 
 def write_run(folder, samples, *steps):
@@ -49,9 +47,3 @@ def test_a_run_is_compared_with_a_curve_at_the_steps_that_both_have(tmp_path):
     train = [{"step": step, "loss": 10 - step / 100} for step in (10, 20, 30)]
     said = compare_runs.against_reference(train, compare_runs.read_reference(curve))
     assert said == "training loss below the reference at 2 of the 3 steps that both have, not at 20"
-
-
-@pytest.mark.parametrize("text", ["", "step\tloss\nten\t3\n", "step\n10\n", "step\tloss\n10\tnan\n"])
-def test_what_is_no_curve_is_refused(tmp_path, text):
-    (tmp_path / "curve.tsv").write_text(text)
-    has(refusal(compare_runs.read_reference, tmp_path / "curve.tsv"), "curve.tsv", "step")
