@@ -32,11 +32,11 @@ def test_runs_have_a_line_each_and_losses_over_tokens(tmp_path, monkeypatch):
     assert drawn == [[small, (3840,), large, (5120,)], [small, large]]
 
 
-def test_tokens_of_a_run_with_a_batch_ramp_are_those_of_its_stages_as_last_resumed(tmp_path):
+def test_tokens_of_a_run_with_batch_size_warmup_are_those_of_its_stages_as_last_resumed(tmp_path):
     folder = write_run(tmp_path / "run", 4, 10, 20, 30)
     record = json.loads((folder / "run.json").read_text())
-    ramp = [{"samples": 1, "last_step": 12}, {"samples": 2, "last_step": 20}]
-    (folder / "resumes.jsonl").write_text(json.dumps({**record, "run": {"batch_ramp": ramp}}) + "\n")
+    stages = [{"samples": 1, "last_step": 12}, {"samples": 2, "last_step": 20}]
+    (folder / "resumes.jsonl").write_text(json.dumps({**record, "run": {"batch_ramp": stages}}) + "\n")
     run = compare_runs.read_sized_run(folder)
     assert run.tokens(run.log["train"]) == [10 * 32, (12 + 8 * 2) * 32, (12 + 8 * 2 + 10 * 4) * 32]
 
