@@ -41,7 +41,7 @@ from megamoe.resume import Changes, Start, check_changes, find_start
 from megamoe.run_inputs import RunInputs, open_inputs
 from megamoe.run_record import describe_experts_gemms, describe_initial, describe_run, make_record
 from megamoe.training.engine import deepspeed_own_problems
-from megamoe.training.guard import Guard, GuardSettings
+from megamoe.training.guard import Guard
 from megamoe.training.loop import Trainer
 from megamoe.training.rollback import saved_guard
 from megamoe.training.sinks import open_sinks
@@ -251,8 +251,8 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         waiting=lambda: position.at("saving"),
     )
     trainer = Trainer(
-        train_step, inputs.data, checked.shape, writer, seed=config.seed, guard=guard, ledger=ledger[0],
-        position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
+        train_step=train_step, data=inputs.data, shape=checked.shape, writer=writer, seed=config.seed, guard=guard,
+        ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
         evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out else None,
         tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None,
         sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
@@ -283,9 +283,7 @@ def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list
 
 def restore_guard(config: RunConfig, warmup_steps: int, checkpoint: Path | None) -> Guard:
     """The run's guard as `checkpoint` has it. Collective."""
-    names = ("deviations", "window", "margin", "skips", "rollbacks")
-    settings = {name: getattr(config, f"guard_{name}") for name in names}
-    guard = Guard(GuardSettings(mode=config.guard, warmup=warmup_steps, **settings))
+    guard = Guard(config, warmup_steps)
     if checkpoint:
         guard.restore(saved_guard(checkpoint), folders.step_of(checkpoint) or 0)
     return guard

@@ -7,28 +7,16 @@ message, and a resumed run takes those of one that was not stopped.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megamoe.config.run import RunConfig
 from megamoe.training.running_window import RunningWindow, SmoothedLoss
 from megamoe.training.step import StepResult
 
 # Of the standard deviation, as shares of the mean. A norm varies by more than a loss, and clipping bounds what it does.
 LOSS_FLOOR, NORM_FLOOR = 0.01, 0.2
 SLACK = 0.1  # of the margin: a smoothed loss that is higher than that above its best has begun to climb
-
-
-@dataclass(frozen=True)
-class GuardSettings:
-    """What the command line says of it."""
-
-    mode: Literal["off", "warn", "act"] = "off"
-    deviations: float = 6.0  # standard ones above its window's mean, from which a loss or norm is a spike
-    window: int = 128  # steps of the windows, and of the smoothed loss
-    margin: float = 0.5  # nats by which the smoothed loss may climb above its best
-    skips: int = 10  # skipped steps in a row after which the run goes back
-    rollbacks: int = 3  # after which it ends instead
-    warmup: int = 0  # first steps, which no window takes: there the weights themselves cause spikes
 
 
 @dataclass(frozen=True)
@@ -51,16 +39,21 @@ class Return:
 class Guard:
     """Watches the loss and the norm of every step."""
 
-    def __init__(self, settings: GuardSettings):
-        self.settings = settings
+    def __init__(self, config: RunConfig, warmup: int):
+        """
+        Args:
+            config: of which it reads --guard and what begins with --guard_.
+            warmup: first steps, which no window takes: there the weights themselves cause spikes.
+        """
+        self.config = config
+        self._warmup = warmup
         self._begin(0)
 
     def _begin(self, step: int) -> None:
         """Watch the steps after `step`, with nothing known of those before."""
-        settings = self.settings
-        self._losses = RunningWindow(settings.window, LOSS_FLOOR)
-        self._norms = RunningWindow(settings.window, NORM_FLOOR)
-        self._smoothed = SmoothedLoss(settings.window, SLACK * settings.margin, step)
+        size = self.config.guard_window
+        self._losses, self._norms = RunningWindow(size, LOSS_FLOOR), RunningWindow(size, NORM_FLOOR)
+        self._smoothed = SmoothedLoss(size, SLACK * self.config.guard_margin, step)
         self._in_a_row = 0  # with "act" steps that were skipped, else spikes that were trained on
         self._last_good = step  # before them
         self._has_said_climb = False
@@ -68,11 +61,11 @@ class Guard:
 
     @property
     def acts(self) -> bool:
-        return self.settings.mode == "act"
+        return self.config.guard == "act"
 
     @property
     def watches(self) -> bool:
-        return self.settings.mode != "off"
+        return self.config.guard != "off"
 
     @property
     def good_until(self) -> int | None:
@@ -87,7 +80,7 @@ class Guard:
         if not math.isfinite(loss):
             return True
         above = (self._losses.z_score(loss), self._norms.z_score(norm))
-        return any(one is not None and one > self.settings.deviations for one in above)
+        return any(one is not None and one > self.config.guard_deviations for one in above)
 
     def after(self, step: int, result: StepResult, lowers_scale: bool) -> Event | None:
         """Take what a step has come to; returns what there is to record.
@@ -106,9 +99,9 @@ class Guard:
         if result.is_spike if self.acts else self._is_spike(result.loss, result.grad_norm):
             return self._after_spike(step, result)
         self._in_a_row, self._last_good = 0, step
-        if step > self.settings.warmup:
-            self._losses.add(result.loss)
-            self._norms.add(result.grad_norm)
+        if step > self._warmup:
+            self._losses.values.append(result.loss)
+            self._norms.values.append(result.grad_norm)
         self._smoothed.add(step, result.loss)
         return self._after_climb(step, result)
 
@@ -119,15 +112,15 @@ class Guard:
         if self.acts:
             return event
         is_first = self._in_a_row == 1
-        if self._in_a_row >= self.settings.skips:  # it is the new level
-            self._losses.clear()
-            self._norms.clear()
+        if self._in_a_row >= self.config.guard_skips:  # it is the new level
+            self._losses.values.clear()
+            self._norms.values.clear()
             self._in_a_row = 0
         return event if is_first else None
 
     def _after_climb(self, step: int, result: StepResult) -> Event | None:
         """Where the run does not go back, say once that the loss climbs, and again only after it has come down."""
-        climb, margin = self._smoothed.climb, self.settings.margin
+        climb, margin = self._smoothed.climb, self.config.guard_margin
         if climb < margin / 2:
             self._has_said_climb = False
         if self.acts or climb <= margin or self._has_said_climb:
@@ -140,9 +133,9 @@ class Guard:
         """Why the run must go back to a checkpoint, if it must."""
         if not self.acts:
             return None
-        if self._in_a_row >= self.settings.skips:
+        if self._in_a_row >= self.config.guard_skips:
             return Return(f"the last {self._in_a_row} steps were skipped", self._last_good)
-        if self._smoothed.climb > self.settings.margin:
+        if self._smoothed.climb > self.config.guard_margin:
             return Return(self._describe_climb(), self._smoothed.low_step)
         return None
 
@@ -151,8 +144,8 @@ class Guard:
     def _describe_climb(self) -> str:
         best = self._smoothed.best
         return (
-            f"the loss, smoothed over {self.settings.window} steps, has climbed {self._smoothed.climb:.3f} nats above "
-            f"its best, {best:.3f} at step {self._smoothed.best_step}"
+            f"the loss, smoothed over {self.config.guard_window} steps, has climbed {self._smoothed.climb:.3f} nats "
+            f"above its best, {best:.3f} at step {self._smoothed.best_step}"
         )
 
     def _describe_spike(self, step: int, result: StepResult) -> str:
@@ -186,8 +179,8 @@ class Guard:
         if not self.watches:
             return None
         return {
-            "losses": self._losses.state(),
-            "norms": self._norms.state(),
+            "losses": list(self._losses.values),
+            "norms": list(self._norms.values),
             "smoothed": self._smoothed.state(),
             "in_a_row": self._in_a_row,
             "last_good": self._last_good,
@@ -200,8 +193,8 @@ class Guard:
         self._begin(step)
         if state is None:
             return
-        self._losses.restore(state["losses"])
-        self._norms.restore(state["norms"])
-        self._smoothed.restore(state["smoothed"])
+        self._losses.values.extend(state["losses"])
+        self._norms.values.extend(state["norms"])
+        self._smoothed = replace(self._smoothed, **state["smoothed"])
         self._in_a_row, self._last_good = state["in_a_row"], state["last_good"]
         self._has_said_climb, self.guarded_steps = state["has_said_climb"], state["guarded_steps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -35,61 +36,38 @@ from megamoe.utils.errors import UserError
 from megamoe.utils.hardware import Peak
 
 
+@dataclass(kw_only=True)
 class Trainer:
     """Owns a run from its first step to its last."""
 
-    def __init__(
-        self,
-        train_step: TrainStep,
-        data: TrainData,
-        shape: BatchShape,
-        writer: CheckpointWriter,
-        *,
-        seed: int,
-        guard: Guard,
-        ledger: DataLedger,
-        position: Position,
-        stop: StopRequest,
-        peak: Peak,
-        deadline: Deadline,
-        evaluator: Evaluator | None,
-        tasks: TaskEvaluator | None = None,
-        sinks: SinkGroup | None,
-        folder_is_gone: Callable[[], bool],
-    ):
-        """
-        Args:
-            seed: of dropout and jitter.
-            peak: what MFU is the share of.
-            evaluator: of held-out sets.
-            sinks: on rank 0 only.
-            folder_is_gone: whether the run folder has been removed; on rank 0, False elsewhere.
-        """
-        self.train_step = train_step
-        self.shape = shape
-        self.writer = writer
-        self.seed = seed
-        self.data = data
-        self.guard = guard
-        self.ledger = ledger
-        self.health = RouterHealth(train_step.model.config)
-        self.position = position
-        self.stop = stop
-        self.deadline = deadline
-        self.evaluator = evaluator
-        self.tasks = tasks
-        self.sinks = sinks
-        self._folder_is_gone = folder_is_gone
-        self.metrics = StepMetrics(train_step, shape, peak)
+    train_step: TrainStep
+    data: TrainData
+    shape: BatchShape
+    writer: CheckpointWriter
+    seed: int  # of dropout and jitter
+    guard: Guard
+    ledger: DataLedger
+    position: Position
+    stop: StopRequest
+    peak: InitVar[Peak]  # what MFU is the share of
+    deadline: Deadline
+    evaluator: Evaluator | None  # of held-out sets
+    tasks: TaskEvaluator | None
+    sinks: SinkGroup | None  # on rank 0 only
+    folder_is_gone: Callable[[], bool]  # whether the run folder has been removed; on rank 0, False elsewhere
+
+    def __post_init__(self, peak: Peak) -> None:
+        model, self.rank = self.train_step.model, dist.get_rank()
+        self.health = RouterHealth(model.config)
+        self.metrics = StepMetrics(self.train_step, self.shape, peak)
         self.skipped = SkippedSteps()
         self._window = 0  # steps skipped before the save that is pending
-        self.rank = dist.get_rank()
         # Multi-token prediction needs the token after the one that follows a sample's last position.
-        ahead = train_step.model.config.num_nextn_predict_layers
+        ahead = model.config.num_nextn_predict_layers
         self.batches = Prefetcher(
-            lambda data_step: data.step_batches(data_step, self.rank, shape, ahead), train_step.device
+            lambda data_step: self.data.step_batches(data_step, self.rank, self.shape, ahead), self.train_step.device
         )
-        position.follow(train_step.model.blocks())
+        self.position.follow(model.blocks())
 
     def run(
         self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int, tasks_every: int = 0
@@ -156,7 +134,7 @@ class Trainer:
             step, hold=final, skipped=self._window, guard=self.guard.state(), good_until=self.guard.good_until
         )
         if final and not self._complete():
-            (is_gone,) = on_any_rank(self._folder_is_gone(), device=self.train_step.device)
+            (is_gone,) = on_any_rank(self.folder_is_gone(), device=self.train_step.device)
             self._check(step, is_gone)
             sys.exit(FAILED)  # rank 0 has said why
 
@@ -236,7 +214,7 @@ class Trainer:
                 stop_asked=self.stop.asked,
                 out_of_time=self.deadline.within(needed),
                 writing=self.writer.writing,
-                folder_is_gone=looks_at_folder and self._folder_is_gone(),
+                folder_is_gone=looks_at_folder and self.folder_is_gone(),
             ),
             self.guard.skips if self.guard.acts else None,
         )

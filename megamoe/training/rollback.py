@@ -39,12 +39,13 @@ class Rollback:
 def go_back(why: Return, step: int, *, writer: CheckpointWriter, guard: Guard, ledger: DataLedger) -> Rollback:
     """Restore the engine of `writer` and `guard` from the newest checkpoint that is good; no save is pending.
 
-    Collective. Raises UserError, on every rank, where the run may not go back once more or there is no checkpoint.
+    Collective. Raises UserError, on every rank, where the run may not go back once more or there is no checkpoint;
+    OSError on rank 0.
 
     Args:
         step: the last one.
     """
-    most = guard.settings.rollbacks
+    most = guard.config.guard_rollbacks
     if ledger.rollbacks >= most:
         raise UserError(
             f"{why.reason}, and the run has gone back {ledger.rollbacks} times already, with --guard_rollbacks {most}: "
@@ -58,7 +59,12 @@ def go_back(why: Return, step: int, *, writer: CheckpointWriter, guard: Guard, l
         )
     to_step = folders.step_of(checkpoint) or 0
     guard.restore(saved_guard(checkpoint), to_step)
-    ledger = _write(ledger.data_step(step), to_step, checkpoint, ledger, writer)
+    shared = [ledger]
+    if dist.get_rank() == 0:
+        shared = [ledger.gone_back(to_step, ledger.data_step(step), writer.go_back(checkpoint))]
+        shared[0].write(writer.folder.parent)
+    dist.broadcast_object_list(shared)
+    (ledger,) = shared
     next_data = ledger.data_step(to_step + 1)
     line = (
         f"guard: after step {step}: {why.reason}; the run goes back to {checkpoint}, and step {to_step + 1} reads the "
@@ -87,20 +93,3 @@ def _good(why: Return, writer: CheckpointWriter, ledger: DataLedger) -> list[Pat
         and (folders.step_of(path) or 0) <= why.until
         and path not in writer.retention.left_behind
     ]
-
-
-def _write(last_read: int, to_step: int, checkpoint: Path, ledger: DataLedger, writer: CheckpointWriter) -> DataLedger:
-    """Begin the ledger of what follows `checkpoint`, the same on every rank. Raises OSError, on every rank."""
-    shared: list[DataLedger | OSError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            following = ledger.gone_back(to_step, last_read, writer.go_back(checkpoint))
-            following.write(writer.folder.parent)
-            shared = [following]
-        except OSError as error:
-            shared = [error]
-    dist.broadcast_object_list(shared)
-    if isinstance(shared[0], OSError):
-        raise shared[0]
-    assert shared[0]
-    return shared[0]

@@ -65,8 +65,8 @@ class GivenNormOptimizer(GuardedOptimizer):
     """
 
     overlap_comm: bool
-    # Norm of all ranks' gradients, and the loss scale that both have; from `give_norm` to the end of `step`.
-    _given: tuple[float, float] | None = None
+    _given_norm: float | None = None  # of all ranks, times the loss scale; from `give_norm` to the end of `step`
+    _factor = 1.0  # what the gradients are multiplied by, to unscale and clip them
     _unscaled: Tensor | None = None  # a group's flat gradient, until DeepSpeed asks to unscale it
 
     def sum_of_squares(self) -> Tensor:
@@ -87,8 +87,10 @@ class GivenNormOptimizer(GuardedOptimizer):
         Args:
             scaled_norm: the root of `sum_of_squares` summed over all ranks, see `norm_of`.
         """
-        # The scale of these gradients: DeepSpeed's step sets that of the next ones before it unscales.
-        self._given = scaled_norm, self.loss_scale
+        # By the scale of these gradients: DeepSpeed's step sets that of the next ones before it unscales.
+        scale = self.loss_scale
+        clip = max((scaled_norm / scale + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0  # as it does
+        self._given_norm, self._factor = scaled_norm, 1 / (clip * scale)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """As `GuardedOptimizer`.
@@ -96,12 +98,12 @@ class GivenNormOptimizer(GuardedOptimizer):
         Raises AssertionError without a norm that `give_norm` has set since the last step, and where DeepSpeed does not
         call what is replaced here.
         """
-        assert self._given, "a step needs the norm of its gradients: call give_norm before"
+        assert self._given_norm is not None, "a step needs the norm of its gradients: call give_norm before"
         try:
             super().step(closure)
             assert self._unscaled is None, "DeepSpeed's step no longer calls unscale_and_clip_grads"
         finally:
-            self._given = self._unscaled = None
+            self._given_norm = self._unscaled = None
 
     # --- called by DeepSpeed for each full bucket of gradients -------------------------------------------------------
 
@@ -138,8 +140,7 @@ class GivenNormOptimizer(GuardedOptimizer):
 
     def scaled_global_norm(self, norm_type: int = 2) -> float:
         """The norm that was given, times the loss scale; a Python number, so that no use of it reads the device."""
-        assert self._given
-        return self._unless_spike(self._given[0])
+        return self._unless_spike(self._given_norm)
 
     def _get_preflattened_grad_partition(self, group_idx: int) -> Tensor:
         """A group's gradients, unscaled and clipped: (partition_size of the group,) fp32."""
@@ -148,8 +149,7 @@ class GivenNormOptimizer(GuardedOptimizer):
             flat = torch.empty_like(self.single_partition_of_fp32_groups[group_idx])
             gradients = _flat_gradients(self.averaged_gradients[group_idx])
             torch._foreach_copy_(flat.split([len(one) for one in gradients]), gradients)
-        scale = self._scale_of_update()
-        self._unscaled = flat if scale == 1 else flat.mul_(scale)
+        self._unscaled = flat if self._factor == 1 else flat.mul_(self._factor)
         return self._unscaled
 
     def unscale_and_clip_grads(self, grad_groups_flat: Any, total_norm: Any) -> None:
@@ -157,13 +157,6 @@ class GivenNormOptimizer(GuardedOptimizer):
         (flat,) = grad_groups_flat
         assert flat is self._unscaled, "DeepSpeed's step no longer calls _get_preflattened_grad_partition"
         self._unscaled = None  # DeepSpeed frees it after the update
-
-    def _scale_of_update(self) -> float:
-        """What the gradients are multiplied by, as DeepSpeed's `unscale_and_clip_grads` has it."""
-        assert self._given
-        norm, scale = self._given
-        clip = max((norm / scale + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
-        return 1 / (clip * scale)
 
 
 def _flat_gradients(group: Any) -> list[Tensor]:

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from megamoe.training.guard import Guard, GuardSettings, Return
+from megamoe.config.run import RunConfig
+from megamoe.training.guard import Guard, Return
 from megamoe.training.step import StepResult
 from megamoe.training.step_sums import NO_FLAGS
 
@@ -14,8 +15,8 @@ DRAW = np.random.default_rng(0)
 LOSSES, NORMS = DRAW.normal(4, 0.1, 200).tolist(), DRAW.lognormal(-0.5, 0.2, 200).tolist()
 
 
-def settings(mode, **changes):
-    return GuardSettings(**{"mode": mode, "window": 20, "skips": 3, **changes})
+def new_guard(mode, warmup=0):
+    return Guard(RunConfig(ds_config="ds.json", guard=mode, guard_window=20, guard_skips=3), warmup)
 
 
 def give(guard, step, loss, norm, lowers_scale=False):
@@ -26,8 +27,8 @@ def give(guard, step, loss, norm, lowers_scale=False):
     return guard.after(step, result, lowers_scale)
 
 
-def guard_after(steps, mode="act", **changes):
-    guard = Guard(settings(mode, **changes))
+def guard_after(steps, mode="act", warmup=0):
+    guard = new_guard(mode, warmup)
     for step in range(1, steps + 1):
         assert give(guard, step, LOSSES[step], NORMS[step]) is None
     return guard
@@ -127,7 +128,7 @@ def test_under_warn_a_climb_is_said_once():
 
 @pytest.mark.parametrize("at", [3, 52, 110])
 def test_a_restored_guard_takes_the_decisions_of_one_that_went_on(at):
-    one = Guard(settings("act"))
+    one = new_guard("act")
     other, decisions = None, []
     for step in range(1, 160):
         loss = 8.0 if step in (51, 52, 53) else LOSSES[step] + 0.03 * max(step - 100, 0)
@@ -138,7 +139,7 @@ def test_a_restored_guard_takes_the_decisions_of_one_that_went_on(at):
         assert pair[-1] == pair[0]
         decisions.append(pair[0][1])
         if step == at:
-            other = Guard(settings("act"))
+            other = new_guard("act")
             other.restore(json.loads(json.dumps(one.state())), step)
     assert any(decisions)
 
@@ -147,7 +148,7 @@ def test_without_a_state_a_guard_knows_nothing_of_the_steps_before():
     guard = guard_after(50)
     guard.restore(None, 700)
     assert not guard.skips(100.0, 100.0)
-    assert Guard(settings("off")).state() is None
+    assert new_guard("off").state() is None
     # It knows of nothing before the checkpoint that it goes on from, which is good.
     assert guard.good_until == 700
     for step in (701, 702, 703):

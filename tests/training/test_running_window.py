@@ -12,7 +12,7 @@ VALUES = np.random.default_rng(0).normal(4, 0.3, 40).tolist()
 def test_a_flat_window_has_a_deviation(level):
     window = RunningWindow(8, floor=0.01)
     for _ in range(8):
-        window.add(level)
+        window.values.append(level)
     assert window.std == pytest.approx(max(0.01 * level, np.finfo(float).eps))
     assert window.z_score(level) == 0
 
@@ -36,10 +36,10 @@ def test_the_smoothed_loss_is_numpys_weighted_mean_and_knows_its_least():
 
 @pytest.mark.parametrize(("before", "after"), [(10, 40), (40, 10)])
 def test_a_mean_that_goes_on_over_another_number_of_steps_is_that_of_the_same_losses(before, after):
-    one, other = SmoothedLoss(before, 0.05), SmoothedLoss(after, 0.05)
+    one = SmoothedLoss(before, 0.05)
     for step in range(1, 41):
         one.add(step, 4.0)
-    other.restore(one.state())
+    other = SmoothedLoss(after, 0.05, **one.state())
     for step in range(41, 60):
         other.add(step, 4.0)
         assert other.mean == pytest.approx(4.0)
