@@ -23,7 +23,7 @@ from megamoe.checkpoint.open_model import open_model, tokenizer_of
 from megamoe.checkpoint.opening import find_checkpoint, open_source
 from megamoe.config.model import ModelConfig, validate
 from megamoe.config.precision import find_precision
-from megamoe.config.recipe import Recipe, parse_recipe
+from megamoe.config.recipe import Recipe, dtype_of, parse_recipe
 from megamoe.data import tokenizer as tokenizers
 from megamoe.data.batches import Batch
 from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
@@ -193,14 +193,16 @@ def build_trainer(
     config = _config_of(preset)
     ds = ds_config if isinstance(ds_config, dict) else read_json(Path(ds_config))
     where = "the DeepSpeed JSON" if isinstance(ds_config, dict) else str(ds_config)
-    precision, world_size = find_precision(this_device()), dist.get_world_size()
-    problems = Problems()
-    recipe: Recipe = problems.attempt(parse_recipe, ds, where, world_size, is_on_cpu(), precision.choice)
+    world_size, problems = dist.get_world_size(), Problems()
+    # To find it takes a second on a CPU; a JSON without bf16 leaves nothing to choose, or to warn of.
+    precision = find_precision(this_device()) if dtype_of(ds) == "bf16" else None
+    choice = precision.choice if precision else "fp32"
+    recipe: Recipe = problems.attempt(parse_recipe, ds, where, world_size, is_on_cpu(), choice)
     problems += placement_problems(config, ep_size, recipe.dtype if recipe else "fp32", world_size, "the model")
     if not problems:
         problems += deepspeed_own_problems(recipe)
     problems.refuse()
-    if dist.get_rank() == 0 and (note := precision.describe(recipe)):
+    if precision and dist.get_rank() == 0 and (note := precision.describe(recipe)):
         print(note, flush=True)
     return build_train_step(config, recipe, ep_size=ep_size, seed=seed)
 

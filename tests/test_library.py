@@ -173,6 +173,16 @@ def test_auto_trains_in_what_rank_0_is_the_faster_in_and_is_said_once():
     assert "computes in" not in other_said
 
 
+def measured_for_a_trainer():
+    with mock.patch.object(precision, "precision_of") as measure:
+        megamoe.build_trainer(megamoe.ModelConfig(**PRESET), ds_config(2))
+    return measure.called
+
+
+def test_nothing_is_measured_for_a_json_in_fp32():
+    assert run_ranks(1, measured_for_a_trainer) == [False]
+
+
 def problems_of_trainers(path):
     def problems(ds, ep_size=1, **changes):
         config = megamoe.ModelConfig(**{**PRESET, **changes})

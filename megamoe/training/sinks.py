@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,45 +90,29 @@ def duration(seconds: float) -> str:
 
 
 class JsonLinesSink(Sink):
-    """RUN/log.jsonl: every number unrounded, a record per line; `read_log` reads it back."""
-
-    _file: IO[str]
+    """RUN/log.jsonl, every number unrounded, and RUN/guard.jsonl, which is made by the first event: a record per line.
+    `read_log` reads the first back."""
 
     def open(self, run_dir: Path, first_step: int) -> None:
-        self._file = _open_to_append(run_dir / "log.jsonl")
+        self._run_dir = run_dir
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        self._file.write(_json_line({"kind": kind, "step": step, **values}))
-        self._file.flush()
+        _append(self._run_dir / "log.jsonl", {"kind": kind, "step": step, **values})
 
-    def close(self) -> None:
-        self._file.close()
-
-
-def _open_to_append(path: Path) -> IO[str]:
-    # A run that was killed while it wrote has left half a line.
-    is_torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (for the caller to close)
-    file.write("\n" * is_torn)
-    return file
+    def log_event(self, values: dict[str, Any]) -> None:
+        _append(self._run_dir / "guard.jsonl", values)
 
 
-def _json_line(values: dict[str, Any]) -> str:
+def _append(path: Path, values: dict[str, Any]) -> None:
     # JSON has no NaN and no infinity, which a skipped step brings.
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
               for key, value in values.items()}  # fmt: skip
-    return json.dumps(finite) + "\n"
-
-
-class EventSink(Sink):
-    """RUN/guard.jsonl: a line per event; no file without one."""
-
-    def open(self, run_dir: Path, first_step: int) -> None:
-        self._path = run_dir / "guard.jsonl"
-
-    def log_event(self, values: dict[str, Any]) -> None:
-        with _open_to_append(self._path) as file:
-            file.write(_json_line(values))
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")  # a run that was killed while it wrote has left half a line
+        file.write(json.dumps(finite).encode() + b"\n")
 
 
 class TensorBoardSink(Sink):
@@ -170,7 +154,7 @@ class TensorBoardSink(Sink):
         self._board.close()
 
 
-SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink, EventSink)
+SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink)
 
 
 class SinkGroup(Sink):
@@ -180,8 +164,7 @@ class SinkGroup(Sink):
     def __init__(self, sinks: Sequence[Sink]):
         self._sinks = list(sinks)
         self._broken: set[Sink] = set()
-        self._named: set[Sink] = set()
-        self._lost = dict.fromkeys(self._sinks, 0)  # calls
+        self._lost: dict[Sink, int] = {}  # calls of those that have been named
 
     def open(self, run_dir: Path, first_step: int) -> None:
         self._run_dir = run_dir
@@ -226,11 +209,10 @@ class SinkGroup(Sink):
                 getattr(sink, method)(*args)
                 return
         except Exception as error:  # of whatever library a sink is made of
-            if sink not in self._named:
-                self._named.add(sink)
+            if sink not in self._lost:
                 _warn(f"{type(sink).__name__} failed ({error or repr(error)}); training continues without its entries.")
             self._broken.add(sink)
-        self._lost[sink] += is_entry
+        self._lost[sink] = self._lost.get(sink, 0) + is_entry
 
 
 def _warn(text: str) -> None:
