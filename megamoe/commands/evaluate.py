@@ -71,10 +71,8 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name} is {value}; give at least 1.")
-    if args.json and not args.json.absolute().parent.is_dir():
-        problems.append(f"{args.json.parent} is no folder to write --json in; make it first.")
-    if args.json and args.json.is_dir():
-        problems.append(f"--json is {args.json}, a folder; give the path of a file.")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        problems.append(f"--json is {args.json}; give the path of a file, in a folder that exists.")
     problems.refuse()
     return args
 

@@ -184,17 +184,17 @@ class Trainer:
         if self.writer.pending:
             self._complete()
         try:
-            done = go_back(why, step, writer=self.writer, guard=self.guard, ledger=self.ledger)
+            self.ledger, event, line = go_back(why, step, writer=self.writer, guard=self.guard, ledger=self.ledger)
         except UserError as error:
             self._end(step, "; ".join(problem.rstrip(".") for problem in error.problems))
-        self.ledger = done.ledger
+        to_step: int = event["to_step"]
         self.skipped = SkippedSteps()
-        self.metrics.restart(done.to_step)
+        self.metrics.restart(to_step)
         if self.sinks:
-            self.sinks.go_back(done.to_step)
-            self.sinks.log_event(done.event)
-            self._say(done.to_step, done.line)
-        return done.to_step
+            self.sinks.go_back(to_step)
+            self.sinks.log_event(event)
+            self._say(to_step, line)
+        return to_step
 
     def _train(self, step: int, needed: float, looks_at_folder: bool) -> StepResult:
         """One optimizer step on this rank's micro-batches.

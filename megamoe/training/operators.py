@@ -77,7 +77,7 @@ def check_compiler(name: str) -> None:
 def load_in_turn(name: str, folder: Path, load: Callable[[], Any]) -> None:
     """Call `load`, which compiles the operator in this folder alone, or loads what is compiled next to others.
 
-    Raises UserError after 15 minutes of one process that keeps it from that.
+    Raises UserError after 15 minutes of others that keep it from that.
     """
     compiled = folder / f"{name}.so"
     with open(folder / "holder", "a+") as file:  # a line for each of us that is in `load`, or has died there
@@ -93,24 +93,22 @@ def load_in_turn(name: str, folder: Path, load: Callable[[], Any]) -> None:
 
 
 def _wait_for_turn(file: IO[str], compiled: Path, what: str) -> None:
-    """Take the turn, see `_take_turn`. Says who keeps it from us, and has a limit for each of them.
+    """Take the turn, see `_take_turn`, within MOST_SECONDS. Says who keeps it from us.
 
     Args:
         what: they do.
     """
-    holder, since, is_said = "", time.monotonic(), False
-    while found := _take_turn(file, compiled):
-        if found != holder:
-            holder, since, is_said = found, time.monotonic(), False
+    since, said = time.monotonic(), ""
+    while holder := _take_turn(file, compiled):
         waited = time.monotonic() - since
         if waited > MOST_SECONDS:
             raise UserError(
-                f"{holder} {what} for {MOST_SECONDS / 60:.0f} minutes already, which is the limit; end that process "
-                "and start again."
+                f"{holder} {what}, for which this process has waited {MOST_SECONDS / 60:.0f} minutes, the limit; end "
+                "that process and start again."
             )
-        if waited > QUIET_SECONDS and not is_said:
+        if waited > QUIET_SECONDS and holder != said:
             print(f"waiting for {holder}, which {what}", flush=True)
-            is_said = True
+            said = holder
         time.sleep(POLL_SECONDS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,12 @@ def saved_guard(checkpoint: Path) -> dict[str, Any] | None:
     return state[0]
 
 
-@dataclass(frozen=True)
-class Rollback:
-    """What has been done."""
-
-    to_step: int
-    ledger: DataLedger  # of what follows; it is in the run folder
-    line: str
-    event: dict[str, Any]
-
-
-def go_back(why: Return, step: int, *, writer: CheckpointWriter, guard: Guard, ledger: DataLedger) -> Rollback:
+def go_back(
+    why: Return, step: int, *, writer: CheckpointWriter, guard: Guard, ledger: DataLedger
+) -> tuple[DataLedger, dict[str, Any], str]:
     """Restore the engine of `writer` and `guard` from the newest checkpoint that is good; no save is pending.
 
+    Returns the ledger of what follows, which is in the run folder, the event to record, and the line to say.
     Collective. Raises UserError, on every rank, where the run may not go back once more or there is no checkpoint;
     OSError on rank 0.
 
@@ -79,7 +71,7 @@ def go_back(why: Return, step: int, *, writer: CheckpointWriter, guard: Guard, l
         "next_data_step": next_data,
         "rollbacks": ledger.rollbacks,
     }
-    return Rollback(to_step, ledger, line, event)
+    return ledger, event, line
 
 
 def _good(why: Return, writer: CheckpointWriter, ledger: DataLedger) -> list[Path]:

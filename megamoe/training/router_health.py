@@ -34,39 +34,27 @@ class RouterHealth:
         max_vio = balance.running_max_vio
         emptiest, fullest = int(loads.argmin()), int(max_vio.argmax())
         blocks, even = self._blocks, math.log(experts)
-        lines = (
-            self._once(
-                "dead",
+        # By name: the distance of a measure from its limit as a factor, below 1 where it is beyond, and what to say.
+        measures = {
+            "dead": (
                 loads[emptiest].item() / DEAD_SHARE,
                 f"expert {expert[emptiest]} of block {blocks[emptiest]} gets {loads[emptiest]:.2%} of the mean load; "
                 f"{self._remedy}, or lower the learning rate",
             ),
-            self._once(
-                "collapse",
+            "collapse": (
                 entropy / (COLLAPSED_SHARE * even),
                 f"the router of block {of_entropy} has an entropy of {entropy:.3f} nats, where equal scores have "
                 f"{even:.2f}; lower the learning rate, or set router_z_loss_coef",
             ),
-            self._once(
-                "max_vio",
+            "max_vio": (
                 MAX_VIO / max(max_vio[fullest].item(), torch.finfo().tiny),
                 f"the running MaxVio of block {blocks[fullest]} is {max_vio[fullest]:.2f}; {self._remedy}",
             ),
-        )
-        return [line for line in lines if line]
-
-    def _once(self, name: str, distance: float, text: str) -> str | None:
-        """`text` as a warning, if it is new.
-
-        Args:
-            distance: of the measure from its limit as a factor, below 1 where it is beyond.
-        """
-        if distance >= RECOVERED:
-            self._said.discard(name)
-        if distance >= 1 or name in self._said:
-            return None
-        self._said.add(name)
-        return f"router warning: {text}"
+        }
+        self._said -= {name for name, (distance, _) in measures.items() if distance >= RECOVERED}
+        new = {name: text for name, (distance, text) in measures.items() if distance < 1 and name not in self._said}
+        self._said |= new.keys()
+        return [f"router warning: {text}" for text in new.values()]
 
 
 def _remedy(config: ModelConfig) -> str:

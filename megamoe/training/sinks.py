@@ -1,6 +1,6 @@
 """Where a run's values go: console, JSON lines, TensorBoard. One class per sink, listed in `SINKS`.
 
-Logs are expendable: a sink that fails is named once on stderr, and training continues.
+Logs are expendable: a sink that fails is named once on stderr, and training continues. It is given what follows.
 """
 
 from __future__ import annotations
@@ -158,24 +158,17 @@ SINKS: tuple[type[Sink], ...] = (ConsoleSink, JsonLinesSink, TensorBoardSink)
 
 
 class SinkGroup(Sink):
-    """Hands everything to several sinks; one that fails is named, opened again at the next scalars, and never ends the
-    run. What it has lost is counted."""
+    """Hands everything to several sinks; one that fails is named once, and never ends the run."""
 
     def __init__(self, sinks: Sequence[Sink]):
-        self._sinks = list(sinks)
-        self._broken: set[Sink] = set()
-        self._lost: dict[Sink, int] = {}  # calls of those that have been named
+        self._sinks = sinks
+        self._failed: set[Sink] = set()
 
     def open(self, run_dir: Path, first_step: int) -> None:
         self._run_dir = run_dir
-        for sink in self._sinks:
-            self._call(sink, "open", run_dir, first_step)
+        self._call_each("open", run_dir, first_step)
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        for sink in list(self._broken) if os.path.isdir(self._run_dir) else ():  # TensorBoard would make it again
-            self._call(sink, "close")
-            self._broken.discard(sink)
-            self._call(sink, "open", self._run_dir, step - 1)
         self._call_each("log_scalars", kind, step, values)
 
     def log_text(self, step: int, text: str) -> None:
@@ -194,29 +187,16 @@ class SinkGroup(Sink):
 
     def close(self) -> None:
         self._call_each("close")
-        for sink, lost in self._lost.items():
-            if lost:
-                _warn(f"{type(sink).__name__} has lost {lost} {'entry' if lost == 1 else 'entries'} of this run.")
 
     def _call_each(self, method: str, *args: Any) -> None:
         for sink in self._sinks:
-            self._call(sink, method, *args)
-
-    def _call(self, sink: Sink, method: str, *args: Any) -> None:
-        is_entry = method.startswith("log_")
-        try:
-            if sink not in self._broken or not is_entry:
+            try:
                 getattr(sink, method)(*args)
-                return
-        except Exception as error:  # of whatever library a sink is made of
-            if sink not in self._lost:
-                _warn(f"{type(sink).__name__} failed ({error or repr(error)}); training continues without its entries.")
-            self._broken.add(sink)
-        self._lost[sink] = self._lost.get(sink, 0) + is_entry
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+            except Exception as error:  # of whatever library a sink is made of
+                if sink not in self._failed:
+                    name, why = type(sink).__name__, error or repr(error)
+                    print(f"warning: {name} failed ({why}); training continues.", file=sys.stderr, flush=True)
+                self._failed.add(sink)
 
 
 def open_sinks(run_dir: Path, first_step: int) -> SinkGroup:

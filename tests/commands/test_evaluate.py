@@ -143,6 +143,6 @@ def test_problems_come_together(folder, monkeypatch):
     words = ("absent", folder / "hf" / "model.safetensors", "--tasks", "x", "--task_folder", "nowhere")
     for problem, part in zip(refused(folder / "hf", *words), ("absent does", "UTF-8", "nowhere is no"), strict=True):
         has(problem, part)
-    has(only(refused(folder / "hf", folder / "texts", "--json", folder)), "--json is", "a folder")
+    has(only(refused(folder / "hf", folder / "texts", "--json", folder)), "--json is", "the path of a file")
     has(only(refused(folder / "hf", folder / "texts", "--stride", WINDOW + 1)), "--stride is 25", "lower it")
     has(only(refused(folder / "none", folder / "texts")), str(folder / "none"), "does not exist")

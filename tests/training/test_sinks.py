@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megamoe.training.sinks import JsonLinesSink, Sink, SinkGroup, open_sinks, read_log
+from megamoe.training.sinks import Sink, SinkGroup, open_sinks, read_log
 
 
 def record(step=10, **changes):
@@ -154,11 +154,9 @@ class Broken(Sink):
     """Fails at whatever it is given."""
 
     def __init__(self, at):
-        self.calls = 0
         setattr(self, at, self.fail)
 
     def fail(self, *args):
-        self.calls += 1
         raise OSError(28, "No space left on device")
 
 
@@ -170,31 +168,27 @@ class Kept(Sink):
         self.given.append(step)
 
 
-@pytest.mark.parametrize(("at", "lost"), [("open", 6), ("log_text", 4), ("close", 0)])
-def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, at, lost):
-    broken, kept = Broken(at), Kept()
-    sinks = SinkGroup([broken, kept])
+@pytest.mark.parametrize("at", ["open", "log_text", "close"])
+def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, at):
+    kept = Kept()
+    sinks = SinkGroup([Broken(at), kept])
     sinks.open(tmp_path, 0)
     for step in (10, 20):
         log(sinks, "train", record(step))
         sinks.log_text(step, "a line")
-        sinks.log_expert_loads(step, [0], torch.ones(1, 2))
     sinks.close()
     assert kept.given == [10, 20]
-    first, *last = capsys.readouterr().err.splitlines()
-    assert first.startswith("warning: Broken failed ([Errno 28] No space left on device); training continues")
-    assert last == ([f"warning: Broken has lost {lost} entries of this run."] if lost else [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "warning: Broken failed ([Errno 28] No space left on device); training continues."
 
 
-def test_a_sink_that_failed_once_gets_what_follows(tmp_path, capsys, monkeypatch):
+def test_a_log_that_could_not_be_written_gets_what_follows(tmp_path, capsys):
     sinks = open_sinks(tmp_path, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr("tensorboard.summary.writer.event_file_writer.EventFileWriter.add_event", Broken("open").fail)
-        patch.setattr(JsonLinesSink, "log_scalars", Broken("open").fail)
-        log(sinks, "train", record(10))
+    (tmp_path / "log.jsonl").mkdir()
+    log(sinks, "train", record(10))
+    (tmp_path / "log.jsonl").rmdir()
     log(sinks, "train", record(20))
     sinks.close()
     assert [row["step"] for row in read_log(tmp_path)["train"]] == [20]
-    assert "train/loss" in board(tmp_path).Tags()["scalars"]
-    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [20]
-    assert "has lost" in capsys.readouterr().err
+    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10, 20]
+    assert capsys.readouterr().err.startswith("warning: JsonLinesSink failed ")
