@@ -1,13 +1,9 @@
-"""lm-evaluation-harness: what its own adapter finds on an export is what `megamoe.evaluate` and the adapter of the live
-model do."""
-
-from pathlib import Path
+"""lm-evaluation-harness: what its own adapter finds on an export is what the adapter of the live model does."""
 
 import pytest
 import torch
-from exported import Weights, export, random_decoder
+from exported import Weights, random_decoder
 from harness_tasks import ANSWER, CHOICE, FEW_SHOTS, QUESTIONS, ROLLING, WORDS, write_task
-from model_parts import model_of
 
 import megamoe
 from megamoe.data.tokenizer import train_tokenizer
@@ -31,52 +27,6 @@ SHRUNK = {
 }
 
 
-def export_native(decoder, folder, tokenizer):
-    """`folder`, with the decoder as the class of transformers that holds it."""
-    source = Weights(decoder)
-    architecture, _ = native_class(source, decoder.config)
-    write_native(source, folder, torch.float32, 10**9, decoder.config, architecture, tokenizer)
-
-
-def harness(directory: Path, texts: dict[str, str], folder: Path, **options) -> dict[str, float]:
-    """Bits per byte of each text, a task of its own in `folder`, as lm-evaluation-harness computes them."""
-    import lm_eval  # takes seconds
-    from lm_eval.tasks import TaskManager
-
-    for name, text in texts.items():
-        write_task(folder, name, ROLLING, [{"text": text}])
-    found = lm_eval.simple_evaluate(
-        "hf",
-        {"pretrained": str(directory), **options},
-        tasks=list(texts),
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        batch_size=4,
-        device="cpu",
-        bootstrap_iters=0,
-    )
-    return {name: found["results"][name]["bits_per_byte,none"] for name in texts}
-
-
-@pytest.mark.parametrize("own_code", [False, True], ids=["class of transformers", "own code"])
-def test_the_harness_finds_the_bits_per_byte_that_evaluate_does(own_code, tmp_path, module_cache):
-    tokenizer = train_tokenizer([TEXT], 290)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    config = model_of("latent_tokens", **SHRUNK) if own_code else megamoe.load_preset("tiny-glm", **SHRUNK)
-    decoder = random_decoder(config)
-    write = export if own_code else export_native
-    write(decoder, tmp_path / "exported", tmp_path / "tokenizer.json")
-    ids = tokenizer.encode(TEXT).ids
-    texts = {"whole_windows": tokenizer.decode(ids[: 7 * WINDOW]), "a_shorter_last_window": TEXT}
-    theirs = harness(tmp_path / "exported", texts, tmp_path, trust_remote_code=own_code)
-    ours = {name: megamoe.evaluate(decoder, tokenizer, text) for name, text in texts.items()}
-    assert ours["whole_windows"]["tokens"] == 7 * WINDOW
-    assert 7 * WINDOW < ours["a_shorter_last_window"]["tokens"] < 8 * WINDOW
-    assert theirs["whole_windows"] == pytest.approx(ours["whole_windows"]["bits_per_byte"], rel=1e-5)
-    # The harness fills the context of a shorter last window from the window before.
-    shorter = ours["a_shorter_last_window"]["bits_per_byte"]
-    assert theirs["a_shorter_last_window"] == pytest.approx(shorter, rel=0.01)
-
-
 def requests(kind, *of_each):
     from lm_eval.api.instance import Instance
 
@@ -91,8 +41,12 @@ def test_the_live_model_gives_the_harness_what_its_export_does(tmp_path):
     tokenizer = train_tokenizer([TEXT], 290)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     decoder = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK))
-    export_native(decoder, tmp_path / "exported", tmp_path / "tokenizer.json")
-    theirs = HFLM(str(tmp_path / "exported"), batch_size=3, device="cpu")
+    source = Weights(decoder)
+    architecture, _ = native_class(source, decoder.config)
+    write_native(
+        source, tmp_path / "hf", torch.float32, 10**9, decoder.config, architecture, tmp_path / "tokenizer.json"
+    )
+    theirs = HFLM(str(tmp_path / "hf"), batch_size=3, device="cpu")
     ours = HarnessModel(SharedModel(decoder, Share(3), torch.device("cpu")), tokenizer, 0, WINDOW)
 
     def both(kind, *of_each):

@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import re
-import sys
 import time
+from unittest import mock
 
 import pytest
 from engines import make
@@ -19,25 +19,9 @@ DEADLINE = 240  # seconds, which end a hang
 OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 
 
-class Lines:
-    """A standard output that sends each line through a pipe."""
-
-    def __init__(self, pipe):
-        self.pipe, self.text = pipe, ""
-
-    def write(self, text):
-        *lines, self.text = (self.text + text).split("\n")
-        for line in lines:
-            self.pipe.send(line)
-
-    def flush(self):
-        pass
-
-
 def compiler(pipe, folder, how):
     """Take the turn to compile, which leaves torch's `lock` in the folder for as long as it takes: with "hold", until
     something comes through the pipe. With "meet", load what is compiled, until three do."""
-    sys.stdout = Lines(pipe)
     lock = folder / "lock"
 
     def load():
@@ -47,15 +31,16 @@ def compiler(pipe, folder, how):
             return
         assert not lock.exists(), "torch waits for it without an end"
         with open(lock, "x"):
-            print("begun")
+            pipe.send("begun")
             if how == "hold":
                 pipe.recv()
             lock.unlink()
         (folder / "cpu_adam.so").touch()
 
     operators.QUIET_SECONDS, operators.POLL_SECONDS = 0, 0.01
+    operators.print = lambda line, **_: pipe.send(line)
     operators.load_in_turn("cpu_adam", folder, load)
-    print("done")
+    pipe.send("done")
 
 
 @pytest.fixture
@@ -151,48 +136,28 @@ def test_an_optimizer_has_the_operator_that_deepspeed_takes():
         assert recipe_of(ds).operator_builder == builder
 
 
-def operators_of(*engines):
-    """For each engine of a new process, the operators that have been loaded in turn, and by DeepSpeed, in all."""
+def operators_of(optimizer):
+    """What an offloading engine of a new process has loaded in turn, and what DeepSpeed has loaded in all."""
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    in_turn, load_in_turn, found = [], operators.load_in_turn, []
-
-    def recorded(name, folder, load):
-        in_turn.append(name)
-        load_in_turn(name, folder, load)
-
-    operators.load_in_turn = recorded
-    for optimizer, zero in engines:
-        make(1, optimizer=optimizer, zero_optimization=zero)
-        found.append((list(in_turn), list(OpBuilder._loaded_ops)))
-    return found
+    with mock.patch.object(operators, "load_in_turn", side_effect=operators.load_in_turn) as in_turn:
+        make(1, optimizer=optimizer, zero_optimization=OFFLOADED)
+    return [one.args[0] for one in in_turn.call_args_list], list(OpBuilder._loaded_ops)
 
 
-def test_an_engine_loads_the_operator_that_it_uses_in_turn_and_no_other():
-    without = {"type": "AdamW", "params": {"torch_adam": True}}, {"stage": 2}
-    ((none, one),) = run_new_ranks(1, operators_of, without, ({"type": "AdamW", "params": {}}, OFFLOADED))
-    assert none == ([], [])
-    assert one == (["cpu_adam"], ["cpu_adam"])
+@pytest.mark.parametrize(("params", "loaded"), [({"torch_adam": True}, []), ({}, ["cpu_adam"])])
+def test_an_engine_loads_the_operator_that_it_uses_in_turn_and_no_other(params, loaded):
+    assert run_new_ranks(1, operators_of, {"type": "AdamW", "params": params}) == [(loaded, loaded)]
 
 
-@pytest.mark.parametrize(
-    ("lacking", "parts"),
-    [
-        ({"CXX": "/none/c++ -O2"}, ["no C++ compiler /none/c++ -O2; install one", "or set CXX."]),
-        ({"include": "/none"}, ["no /none/Python.h; install Python's headers"]),
-    ],
-)
-def test_a_host_that_cannot_compile_is_told_what_it_lacks(lacking, parts, monkeypatch):
-    if "CXX" in lacking:
-        monkeypatch.setenv("CXX", lacking["CXX"])
-    else:
-        monkeypatch.setattr(operators.shutil, "which", lambda name: f"/usr/bin/{name}")
-        monkeypatch.setattr(operators.sysconfig, "get_path", lambda name: lacking[name])
-    has(
-        refusal(operators.check_compiler, "cpu_adam"),
-        "DeepSpeed compiles cpu_adam on this host, where there is",
-        *parts,
-    )
+def test_a_host_that_cannot_compile_is_told_what_it_lacks(monkeypatch):
+    begins = "DeepSpeed compiles cpu_adam on this host, where there is"
+    monkeypatch.setattr(operators.sysconfig, "get_path", lambda name: "/none")
+    monkeypatch.setattr(operators.shutil, "which", lambda name: f"/usr/bin/{name}")
+    has(refusal(operators.check_compiler, "cpu_adam"), begins, "no /none/Python.h; install Python's headers")
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "/none/c++ -O2")
+    has(refusal(operators.check_compiler, "cpu_adam"), begins, "no C++ compiler /none/c++ -O2; install one", "set CXX.")
 
 
 def test_a_folder_for_what_is_compiled_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
