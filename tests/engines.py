@@ -15,6 +15,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.data.batches import Batch
 from megamoe.model.names import plain_parts
+from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep, balancer_of, build_train_step
 
 CONFIG = ModelConfig(**{**PRESET, "num_local_experts": 8})
@@ -36,6 +37,22 @@ class OneWeight(nn.Module):
         loss = (self.weight * x).sum()
         self.step_losses += loss.detach()
         return loss
+
+
+def one_weight_engine(schedule=None, **ds_changes):
+    """An engine of `OneWeight` by AdamW without weight decay, at a learning rate of 0.1 or by a `schedule`."""
+    ds = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_type": "linear", "warmup_max_lr": 0.1, "warmup_num_steps": 0},
+        },
+    }
+    recipe = recipe_of({**ds, **ds_changes})
+    return build_engine(OneWeight(), replace(recipe, schedule=schedule) if schedule else recipe)
 
 
 def make(ep_size, stage=2, seed=0, config=CONFIG, unchecked=None, **ds_changes):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from exported import random_decoder
 from model_parts import model_of
-from refusals import has, refusal
 
 from megamoe.data.corpus import write_corpus
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
@@ -55,26 +54,10 @@ def test_the_bytes_of_another_corpus_are_those_of_its_decoded_text(folder, seq_l
         assert found == pytest.approx(counts["tokens"] / counts["bytes"], rel=0.01)  # characters torn between samples
 
 
-def test_only_the_samples_that_an_evaluation_reads_are_decoded(folder, monkeypatch):
-    (folder / "corpus.json").unlink()
-    corpus = held_out(folder)
-    read = []
-    plain = corpus.sample
-    monkeypatch.setattr(corpus, "sample", lambda index: read.append(index) or plain(index))
-    assert tokens_per_byte(corpus, 3)
-    assert read == [0, 1, 2]
-
-
 def test_without_counts_and_tokenizer_the_bytes_are_not_known(folder):
     for name in ("corpus.json", "tokenizer.json"):
         (folder / name).unlink()
     assert tokens_per_byte(held_out(folder), 5) is None
-
-
-def test_a_broken_tokenizer_beside_held_out_tokens_is_refused(folder):
-    (folder / "corpus.json").unlink()
-    (folder / "tokenizer.json").write_text("{}")
-    has(refusal(tokens_per_byte, held_out(folder), 5), "tokenizer.json", "cannot be read")
 
 
 def test_a_set_has_the_mean_over_its_first_samples_without_dropout_and_bits_per_byte_where_bytes_are_known(corpus):

@@ -2,32 +2,19 @@
 
 import pytest
 import torch
-from engines import OneWeight
+from engines import one_weight_engine
 from ranks import run_ranks
 from torch import nn
-from toy import ds_config, ds_of_samples, losses, recipe_of, train_here, write_inputs
+from toy import ds_config, ds_of_samples, losses, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
-from megamoe.training.engine import build_engine
 from megamoe.training.step import TrainStep
 
 
 def norms_of(zero, inputs):
     """The gradient norms of steps over these inputs, one micro-batch each, the weights after them, and what the engine
     counts."""
-    ds = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 0.0,
-        "gradient_accumulation_steps": 3,
-        "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "weight_decay": 0.0}},
-        "scheduler": {
-            "type": "WarmupLR",
-            "params": {"warmup_type": "linear", "warmup_max_lr": 0.1, "warmup_num_steps": 0},
-        },
-    }
-    engine = build_engine(OneWeight(), recipe_of(ds))
+    engine = one_weight_engine(gradient_clipping=0.0, gradient_accumulation_steps=3, zero_optimization=zero)
     train_step, norms, weights = TrainStep(engine, None), [], []
     for values in inputs:
         train_step.accumulate(len(values))

@@ -62,14 +62,10 @@ def test_experts_larger_than_a_group_may_be_train_and_resume(tmp_path):
     assert split[1][2:] == split[2]
 
 
-def throughput_timer(**changes):
-    return make(1, **changes).tput_timer.config.enabled
+def throughput_timers(*timers):
+    return [make(1, **one).tput_timer.config.enabled for one in timers]
 
 
 def test_the_timer_that_waits_for_the_device_is_off_unless_it_is_asked_for():
-    assert run_ranks(1, throughput_timer) == [False]
-    assert run_ranks(1, timed_throughput) == [True]
-
-
-def timed_throughput():
-    return throughput_timer(timers={"throughput": {"enabled": True, "synchronized": False}})
+    asked = {"timers": {"throughput": {"enabled": True, "synchronized": False}}}
+    assert run_ranks(1, throughput_timers, {}, asked) == [[False, True]]

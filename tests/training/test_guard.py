@@ -155,12 +155,7 @@ def test_without_a_state_a_guard_knows_nothing_of_the_steps_before():
         give(guard, step, 4.0, math.inf)
     assert guard.good_until == 700
     assert guard.must_go_back().until == 700
-
-
-def test_in_its_first_steps_too_a_guard_that_acts_says_which_checkpoint_is_good():
-    guard = guard_after(7)
-    give(guard, 8, 4.0, math.inf)
-    assert guard.good_until == 7
+    assert guard_after(7).good_until == 7
     assert guard_after(7, "warn").good_until is None
 
 

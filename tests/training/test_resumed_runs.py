@@ -9,7 +9,7 @@ import pytest
 import torch
 from devices import on_gpus
 from ranks import run_new_ranks, run_ranks
-from toy import PRESET, ds_config, ds_of_samples, losses, shipped, train_here, write_inputs
+from toy import ds_config, ds_of_samples, losses, shipped, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
 from megamoe.launch.determinism import SETTINGS
@@ -74,14 +74,6 @@ def test_a_run_resumes_on_other_ranks_and_another_ep_size_and_keeps_its_newest_c
     assert read_index(tmp_path / "cut" / "checkpoints" / "step_6").topology.world_size == 2
 
 
-def test_ranks_that_would_change_the_samples_of_a_step_are_refused_with_the_way_out(tmp_path):
-    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 2}
-    run_ranks(2, train_here, run)
-    ((problem,),) = run_ranks(1, problems_of, {**run, "steps": 3, "resume": True})
-    assert "samples_per_step 4, not 2" in problem
-    assert 'set "train_batch_size" to 4' in problem
-
-
 def test_a_resume_passes_over_a_damaged_checkpoint_and_refuses_if_none_holds(tmp_path):
     run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "ep_size": 2, "save_interval": 2}
     whole = run_ranks(2, train_here, {**run, "steps": 6})[0]
@@ -98,7 +90,7 @@ def test_a_resume_passes_over_a_damaged_checkpoint_and_refuses_if_none_holds(tmp
     assert others == []
 
 
-def test_a_run_starts_from_the_weights_of_another_and_refuses_those_of_another_model(tmp_path):
+def test_a_run_starts_from_the_weights_of_anothers_newest_verified_checkpoint(tmp_path):
     run = {**write_inputs(tmp_path, ds_config(2)), "ep_size": 2}
     before = {**run, "run_dir": str(tmp_path / "first"), "steps": 12, "save_interval": 11}
     first = run_ranks(2, train_here, before)[0]
@@ -107,17 +99,9 @@ def test_a_run_starts_from_the_weights_of_another_and_refuses_those_of_another_m
     assert [record["step"] for record in second["train"]] == [1, 2]
     assert losses(second)[0] < losses(first)[0] - 0.5  # it has learned already
     assert second["train"][0]["lr"] == first["train"][0]["lr"]  # and starts anew
-    (tmp_path / "wide.json").write_text(json.dumps({**PRESET, "hidden_size": 64, "head_dim": 4}))
-    wide = {**start, "run_dir": str(tmp_path / "third"), "preset": str(tmp_path / "wide.json")}
-    problems = run_ranks(2, problems_of, wide)[0]
-    assert any("hidden_size 32, not 64" in problem for problem in problems)
-    assert any("num_attention_heads x head_dim 32, not 16" in problem for problem in problems)
-    assert not (tmp_path / "third").exists()
     os.truncate(tmp_path / "first" / "checkpoints" / "step_12" / "rank_00000.safetensors", 50)
     again = run_ranks(2, train_here, {**start, "run_dir": str(tmp_path / "fourth")})[0]  # from the one that holds
     assert losses(again)[0] < losses(first)[0] - 0.5
-    missing = run_ranks(1, problems_of, {**start, "init_from": "nowhere", "ep_size": 1})[0]
-    assert any("nowhere" in problem for problem in missing)
 
 
 def test_run_json_is_enough_to_repeat_the_run(tmp_path):
