@@ -1,7 +1,5 @@
 """What a step does between backward and the optimizer's update reads the device once, and mixes no devices."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +13,6 @@ from megamoe.training.matrix_share import MatrixShare
 from megamoe.training.muon import Muon
 from megamoe.training.step import balancer_of
 from megamoe.training.step_sums import SCALARS, Flags, sum_over_ranks
-from megamoe.training.weight_average import WeightAverage
 from megamoe.training.zero_step import GivenNormOptimizer
 
 CONFIG = load_preset("tiny")
@@ -51,23 +48,6 @@ def reads_of_a_step(rule):
         assert balance.entropies == [1.0] * CONFIG.num_hidden_layers
         assert {balance.batch_max_vio.device.type, balance.running_max_vio.device.type} == {"cpu"}
         return reads.count
-
-
-def average_on_gpu():
-    """Two updates of an average; what is left on the device."""
-    with fake_gpu():
-        masters = [torch.empty(size, device=DEVICE) for size in (7, 100_000)]
-        inner = SimpleNamespace(param_groups=[{}], state={master: {} for master in masters})
-        zero = SimpleNamespace(optimizer=inner, single_partition_of_fp32_groups=masters)
-        average = WeightAverage(SimpleNamespace(optimizer=zero, global_steps=3), 0.999)
-        for _ in range(2):
-            average.update()
-        assert average.has_begun
-        return [(state["ema"].device.type, state["ema"].dtype, len(state["ema"])) for state in inner.state.values()]
-
-
-def test_the_average_of_the_weights_is_updated_without_a_read():
-    assert run_alone(average_on_gpu) == [(DEVICE, torch.float32, 7), (DEVICE, torch.float32, 100_000)]
 
 
 @pytest.mark.parametrize("rule", ["sign", "quantile"])
