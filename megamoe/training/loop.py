@@ -61,7 +61,6 @@ class Trainer:
         self.health = RouterHealth(model.config)
         self.metrics = StepMetrics(self.train_step, self.shape, peak)
         self.skipped = SkippedSteps()
-        self._window = 0  # steps skipped before the save that is pending
         # Multi-token prediction needs the token after the one that follows a sample's last position.
         ahead = model.config.num_nextn_predict_layers
         self.batches = Prefetcher(
@@ -115,7 +114,7 @@ class Trainer:
                 if due:
                     self._evaluate(due, step)
                 if self.writer.pending and not writing:
-                    self._complete()
+                    self.writer.complete()
                 if saves or final:
                     self._save(step, final)
                 if final and step < last:
@@ -127,23 +126,13 @@ class Trainer:
 
     def _save(self, step: int, final: bool) -> None:
         """Begin to save, and if it is the `final` one, end it or exit."""
-        if self.writer.pending:
-            self._complete()
-        self._window = self.skipped.window
         self.writer.save(
-            step, hold=final, skipped=self._window, guard=self.guard.state(), good_until=self.guard.good_until
+            step, hold=final, skipped=self.skipped.take(), guard=self.guard.state(), good_until=self.guard.good_until
         )
-        if final and not self._complete():
+        if final and not self.writer.complete():
             (is_gone,) = on_any_rank(self.folder_is_gone(), device=self.train_step.device)
             self._check(step, is_gone)
             sys.exit(FAILED)  # rank 0 has said why
-
-    def _complete(self) -> bool:
-        """Wait for the save. Returns whether it is a checkpoint."""
-        is_saved = self.writer.complete()
-        if is_saved:
-            self.skipped.forget(self._window)
-        return is_saved
 
     def _check(self, step: int, folder_is_gone: bool) -> None:
         """Warn, or end all ranks, where going on makes no sense."""
@@ -182,7 +171,7 @@ class Trainer:
         """Return to an older checkpoint; returns its step."""
         self.position.at("going back to a checkpoint")
         if self.writer.pending:
-            self._complete()
+            self.writer.complete()
         try:
             self.ledger, event, line = go_back(why, step, writer=self.writer, guard=self.guard, ledger=self.ledger)
         except UserError as error:

@@ -7,20 +7,21 @@ END_AFTER = 20
 
 
 class SkippedSteps:
-    """Counts them, in a row and since the last checkpoint."""
+    """Counts them, in a row and since the last save."""
 
     def __init__(self) -> None:
         self._in_a_row = 0
-        self.window = 0  # steps since the last checkpoint
+        self._since_save = 0
 
     def count(self, was_applied: bool) -> None:
         """Count one step. One that only lowers a dynamic loss scale, as fp16 needs now and then, counts as applied."""
         self._in_a_row = 0 if was_applied else self._in_a_row + 1
-        self.window += not was_applied
+        self._since_save += not was_applied
 
-    def forget(self, count: int) -> None:
-        """So many steps of the window are said by a checkpoint."""
-        self.window -= count
+    def take(self) -> int:
+        """How many since the last call, for the save that begins."""
+        count, self._since_save = self._since_save, 0
+        return count
 
     def warning(self) -> str | None:
         """What to say of them now, if anything."""
