@@ -6,8 +6,9 @@ Shape legend: R rows, C columns.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 BATCH = 2**24  # values of the matrices that are multiplied at once, unless one has more
 
@@ -33,13 +34,6 @@ class Run:
     def end(self) -> int:
         return self.start + self.count * self.rows * self.columns
 
-    def batches(self) -> Iterator[Run]:
-        """The same matrices, at most BATCH values or one matrix at a time."""
-        size = self.rows * self.columns
-        most = max(BATCH // size, 1)
-        for first in range(0, self.count, most):
-            yield replace(self, start=self.start + first * size, count=min(most, self.count - first))
-
 
 class MatrixShare:
     """What a rank has of a flat group of matrices that is split evenly over ranks.
@@ -54,7 +48,8 @@ class MatrixShare:
             shapes: of the matrices, in their order in the flat group.
             partition: values on each rank, the fill of the last included.
         """
-        matrices = list(_place(shapes))
+        starts = itertools.accumulate(map(math.prod, shapes), initial=0)
+        matrices = [Run(start, 1, *shape) for start, shape in zip(starts, shapes, strict=False)]
         self.start, self.end = rank * partition, (rank + 1) * partition
         self._partition = partition
 
@@ -71,21 +66,17 @@ class MatrixShare:
         self.is_cut = any(one.start // partition != (one.end - 1) // partition for one in matrices)
         """Whether any matrix of the group is on more than one rank."""
         whole = (one for one in matrices if self.start <= one.start and one.end <= self.end)
-        self.whole = [batch for run in _runs(whole) for batch in run.batches()]
+        self.whole = list(_batches(whole))
 
     def _held(self, matrix: Run | None, rank: int) -> int:
         first, last = rank * self._partition, (rank + 1) * self._partition
         return max(min(matrix.end, last) - max(matrix.start, first), 0) if matrix else 0
 
 
-def _place(shapes: list[Shape]) -> Iterator[Run]:
-    starts = itertools.accumulate((rows * columns for rows, columns in shapes), initial=0)
-    for start, (rows, columns) in zip(starts, shapes, strict=False):
-        yield Run(start, 1, rows, columns)
-
-
-def _runs(matrices: Iterable[Run]) -> Iterator[Run]:
-    """Neighbours of one shape together."""
-    for _, neighbours in itertools.groupby(matrices, lambda one: (one.rows, one.columns)):
-        first, *others = neighbours
-        yield replace(first, count=1 + len(others))
+def _batches(matrices: Iterable[Run]) -> Iterator[Run]:
+    """Neighbours of one shape together, at most BATCH values or one matrix at a time."""
+    for (rows, columns), neighbours in itertools.groupby(matrices, lambda one: (one.rows, one.columns)):
+        starts = [one.start for one in neighbours]
+        most = max(BATCH // (rows * columns), 1)
+        for first in range(0, len(starts), most):
+            yield Run(starts[first], len(starts[first : first + most]), rows, columns)
