@@ -1,7 +1,14 @@
-"""Tasks of lm-evaluation-harness with data of their own, on this disk."""
+"""Tasks of lm-evaluation-harness with data of their own, on this disk, and a model of transformers to evaluate."""
 
 import json
 from pathlib import Path
+
+import torch
+from exported import Weights, random_decoder
+
+import megamoe
+from megamoe.data.tokenizer import train_tokenizer
+from megamoe.formats.native_export import native_class, write_native
 
 DATA = """\
 task: {name}
@@ -58,3 +65,18 @@ def write_task(folder: Path, name: str, kind: str, rows: list[dict]) -> None:
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{name}.yaml").write_text(DATA.format(name=name, data=data, cache=folder / "cache") + kind)
+
+
+def write_small_glm(folder: Path, texts: list[str], window: int):
+    """`folder`/hf, a directory of transformers' GLM, and `folder`/tokenizer.json; returns its decoder and tokenizer."""
+    tokenizer = train_tokenizer(texts, 290)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = megamoe.load_preset(
+        "tiny-glm", vocab_size=300, hidden_size=32, num_hidden_layers=2, max_position_embeddings=window, head_dim=16,
+        intermediate_size=48, moe_intermediate_size=16,
+    )  # fmt: skip
+    decoder = random_decoder(config)
+    source = Weights(decoder)
+    architecture, _ = native_class(source, config)
+    write_native(source, folder / "hf", torch.float32, 10**9, config, architecture, folder / "tokenizer.json")
+    return decoder, tokenizer

@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from exported import Weights, random_decoder
-from harness_tasks import ANSWER, CHOICE, QUESTIONS, write_task
+from harness_tasks import ANSWER, CHOICE, QUESTIONS, write_small_glm, write_task
 from ranks import DEADLINE, run_alone, start_processes
 from refusals import has, only, refusals
 from transformers import AutoModelForCausalLM
@@ -17,14 +16,8 @@ import megamoe
 from megamoe.commands import evaluate
 from megamoe.config import cli
 from megamoe.data.corpus import write_corpus
-from megamoe.data.tokenizer import train_tokenizer
-from megamoe.formats.native_export import native_class, write_native
 
 WINDOW = 24
-SHRUNK = {
-    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": WINDOW, "head_dim": 16,
-    "intermediate_size": 48, "moe_intermediate_size": 16,
-}  # fmt: skip
 TEXTS = {
     "a.txt": "To sleep, perchance to dream — naïve, aye: there's the rub.\n" * 3,
     "b.txt": "To be!",
@@ -36,12 +29,7 @@ TEXTS = {
 def folder(tmp_path_factory):
     """A directory of transformers' GLM, texts, and the corpus that is prepared of them."""
     folder = tmp_path_factory.mktemp("evaluate")
-    tokenizer = train_tokenizer(TEXTS.values(), 290)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    decoder = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK))
-    source, config = Weights(decoder), decoder.config
-    architecture, _ = native_class(source, config)
-    write_native(source, folder / "hf", torch.float32, 10**9, config, architecture, folder / "tokenizer.json")
+    _, tokenizer = write_small_glm(folder, list(TEXTS.values()), WINDOW)
     (folder / "texts").mkdir()
     for name, text in TEXTS.items():
         (folder / "texts" / name).write_text(text)

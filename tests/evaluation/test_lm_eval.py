@@ -2,29 +2,16 @@
 
 import pytest
 import torch
-from exported import Weights, random_decoder
-from harness_tasks import ANSWER, CHOICE, FEW_SHOTS, QUESTIONS, ROLLING, WORDS, write_task
+from harness_tasks import ANSWER, CHOICE, FEW_SHOTS, QUESTIONS, ROLLING, WORDS, write_small_glm, write_task
 
-import megamoe
-from megamoe.data.tokenizer import train_tokenizer
 from megamoe.evaluation.scoring import Share
 from megamoe.evaluation.shared_model import SharedModel
-from megamoe.formats.native_export import native_class, write_native
 
 TEXT = (
     "Wer wüßte je das Beste, das ihm blüht? — To be, or not to be, that is the question. " * 5
     + "And thus the native hue."
 )
 WINDOW = 32
-SHRUNK = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": WINDOW,
-    "head_dim": 16,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-}
 
 
 def requests(kind, *of_each):
@@ -38,14 +25,7 @@ def test_the_live_model_gives_the_harness_what_its_export_does(tmp_path):
 
     from megamoe.evaluation.lm_eval_model import HarnessModel
 
-    tokenizer = train_tokenizer([TEXT], 290)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    decoder = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK))
-    source = Weights(decoder)
-    architecture, _ = native_class(source, decoder.config)
-    write_native(
-        source, tmp_path / "hf", torch.float32, 10**9, decoder.config, architecture, tmp_path / "tokenizer.json"
-    )
+    decoder, tokenizer = write_small_glm(tmp_path, [TEXT], WINDOW)
     theirs = HFLM(str(tmp_path / "hf"), batch_size=3, device="cpu")
     ours = HarnessModel(SharedModel(decoder, Share(3), torch.device("cpu")), tokenizer, 0, WINDOW)
 
@@ -76,8 +56,7 @@ def test_tasks_of_every_kind_are_evaluated_again_and_again_with_one_result(tmp_p
     kinds = {"rolling": ROLLING, "choice": CHOICE, "answer": ANSWER, "few_shots": FEW_SHOTS}
     for name, kind in kinds.items():
         write_task(tmp_path, name, kind, [{"text": TEXT}] if kind == ROLLING else QUESTIONS)
-    tokenizer = train_tokenizer([TEXT], 290)
-    decoder, places = random_decoder(megamoe.load_preset("tiny-glm", **SHRUNK)), []
+    (decoder, tokenizer), places = write_small_glm(tmp_path, [TEXT], WINDOW), []
     tasks = load_tasks(list(kinds), str(tmp_path), tokenizer, WINDOW)
     evaluator = TaskEvaluator(tasks, lambda activity, alone=False: places.append((activity, alone)))
     found = [evaluator.run(decoder, Share(micro_batch), torch.device("cpu")) for micro_batch in (2, 5)]
