@@ -41,18 +41,6 @@ class Watcher(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.reads, self.all_reduces = Counter(), Counter()
-        methods = {name: self._counted(getattr(torch.Tensor, name)) for name in METHODS}
-        self._patches = [patch.object(torch.Tensor, name, method) for name, method in methods.items()]
-
-    def __enter__(self):
-        for one in self._patches:
-            one.start()
-        return super().__enter__()
-
-    def __exit__(self, *args):
-        for one in self._patches:
-            one.stop()
-        return super().__exit__(*args)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.partition("::")[2]
@@ -62,7 +50,7 @@ class Watcher(TorchDispatchMode):
             self.all_reduces[caller()] += 1
         return func(*args, **(kwargs or {}))
 
-    def _counted(self, method):
+    def counted(self, method):
         def call(tensor, *args, **kwargs):
             self.reads[caller()] += 1
             return method(tensor, *args, **kwargs)
@@ -71,12 +59,12 @@ class Watcher(TorchDispatchMode):
 
 
 def watched(run):
-    watcher = Watcher()
-    plain = Trainer.run
+    watcher, plain = Watcher(), Trainer.run
+    methods = {name: watcher.counted(getattr(torch.Tensor, name)) for name in METHODS}
 
-    def run_watched(trainer, *args, **kwargs):
-        with watcher:
-            return plain(trainer, *args, **kwargs)
+    def run_watched(*args, **kwargs):
+        with watcher, patch.multiple(torch.Tensor, **methods):
+            return plain(*args, **kwargs)
 
     with patch.object(Trainer, "run", run_watched):
         train_here(run)
