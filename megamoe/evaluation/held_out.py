@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -42,16 +43,12 @@ class HeldOut(NamedTuple):
     tokens_per_byte: float | None  # of its text; None where the bytes are not known
 
 
+@dataclass
 class Evaluator:
     """Mean loss on the samples of each held-out set."""
 
-    def __init__(self, sets: list[HeldOut], limit: int):
-        """
-        Args:
-            limit: most samples to use of each.
-        """
-        self.sets = sets
-        self.limit = limit
+    sets: list[HeldOut]
+    limit: int  # most samples to use of each
 
     def run(self, model: Decoder, share: Share, device: torch.device) -> dict[str, float]:
         """Values by name: of the first set, loss in nats, tokens and, where it is known, bits_per_byte; of the others,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,28 +15,22 @@ from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
 
 
+@dataclass
 class SharedModel:
     """Rank 0 says by `work_on` what it does, calls `score` and `generate`, then `release`; the others are in `follow`
     meanwhile."""
 
-    def __init__(
-        self, model: Decoder, share: Share, device: torch.device, report: Callable[..., None] = lambda *_, **__: None
-    ):
-        """
-        Args:
-            report: is told where this rank is, as `Position.at` is.
-        """
-        self.model = model
-        self.share = share
-        self.device = device
-        self.has_failed = False  # in a call of all ranks
-        self._report = report
-        self._activity = "evaluation"
+    model: Decoder
+    share: Share
+    device: torch.device
+    report: Callable[..., None] = lambda *_, **__: None  # is told where this rank is, as `Position.at` is
+    has_failed: bool = False  # in a call of all ranks
+    _activity: str = "evaluation"
 
     def work_on(self, activity: str) -> None:
         """Rank 0 works on `activity`, by itself but for its calls of all ranks."""
         self._activity = activity
-        self._report(activity, alone=True)
+        self.report(activity, alone=True)
 
     def score(self, windows: Sequence[Window], owners: int) -> list[list[float]]:
         """Sums of nats, tokens, and tokens of which another was more likely, of each owner: see `scoring.score`."""
@@ -51,7 +46,7 @@ class SharedModel:
 
     def release(self) -> None:
         """Let the other ranks go on."""
-        self._report(self._activity)
+        self.report(self._activity)
         if not self.has_failed:
             self._send(None)
 
@@ -62,7 +57,7 @@ class SharedModel:
 
     def _call(self, *call: Any) -> Any:
         self.has_failed = True  # until it has not: an error leaves the other ranks in the middle of a collective
-        self._report(self._activity)
+        self.report(self._activity)
         self._send(call)
         result = self._take_part(*call)
         self.has_failed = False

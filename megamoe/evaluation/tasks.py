@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -41,27 +42,22 @@ def load_tasks(names: Sequence[str], folder: str | None, tokenizer: Tokenizer, m
     return HarnessTasks(list(names), Path(folder) if folder else None, tokenizer, max_length)
 
 
+@dataclass
 class TaskEvaluator:
     """Evaluates tasks on a model, on all ranks."""
 
-    def __init__(self, tasks: Tasks | None, report: Callable[..., None] = lambda *_, **__: None):
-        """
-        Args:
-            tasks: on rank 0; the other ranks need none, and no package.
-            report: is told where this rank is, as `Position.at` is.
-        """
-        self._tasks = tasks
-        self._report = report
+    tasks: Tasks | None  # on rank 0; the other ranks need none, and no package
+    report: Callable[..., None] = lambda *_, **__: None  # is told where this rank is, as `Position.at` is
 
     def run(self, model: Decoder, share: Share, device: torch.device) -> dict[str, float]:
         """TASK_METRIC by name on rank 0, nothing elsewhere. Collective; leaves the model in evaluation mode. An error
         in the code of a task is said, and gives no values."""
-        shared = SharedModel(model, share, device, self._report)
-        if self._tasks is None:
+        shared = SharedModel(model, share, device, self.report)
+        if self.tasks is None:
             shared.follow()
             return {}
         try:
-            return self._tasks.evaluate(shared)
+            return self.tasks.evaluate(shared)
         except Exception as error:  # of whatever code a task brings
             if shared.has_failed:
                 raise

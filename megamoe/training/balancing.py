@@ -44,6 +44,7 @@ class Balance:
         return max_violation(self.running_loads)
 
 
+@dataclass
 class LoadBalancer:
     """Moves running load and selection bias of every router after a step, identically on every rank, and never waits
     for the device.
@@ -52,18 +53,12 @@ class LoadBalancer:
     unless the step is skipped.
     """
 
-    def __init__(self, routers: list[Router], rate: float, rule: BiasRule, decay: float):
-        """
-        Args:
-            rate: change of a bias in one step ("sign"), or that at a load that is off by the mean ("proportional"),
-                before the mean of all changes is subtracted: with "sign" a bias moves by less than 2 * rate; in units
-                of the score. "quantile" does not read it.
-            decay: of the running mean of the loads, per step.
-        """
-        self.routers = routers
-        self.rate = rate
-        self.rule = rule
-        self.decay = decay
+    routers: list[Router]
+    # Change of a bias in one step ("sign"), or that at a load that is off by the mean ("proportional"), before the mean
+    # of all changes is subtracted, in units of the score. "quantile" does not read it.
+    rate: float
+    rule: BiasRule
+    decay: float  # of the running mean of the loads, per step
 
     def take_counts(self) -> Tensor:
         """(L, E) int64: slots that this rank has routed since the last call."""

@@ -109,8 +109,8 @@ class Trainer:
                     step = self._go_back(step, why)
                     continue
                 # Tasks may take long: a run that leaves does not begin with them.
-                intervals = {self.evaluator: eval_every, self.tasks: 0 if asked or out_of_time else tasks_every}
-                due = [one for one, every in intervals.items() if one and (_due(step, every) or step == last)]
+                intervals = (self.evaluator, eval_every), (self.tasks, 0 if asked or out_of_time else tasks_every)
+                due = [one for one, every in intervals if one and (_due(step, every) or step == last)]
                 if due:
                     self._evaluate(due, step)
                 if self.writer.pending and not writing:
