@@ -19,7 +19,7 @@ class RandomSource:
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         self._generator = torch.Generator().manual_seed(seed)
-        self.shapes = {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()}
+        self.shapes = dict(parameter_shapes(config))
         self.tensors = {name: self._draw(name, shape) for name, shape in self.shapes.items()}
         blocks = config.sparse_blocks if config.router_bias else []
         self.buffers = {

@@ -22,7 +22,7 @@ from megamoe.config import cli
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.launch.endpoint import Endpoint, join
 from megamoe.launch.preflight import marker_next_to, problems, report
-from megamoe.launch.rank_info import hosts_of, tasks_per_node
+from megamoe.launch.rank_info import hosts_of
 from megamoe.launch.remote import ask_by_srun, ask_by_ssh
 from megamoe.utils.errors import UserError
 
@@ -94,8 +94,7 @@ def check_hostfile(args: argparse.Namespace, run: RunConfig, words: list[str]) -
         print(f"continuing without a host: {problem}", file=sys.stderr)
     if hosts[-1] not in reports:  # so no host can find a route to it
         reports = {host: replace(one, address=one.address or host) for host, one in reports.items()}
-    ranks = {one.host: slots[host] for host, one in reports.items()}
-    found = problems(list(reports.values()), run, ranks)
+    found = problems(list(reports.values()), run)
     if found:
         raise UserError(*found)
     if args.usable:
@@ -111,8 +110,7 @@ def check_slurm(args: argparse.Namespace, run: RunConfig, words: list[str]) -> N
     with marker_next_to(run.folder) as marker:
         reports = ask_by_srun(len(hosts), command_of_report(args, hosts[-1], marker, words))
     reports.sort(key=lambda one: one.node)
-    tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", ""))
-    found = problems(reports, run, dict(zip([one.host for one in reports], tasks, strict=False)))
+    found = problems(reports, run)
     if found:
         raise UserError(*found)
     print(reports[0].host, reports[0].address or hosts[0], reports[0].port, run.folder)
@@ -125,10 +123,10 @@ def check_endpoint(args: argparse.Namespace, run: RunConfig, words: list[str]) -
         raise UserError(f"ENDPOINT is {args.where!r}; write HOST:PORT of one of the hosts.")
     if not least.isdigit() or not (most or least).isdigit() or not 0 < int(least) <= int(most or least):
         raise UserError(f"HOSTS is {args.hosts!r}; write a number of hosts, or MIN:MAX.")
-    at = Endpoint(host, int(port), int(least), int(most or least), args.ranks or 0, args.seconds)
+    at = Endpoint(host, int(port), int(least), int(most or least), args.seconds)
     started = f"HOSTS={args.hosts} RANKS={args.ranks} {shlex.join(words)}"
-    settings = join(lambda marker: report(run, started, host, marker, None), run, at)
-    print(f"{settings.address}:{settings.port}", settings.local_address, str(settings.is_host).lower())
+    where, address, is_host = join(lambda marker: report(run, started, host, marker, None), run, at)
+    print(where, address, str(is_host).lower())
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import BIAS
 from megamoe.formats.source import Source
-from megamoe.model.costs import parameter_shapes
+from megamoe.model.costs import parameter_shapes, size_fields
 from megamoe.model.names import EMBEDDING, HEAD, MTP, expert_id, has_gates, layer_id
 
 OPTIONAL_PARTS = {  # the ends of names that a field adds
@@ -51,17 +51,18 @@ def _size_problems(source: Source, config: ModelConfig, where: str) -> dict[str,
         if found is None:
             continue
         if len(found) != len(shape):
-            problems.setdefault(name, f"{where}: {name} has the shape {found}, not {tuple(shape.values())}.")
+            problems.setdefault(name, f"{where}: {name} has the shape {found}, not {shape}.")
             continue
-        if name.endswith(("q_norm.weight", "k_norm.weight")) and found != tuple(shape.values()):
+        if name.endswith(("q_norm.weight", "k_norm.weight")) and found != shape:
             problems.setdefault(
                 "qk_norm",
-                f"{where}: {name} has {found[0]} numbers, not {sum(shape.values())}: another qk_norm, or other heads; "
+                f"{where}: {name} has {found[0]} numbers, not {shape[0]}: another qk_norm, or other heads; "
                 "use the same preset.",
             )
             continue
-        for (field, size), other in zip(shape.items(), found, strict=True):
+        for dimension, (size, other) in enumerate(zip(shape, found, strict=True)):
             if size != other:
+                field = size_fields(config, name, dimension)
                 problems.setdefault(field, _other(where, field, other, size))
     for field, id_of in (("num_hidden_layers", layer_id), ("num_local_experts", expert_id)):
         ids = {id_of(name) for name in source.shapes} - {None}

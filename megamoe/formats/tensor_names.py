@@ -27,9 +27,7 @@ class Place:
 def plain_shapes(architecture: Architecture, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model that the class holds, the balancing biases included, under its plain name."""
     shapes = {
-        name: tuple(shape.values())
-        for name, shape in parameter_shapes(config).items()
-        if architecture.mtp or not name.startswith(MTP)
+        name: shape for name, shape in parameter_shapes(config).items() if architecture.mtp or not name.startswith(MTP)
     }
     if architecture.has_bias:
         routers = [name for name in shapes if name.endswith(ROUTER)]

@@ -7,14 +7,17 @@ values are what JSON can hold, of any size.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store, TCPStore
+from torch.distributed import DistError, Store, TCPStore
+
+from megamoe.utils.errors import PeerError, UserError, first_line
 
 READ_SECONDS = 5  # the server waits for the others to read its answer
 PAUSE_SECONDS = 0.02  # between two looks into the store; longer with time
@@ -32,6 +35,30 @@ def open_store(address: str, port: int, is_server: bool, seconds: float) -> TCPS
         wait_for_workers=False,
         multi_tenant=True,  # torch's process group will share the port
     )
+
+
+@contextlib.contextmanager
+def joining(who: str, address: str, port: int, is_server: bool, seconds: float) -> Iterator[TCPStore]:
+    """A store at this address, to join others at. Raises UserError where the port is in use, PeerError where the server
+    is out of reach or is lost."""
+    try:
+        store = open_store(address, port, is_server, seconds)
+    except DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} of {address} is in use; give deepspeed a free --master_port, and the launch scripts and "
+                "torchrun a free MASTER_PORT or none, or another ENDPOINT."
+            ) from None
+        raise PeerError(
+            f"{who} cannot reach {address}:{port} within {seconds:.0f} s; see that the same job has started there, and "
+            "that name and firewall let this host through."
+        ) from None
+    try:
+        yield store
+    except DistError as error:
+        raise PeerError(
+            f"{who} has lost {address}:{port} during the rendezvous ({first_line(error)}); see the output there."
+        ) from None
 
 
 # --- records and an answer ------------------------------------------------------------------------------------------

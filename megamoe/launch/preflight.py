@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from megamoe.config.run import RunConfig
 from megamoe.data.token_files import corpus_prefix
 from megamoe.launch.network import address_towards, free_port, is_free
@@ -30,7 +28,6 @@ class Report:
     started: str  # the line it was started with
     node: int  # index among the nodes of a Slurm job
     versions: dict[str, str]
-    gpus: int
     absent: list[str]  # files that it does not see
     shares_run_folder: bool
     peer: str  # another host
@@ -65,7 +62,6 @@ def report(run: RunConfig, started: str, peer: str, marker: Path | None, port: i
         started=started,
         node=int(os.environ.get("SLURM_NODEID", 0)),
         versions=versions(),
-        gpus=torch.cuda.device_count(),
         absent=[str(path) for path in needed_files(run) if not path.exists()],
         shares_run_folder=marker is None or marker.exists(),
         peer=peer,
@@ -83,12 +79,9 @@ def marker_next_to(folder: Path) -> Iterator[Path]:
         yield Path(marker.name).absolute()
 
 
-def problems(reports: list[Report], run: RunConfig, ranks: dict[str, int]) -> list[str]:
-    """What keeps a job from starting on the hosts of `reports`, of which the first is rank 0's.
-
-    Args:
-        ranks: number of ranks by host; a host that is not in it is not checked for GPUs.
-    """
+def problems(reports: list[Report], run: RunConfig) -> list[str]:
+    """What keeps a job from starting on the hosts of `reports`, of which the first is rank 0's. GPUs are checked
+    by the ranks when they join."""
     first = reports[0]
     found = version_problems({one.host: one.versions for one in reports})
     found += [
@@ -96,23 +89,17 @@ def problems(reports: list[Report], run: RunConfig, ranks: dict[str, int]) -> li
         for one in reports
         if one.started != first.started
     ]
-    has_gpus = any(one.gpus for one in reports)
     for one in reports:
-        found += _host_problems(one, first, run, ranks.get(one.host, 0) if has_gpus else 0)
+        found += [
+            f"{one.host} does not see {path}; put it on a file system that all hosts share." for path in one.absent
+        ]
+        if not one.shares_run_folder:
+            found.append(
+                f"{one.host} does not see the files that {first.host} writes next to the run folder {run.folder}; "
+                "choose a --run_dir on a file system that all hosts share."
+            )
     if first.port_in_use:
         found.append(f"port {first.port} is in use on {first.host}; set MASTER_PORT to a free one, or leave it out.")
     if len(reports) > 1 and first.address is None:
         found.append(f"{first.host} has no route to {first.peer}; see that it can resolve and reach that name.")
-    return found
-
-
-def _host_problems(one: Report, first: Report, run: RunConfig, ranks_on_gpus: int) -> list[str]:
-    found = [f"{one.host} does not see {path}; put it on a file system that all hosts share." for path in one.absent]
-    if not one.shares_run_folder:
-        found.append(
-            f"{one.host} does not see the files that {first.host} writes next to the run folder {run.folder}; "
-            "choose a --run_dir on a file system that all hosts share."
-        )
-    if ranks_on_gpus > one.gpus:
-        found.append(f"{one.host} has {one.gpus} GPUs for {ranks_on_gpus} ranks; lower the ranks on it.")
     return found

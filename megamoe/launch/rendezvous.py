@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 
-from megamoe.launch.exchange import ask, open_store, read_records, serve
+from megamoe.launch.exchange import ask, joining, read_records, serve
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.versions import version_problems, versions
-from megamoe.utils.errors import PeerError, UserError, first_line
+from megamoe.utils.errors import PeerError, UserError
 
 JOIN_SECONDS = 300  # to wait for the other ranks; a cold file system takes minutes to load torch
 ANSWER_SECONDS = 30  # rank 0 may have started later than this rank, and so waits longer
@@ -58,19 +58,21 @@ def join(rank_info: RankInfo, seconds: float = JOIN_SECONDS, device: str | None 
     here = Member(socket.gethostname(), os.getpid(), pid_space(), versions(), device)
     if rank_info.world_size == 1:
         return Rendezvous(rank_info, [here.host], {}, None)
-    try:
-        return _join(rank_info, here, seconds)
-    except DistError as error:
-        raise PeerError(
-            f"rank {rank_info.rank} on {here.host} has lost rank 0 at {rank_info.address}:{rank_info.port} during the "
-            f"rendezvous ({first_line(error)}); see rank 0's output."
-        ) from None
-
-
-def _join(rank_info: RankInfo, here: Member, seconds: float) -> Rendezvous:
     deadline = time.monotonic() + seconds
+    has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_server = rank_info.rank == 0 and not has_agent_store
+    if is_server:  # two connections for each rank, ours and torch's
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # torchrun's agent keeps one store through all its restarts.
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"] if has_agent_store else "0"
+    who = f"rank {rank_info.rank} on {here.host}"
+    with joining(who, rank_info.address, rank_info.port, is_server, seconds) as store:
+        return _join(rank_info, here, PrefixStore(f"megamoe/{start}", store), seconds, deadline)
+
+
+def _join(rank_info: RankInfo, here: Member, store: Store, seconds: float, deadline: float) -> Rendezvous:
     rank = rank_info.rank
-    store = _open_store(rank_info, here.host, seconds)
     if store.add(f"taken/{rank}", 1) > 1:
         raise UserError(
             f"rank {rank} on {here.host} is not the first rank {rank} to join at {rank_info.address}:{rank_info.port}; "
@@ -107,28 +109,6 @@ def raise_on(answer: dict[str, Any], says_why: bool = True) -> None:
         raise (UserError if answer["problems"] else PeerError)(*(sentences if says_why else []))
 
 
-def _open_store(rank_info: RankInfo, host: str, seconds: float) -> Store:
-    has_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_server = rank_info.rank == 0 and not has_agent_store
-    if is_server:  # two connections for each rank, ours and torch's
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # torchrun's agent keeps one store through all its restarts.
-    start = os.environ["TORCHELASTIC_RESTART_COUNT"] if has_agent_store else "0"
-    try:
-        return PrefixStore(f"megamoe/{start}", open_store(rank_info.address, rank_info.port, is_server, seconds))
-    except DistError as error:
-        if "EADDRINUSE" in str(error):
-            raise UserError(
-                f"port {rank_info.port} is in use on {host}; give deepspeed a free --master_port, and the launch "
-                "scripts and torchrun a free MASTER_PORT or none."
-            ) from None
-        raise PeerError(
-            f"rank {rank_info.rank} on {host} cannot reach rank 0 at {rank_info.address}:{rank_info.port} within "
-            f"{seconds:.0f} s; see that rank 0 has started there, and that name and firewall let this host through."
-        ) from None
-
-
 def _check(rank_info: RankInfo, records: dict[int, Any]) -> dict[str, Any]:
     """Rank 0's answer to the members that have joined, by rank."""
     members = [Member(**record) for record in records.values()]
@@ -149,14 +129,15 @@ def _check(rank_info: RankInfo, records: dict[int, Any]) -> dict[str, Any]:
 
 
 def _device_problems(members: list[Member]) -> list[str]:
-    """One sentence for each host with fewer GPUs than ranks: NCCL refuses two ranks on one."""
-    devices: dict[str, list[str]] = {}
+    """One sentence for each host with fewer GPUs than ranks, if any has some: NCCL refuses two ranks on one."""
+    if not any(member.device for member in members):
+        return []
+    devices: dict[str, list[str | None]] = {}
     for member in members:
-        if member.device:
-            devices.setdefault(member.host, []).append(member.device)
+        devices.setdefault(member.host, []).append(member.device)
     return [
-        f"{len(used)} ranks on {host} have {len(set(used))} GPU{'s' if len(set(used)) > 1 else ''} between them, and "
-        f"NCCL takes one rank per GPU; start at most {len(set(used))} there, or let each rank see one of its own."
+        f"{len(used)} ranks on {host} have {len(distinct)} GPU{'' if len(distinct) == 1 else 's'} between them, and "
+        "NCCL takes one rank per GPU; start no more there than that, or let each rank see one of its own."
         for host, used in devices.items()
-        if len(set(used)) < len(used)
+        if len(distinct := set(used) - {None}) < len(used)
     ]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
-import socket
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,35 +47,14 @@ def version_problems(hosts: dict[str, dict[str, str]]) -> list[str]:
     ]
 
 
-def requirement_problems(pyproject: Path) -> list[str]:
-    """What pyproject.toml requires and this host lacks, in one sentence, and one for each that has another version."""
-    text, host = pyproject.read_text(), socket.gethostname()
-    absent, problems = [], []
-    listed = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+def absent_packages(pyproject: Path) -> list[str]:
+    """What pyproject.toml requires and this Python lacks."""
+    listed = re.search(r"^dependencies = \[(.*?)^\]", pyproject.read_text(), re.MULTILINE | re.DOTALL)
     assert listed
-    wanted = dict(re.findall(r'"([\w.-]+)([^";]*)"', listed[1]))  # without those of some Pythons only
-    wanted["python"] = re.findall(r'^requires-python = "(.*)"', text, re.MULTILINE)[0]
-    for package, bounds in wanted.items():
+    absent = []
+    for package in re.findall(r'"([\w.-]+)[^";]*"', listed[1]):  # without those of some Pythons only
         try:
-            found = platform.python_version() if package == "python" else version(package)
+            version(package)
         except PackageNotFoundError:
             absent.append(package)
-            continue
-        if not all(_within(found, bound) for bound in bounds.split(",")):
-            problems.append(f"{host} has {package} {found}, but megamoe needs {bounds}; install that.")
-    if absent:
-        problems.append(
-            f"{host} has no {', '.join(absent)} for {sys.executable}; install megamoe there, or activate its "
-            "environment."
-        )
-    return problems
-
-
-def _within(found: str, bound: str) -> bool:
-    limit = _numbers(bound)
-    return _numbers(found) < limit if bound.startswith("<") else _numbers(found) >= limit
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu as (2, 13, 0)."""
-    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0]))
+    return absent

@@ -222,7 +222,7 @@ def _groups(model: ModelConfig, topology: ExpertTopology, largest: int, muon: bo
     """
     here = set(topology.expert_ids)
     held = {
-        name: tuple(shape.values())
+        name: shape
         for name, shape in parameter_shapes(model).items()
         if (expert := expert_id(name)) is None or expert in here
     }

@@ -23,7 +23,7 @@ from megamoe.model.costs import parameter_shapes
 
 CONFIG = ModelConfig(**PRESET)
 RECORD = {"run_id": "mine", "model": CONFIG.model_dump(), "deepspeed": {"bf16": {"enabled": True}}}
-SHAPES = {name: tuple(shape.values()) for name, shape in parameter_shapes(CONFIG).items()}
+SHAPES = parameter_shapes(CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_what_gguf_needs_is_said_the_package_included(run, convert, tmp_path, mo
 
 def test_a_model_that_no_architecture_holds_is_refused_by_its_fields(convert, tmp_path):
     config = ModelConfig(**{**PRESET, "vocab_size": 300})
-    shapes = {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()}
+    shapes = parameter_shapes(config)
     write(tmp_path / "step_3", shapes=shapes, run={"model": config.model_dump()})
     train_tokenizer(["to be or not to be"], 270).save(str(tmp_path / "tokenizer.json"))
     said = refusals(convert, tmp_path / "step_3", tmp_path / "m.gguf", "--tokenizer", tmp_path / "tokenizer.json")

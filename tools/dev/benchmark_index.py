@@ -49,13 +49,9 @@ VALUE_BYTES = 4
 def slices_by_rank(setup: Setup) -> list[list[Range]]:
     """What each rank holds of each parameter."""
     groups, first = parameter_groups(setup), setup.topology().expert_ids
-    held = {name: shape for name, shape in plain_shapes(setup.model).items() if expert_id(name) in (None, *first)}
+    held = {name: shape for name, shape in parameter_shapes(setup.model).items() if expert_id(name) in (None, *first)}
     shapes = {name: engine_shape(name, parts) for name, parts in engine_parameters(held).items()}
     return [list(_slices(setup.topology(rank), groups, shapes)) for rank in range(setup.world_size)]
-
-
-def plain_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape.values()) for name, shape in parameter_shapes(model).items()}
 
 
 def _slices(topology: ExpertTopology, groups: list[Group], shapes: dict[str, tuple[int, ...]]) -> Iterator[Range]:
@@ -99,7 +95,7 @@ def make_index(setup: Setup, run: dict[str, Any]) -> Index:
         ),
         optimizer=OptimizerRecord(name="adamw", state=list(STATE), step=1000, step_dtype=None, groups=[]),
         run=run,
-        shapes={name: list(shape) for name, shape in plain_shapes(setup.model).items()},
+        shapes={name: list(shape) for name, shape in parameter_shapes(setup.model).items()},
         files=files,
     )  # fmt: skip
 
