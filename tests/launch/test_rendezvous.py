@@ -80,11 +80,12 @@ def test_requests_of_a_rank_do_not_grow_with_the_ranks_and_bytes_only_with_the_h
     assert few[0].requests == many[0].requests
 
 
-def test_ranks_on_one_gpu_are_refused_and_each_on_its_own_are_not():
-    first, *others = join_all(infos([0, 1, 2], 3), devices=["GPU-1", "GPU-2", "GPU-1"])
+@pytest.mark.parametrize("devices", [["GPU-1", "GPU-2", "GPU-1"], ["GPU-1", "GPU-2", None]])
+def test_ranks_without_a_gpu_of_their_own_are_refused_and_others_are_not(devices):
+    first, *others = join_all(infos([0, 1, 2], 3), devices=devices)
     (problem,) = first.problems
     assert f"3 ranks on {socket.gethostname()} have 2 GPUs between them" in problem
-    assert "start at most 2 there, or let each rank see one of its own" in problem
+    assert "start no more there than that, or let each rank see one of its own" in problem
     assert [code_of(error) for error in (first, *others)] == [REFUSED] * 3
     joined = join_all(infos([0, 1], 2), devices=["GPU-1", "GPU-2"])
     assert [one.hosts for one in joined] == [[socket.gethostname()] * 2] * 2
@@ -124,7 +125,7 @@ def test_a_rank_that_joins_twice_is_refused():
 @pytest.mark.parametrize("address", ["127.0.0.1", "rank-0.invalid"])
 def test_a_rank_0_that_does_not_join_or_whose_name_is_unknown_is_for_a_restart_to_cure(address):
     (answer,) = join_all([replace(infos([1], 2)[0], address=address)], seconds=0.1)
-    assert re.match(rf"rank 1 on .* cannot reach rank 0 at {address}:", answer.problems[0])
+    assert re.match(rf"rank 1 on .* cannot reach {address}:", answer.problems[0])
     assert code_of(answer) == FAILED
 
 
@@ -133,7 +134,7 @@ def test_a_rank_0_that_is_lost_during_the_rendezvous_is_for_a_restart_to_cure(mo
     (info,) = infos([1], 2)
     store = open_store(info.address, info.port, True, 240)  # which gives no answer
     (answer,) = join_all([info], seconds=5)
-    assert "has lost rank 0 at 127.0.0.1:" in answer.problems[0]
+    assert "has lost 127.0.0.1:" in answer.problems[0]
     assert code_of(answer) == FAILED
     del store
 
@@ -144,10 +145,7 @@ def test_a_busy_port_is_named():
         busy.listen()
         port = busy.getsockname()[1]
         (answer,) = join_all(infos([0], 2, port), seconds=5)
-    assert answer.problems == [
-        f"port {port} is in use on {socket.gethostname()}; give deepspeed a free --master_port, and the launch scripts "
-        "and torchrun a free MASTER_PORT or none."
-    ]
+    assert answer.problems[0].startswith(f"port {port} of 127.0.0.1 is in use; give deepspeed a free --master_port,")
     assert code_of(answer) == REFUSED
 
 

@@ -1,14 +1,10 @@
 """The versions that must be the same on every host."""
 
-import platform
 import shutil
-import socket
-import sys
-from importlib.metadata import version
 
 import pytest
 
-from megamoe.launch.versions import requirement_problems, source_digest, version_problems
+from megamoe.launch.versions import absent_packages, source_digest, version_problems
 
 
 def test_version_problems_name_each_package_and_host_once():
@@ -40,20 +36,8 @@ def test_the_digest_of_a_package_changes_with_a_file_or_its_place_and_not_with_t
     assert source_digest(package) != before
 
 
-def test_a_package_that_is_missing_or_has_another_version_is_named(tmp_path):
-    torch = version("torch")
-    lines = [
-        '"torch>=1,<2",',
-        '"deepspeed>=0.19",',
-        '"absent>=3",',
-        '"gone",',
-        "\"backport>=1; python_version < '3.0'\",",
-    ]
+def test_packages_that_are_missing_are_named(tmp_path):
+    lines = ['"torch>=1,<2",', '"absent>=3",', '"gone",', "\"backport>=1; python_version < '3.0'\","]
     pyproject = tmp_path / "pyproject.toml"
-    pyproject.write_text('requires-python = ">=9.1"\ndependencies = [\n' + "\n".join(lines) + "\n]\n")
-    host = socket.gethostname()
-    assert requirement_problems(pyproject) == [
-        f"{host} has torch {torch}, but megamoe needs >=1,<2; install that.",
-        f"{host} has python {platform.python_version()}, but megamoe needs >=9.1; install that.",
-        f"{host} has no absent, gone for {sys.executable}; install megamoe there, or activate its environment.",
-    ]
+    pyproject.write_text("dependencies = [\n" + "\n".join(lines) + "\n]\n")
+    assert absent_packages(pyproject) == ["absent", "gone"]
