@@ -1,14 +1,12 @@
 """Both kinds of attention against their formulas; masks and the cache."""
 
 import copy
-import itertools
 
 import formulas
 import pytest
 import torch
 from devices import DEVICES, assert_near, rounded
 from formulas import THETA, positions_of
-from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
 from megamoe.model.attention import GroupedQueryAttention, LayerCache, attention_mask
 from megamoe.model.latent_attention import MultiHeadLatentAttention
@@ -16,34 +14,6 @@ from megamoe.model.rope import rotary_table
 
 # Left padding, and none.
 REAL = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]]).bool()
-
-
-def test_a_query_sees_all_latents_real_tokens_up_to_itself_and_itself():
-    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]]).bool()
-    for num_queries, num_latents in itertools.product((1, 3, 6), (0, 2)):
-        mask = attention_mask(real, num_queries, num_latents)
-        assert mask.shape == (4, 1, num_queries, num_latents + 6)
-        for row, number in itertools.product(range(4), range(num_queries)):
-            query = 6 - num_queries + number
-            tokens = [key == query or (key < query and bool(real[row, key])) for key in range(6)]
-            assert mask[row, 0, number].tolist() == [True] * num_latents + tokens
-
-
-def test_a_window_is_transformers():
-    for num_queries, window in itertools.product((1, 4, 7), (1, 3, 9)):
-        mask = attention_mask(REAL, num_queries, 0, window)
-        expected = sdpa_mask(
-            batch_size=2,
-            q_length=num_queries,
-            kv_length=7,
-            q_offset=7 - num_queries,
-            mask_function=sliding_window_causal_mask_function(window),
-            attention_mask=REAL,
-            allow_is_causal_skip=False,
-        )
-        real = REAL[:, 7 - num_queries :]  # a padded query sees itself here, and nothing there
-        assert torch.equal(mask[:, 0][real], expected[:, 0][real])
-        assert torch.equal(mask[:, 0][~real].sum(-1), torch.ones((~real).sum(), dtype=torch.long))
 
 
 def random_layer(layer):
@@ -178,16 +148,3 @@ def test_attention_and_its_gradients_in_fp32_and_bf16_are_those_in_float64(build
     assert_near(low.grad, x.grad, dtype, "gradient of the input")
     for (name, found), expected in zip(layer.named_parameters(), exact.parameters(), strict=True):
         assert_near(found.grad, expected.grad, dtype, name)
-
-
-def test_a_cache_returns_everything_appended_in_order_from_the_memory_of_its_first_append():
-    torch.manual_seed(0)
-    parts = [(torch.randn(2, 3, new, 6), torch.randn(2, 3, new, 4)) for new in (5, 1, 2)]
-    cache, first = LayerCache(capacity=10), None
-    for count, part in enumerate(parts, start=1):
-        key, value = cache.append(*part)
-        assert torch.equal(key, torch.cat([key for key, _ in parts[:count]], dim=2))
-        assert torch.equal(value, torch.cat([value for _, value in parts[:count]], dim=2))
-        assert cache.length == key.shape[2]
-        first = first or key.data_ptr()
-        assert key.data_ptr() == first

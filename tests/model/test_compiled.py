@@ -16,7 +16,6 @@ from engines import save
 from model_parts import with_fp32_statistics
 from operators import Operators
 from ranks import run_new_ranks, run_ranks
-from step_profile import profile_step
 from torch._dynamo.utils import counters
 from toy import PRESET, ds_config, recipe_of, train_here, write_inputs
 
@@ -24,7 +23,6 @@ from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
 from megamoe.model import dispatch
-from megamoe.model.compiled import activate, compile_region
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
 from megamoe.training.step import balancer_of, build_train_step
@@ -129,42 +127,6 @@ def test_a_model_in_bf16_is_the_eager_one_to_rounding_in_few_kernels_by_one_comp
     outside.pop("empty")  # which is no kernel
     assert outside["_grouped_mm"] == 6
     assert outside.total() + sum(kernels.graphs) <= 72
-
-
-def launched(layers, is_compiled):
-    """Kernels of one forward and backward pass on a GPU."""
-    model = decoder(torch.bfloat16, num_hidden_layers=layers).to("cuda")
-    if is_compiled:
-        model.compile_blocks()
-    ids = torch.arange(BATCH * LENGTH, device="cuda").view(BATCH, LENGTH)
-
-    def both_passes():
-        model.zero_grad()
-        model(ids, ids).backward()
-
-    return profile_step(both_passes, torch.device("cuda")).kernels
-
-
-@pytest.mark.gpu(1)
-def test_a_compiled_layer_gives_the_device_less_to_do_than_an_eager_one(record_property):
-    eager, compiled = (launched(3, is_compiled) - launched(2, is_compiled) for is_compiled in (False, True))
-    record_property("kernels of one layer, eager", eager)
-    record_property("kernels of one layer, compiled", compiled)
-    assert 0 < compiled < eager
-
-
-def test_any_number_of_rows_goes_through_one_compilation_of_the_activation_to_few_kernels():
-    experts = decoder(torch.float32, gated_mlp=True).layers[0].moe.experts
-    region = compile_region(activate, 1)
-    with Kernels() as kernels:
-        for rows in (5, 0, 1, 2, 64):
-            inside = torch.randn(rows, 12, requires_grad=True)
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                pair = [(out := function(experts, inside), *torch.autograd.grad(out.square().sum(), inside))
-                        for function in (region, activate)]  # fmt: skip
-            torch.testing.assert_close(*pair)
-    assert len(kernels.graphs) == 2
-    assert sum(kernels.graphs) <= 4
 
 
 def test_evaluation_padding_and_generation_are_eager():

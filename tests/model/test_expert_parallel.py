@@ -15,7 +15,7 @@ from megamoe.model.moe import MoE
 from megamoe.model.router import Router
 from megamoe.model.topology import ExpertTopology
 
-D, F, E, K = 8, 16, 4, 2
+D, F, E = 8, 16, 4
 EXACT, SINGLE, HALF = torch.float64, torch.float32, torch.bfloat16
 
 
@@ -35,11 +35,11 @@ def layers_on_this_rank(splits, counts, biases):
     return [[layer_on_this_rank(*split, counts, bias) for bias in biases] for split in splits]
 
 
-def layer_on_this_rank(dtype, ep_size, gated, counts, bias):
+def layer_on_this_rank(dtype, ep_size, gated, top_k, counts, bias):
     """Forward and backward; returns output, input gradient, and this rank's expert gradients by global id."""
     device = this_device()
     router_weight, up, down = weights(gated, dtype)
-    router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=K)
+    router = Router(hidden_size=D, num_local_experts=E, num_experts_per_tok=top_k)
     topology = ExpertTopology(E, ep_size, dist.get_world_size(), dist.get_rank())
     experts = StackedExperts(num_experts=topology.experts_per_rank, hidden_size=D, expert_size=F, gated_mlp=gated)
     layer = MoE(router=router, experts=experts, topology=topology, hidden_size=D)
@@ -58,10 +58,10 @@ def layer_on_this_rank(dtype, ep_size, gated, counts, bias):
     return out.detach().cpu(), x.grad.cpu(), router.weight.grad.cpu(), grads
 
 
-def plain_sum(x, gated, bias, dtype):
+def plain_sum(x, gated, top_k, bias, dtype):
     """The formula's output, and the gradients of the input and of each weight."""
     inputs = [one.clone().requires_grad_() for one in (x, *weights(gated, dtype))]
-    out, _ = formulas.expert_layer(*inputs, bias, K)
+    out, _ = formulas.expert_layer(*inputs, bias, top_k)
     (out * torch.arange(1.0, D + 1)).sum().backward()
     return out.detach(), *(torch.zeros_like(one) if one.grad is None else one.grad for one in inputs)
 
@@ -73,12 +73,15 @@ LOADS = {
 }
 
 
-# (dtype, ep_size, gated) of layers; the second rank has no token of its own.
+# (dtype, ep_size, gated, choices of a token) of layers; the second rank has no token of its own.
 SPLITS = {
-    1: [(EXACT, 1, False), (SINGLE, 1, True), (HALF, 1, False), (HALF, 1, True)],
-    2: [(EXACT, 2, False), (HALF, 2, False)],
-    4: [(EXACT, 1, True), (EXACT, 2, False), (EXACT, 2, True), (EXACT, 4, False), (SINGLE, 1, True), (HALF, 2, False)],
-}
+    1: [(EXACT, 1, False, 2), (SINGLE, 1, True, 2), (HALF, 1, False, 2), (HALF, 1, True, 2)],
+    2: [(EXACT, 2, False, 2), (HALF, 2, False, 2)],
+    4: [
+        (EXACT, 1, True, 2), (EXACT, 1, False, 3), (EXACT, 2, False, E), (EXACT, 2, True, 3), (EXACT, 4, False, 2),
+        (SINGLE, 1, True, 2), (HALF, 2, False, 2),
+    ],
+}  # fmt: skip
 COUNTS = [5, 0, 7, 3]
 
 
@@ -91,10 +94,10 @@ def test_the_layer_equals_a_plain_sum_on_any_split(device, world_size):
             check_split(*split, load, counts, results)
 
 
-def check_split(dtype, ep_size, gated, load, counts, results):
+def check_split(dtype, ep_size, gated, top_k, load, counts, results):
     """Compare the results of the ranks."""
-    what = f"{load}, {dtype}, ep_size {ep_size}, gated {gated}:"
-    expected = [plain_sum(x, gated, LOADS[load], dtype) for x in tokens(counts, dtype)]
+    what = f"{load}, {dtype}, ep_size {ep_size}, gated {gated}, {top_k} choices:"
+    expected = [plain_sum(x, gated, top_k, LOADS[load], dtype) for x in tokens(counts, dtype)]
     for found, (want, want_x, want_router, *_) in zip(results, expected, strict=True):
         assert_near(found[0], want, dtype, f"{what} output")
         assert_near(found[1], want_x, dtype, f"{what} gradient of the input")

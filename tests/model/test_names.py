@@ -7,14 +7,12 @@ from model_parts import PARTS, model_of
 from toy import PRESET
 
 from megamoe.config.model import ModelConfig
-from megamoe.model.costs import parameter_shapes
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import (
     engine_name,
     engine_parameters,
     engine_shape,
     is_buffer,
-    is_engine_expert,
     is_projection,
     plain_name,
     plain_parts,
@@ -52,18 +50,6 @@ def test_the_parts_cover_each_parameter_once_and_lead_back_to_the_parameters_of_
             found = engine_parameters(plain)
             assert {name: (engine_shape(name, parts), parts) for name, parts in found.items()} == expected
             assert engine_parameters(dict(reversed(plain.items()))) == found  # whatever their order
-
-
-def test_the_ranks_of_an_expert_parallel_group_hold_every_expert_once():
-    for config, ep_size in SPLITS:
-        of_ranks = []
-        for rank in range(ep_size):
-            held = shapes_and_parts(engine(config, ep_size, rank))
-            local = [part.name for name, (_, parts) in held.items() if is_engine_expert(name) for part in parts]
-            of_ranks.append(local)
-        names = [name for local in of_ranks for name in local]
-        assert len(names) == len(set(names))
-        assert set(names) == {name for name in parameter_shapes(config) if ".experts." in name}
 
 
 def test_a_part_is_the_weight_of_one_projection_of_one_expert():

@@ -42,11 +42,6 @@ def frequencies_for(scaling, *lengths):
     return rope_frequencies(HEAD_DIM, THETA, scaling, MAX_POSITIONS, torch.tensor(lengths))
 
 
-def table_of(positions, scaling, *lengths):
-    frequencies, factor = frequencies_for(scaling, *lengths)
-    return rotary_table(positions, frequencies, factor, torch.float32, False)
-
-
 def test_scaled_frequencies_are_those_of_transformers():
     for scaling, length in itertools.product(SCALINGS, (5, MAX_POSITIONS, MAX_POSITIONS + 1, 500)):
         theirs = ROPE_INIT_FUNCTIONS[scaling["rope_type"]]
@@ -87,18 +82,6 @@ def test_the_scale_of_the_scores_is_deepseeks():
     for scaling in (None, *SCALINGS):
         expected = yarn_apply_mscale(scaling or {}, 24**-0.5)
         assert softmax_scale(24, scaling) == pytest.approx(expected, rel=1e-12), scaling
-
-
-def test_each_row_is_rotated_by_its_own_positions_and_length():
-    torch.manual_seed(0)
-    scaling = {"rope_type": "dynamic", "factor": 3.0}
-    x = torch.randn(2, 4, 1, HEAD_DIM)
-    positions = torch.tensor([[0, 1, 2, 3], [196, 197, 198, 199]])
-    both = apply_rotary(x, table_of(positions, scaling, 4, 200), False)
-    for row, length in enumerate((4, 200)):
-        rotary = table_of(positions[row : row + 1], scaling, length)
-        alone = apply_rotary(x[row : row + 1], rotary, False)
-        torch.testing.assert_close(both[row : row + 1], alone, msg=named(length))
 
 
 def test_angles_are_taken_in_fp32_and_only_the_table_has_the_models_dtype():

@@ -1,17 +1,9 @@
-"""Which experts a rank holds, and that nobody else works it out."""
-
-import ast
-from pathlib import Path
+"""Which experts a rank holds."""
 
 import torch.distributed as dist
 from ranks import run_ranks
 
 from megamoe.model.topology import ExpertTopology
-
-ROOT = Path(__file__).parents[2]
-OWNER = "megamoe/model/topology.py"
-HELPERS = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
-PROGRAM = sorted([*(ROOT / "megamoe").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *HELPERS])
 
 
 def groups_of_deepspeed(sizes):
@@ -39,27 +31,3 @@ def test_the_groups_are_those_that_deepspeed_makes():
             assert len(alike) == here.replicas
             assert len(alike) == 1 or alike[1] - alike[0] == here.replica_stride
             assert [expert for other in together for expert in others[other].expert_ids] == list(range(8))
-
-
-def arithmetic_with_ep_size(source):
-    """Lines that compute with something called `ep_size`; strings put together by "%" or "*" do not count."""
-    lines = []
-    for node in ast.walk(ast.parse(source)):
-        operands = []
-        if isinstance(node, ast.BinOp):
-            operands = [node.left, node.right]
-        elif isinstance(node, ast.AugAssign):
-            operands = [node.target, node.value]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "divmod":
-            operands = node.args
-        names = {getattr(operand, "id", getattr(operand, "attr", None)) for operand in operands}
-        if "ep_size" in names:
-            lines.append(node.lineno)
-    return lines
-
-
-def test_nobody_else_computes_with_ep_size():
-    found = {
-        str(path.relative_to(ROOT)): lines for path in PROGRAM if (lines := arithmetic_with_ep_size(path.read_text()))
-    }
-    assert found.keys() == {OWNER}, found
