@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 from megamoe.launch.stopping import REQUESTS
-from megamoe.utils.errors import UserError
 
 # One server imports the heavy modules once; the ranks are forked from it, and it never runs a tensor operation itself.
 # On a GPU each rank imports them: what has asked for GPUs must not be forked.
@@ -51,8 +50,7 @@ _contexts["cpu"].set_forkserver_preload(
 DEADLINE = 480  # seconds, which end a hang; an operator that DeepSpeed compiles first takes minutes on busy cores
 GRACE = 20  # seconds for the other ranks to fail once one has
 TRIES = 3  # to form a group: on a busy host gloo may be refused a connection
-NO_MESH = "connectFullMesh failed"
-PORT_IN_USE_OR_REFUSED = re.compile(rf"EADDRINUSE|port \d+ is in use|Connection refused|{NO_MESH}")
+NOT_JOINED = re.compile(r"EADDRINUSE|port \d+ of \S+ is in use|Connection refused|connectFullMesh failed")
 CALLS = 30  # that a process serves: an engine that is gone leaves threads and files of its groups behind
 
 
@@ -97,12 +95,7 @@ def run_alone(function: Callable[..., Any], *args: Any) -> Any:
 class Worker:
     process: BaseProcess
     pipe: connection.Connection
-    trace: connection.Connection  # gives where its threads stand, once it hangs
     calls: int = 0
-
-
-class NotJoined(AssertionError):
-    """The ranks have formed no group, for want of a port or a connection: that of all, or one of DeepSpeed's."""
 
 
 class RankPool:
@@ -112,22 +105,15 @@ class RankPool:
         self.device = device
         self.workers: list[Worker] = []
 
-    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
-        for _ in range(TRIES - 1):
-            try:
-                return self._run(world_size, function, args)
-            except NotJoined as error:
-                warnings.warn(
-                    f"{function.__name__} is called again, for its ranks formed no group: {error}", stacklevel=3
-                )
-        return self._run(world_size, function, args)
-
-    def _run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+    def run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], tries: int = TRIES) -> Any:
         try:
             return _collect(self._start(world_size, function, args))
-        except BaseException:
+        except BaseException as error:
             self.end()
-            raise
+            if tries == 1 or not NOT_JOINED.search(str(error)):
+                raise
+            warnings.warn(f"{function.__name__} is called again: {error}", stacklevel=3)
+            return self.run(world_size, function, args, tries - 1)
 
     def _start(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Worker]:
         if any(worker.calls == CALLS for worker in self.workers):
@@ -187,43 +173,38 @@ def _start(device: str, function: Callable[..., Any], *args: Any) -> BaseProcess
 
 def _start_worker(device: str = "cpu") -> Worker:
     pipe, far_end = _contexts[device].Pipe()
-    trace, trace_end = _contexts[device].Pipe(duplex=False)
-    process = _start(device, _serve, far_end, trace_end)
+    process = _start(device, _serve, far_end)
     far_end.close()
-    trace_end.close()
-    return Worker(process, pipe, trace)
+    return Worker(process, pipe)
 
 
 def _collect(workers: list[Worker]) -> list[Any]:
-    """What each rank gives next. Raises AssertionError, or NotJoined, with what the failed ranks say."""
+    """What each rank gives next. Raises AssertionError with what the failed ranks say."""
     waiting = {worker.pipe: rank for rank, worker in enumerate(workers)}
     results: list[Any] = [None] * len(workers)
-    errors, failure = [], AssertionError
+    errors = []
     until = time.monotonic() + DEADLINE
     while waiting and time.monotonic() < until:
         for pipe in connection.wait(list(waiting), until - time.monotonic()):
             rank = waiting.pop(pipe)
             try:
-                results[rank], error, failed = pickle.loads(pipe.recv_bytes())
-                failure = failed or failure
+                results[rank], error = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionError):
                 workers[rank].process.join()
                 error = f"exit code {workers[rank].process.exitcode}"
             if error:
                 errors.append(f"rank {rank}: {error}")
                 until = min(until, time.monotonic() + GRACE)
-    for rank in waiting.values():
-        trace = workers[rank].trace
-        errors.append(f"rank {rank} hangs: {os.read(trace.fileno(), 2**16).decode() if trace.poll() else ''}")
+    errors += [f"rank {rank} hangs" for rank in waiting.values()]
     if errors:
-        raise failure("\n".join(errors))
+        raise AssertionError("\n".join(errors))
     return results
 
 
 # --- in the process of a rank ---------------------------------------------------------------------------------------
 
 
-def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
+def _serve(pipe: connection.Connection) -> None:
     """Run what comes through the pipe until it is closed. A call that fails is the last one."""
     torch.set_num_threads(1)
     gc.freeze()  # what the server has imported stays, and need not be looked through after every call
@@ -233,14 +214,13 @@ def _serve(pipe: connection.Connection, trace: connection.Connection) -> None:
             environment, function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             os._exit(0)
-        faulthandler.dump_traceback_later(DEADLINE - 20, file=trace.fileno())
+        faulthandler.dump_traceback_later(DEADLINE - 20)  # to the standard error, where it hangs
         try:
             os.environ.update(environment)
             result = _call_in_group(pipe, function, args) if environment else function(*args)
-            pipe.send_bytes(pickle.dumps((result, None, None)))
-        except BaseException as error:
-            failure = NotJoined if isinstance(error, NotJoined) or NO_MESH in str(error) else None
-            pipe.send_bytes(pickle.dumps((None, traceback.format_exc(), failure)))
+            pipe.send_bytes(pickle.dumps((result, None)))
+        except BaseException:
+            pipe.send_bytes(pickle.dumps((None, traceback.format_exc())))
             os._exit(1)
         faulthandler.cancel_dump_traceback_later()
         del result, function, args
@@ -258,14 +238,9 @@ def _call_in_group(pipe: connection.Connection, function: Callable[..., Any], ar
 
     from megamoe.launch.distributed import init_distributed
 
+    init_distributed()
     try:
-        init_distributed()
-    except (RuntimeError, UserError) as error:
-        if PORT_IN_USE_OR_REFUSED.search(str(error)):
-            raise NotJoined from error
-        raise
-    try:
-        pipe.send_bytes(pickle.dumps((None, None, None)))
+        pipe.send_bytes(pickle.dumps((None, None)))
         pipe.recv_bytes()  # that all have joined
         return function(*args)
     finally:

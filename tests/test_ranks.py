@@ -60,3 +60,15 @@ def test_a_rank_that_fails_is_named_with_the_cause_and_the_next_call_has_new_ran
         with pytest.raises(AssertionError, match=f"(?s)(?=.*{says})rank 1: "):
             run_ranks(2, fail_on_rank_1, kind)
     assert run_ranks(2, dist.get_rank) == [0, 1]
+
+
+def refused_at_first(folder):
+    if dist.get_rank() == 1 and not (folder / "again").exists():
+        (folder / "again").touch()
+        raise RuntimeError("Gloo connectFullMesh failed with ... Connection refused")
+    return (folder / "again").exists()
+
+
+def test_a_call_whose_further_groups_do_not_form_is_repeated(tmp_path):
+    with pytest.warns(UserWarning, match="refused_at_first is called again"):
+        assert run_ranks(2, refused_at_first, tmp_path)[1]

@@ -202,24 +202,20 @@ def leave_with(code, environment):
     leave(code)
 
 
-@pytest.mark.parametrize(("code", "torchrun", "expected"), [(75, False, 75), (75, True, 0), (2, True, 2), (0, True, 0)])
+SECOND = {"LOCAL_RANK": "0", RANK_ON_HOST: "1"}  # that sees its own device alone
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "expected", "noted"),
+    [(75, {}, 75, True), (75, {"TORCHELASTIC_RUN_ID": "x"}, 0, True), (2, {"TORCHELASTIC_RUN_ID": "x"}, 2, True),
+     (2, SECOND, 2, False)],
+)  # fmt: skip
 def test_the_first_rank_of_a_host_leaves_its_code_and_torchrun_sees_a_stop_as_an_end(
-    code, torchrun, expected, tmp_path
+    code, environment, expected, noted, tmp_path
 ):
     note = tmp_path / "note"
-    environment = {"MEGAMOE_EXIT_NOTE": str(note), **({"TORCHELASTIC_RUN_ID": "x"} if torchrun else {})}
-    assert codes_of(start_processes(2, leave_with, code, environment)) == [expected, expected]
-    assert note.read_text() == f"{code}\n"
-
-
-def test_a_second_rank_that_sees_its_own_device_alone_is_not_the_first(tmp_path):
-    environment = {"MEGAMOE_EXIT_NOTE": str(tmp_path / "note"), "LOCAL_RANK": "0", RANK_ON_HOST: "1"}
-    assert codes_of(start_processes(1, leave_with, 2, environment)) == [2]
-    assert not (tmp_path / "note").exists()
-
-
-def test_a_note_that_cannot_be_written_changes_no_code(tmp_path):
-    assert codes_of(start_processes(1, leave_with, 75, {"MEGAMOE_EXIT_NOTE": str(tmp_path / "gone" / "note")})) == [75]
+    assert codes_of(start_processes(1, leave_with, code, {"MEGAMOE_EXIT_NOTE": str(note), **environment})) == [expected]
+    assert (note.exists() and note.read_text()) == (noted and f"{code}\n")
 
 
 def be_rank_whose_groups_never_end(*args):
