@@ -15,7 +15,6 @@ from megamoe.launch.exchange import ask, joining, serve
 from megamoe.launch.network import address_towards, free_port, is_own
 from megamoe.launch.preflight import Report, marker_next_to, problems
 from megamoe.launch.rendezvous import raise_on
-from megamoe.utils.errors import PeerError
 
 ANSWER_SECONDS = 120  # the endpoint's host may have started later than this one, and so waits longer
 
@@ -45,7 +44,7 @@ def join(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> tuple[
         here: makes this host's report, given a file that the endpoint's host has made next to the run folder.
     """
     deadline = time.monotonic() + at.seconds
-    is_host = _is_here(at.host, deadline)
+    is_host = _is_here(at.host)
     with (
         joining(socket.gethostname(), at.host, at.port, is_host, at.seconds) as store,
         marker_next_to(run.folder) if is_host else contextlib.nullcontext() as made,
@@ -65,19 +64,13 @@ def join(here: Callable[[Path], Report], run: RunConfig, at: Endpoint) -> tuple[
     return f"{answer['address']}:{answer['port']}", local or answer["address"], is_host
 
 
-def _is_here(host: str, deadline: float) -> bool:
-    """Whether a host is this one. Its name may become known a little later, as in Kubernetes."""
-    while host.split(".")[0] != socket.gethostname().split(".")[0]:
-        try:
-            return is_own(socket.gethostbyname(host))
-        except OSError:
-            if time.monotonic() > deadline:
-                raise PeerError(
-                    f"{socket.gethostname()} cannot resolve {host}, the host of ENDPOINT; see that the name is right "
-                    "and that its name server answers."
-                ) from None
-            time.sleep(1)
-    return True
+def _is_here(host: str) -> bool:
+    """Whether a host is this one. One whose name is not known yet, as in Kubernetes, is another."""
+    try:
+        same_name = host.split(".")[0] == socket.gethostname().split(".")[0]
+        return same_name or is_own(socket.gethostbyname(host))
+    except OSError:
+        return False
 
 
 def _check(records: dict[int, Any], run: RunConfig, at: Endpoint) -> dict[str, Any]:

@@ -13,23 +13,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megamoe.model.dispatch import combine_rows
-from megamoe.model.moe import Placed, sum_of_entropies
+from megamoe.model.moe import sum_of_entropies
 from megamoe.model.rope import Rotary
-
-
-class Routed(NamedTuple):
-    """What is needed of a `Routing` behind the first region, so that nothing else is written to memory."""
-
-    weights: Tensor
-    counts: Tensor
-    losses: Tensor | None
-    margins: Tensor | None
 
 
 class CompiledBlock:
@@ -56,12 +47,12 @@ class CompiledBlock:
                 return dispatch.experts(rows, ends)
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        x, routing, entropy, placed = self.before_experts(block, x, rotary, mask)
-        dispatch.count_for_balancing(routing.counts, entropy, routing.margins)
+        x, weights, losses, balancing, placed = self.before_experts(block, x, rotary, mask)
+        dispatch.count_for_balancing(*balancing)
         # Eager blocks begin it before they place the rows; here both are behind the first region.
-        incoming = dispatch.exchange_counts(routing.counts)
+        incoming = dispatch.exchange_counts(balancing[0])
         results = dispatch.run_experts(placed, incoming, experts)
-        return self.after_experts(x, results, routing.weights, placed.token, placed.place), routing.losses
+        return self.after_experts(x, results, weights, placed.token, placed.place), losses
 
 
 def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
@@ -86,9 +77,9 @@ def whole(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> Tensor:
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
-def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Routed, Tensor, Placed]:
-    """x (B, S, D) with attention and the shared experts added, the routing, its `sum_of_entropies`, and the rows
-    by expert."""
+def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Any, ...]:
+    """x (B, S, D) with attention and the shared experts added, the router's weights and losses, what
+    `count_for_balancing` takes, and the rows by expert. Nothing else is written to memory."""
     x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
     hidden = block.post_attention_layernorm(x)
     rows = hidden.flatten(0, 1)
@@ -96,8 +87,8 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
         placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
-    routed = Routed(routing.weights, routing.counts, routing.losses, routing.margins)
-    return block.with_shared(x, hidden), routed, sum_of_entropies(routing.log_scores), placed
+    balancing = routing.counts, sum_of_entropies(routing.log_scores), routing.margins
+    return block.with_shared(x, hidden), routing.weights, routing.losses, balancing, placed
 
 
 def activate(experts: Any, inside: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megamoe.model.decoder import Decoder
-from megamoe.utils.errors import UserError
+from megamoe.utils.errors import Problems
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -62,10 +62,7 @@ def generate(
     Raises UserError for a value that cannot be, and if a prompt is empty or prompt and continuation exceed
     max_position_embeddings, unless rope_scaling extends it.
     """
-    problems = sampling_problems(temperature, top_k, top_p)
-    if problems:
-        raise UserError(*problems)
-    _check(model, prompts, max_new_tokens)
+    Problems(sampling_problems(temperature, top_k, top_p) + _length_problems(model, prompts, max_new_tokens)).refuse()
     model.eval()
     device = model.embed_tokens.weight.device
     longest = max(map(len, prompts))
@@ -97,18 +94,17 @@ def sampling_problems(temperature: float, top_k: int | None, top_p: float | None
     return [f"{name} is {value}; it must be {limit}." for name, value, fits, limit in limits if not fits]
 
 
-def _check(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> None:
+def _length_problems(model: Decoder, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     if not prompts:
-        raise UserError("there is no prompt; give at least one.")
+        return ["there is no prompt; give at least one."]
     if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; give at least 1.")
-    for prompt in prompts:
-        if not prompt:
-            raise UserError("a prompt has no tokens; give it some text.")
-    length = max(map(len, prompts)) + max_new_tokens
-    limit = model.config.max_position_embeddings
-    if length > limit and model.config.rope_scaling is None:
-        raise UserError(
-            f"prompt and continuation are {length} tokens, above the model's max_position_embeddings of {limit}; "
-            "shorten the prompt or lower --max_new_tokens."
-        )
+        return [f"max_new_tokens is {max_new_tokens}; give at least 1."]
+    if not all(prompts):
+        return ["a prompt has no tokens; give it some text."]
+    length, limit = max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings
+    if length <= limit or model.config.rope_scaling:
+        return []
+    return [
+        f"prompt and continuation are {length} tokens, above the model's max_position_embeddings of {limit}; "
+        "shorten the prompt or lower --max_new_tokens."
+    ]

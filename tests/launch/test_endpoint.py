@@ -33,7 +33,7 @@ def test_a_single_host_joins_by_itself(tmp_path):
     ("given", "said", "expected"),
     [
         ({"hosts": 2}, "1 of 2 hosts have joined", FAILED),
-        ({"host": "h1.invalid"}, "cannot resolve h1.invalid", FAILED),
+        ({"host": "h1.invalid"}, "cannot reach h1.invalid:", FAILED),
         ({"hosts": 2, "absent": ["/data/train.bin"]}, "does not see /data", REFUSED),  # and a host is late
     ],
 )
