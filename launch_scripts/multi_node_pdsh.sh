@@ -46,7 +46,7 @@ for ((attempt = 0; ; attempt++)); do
   code=0
   job="deepspeed.launcher.launch .*--master_addr=$address --master_port=$port"
   run_launcher "^[^ ]*python[^ ]* -u -m $job" "$first" \
-    deepspeed --log_level warning --hostfile "$folder/hostfile" --force_multi \
+    deepspeed --log_level critical --hostfile "$folder/hostfile" --force_multi \
     --master_addr "$address" --master_port "$port" "$root/megamoe/pretrain.py" "$@" || code=$?
   # The ssh processes of a launcher that was killed; the ranks detect it, save and exit.
   pkill -TERM -f "^ssh .* -m $job" || true

@@ -27,5 +27,5 @@ trap 'rm -f "$MEGAMOE_EXIT_NOTE"' EXIT
 code=0
 # Not `deepspeed`: pip writes its path into the first line of that script, where a path with a space does not work.
 run_launcher "^(/.*)?python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$port" "" \
-  python -m deepspeed.launcher.runner "${devices[@]}" --master_port "$port" --log_level warning "$root/${PROGRAM:-megamoe/pretrain.py}" "$@" || code=$?
+  python -m deepspeed.launcher.runner "${devices[@]}" --master_port "$port" --log_level critical "$root/${PROGRAM:-megamoe/pretrain.py}" "$@" || code=$?
 leave "$code"

@@ -6,6 +6,11 @@ field of RunConfig.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # while the rest is loaded, Ctrl-C ends the process without a stack trace
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import contextlib
 import os
 import sys
@@ -52,6 +57,7 @@ from megamoe.utils.json_files import read_json
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "--help" in sys.argv or "-h" in sys.argv:
         with contextlib.suppress(SystemExit):
             parse_run()

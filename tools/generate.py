@@ -1,7 +1,6 @@
 """Sample from a trained model: `python tools/generate.py runs/tiny --prompt "In a quiet library,"`."""
 
-from megamoe.commands.generate import main
 from megamoe.config import cli
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command("generate")

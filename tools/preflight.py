@@ -15,7 +15,6 @@ if __name__ == "__main__":
         why = f"{socket.gethostname()} has no {', '.join(absent)} for {sys.executable}"
         print(f"error: {why}; install megamoe there, or activate its environment.", file=sys.stderr)
         sys.exit(2)
-    from megamoe.commands.preflight import main
     from megamoe.config import cli
 
-    cli.run(main)
+    cli.run_command("preflight")

@@ -1,7 +1,6 @@
 """Turn text into tokens: `python tools/prepare_data.py TEXT --out data/mine --vocab_size 16384`."""
 
-from megamoe.commands.prepare_data import main
 from megamoe.config import cli
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_command("prepare_data")

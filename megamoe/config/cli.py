@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
@@ -119,3 +121,11 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error.filename or 'output'}: {error.strerror}; fix it and try again.", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def run_command(name: str) -> NoReturn:
+    """`run` the module of that name in `commands/`. Ctrl-C while that is imported ends the process as quietly."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = import_module(f"megamoe.commands.{name}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run(command.main)
