@@ -15,6 +15,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,31 +34,27 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "where", nargs="?", help="the hostfile; HOST:PORT, where torchrun's hosts join; or another host"
     )
-    parser.add_argument("--port", help="to be used on the first host; by default a free one")
-    parser.add_argument("--min_hosts", help="leave out hosts that do not answer, if at least this number does")
+    port, number = whole_number("MASTER_PORT", 65535), whole_number("MIN_HOSTS", 10**6)
+    parser.add_argument("--port", type=port, help="to be used on the first host; by default a free one")
+    parser.add_argument("--min_hosts", type=number, help="leave out hosts that do not answer, if so many do")
     parser.add_argument("--usable", type=Path, help="hostfile to write, with the hosts that answer")
     parser.add_argument("--hosts", default="1", help="for endpoint: how many join, or MIN:MAX")
-    parser.add_argument("--ranks", help="for endpoint: ranks of each host")
-    parser.add_argument("--seconds", default="300", help="for endpoint: how long to wait for the other hosts")
+    parser.add_argument("--ranks", type=whole_number("RANKS", 10**6), help="for endpoint: ranks of each host")
+    seconds = whole_number("JOIN_TIMEOUT", 10**6)
+    parser.add_argument("--seconds", type=seconds, default=300, help="for endpoint: how long to wait for the hosts")
     parser.add_argument("--marker", type=Path, help="for report: a file that this host should see")
-    args = parser.parse(words)
-    for name, variable, most in (
-        ("port", "MASTER_PORT", 65535),
-        ("min_hosts", "MIN_HOSTS", 10**6),
-        ("ranks", "RANKS", 10**6),
-        ("seconds", "JOIN_TIMEOUT", 10**6),
-    ):
-        setattr(args, name, whole_number(getattr(args, name), variable, most))
-    return args
+    return parser.parse(words)
 
 
-def whole_number(given: str | None, name: str, most: int) -> int | None:
-    """Raises UserError with the name of the variable by which it was given to a launch script."""
-    if given is None:
-        return None
-    if not given.isdecimal() or not 1 <= int(given) <= most:
-        raise UserError(f"{name} is {given!r}; give a whole number from 1 to {most}.")
-    return int(given)
+def whole_number(variable: str, most: int) -> Callable[[str], int]:
+    """Reads what was given to a launch script by this variable. Raises UserError."""
+
+    def read(given: str) -> int:
+        if not given.isdecimal() or not 1 <= int(given) <= most:
+            raise UserError(f"{variable} is {given!r}; give a whole number from 1 to {most}.")
+        return int(given)
+
+    return read
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

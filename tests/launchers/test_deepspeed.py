@@ -77,21 +77,3 @@ def test_stalled_ranks_end_and_print_where_each_of_them_is(launch, device):
     assert re.match(rf"error: no rank has made progress for 5 s: ({both}|{each}); resume from", error)
     second.resume()
     assert run.wait() == LOST, run.said
-
-
-# As Slurm starts them with a GPU per task. On the CPU, tests/launch/test_distributed.py shows what a rank takes.
-@pytest.mark.parametrize("local_ranks", [on_gpus(1, [5]), on_gpus(2, [0, 1])])
-def test_ranks_that_each_see_one_gpu_take_that(tmp_path, local_ranks):
-    count = len(local_ranks)
-    words = [str(BIN / "python"), str(ROOT / "megamoe" / "pretrain.py"), *inputs(tmp_path, 4, "--ep_size", str(count))]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    runs = []
-    try:
-        for rank, local_rank in enumerate(local_ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "CUDA_VISIBLE_DEVICES": str(rank)}
-            runs.append(Run(ThisHost("cuda", f"rank-{rank}"), tmp_path, words, {**shared, **own}))
-        assert [run.wait() for run in runs] == [0] * count, "".join(run.said for run in runs)
-    finally:
-        for run in runs:
-            run.end()
-    assert runs[0].last_step == 4

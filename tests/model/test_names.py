@@ -52,21 +52,6 @@ def test_the_parts_cover_each_parameter_once_and_lead_back_to_the_parameters_of_
             assert engine_parameters(dict(reversed(plain.items()))) == found  # whatever their order
 
 
-def test_a_part_is_the_weight_of_one_projection_of_one_expert():
-    config = CONFIGS[1]
-    shape = (2, 2 * config.intermediate_size, config.hidden_size)
-    parts = plain_parts("layers.3.moe.deepspeed_moe.experts.gate_up", shape, first_expert=2)
-    layer = "model.layers.3.moe.experts"
-    projections = [f"{layer}.{expert}.{one}.weight" for expert in (2, 3) for one in ("gate_proj", "up_proj")]
-    assert [part.name for part in parts] == projections
-    values = torch.arange(math.prod(shape)).view(shape)
-    found = {part.name: values.flatten()[part.start : part.start + part.count].view(part.shape) for part in parts}
-    for expert in range(2):
-        gate, up = values[expert].chunk(2)
-        assert torch.equal(found[f"{layer}.{2 + expert}.gate_proj.weight"], gate)
-        assert torch.equal(found[f"{layer}.{2 + expert}.up_proj.weight"], up)
-
-
 def test_the_values_of_any_stretch_are_found_in_their_parts():
     parts = plain_parts("layers.0.moe.deepspeed_moe.experts.gate_up", (3, 4, 2))
     at = [(part, value) for part in parts for value in range(part.count)]
