@@ -24,16 +24,14 @@ class Job:
         tree: Path = ROOT,
         nodes: str = "2",
         tasks: int = 1,
-        **limits: str,
     ) -> None:
         self.host = cluster.hosts["h1"]
         self.run_dir = folder / "runs" / "run"
         folder.mkdir(exist_ok=True)
         self.output = folder / "job.out"
-        words = [f"--{key.replace('_', '-')}={value}" for key, value in limits.items()]
         sent = self.host.run(
             "env", f"MEGAMOE_ROOT={tree}", "sbatch", "--parsable", f"--nodes={nodes}", f"--ntasks-per-node={tasks}",
-            f"--output={self.output}", *words, str(tree / "launch_scripts" / "slurm.sbatch"),
+            f"--output={self.output}", str(tree / "launch_scripts" / "slurm.sbatch"),
             *inputs(folder, steps, *options),
         )  # fmt: skip
         assert sent.returncode == 0, sent.stderr

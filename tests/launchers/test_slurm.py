@@ -14,8 +14,8 @@ STEPS = 100
 def submit(slurm, cluster, stub, tmp_path):
     jobs = []
 
-    def send(steps, *options, tree=stub, **limits):
-        jobs.append(Job(cluster, tmp_path / str(len(jobs)), steps, *options, tree=tree, **limits))
+    def send(steps, *options, tree=stub, **nodes):
+        jobs.append(Job(cluster, tmp_path / str(len(jobs)), steps, *options, tree=tree, **nodes))
         return jobs[-1]
 
     yield send

@@ -13,7 +13,7 @@ import torch._inductor.config
 import torch.distributed as dist
 from devices import SHARES
 from engines import save
-from model_parts import with_fp32_statistics
+from model_parts import PARTS, with_fp32_statistics
 from operators import Operators
 from ranks import run_new_ranks, run_ranks
 from torch._dynamo.utils import counters
@@ -144,37 +144,11 @@ def test_evaluation_padding_and_generation_are_eager():
     generate(model, [[1, 2, 3]], 2)
 
 
-MIXED = {
-    "num_latent_tokens": 0,
-    "first_k_dense_replace": 1,
-    "sliding_window": 5,
-    "qk_norm": "head",
-    "partial_rotary_factor": 0.5,
-    "gated_mlp": True,
-    "n_shared_experts": 1,
-    "shared_expert_gate": True,
-    "router_score": "sigmoid",
-    "n_group": 2,
-    "router_aux_loss_coef": 0.01,
-    "router_z_loss_coef": 0.01,
-    "num_nextn_predict_layers": 1,
-}
-COMPRESSED = {
-    "num_latent_tokens": 0,
-    "num_key_value_heads": 2,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 48,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-}
-
-
-QUANTILE = {
-    "router_bias_rule": "quantile",
-    "num_nextn_predict_layers": 1,
-    "router_aux_loss_coef": 0.01,
-    "router_aux_loss_type": "global_batch",
-}
+MIXED = PARTS["head_norm_partial_rope"] | PARTS["gated_shared_experts"] | PARTS["sigmoid_groups"]
+MIXED |= PARTS["sequence_loss"] | PARTS["untied_multi_token"]
+MIXED |= {"num_latent_tokens": 0, "first_k_dense_replace": 1, "sliding_window": 5, "gated_mlp": True}
+COMPRESSED = PARTS["compressed_queries"] | PARTS["quantile_bias"] | PARTS["global_loss"]
+COMPRESSED |= {"num_latent_tokens": 0, "num_nextn_predict_layers": 1}
 
 
 def traced():
@@ -183,7 +157,7 @@ def traced():
 
 
 @pytest.mark.parametrize(
-    ("parts", "graphs"), [(MIXED, 4), ({**COMPRESSED, **QUANTILE}, 2)], ids=["mixed", "latent_attention, quantile"]
+    ("parts", "graphs"), [(MIXED, 4), (COMPRESSED, 2)], ids=["mixed", "latent_attention, quantile"]
 )
 def test_blocks_of_every_part_and_any_routing_give_the_losses_and_gradients_of_eager_ones(parts, graphs, monkeypatch):
     monkeypatch.setattr(dispatch, "CPU_ROW_MULTIPLE", 4)  # so that the fill changes with the routing
