@@ -37,7 +37,7 @@ from megamoe.evaluation.tasks import TaskEvaluator
 from megamoe.formats.config_json import find_preset
 from megamoe.launch.determinism import make_deterministic
 from megamoe.launch.distributed import init_distributed, raise_on_any_rank
-from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, words_of
+from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, message_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
 from megamoe.model.compiled import compiler_problems
@@ -69,8 +69,8 @@ def main() -> None:
         code = pretrain()
     except BaseException as error:  # while no `Watch` tells the others of it
         code = code_of(error)
-        if words := words_of(error):
-            print(words, file=sys.stderr)
+        if message := message_of(error):
+            print(message, file=sys.stderr)
     # Everything is written and closed. Without this, threads that libraries have left behind now and then abort the
     # process while it is taken down ("terminate called without an active exception"), and ranks would be slow enough to
     # be ended by a launcher that has seen the first one exit.

@@ -30,7 +30,7 @@ from megamoe.utils.errors import UserError
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="preflight.py", description="Check the hosts of a job before ranks are started on them.")
-    parser.add_argument("launcher", choices=("hostfile", "slurm", "endpoint", "report"))
+    parser.add_argument("launcher", choices=CHECKS)
     parser.add_argument(
         "where", nargs="?", help="the hostfile; HOST:PORT, where torchrun's hosts join; or another host"
     )
@@ -126,16 +126,15 @@ def check_endpoint(args: argparse.Namespace, run: RunConfig, words: list[str]) -
     print(where, address, str(is_host).lower())
 
 
+def print_report(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
+    print(report(run, shlex.join(words), args.where, args.marker, args.port).to_json())
+
+
+CHECKS = {"hostfile": check_hostfile, "slurm": check_slurm, "endpoint": check_endpoint, "report": print_report}
+
+
 def main() -> None:
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
-    args = parse(words[:split])
-    run = parse_run(words[split + 1 :])
-    if args.launcher == "report":
-        print(report(run, shlex.join(words[split + 1 :]), args.where, args.marker, args.port).to_json())
-    elif args.launcher == "hostfile":
-        check_hostfile(args, run, words[split + 1 :])
-    elif args.launcher == "slurm":
-        check_slurm(args, run, words[split + 1 :])
-    else:
-        check_endpoint(args, run, words[split + 1 :])
+    args, options = parse(words[:split]), words[split + 1 :]
+    CHECKS[args.launcher](args, parse_run(options), options)

@@ -33,8 +33,8 @@ def configure_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Of the groups that it makes for experts, without a timeout of their own.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = NO_TIMEOUT
-    # With `overlap_comm`, gradients are reduced on one communicator while another exchanges rows. NCCL then keeps the
-    # order in which the host has issued them, which is the same on all ranks; else two ranks may each begin with
+    # With `overlap_comm`, gradients are reduced on one communicator during an all-to-all on another. NCCL then keeps
+    # the order in which the host has issued them, which is the same on all ranks; else two ranks may each begin with
     # another one, and wait for each other.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # `launch/watch.py` finds what has died or stalled, and ends all ranks with one code; torch's watchdog of NCCL would

@@ -40,7 +40,7 @@ def code_of(error: BaseException) -> int:
     return STOPPED if isinstance(error, Stopped) else FAILED
 
 
-def words_of(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """What is said of `error`: a stack trace for a bug only."""
     if isinstance(error, UserError):
         return "\n".join(f"error: {problem}" for problem in error.problems)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed import DistError, Store
 
 from megamoe.launch.exchange import wait_for_keys
-from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, words_of
+from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, message_of
 from megamoe.launch.holders import Holders, is_alive
 from megamoe.launch.rendezvous import Rendezvous
 from megamoe.utils.errors import UserError, first_line
@@ -175,10 +175,10 @@ class Watch:
                 self._store.set("suspicion", "")
                 time.sleep(self.intervals.dead + 2 * self.intervals.heartbeat)
             self._closing.set()
-            code = self._report(self._words(error), code_of(error))
+            code = self._report(self._message(error), code_of(error))
         except DistError:
             if not _may_be_of_a_collective(error):  # which the loss of rank 0 explains
-                print(self._words(error), file=sys.stderr, flush=True)
+                print(self._message(error), file=sys.stderr, flush=True)
             self._exit_without_store()
         end_groups(failed=True)
         self._leave(code)
@@ -277,19 +277,19 @@ class Watch:
             for host, some in by_host.items()
         )
 
-    def _words(self, error: BaseException) -> str:
+    def _message(self, error: BaseException) -> str:
         """What all are told of an error: what a user can change and what a disk says needs no stack trace."""
         if isinstance(error, (UserError, Stopped)):
-            return words_of(error)
+            return message_of(error)
         failure = _failure(f"{self._names([self._rank])} failed in {self.position} ({first_line(error)})")
         return failure if isinstance(error, OSError) else "".join(traceback.format_exception(error)) + failure
 
-    def _report(self, words: str, code: int, dead: Collection[int] = ()) -> int:
+    def _report(self, message: str, code: int, dead: Collection[int] = ()) -> int:
         """Report the job's failure, and print it unless another rank has reported one; returns all ranks' exit code."""
         report = " ".join(map(str, [code, self._rank, threading.get_ident(), *dead]))
         first = self._store.compare_set("failure", "", report).decode() if self._store else report
         if first == report:
-            print(words, file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
         return self._read_report(first)
 
     def _read_report(self, report: str) -> int:

@@ -1,4 +1,4 @@
-"""Rows on their way to experts and back: laid out by expert, gathered, exchanged between ranks, combined.
+"""Rows on their way to experts and back: laid out by expert, gathered, sent between ranks (all-to-all), combined.
 
 Shape legend: T tokens on this rank, D hidden_size, K choices, R slots (T * K) or received rows, P places, fill
 included, E experts of this rank, N ranks of the expert-parallel group.

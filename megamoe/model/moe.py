@@ -2,7 +2,7 @@
 
 Being a subclass of `deepspeed.moe.layer.MoE`, the engine treats it as its own: expert groups, gradient averaging over
 expert-data-parallel ranks. Only the way tokens travel differs: every token reaches its K experts, blocks are as long as
-the routing makes them, and ranks exchange exactly that many rows.
+the routing makes them, and the all-to-all between ranks has exactly that many rows.
 
 Shape legend: T tokens on this rank, D hidden_size, E experts, K choices, P places, fill included, N ranks that share
 the experts.
