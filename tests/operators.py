@@ -54,6 +54,22 @@ class Operators(TorchDispatchMode):
         return counted
 
 
+class NewTensors(TorchDispatchMode):
+    """(operator, number of elements) of each tensor that is made in memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for one in tree_iter(out):
+            if isinstance(one, Tensor) and one.untyped_storage().data_ptr() not in known:
+                self.made.append((func._schema.name, one.numel()))
+        return out
+
+
 def rms_norm_as_one_operator(operators: Operators) -> Any:
     """A forward for nn.RMSNorm whose two ways are one operator each, as on a GPU; torch makes several on CPU."""
 

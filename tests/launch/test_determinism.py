@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import CONFIG, make, train
+from operators import Operators
 from ranks import run_alone, run_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamoe.launch.determinism import SETTINGS, make_deterministic
 from megamoe.model import grouped_gemm as products
@@ -56,17 +56,11 @@ def test_a_kernel_whose_tuning_may_come_out_differently_is_left_out(is_determini
 # --- what a GPU would run -------------------------------------------------------------------------------------------
 
 
-class Operators(TorchDispatchMode):
-    """The names of all operators, with the dtype of their first tensor."""
+class Dtypes(Operators):
+    """Operators by name and the dtype of their first tensor."""
 
-    def __init__(self):
-        super().__init__()
-        self.called = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        dtype = next((one.dtype for one in args if isinstance(one, torch.Tensor)), None)
-        self.called.add((func._schema.name.removeprefix("aten::"), dtype))
-        return func(*args, **(kwargs or {}))
+    def _add(self, name, args, *_):
+        self.calls[name, next((one.dtype for one in args if isinstance(one, torch.Tensor)), None)] += 1
 
 
 def operators_of_both_passes():
@@ -78,11 +72,11 @@ def operators_of_both_passes():
         model = model_on_gpu(CONFIG.model_copy(update=changes))
         ids = torch.zeros(2, 16, dtype=torch.int64, device=DEVICE)
         balancer = balancer_of(model)
-        with Operators() as operators:
+        with Dtypes() as operators:
             model(ids, ids).backward()
             margins = balancer.take_margins().double()
             balancer.apply(balancer.next_loads(balancer.take_counts()), margins)
-    return operators.called
+    return set(operators.calls)
 
 
 def raising_operators():

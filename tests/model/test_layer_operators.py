@@ -6,11 +6,9 @@ import pytest
 import torch
 from fake_gpu import join_fake_ranks
 from model_parts import PARTS, SHAPE, model_of, with_fp32_statistics
-from operators import Operators, rms_norm_as_one_operator
+from operators import NewTensors, Operators, rms_norm_as_one_operator
 from ranks import run_alone
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.model import dispatch
@@ -144,19 +142,8 @@ def test_no_parameter_is_stacked_concatenated_or_copied():
     model = Decoder(config).bfloat16()
     ids = torch.randint(config.vocab_size, (BATCH, 16))
 
-    class Large(TorchDispatchMode):
-        made: list[str] = []  # noqa: RUF012
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, torch.Tensor)}
-            out = func(*args, **(kwargs or {}))
-            for one in tree_iter(out):
-                is_large = isinstance(one, torch.Tensor) and one.numel() >= smallest
-                if is_large and one.untyped_storage().data_ptr() not in known:
-                    self.made.append(func._schema.name)
-            return out
-
-    with Large() as large:
+    with NewTensors() as tensors:
         model(ids, ids).backward()
+    large = [name for name, numel in tensors.made if numel >= smallest]
     gradients = 2 * config.num_hidden_layers  # one for each stacked parameter, and nothing else of that size
-    assert large.made == ["aten::_grouped_mm"] * gradients
+    assert large == ["aten::_grouped_mm"] * gradients

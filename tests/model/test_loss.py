@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICES
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from operators import NewTensors
 
 import megamoe.model.loss
 from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_head_loss, loss_chunk
@@ -116,18 +115,9 @@ def test_where_no_gradient_is_asked_for_none_is_computed(monkeypatch):
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
 def test_one_tensor_of_the_logits_of_a_chunk_is_made_and_none_larger_with_the_z_loss_too(coefficient, monkeypatch):
     monkeypatch.setattr(megamoe.model.loss, "CPU_LOGITS", 4 * 4 * 64)
-    made = []
-
-    class New(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            known = {one.untyped_storage().data_ptr() for one in tree_iter(args) if isinstance(one, torch.Tensor)}
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known:
-                made.append(out.numel())
-            return out
-
     hidden, weight, labels = head(torch.float32, tokens=32, hidden=2, vocab=64)
-    with New():
+    with NewTensors() as tensors:
         chunked_head_loss(hidden, weight, labels, coefficient).total.backward()
-    assert max(made) == 4 * 64
-    assert made.count(4 * 64) == 32 / 4
+    sizes = [numel for _, numel in tensors.made]
+    assert max(sizes) == 4 * 64
+    assert sizes.count(4 * 64) == 32 / 4
