@@ -30,7 +30,7 @@ class Holders:
         self._pairs = launchers(psutil.Process()) if has_launcher else []
         pid, _, space = environment.get("MEGAMOE_SCRIPT", "").partition(",")
         self._has_script = space == pid_space()  # else the script runs on another host
-        self._script = _process(int(pid)) if self._has_script else None
+        self._script = find_process(int(pid)) if self._has_script else None
 
     def are_alive(self) -> bool:
         if self._has_script and not (self._script and is_alive(self._script)):
@@ -63,7 +63,8 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _process(pid: int) -> psutil.Process | None:
+def find_process(pid: int) -> psutil.Process | None:
+    """The process of that id, if there is one."""
     try:
         return psutil.Process(pid)
     except psutil.NoSuchProcess:

@@ -7,7 +7,6 @@ the others' heartbeats; one checks that the store answers and that this rank's l
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
@@ -20,14 +19,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
-import psutil
 import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
 from megamoe.launch.exchange import wait_for_keys
 from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, message_of
-from megamoe.launch.holders import Holders, is_alive
+from megamoe.launch.holders import Holders, find_process, is_alive
 from megamoe.launch.rendezvous import Rendezvous
 from megamoe.utils.errors import UserError, first_line
 
@@ -129,7 +127,8 @@ class Watch:
         self._store = rendezvous.store
         self._heartbeats = 0
         self._answers = 0  # of the store
-        self._neighbors = _processes(rendezvous.neighbors)
+        found = {rank: find_process(pid) for rank, pid in rendezvous.neighbors.items()}
+        self._neighbors = {rank: process for rank, process in found.items() if process}
         self._holders: Holders | None = Holders(rendezvous.rank_info.launcher == "torch", os.environ)
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._check_this_rank, daemon=True)]
@@ -336,12 +335,3 @@ def _failure(why: str) -> str:
 
 def _position(heartbeat: str) -> str:
     return heartbeat.split(" ", 2)[2] if heartbeat else "its start"
-
-
-def _processes(neighbors: dict[int, int]) -> dict[int, psutil.Process]:
-    """The processes with these ids, by rank."""
-    found = {}
-    for rank, pid in neighbors.items():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found[rank] = psutil.Process(pid)
-    return found
