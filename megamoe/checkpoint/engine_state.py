@@ -15,27 +15,26 @@ from torch import Tensor
 
 from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
 from megamoe.config.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, OptimizerSpec, StateTensor, find_optimizer
-from megamoe.model.names import Part, is_buffer, is_projection, plain_name, plain_parts, stretches
+from megamoe.model.names import is_buffer, is_projection, plain_name, plain_parts, stretches
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A stretch of one flattened parameter on this rank."""
+class Stretch:
+    """A stretch of one flattened parameter or buffer on this rank."""
 
     name: str  # plain
-    start: int  # in the parameter
+    shape: tuple[int, ...]  # of the parameter
+    start: int  # in the flattened parameter
     count: int
-    offset: int  # in its flat tensors
-    tensors: dict[str, int]  # number in `RankState.tensors` by kind
+    offset: int  # in the flat tensors of its group
 
 
-@dataclass
-class RankState:
-    """The tensors that one rank saves: flat ones with many parameters each, so that they are copied at once."""
+@dataclass(frozen=True)
+class FlatGroup:
+    """What one rank saves of many parameters: flat tensors, so that they are copied at once."""
 
-    tensors: list[Tensor]
-    slices: list[Slice]
-    shapes: dict[str, list[int]]  # of the parameters that it has slices of
+    tensors: dict[str, Tensor]  # by kind
+    stretches: list[Stretch]
 
 
 def optimizer_spec(engine: deepspeed.DeepSpeedEngine) -> OptimizerSpec:
@@ -53,38 +52,23 @@ def state_by_group(engine: deepspeed.DeepSpeedEngine) -> list[list[StateTensor]]
     return [spec.state_of(is_projection(names[group[0]])) for group in engine.optimizer.bit16_groups]
 
 
-def rank_state(engine: deepspeed.DeepSpeedEngine) -> RankState:
+def rank_state(engine: deepspeed.DeepSpeedEngine) -> list[FlatGroup]:
     """The engine's own masters and optimizer state of this rank, and on rank 0 the router statistics."""
     zero = engine.optimizer
-    tensors: list[Tensor] = []
-    slices = []
-    shapes = {plain_name(name): list(one.shape) for name, one in engine.module.named_parameters() if one.numel() == 0}
+    groups = []
     for master, held, kept in zip(
         zero.single_partition_of_fp32_groups, stretches_by_group(engine), state_by_group(engine), strict=True
     ):
         state = zero.optimizer.state.get(master, {})
         flat = {MASTERS: master.data, **{one.name: state[one.name] for one in kept if one.name in state}}
-        numbers = dict(zip(flat, range(len(tensors), len(tensors) + len(flat)), strict=True))
-        tensors += flat.values()
-        slices += [Slice(one.part.name, one.start, one.count, one.offset, numbers) for one in held]
-        shapes.update((one.part.name, list(one.part.shape)) for one in held)
+        groups.append(FlatGroup(flat, held))
     if dist.get_rank() == 0:  # they are the same on every rank
-        for name, buffer in engine.module.named_buffers():
-            if is_buffer(name):
-                slices.append(Slice(plain_name(name), 0, buffer.numel(), 0, {BUFFER: len(tensors)}))
-                shapes[plain_name(name)] = list(buffer.shape)
-                tensors.append(buffer.flatten())
-    return RankState(tensors, slices, shapes)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """What this rank's flat masters hold of a plain parameter."""
-
-    part: Part
-    start: int  # in the flattened plain parameter
-    count: int
-    offset: int  # in the masters of its group
+        groups += [
+            FlatGroup({BUFFER: one.flatten()}, [Stretch(plain_name(name), tuple(one.shape), 0, one.numel(), 0)])
+            for name, one in engine.module.named_buffers()
+            if is_buffer(name)
+        ]
+    return groups
 
 
 def stretches_by_group(engine: deepspeed.DeepSpeedEngine) -> list[list[Stretch]]:
@@ -104,7 +88,7 @@ def _stretches(name: str, parameter: Any, first_expert: int) -> Iterator[Stretch
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
     parts = plain_parts(name, tuple(parameter.shape), first_expert)
     for part, start, count in stretches(parts, there.start, there.numel):
-        yield Stretch(part, start, count, here.start + part.start + start - there.start)
+        yield Stretch(part.name, part.shape, start, count, here.start + part.start + start - there.start)
 
 
 def topology(engine: deepspeed.DeepSpeedEngine) -> Topology:

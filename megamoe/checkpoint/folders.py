@@ -22,7 +22,7 @@ from megamoe.utils.run_folder import beginning
 INDEX, MANIFEST = "index.json", "manifest.json"  # the last to be written, and the first to be removed
 INDEX_END = b"}\n"  # of an index of which all has been written
 SCRIPT = "zero_to_fp32.py"
-FILE = re.compile(r"rank_[0-9]{5,}\.safetensors|zero_to_fp32\.py|index\.json")  # of megamoe's own form
+FILE = re.compile(r"rank_[0-9]{5,}\.safetensors|zero_to_fp32\.py")  # of megamoe's own form, but for the index
 NAME = re.compile(r"step_(0|[1-9][0-9]{0,17})(?:\.([1-9][0-9]{0,8}))?")
 
 
@@ -142,4 +142,4 @@ def _is_leftover(checkpoint: Path) -> bool:
     """Whether it has only files of an interrupted save or removal: not, say, a checkpoint that DeepSpeed wrote, nor an
     index, which may be damaged or end early but is the operator's to remove."""
     names = [entry.name for entry in os.scandir(checkpoint)]
-    return INDEX not in names and all(FILE.fullmatch(name) for name in names)
+    return all(FILE.fullmatch(name) for name in names)

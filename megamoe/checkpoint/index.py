@@ -7,8 +7,6 @@ index.json does. There is no random state in it: dropout and jitter follow from 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,18 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from megamoe.checkpoint import folders
-from megamoe.checkpoint.slice_file import CONTAINER_DTYPES, TensorRecord, number_of_blocks, sha256, write_tensors
-from megamoe.config.optimizers import MASTERS, find_optimizer
-from megamoe.model.names import is_projection
+from megamoe.checkpoint.slice_file import TensorRecord, sha256, write_tensors
 from megamoe.utils import disk
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import parse_json
 
 BUFFER = "buffer"  # the kind of router statistics, where others are MASTERS and the optimizer's state tensors
-TENSOR_NAME = re.compile(r"[\w.]+")  # it may become the name of a file
-
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # a float holds each
+TensorName = Annotated[str, Field(pattern=r"^[\w.]+$")]  # it may become the name of a file
 
 
 class _Part(BaseModel):
@@ -40,18 +35,14 @@ class _Part(BaseModel):
 class SliceRecord(_Part):
     """A stretch of one flattened parameter or buffer in one file."""
 
-    name: str
+    name: TensorName
     """Plain name, with the expert's id in the model."""
     start: Count
     """Its first value in the parameter."""
     count: Count
     """Number of values."""
-    tensors: dict[str, TensorRecord]
+    tensors: dict[TensorName, TensorRecord]
     """By kind: MASTERS and the optimizer's state tensors, or BUFFER."""
-
-    def only(self, kinds: Collection[str]) -> SliceRecord:
-        """Without the tensors of other kinds."""
-        return self.model_copy(update={"tensors": {kind: one for kind, one in self.tensors.items() if kind in kinds}})
 
 
 class FileRecord(_Part):
@@ -84,7 +75,7 @@ class OptimizerRecord(_Part):
     """The optimizer, but for its tensors."""
 
     name: str
-    state: list[str]
+    state: list[TensorName]
     """Kinds of its state tensors; none before the first applied step."""
     step: float | None = Field(ge=0, lt=2**53)
     """Steps that it has applied; None where it has not begun, or does not count."""
@@ -106,15 +97,6 @@ class TrainingRecord(_Part):
     """Its fields by name."""
 
 
-@dataclass(frozen=True)
-class Range:
-    """Values of a flattened parameter."""
-
-    name: str
-    start: int
-    count: int
-
-
 class Index(_Part):
     """A checkpoint, or the part of it that one rank needs."""
 
@@ -133,66 +115,33 @@ class Index(_Part):
     optimizer: OptimizerRecord
     run: dict[str, Any]
     """The run's record: model, options, DeepSpeed JSON, versions."""
-    shapes: dict[str, list[Count]]
+    shapes: dict[TensorName, list[Count]]
     """Of parameters and buffers by plain name."""
-    files: dict[str, FileRecord]
+    files: dict[Annotated[str, Field(pattern=f"^({folders.FILE.pattern})$")], FileRecord]
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """What is kept of parameters."""
-        return MASTERS, *self.optimizer.state
 
-    def kinds_of(self, name: str) -> tuple[str, ...]:
-        """What is kept of a parameter: MASTERS, and of the optimizer's state tensors those that it has for it."""
-        spec = find_optimizer(self.optimizer.name)
-        kept = spec.state_of(is_projection(name)) if spec else ()
-        absent = {tensor.name for tensor in spec.state if tensor not in kept} if spec else ()
-        return tuple(kind for kind in self.kinds if kind not in absent)
+def share_of(
+    files: dict[str, FileRecord], part: int, parts: int, kinds: Collection[str] | None = None
+) -> dict[str, FileRecord]:
+    """One of `parts` shares of the files without slices, and of the tensors in others; all shares together have each
+    once.
 
-    def parts(self, wanted: list[list[Range]]) -> list[Index]:
-        """For each list of `wanted` values the index of the slices that hold any of them."""
-        held: dict[str, list[tuple[str, SliceRecord]]] = defaultdict(list)
-        for file, record in self.files.items():
-            for piece in record.slices:
-                held[piece.name].append((file, piece))
-        return [
-            self._with_slices(
-                [
-                    (file, piece)
-                    for one in ranges
-                    for file, piece in held.get(one.name, ())
-                    if one.start < piece.start + piece.count and piece.start < one.start + one.count
-                ]
-            )
-            for ranges in wanted
-        ]
-
-    @property
-    def buffers(self) -> list[Range]:
-        """Those of the router statistics."""
-        pieces = [piece for record in self.files.values() for piece in record.slices if BUFFER in piece.tensors]
-        names = dict.fromkeys(piece.name for piece in pieces)
-        return [Range(name, 0, math.prod(self.shapes[name])) for name in names]
-
-    def _with_slices(self, slices: list[tuple[str, SliceRecord]]) -> Index:
-        by_file: dict[str, list[SliceRecord]] = defaultdict(list)
-        for file, piece in slices:
-            by_file[file].append(piece)
-        files = {file: self.files[file].model_copy(update={"slices": pieces}) for file, pieces in by_file.items()}
-        shapes = {piece.name: self.shapes[piece.name] for _, piece in slices}
-        return self.model_copy(update={"files": files, "shapes": shapes})
-
-    def share(self, kinds: Collection[str], part: int, parts: int) -> Index:
-        """A share of the tensors of these kinds and of the files without slices; all shares together have them all."""
-        files = {}
-        for name, record in self.files.items() if kinds or part == 0 else ():
-            if record.slices:
-                slices = [piece.only(kinds) for piece in record.slices[part::parts]]
-                if slices := [piece for piece in slices if piece.tensors]:
-                    files[name] = record.model_copy(update={"slices": slices})
-            elif part == 0:
-                files[name] = record
-        return self.model_copy(update={"files": files, "shapes": {}})
+    Args:
+        kinds: of the tensors; by default all.
+    """
+    pieces: list[tuple[str, SliceRecord | None]] = []
+    for name, record in files.items():
+        for piece in record.slices:
+            tensors = {kind: one for kind, one in piece.tensors.items() if kinds is None or kind in kinds}
+            if tensors:
+                pieces.append((name, piece.model_copy(update={"tensors": tensors})))
+        if not record.slices:
+            pieces.append((name, None))
+    first, last = (len(pieces) * number // parts for number in (part, part + 1))
+    held: dict[str, list[SliceRecord]] = defaultdict(list)
+    for name, one in pieces[first:last]:  # one after the other, so that few files are opened
+        held[name] += [one] if one else []
+    return {name: files[name].model_copy(update={"slices": slices}) for name, slices in held.items()}
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -284,38 +233,11 @@ def _misplaced(checkpoint: Path, index: Index) -> list[str]:
 
 
 def _inconsistencies(index: Index) -> list[str]:
-    """What the index says that cannot be."""
-    problems = [
-        f"{name!r} is no name of its files"
-        for name in index.files
-        if not folders.FILE.fullmatch(name) or name == folders.INDEX
-    ]
-    kinds_held = {kind for record in index.files.values() for piece in record.slices for kind in piece.tensors}
-    names = {*index.shapes, *index.optimizer.state, *kinds_held}
-    problems += [f"{name!r} is no name of a tensor" for name in sorted(names) if not TENSOR_NAME.fullmatch(name)]
-    problems += [f"{name} has no SHA-256" for name, one in index.files.items() if not (one.sha256 or one.header)]
-    if problems:
-        return problems[:3]
-    held: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
-    for name, record in index.files.items():
-        for piece in record.slices:
-            if piece.name not in index.shapes:
-                return [f"{name} holds {piece.name!r}, which has no shape"]
-            for kind, tensor in piece.tensors.items():
-                held[piece.name, kind].append((piece.start, piece.count))
-                nbytes = piece.count * (tensor.itemsize if tensor.dtype in CONTAINER_DTYPES else 0)
-                if (
-                    tensor.dtype not in CONTAINER_DTYPES
-                    or tensor.offset + nbytes > record.bytes
-                    or len(tensor.sha256) != number_of_blocks(nbytes)
-                ):
-                    problems.append(f"{name} cannot hold the {kind} of {piece.name} as it says")
-    kinds = {name: (BUFFER,) if (name, BUFFER) in held else index.kinds_of(name) for name in index.shapes}
-    for name, shape in index.shapes.items():
-        for kind in kinds[name]:
-            position = 0
-            for start, count in sorted(held[name, kind]):
-                position = position + count if start == position else -1
-            if position != math.prod(shape):
-                problems.append(f"its files do not hold each value of the {kind} of {name} once")
-    return problems[:3]
+    """What the index says that cannot be. Whether each value is there once is seen where it is read."""
+    return [
+        f"{name} cannot hold {piece.name} as it says"
+        for name, record in index.files.items()
+        for piece in record.slices
+        if piece.name not in index.shapes
+        or any(one.offset + piece.count * one.itemsize > record.bytes for one in piece.tensors.values())
+    ][:3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import BUFFER, FileRecord, Index, SliceRecord
-from megamoe.checkpoint.slice_file import DamagedError, SliceFile, TensorRecord, file_sha256
+from megamoe.checkpoint.slice_file import DamagedError, SliceFile, file_sha256
 
 OPEN_FILES = 64
 
 
 class IndexedFiles:
-    """A checkpoint, or as much of it as an index lists. What is read has the bytes that were saved: else UserError."""
+    """A checkpoint by its index. What is read has the bytes that were saved: else UserError."""
 
     has_optimizer = True
 
@@ -27,7 +30,7 @@ class IndexedFiles:
         """
         self.folder = folder
         self.index = index
-        self.shapes = {name: tuple(shape) for name, shape in index.shapes.items()}
+        self.state_names = tuple(index.optimizer.state)
         self._open = lru_cache(OPEN_FILES)(self._open_file)
         self._slices: dict[str, list[tuple[str, SliceRecord]]] = {}
         for file, record in index.files.items():
@@ -35,22 +38,31 @@ class IndexedFiles:
                 self._slices.setdefault(piece.name, []).append((file, piece))
         for slices in self._slices.values():
             slices.sort(key=lambda item: item[1].start)
-        self.buffers = buffers or {}
-        for one in index.buffers:
-            self.buffers[one.name] = self.read(one.name, BUFFER, 0, one.count).view(self.shapes.pop(one.name))
-        self.state_names = tuple(index.optimizer.state)
+        self.shapes = {name: tuple(shape) for name, shape in index.shapes.items()}
+        of_buffers = {name: self.shapes.pop(name) for name in index.shapes if BUFFER in self._kinds(name)}
+        self.buffers = buffers or {
+            name: self.read(name, BUFFER, 0, math.prod(shape)).view(shape) for name, shape in of_buffers.items()
+        }
+
+    def _kinds(self, name: str) -> Collection[str]:
+        return self._slices[name][0][1].tensors if name in self._slices else ()
 
     def state_of(self, name: str) -> tuple[str, ...]:
-        return self.index.kinds_of(name)[1:]
+        return tuple(kind for kind in self.state_names if kind in self._kinds(name))
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        parts = []
+        parts, end = [torch.empty(0)], start
         for file, piece in self._slices.get(name, ()):
             first, last = max(start, piece.start), min(start + count, piece.start + piece.count)
-            if first < last:
-                record = piece.tensors[kind]
+            if first == end < last and kind in piece.tensors:
+                record, end = piece.tensors[kind], last
                 parts.append(self._open(file).read(record, piece.count, first - piece.start, last - first))
-        return (parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])).float()
+        if end != start + count:
+            raise DamagedError(
+                f"{self.folder / folders.INDEX} does not list all values of the {kind} of {name}; use an older "
+                "checkpoint."
+            )
+        return (parts[1] if len(parts) == 2 else torch.cat(parts)).float()
 
     def training_state(self) -> dict[str, Any]:
         index = self.index
@@ -76,43 +88,30 @@ class IndexedFiles:
         return SliceFile(self.folder / name, record.bytes, record.header)
 
 
-def problems(folder: Path, index: Index, part: int = 0, parts: int = 1) -> list[str]:
-    """What keeps the files of a checkpoint from being those that were saved, one sentence each.
-
-    Args:
-        part: look at this share only, of `parts`; the shares together cover every file.
+def problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:
+    """What keeps these files of a checkpoint from being those that were saved, one sentence for each.
 
     Raises OSError where a file cannot be read now, which does not say that it is damaged.
     """
-    tensors = [
-        (name, tensor, piece.count)
-        for name, record in index.files.items()
-        for piece in record.slices
-        for tensor in piece.tensors.values()
-    ]
-    share: dict[str, list[tuple[TensorRecord, int]]] = {}
-    for name, tensor, count in tensors[part::parts]:
-        share.setdefault(name, []).append((tensor, count))
-    if part == 0:  # with files in which there is no tensor
-        share = {name: share.get(name, []) for name in index.files}
-    found = [problem for name, some in share.items() for problem in _problems(folder / name, index.files[name], some)]
-    return list(dict.fromkeys(found))
+    found = []
+    for name, record in files.items():
+        try:
+            _verify(folder / name, record)
+        except DamagedError as error:
+            found += error.problems
+    return found
 
 
-def _problems(path: Path, record: FileRecord, tensors: list[tuple[TensorRecord, int]]) -> list[str]:
-    try:
-        if record.sha256 is not None:
-            return whole_file_problems(path, record)
+def _verify(path: Path, record: FileRecord) -> None:
+    if record.sha256 is None:
         file = SliceFile(path, record.bytes, record.header)
-        return [problem for tensor, count in tensors for problem in file.problems(tensor, count)]
-    except DamagedError as error:
-        return error.problems
-
-
-def whole_file_problems(path: Path, record: FileRecord) -> list[str]:
-    """What keeps a file that is hashed as one from being what was saved. Raises OSError where it cannot be read now."""
+        for piece in record.slices:
+            for tensor in piece.tensors.values():
+                file.verify(tensor, piece.count)
+        return
     try:
         is_same = path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
     except FileNotFoundError:
-        return [f"{path} is missing; bring it back, or use an older checkpoint."]
-    return [] if is_same else [f"{path} has not the bytes with which it was saved; use an older checkpoint."]
+        raise DamagedError(f"{path} is missing; bring it back, or use an older checkpoint.") from None
+    if not is_same:
+        raise DamagedError(f"{path} has not the bytes with which it was saved; use an older checkpoint.")

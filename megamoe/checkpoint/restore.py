@@ -1,14 +1,13 @@
 """Restore a training engine, or start one from weights alone, on any number of ranks with any ep_size.
 
 Every rank reads its own slices of masters and optimizer state, whatever the ranks and ep_size of the run that saved
-them. Of megamoe's own form, rank 0 reads the index and gives each rank its part, so that a rank opens the files that
-hold its slices and no others; of other forms every rank opens all. The bytes are verified on the way.
+them. Of megamoe's own form, rank 0 reads the index for all, and a rank opens the files that hold its slices and no
+others; of other forms every rank opens all. The bytes are verified on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megamoe.checkpoint import folders, indexed_files, verify
-from megamoe.checkpoint.engine_state import optimizer_spec, rank_state, state_by_group, stretches_by_group
-from megamoe.checkpoint.index import Index, Range, read_index
+from megamoe.checkpoint.engine_state import optimizer_spec, state_by_group, stretches_by_group
+from megamoe.checkpoint.index import Index, read_index, share_of
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.slice_file import DamagedError
@@ -100,74 +99,42 @@ def _sentence(error: OSError, checkpoint: Path) -> str:
 
 
 def _restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> Found:
-    """With anything found, the engine's state is of no use. Raises nothing before all ranks have their shares, or the
+    """With anything found, the engine's state is of no use. Raises nothing before all ranks have the index, or the
     others would wait. Collective."""
-    share = _share_index(engine, checkpoint, weights_only)
-    if isinstance(share, Found):
-        return share
-    if share:
-        source = IndexedFiles(checkpoint, share.index, share.buffers)
-        found = _read(engine, checkpoint, lambda: source, weights_only)
-        return replace(found, damage=[*found.damage, *indexed_files.problems(checkpoint, share.unread)])
-    with ThreadPoolExecutor(1) as executor:
-        verification = executor.submit(verify.problems, checkpoint, dist.get_rank(), dist.get_world_size())
-        found = _read(engine, checkpoint, lambda: open_source(checkpoint), weights_only)
-    return replace(found, damage=[*found.damage, *verification.result()])
-
-
-@dataclass(frozen=True)
-class Share:
-    """What rank 0 gives to one rank."""
-
-    index: Index  # of what it reads
-    unread: Index  # of what it only verifies
-    buffers: dict[str, Tensor]  # router statistics, the same for all
-
-
-def _share_index(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, weights_only: bool) -> Share | Found | None:
-    """This rank's share, or what rank 0 finds wrong with the index; None where the checkpoint has another form.
-    Collective."""
-    wanted = [
-        Range(piece.name, piece.start, piece.count) for piece in rank_state(engine).slices if MASTERS in piece.tensors
-    ]
-    state = [] if weights_only else [tensor.name for tensor in optimizer_spec(engine).state]
+    opened = _share_index(checkpoint)
+    if isinstance(opened, Found):
+        return opened
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    everywhere: list[Any] | None = [None] * world_size if rank == 0 else None
-    dist.gather_object(wanted, everywhere)
-    answers: list[Any] | None = None
-    if everywhere is not None:
-        answers = [None] * world_size
+    if opened is None:
+        found = _read(engine, checkpoint, None, weights_only)
+        return replace(found, damage=[*found.damage, *verify.problems(checkpoint, rank, world_size)])
+    index, buffers = opened
+    found = _read(engine, checkpoint, IndexedFiles(checkpoint, index, buffers), weights_only)
+    read = set() if weights_only else {tensor.name for tensor in optimizer_spec(engine).state}
+    unread = share_of(index.files, rank, world_size, {*index.optimizer.state} - read)
+    return replace(found, damage=[*found.damage, *indexed_files.problems(checkpoint, unread)])
+
+
+def _share_index(checkpoint: Path) -> tuple[Index, dict[str, Tensor]] | Found | None:
+    """The index and the router statistics, or what rank 0 finds wrong with them; None where the checkpoint has another
+    form. Collective."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
         try:
             if folders.has_index(checkpoint):
-                answers = list(_shares(checkpoint, everywhere, [MASTERS, *state]))
+                index = read_index(checkpoint)
+                answer = [(index, IndexedFiles(checkpoint, index).buffers)]
         except UserError as error:
-            answers = [Found(damage=error.problems)] * world_size
+            answer = [Found(damage=error.problems)]
         except OSError as error:
-            answers = [Found(trouble=[_sentence(error, checkpoint)])] * world_size
-    received: list[Any] = [None]
-    dist.scatter_object_list(received, answers)
-    return received[0]
+            answer = [Found(trouble=[_sentence(error, checkpoint)])]
+    dist.broadcast_object_list(answer)
+    return answer[0]
 
 
-def _shares(checkpoint: Path, wanted: list[list[Range]], kinds: Collection[str]) -> list[Share]:
-    """By rank. Raises UserError.
-
-    Args:
-        kinds: that the ranks read.
-    """
-    index = read_index(checkpoint)
-    buffers = IndexedFiles(checkpoint, index.parts([index.buffers])[0]).buffers
-    unread = [kind for kind in index.kinds if kind not in kinds]
-    return [
-        Share(part, index.share(unread, rank, len(wanted)), buffers) for rank, part in enumerate(index.parts(wanted))
-    ]
-
-
-def _read(
-    engine: deepspeed.DeepSpeedEngine, checkpoint: Path, source: Callable[[], Source], weights_only: bool
-) -> Found:
+def _read(engine: deepspeed.DeepSpeedEngine, checkpoint: Path, source: Source | None, weights_only: bool) -> Found:
     try:
-        _read_state(engine, source(), checkpoint, weights_only)
+        _read_state(engine, source or open_source(checkpoint), checkpoint, weights_only)
     except DamagedError as error:
         return Found(damage=error.problems)
     except UserError as error:
@@ -202,7 +169,7 @@ def _read_state(engine: deepspeed.DeepSpeedEngine, source: Source, checkpoint: P
         }
         for kind, flat in {MASTERS: master.data, **state[group]}.items():  # one after the other, as they lie in files
             for one in held[group]:
-                values = source.read(one.part.name, kind, one.start, one.count)
+                values = source.read(one.name, kind, one.start, one.count)
                 flat[one.offset : one.offset + one.count].copy_(values)
         step = training.get("optimizer_step")
         if step is not None:  # each group counts its own

@@ -40,7 +40,7 @@ class TensorRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dtype: str
+    dtype: str = Field(pattern=f"^({'|'.join(CONTAINER_DTYPES)})$")
     """As torch names it."""
     offset: int = Field(ge=0, lt=2**53)
     """Of its first byte in the file."""
@@ -190,16 +190,12 @@ class SliceFile:
             target[low - first : high - first] = block[low - begin : high - begin]
         return values
 
-    def problems(self, record: TensorRecord, length: int) -> list[str]:
-        """What is wrong with the bytes of a tensor of `length` values."""
+    def verify(self, record: TensorRecord, length: int) -> None:
+        """Read a tensor of `length` values block by block. Raises DamagedError if it is not what was saved."""
         nbytes = length * record.itemsize
         block = memoryview(bytearray(min(nbytes, BLOCK_BYTES)))
-        try:
-            for number, begin, end in _blocks(nbytes, 0, nbytes):
-                self._read_block(record, number, begin, block[: end - begin])
-        except DamagedError as error:
-            return error.problems
-        return []
+        for number, begin, end in _blocks(nbytes, 0, nbytes):
+            self._read_block(record, number, begin, block[: end - begin])
 
     def _read_block(self, record: TensorRecord, number: int, begin: int, target: memoryview) -> None:
         done = 0
@@ -208,7 +204,7 @@ class SliceFile:
             if not count:
                 break  # it is shorter than it was
             done += count
-        if sha256(target) != record.sha256[number]:
+        if [sha256(target)] != record.sha256[number : number + 1]:
             raise DamagedError(
                 f"{self.path} has not the SHA-256 with which it was saved: its bytes have changed; use an older "
                 "checkpoint."

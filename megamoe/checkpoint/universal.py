@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import FileRecord
-from megamoe.checkpoint.indexed_files import IndexedFiles, whole_file_problems
+from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.slice_file import file_sha256
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.export import output
@@ -107,12 +107,8 @@ def _state_names(files: set[str]) -> tuple[str, ...]:
     return tuple(sorted(files - {MASTERS, "step"}))
 
 
-def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What keeps the files in a manifest from being those that were saved, one sentence each; of one share of `parts`.
-
-    Raises UserError if the manifest is malformed, or of another step than the name of its folder; OSError where a file
-    cannot be read now.
-    """
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises UserError if it is malformed, or of another step than the name of its folder."""
     path = checkpoint / folders.MANIFEST
     try:
         manifest = Manifest.model_validate(read_json(path))
@@ -122,8 +118,7 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         raise UserError(
             f"{path} is of step {manifest.step}, but its folder is called {checkpoint.name}; use an older checkpoint."
         )
-    share = list(manifest.files.items())[part::parts]
-    return [problem for name, record in share for problem in whole_file_problems(checkpoint / name, record)]
+    return manifest
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

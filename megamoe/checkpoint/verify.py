@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megamoe.checkpoint import folders, indexed_files, universal
-from megamoe.checkpoint.index import read_index
+from megamoe.checkpoint.index import read_index, share_of
 from megamoe.utils.errors import UserError
 
 
@@ -19,13 +19,15 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         return [f"{checkpoint} does not exist; check the path."]
     try:
         if folders.has_index(checkpoint):
-            return indexed_files.problems(checkpoint, read_index(checkpoint), part, parts)
-        if (checkpoint / folders.MANIFEST).is_file():
-            return universal.problems(checkpoint, part, parts)
-        problem = incomplete(checkpoint)
+            files = read_index(checkpoint).files
+        elif (checkpoint / folders.MANIFEST).is_file():
+            files = universal.read_manifest(checkpoint).files
+        else:
+            problem = incomplete(checkpoint)
+            return [problem] if problem else []
     except UserError as error:
         return error.problems
-    return [problem] if problem else []
+    return indexed_files.problems(checkpoint, share_of(files, part, parts))
 
 
 def incomplete(checkpoint: Path) -> str | None:

@@ -19,12 +19,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import DistError, HashStore, PrefixStore, Store
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.engine_state import (
-    RankState,
+    FlatGroup,
     optimizer_record,
     optimizer_spec,
     rank_state,
@@ -50,7 +49,7 @@ class _Save:
     number: int  # of this writer
     store: Store  # where the ranks exchange what they say about it, for a thread may call no collective
     step: int
-    state: RankState
+    state: list[FlatGroup]
     index: Index | None  # on rank 0: all but the files
     is_held: bool  # training waits for its end
     good_until: int | None  # see `Retention.prune`
@@ -228,14 +227,14 @@ class CheckpointWriter:
         if save.index:
             post(save.store, "plan", self._begin(save.index))
         try:
-            tensors = host_copy.take(save.state.tensors, save.ready) if host_copy else None
-            if tensors is not None:
+            state = save.state
+            if host_copy and (copy := _copied(state, host_copy, save.ready)):
+                state = copy
                 self._engine_is_free.set()
             plan = receive(save.store, "plan")
             if plan["error"]:
                 return {"error": plan["error"]}
-            tensors = save.state.tensors if tensors is None else tensors
-            return self._write_file(Path(plan["checkpoint"]), plan["save_id"], save.state, tensors)
+            return self._write_file(Path(plan["checkpoint"]), plan["save_id"], state)
         except DistError:
             raise
         except Exception as error:
@@ -243,18 +242,19 @@ class CheckpointWriter:
         finally:
             self._engine_is_free.set()
 
-    def _write_file(self, checkpoint: Path, save_id: str, state: RankState, tensors: list[Tensor]) -> dict[str, Any]:
+    def _write_file(self, checkpoint: Path, save_id: str, state: list[FlatGroup]) -> dict[str, Any]:
         path = checkpoint / folders.rank_file(self.rank)
         slices = [
-            FlatSlice(piece.name, piece.start, {
-                kind: tensors[number][piece.offset : piece.offset + piece.count]
-                for kind, number in piece.tensors.items()
+            FlatSlice(one.name, one.start, {
+                kind: flat[one.offset : one.offset + one.count] for kind, flat in group.tensors.items()
             })
-            for piece in state.slices
+            for group in state
+            for one in group.stretches
         ]  # fmt: skip
         record = write_slices(path, save_id, slices)
         disk.flush(path)
-        return {"save_id": save_id, "file": path.name, "record": record.model_dump(), "shapes": state.shapes}
+        shapes = {one.name: one.shape for group in state for one in group.stretches}
+        return {"save_id": save_id, "file": path.name, "record": record.model_dump(), "shapes": shapes}
 
     # --- rank 0 -----------------------------------------------------------------------------------------------------
 
@@ -340,6 +340,15 @@ class CheckpointWriter:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _copied(state: list[FlatGroup], host_copy: HostCopy, ready: torch.cuda.Event | None) -> list[FlatGroup] | None:
+    """In host memory, if there is room."""
+    copies = host_copy.take([flat for group in state for flat in group.tensors.values()], ready)
+    if copies is None:
+        return None
+    flat = iter(copies)
+    return [FlatGroup({kind: next(flat) for kind in group.tensors}, group.stretches) for group in state]
 
 
 def _add_script(checkpoint: Path) -> FileRecord:

@@ -8,9 +8,9 @@ import torch
 from indexed import BIAS, KINDS, SHAPES, flip_bit, values, write
 from refusals import has, refusal
 
-from megamoe.checkpoint import indexed_files
-from megamoe.checkpoint.index import Range, read_index
-from megamoe.checkpoint.indexed_files import IndexedFiles, problems
+from megamoe.checkpoint import indexed_files, verify
+from megamoe.checkpoint.index import read_index
+from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.slice_file import SliceFile
 
 FIRST, SECOND = "rank_00000.safetensors", "rank_00001.safetensors"
@@ -82,19 +82,15 @@ def test_a_file_is_opened_only_for_what_it_holds_and_once_unless_there_are_very_
     assert opened == [FIRST, SECOND, FIRST, SECOND]
 
 
-def test_a_reader_needs_no_other_block_or_file_than_those_of_its_part(checkpoint):
-    index = read_index(checkpoint)
-    piece = index.files[FIRST].slices[0]
+def test_a_reader_needs_no_other_block_or_file_than_those_of_its_values(checkpoint):
+    piece = read_index(checkpoint).files[FIRST].slices[0]
     assert piece.name == "model.a.weight"
     flip_bit(checkpoint / FIRST, piece.tensors["exp_avg"].offset + 5)
-    source = source_of(checkpoint)
-    assert torch.equal(source.read("model.a.weight", "fp32", 0, 35), values("model.a.weight", "fp32"))
-    assert torch.equal(source.read("model.a.weight", "exp_avg", 23, 12), values("model.a.weight", "exp_avg")[23:])
-    has(refusal(source.read, "model.a.weight", "exp_avg", 0, 1), str(checkpoint / FIRST), "SHA-256")
-    (part,) = index.parts([[Range("model.b.weight", 0, 7)]])
     (checkpoint / SECOND).unlink()
-    source = IndexedFiles(checkpoint, part)
-    assert torch.equal(source.read("model.b.weight", "exp_avg_sq", 0, 7), values("model.b.weight", "exp_avg_sq")[:7])
+    source = source_of(checkpoint)
+    assert torch.equal(source.read("model.a.weight", "fp32", 0, 23), values("model.a.weight", "fp32")[:23])
+    has(refusal(source.read, "model.a.weight", "exp_avg", 0, 1), str(checkpoint / FIRST), "SHA-256")
+    has(refusal(source.read, "model.a.weight", "fp32", 22, 2), str(checkpoint / SECOND), "is missing")
 
 
 def test_the_shares_of_a_verification_read_every_byte_once(checkpoint, monkeypatch):
@@ -106,11 +102,9 @@ def test_the_shares_of_a_verification_read_every_byte_once(checkpoint, monkeypat
         return count
 
     monkeypatch.setattr(os, "preadv", preadv)
-    index = read_index(checkpoint)
     for part in range(5):
-        assert problems(checkpoint, index, part, 5) == []
+        assert verify.problems(checkpoint, part, 5) == []
     assert len(set(read)) == len(read)
-    tensors = [
-        (one, piece.count) for file in index.files.values() for piece in file.slices for one in piece.tensors.values()
-    ]
+    files = read_index(checkpoint).files.values()
+    tensors = [(one, piece.count) for file in files for piece in file.slices for one in piece.tensors.values()]
     assert sum(count for _, _, count in read) == sum(count * tensor.itemsize for tensor, count in tensors)

@@ -254,7 +254,8 @@ def open_counted(checkpoint, ep_size):
         patching.setattr(restore, "read_index", lambda path: (indexes.append(path), real_read(path))[1])
         patching.setattr(restore, "open_source", None)  # that of other forms reads the index too
         assert restore_first_verified(engine, [checkpoint])
-    values = {(piece.name, piece.start + at) for piece in rank_state(engine).slices for at in range(piece.count)}
+    stretches = [one for group in rank_state(engine) for one in group.stretches]
+    values = {(one.name, one.start + at) for one in stretches for at in range(one.count)}
     holding = {
         file
         for file, record in read_index(checkpoint).files.items()

@@ -24,7 +24,7 @@ UNEVEN = GATED.model_copy(update={"num_local_experts": 7, "first_k_dense_replace
 def by_name(engine, flats):
     """This rank's stretches of plain parameters in one flat tensor per group: [(name, shape, start, values)]."""
     return [
-        (one.part.name, one.part.shape, one.start, flat[one.offset : one.offset + one.count].clone())
+        (one.name, one.shape, one.start, flat[one.offset : one.offset + one.count].clone())
         for flat, held in zip(flats, stretches_by_group(engine), strict=True)
         for one in held
     ]

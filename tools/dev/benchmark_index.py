@@ -3,7 +3,7 @@
     python tools/dev/benchmark_index.py --ranks 1024 --ep_size 64 --experts 128 --resume_on 512 --resume_ep_size 32
 
 The slices are those that DeepSpeed's ZeRO gives each rank, by the arithmetic of `planning/sharding.py`; the hashes are
-random. Prints bytes and seconds to write, to read and to share the index, and files and bytes of a rank.
+random. Prints bytes and seconds to write, to read and to send the index, and files and bytes of a rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from megamoe.checkpoint.index import (
     FileRecord,
     Index,
     OptimizerRecord,
-    Range,
     SchedulerPosition,
     SliceRecord,
     Topology,
@@ -44,6 +43,15 @@ from megamoe.utils.errors import UserError
 
 STATE = ("exp_avg", "exp_avg_sq")
 VALUE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values of a flattened parameter."""
+
+    name: str
+    start: int
+    count: int
 
 
 def slices_by_rank(setup: Setup) -> list[list[Range]]:
@@ -100,21 +108,27 @@ def make_index(setup: Setup, run: dict[str, Any]) -> Index:
     )  # fmt: skip
 
 
-def bytes_read(part: Index, wanted: list[Range]) -> int:
-    """Bytes that a rank reads of its part of an index: each block, of every kind, that holds a value of its own."""
-    pieces: dict[str, list[SliceRecord]] = {}
-    for record in part.files.values():
+def slices_by_name(index: Index) -> dict[str, list[tuple[str, SliceRecord]]]:
+    """The slices of each parameter, with the files that hold them."""
+    held: dict[str, list[tuple[str, SliceRecord]]] = {}
+    for file, record in index.files.items():
         for piece in record.slices:
-            pieces.setdefault(piece.name, []).append(piece)
-    total = 0
+            held.setdefault(piece.name, []).append((file, piece))
+    return held
+
+
+def files_and_bytes(held: dict[str, list[tuple[str, SliceRecord]]], wanted: list[Range]) -> tuple[int, int]:
+    """Files that a rank opens, and bytes that it reads: each block, of every kind, that holds a value of its own."""
+    files, total = set(), 0
     for one in wanted:
-        for piece in pieces[one.name]:
+        for file, piece in held[one.name]:
             first = max(one.start - piece.start, 0) * VALUE_BYTES
             last = min(one.start + one.count - piece.start, piece.count) * VALUE_BYTES
             if first < last:
+                files.add(file)
                 end = min(number_of_blocks(last) * BLOCK_BYTES, piece.count * VALUE_BYTES)
                 total += (end - first // BLOCK_BYTES * BLOCK_BYTES) * len(piece.tensors)
-    return total
+    return len(files), total
 
 
 def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
@@ -148,9 +162,10 @@ def main() -> None:
         size = (Path(folder) / "index.json").stat().st_size
         read, reading = timed(read_index, Path(folder))
     wanted = slices_by_rank(replace(setup, world_size=again, ep_size=again_ep))
-    parts, sharing = timed(read.parts, wanted)
-    opened = [len(part.files) for part in parts]
-    read_by_rank = [bytes_read(part, ranges) for part, ranges in zip(parts, wanted, strict=True)]
+    pickled, sharing = timed(pickle.dumps, read)
+    _, receiving = timed(pickle.loads, pickled)
+    held = slices_by_name(read)
+    opened, read_by_rank = zip(*(files_and_bytes(held, ranges) for ranges in wanted), strict=True)
     slices = sum(len(record.slices) for record in index.files.values())
     print(
         f"{args.ranks} ranks, ep_size {args.ep_size}, {args.experts} experts: {slices:,} slices in {args.ranks} files, "
@@ -158,9 +173,9 @@ def main() -> None:
     )
     print(f"index: {size:,} bytes; written in {writing:.2f} s, read and checked in {reading:.2f} s")
     print(
-        f"resumed on {again} ranks, ep_size {again_ep}: shared in {sharing:.2f} s; a rank opens "
-        f"{statistics.median(opened):g} files in the median, {max(opened)} at most, and reads at most "
-        f"{max(read_by_rank):,} bytes of them and {max(len(pickle.dumps(part)) for part in parts):,} bytes of the index"
+        f"resumed on {again} ranks, ep_size {again_ep}: sent as {len(pickled):,} bytes, packed in {sharing:.2f} s and "
+        f"unpacked in {receiving:.2f} s; a rank opens {statistics.median(opened):g} files in the median, {max(opened)} "
+        f"at most, and reads at most {max(read_by_rank):,} bytes of them"
     )
 
 
