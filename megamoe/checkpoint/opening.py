@@ -13,16 +13,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.universal import UniversalFiles
-from megamoe.config.optimizers import AVERAGE, MASTERS
-from megamoe.formats.native_files import is_native, open_native
+from megamoe.config.optimizers import AVERAGE
+from megamoe.formats.config_json import read_directory
+from megamoe.formats.native_files import NativeFiles, is_native
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS, PlainFiles, weight_files
-from megamoe.formats.source import Source, WeightsAlone
+from megamoe.formats.source import Source, View
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
 
@@ -44,7 +43,7 @@ def open_source(path: Path, ema: bool = False) -> Source:
             f"{path} holds no averaged weights, which a run saves that trains with --ema_decay; give a checkpoint of "
             "one, or leave --ema out."
         )
-    return AveragedWeights(source)
+    return View(source, {name: name for name in source.shapes}, source.buffers, AVERAGE.name)
 
 
 def _open(path: Path) -> Source:
@@ -65,7 +64,7 @@ def _open(path: Path) -> Source:
             f"{path} is not laid out as DeepSpeed lays out a Universal Checkpoint ({error!r}); give another."
         ) from None
     if path.is_dir() and is_native(path):
-        return open_native(path)
+        return NativeFiles(path, *read_directory(path))
     for suffix in (".safetensors", ".bin"):
         if files := weight_files(path, suffix):
             return PlainFiles(files)
@@ -73,18 +72,6 @@ def _open(path: Path) -> Source:
         f"{path} holds no checkpoint and no weights; give a run folder, a checkpoint in it, a .pt or .safetensors "
         "file, or a Hugging Face directory."
     )
-
-
-class AveragedWeights(WeightsAlone):
-    """A source whose weights are the averaged ones of another, with the router statistics of that."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self.shapes, self.buffers = source.shapes, source.buffers
-
-    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        assert kind == MASTERS
-        return self._source.read(name, AVERAGE.name, start, count)
 
 
 def find_checkpoint(path: Path) -> Path:

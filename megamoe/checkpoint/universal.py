@@ -24,7 +24,6 @@ from megamoe.checkpoint.index import FileRecord
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.slice_file import file_sha256
 from megamoe.config.optimizers import MASTERS
-from megamoe.formats.export import output
 from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import (
     Part,
@@ -139,7 +138,7 @@ def write_universal(source: IndexedFiles, run: dict[str, Any], out: Path) -> Non
         )
     training = source.training_state()
     step = training["optimizer_step"]
-    with output(out) as partial:
+    with disk.output(out) as partial:
 
         def save(name: str, value: Any) -> None:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)

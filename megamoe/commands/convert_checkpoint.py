@@ -28,14 +28,13 @@ from megamoe.formats.export import (
     Entry,
     bytes_of_shard,
     entries,
-    of_model,
+    own_view,
     shards,
-    without_mtp,
     write_huggingface,
     write_safetensors,
     write_state_dict,
 )
-from megamoe.formats.native_export import NativeSource, native_class, write_native
+from megamoe.formats.native_export import native_class, native_view, write_native
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS
 from megamoe.utils.disk import check_absent
 from megamoe.utils.errors import Problems, UserError
@@ -97,8 +96,8 @@ def convert_to_directory(model: OpenModel, args: argparse.Namespace) -> None:
     architecture, sentence = native_class(source, config, args.keep_mtp)
     print(sentence if architecture else f"{sentence}; so the directory brings its own code (trust_remote_code)")
     if args.dry_run:
-        own = of_model(source, config if args.keep_mtp else without_mtp(config))
-        written = NativeSource(source, architecture, config, args.keep_mtp) if architecture else own
+        own = own_view(source, config, args.keep_mtp)
+        written = native_view(source, config, architecture, args.keep_mtp) if architecture else own
         print_plan(shards(entries(written, dtype), shard_bytes(args)))
         return
     tokenizer = args.tokenizer or model.tokenizer

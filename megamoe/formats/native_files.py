@@ -15,7 +15,7 @@ from torch import Tensor
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import Architecture
-from megamoe.formats.config_json import OWN, read_directory
+from megamoe.formats.config_json import OWN
 from megamoe.formats.plain_files import FLOATS, Stored, open_unquantised, weight_files
 from megamoe.formats.source import WeightsAlone
 from megamoe.formats.tensor_names import Place, mtp_copies, places, plain_shapes
@@ -29,11 +29,6 @@ def is_native(directory: Path) -> bool:
     UserError."""
     path = directory / "config.json"
     return path.is_file() and read_json(path).get("architectures") != [OWN]
-
-
-def open_native(directory: Path) -> NativeFiles:
-    """The weights in a directory. Raises UserError, also for what the table does not know."""
-    return NativeFiles(directory, *read_directory(directory))
 
 
 class NativeFiles(WeightsAlone):

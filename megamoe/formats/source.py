@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,23 @@ class WeightsAlone:
     def training_state(self) -> dict[str, Any]:
         """Of a source with an optimizer alone."""
         raise AssertionError("weights alone have no training state")
+
+
+class View(WeightsAlone):
+    """Weights of another source under other names."""
+
+    def __init__(self, source: Source, names: Mapping[str, str], buffers: dict[str, Tensor], kind: str = MASTERS):
+        """
+        Args:
+            names: those in the source, by those here.
+            kind: what of the source is taken.
+        """
+        self.shapes = {name: source.shapes[held] for name, held in names.items()}
+        self.buffers = buffers
+        self._source, self._names, self._kind = source, names, kind
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        return self._source.read(self._names[name], self._kind, start, count)
 
 
 @torch.no_grad()

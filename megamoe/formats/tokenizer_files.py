@@ -24,13 +24,6 @@ TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(directory: Path, folder: Path) -> None:
-    """Copy the files of a directory's tokenizer, with its settings of generation, into `folder`."""
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, folder / name)
-
-
 def special_ids(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
     """Ids by the keys of TOKEN_IDS, of the tokenizer.json at `tokenizer`: those of the config.json next to it, or
     else the end-of-text token for all. Raises UserError where the tokenizer does not fit the model."""
@@ -55,7 +48,9 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[
     `special_ids`."""
     ids = special_ids(tokenizer, config)
     if tokenizer.with_name("tokenizer_config.json").is_file():
-        copy_tokenizer(tokenizer.parent, folder)
+        for name in TOKENIZER_FILES:
+            if tokenizer.with_name(name).is_file():
+                shutil.copyfile(tokenizer.with_name(name), folder / name)
         return ids
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     loaded = load_tokenizer(tokenizer)

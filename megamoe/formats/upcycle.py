@@ -9,10 +9,7 @@ chosen experts sum to 1, so the parts' down projections are multiplied by `split
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +21,17 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import MIXTRAL, QWEN3_MOE, ROUTER, Architecture
 from megamoe.formats.config_json import read_config, write_config
-from megamoe.formats.export import output, save_shards
+from megamoe.formats.export import write_directory
+from megamoe.formats.native_export import native_view
 from megamoe.formats.native_files import NativeFiles
 from megamoe.formats.source import WeightsAlone
-from megamoe.formats.tokenizer_files import TOKEN_IDS, copy_tokenizer
-from megamoe.model.names import HEAD
+from megamoe.model.costs import parameter_shapes
+from megamoe.model.names import ExpertName, layer_id, split_expert
 from megamoe.utils.errors import UserError, shown
-from megamoe.utils.json_files import read_json, write_json
+from megamoe.utils.json_files import read_json
 
 ROUTER_STD = 0.02
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-DENSE_MLP = re.compile(rf"model\.layers\.(\d+)\.mlp\.({'|'.join(PROJECTIONS)})\.weight")
+PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")  # their places number the draws of noise
 
 
 @dataclass(frozen=True)
@@ -115,14 +112,13 @@ def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> 
     values = _with_experts(sparse, values, recipe.copies * recipe.split, recipe.top_k * recipe.split, size)
     config = read_config(sparse, values, str(path))
     all_dense = dense.model_copy(update={"mlp_only_layers": list(range(dense.num_hidden_layers))})
-    source = Upcycled(NativeFiles(directory, sparse, all_dense), sparse, config, recipe)
-    with output(out) as folder:
-        folder.mkdir()
-        ids = {key: values[key] for key in TOKEN_IDS if key in values}
-        dtype = str(source.dtype).removeprefix("torch.")
-        write_json(folder / "config.json", {**write_config(sparse, config), **ids, "dtype": dtype})
-        copy_tokenizer(directory, folder)
-        save_shards(source, folder, source.dtype, shard_bytes)
+    source = Upcycled(NativeFiles(directory, sparse, all_dense), config, recipe)
+    view = native_view(source, config, sparse, keep_mtp=False)
+    tokenizer = directory / "tokenizer.json"
+    write_directory(
+        view, out, source.dtype, shard_bytes, config, tokenizer if tokenizer.is_file() else None,
+        write_config(sparse, config),
+    )  # fmt: skip
     return sparse.name
 
 
@@ -156,57 +152,43 @@ def _with_experts(sparse: Architecture, values: dict[str, Any], experts: int, to
 
 
 class Upcycled(WeightsAlone):
-    """The sparse model as a source of tensors under its published names; each is made when it is read."""
+    """The sparse model as a source of plain tensors; each is made when it is read."""
 
-    def __init__(self, files: NativeFiles, sparse: Architecture, config: ModelConfig, recipe: Upcycling):
+    def __init__(self, files: NativeFiles, config: ModelConfig, recipe: Upcycling):
         self.dtype, self.buffers = files.dtype, dict[str, Tensor]()
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes = {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()}
         self._files, self._recipe = files, recipe
-        self._make: dict[str, Callable[[], Tensor]] = {}
-        names = sparse.tensors
-        for name, shape in files.shapes.items():
-            if name == HEAD and config.tie_word_embeddings:  # the embedding once more
-                continue
-            mlp = DENSE_MLP.fullmatch(name)
-            if not mlp:
-                self.shapes[name], self._make[name] = shape, partial(self._dense, name)
-                continue
-            layer = f"model.layers.{mlp[1]}."
-            rows, columns = shape
-            narrow = (rows, columns // recipe.split) if mlp[2] == "down_proj" else (rows // recipe.split, columns)
-            for expert in range(config.num_local_experts):
-                made = layer + names[f"moe.experts.{{}}.{mlp[2]}.weight"][0].format(expert)
-                self.shapes[made], self._make[made] = narrow, partial(self._expert, name, expert)
-            gate = layer + names[ROUTER][0]
-            self.shapes[gate] = (config.num_local_experts, config.hidden_size)
-            self._make[gate] = partial(self._router, int(mlp[1]), config.hidden_size)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        return self._make[name]().flatten()[start : start + count]
+        expert = split_expert(name)
+        if expert:
+            return self._expert(name, expert).flatten()[start : start + count]
+        if name.endswith(ROUTER):
+            return self._router(name).flatten()[start : start + count]
+        return self._files.read(name, kind, start, count)
 
-    def _dense(self, name: str) -> Tensor:
-        """A tensor of the dense model, often a view of the mapped file."""
-        shape = self._files.shapes[name]
-        return self._files.read(name, MASTERS, 0, math.prod(shape)).view(shape)
-
-    def _expert(self, name: str, expert: int) -> Tensor:
-        recipe = self._recipe
-        down = "down_proj" in name
-        size = self._files.shapes[name][1 if down else 0] // recipe.split
-        part = slice(expert % recipe.split * size, (expert % recipe.split + 1) * size)
-        weight = self._dense(name)[:, part] * recipe.split if down else self._dense(name)[part]
+    def _expert(self, name: str, expert: ExpertName) -> Tensor:
+        """A part of the dense projection, often a view of the mapped file."""
+        recipe, (rows, columns) = self._recipe, self.shapes[name]
+        dense = f"{expert.layer.removesuffix('moe.experts')}mlp.{expert.parameter}"
+        values = self._files.read(dense, MASTERS, 0, math.prod(self._files.shapes[dense]))
+        part = expert.expert % recipe.split
+        if "down_proj" in name:
+            weight = values.view(rows, -1)[:, part * columns : (part + 1) * columns] * recipe.split
+        else:
+            weight = values.view(-1, columns)[part * rows : (part + 1) * rows]
         if recipe.noise:
-            mlp = DENSE_MLP.fullmatch(name)
-            assert mlp
-            generator = _generator(recipe.seed, int(mlp[1]), expert, PROJECTIONS.index(mlp[2]))
+            projection = PROJECTIONS.index(expert.parameter)
+            generator = _generator(recipe.seed, layer_id(name) or 0, expert.expert, projection)
             noise = torch.randn(weight.shape, generator=generator)
             weight = weight + recipe.noise * weight.std() * noise  # not in place: it may be a view of the mapped file
         return weight
 
-    def _router(self, layer: int, hidden_size: int) -> Tensor:
+    def _router(self, name: str) -> Tensor:
         """Rows are equal for the parts of a copy."""
-        rows = torch.randn(self._recipe.copies, hidden_size, generator=_generator(self._recipe.seed, layer))
-        return (ROUTER_STD * rows).repeat_interleave(self._recipe.split, 0)
+        recipe, generator = self._recipe, _generator(self._recipe.seed, layer_id(name) or 0)
+        rows = torch.randn(recipe.copies, self.shapes[name][1], generator=generator)
+        return (ROUTER_STD * rows).repeat_interleave(recipe.split, 0)
 
 
 def _generator(seed: int, *key: int) -> torch.Generator:

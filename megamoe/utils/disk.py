@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from megamoe.utils.errors import UserError
 
@@ -50,23 +50,21 @@ def check_absent(out: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end, and is removed on an error. Raises UserError if there is
-    something at `out`, also if another process has made that meanwhile."""
+def output(out: Path) -> Iterator[Path]:
+    """Where to write what becomes `out`, a file or a folder, at the end, and is removed on an error. Raises UserError
+    if there is something at `out`, also if another process has made that meanwhile."""
     check_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
+        partial = Path(folder) / out.name
         try:
+            yield partial
+            for path in [partial, *partial.rglob("*")]:
+                flush(path)
             os.rename(partial, out)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                check_absent(out)
+            check_absent(out)
+            error.filename = error.filename or str(out)  # a write to a full disk does not say where
             raise
-    except OSError as error:
-        error.filename = error.filename or str(out)  # a write to a full disk does not say where
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        except (SafetensorError, RuntimeError) as error:  # theirs and torch's form of an OSError
+            raise UserError(f"{out} cannot be written ({error}); check that the disk has space.") from None

@@ -194,7 +194,7 @@ def test_frequencies_by_length_agree_on_either_side_of_the_trained_length(tmp_pa
 
 def test_the_export_that_carries_its_code_is_read_back_but_for_training(tmp_path):
     for config in (*map(model_of, PARTS), *map(load_preset, preset_names())):
-        written = json.loads(json.dumps(huggingface_config(config, torch.float32)))
+        written = json.loads(json.dumps(huggingface_config(config)))
         (tmp_path / "config.json").write_text(json.dumps(written))
         assert differences(config, find_preset(str(tmp_path))) == []
 
@@ -202,7 +202,7 @@ def test_the_export_that_carries_its_code_is_read_back_but_for_training(tmp_path
 def test_a_rope_scaling_that_is_no_object_is_refused(tmp_path):
     olmoe = write_config(ARCHITECTURES["OlmoeForCausalLM"], load_preset("olmoe-7b-a1b"))
     for scaling in ("yarn", ["a"], 5, 0, []):
-        for values in (huggingface_config(load_preset("tiny"), torch.float32), olmoe):
+        for values in (huggingface_config(load_preset("tiny")), olmoe):
             (tmp_path / "config.json").write_text(json.dumps({**values, "rope_parameters": scaling}))
             has(refusal(preset_of, tmp_path), "rope_parameters is", json.dumps(scaling), "object")
 

@@ -9,6 +9,7 @@ import transformers
 from refusals import has, only, refusal, refusals
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 
 from megamoe.checkpoint.opening import open_source
 from megamoe.commands import upcycle as tool
@@ -54,7 +55,7 @@ def write_dense(folder, name, dtype=torch.float32):
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder, max_shard_size="20KB")
-    (folder / "tokenizer.json").write_text("{}")
+    Tokenizer(models.WordLevel({"to": 0, "be": 1}, unk_token="to")).save(str(folder / "tokenizer.json"))
     return model
 
 
@@ -120,6 +121,7 @@ def test_noise_is_of_the_size_asked_for_and_differs_between_experts(dense, tmp_p
 
 def test_the_files_have_the_dense_models_dtype_and_size_and_its_tokenizer(tmp_path):
     write_dense(tmp_path / "dense", "Qwen3", torch.bfloat16)
+    edit(tmp_path / "dense", bos_token_id=1)
     upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(4, 2), 20_000)
     files = sorted((tmp_path / "sparse").glob("model-*.safetensors"))
     assert len(files) > 3
@@ -127,8 +129,10 @@ def test_the_files_have_the_dense_models_dtype_and_size_and_its_tokenizer(tmp_pa
         with safe_open(file, framework="pt") as opened:
             assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"BF16"}  # noqa: SIM118
             assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) <= 20_000  # noqa: SIM118
-    assert (tmp_path / "sparse" / "tokenizer.json").read_text() == "{}"
-    assert json.loads((tmp_path / "sparse" / "config.json").read_text())["dtype"] == "bfloat16"
+    config, tokenizer = ((tmp_path / "sparse" / name).read_text() for name in ("config.json", "tokenizer.json"))
+    assert tokenizer == (tmp_path / "dense" / "tokenizer.json").read_text()
+    values = json.loads(config)
+    assert (values["dtype"], values["bos_token_id"]) == ("bfloat16", 1)
 
 
 def test_a_missing_key_has_the_dense_classs_value(tmp_path):
