@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFWriter, SpecialVocab, TokenType
 from tokenizers import Tokenizer
 
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import load_tokenizer
-from megamoe.formats.tokenizer_files import chat_template, special_ids
+from megamoe.formats.tokenizer_files import special_ids
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
 
@@ -56,7 +56,7 @@ def add_tokenizer(writer: GGUFWriter, path: Path, config: ModelConfig) -> None:
     ids = special_ids(path, config)
     for key in adds.keys() & ids.keys():
         adds[key](ids[key][0] if isinstance(ids[key], list) else ids[key])
-    template = chat_template(path)
+    template = SpecialVocab(path.parent).chat_template
     if template:
         writer.add_chat_template(template)
     writer.add_add_bos_token(False)

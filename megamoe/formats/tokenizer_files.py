@@ -68,12 +68,3 @@ def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:
     """The special tokens for transformers' `generate`, unless the tokenizer's directory has said how to generate."""
     if not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-
-
-def chat_template(tokenizer: Path) -> str | None:
-    """The template of the Hugging Face directory in which a tokenizer.json is; None where it has none."""
-    path, settings = tokenizer.with_name("chat_template.jinja"), tokenizer.with_name("tokenizer_config.json")
-    if path.is_file():
-        return path.read_text()
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
-    return template if isinstance(template, str) else None

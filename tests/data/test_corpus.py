@@ -280,7 +280,7 @@ def test_nothing_is_left_when_reading_fails_midway(tmp_path, tokenizer, monkeypa
         yield "train", DOCUMENTS[0]
         yield "valid", DOCUMENTS[1]
         (partial,) = tmp_path.iterdir()  # the work has begun
-        assert (partial / "train.bin").exists()
+        assert (partial / "out" / "train.bin").exists()
         raise error
 
     with pytest.raises(type(error)):

@@ -49,7 +49,7 @@ def written(tokenizer, tmp_path, changes=None):
 def test_a_published_directory_gives_its_special_tokens_and_its_chat_template(tmp_path):
     tokenizer = trained("gpt-2", [TEXT], 300)
     (tmp_path / "config.json").write_text('{"bos_token_id": 5, "eos_token_id": [7, 8]}')
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     fields = GGUFReader(written(tokenizer, tmp_path)).fields
     assert fields["tokenizer.ggml.bos_token_id"].contents() == 5
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 7

@@ -1,7 +1,5 @@
 """Whether weights are those of a model, and what is said where they are not."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from engines import plain_state
@@ -25,38 +23,28 @@ def changed(**changes):
 # What the weights are of, what they should be of, and what is said; nothing where they fit.
 OTHER_MODELS = [
     ({}, {}, []),
-    ({}, {"hidden_size": 64}, ["hidden_size 32, not 64"]),
+    ({}, {"hidden_size": 64}, ["made with hidden_size 32, not 64"]),
     ({}, {"num_hidden_layers": 3}, ["num_hidden_layers 2, not 3"]),
-    ({}, {"num_hidden_layers": 1}, ["num_hidden_layers 2, not 1"]),
-    ({}, {"num_local_experts": 8}, ["num_local_experts 4, not 8"]),
     ({}, {"num_local_experts": 2}, ["num_local_experts 4, not 2"]),
-    ({}, {"num_latent_tokens": 0}, ["with num_latent_tokens, not without it"]),
     ({}, {"num_key_value_heads": 4}, ["num_key_value_heads x head_dim 16, not 32"]),
-    ({}, {"gated_mlp": True}, ["gated_mlp false, not true"]),
     ({}, {"vocab_size": 1, "intermediate_size": 2}, ["vocab_size 96, not 1;", "intermediate_size 48, not 2;"]),
-    ({}, {"num_nextn_predict_layers": 1}, ["without num_nextn_predict_layers, not with it"]),
-    ({"first_k_dense_replace": 1}, {}, ["dense blocks [0], not [] (first_k_dense_replace"]),
-    ({"mlp_only_layers": [1]}, {"mlp_only_layers": [0]}, ["dense blocks [1], not [0]"]),
-    ({}, {"tie_word_embeddings": False}, ["tie_word_embeddings true, not false"]),
+    ({}, {"num_latent_tokens": 0}, ["has, beyond the model, model.layers.0.self_attn.latents"]),
+    ({}, {"gated_mlp": True}, ["lacks model.layers.0.moe.experts.0.gate_proj.weight"]),
+    ({}, {"num_nextn_predict_layers": 1}, ["lacks model.mtp."]),
+    ({"num_nextn_predict_layers": 1}, {}, []),
+    ({"first_k_dense_replace": 1}, {}, ["lacks model.layers.0.moe."]),
+    ({"qk_norm": "full"}, {"qk_norm": "head"}, ["self_attn.q_norm.weight has the shape (32,), not (8,)"]),
+    ({}, {"tie_word_embeddings": False}, ["lacks lm_head.weight"]),
     ({"tie_word_embeddings": False}, {}, ["tie_word_embeddings false, not true"]),
 ]
 
 
 @pytest.mark.parametrize(("made", "wanted", "fields"), OTHER_MODELS)
-def test_weights_of_another_model_are_refused_with_each_field_that_differs(made, wanted, fields):
+def test_weights_of_another_model_are_refused_with_what_differs(made, wanted, fields):
     problems = model_problems(RandomSource(changed(router_bias=False, **made)), changed(**wanted), "it")
     assert len(problems) == len(fields)
     for problem, field in zip(problems, fields, strict=True):
-        has(problem, "it was made with", field, "use the same preset")
-
-
-def test_a_tensor_beyond_the_model_and_another_kind_of_qk_norm_are_named():
-    source = RandomSource(CONFIG)
-    source.shapes["model.layers.0.moe.gate.weight"] = (1,)
-    has(only(model_problems(source, CONFIG, "w.pt")), "w.pt has, beyond the model, model.layers.0.moe.gate.weight")
-    source = SimpleNamespace(shapes=RandomSource(changed(qk_norm="full")).shapes, buffers={})
-    problem = only(model_problems(source, changed(qk_norm="head"), "here"))
-    has(problem, "here: model.layers.0.self_attn.q_norm.weight has 32 numbers, not 8", "another qk_norm")
+        has(problem, field, "use the")
 
 
 def test_a_head_that_equals_the_embedding_fits_a_model_that_ties_it_and_one_that_does_not():

@@ -9,7 +9,7 @@ from toy import PRESET
 
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.formats.tokenizer_files import chat_template, special_ids, write_generation_config, write_tokenizer
+from megamoe.formats.tokenizer_files import special_ids, write_generation_config, write_tokenizer
 
 CONFIG = ModelConfig(**{**PRESET, "vocab_size": 300})
 
@@ -50,14 +50,6 @@ def test_a_published_directory_keeps_its_files_its_ids_and_its_chat_template(pub
     loaded = AutoTokenizer.from_pretrained(out)
     assert (loaded.bos_token_id, loaded.eos_token_id) == (ids["bos_token_id"], ids["eos_token_id"][0])
     assert loaded.apply_chat_template([{"role": "user", "content": "to be"}], tokenize=False) == "to be<|end|>"
-
-
-def test_a_template_in_a_file_of_its_own_comes_first_and_none_is_none(published, tmp_path):
-    tokenizer, _ = published
-    assert chat_template(tokenizer) == "{{ messages[0].content }}<|end|>"
-    tokenizer.with_name("chat_template.jinja").write_text("{{ 1 }}")
-    assert chat_template(tokenizer) == "{{ 1 }}"
-    assert chat_template(tmp_path / "tokenizer.json") is None
 
 
 def test_a_tokenizer_alone_ends_a_text_by_its_end_of_text_token(tmp_path):

@@ -1,8 +1,8 @@
-"""Files of torch.save run no code when they are opened, and hold no object that DeepSpeed does not save."""
+"""Files of torch.save run no code when they are opened, and make no object of DeepSpeed's."""
 
 import pickle
 import random
-from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,46 +34,14 @@ def dynamic_scaler():
     return DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, dtype=torch.half)
 
 
-def test_objects_of_deepspeed_with_the_attributes_that_they_give_themselves_come_back(tmp_path):
+def test_of_objects_of_deepspeed_the_attributes_come_back_without_their_class(tmp_path):
     torch.save({"a": [LossScaler(128.0), (dynamic_scaler(), 1)], "stage": ZeroStageEnum(2)}, tmp_path / "x.pt")
     found = safe_load(tmp_path / "x.pt")
+    assert type(found["a"][0]) is SimpleNamespace
     assert vars(found["a"][0]) == vars(LossScaler(128.0))
     assert vars(found["a"][1][0]) == vars(dynamic_scaler())
     assert found["stage"] == 2
     has(refusal(safe_load, tmp_path / "none.pt"), str(tmp_path / "none.pt"), "is missing")
-
-
-def with_attribute(name, value):
-    scaler = dynamic_scaler()
-    vars(scaler)[name] = value
-    return scaler
-
-
-# What a scaler is given, and where it lies in the file.
-ATTRIBUTES = [
-    ("cur_scale", LossScaler(1.0), "LossScaler", lambda x: x),  # an object of another allowed class
-    ("mine", LossScaler, "type", lambda x: {"a": [(1, {"b": x})]}),  # something to call
-    ("mine", [1.0], "list", lambda x: {x: 1}),
-    ("mine", {"x": LossScaler(1.0)}, "dict", lambda x: OrderedDict(a=x)),
-    ("update_scale", 1.0, "float", lambda x: x),  # hides a method
-    ("__class__", "x", "str", lambda x: {"a": [(1, {"b": x})]}),
-    ("loss_scale", 1.0, "float", lambda x: {x: 1}),  # hides a property
-]
-
-
-def test_an_object_with_an_attribute_that_its_class_does_not_give_it_is_refused(tmp_path):
-    path = tmp_path / "x.pt"
-    for name, value, kind, place in ATTRIBUTES:
-        torch.save(place(with_attribute(name, value)), path)
-        torch.load(path, weights_only=False)
-        has(refusal(safe_load, path), str(path), f"a DynamicLossScaler with {name!r} as a {kind}", "do not open it")
-
-
-def test_a_value_that_holds_itself_is_opened(tmp_path):
-    value = {"list": [1]}
-    value["list"].append(value)
-    torch.save(value, tmp_path / "x.pt")
-    assert safe_load(tmp_path / "x.pt")["list"][0] == 1
 
 
 class ChangesAnEnum:
