@@ -9,10 +9,11 @@ import torch
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import (
     FileRecord,
-    FlatSlice,
+    FlatGroup,
     Index,
     OptimizerRecord,
     SchedulerPosition,
+    Stretch,
     Topology,
     TrainingRecord,
     write_index,
@@ -45,13 +46,14 @@ def write(checkpoint: Path, seed=0, run_id=None, shapes=SHAPES, run=RUN) -> Inde
         if rank == 0:
             pieces.append((BIAS, range(4), ("buffer",)))
         file = f"rank_{rank:05d}.safetensors"
-        slices = [
-            FlatSlice(
-                name, span.start, {kind: values(name, kind, seed, shapes)[span.start : span.stop] for kind in kinds}
+        groups = [
+            FlatGroup(
+                {kind: values(name, kind, seed, shapes) for kind in kinds},
+                [Stretch(name, shapes.get(name, (4,)), span.start, len(span), span.start)],
             )
             for name, span, kinds in pieces
         ]
-        files[file] = write_slices(checkpoint / file, save_id, slices)
+        files[file] = write_slices(checkpoint / file, save_id, groups)
     script = b"print('a script')\n"
     (checkpoint / "zero_to_fp32.py").write_bytes(script)
     files["zero_to_fp32.py"] = FileRecord(bytes=len(script), sha256=sha256(script))

@@ -36,7 +36,6 @@ DEEPSPEED_MODULES = {
     "checkpoint.engine_state",
     "checkpoint.restore",
     "checkpoint.universal",
-    "formats.unpickle",
     "checkpoint.writer",
     "data.corpus",
     "model.moe",

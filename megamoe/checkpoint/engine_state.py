@@ -6,35 +6,24 @@ Weights in 16 bits are not: they are the fp32 masters, rounded.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.checkpoint.index import BUFFER, OptimizerRecord, SchedulerPosition, Topology, TrainingRecord
+from megamoe.checkpoint.index import (
+    BUFFER,
+    FlatGroup,
+    OptimizerRecord,
+    SchedulerPosition,
+    Stretch,
+    Topology,
+    TrainingRecord,
+)
 from megamoe.config.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, OptimizerSpec, StateTensor, find_optimizer
 from megamoe.model.names import is_buffer, is_projection, plain_name, plain_parts, stretches
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A stretch of one flattened parameter or buffer on this rank."""
-
-    name: str  # plain
-    shape: tuple[int, ...]  # of the parameter
-    start: int  # in the flattened parameter
-    count: int
-    offset: int  # in the flat tensors of its group
-
-
-@dataclass(frozen=True)
-class FlatGroup:
-    """What one rank saves of many parameters: flat tensors, so that they are copied at once."""
-
-    tensors: dict[str, Tensor]  # by kind
-    stretches: list[Stretch]
 
 
 def optimizer_spec(engine: deepspeed.DeepSpeedEngine) -> OptimizerSpec:

@@ -148,30 +148,47 @@ def share_of(
 
 
 @dataclass(frozen=True)
-class FlatSlice:
-    """A stretch of one flattened parameter or buffer, to be written."""
+class Stretch:
+    """A stretch of one flattened parameter or buffer on this rank."""
 
     name: str  # plain
-    start: int  # in the parameter
-    tensors: dict[str, Tensor]  # by kind, (count,)
+    shape: tuple[int, ...]  # of the parameter
+    start: int  # in the flattened parameter
+    count: int
+    offset: int  # in the flat tensors of its group
 
 
-def write_slices(path: Path, save_id: str, slices: list[FlatSlice]) -> FileRecord:
+@dataclass(frozen=True)
+class FlatGroup:
+    """What one rank saves of many parameters: flat tensors, so that they are copied at once."""
+
+    tensors: dict[str, Tensor]  # by kind
+    stretches: list[Stretch]
+
+
+def write_slices(path: Path, save_id: str, groups: list[FlatGroup]) -> FileRecord:
     """Write a rank's new file; returns what the index says about it. Raises OSError.
 
     The bytes are not yet on the disk: see `disk.flush`.
     """
-    kinds = dict.fromkeys(kind for piece in slices for kind in piece.tensors)  # one after the other in the file
-    flat = {f"{kind}/{piece.name}": piece.tensors[kind] for kind in kinds for piece in slices if kind in piece.tensors}
+    kinds = dict.fromkeys(kind for group in groups for kind in group.tensors)  # one after the other in the file
+    flat = {
+        f"{kind}/{one.name}": group.tensors[kind][one.offset : one.offset + one.count]
+        for kind in kinds
+        for group in groups
+        if kind in group.tensors
+        for one in group.stretches
+    }
     header, records = write_tensors(path, flat, {"format": "pt", "save": save_id, "file": path.name})
-    written = [
+    slices = [
         SliceRecord(
-            name=piece.name, start=piece.start, count=len(next(iter(piece.tensors.values()))),
-            tensors={kind: records[f"{kind}/{piece.name}"] for kind in piece.tensors},
+            name=one.name, start=one.start, count=one.count,
+            tensors={kind: records[f"{kind}/{one.name}"] for kind in group.tensors},
         )
-        for piece in slices
+        for group in groups
+        for one in group.stretches
     ]  # fmt: skip
-    return FileRecord(bytes=path.stat().st_size, header=header, slices=written)
+    return FileRecord(bytes=path.stat().st_size, header=header, slices=slices)
 
 
 def write_index(checkpoint: Path, index: Index) -> None:

@@ -90,15 +90,15 @@ def write_tensors(
     """
     header = _header(tensors, metadata)
     records = {}
-    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        _write(file, memoryview(header))
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
+        file.write(header)
         offset = len(header)
         for name, tensor in tensors.items():
             hashes = []
             for block in tensor.detach().split(BLOCK_BYTES // tensor.dtype.itemsize) if len(tensor) else ():
                 data = _as_bytes(block.contiguous().cpu())
                 hashed = hasher.submit(sha256, data)
-                _write(file, data)
+                file.write(data)
                 hashes.append(hashed.result())
             records[name] = TensorRecord(dtype=_dtype_name(tensor.dtype), offset=offset, sha256=hashes)
             offset += tensor.nbytes
@@ -122,11 +122,6 @@ def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write(file: Any, data: memoryview) -> None:
-    while data:  # the kernel takes 2 GiB at most at a time, and less where a disk is nearly full
-        data = data[file.write(data) :]
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from torch.distributed import DistError, HashStore, PrefixStore, Store
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.engine_state import (
-    FlatGroup,
     optimizer_record,
     optimizer_spec,
     rank_state,
@@ -31,7 +30,7 @@ from megamoe.checkpoint.engine_state import (
     training_record,
 )
 from megamoe.checkpoint.host_copy import HostCopy
-from megamoe.checkpoint.index import FileRecord, FlatSlice, Index, write_index, write_slices
+from megamoe.checkpoint.index import FileRecord, FlatGroup, Index, write_index, write_slices
 from megamoe.checkpoint.retention import Retention
 from megamoe.checkpoint.slice_file import sha256
 from megamoe.data.ledger import DataLedger
@@ -244,14 +243,7 @@ class CheckpointWriter:
 
     def _write_file(self, checkpoint: Path, save_id: str, state: list[FlatGroup]) -> dict[str, Any]:
         path = checkpoint / folders.rank_file(self.rank)
-        slices = [
-            FlatSlice(one.name, one.start, {
-                kind: flat[one.offset : one.offset + one.count] for kind, flat in group.tensors.items()
-            })
-            for group in state
-            for one in group.stretches
-        ]  # fmt: skip
-        record = write_slices(path, save_id, slices)
+        record = write_slices(path, save_id, state)
         disk.flush(path)
         shapes = {one.name: one.shape for group in state for one in group.stretches}
         return {"save_id": save_id, "file": path.name, "record": record.model_dump(), "shapes": shapes}

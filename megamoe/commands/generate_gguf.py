@@ -7,31 +7,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from megamoe.config import cli
+from megamoe.model.generation import sampling_problems
 from megamoe.utils.errors import Problems, UserError
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
-    problems = Problems()
-    for name, fits, limit in (
-        ("max_new_tokens", args.max_new_tokens > 0, "at least 1"),
-        ("temperature", args.temperature >= 0, "0 or more"),
-        ("seed", 0 <= args.seed < 2**32 - 1, "0 or more and below 2^32 - 1"),
-    ):
-        if not fits:
-            problems.append(f"{name} is {getattr(args, name)}; it must be {limit}.")
+    problems = Problems(sampling_problems(args.temperature, None, None))
+    if args.max_new_tokens < 1:
+        problems.append(f"max_new_tokens is {args.max_new_tokens}; it must be at least 1.")
     problems.refuse()
     return args
-
-
-def text_of(answer: dict[str, Any]) -> str:
-    """The text in a server's answer. Raises UserError where the answer is an error."""
-    if "error" in answer:
-        why = answer["error"].get("message", answer["error"])
-        raise UserError(f"llama.cpp does not continue the prompt ({why}); give a shorter one, or fewer new tokens.")
-    return answer["choices"][0]["text"]
 
 
 def main() -> None:
@@ -56,5 +43,9 @@ def main() -> None:
         raise UserError(f"llama.cpp cannot read {args.file} ({error}); convert the model again.") from None
     options = {"max_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
     for number, prompt in enumerate(args.prompt, start=1):
-        text = text_of(server.handle_completions({"prompt": prompt, **options}))
+        answer = server.handle_completions({"prompt": prompt, **options})
+        if "error" in answer:
+            why = answer["error"].get("message", answer["error"])
+            raise UserError(f"llama.cpp does not continue the prompt ({why}); give a shorter one, or fewer new tokens.")
+        text = answer["choices"][0]["text"]
         print(f"[sample {number}] prompt: {prompt}\n{prompt}{text}\n{'-' * 40}")

@@ -5,6 +5,7 @@ A model fits a class if what is written for it and read again computes the same.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +55,26 @@ def preset_of(directory: Path) -> ModelConfig:
 def read_directory(directory: Path) -> tuple[Architecture, ModelConfig]:
     """Architecture and model of a directory of a class in the table. Raises UserError with all problems."""
     path = directory / "config.json"
+    name, values = class_of(path, ARCHITECTURES, " (tools/upcycle.py makes one of a dense Llama or Qwen3)")
+    return ARCHITECTURES[name], read_config(ARCHITECTURES[name], values, str(path))
+
+
+def class_of(path: Path, known: Collection[str], hint: str = "") -> tuple[str, dict[str, Any]]:
+    """The class of transformers that a config.json names, and its values. Raises UserError unless it is one of the
+    known, with weights that are not quantised."""
     values = read_json(path)
     names = values.get("architectures")
-    architecture = ARCHITECTURES.get(names[0]) if isinstance(names, list) and _is_name(names) else None
-    if architecture is None:
+    if not isinstance(names, list) or names not in [[name] for name in known]:
         raise UserError(
             f"{path}: architectures is {shown(names)}, which megamoe does not read; give a directory of "
-            f"{', '.join(ARCHITECTURES)} (tools/upcycle.py makes one of a dense Llama or Qwen3)."
+            f"{', '.join(known)}{hint}."
         )
     if values.get("quantization_config") is not None:
         raise UserError(
             f"{path}: quantization_config says that the weights are quantised; give the directory of the unquantised "
             "ones."
         )
-    return architecture, read_config(architecture, values, str(path))
-
-
-def _is_name(names: list[Any]) -> bool:
-    return len(names) == 1 and isinstance(names[0], str)
+    return names[0], values
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -83,7 +86,11 @@ def read_config(architecture: Architecture, values: dict[str, Any], where: str) 
     problems = [
         *_unknown_keys(architecture, values, where),
         *_unfit_keys(architecture, values, where),
-        *(f'{where}: "{key}" is missing; add it.' for key in _missing_keys(architecture, values)),
+        *(
+            f'{where}: "{name}" is missing; add it.'
+            for name, key in architecture.keys.items()
+            if _value_of(name, key, values) is REQUIRED
+        ),
     ]
     if problems:
         raise UserError(*problems)
@@ -133,10 +140,6 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 def _is_below(value: Any, least: int) -> bool:
     return value is None or (isinstance(value, (int, float)) and value < least)
-
-
-def _missing_keys(architecture: Architecture, values: dict[str, Any]) -> list[str]:
-    return [name for name, key in architecture.keys.items() if _value_of(name, key, values) is REQUIRED]
 
 
 def _value_of(name: str, key: Key, values: dict[str, Any]) -> Any:
@@ -207,9 +210,8 @@ def _read_own(values: dict[str, Any], where: str) -> ModelConfig:
     if problems:
         raise UserError(*problems)
     fields = {name: values[name] for name in ModelConfig.model_fields if name in values}
-    rope = {key: value for key, value in (values.get("rope_parameters") or {}).items() if value is not None}
-    fields.setdefault("partial_rotary_factor", 1.0)
-    fields["partial_rotary_factor"] = rope.pop("partial_rotary_factor", fields["partial_rotary_factor"])
+    rope = _rope_values(values)
+    fields["partial_rotary_factor"] = rope.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     fields["rope_theta"] = rope.pop("rope_theta", 10_000.0)
     fields["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     return validate(ModelConfig, fields, where)

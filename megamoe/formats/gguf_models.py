@@ -18,18 +18,7 @@ from megamoe.config.model import MAX_SIZE, ModelConfig
 from megamoe.model.rope import rope_frequencies
 from megamoe.utils.errors import UserError, shown
 
-
-@dataclass(frozen=True)
-class UpTo:
-    """The whole numbers from 1 on."""
-
-    most: int
-
-    def __contains__(self, value: Any) -> bool:
-        return isinstance(value, int) and 1 <= value <= self.most
-
-
-SOME = UpTo(MAX_SIZE)
+SOME = range(1, MAX_SIZE + 1)
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,7 @@ class GgufArchitecture:
     """One of llama.cpp's graphs."""
 
     name: str
-    takes: dict[str, UpTo | tuple[Any, ...]]
+    takes: dict[str, range | tuple[Any, ...]]
     """The values that a field may have."""
     interleaved: bool = False
     """RoPE turns neighbouring pairs, not halves."""
@@ -57,16 +46,11 @@ class GgufArchitecture:
 
 def _olmoe(config: ModelConfig) -> list[str]:
     heads, hidden = config.num_attention_heads, config.hidden_size
-    found = []
-    if heads * config.head_dim != hidden:
-        found.append(
-            f"num_attention_heads x head_dim is {heads * config.head_dim}, but olmoe takes hidden_size {hidden}"
-        )
-    if config.num_key_value_heads != heads:
-        found.append(
-            f"num_key_value_heads is {config.num_key_value_heads}, but olmoe takes num_attention_heads {heads}"
-        )
-    return found
+    equal = (
+        ("num_attention_heads x head_dim", heads * config.head_dim, "hidden_size", hidden),
+        ("num_key_value_heads", config.num_key_value_heads, "num_attention_heads", heads),
+    )
+    return [f"{one} is {value}, but olmoe takes {two} {other}" for one, value, two, other in equal if value != other]
 
 
 def _deepseek2(config: ModelConfig) -> list[str]:
@@ -77,13 +61,13 @@ def _deepseek2(config: ModelConfig) -> list[str]:
     return []
 
 
-EVERY: dict[str, UpTo | tuple[Any, ...]] = {
+EVERY: dict[str, range | tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "gated_mlp": (True,),
     "num_latent_tokens": (0,),
     "shared_expert_gate": (False,),
-    "num_local_experts": UpTo(1024),  # LLAMA_MAX_EXPERTS
-    "num_hidden_layers": UpTo(512),  # LLAMA_MAX_LAYERS
+    "num_local_experts": range(1, 1025),  # LLAMA_MAX_EXPERTS
+    "num_hidden_layers": range(1, 513),  # LLAMA_MAX_LAYERS
 }
 HEADS = EVERY | {"kv_lora_rank": (None,)}
 PLAIN = HEADS | {"n_shared_experts": (0,), "routed_scaling_factor": (1.0,)}
@@ -163,9 +147,9 @@ def problems(config: ModelConfig, architecture: GgufArchitecture, biased: bool) 
     return [*found, *between, *_rope(config, architecture)]
 
 
-def _choices(values: UpTo | tuple[Any, ...]) -> str:
-    if isinstance(values, UpTo):
-        return "1 or more" if values is SOME else f"up to {values.most}"
+def _choices(values: range | tuple[Any, ...]) -> str:
+    if isinstance(values, range):
+        return "1 or more" if values is SOME else f"up to {values[-1]}"
     return " or ".join(map(shown, values))
 
 

@@ -6,18 +6,14 @@ reads the ranges that it asks for, of stacked experts too. No code of the direct
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import Architecture
 from megamoe.formats.config_json import OWN
-from megamoe.formats.plain_files import FLOATS, Stored, open_unquantised, weight_files
-from megamoe.formats.source import WeightsAlone
+from megamoe.formats.plain_files import FLOATS, Stored, StoredWeights, open_unquantised, weight_files
 from megamoe.formats.tensor_names import Place, mtp_copies, places, plain_shapes
 from megamoe.model.names import EMBEDDING, HEAD, MTP, is_buffer
 from megamoe.utils.errors import UserError, shown
@@ -31,7 +27,7 @@ def is_native(directory: Path) -> bool:
     return path.is_file() and read_json(path).get("architectures") != [OWN]
 
 
-class NativeFiles(WeightsAlone):
+class NativeFiles(StoredWeights):
     """Weights of a class of transformers, with its balancing biases, under plain names."""
 
     def __init__(self, directory: Path, architecture: Architecture, config: ModelConfig):
@@ -43,29 +39,19 @@ class NativeFiles(WeightsAlone):
                 f"{directory} holds {f'{pickles[0].name}, a pickle, and ' if pickles else ''}no .safetensors; give one "
                 "that holds the weights as safetensors."
             )
-        self._tensors = open_unquantised(files, directory)
-        if architecture.mtp and any(place.tensor in self._tensors for place in _mtp_places(architecture, config)):
+        tensors = open_unquantised(files, directory)
+        if architecture.mtp and any(place.tensor in tensors for place in _mtp_places(architecture, config)):
             config = config.model_copy(update={"num_nextn_predict_layers": 1})
-        found = _find(architecture, config, self._tensors, directory)
+        found = _find(architecture, config, tensors, directory)
         shapes = plain_shapes(architecture, config)
         shapes[HEAD] = shapes[EMBEDDING]
-        self._places = {name: place for name, place in found.items() if not is_buffer(name)}
-        self.shapes = {name: shapes[name] for name in self._places}
-        self.buffers = {name: self._stretch(found[name], shapes[name][0]) for name in found if is_buffer(name)}
+        super().__init__(tensors, found, shapes)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of all weights; fp32 where they differ."""
-        dtypes = {FLOATS[self._tensors[place.tensor].dtype] for place in self._places.values()}
+        dtypes = {FLOATS[self._tensors[self._places[name].tensor].dtype] for name in self.shapes}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        assert kind == MASTERS
-        place = self._places[name]
-        return self._stretch(replace(place, start=place.start + start), count)
-
-    def _stretch(self, place: Place, count: int) -> Tensor:
-        return self._tensors[place.tensor].get().flatten()[place.start : place.start + count].float()
 
 
 def _mtp_places(architecture: Architecture, config: ModelConfig) -> list[Place]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.source import WeightsAlone
+from megamoe.formats.tensor_names import Place
 from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import is_buffer
 from megamoe.utils.errors import UserError, shown
@@ -24,8 +24,7 @@ STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
 # What unquantised weights are stored as, by the name that safetensors has for it.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older files have them; they follow from the configuration
-QUANTISED = re.compile(r".*\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|absmax|quant_map)")
+UNUSED = ".rotary_emb.inv_freq"  # older files have them; they follow from the configuration
 
 
 class Stored(NamedTuple):
@@ -36,23 +35,35 @@ class Stored(NamedTuple):
     get: Callable[[], Tensor]  # of safetensors, a view of the mapped file
 
 
-class PlainFiles(WeightsAlone):
+class StoredWeights(WeightsAlone):
+    """Weights whose plain tensors are stretches of those in files."""
+
+    def __init__(self, tensors: dict[str, Stored], places: dict[str, Place], shapes: dict[str, tuple[int, ...]]):
+        """
+        Args:
+            places: of the plain tensors.
+            shapes: theirs.
+        """
+        self._tensors, self._places = tensors, places
+        self.shapes = {name: shapes[name] for name in places if not is_buffer(name)}
+        self.buffers = {name: self.read(name, MASTERS, 0, shapes[name][0]) for name in places if is_buffer(name)}
+
+    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        assert kind == MASTERS
+        place = self._places[name]
+        return self._tensors[place.tensor].get().flatten()[place.start + start : place.start + start + count].float()
+
+
+class PlainFiles(StoredWeights):
     """Weights under plain names in .pt or .safetensors files."""
 
     def __init__(self, files: list[Path]):
         """Raises UserError if a file is damaged or holds something else."""
-        self._tensors: dict[str, Callable[[], Tensor]] = {}
-        shapes = {}
+        tensors: dict[str, Stored] = {}
         for file in files:
-            read = open_safetensors if file.suffix == ".safetensors" else _state_dict
-            for name, stored in read(file).items():
-                shapes[name], self._tensors[name] = stored.shape, stored.get
-        self.shapes = {name: shape for name, shape in shapes.items() if not is_buffer(name)}
-        self.buffers = {name: self._tensors[name]().float() for name in shapes if is_buffer(name)}
-
-    def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        assert kind == MASTERS
-        return self._tensors[name]().flatten()[start : start + count].float()
+            tensors |= open_safetensors(file) if file.suffix == ".safetensors" else _state_dict(file)
+        shapes = {name: stored.shape for name, stored in tensors.items()}
+        super().__init__(tensors, {name: Place(name, shape) for name, shape in shapes.items()}, shapes)
 
 
 def open_safetensors(file: Path) -> dict[str, Stored]:
@@ -72,39 +83,30 @@ def open_unquantised(files: list[Path], directory: Path) -> dict[str, Stored]:
     """The tensors of a model's files, all of FLOATS. Raises UserError for quantised weights."""
     tensors = {name: stored for file in files for name, stored in open_safetensors(file).items()}
     for name, stored in tensors.items():
-        if stored.dtype not in FLOATS or QUANTISED.fullmatch(name):
+        if stored.dtype not in FLOATS:
             raise UserError(
                 f"{directory}: {name} ({stored.dtype}) belongs to quantised weights; give the directory of the "
                 "unquantised ones."
             )
-    return {name: stored for name, stored in tensors.items() if not UNUSED.fullmatch(name)}
+    return {name: stored for name, stored in tensors.items() if not name.endswith(UNUSED)}
 
 
 def _state_dict(file: Path) -> dict[str, Stored]:
     state = safe_load(file)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} is no state_dict: not a dict of tensors; give one of tools/convert_checkpoint.py.")
-    return {
-        name: Stored(tuple(tensor.shape), str(tensor.dtype), partial(_unchanged, tensor))
-        for name, tensor in state.items()
-    }
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
+    return {name: Stored(tuple(tensor.shape), str(tensor.dtype), tensor.detach) for name, tensor in state.items()}
 
 
 def weight_files(folder: Path, suffix: str) -> list[Path]:
     """The files of a Hugging Face directory's weights: those that the index names, where there is one. Raises UserError
-    if one is missing or not in the folder."""
+    if one is missing."""
     for index in folder.glob(f"*{suffix}.index.json"):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index} has no weight_map of tensor names to file names; make or fetch it again.")
         names = sorted(set(weight_map.values()))
         for name in names:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"{index} names {shown(name)}, outside its folder; make or fetch it again.")
             if not os.path.isfile(folder / name):  # False for a name that no file can have, where pathlib raises
                 raise UserError(f"{index} names {shown(name)}, which is missing beside it; bring it back.")
         return [folder / name for name in names]

@@ -20,7 +20,7 @@ from torch import Tensor
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import MIXTRAL, QWEN3_MOE, ROUTER, Architecture
-from megamoe.formats.config_json import read_config, write_config
+from megamoe.formats.config_json import class_of, read_config, write_config
 from megamoe.formats.export import write_directory
 from megamoe.formats.native_export import native_view
 from megamoe.formats.native_files import NativeFiles
@@ -28,7 +28,6 @@ from megamoe.formats.source import WeightsAlone
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import ExpertName, layer_id, split_expert
 from megamoe.utils.errors import UserError, shown
-from megamoe.utils.json_files import read_json
 
 ROUTER_STD = 0.02
 PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")  # their places number the draws of noise
@@ -125,13 +124,8 @@ def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> 
 def read_dense(path: Path) -> tuple[Pair, dict[str, Any]]:
     """The pair of a dense model's config.json, and its values as those of the sparse class, but for the experts. Raises
     UserError."""
-    values = read_json(path)
-    names = values.get("architectures")
-    pair = PAIRS.get(names[0]) if isinstance(names, list) and names and isinstance(names[0], str) else None
-    if pair is None:
-        raise UserError(f"{path}: architectures is {shown(names)}; give a directory of {' or '.join(PAIRS)}.")
-    if values.get("quantization_config") is not None:
-        raise UserError(f"{path}: quantization_config says that the weights are quantised; give the unquantised ones.")
+    name, values = class_of(path, PAIRS)
+    pair = PAIRS[name]
     problems = [
         f"{path}: {key} is {shown(values[key])}, which {pair.sparse.name} has no place for; give a model with "
         f"{' or '.join(map(shown, allowed))}."

@@ -105,7 +105,7 @@ TROUBLE = [
     (folders, "discard", 0, fail, True),
     (HostCopy, "take", 1, fail, False),
     (writer_module, "_add_script", 0, fail, False),
-    (slice_file, "_write", 1, full, False),
+    (slice_file, "_header", 1, full, False),
     (writer_module.CheckpointWriter, "_write_file", 1, as_a_stranger, False),
 ]
 

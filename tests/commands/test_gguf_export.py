@@ -97,13 +97,8 @@ def test_generate_gguf_continues_prompts_and_refuses_what_is_no_model(run, call,
     expected = load_tokenizer(model.tokenizer).decode(greedy(run, 4))
     has("\n".join(continued(*words)), f"{PROMPT}{expected}")
     has(refusal(continued, tmp_path / "m.gguf", "--prompt", "to be " * 3000), "llama.cpp does not continue", "shorter")
-    wrong = ("--max_new_tokens", -3, "--temperature", -1, "--seed", -1)
-    has(
-        "\n".join(refusals(continued, tmp_path / "m.gguf", *wrong)),
-        "max_new_tokens is -3",
-        "temperature is -1",
-        "seed",
-    )
+    wrong = ("--max_new_tokens", -3, "--temperature", -1)
+    has("\n".join(refusals(continued, tmp_path / "m.gguf", *wrong)), "max_new_tokens is -3", "temperature is -1")
     (tmp_path / "junk.gguf").write_bytes(b"junk")
     has(refusal(continued, tmp_path / "junk.gguf"), "junk.gguf", "cannot read")
     has(refusal(continued, tmp_path / "none.gguf"), "none.gguf", "is no file")

@@ -155,7 +155,7 @@ def edit(folder, **changes):
 
 
 REFUSED = [
-    ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM or Qwen3ForCausalLM"]),
+    ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM, Qwen3ForCausalLM"]),
     ({"architectures": None}, ["architectures is null"]),
     ({"attention_bias": True}, ["attention_bias is true", "MixtralForCausalLM has no place"]),
     ({"mlp_bias": True}, ["mlp_bias is true"]),

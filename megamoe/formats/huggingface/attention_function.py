@@ -6,12 +6,11 @@ d head_dim.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_megamoe import MegaMoeConfig
 
@@ -54,19 +53,9 @@ class AttentionFunction(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None
     ) -> Tensor:
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
         out, weights = function(self, query, key, value, mask, scaling=scaling)
         if weights is not None:
             self.weights(weights)
         return out.flatten(2)
-
-
-def eager_attention(
-    module: AttentionFunction, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention operator by operator, which has its weights; in the form of transformers' attention functions."""
-    key, value = (one.repeat_interleave(module.num_key_value_groups, dim=1) for one in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
