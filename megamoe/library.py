@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
 
-from megamoe.checkpoint.open_model import open_model, tokenizer_of
-from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.checkpoint.opening import find_checkpoint, open_model, open_source, tokenizer_of
 from megamoe.config.model import ModelConfig, validate
 from megamoe.config.precision import find_precision
 from megamoe.config.recipe import Recipe, dtype_of, parse_recipe

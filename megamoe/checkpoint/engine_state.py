@@ -25,6 +25,8 @@ from megamoe.checkpoint.index import (
 from megamoe.config.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, OptimizerSpec, StateTensor, find_optimizer
 from megamoe.model.names import is_buffer, is_projection, plain_name, plain_parts, stretches
 
+PLAIN = (bool, int, float, str, type(None))
+
 
 def optimizer_spec(engine: deepspeed.DeepSpeedEngine) -> OptimizerSpec:
     """The optimizer's entry in the table, and with it the average of the weights, where the engine keeps one."""
@@ -118,11 +120,8 @@ def optimizer_record(engine: deepspeed.DeepSpeedEngine) -> OptimizerRecord:
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     """Those fields that JSON can hold."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-    return {key: value for key, value in plain.items() if _is_plain(value)}
+    return {key: value for key, value in fields.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value)) and len(value) < 10
-    return value is None or isinstance(value, (bool, int, float, str))
+    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, PLAIN)

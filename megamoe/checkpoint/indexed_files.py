@@ -31,7 +31,9 @@ class IndexedFiles:
         self.folder = folder
         self.index = index
         self.state_names = tuple(index.optimizer.state)
-        self._open = lru_cache(OPEN_FILES)(self._open_file)
+        self._open = lru_cache(OPEN_FILES)(
+            lambda file: SliceFile(folder / file, index.files[file].bytes, index.files[file].header)
+        )
         self._slices: dict[str, list[tuple[str, SliceRecord]]] = {}
         for file, record in index.files.items():
             for piece in record.slices:
@@ -82,10 +84,6 @@ class IndexedFiles:
             "optimizer_step": step,
             "groups": index.optimizer.groups,
         }
-
-    def _open_file(self, name: str) -> SliceFile:
-        record = self.index.files[name]
-        return SliceFile(self.folder / name, record.bytes, record.header)
 
 
 def problems(folder: Path, files: dict[str, FileRecord]) -> list[str]:

@@ -1,4 +1,5 @@
-"""Read a model's weights and optimizer state by plain names, whatever wrote them and for however many ranks.
+"""What is at a path: weights and optimizer state by plain names, whatever wrote them and for however many ranks; and
+the model that they are of.
 
     IndexedFiles     what megamoe saves: each rank's slices of the fp32 masters and of the optimizer's state
     UniversalFiles   DeepSpeed's Universal Checkpoint: a folder for each parameter
@@ -11,18 +12,25 @@ Only what is asked for is read.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.universal import UniversalFiles
+from megamoe.config.model import ModelConfig, validate
 from megamoe.config.optimizers import AVERAGE
-from megamoe.formats.config_json import read_directory
+from megamoe.config.recipe import DTYPES, dtype_of
+from megamoe.formats.config_json import differences, preset_of, read_directory
 from megamoe.formats.native_files import NativeFiles, is_native
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS, PlainFiles, weight_files
-from megamoe.formats.source import Source, View
-from megamoe.utils.errors import UserError
+from megamoe.formats.source import Source, View, load_weights
+from megamoe.formats.source_checks import model_problems
+from megamoe.model.decoder import Decoder
+from megamoe.model.names import MTP
+from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import read_json
 
 
@@ -96,3 +104,111 @@ def run_record(checkpoint: Path) -> dict[str, Any]:
         return read_index(checkpoint).run
     path = checkpoint / "run.json"
     return read_json(path) if path.is_file() else folders.run_of(checkpoint) or {}
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class OpenModel(NamedTuple):
+    """A model whose weights are not read yet."""
+
+    path: Path  # of the checkpoint or the files
+    config: ModelConfig
+    source: Source
+    tokenizer: Path | None  # its tokenizer.json
+    dtype: torch.dtype  # that a run trained in, or of a directory's config.json; fp32 where neither says
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Decoder:
+        """The model with its weights in `dtype`, in evaluation mode."""
+        model = Decoder(self.config, seed=None)
+        load_weights(model, self.source, dtype)
+        return model.to(device).eval()
+
+
+def open_model(path: Path, config: ModelConfig | None = None, ema: bool = False) -> OpenModel:
+    """Find a model. Raises UserError where there is none, it is damaged, or its weights are not those of its
+    configuration.
+
+    Args:
+        config: of weights that do not say what model they are of.
+        ema: take the averaged weights of a run's checkpoint. Raises UserError where it holds none.
+    """
+    if (path / "config.json").is_file():
+        source = open_source(path, ema)
+        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), _saved_in(path))
+    if path.is_file():
+        if config is None:
+            raise UserError(f"{path} does not say what model it is of; give its preset.")
+        return _checked(path, open_source(path, ema), config, torch.float32)
+    is_run = (path / "run.json").is_file() and folders.age_of(path) is None  # a Universal Checkpoint has one too
+    if is_run and not folders.step_folders(path / "checkpoints"):
+        raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
+    checkpoint = find_checkpoint(path)
+    source, record = open_source(checkpoint, ema), run_record(checkpoint)
+    if config is None or isinstance(record.get("model"), dict):
+        config = _agreed(config, _config_of(record, checkpoint), checkpoint)
+    return _checked(checkpoint, source, config, _dtype_of(record, checkpoint))
+
+
+def tokenizer_of(path: Path) -> Path:
+    """Where the tokenizer.json of a model is to be: with a file of weights or a Hugging Face directory, and for a
+    checkpoint that has none, in its run folder."""
+    folder = path.absolute().parent if path.is_file() else path.absolute()
+    file = folder / "tokenizer.json"
+    if file.is_file() or (folder / "config.json").is_file():
+        return file
+    if folders.step_folders(folder):
+        folder = folder.parent
+    elif folders.age_of(folder) or folders.is_complete(folder):
+        folder = folder.parent.parent
+    return folder / "tokenizer.json"
+
+
+def _with_mtp(config: ModelConfig, source: Source) -> ModelConfig:
+    """With multi-token prediction where the weights have it, which a config.json need not say."""
+    return config.model_copy(
+        update={"num_nextn_predict_layers": int(any(name.startswith(MTP) for name in source.shapes))}
+    )
+
+
+def _agreed(given: ModelConfig | None, own: ModelConfig, path: Path) -> ModelConfig:
+    """The given configuration, or the model's own. Raises UserError where they are not of the same model."""
+    fields = differences(given, own) if given else []
+    if fields:
+        raise UserError(
+            f"{path} says itself what model it is of, and the given preset differs in {', '.join(fields)}; leave the "
+            "preset out."
+        )
+    return given or own
+
+
+def _saved_in(directory: Path) -> torch.dtype:
+    """The dtype that a config.json gives for its weights."""
+    values = read_json(directory / "config.json")
+    name = values.get("dtype", values.get("torch_dtype"))
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    return known.get(name, torch.float32) if isinstance(name, str) else torch.float32
+
+
+def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype) -> OpenModel:
+    problems = model_problems(source, config, str(path))
+    if problems:
+        raise UserError(*problems)
+    tokenizer = tokenizer_of(path)
+    return OpenModel(path, config, source, tokenizer if tokenizer.is_file() else None, dtype)
+
+
+def _config_of(record: dict[str, Any], checkpoint: Path) -> ModelConfig:
+    model = record.get("model")
+    if not isinstance(model, dict):
+        raise UserError(
+            f"{checkpoint} does not say what model it is of; give its preset, or put the run's run.json there."
+        )
+    return validate(ModelConfig, model, f"{checkpoint}: model")
+
+
+def _dtype_of(record: dict[str, Any], checkpoint: Path) -> torch.dtype:
+    ds = record.get("deepspeed", {})
+    if not isinstance(ds, dict):
+        raise UserError(f"{checkpoint}: deepspeed is {shown(ds)}, which no run has written; bring it back.")
+    return DTYPES[dtype_of(ds)]

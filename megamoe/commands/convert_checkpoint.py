@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.open_model import OpenModel, open_model
-from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.checkpoint.opening import OpenModel, find_checkpoint, open_model, open_source
 from megamoe.config import cli
 from megamoe.config.recipe import DTYPES
 from megamoe.data.tokenizer import tokenizer_file
@@ -28,13 +27,15 @@ from megamoe.formats.export import (
     Entry,
     bytes_of_shard,
     entries,
+    native_class,
+    native_view,
     own_view,
     shards,
     write_huggingface,
+    write_native,
     write_safetensors,
     write_state_dict,
 )
-from megamoe.formats.native_export import native_class, native_view, write_native
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS
 from megamoe.utils.disk import check_absent
 from megamoe.utils.errors import Problems, UserError

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megamoe.checkpoint.open_model import OpenModel, open_model
+from megamoe.checkpoint.opening import OpenModel, open_model
 from megamoe.config import cli
 from megamoe.config.recipe import DTYPES
 from megamoe.data.documents import Document, read_set

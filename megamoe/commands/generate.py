@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.open_model import open_model
+from megamoe.checkpoint.opening import open_model
 from megamoe.config import cli
 from megamoe.config.precision import dtype_to_compute_in
 from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file

@@ -15,9 +15,8 @@ from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import open_source, run_record
 from megamoe.config import cli
-from megamoe.config.optimizers import MASTERS
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS
-from megamoe.formats.source import Source
+from megamoe.formats.source import Source, read_whole
 from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import split_expert
 from megamoe.utils.errors import Problems, UserError
@@ -68,11 +67,10 @@ def print_origin(checkpoint: Path, source: Source) -> None:
 def print_norms(source: Source) -> None:
     """L2 norm of each expert's weights: a row for each layer, a column for each expert."""
     squares: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    for name, shape in source.shapes.items():
+    for name in source.shapes:
         parts = split_expert(name)
         if parts:
-            values = source.read(name, MASTERS, 0, math.prod(shape))
-            squares[parts.layer][parts.expert] += values.square().sum().item()
+            squares[parts.layer][parts.expert] += read_whole(source, name).square().sum().item()
     print("norms of the experts' weights, by layer:")
     for layer in sorted(squares, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
         print(f"  {layer:24s}" + "".join(f"{squares[layer][expert] ** 0.5:9.3f}" for expert in sorted(squares[layer])))

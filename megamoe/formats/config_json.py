@@ -126,11 +126,6 @@ def _unfit_keys(architecture: Architecture, values: dict[str, Any], where: str) 
             problems.append(f"{where}: {name} is {shown(value)}; {architecture.name} needs {key.least} or more.")
         if key.values is not None and not any(value is one for one in key.values):
             problems.append(f"{where}: {name} is {shown(value)}; use {' or '.join(map(shown, key.values))}.")
-        if key.alias in values and name in values and values[key.alias] != values[name]:
-            problems.append(
-                f"{where}: {name} is {shown(values[name])} and {key.alias}, the same, {shown(values[key.alias])}; "
-                "keep one."
-            )
     return sorted(problems)
 
 

@@ -31,7 +31,6 @@ from gguf import (
 from torch import Tensor
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import BIAS
 from megamoe.formats.export import Entry, rounded
 from megamoe.formats.gguf_models import (
@@ -42,7 +41,7 @@ from megamoe.formats.gguf_models import (
     yarn_attention,
 )
 from megamoe.formats.gguf_tokenizer import add_tokenizer
-from megamoe.formats.source import Source
+from megamoe.formats.source import Source, read_whole
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.latent_attention import COMPRESSED_NORM_EPS
 from megamoe.model.names import EMBEDDING, HEAD, MTP, split_expert
@@ -199,7 +198,7 @@ def tensors(
 
         def read(parts: list[str] = parts) -> Iterator[Tensor]:
             for part in parts:
-                tensor = in_rotary_order(part, read_plain(source, part), config, architecture.interleaved)
+                tensor = in_rotary_order(part, read_whole(source, part), config, architecture.interleaved)
                 yield under_one_epsilon(part, tensor, config)
 
         if name.endswith("kv_b_proj.weight"):
@@ -207,7 +206,7 @@ def tensors(
         else:
             yield lazy(name, shape, read)
     if config.tie_word_embeddings and architecture.needs_head:
-        yield lazy(HEAD, source.shapes[EMBEDDING], lambda: iter([read_plain(source, EMBEDDING)]))
+        yield lazy(HEAD, source.shapes[EMBEDDING], lambda: iter([read_whole(source, EMBEDDING)]))
     if architecture.selection_bias:
         for name, bias in biases(source, config, architecture).items():
             yield lazy(name, tuple(bias.shape), partial(iter, [bias]))
@@ -225,12 +224,6 @@ def stacks(config: ModelConfig) -> dict[str, list[str]]:
         if not name.startswith(MTP):
             found[f"{expert.layer}.{expert.parameter}" if expert else name].append(name)
     return found
-
-
-def read_plain(source: Source, name: str) -> Tensor:
-    """A plain parameter, in fp32."""
-    shape = source.shapes[name]
-    return source.read(name, MASTERS, 0, math.prod(shape)).float().view(shape)
 
 
 def biases(source: Source, config: ModelConfig, architecture: GgufArchitecture) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -38,6 +39,12 @@ class WeightsAlone:
     def training_state(self) -> dict[str, Any]:
         """Of a source with an optimizer alone."""
         raise AssertionError("weights alone have no training state")
+
+
+def read_whole(source: Source, name: str) -> Tensor:
+    """A parameter in its shape, in fp32, often a view of a mapped file."""
+    shape = source.shapes[name]
+    return source.read(name, MASTERS, 0, math.prod(shape)).view(shape)
 
 
 class View(WeightsAlone):

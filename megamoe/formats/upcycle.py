@@ -8,7 +8,6 @@ chosen experts sum to 1, so the parts' down projections are multiplied by `split
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ import torch
 from torch import Tensor
 
 from megamoe.config.model import ModelConfig
-from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import MIXTRAL, QWEN3_MOE, ROUTER, Architecture
 from megamoe.formats.config_json import class_of, read_config, write_config
-from megamoe.formats.export import write_directory
-from megamoe.formats.native_export import native_view
+from megamoe.formats.export import native_view, write_directory
 from megamoe.formats.native_files import NativeFiles
-from megamoe.formats.source import WeightsAlone
+from megamoe.formats.source import WeightsAlone, read_whole
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import ExpertName, layer_id, split_expert
 from megamoe.utils.errors import UserError, shown
@@ -80,22 +77,19 @@ class Upcycling:
 
     def problems(self, intermediate_size: int) -> list[str]:
         """What does not fit, one sentence each."""
-        problems = [
-            f"--{name} is {value}; give 1 or more."
-            for name, value in (("experts", self.copies), ("top_k", self.top_k), ("split", self.split))
-            if value < 1
-        ]
-        if self.top_k > self.copies:
-            problems.append(f"--top_k is {self.top_k}, above --experts {self.copies}; lower it.")
-        if self.split > 0 and intermediate_size % self.split:
-            problems.append(
-                f"--split is {self.split}, which does not divide intermediate_size {intermediate_size}; use a divisor."
-            )
-        if not 0 <= self.noise < float("inf"):
-            problems.append(f"--noise is {self.noise}; give a finite number, 0 or more.")
-        if not 0 <= self.seed < 2**63:
-            problems.append(f"--seed is {self.seed}; give a number from 0 to 2^63 - 1.")
-        return problems
+        checks = (
+            (self.copies >= 1, f"--experts is {self.copies}; give 1 or more."),
+            (self.top_k >= 1, f"--top_k is {self.top_k}; give 1 or more."),
+            (self.top_k <= self.copies, f"--top_k is {self.top_k}, above --experts {self.copies}; lower it."),
+            (self.split >= 1, f"--split is {self.split}; give 1 or more."),
+            (
+                self.split < 1 or intermediate_size % self.split == 0,
+                f"--split is {self.split}, which does not divide intermediate_size {intermediate_size}; use a divisor.",
+            ),
+            (0 <= self.noise < float("inf"), f"--noise is {self.noise}; give a finite number, 0 or more."),
+            (0 <= self.seed < 2**63, f"--seed is {self.seed}; give a number from 0 to 2^63 - 1."),
+        )
+        return [problem for holds, problem in checks if not holds]
 
 
 def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> str:
@@ -103,13 +97,20 @@ def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> 
     path = directory / "config.json"
     pair, values = read_dense(path)
     sparse = pair.sparse
-    dense = read_config(sparse, _with_experts(sparse, values, 1, 1, values.get("intermediate_size")), str(path))
+    keys = {key.field: name for name, key in sparse.keys.items()}
+    experts: dict[str, Any] = {keys["num_local_experts"]: 1, keys["num_experts_per_tok"]: 1}
+    experts[keys["moe_intermediate_size"]] = values.get("intermediate_size")
+    dense = read_config(sparse, values | experts, str(path))
     problems = recipe.problems(dense.intermediate_size)
     if problems:
         raise UserError(*problems)
-    size = dense.intermediate_size // recipe.split
-    values = _with_experts(sparse, values, recipe.copies * recipe.split, recipe.top_k * recipe.split, size)
-    config = read_config(sparse, values, str(path))
+    config = dense.model_copy(
+        update={
+            "num_local_experts": recipe.copies * recipe.split,
+            "num_experts_per_tok": recipe.top_k * recipe.split,
+            "moe_intermediate_size": dense.intermediate_size // recipe.split,
+        }
+    )
     all_dense = dense.model_copy(update={"mlp_only_layers": list(range(dense.num_hidden_layers))})
     source = Upcycled(NativeFiles(directory, sparse, all_dense), config, recipe)
     view = native_view(source, config, sparse, keep_mtp=False)
@@ -138,13 +139,6 @@ def read_dense(path: Path) -> tuple[Pair, dict[str, Any]]:
     return pair, {**DEFAULTS, **pair.defaults, **values, **pair.stated}
 
 
-def _with_experts(sparse: Architecture, values: dict[str, Any], experts: int, top_k: int, size: Any) -> dict[str, Any]:
-    """The values of a config.json with `experts` of that intermediate size in each layer."""
-    keys = {key.field: name for name, key in sparse.keys.items()}
-    fields = {"num_local_experts": experts, "num_experts_per_tok": top_k, "moe_intermediate_size": size}
-    return values | {keys[name]: value for name, value in fields.items()}
-
-
 class Upcycled(WeightsAlone):
     """The sparse model as a source of plain tensors; each is made when it is read."""
 
@@ -165,12 +159,12 @@ class Upcycled(WeightsAlone):
         """A part of the dense projection, often a view of the mapped file."""
         recipe, (rows, columns) = self._recipe, self.shapes[name]
         dense = f"{expert.layer.removesuffix('moe.experts')}mlp.{expert.parameter}"
-        values = self._files.read(dense, MASTERS, 0, math.prod(self._files.shapes[dense]))
+        values = read_whole(self._files, dense)
         part = expert.expert % recipe.split
         if "down_proj" in name:
-            weight = values.view(rows, -1)[:, part * columns : (part + 1) * columns] * recipe.split
+            weight = values[:, part * columns : (part + 1) * columns] * recipe.split
         else:
-            weight = values.view(-1, columns)[part * rows : (part + 1) * rows]
+            weight = values[part * rows : (part + 1) * rows]
         if recipe.noise:
             projection = PROJECTIONS.index(expert.parameter)
             generator = _generator(recipe.seed, layer_id(name) or 0, expert.expert, projection)

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from toy import PRESET
 
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.open_model import open_model
-from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
+from megamoe.checkpoint.opening import find_checkpoint, open_model, open_source, run_record
 from megamoe.checkpoint.universal import UniversalFiles
 from megamoe.config.model import ModelConfig
 from megamoe.formats.config_json import differences, preset_of

@@ -21,8 +21,7 @@ from tokenizers import Tokenizer
 from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint import verify
-from megamoe.checkpoint.open_model import OpenModel
-from megamoe.checkpoint.opening import open_source
+from megamoe.checkpoint.opening import OpenModel, open_source
 from megamoe.commands import convert_checkpoint, generate, inspect_checkpoint, reshard_checkpoint
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer

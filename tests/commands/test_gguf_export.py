@@ -11,7 +11,7 @@ from ranks import run_ranks
 from refusals import has, refusal, refusals
 from toy import PRESET, ds_config, train_here, write_inputs
 
-from megamoe.checkpoint.open_model import open_model
+from megamoe.checkpoint.opening import open_model
 from megamoe.commands import convert_checkpoint, generate_gguf
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer

@@ -11,8 +11,7 @@ from refusals import has, only, refusals
 from toy import PRECISION, ds_config, train_here, write_inputs
 
 import megamoe
-from megamoe.checkpoint.open_model import open_model
-from megamoe.checkpoint.opening import find_checkpoint, open_source
+from megamoe.checkpoint.opening import find_checkpoint, open_model, open_source
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.data.corpus import write_corpus
 from megamoe.data.tokenizer import train_tokenizer

@@ -26,8 +26,7 @@ from megamoe.formats.config_json import (
     read_directory,
     write_config,
 )
-from megamoe.formats.export import huggingface_config
-from megamoe.formats.native_export import native_class, write_native
+from megamoe.formats.export import huggingface_config, native_class, write_native
 from megamoe.utils.errors import UserError
 
 NAMES = [name.removesuffix("ForCausalLM") for name in ARCHITECTURES]

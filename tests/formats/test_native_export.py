@@ -14,7 +14,7 @@ from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.formats.architectures import ARCHITECTURES, AUX_LOSS
 from megamoe.formats.config_json import preset_of
-from megamoe.formats.native_export import native_class, write_native
+from megamoe.formats.export import native_class, write_native
 from megamoe.formats.source import load_weights
 from megamoe.model.decoder import Decoder
 
