@@ -8,9 +8,9 @@ import native_models
 import pytest
 import torch
 from engines import plain_state
-from indexed import BIAS, flip_bit, write, write_both
+from indexed import flip_bit, write, write_both
 from refusals import has, only, refusal, sentences
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from toy import PRESET
 
 from megamoe.checkpoint.indexed_files import IndexedFiles
@@ -60,22 +60,6 @@ def test_each_form_is_opened_by_its_reader_and_says_of_which_run_it_is(run_dir, 
     checkpoint = Path(shutil.copytree(forms["universal"], tmp_path / "other" / "checkpoints" / "step_3"))
     (tmp_path / "other" / "run.json").write_text('{"seed": 3}')
     assert run_record(checkpoint) == {"seed": 3}
-
-
-def test_any_reader_of_safetensors_finds_the_fp32_masters_and_moments_of_a_rank(run_dir):
-    checkpoint = run_dir / "checkpoints" / "step_4"
-    source = open_source(checkpoint)
-    joined = {}
-    for rank in range(2):
-        for name, values in load_file(checkpoint / f"rank_{rank:05d}.safetensors").items():
-            kind, _, parameter = name.partition("/")
-            joined.setdefault(kind, {}).setdefault(parameter, []).append(values)
-    assert joined.keys() == {"fp32", "exp_avg", "exp_avg_sq", "buffer"}
-    assert joined.pop("buffer").keys() == source.buffers.keys() == {BIAS}
-    for kind, parameters in joined.items():
-        assert parameters.keys() == source.shapes.keys()
-        for name, pieces in parameters.items():
-            assert torch.equal(source.read(name, kind, 0, torch.Size(SHAPES[name]).numel()), torch.cat(pieces))
 
 
 def test_a_folder_of_something_else_or_a_run_that_has_not_saved_yet_says_what_can_be_given(tmp_path):

@@ -91,13 +91,6 @@ def test_a_record_says_where_the_bytes_are_and_their_hash_block_by_block(large):
     assert np.array_equal(on_disk, values["fp32/x"])
 
 
-def test_a_file_that_exists_is_not_overwritten(tmp_path):
-    (tmp_path / "x").write_text("mine")
-    with pytest.raises(FileExistsError):
-        write_tensors(tmp_path / "x", small(), METADATA)
-    assert (tmp_path / "x").read_text() == "mine"
-
-
 def test_slices_and_transposed_tensors_are_written_as_their_values_are(tmp_path):
     whole = torch.arange(20.0).view(4, 5)
     tensors = {"k/slice": whole.flatten()[3:9], "k/column": whole[:, 2], "k/parameter": torch.nn.Parameter(whole[1])}

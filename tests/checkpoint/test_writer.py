@@ -193,24 +193,3 @@ def save_into_a_run_folder_that_is_gone(folder):
 def test_a_run_folder_that_was_removed_is_not_made_again(tmp_path, capfd):
     assert run_ranks(1, save_into_a_run_folder_that_is_gone, tmp_path / "run" / "checkpoints") == [False]
     assert not (tmp_path / "run").exists()
-
-
-def save_bad_ones(folders):
-    engine = make(1)
-    train(engine, 1)
-    for folder, saves in folders.items():
-        writer = writer_for(engine, folder, keep_last=1)
-        for step, options in enumerate(saves, start=1):
-            writer.save(step, hold=True, **options)
-            assert writer.complete()
-
-
-def test_checkpoints_with_skipped_steps_or_a_loss_that_climbs_do_not_push_out_the_last_good_one(tmp_path):
-    climbing = [{"good_until": 1}, {"good_until": 2}, {"good_until": 2}, {"good_until": 2}]
-    run_ranks(1, save_bad_ones, {
-        tmp_path / "skipped": [{"skipped": count} for count in (0, 5, 1)],
-        tmp_path / "climbing": climbing,
-        tmp_path / "came down": [*climbing, {"good_until": 5}],
-    })  # fmt: skip
-    kept = {path.name: [one.name for one in folders.checkpoints(path)] for path in tmp_path.iterdir()}
-    assert kept == {"skipped": ["step_3", "step_1"], "climbing": ["step_4", "step_2"], "came down": ["step_5"]}

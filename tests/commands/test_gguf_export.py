@@ -5,17 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from indexed import write
-from llama_cpp import LlamaCpp
 from ranks import run_ranks
 from refusals import has, refusal, refusals
-from toy import PRESET, ds_config, train_here, write_inputs
+from toy import ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.opening import open_model
 from megamoe.commands import convert_checkpoint, generate_gguf
-from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
-from megamoe.model.costs import parameter_shapes
 from megamoe.model.generation import generate
 
 MINIMAX = {
@@ -51,13 +47,6 @@ def greedy(run, count):
     return generate(model, [load_tokenizer(run / "tokenizer.json").encode(PROMPT).ids], count, temperature=0)[0]
 
 
-def test_llama_cpp_continues_a_text_as_the_trained_model_does(run, convert, tmp_path):
-    architecture, line = convert(run, tmp_path / "m.gguf")
-    assert architecture == "llama.cpp's architecture is minimax-m2"
-    has(line, f"wrote {tmp_path / 'm.gguf'} from {run / 'checkpoints' / 'step_3'} in ")
-    assert LlamaCpp(tmp_path / "m.gguf").greedy(PROMPT, 12) == greedy(run, 12)
-
-
 def test_a_dry_run_lists_what_llama_cpp_will_find_and_writes_nothing(run, convert, tmp_path):
     lines = convert(run, tmp_path / "m.gguf", "--dtype", "fp16", "--dry-run")
     assert "blk.0.ffn_up_exps.weight  4 x 48 x 32  float16  12,288 bytes" in lines
@@ -76,16 +65,6 @@ def test_what_gguf_needs_is_said_the_package_included(run, convert, tmp_path, mo
     for name in [name for name in sys.modules if name.startswith("megamoe.formats.gguf_")]:
         monkeypatch.delitem(sys.modules, name)
     has(refusal(convert, run, tmp_path / "m.gguf"), "needs the package gguf", "pip install")
-
-
-def test_a_model_that_no_architecture_holds_is_refused_by_its_fields(convert, tmp_path):
-    config = ModelConfig(**{**PRESET, "vocab_size": 300})
-    shapes = parameter_shapes(config)
-    write(tmp_path / "step_3", shapes=shapes, run={"model": config.model_dump()})
-    train_tokenizer(["to be or not to be"], 270).save(str(tmp_path / "tokenizer.json"))
-    said = refusals(convert, tmp_path / "step_3", tmp_path / "m.gguf", "--tokenizer", tmp_path / "tokenizer.json")
-    has("\n".join(said), "num_latent_tokens is 3", "gated_mlp is false", "--to huggingface")
-    assert not list(tmp_path.glob("m.gguf*"))
 
 
 def test_generate_gguf_continues_prompts_and_refuses_what_is_no_model(run, call, convert, tmp_path):

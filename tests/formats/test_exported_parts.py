@@ -67,14 +67,6 @@ CONFIGURATIONS = {
 }
 IDS = torch.randint(SHAPE["vocab_size"], (3, 24), generator=torch.Generator().manual_seed(0))
 LEFT = torch.arange(24) >= torch.tensor([[9], [0], [2]])  # real tokens of left-padded rows
-# What changes no logits: settings of training, and transformers takes a head that the file holds in any case.
-WITHOUT_EFFECT = {
-    "expert_dropout",
-    "router_jitter_noise",
-    "initializer_range",
-    "num_nextn_predict_layers",
-    "tie_word_embeddings",
-}
 
 
 @pytest.fixture(scope="module", params=CONFIGURATIONS)
@@ -118,39 +110,6 @@ def test_training_under_autocast_gives_every_weight_a_gradient(exported):
     with torch.autocast("cpu", torch.bfloat16):
         model(IDS, labels=IDS).loss.backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
-
-
-@torch.no_grad()
-def test_every_field_of_the_written_configuration_matters(exported, tmp_path):
-    folder, decoder = exported
-    expected = decoder(IDS)
-    written = json.loads((folder / "config.json").read_text())
-    defaults = {name: field.get_default(call_default_factory=True) for name, field in ModelConfig.model_fields.items()}
-    if written["router_bias"]:
-        defaults["router_bias"] = False  # without one, a bias of 0 is the same
-    else:
-        del defaults["router_bias"]
-
-    def logits(name, values):
-        other = tmp_path / name
-        other.mkdir()
-        for path in folder.iterdir():
-            (other / path.name).symlink_to(path)
-        (other / "config.json").unlink()
-        (other / "config.json").write_text(json.dumps(values))
-        return load(other)(IDS).logits
-
-    close(logits("unchanged", written), expected)
-    changed = {name for name in written.keys() & defaults.keys() if written[name] != defaults[name]}
-    loaded = 0
-    for name in sorted(changed - SHAPE.keys() - WITHOUT_EFFECT):
-        try:
-            found = logits(name, {**written, name: defaults[name]})
-        except (RuntimeError, TypeError, ValueError):
-            continue  # it no longer fits the weights
-        loaded += 1
-        assert (found - expected).abs().max() > 1e-3, name
-    assert loaded > 1
 
 
 @torch.no_grad()
