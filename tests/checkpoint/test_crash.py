@@ -5,22 +5,16 @@ import itertools
 import os
 import shutil
 import signal
-import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 import engines
 import torch.distributed as dist
 from engines import make, save, train, writer_for
-from ranks import run_ranks, start_processes
-from toy import ds_config, losses, train_here, write_inputs
+from ranks import run_ranks
 
-from megamoe import pretrain
-from megamoe.checkpoint import folders, verify, writer
+from megamoe.checkpoint import folders, verify
 from megamoe.launch.exchange import open_store
-from megamoe.launch.exits import LOST
-from megamoe.launch.watch import Intervals, Watch
 from megamoe.utils import disk
 
 DEADLINE = 240  # seconds, which end a hang
@@ -28,47 +22,6 @@ DEADLINE = 240  # seconds, which end a hang
 
 def kill(*args):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train_until_killed(words, output):
-    """Be a rank of pretrain.py; rank 0 is killed in the second save, when all has been written but the index."""
-    os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
-    os.dup2(1, 2)
-    saves = itertools.count(1)
-    real = writer.write_index
-    writer.write_index = lambda *args: kill() if os.environ["RANK"] == "0" and next(saves) == 2 else real(*args)
-    pretrain.Watch = partial(Watch, intervals=Intervals(heartbeat=0.1, dead=1))
-    sys.argv = ["pretrain.py", *words]
-    pretrain.main()
-
-
-def test_a_run_that_is_killed_in_a_save_resumes_bit_for_bit(tmp_path):
-    noisy = {"expert_dropout": 0.1, "router_jitter_noise": 0.05}
-    run = {
-        **write_inputs(tmp_path, ds_config(2), noisy),
-        "ep_size": 2,
-        "save_interval": 2,
-        "eval_interval": 0,
-        "keep_last": 2,
-    }
-    cut = {**run, "run_dir": str(tmp_path / "cut")}
-    words = [f"--{key}={value[0] if isinstance(value, list) else value}" for key, value in cut.items()]
-    output = tmp_path / "output"
-    ranks = start_processes(2, train_until_killed, words, str(output))
-    for rank in ranks:
-        rank.join(DEADLINE)
-    said = output.read_text()
-    assert [rank.exitcode for rank in ranks] == [-signal.SIGKILL, LOST], said
-    assert said.count("error: rank 0 on ") == 1, said
-    checkpoints = tmp_path / "cut" / "checkpoints"
-    assert {path.name: folders.is_complete(path) for path in folders.step_folders(checkpoints)} == {
-        "step_2": True, "step_4": False,
-    }  # fmt: skip
-    resumed = run_ranks(2, train_here, {**cut, "steps": 6, "auto_resume": True})[0]
-    whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole"), "steps": 6, "save_interval": 0})[0]
-    assert len(losses(whole)) == 6
-    assert losses(resumed) == losses(whole)
-    assert all(map(folders.is_complete, folders.step_folders(checkpoints)))
 
 
 class KillAt:

@@ -1,22 +1,17 @@
 """The command-line programs around checkpoints."""
 
-import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import native_models
 import pytest
 import torch
 from indexed import Malicious
 from ranks import run_ranks
 from refusals import has, only, refusal, refusals
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from toy import PRESET, ds_config, train_here, write_inputs
 
@@ -123,50 +118,19 @@ def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tm
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_directory_of_transformers_is_converted_and_a_dry_run_lists_the_names_written(call, tmp_path):
-    native_models.new_model("Olmoe").save_pretrained(tmp_path / "in")
-    call(convert_checkpoint, tmp_path / "in", tmp_path / "w.pt")
-    state = torch.load(tmp_path / "w.pt", weights_only=True)
-    assert "model.layers.1.moe.experts.5.up_proj.weight" in state
-    lines = call(convert_checkpoint, tmp_path / "in", tmp_path / "out", "--dry-run")
-    assert any(line.startswith("model.layers.1.mlp.experts.5.up_proj.weight  24 x 32") for line in lines)
-    assert not (tmp_path / "out").exists()
-    lines = call(convert_checkpoint, tmp_path / "in", tmp_path / "out")
-    assert lines[0] == "the model is one of transformers: OlmoeForCausalLM"
-    held, written = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
-    assert held.keys() == written.keys()
-    assert all(torch.equal(tensor, written[name]) for name, tensor in held.items())
-
-
-def test_multi_token_prediction_of_a_directory_is_kept_when_asked_for(call, tmp_path):
-    native_models.new_model("Glm4Moe").save_pretrained(tmp_path / "in")
-    own = native_models.add_mtp(tmp_path / "in")
-    call(convert_checkpoint, tmp_path / "in", tmp_path / "with", "--keep_mtp")
-    call(convert_checkpoint, tmp_path / "in", tmp_path / "without")
-    held = load_file(tmp_path / "with" / "model.safetensors")
-    assert all(torch.equal(held[name], tensor) for name, tensor in own.items())
-    assert not any("layers.3" in name for name in load_file(tmp_path / "without" / "model.safetensors"))
-    written = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("with", "without")]
-    assert [values["num_nextn_predict_layers"] for values in written] == [1, 0]
-
-
 # --- the script in every checkpoint -----------------------------------------------------------------------------
 
 
-def test_the_script_in_every_checkpoint_makes_the_state_dict_that_the_tool_makes(call, run_dir, tmp_path, monkeypatch):
+def test_the_script_in_every_checkpoint_makes_the_state_dict_that_the_tool_makes(call, run_dir, tmp_path):
     call(convert_checkpoint, run_dir, tmp_path / "tool.pt")
     script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
-    done = subprocess.run([sys.executable, script, "a.pt"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    module = runpy.run_path(str(script))
-    monkeypatch.chdir(tmp_path)
-    tool = SimpleNamespace(main=module["main"])
-    call(tool, script.parent, "b.pt")
-    has(refusal(call, tool, "folder"), "call it folder.pt")
-    states = [torch.load(tmp_path / name, weights_only=True) for name in ("tool.pt", "a.pt", "b.pt")]
-    for state in states[1:]:
-        assert state.keys() == states[0].keys()
-        assert all(torch.equal(tensor, states[0][name]) for name, tensor in state.items())
+    for words, code in (["a.pt"], 0), (["folder"], 2):
+        done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    has(done.stderr, "call it folder.pt")
+    own, tool = (torch.load(tmp_path / name, weights_only=True) for name in ("a.pt", "tool.pt"))
+    assert own.keys() == tool.keys()
+    assert all(torch.equal(tensor, tool[name]) for name, tensor in own.items())
     assert verify.problems(script.parent) == []  # running it has left nothing there
 
 
@@ -183,9 +147,6 @@ def test_the_script_says_what_it_needs_where_megamoe_is_not_installed(run_dir):
 def test_a_resharded_run_goes_on_where_the_old_one_would(call, finished_run, run_dir, tmp_path):
     (line,) = call(reshard_checkpoint, run_dir, tmp_path / "new")
     has(line, "saved by 2 ranks at ep_size 2")
-    values = 3 * 4 * parameter_count(CONFIG)
-    files = [path for path in (tmp_path / "new" / "checkpoints" / "step_4" / "zero").rglob("*.pt")]
-    assert sum(path.stat().st_size for path in files) < values + 4096 * len(files)  # each value once
     _, run = finished_run
     more = {**run, "steps": 8, "resume": True}
     old = run_ranks(2, train_here, {**more, "run_dir": str(run_dir)})[0]

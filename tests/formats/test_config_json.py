@@ -63,7 +63,7 @@ def exported(request, tmp_path_factory):
     source, config = open_source(folder / "in"), preset_of(folder / "in")
     architecture, _ = native_class(source, config)
     write_native(source, folder / "out", torch.float32, 10**9, config, architecture, None)
-    batch = native_models.clear_batch(native_models.decoder_of(folder / "in"))
+    batch = native_models.batch()
     return request.param, folder / "out", batch, native_models.run_theirs(native_models.load(folder / "out"), *batch)
 
 

@@ -2,26 +2,20 @@
 
 import json
 import math
-import re
 import resource
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from devices import assert_near
 from engines import CONFIG, GATED, make, plain_state, save, train
 from exported import load
-from indexed import write
 from random_source import RandomSource
-from ranks import run_alone, run_ranks
+from ranks import run_ranks
 from refusals import has, refusal
 from safetensors.torch import load_file
 
 from megamoe.checkpoint.opening import open_source, run_record
 from megamoe.checkpoint.restore import restore_first_verified
-from megamoe.checkpoint.slice_file import BLOCK_BYTES
-from megamoe.checkpoint.universal import write_universal
 from megamoe.config.model import ModelConfig
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.formats.export import (
@@ -185,60 +179,6 @@ def test_shards_hold_every_tensor_once_and_none_is_larger_than_asked_unless_one_
     assert [[entry.nbytes // 4 for entry in group] for group in groups] == [[5, 3], [3], [9], [40], [1, 1, 1], [8]]
 
 
-MATRIX = 4 * 512 * 1024  # bytes of the largest tensor
-EXPERTS = 8
-WIDE = {
-    f"model.layers.{layer}.moe.experts.{expert}.{projection}_proj.weight": shape
-    for layer in range(2)
-    for expert in range(EXPERTS)
-    for projection, shape in (("up", (1024, 512)), ("down", (512, 1024)))
-}
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """A checkpoint of two ranks that share each of its matrices, of 200 MB; and a small one."""
-    folder = tmp_path_factory.mktemp("wide")
-    write(folder / "step_1", shapes=WIDE)
-    write(folder / "step_2")
-    return folder / "step_1", folder / "step_2"
-
-
-def peak():
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def convert(checkpoints, out, form):
-    """Bytes that the first takes at its peak, in a process that has converted the other."""
-    for checkpoint in checkpoints[::-1]:
-        shutil.rmtree(out, ignore_errors=True)
-        source = open_source(checkpoint)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-        before = peak()
-        if form == "safetensors":
-            write_safetensors(source, out, torch.bfloat16, 8_000_000)
-        else:
-            write_universal(source, {}, out)
-    return peak() - before
-
-
-@pytest.mark.parametrize(
-    ("form", "most"),
-    [
-        # A shard, a tensor as it is joined, and the block that is hashed.
-        ("safetensors", 8_000_000 + 3 * MATRIX + BLOCK_BYTES),
-        ("universal", (EXPERTS + 4) * MATRIX),  # the experts of a layer, and one as it is joined
-    ],
-)
-def test_converting_takes_no_more_memory_than_what_goes_into_a_file(wide, tmp_path, form, most):
-    assert sum(path.stat().st_size for path in wide[0].glob("rank_*.safetensors")) > 3 * most
-    taken = []
-    while not taken or (taken[-1] >= most and len(taken) < 3):  # the heap of a process has gaps now and then
-        taken.append(run_alone(convert, wide, tmp_path / "out", form))
-    assert taken[-1] < most
-    assert len([path for path in (tmp_path / "out").rglob("*") if path.stat().st_size > MATRIX / 4]) > 3
-
-
 def test_values_beyond_fp16_are_refused_and_nothing_is_left(tmp_path):
     source = RandomSource(CONFIG)
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -248,3 +188,17 @@ def test_values_beyond_fp16_are_refused_and_nothing_is_left(tmp_path):
         has(refusal(convert_to, source, tmp_path / out, torch.float16, *more), name, "float16", "--dtype bf16")
         convert_to(source, tmp_path / f"fine_{out}", torch.bfloat16, *more)
     assert {path.name for path in tmp_path.iterdir()} == {"fine_w.pt", "fine_w.safetensors"}
+
+
+def test_a_shard_is_on_the_disk_before_the_next_is_read(tmp_path):
+    source = RandomSource(CONFIG)
+    read, written = source.read, []
+
+    def counted(*args):
+        written.append(len(list(tmp_path.glob(".out-*/out/*.safetensors"))))
+        return read(*args)
+
+    source.read = counted
+    write_safetensors(source, tmp_path / "out", FP32, 30_000)
+    assert written == sorted(written)
+    assert set(written) == set(range(len(list((tmp_path / "out").glob("*.safetensors")))))

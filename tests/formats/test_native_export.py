@@ -85,7 +85,7 @@ def test_dense_layers_are_said_as_each_class_says_them(model_of, tmp_path):
     out = write(source, config, tmp_path / "out")
     again = preset_of(out)
     assert (again.first_k_dense_replace, again.mlp_only_layers) == (0, [0])
-    batch = native_models.clear_batch(model)
+    batch = native_models.batch()
     theirs = native_models.run_theirs(native_models.load(out), *batch)
     assert native_models.distance(theirs, native_models.run_ours(model, *batch)) < 1e-4
 

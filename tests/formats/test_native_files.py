@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import struct
 
 import native_models
 import pytest
@@ -12,11 +10,10 @@ from indexed import Malicious
 from refusals import has, refusal
 from safetensors.torch import load_file, save_file
 
-from megamoe.checkpoint.opening import open_model, open_source
+from megamoe.checkpoint.opening import open_source
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.config_json import preset_of
 from megamoe.formats.native_files import NativeFiles
-from megamoe.formats.plain_files import PlainFiles
 from megamoe.formats.source_checks import model_problems
 
 BIAS = "model.layers.0.moe.router.selection_bias"
@@ -82,35 +79,6 @@ def test_a_bias_that_is_missing_is_left_to_begin_at_zero(directory):
     assert native_models.decoder_of(directory).routers()[0].selection_bias.abs().max() == 0
 
 
-def test_a_range_is_read_without_the_rest_of_the_tensor(directory):
-    """The embedding is a hole of 2 GiB in the file."""
-    rows = 2**24
-    held = tensors(directory) | {"lm_head.weight": torch.zeros(0)}
-    embedding = ("model.embed_tokens.weight", "lm_head.weight")
-    header, offset = {}, 0
-    for name, tensor in held.items():
-        shape = [rows, 32] if name in embedding else list(tensor.shape)
-        header[name] = {
-            "dtype": "F32",
-            "shape": shape,
-            "data_offsets": [offset, offset := offset + 4 * math.prod(shape)],
-        }
-    text = json.dumps(header).encode()
-    with open(directory / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
-    rewrite(directory, vocab_size=rows)
-    before = resident()
-    source = open_source(directory)
-    assert source.read("lm_head.weight", MASTERS, 2**28, 1000).tolist() == [0.0] * 1000
-    assert resident() - before < 50 * 2**20
-
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -172,21 +140,3 @@ def test_no_pickle_is_opened_and_no_code_run(directory, tmp_path):
     (directory / "model.safetensors").unlink()
     has(refusal(open_source, directory), "pytorch_model.bin", "pickle", "safetensors")
     assert not (tmp_path / "mark").exists()
-
-
-def test_a_tied_head_that_is_not_the_embedding_is_one_sentence(tmp_path):
-    native_models.new_model("Mixtral").save_pretrained(tmp_path)
-    held = tensors(tmp_path)
-    embedding = held["model.embed_tokens.weight"]
-    for head in (embedding.clone(), embedding + 1):
-        save_file({**held, "lm_head.weight": head}, tmp_path / "model.safetensors")
-        if torch.equal(head, embedding):
-            open_model(tmp_path)
-        else:
-            has(refusal(open_model, tmp_path), "lm_head.weight is not the embedding", "tie_word_embeddings")
-
-
-def test_a_directory_of_megamoes_own_class_is_read_as_plain_files(tmp_path):
-    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"architectures": ["MegaMoeForCausalLM"]}')
-    assert isinstance(open_source(tmp_path), PlainFiles)

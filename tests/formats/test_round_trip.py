@@ -65,7 +65,7 @@ def test_import_train_reshard_export_gives_transformers_the_same_model(trained, 
 
     ours, theirs = native_models.decoder_of(tmp_path / "out"), native_models.load(tmp_path / "out")
     assert preset_of(tmp_path / "out") == preset_of(folder / name)
-    ids, real = native_models.clear_batch(ours)
+    ids, real = native_models.batch()
     run = native_models.run_theirs(theirs, ids, real)
     assert native_models.distance(native_models.run_ours(ours, ids, real), run) < 1e-4
     assert (
