@@ -49,11 +49,7 @@ def first_verified(checkpoints: list[Path]) -> Path | None:
 def restore_first_verified(
     engine: deepspeed.DeepSpeedEngine, checkpoints: list[Path], weights_only: bool = False
 ) -> Path | None:
-    """Restore the first of `checkpoints`, as rank 0 has them, that is verified, and return it; None if there are
-    none.
-
-    Collective. The ranks share the verification; rank 0 prints which checkpoints were passed over. Raises UserError, on
-    every rank, if all are damaged.
+    """Restore the first of `checkpoints` as `first_verified` finds it.
 
     Args:
         weights_only: leave all but weights and router statistics as they are.

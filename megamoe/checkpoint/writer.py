@@ -154,17 +154,11 @@ class CheckpointWriter:
         self._engine_is_free.clear()
         index = self._index(step, skipped, guard) if self.rank == 0 else None
         store, state = PrefixStore(str(self._saves), self._store), rank_state(self.engine)
-        save = _Save(self._saves, store, step, state, index, hold, good_until, self._event(), started)
+        ready = torch.cuda.current_stream().record_event() if self.engine.device.type == "cuda" else None
+        save = _Save(self._saves, store, step, state, index, hold, good_until, ready, started)
         self._thread = threading.Thread(target=self._work, args=(save, None if hold else self._host_copy), daemon=True)
         self._thread.start()
         self._waited = time.perf_counter() - started
-
-    def _event(self) -> torch.cuda.Event | None:
-        if self.engine.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     def before_update(self) -> None:
         """Call before every optimizer step: waits until the state that is being saved may change."""

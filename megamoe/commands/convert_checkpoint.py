@@ -27,12 +27,10 @@ from megamoe.formats.export import (
     Entry,
     bytes_of_shard,
     entries,
+    huggingface_view,
     native_class,
-    native_view,
-    own_view,
     shards,
     write_huggingface,
-    write_native,
     write_safetensors,
     write_state_dict,
 )
@@ -97,15 +95,11 @@ def convert_to_directory(model: OpenModel, args: argparse.Namespace) -> None:
     architecture, sentence = native_class(source, config, args.keep_mtp)
     print(sentence if architecture else f"{sentence}; so the directory brings its own code (trust_remote_code)")
     if args.dry_run:
-        own = own_view(source, config, args.keep_mtp)
-        written = native_view(source, config, architecture, args.keep_mtp) if architecture else own
-        print_plan(shards(entries(written, dtype), shard_bytes(args)))
+        view = huggingface_view(source, config, args.keep_mtp, architecture)
+        print_plan(shards(entries(view, dtype), shard_bytes(args)))
         return
     tokenizer = args.tokenizer or model.tokenizer
-    if architecture:
-        write_native(source, args.out, dtype, shard_bytes(args), config, architecture, tokenizer, args.keep_mtp)
-    else:
-        write_huggingface(source, args.out, dtype, shard_bytes(args), config, tokenizer, args.keep_mtp)
+    write_huggingface(source, args.out, dtype, shard_bytes(args), config, tokenizer, args.keep_mtp, architecture)
 
 
 def convert_to_gguf(model: OpenModel, args: argparse.Namespace) -> None:

@@ -254,13 +254,8 @@ def _facts(config: ModelConfig) -> dict[str, Any]:
 # --- which class ------------------------------------------------------------------------------------------------------
 
 
-def fitting(config: ModelConfig) -> Architecture | None:
-    """The class that computes what the model computes; None where there is none."""
-    return next((one for one in ARCHITECTURES.values() if not misfits(one, config)), None)
-
-
 def nearest(config: ModelConfig) -> tuple[Architecture, list[str]]:
-    """The class with the fewest fields that do not fit, and these fields."""
+    """The class with the fewest fields that do not fit, and these fields; none where it computes the same."""
     found = [(one, misfits(one, config)) for one in ARCHITECTURES.values()]
     return min(found, key=lambda pair: len(pair[1]))
 

@@ -2,8 +2,8 @@
 
     write_state_dict    one .pt file: torch.load(FILE, weights_only=True)
     write_safetensors   one .safetensors file, or a folder of shards with the usual index
-    write_native        a folder for AutoModelForCausalLM.from_pretrained(FOLDER), of a class of transformers
-    write_huggingface   the same with megamoe's own code, for trust_remote_code=True
+    write_huggingface   a folder for AutoModelForCausalLM.from_pretrained(FOLDER), of a class of transformers or with
+                        megamoe's own code (trust_remote_code=True)
 
 An output is complete or absent.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torch import Tensor
 import megamoe
 from megamoe.config.model import ModelConfig
 from megamoe.formats.architectures import BIAS, Architecture
-from megamoe.formats.config_json import OWN, TRAINING_ONLY, fitting, nearest, write_config
+from megamoe.formats.config_json import OWN, TRAINING_ONLY, nearest, write_config
 from megamoe.formats.source import Source, View, read_whole
 from megamoe.formats.tensor_names import written_names
 from megamoe.formats.tokenizer_files import TOKEN_IDS, write_generation_config, write_tokenizer
@@ -146,32 +145,6 @@ def _save_shard(source: Source, group: list[Entry], path: Path) -> None:
     path.chmod(0o644)  # safetensors makes it private
 
 
-def write_directory(
-    source: Source,
-    out: Path,
-    dtype: torch.dtype,
-    shard_bytes: int,
-    config: ModelConfig,
-    tokenizer: Path | None,
-    values: dict[str, Any],
-    code: Iterable[str] = (),
-) -> None:
-    """A Hugging Face directory: weights, configuration and, where it is known, the tokenizer.
-
-    Args:
-        values: of its config.json.
-        code: files of megamoe that go with it.
-    """
-    with output(out) as partial:
-        partial.mkdir()
-        ids = dict.fromkeys(TOKEN_IDS) | (write_tokenizer(partial, tokenizer, config) if tokenizer else {})
-        write_json(partial / "config.json", {**values, "dtype": str(dtype).removeprefix("torch."), **ids})
-        write_generation_config(partial, ids)
-        for name in code:
-            shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
-        save_shards(source, partial, dtype, shard_bytes)
-
-
 def write_huggingface(
     source: Source,
     out: Path,
@@ -180,25 +153,36 @@ def write_huggingface(
     config: ModelConfig,
     tokenizer: Path | None,
     keep_mtp: bool = False,
+    architecture: Architecture | None = None,
 ) -> None:
-    """A directory that brings its own code.
+    """A Hugging Face directory: weights, configuration and, where it is known, the tokenizer.
 
     Args:
-        keep_mtp: write the weights of multi-token prediction too, for which the code has no use.
+        keep_mtp: write the weights of multi-token prediction too, of which transformers makes no use.
+        architecture: the class of transformers that it is of; without one it brings its own code.
     """
-    values = huggingface_config(config, keep_mtp)
-    view = own_view(source, config, keep_mtp)
-    write_directory(view, out, dtype, shard_bytes, config, tokenizer, values, HUGGINGFACE_FILES)
+    values = write_config(architecture, config, keep_mtp) if architecture else huggingface_config(config, keep_mtp)
+    with output(out) as partial:
+        partial.mkdir()
+        ids = dict.fromkeys(TOKEN_IDS) | (write_tokenizer(partial, tokenizer, config) if tokenizer else {})
+        write_json(partial / "config.json", {**values, "dtype": str(dtype).removeprefix("torch."), **ids})
+        write_generation_config(partial, ids)
+        for name in () if architecture else HUGGINGFACE_FILES:
+            shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
+        save_shards(huggingface_view(source, config, keep_mtp, architecture), partial, dtype, shard_bytes)
 
 
-def own_view(source: Source, config: ModelConfig, keep_mtp: bool) -> View:
-    """What `write_huggingface` writes of a source: not a head that is the embedding."""
-
-    def kept(names: Iterable[str]) -> list[str]:
-        return [name for name in names if keep_mtp or not name.startswith(MTP)]
-
-    names = kept(source.shapes.keys() & parameter_shapes(config).keys())
-    return View(source, {name: name for name in names}, {name: source.buffers[name] for name in kept(source.buffers)})
+def huggingface_view(source: Source, config: ModelConfig, keep_mtp: bool, architecture: Architecture | None) -> View:
+    """The tensors of a Hugging Face directory under their names there. A head that is the embedding is left out, and a
+    model without balancing biases has zeros where the class has biases."""
+    if architecture:
+        names = written_names(architecture, config, keep_mtp)
+    else:
+        held = [*(source.shapes.keys() & parameter_shapes(config).keys()), *source.buffers]
+        names = {name: name for name in held if keep_mtp or not name.startswith(MTP)}
+    zeros = torch.zeros(config.num_local_experts)
+    buffers = {name: source.buffers.get(plain, zeros) for name, plain in names.items() if is_buffer(plain)}
+    return View(source, {name: plain for name, plain in names.items() if name not in buffers}, buffers)
 
 
 def huggingface_config(config: ModelConfig, keep_mtp: bool = False) -> dict[str, Any]:
@@ -219,20 +203,16 @@ def huggingface_config(config: ModelConfig, keep_mtp: bool = False) -> dict[str,
     }
 
 
-# --- classes of transformers --------------------------------------------------------------------------------------
-
-
 def native_class(source: Source, config: ModelConfig, keep_mtp: bool = False) -> tuple[Architecture | None, str]:
     """The class of transformers that holds the model, and a sentence that says which, or why none does.
 
     Args:
         keep_mtp: multi-token prediction, where the model has it, must have a place too.
     """
-    architecture = fitting(config)
-    if architecture is None:
-        near, fields = nearest(config)
+    architecture, fields = nearest(config)
+    if fields:
         held = ", ".join(f"{name} {shown(getattr(config, name))}" for name in fields)
-        return None, f"no class of transformers holds the model: {near.name} is the nearest, but for {held}"
+        return None, f"no class of transformers holds the model: {architecture.name} is the nearest, but for {held}"
     largest = max((bias.abs().max().item() for name, bias in source.buffers.items() if name.endswith(BIAS)), default=0)
     if largest and not architecture.has_bias:
         return None, (
@@ -245,30 +225,3 @@ def native_class(source: Source, config: ModelConfig, keep_mtp: bool = False) ->
             "--keep_mtp keeps"
         )
     return architecture, f"the model is one of transformers: {architecture.name}"
-
-
-def native_view(source: Source, config: ModelConfig, architecture: Architecture, keep_mtp: bool) -> View:
-    """A source under the class's names. A model without balancing biases has zeros there."""
-    names = written_names(architecture, config, keep_mtp)
-    zeros = torch.zeros(config.num_local_experts)
-    buffers = {name: source.buffers.get(plain, zeros) for name, plain in names.items() if is_buffer(plain)}
-    return View(source, {name: plain for name, plain in names.items() if name not in buffers}, buffers)
-
-
-def write_native(
-    source: Source,
-    out: Path,
-    dtype: torch.dtype,
-    shard_bytes: int,
-    config: ModelConfig,
-    architecture: Architecture,
-    tokenizer: Path | None,
-    keep_mtp: bool = False,
-) -> None:
-    """A directory of the class. Biases of the router are fp32 whatever the dtype.
-
-    Args:
-        keep_mtp: write the weights of multi-token prediction too, as the layer after the last.
-    """
-    values, view = write_config(architecture, config, keep_mtp), native_view(source, config, architecture, keep_mtp)
-    write_directory(view, out, dtype, shard_bytes, config, tokenizer, values)

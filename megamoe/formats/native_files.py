@@ -15,7 +15,7 @@ from megamoe.formats.architectures import Architecture
 from megamoe.formats.config_json import OWN
 from megamoe.formats.plain_files import FLOATS, Stored, StoredWeights, open_unquantised, weight_files
 from megamoe.formats.tensor_names import Place, mtp_copies, places, plain_shapes
-from megamoe.model.names import EMBEDDING, HEAD, MTP, is_buffer
+from megamoe.model.names import EMBEDDING, HEAD, is_buffer
 from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import read_json
 
@@ -40,7 +40,8 @@ class NativeFiles(StoredWeights):
                 "that holds the weights as safetensors."
             )
         tensors = open_unquantised(files, directory)
-        if architecture.mtp and any(place.tensor in tensors for place in _mtp_places(architecture, config)):
+        beyond = f"model.layers.{config.num_hidden_layers}."
+        if architecture.mtp and any(name.startswith(beyond) for name in tensors):
             config = config.model_copy(update={"num_nextn_predict_layers": 1})
         found = _find(architecture, config, tensors, directory)
         shapes = plain_shapes(architecture, config)
@@ -52,11 +53,6 @@ class NativeFiles(StoredWeights):
         """Of all weights; fp32 where they differ."""
         dtypes = {FLOATS[self._tensors[self._places[name].tensor].dtype] for name in self.shapes}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def _mtp_places(architecture: Architecture, config: ModelConfig) -> list[Place]:
-    found = places(architecture, config.model_copy(update={"num_nextn_predict_layers": 1}))
-    return [found[f"{MTP}{name}"][0] for name in architecture.mtp]
 
 
 def _find(

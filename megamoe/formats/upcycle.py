@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megamoe.config.model import ModelConfig
 from megamoe.formats.architectures import MIXTRAL, QWEN3_MOE, ROUTER, Architecture
-from megamoe.formats.config_json import class_of, read_config, write_config
-from megamoe.formats.export import native_view, write_directory
+from megamoe.formats.config_json import class_of, read_config
+from megamoe.formats.export import write_huggingface
 from megamoe.formats.native_files import NativeFiles
 from megamoe.formats.source import WeightsAlone, read_whole
 from megamoe.model.costs import parameter_shapes
@@ -113,12 +113,10 @@ def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> 
     )
     all_dense = dense.model_copy(update={"mlp_only_layers": list(range(dense.num_hidden_layers))})
     source = Upcycled(NativeFiles(directory, sparse, all_dense), config, recipe)
-    view = native_view(source, config, sparse, keep_mtp=False)
     tokenizer = directory / "tokenizer.json"
-    write_directory(
-        view, out, source.dtype, shard_bytes, config, tokenizer if tokenizer.is_file() else None,
-        write_config(sparse, config),
-    )  # fmt: skip
+    write_huggingface(
+        source, out, source.dtype, shard_bytes, config, tokenizer if tokenizer.is_file() else None, architecture=sparse
+    )
     return sparse.name
 
 

@@ -4,23 +4,20 @@ import json
 
 import native_models
 import pytest
-import torch
 from model_parts import PARTS, model_of
 from refusals import has, refusal, sentences
 
-from megamoe.checkpoint.opening import open_source
 from megamoe.config.model import load_preset, preset_names
 from megamoe.formats.architectures import ARCHITECTURES, REQUIRED
 from megamoe.formats.config_json import (
     differences,
     find_preset,
-    fitting,
     misfits,
     preset_of,
     read_config,
     write_config,
 )
-from megamoe.formats.export import huggingface_config, native_class, write_native
+from megamoe.formats.export import huggingface_config
 from megamoe.utils.errors import UserError
 
 NAMES = [name.removesuffix("ForCausalLM") for name in ARCHITECTURES]
@@ -55,25 +52,13 @@ def test_a_missing_key_has_the_value_that_transformers_gives_it():
 # --- the same in both directions --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def exported(request, tmp_path_factory):
-    """(class, directory as megamoe writes it, a batch, what transformers makes of it)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    native_models.new_model(request.param).save_pretrained(folder / "in")
-    source, config = open_source(folder / "in"), preset_of(folder / "in")
-    architecture, _ = native_class(source, config)
-    write_native(source, folder / "out", torch.float32, 10**9, config, architecture, None)
-    batch = native_models.batch()
-    return request.param, folder / "out", batch, native_models.run_theirs(native_models.load(folder / "out"), *batch)
-
-
-def test_what_is_written_reads_as_the_same_model_and_fits_one_class(exported):
-    name, folder, _, _ = exported
-    config = preset_of(folder)
-    values = json.loads((folder / "config.json").read_text())
-    assert values["architectures"] == [f"{name}ForCausalLM"]
-    assert fitting(config).name == f"{name}ForCausalLM"
-    assert sum(not misfits(one, config) for one in ARCHITECTURES.values()) == 1
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_reads_as_the_same_model_and_fits_one_class(name, tmp_path):
+    native_models.new_model(name).save_pretrained(tmp_path)
+    config = preset_of(tmp_path)
+    assert [one.name for one in ARCHITECTURES.values() if not misfits(one, config)] == [f"{name}ForCausalLM"]
+    written = write_config(ARCHITECTURES[f"{name}ForCausalLM"], config)
+    assert read_config(ARCHITECTURES[f"{name}ForCausalLM"], written, "config.json") == config
 
 
 # --- other forms ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from megamoe.checkpoint.opening import open_source
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.formats.architectures import ARCHITECTURES, AUX_LOSS
 from megamoe.formats.config_json import preset_of
-from megamoe.formats.export import native_class, write_native
+from megamoe.formats.export import native_class, write_huggingface
 from megamoe.formats.source import load_weights
 from megamoe.model.decoder import Decoder
 
@@ -42,7 +42,7 @@ def model_of(tmp_path):
 def write(source, config, out, dtype=torch.float32, **options):
     architecture, sentence = native_class(source, config)
     assert architecture, sentence
-    write_native(source, out, dtype, 10**9, config, architecture, options.pop("tokenizer", None), **options)
+    write_huggingface(source, out, dtype, 10**9, config, None, architecture=architecture, **options)
     return out
 
 
