@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from megamoe.checkpoint import folders
-from megamoe.checkpoint.slice_file import TensorRecord, sha256, write_tensors
+from megamoe.checkpoint.slice_file import Record, TensorRecord, sha256, write_tensors
 from megamoe.utils import disk
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import parse_json
@@ -28,11 +28,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]  # a float holds each
 TensorName = Annotated[str, Field(pattern=r"^[\w.]+$")]  # it may become the name of a file
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class SliceRecord(_Part):
+class SliceRecord(Record):
     """A stretch of one flattened parameter or buffer in one file."""
 
     name: TensorName
@@ -45,7 +41,7 @@ class SliceRecord(_Part):
     """By kind: MASTERS and the optimizer's state tensors, or BUFFER."""
 
 
-class FileRecord(_Part):
+class FileRecord(Record):
     """One file of a checkpoint."""
 
     bytes: Count
@@ -53,10 +49,10 @@ class FileRecord(_Part):
     """Of a file that is not a rank's."""
     header: str = ""
     """SHA-256 of the header of a rank's file; the slices have their own."""
-    slices: list[SliceRecord] = []
+    slices: list[SliceRecord] = Field(default_factory=list)
 
 
-class Topology(_Part):
+class Topology(Record):
     """What saved it."""
 
     world_size: int = Field(gt=0)
@@ -64,14 +60,14 @@ class Topology(_Part):
     zero_stage: int = Field(ge=0)
 
 
-class SchedulerPosition(_Part):
+class SchedulerPosition(Record):
     """Of the learning-rate scheduler, which stays behind the step where steps were skipped."""
 
     last_epoch: Count
     step_count: Count
 
 
-class OptimizerRecord(_Part):
+class OptimizerRecord(Record):
     """The optimizer, but for its tensors."""
 
     name: str
@@ -85,7 +81,7 @@ class OptimizerRecord(_Part):
     """Hyperparameters of its groups, in order."""
 
 
-class TrainingRecord(_Part):
+class TrainingRecord(Record):
     """Counters of a run."""
 
     global_samples: Count
@@ -97,7 +93,7 @@ class TrainingRecord(_Part):
     """Its fields by name."""
 
 
-class Index(_Part):
+class Index(Record):
     """A checkpoint, or the part of it that one rank needs."""
 
     version: Literal[2] = 2

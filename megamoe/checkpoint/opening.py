@@ -30,7 +30,7 @@ from megamoe.formats.source import Source, View, load_weights
 from megamoe.formats.source_checks import model_problems
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import MTP
-from megamoe.utils.errors import UserError, shown
+from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
 
 
@@ -147,7 +147,9 @@ def open_model(path: Path, config: ModelConfig | None = None, ema: bool = False)
     source, record = open_source(checkpoint, ema), run_record(checkpoint)
     if config is None or isinstance(record.get("model"), dict):
         config = _agreed(config, _config_of(record, checkpoint), checkpoint)
-    return _checked(checkpoint, source, config, _dtype_of(record, checkpoint))
+    ds = record.get("deepspeed")
+    dtype = DTYPES[dtype_of(ds)] if isinstance(ds, dict) else torch.float32
+    return _checked(checkpoint, source, config, dtype)
 
 
 def tokenizer_of(path: Path) -> Path:
@@ -205,10 +207,3 @@ def _config_of(record: dict[str, Any], checkpoint: Path) -> ModelConfig:
             f"{checkpoint} does not say what model it is of; give its preset, or put the run's run.json there."
         )
     return validate(ModelConfig, model, f"{checkpoint}: model")
-
-
-def _dtype_of(record: dict[str, Any], checkpoint: Path) -> torch.dtype:
-    ds = record.get("deepspeed", {})
-    if not isinstance(ds, dict):
-        raise UserError(f"{checkpoint}: deepspeed is {shown(ds)}, which no run has written; bring it back.")
-    return DTYPES[dtype_of(ds)]

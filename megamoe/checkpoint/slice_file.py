@@ -35,10 +35,14 @@ CONTAINER_DTYPES = {
 }
 
 
-class TensorRecord(BaseModel):
-    """What the index says about one flat tensor of a rank's file."""
+class Record(BaseModel):
+    """What a checkpoint says about a part of itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TensorRecord(Record):
+    """Of one flat tensor of a rank's file."""
 
     dtype: str = Field(pattern=f"^({'|'.join(CONTAINER_DTYPES)})$")
     """As torch names it."""

@@ -16,13 +16,13 @@ import deepspeed
 import torch
 from deepspeed.checkpoint.constants import EP_IS_EXPERT_PARAM, EP_NUM_EXPERTS
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import FileRecord
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.slice_file import file_sha256
+from megamoe.checkpoint.slice_file import Record, file_sha256
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import (
@@ -44,10 +44,8 @@ OPTIMIZER_FILE = "zero/optimizer_state.pt"
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-class Manifest(BaseModel):
+class Manifest(Record):
     """What a Universal Checkpoint of megamoe's says about itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     layout: Literal["universal"]
@@ -70,7 +68,9 @@ class UniversalFiles:
         self._optimizer = safe_load(folder / OPTIMIZER_FILE)
         names = [path.name for path in sorted((folder / "zero").iterdir()) if path.is_dir()]
         # Experts of a layer, which come one after the other, are in one file.
-        self._parameter: Callable[[str, str], Tensor] = lru_cache(1)(self._open_parameter)
+        self._parameter: Callable[[str, str], Tensor] = lru_cache(1)(
+            lambda name, kind: safe_load(folder / "zero" / name / f"{kind}.pt")["param"]
+        )
         self._parts: dict[str, tuple[str, Part]] = {}  # by plain name, with the folder that it is in
         for name in names:
             shape = tuple(self._parameter(name, MASTERS).shape)
@@ -80,9 +80,6 @@ class UniversalFiles:
         self.state_names = _state_names(set.union(*self._kinds.values()))
         module = self._main["module"]
         self.buffers = {plain_name(name): tensor for name, tensor in module.items() if is_buffer(name)}
-
-    def _open_parameter(self, name: str, kind: str) -> Tensor:
-        return safe_load(self.folder / "zero" / name / f"{kind}.pt")["param"]
 
     def state_of(self, name: str) -> tuple[str, ...]:
         return _state_names(self._kinds[self._parts[name][0]])

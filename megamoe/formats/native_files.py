@@ -83,13 +83,9 @@ def _find(
     strangers = sorted(tensors.keys() - known)
     if strangers and not problems:
         problems["has"] = (
-            f"{directory} has {shown(strangers[0])}{_and_more(strangers)}, for which the model of its config.json has "
+            f"{directory} has {shown(strangers[0])}, for which the model of its config.json has "
             "no place; give a directory as it was published."
         )
     if problems:
         raise UserError(*problems.values())
     return found
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more tensors" if len(names) > 1 else ""

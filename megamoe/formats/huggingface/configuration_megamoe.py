@@ -76,9 +76,8 @@ class MegaMoeConfig(PreTrainedConfig):
     @property
     def rotary_dim(self) -> int:
         """Dimensions of a head that are rotated."""
-        return self.qk_rope_head_dim or int(
-            self.head_dim * self.partial_rotary_factor + 1e-6
-        )  # a quotient may be rounded
+        # A quotient may be rounded.
+        return self.qk_rope_head_dim or int(self.head_dim * self.partial_rotary_factor + 1e-6)
 
     @property
     def expert_size(self) -> int:
