@@ -66,11 +66,6 @@ def test_memory_that_cannot_be_page_locked_gives_no_copy_and_is_said_and_tried_o
     assert len(tries) == 1
 
 
-def test_memory_of_the_cpu_is_not_page_locked(locks):
-    assert HostCopy().take([torch.ones(1000)], None)[0].equal(torch.ones(1000))
-    assert not locks
-
-
 def test_all_ranks_of_the_host_must_have_room_for_a_copy(locks, monkeypatch):
     monkeypatch.setattr(host_copy.dist, "get_rank", lambda: 1)
     for available, has_room in ((2 * 1.25 * 4096, True), (2 * 1.25 * 4096 - 1, False)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from engines import EXPERTS, GATED, load_and_train, make, plain_state, same_state, train, train_and_save
-from indexed import KINDS, RUN, SHAPES, flip_bit, values, write, write_both
+from indexed import KINDS, flip_bit, write
 from ranks import run_ranks
 from refusals import has, refusal
 
@@ -134,15 +134,9 @@ def overflow(scaler):
     return scaler.cur_scale
 
 
-def test_every_value_is_there_once_in_its_shape_and_a_damaged_source_leaves_no_output(tmp_path):
-    forms = write_both(tmp_path)
-    for name, shape in SHAPES.items():
-        for kind in KINDS:
-            found = torch.load(forms["universal"] / "zero" / name.removeprefix("model.") / f"{kind}.pt")["param"]
-            assert found.shape == shape
-            assert found.flatten().tolist() == values(name, kind).tolist()
-    assert json.loads((forms["universal"] / "run.json").read_text()) == RUN
-    path = forms["own"] / "rank_00001.safetensors"
-    flip_bit(path, read_index(forms["own"]).files[path.name].slices[-1].tensors["exp_avg_sq"].offset)
-    has(refusal(write_universal, open_source(forms["own"]), {}, tmp_path / "out"), str(path), "SHA-256")
-    assert not list(tmp_path.glob("out*"))
+def test_a_damaged_source_leaves_no_output(tmp_path):
+    write(tmp_path / "step_3")
+    path = tmp_path / "step_3" / "rank_00001.safetensors"
+    flip_bit(path, read_index(path.parent).files[path.name].slices[-1].tensors["exp_avg_sq"].offset)
+    has(refusal(write_universal, open_source(path.parent), {}, tmp_path / "out"), str(path), "SHA-256")
+    assert [one.name for one in tmp_path.iterdir()] == ["step_3"]

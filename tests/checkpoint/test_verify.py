@@ -93,13 +93,7 @@ def test_a_folder_without_index_or_manifest_was_not_saved_completely_if_megamoe_
     has(refusal(find_checkpoint, tmp_path / "alone"), "was not saved completely")
 
 
-def test_a_torn_record_of_the_run_or_a_malformed_manifest_is_one_sentence(tmp_path):
+def test_a_torn_record_of_the_run_is_one_sentence(tmp_path):
     write(tmp_path / "run" / "checkpoints" / "step_3")
     (tmp_path / "run" / "run.json").write_text('{"run_id": ')
     has(only_problem(tmp_path / "run" / "checkpoints" / "step_3"), str(tmp_path / "run" / "run.json"), "not valid JSON")
-    checkpoint = write_both(tmp_path)["universal"]
-    record = '{"step": 3, "layout": "universal", "files": %s}'
-    for text in ("{", "[]", "{}", "[" * 100_000, record % "1", record % '{"a.pt": {"bytes": 1, "sha256": 1}}',
-                 record % '{"a.pt": {"sha256": "x"}}', record.replace("3", '"x"') % "{}"):  # fmt: skip
-        (checkpoint / "manifest.json").write_text(text)
-        has(only_problem(checkpoint), str(checkpoint / "manifest.json"))

@@ -15,7 +15,6 @@ from refusals import has, refusal
 from safetensors.torch import load_file
 
 from megamoe.checkpoint.opening import open_source, run_record
-from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.config.model import ModelConfig
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.formats.export import (
@@ -118,37 +117,6 @@ def test_a_model_saved_again_by_transformers_comes_back(trained, tmp_path):
     with torch.no_grad():
         decoder = decoder_of(tmp_path / "again", config)
         torch.testing.assert_close(decoder(IDS), logits, atol=1e-6, rtol=0)
-
-
-def ask_after_init_from(paths, ep_size, config):
-    """Logits and masters after starting from each of the paths in turn."""
-    engine = make(ep_size, seed=5, config=config)
-    answers = []
-    for path in paths:
-        for master in engine.optimizer.single_partition_of_fp32_groups:
-            master.data.zero_()
-        assert restore_first_verified(engine, [path], weights_only=True) == path
-        assert engine.global_steps == 0
-        engine.module.eval()
-        with torch.no_grad():
-            logits = engine.module(IDS)
-        answers.append((logits, [tensor.clone() for tensor in engine.optimizer.single_partition_of_fp32_groups]))
-    return answers
-
-
-@pytest.mark.parametrize("ep_size", [1, 4])
-def test_plain_weights_start_a_run_at_any_ep_size_with_every_expert_on_its_rank(trained, tmp_path, ep_size):
-    checkpoint, logits = trained
-    source = open_source(checkpoint)
-    paths = [checkpoint, tmp_path / "w.pt", tmp_path / "w.safetensors", tmp_path / "hf"]
-    write_state_dict(source, paths[1], FP32)
-    write_safetensors(source, paths[2], FP32, 10**9)
-    huggingface(checkpoint, paths[3], shard_bytes=30_000)
-    for answers in run_ranks(4, ask_after_init_from, paths, ep_size, config_of(checkpoint)):
-        (_, masters), *_ = answers
-        for found, same_masters in answers:
-            torch.testing.assert_close(found, logits, atol=1e-6, rtol=0)
-            assert all(map(torch.equal, masters, same_masters))
 
 
 def test_an_output_that_exists_is_left_alone_and_a_failed_one_leaves_nothing(trained, tmp_path):

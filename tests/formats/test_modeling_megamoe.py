@@ -121,19 +121,6 @@ def test_attention_is_what_its_name_says_and_eager_gives_weights_over_latents_an
         assert weights[..., :latents].min() > 0  # every token sees all latents
         assert weights[..., latents:].triu(1).max() == 0
         assert weights[0, :, 5:, latents : latents + 5].max() == 0  # padding
-    for name in ("flash_attention_2", "flex_attention", "no_such_attention"):  # refused by transformers itself
-        with pytest.raises((ValueError, ImportError), match=f"(?i){name.split('_')[0]}"):
-            load(folder, attn_implementation=name)
-
-
-@torch.no_grad()
-def test_a_prompt_in_two_pieces_gives_the_logits_of_the_whole(model, decoder):
-    expected = decoder(IDS, attention_mask=LEFT)
-    start = model(IDS[:, :7], attention_mask=LEFT[:, :7], use_cache=True)
-    cache = cache_of(start)
-    end = model(IDS[:, 7:], attention_mask=LEFT, past_key_values=cache)
-    close(end.logits, expected[:, 7:])
-    assert cache.get_seq_length() == 12  # tokens only: the latents are not in it
 
 
 @torch.no_grad()

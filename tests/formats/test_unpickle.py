@@ -1,18 +1,16 @@
 """Files of torch.save run no code when they are opened, and make no object of DeepSpeed's."""
 
 import pickle
-import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from indexed import Malicious, write_both
-from refusals import has, only, refusal
+from indexed import Malicious
+from refusals import has, refusal
 
 from megamoe.formats.unpickle import safe_load
-from megamoe.utils.errors import UserError
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -53,21 +51,3 @@ def test_a_file_cannot_change_a_member_of_an_enum(tmp_path):
     torch.save({"zero_stage": ChangesAnEnum()}, tmp_path / "x.pt")
     has(refusal(safe_load, tmp_path / "x.pt"), str(tmp_path / "x.pt"))
     assert ZeroStageEnum(2).value == 2
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_file_with_any_flipped_bit_in_its_pickle_is_one_sentence_or_read(tmp_path):
-    whole = (write_both(tmp_path)["universal"] / "zero" / "optimizer_state.pt").read_bytes()
-    path, draw = tmp_path / "x.pt", random.Random(0)
-    start = whole.index(b"loss_scaler") - 20
-    refused = 0
-    for _ in range(100):
-        data = bytearray(whole)
-        data[start + draw.randrange(400)] ^= 1 << draw.randrange(8)
-        path.write_bytes(data)
-        try:
-            safe_load(path)
-        except UserError as error:
-            refused += 1
-            has(only(error.problems), str(path))
-    assert refused > 30
