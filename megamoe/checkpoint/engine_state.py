@@ -13,15 +13,7 @@ import deepspeed
 import torch.distributed as dist
 from torch import Tensor
 
-from megamoe.checkpoint.index import (
-    BUFFER,
-    FlatGroup,
-    OptimizerRecord,
-    SchedulerPosition,
-    Stretch,
-    Topology,
-    TrainingRecord,
-)
+from megamoe.checkpoint.index import BUFFER, FlatGroup, OptimizerRecord, SchedulerPosition, Stretch, TrainingRecord
 from megamoe.config.optimizers import AVERAGE, AVERAGE_DECAY, MASTERS, OptimizerSpec, StateTensor, find_optimizer
 from megamoe.model.names import is_buffer, is_projection, plain_name, plain_parts, stretches
 
@@ -80,15 +72,6 @@ def _stretches(name: str, parameter: Any, first_expert: int) -> Iterator[Stretch
     parts = plain_parts(name, tuple(parameter.shape), first_expert)
     for part, start, count in stretches(parts, there.start, there.numel):
         yield Stretch(part.name, part.shape, start, count, here.start + part.start + start - there.start)
-
-
-def topology(engine: deepspeed.DeepSpeedEngine) -> Topology:
-    """What the engine runs on."""
-    return Topology(
-        world_size=dist.get_world_size(),
-        ep_size=engine.module.topology.ep_size,
-        zero_stage=int(engine.zero_optimization_stage()),
-    )
 
 
 def training_record(engine: deepspeed.DeepSpeedEngine, skipped_in_window: int) -> TrainingRecord:

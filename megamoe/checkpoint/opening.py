@@ -135,7 +135,9 @@ def open_model(path: Path, config: ModelConfig | None = None, ema: bool = False)
     """
     if (path / "config.json").is_file():
         source = open_source(path, ema)
-        return _checked(path, source, _agreed(config, _with_mtp(preset_of(path), source), path), _saved_in(path))
+        has_mtp = any(name.startswith(MTP) for name in source.shapes)  # which a config.json need not say
+        own = preset_of(path).model_copy(update={"num_nextn_predict_layers": int(has_mtp)})
+        return _checked(path, source, _agreed(config, own, path), _saved_in(path))
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")
@@ -164,13 +166,6 @@ def tokenizer_of(path: Path) -> Path:
     elif folders.age_of(folder) or folders.is_complete(folder):
         folder = folder.parent.parent
     return folder / "tokenizer.json"
-
-
-def _with_mtp(config: ModelConfig, source: Source) -> ModelConfig:
-    """With multi-token prediction where the weights have it, which a config.json need not say."""
-    return config.model_copy(
-        update={"num_nextn_predict_layers": int(any(name.startswith(MTP) for name in source.shapes))}
-    )
 
 
 def _agreed(given: ModelConfig | None, own: ModelConfig, path: Path) -> ModelConfig:

@@ -68,14 +68,11 @@ class Retention:
             if rest and not any(self._is_good(path, good_until) for path in kept):
                 spared = next((path for path in rest if self._is_good(path, good_until)), None)
             for path in rest:
-                if path != spared and not self._is_one_of_every(path):
+                is_one_of_every = self._keep_every and (folders.step_of(path) or 0) % self._keep_every == 0
+                if path != spared and not is_one_of_every:
                     folders.discard(path)
         except OSError as error:
             print(f"error: old checkpoints in {self._folder} cannot be removed ({error}).", file=sys.stderr, flush=True)
-
-    def _is_one_of_every(self, checkpoint: Path) -> bool:
-        step = folders.step_of(checkpoint)
-        return bool(self._keep_every) and step is not None and step % self._keep_every == 0
 
     def _is_good(self, checkpoint: Path, good_until: int | None) -> bool:
         """Whether no step of its window was skipped for a gradient that is not finite, and the run might go back to

@@ -22,15 +22,9 @@ import torch.distributed as dist
 from torch.distributed import DistError, HashStore, PrefixStore, Store
 
 from megamoe.checkpoint import folders
-from megamoe.checkpoint.engine_state import (
-    optimizer_record,
-    optimizer_spec,
-    rank_state,
-    topology,
-    training_record,
-)
+from megamoe.checkpoint.engine_state import optimizer_record, optimizer_spec, rank_state, training_record
 from megamoe.checkpoint.host_copy import HostCopy
-from megamoe.checkpoint.index import FileRecord, FlatGroup, Index, write_index, write_slices
+from megamoe.checkpoint.index import FileRecord, FlatGroup, Index, Topology, write_index, write_slices
 from megamoe.checkpoint.retention import Retention
 from megamoe.checkpoint.slice_file import sha256
 from megamoe.data.ledger import DataLedger
@@ -250,7 +244,11 @@ class CheckpointWriter:
             run_id=self.record.get("run_id"),
             step=step,
             parent=self._resumed.name if self._resumed else None,
-            topology=topology(self.engine),
+            topology=Topology(
+                world_size=len(self._ranks),
+                ep_size=self.engine.module.topology.ep_size,
+                zero_stage=int(self.engine.zero_optimization_stage()),
+            ),
             training=training_record(self.engine, skipped),
             guard=guard,
             optimizer=optimizer_record(self.engine),

@@ -37,7 +37,6 @@ from megamoe.formats.gguf_models import (
     GgufArchitecture,
     architecture_of,
     frequency_factors,
-    limits_groups,
     yarn_attention,
 )
 from megamoe.formats.gguf_tokenizer import add_tokenizer
@@ -150,7 +149,7 @@ def add_router(writer: GGUFWriter, config: ModelConfig) -> None:
     writer.add_expert_gating_func(ExpertGatingFuncType[config.router_score.upper()])
     writer.add_expert_weights_norm(config.norm_topk_prob)
     writer.add_expert_weights_scale(config.routed_scaling_factor)
-    if limits_groups(config):
+    if config.topk_group < config.n_group:
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
 

@@ -164,15 +164,15 @@ def _dense(config: ModelConfig, architecture: GgufArchitecture) -> list[str]:
 
 def _windows(config: ModelConfig) -> list[str]:
     """A window that no position is outside of is none."""
-    windows = [config.window(block) for block in range(config.num_hidden_layers)]
-    short = next((window for window in windows if window and window < config.max_position_embeddings), None)
-    longest = config.max_position_embeddings
-    return [f"sliding_window is {short}, but llama.cpp's attention sees all {longest} positions"] if short else []
-
-
-def limits_groups(config: ModelConfig) -> bool:
-    """Whether a token may not choose from all groups of experts."""
-    return config.topk_group < config.n_group
+    windows, longest = (
+        [config.window(block) for block in range(config.num_hidden_layers)],
+        config.max_position_embeddings,
+    )
+    return [
+        f"sliding_window is {window}, but llama.cpp's attention sees all {longest} positions"
+        for window in windows
+        if window and window < longest
+    ][:1]
 
 
 def _rope(config: ModelConfig, architecture: GgufArchitecture) -> list[str]:
