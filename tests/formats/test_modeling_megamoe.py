@@ -67,18 +67,8 @@ def test_autocast_gives_the_same_logits_to_bf16_and_routes_in_fp32(model):
 
 def test_the_trainer_trains_in_bf16(model, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(20, 1)]
-    arguments = TrainingArguments(
-        tmp_path,
-        bf16=True,
-        gradient_checkpointing=True,
-        use_cpu=True,
-        max_steps=8,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    options = {"max_steps": 8, "learning_rate": 1e-2, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
+    arguments = TrainingArguments(tmp_path, bf16=True, gradient_checkpointing=True, use_cpu=True, **options)
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:3])
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
