@@ -20,6 +20,7 @@ from engines import (
     train,
     train_and_save,
 )
+from model_parts import PARTS, model_of
 from ranks import run_ranks
 from toy import shipped
 
@@ -30,7 +31,6 @@ from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.slice_file import SliceFile
 from megamoe.checkpoint.universal import write_universal
-from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.model.names import is_buffer
 from megamoe.utils.errors import UserError
@@ -105,42 +105,16 @@ def test_every_saved_topology_goes_on_on_every_other_as_it_was_saved(tmp_path, s
 OFFLOAD = {key: shipped("zero2_offload")[key] for key in ("bf16", "data_types", "zero_optimization")}
 FP16 = {"enabled": True, "initial_scale_power": 7, "loss_scale_window": 2}  # so that the scale has changed at the save
 LION = {"optimizer": {"type": "Lion", "params": {"weight_decay": 0.05}}}
-SHAPE = {
-    **CONFIG.model_dump(exclude={"num_latent_tokens"}),
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 3,
-    "num_key_value_heads": 4,
-    "head_dim": 12,
-    "max_position_embeddings": 32,
-    "gated_mlp": True,
-    "tie_word_embeddings": False,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-    "router_score": "sigmoid",
-    "router_aux_loss_coef": 0.01,
-}
-GROUPED = ModelConfig(**{
-    **SHAPE,
-    "num_key_value_heads": 2,
-    "shared_expert_gate": True,
-    "qk_norm": "full",
-    "attention_bias": True,
-    "attention_out_bias": True,
-    "num_nextn_predict_layers": 1,
-    "router_aux_loss_type": "global_batch",
-    "router_z_loss_coef": 0.001,
-    "output_z_loss_coef": 0.0001,
-})  # fmt: skip
-LATENT = ModelConfig(**{
-    **SHAPE,
-    "kv_lora_rank": 10,
-    "q_lora_rank": 14,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "n_group": 4,
-    "topk_group": 2,
-})  # fmt: skip
+GROUPED = model_of(
+    "gated_shared_experts",
+    **PARTS["full_norm_out_bias"] | PARTS["untied_multi_token"] | PARTS["global_loss"],
+    **{"first_k_dense_replace": 1, "gated_mlp": True, "attention_bias": True},
+)
+LATENT = model_of(
+    "compressed_queries",
+    **PARTS["sigmoid_groups"] | PARTS["shared_experts"] | PARTS["sequence_loss"],
+    **{"first_k_dense_replace": 1, "moe_intermediate_size": 16, "tie_word_embeddings": False},
+)
 # Config and ZeRO stage of the two ranks that save; (ranks, ep_size, stage) of those that restore. Together: each stage
 # in each precision, saved or restored, and to more and to fewer ranks.
 RECIPES = {

@@ -56,16 +56,6 @@ def test_a_file_that_is_missing_cut_off_or_of_another_save_of_the_same_step_is_n
         (tmp_path / "away").replace(path)
 
 
-def test_the_shares_of_a_verification_find_what_the_whole_finds(checkpoint):
-    for path in files(checkpoint):
-        if path.name not in (folders.INDEX, folders.MANIFEST):
-            flip_bit(path, path.stat().st_size // 2)
-    whole = verify.problems(checkpoint)
-    assert len(whole) >= 3
-    found = [problem for part in range(3) for problem in verify.problems(checkpoint, part, 3)]
-    assert sorted(set(found)) == sorted(whole)
-
-
 def test_what_lies_under_the_name_of_another_step_is_found(checkpoint):
     for name in ("step_30", "step_2.3"):
         checkpoint = checkpoint.rename(checkpoint.with_name(name))

@@ -1,7 +1,6 @@
 """The command-line programs around checkpoints."""
 
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -47,9 +46,7 @@ def run_dir(finished_run, tmp_path):
 # --- convert_checkpoint ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict_damaged_ones_passed_over(
-    call, run_dir, tmp_path
-):
+def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict(call, run_dir, tmp_path):
     for number, place in enumerate(("", "checkpoints", "checkpoints/step_2")):
         out = tmp_path / f"{number}.pt"
         (line,) = call(convert_checkpoint, run_dir / place, out)
@@ -58,12 +55,6 @@ def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict_damag
         state = torch.load(out, weights_only=True)
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
         assert state.keys() > parameter_shapes(CONFIG).keys()
-    path = run_dir / "checkpoints" / "step_4" / "rank_00001.safetensors"
-    os.truncate(path, path.stat().st_size - 1)
-    has(refusal(call, convert_checkpoint, path.parent, tmp_path / "w.pt"), str(path), "bytes, not the")
-    lines = call(convert_checkpoint, run_dir, tmp_path / "w.pt")  # the run has an older one
-    assert lines[0].startswith(f"passed over {path.parent}")
-    assert "step_2 in " in lines[1]
 
 
 def test_the_ending_or_the_flag_chooses_the_form(call, run_dir, tmp_path):
@@ -88,7 +79,7 @@ def test_the_ending_or_the_flag_chooses_the_form(call, run_dir, tmp_path):
 def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, run_dir, tmp_path):
     lines = call(convert_checkpoint, run_dir, tmp_path / "w", "--dry-run", "--dtype", "bf16", "--max_shard_gb", "2e-5")
     said, *lines = lines
-    has(said, "no class of transformers holds the model", "num_latent_tokens 3")
+    has(said, "no class of transformers holds the model: Mixtral", "num_latent_tokens 3", "gated_mlp false")
     tensors = [line for line in lines if not line.startswith("file ")]
     config = CONFIG
     assert "model.embed_tokens.weight  300 x 32  bfloat16  19,200 bytes" in tensors
@@ -167,14 +158,7 @@ def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_e
     checkpoint = run_dir / "checkpoints" / "step_4"
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     count = parameter_count(CONFIG)
-    has(
-        text,
-        str(checkpoint),
-        f"size: {size:,} bytes",
-        "files: verified",
-        "2 ranks, ep_size 2, ZeRO-2",
-        "step: 4 (0",
-    )
+    has(text, str(checkpoint), f"size: {size:,} bytes", "files: verified", "2 ranks, ep_size 2, ZeRO-2", "step: 4 (0")
     has(text, f"parameters: {count:,}", "2 x rank_N.safetensors", "deepspeed 0.")
     model = Decoder(CONFIG)
     load_weights(model, open_source(checkpoint), torch.float64)

@@ -9,7 +9,7 @@ from llama_cpp import LlamaCpp
 from random_source import RandomSource
 from refusals import has, refusal
 from test_gguf_file import PUBLISHED, preset
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.formats.gguf_file import write_gguf
@@ -84,23 +84,16 @@ def test_special_added_and_unused_tokens_are_marked(tmp_path):
 
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(tmp_path):
     tokenizer, bytes_alone = trained("gpt-2", [TEXT]), {"type": "ByteLevel", "trim_offsets": True}
+    model = json.loads(tokenizer.to_str())["model"]
     for changes, words in (
         ({"pre_tokenizer": bytes_alone | {"add_prefix_space": True, "use_regex": True}}, "by another rule"),
         ({"pre_tokenizer": bytes_alone | {"add_prefix_space": False, "use_regex": False}}, "by another rule"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "by another rule"),
         ({"pre_tokenizer": None}, "by another rule"),
         ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
+        ({"model": model | {"ignore_merges": True}}, "has ignore_merges true"),
+        ({"model": {"type": "WordLevel", "vocab": {"to": 0, "be": 1}, "unk_token": "to"}}, "is of the kind WordLevel"),
     ):
         has(refusal(written, tokenizer, tmp_path, changes), "tokenizer.json", words, "llama.cpp knows")
     assert not list(tmp_path.glob("*.gguf*"))
-
-
-def test_other_models_of_tokens_are_refused(tmp_path):
-    words = Tokenizer(models.WordLevel({"to": 0, "be": 1}, unk_token="to"))
-    has(refusal(written, words, tmp_path), "is of the kind WordLevel")
-    ignoring = trained("gpt-2", [TEXT])
-    ignoring.model.ignore_merges = True
-    has(refusal(written, ignoring, tmp_path), "has ignore_merges true")
-    normalised = trained("gpt-2", [TEXT])
-    normalised.normalizer = normalizers.NFC()
-    assert written(normalised, tmp_path).exists()
+    assert written(tokenizer, tmp_path, {"normalizer": {"type": "NFC"}}).exists()

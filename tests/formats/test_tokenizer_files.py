@@ -29,8 +29,8 @@ def published(tmp_path):
         "eos_token": "<|end|>",
         "chat_template": "{{ messages[0].content }}<|end|>",
     }
-    ids = {name: tokenizer.token_to_id(text) for name, text in (("bos", "[begin]"), ("eos", "<|end|>"))}
-    ids = {"bos_token_id": ids["bos"], "eos_token_id": [ids["eos"], tokenizer.token_to_id("<|user|>")]}
+    begin, user, end = map(tokenizer.token_to_id, ("[begin]", "<|user|>", "<|end|>"))
+    ids = {"bos_token_id": begin, "eos_token_id": [end, user]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps({**ids, "pad_token_id": None}))
     (folder / "generation_config.json").write_text(json.dumps({**ids, "temperature": 0.6}))
