@@ -105,14 +105,14 @@ CLASSES: dict[str, dict[str, Any]] = {
 }
 
 
-def new_model(name: str, seed: int = 0, **changes: Any) -> Any:
+def new_model(name: str) -> Any:
     """The class's model with random weights: matrices and biases N(0, 0.15), routers wider, so that few choices are
     close; norms around 1."""
     import transformers  # takes seconds, which the ranks of these tests need not spend
 
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **CLASSES[name], **changes})
+    config = getattr(transformers, f"{name}Config")(**COMMON | CLASSES[name])
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter_name, one in model.named_parameters():
             std = 0.3 if parameter_name.endswith("mlp.gate.weight") else 0.15
@@ -123,20 +123,16 @@ def new_model(name: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def add_mtp(directory: Path) -> dict[str, Tensor]:
-    """Give a directory of one file a layer of multi-token prediction, under DeepSeek's names; returns that layer's own
-    tensors."""
+def add_mtp(directory: Path) -> None:
+    """Give a directory of one file a layer of multi-token prediction, under DeepSeek's names."""
     file = directory / "model.safetensors"
     held = load_file(file)
-    embedding = held["model.embed_tokens.weight"]
-    width, dtype = embedding.shape[1], embedding.dtype
-    block = {name.replace("layers.2", "layers.3"): tensor for name, tensor in held.items() if "layers.2" in name}
+    width, dtype = held["model.norm.weight"].numel(), held["model.norm.weight"].dtype
+    added = {name.replace("layers.2", "layers.3"): one.clone() for name, one in held.items() if "layers.2" in name}
     norms = ("enorm", "hnorm", "shared_head.norm")
-    own = {f"model.layers.3.{name}.weight": torch.rand(width, dtype=dtype) for name in norms}
-    own["model.layers.3.eh_proj.weight"] = torch.rand(width, 2 * width, dtype=dtype)
-    added = {**block, **own, "model.layers.3.embed_tokens.weight": embedding}
-    save_file(held | {name: one.clone() for name, one in added.items()}, file, metadata={"format": "pt"})
-    return own
+    added |= {f"model.layers.3.{name}.weight": torch.rand(width, dtype=dtype) for name in norms}
+    added["model.layers.3.eh_proj.weight"] = torch.rand(width, 2 * width, dtype=dtype)
+    save_file(held | added, file, metadata={"format": "pt"})
 
 
 def load(directory: Path, **options: Any) -> Any:
@@ -168,10 +164,10 @@ class Run(NamedTuple):
 
 
 @torch.no_grad()
-def run_theirs(model: Any, ids: Tensor, real: Tensor, **options: Any) -> Run:
+def run_theirs(model: Any, ids: Tensor, real: Tensor) -> Run:
     """Args: real: (B, T) bool, False at padding."""
     gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-    call = lambda: model(ids, attention_mask=real.long(), **options).logits  # noqa: E731
+    call = lambda: model(ids, attention_mask=real.long()).logits  # noqa: E731
     found = _run(call, model.model.layers, gates, lambda output: output[2])
     flat = real.flatten()
     return Run(found.logits[real], [one[real] for one in found.hidden], [one[flat] for one in found.experts])

@@ -78,10 +78,6 @@ def put(target, key, value):
     return change
 
 
-def whole(body):
-    return body
-
-
 def tensor(body):
     return first_slice(body)["tensors"]["fp32"]
 

@@ -228,13 +228,13 @@ def open_counted(checkpoint, ep_size):
         patching.setattr(restore, "read_index", lambda path: (indexes.append(path), real_read(path))[1])
         patching.setattr(restore, "open_source", None)  # that of other forms reads the index too
         assert restore_first_verified(engine, [checkpoint])
-    stretches = [one for group in rank_state(engine) for one in group.stretches]
-    values = {(one.name, one.start + at) for one in stretches for at in range(one.count)}
+    stretches = [(one.name, one.start, one.count) for group in rank_state(engine) for one in group.stretches]
     holding = {
         file
         for file, record in read_index(checkpoint).files.items()
         for piece in record.slices
-        if any((piece.name, piece.start + at) in values for at in range(piece.count))
+        for name, start, count in stretches
+        if name == piece.name and start < piece.start + piece.count and piece.start < start + count
     }
     return sorted(opened), sorted(holding), len(indexes)
 
