@@ -87,3 +87,18 @@ def test_a_torn_record_of_the_run_is_one_sentence(tmp_path):
     write(tmp_path / "run" / "checkpoints" / "step_3")
     (tmp_path / "run" / "run.json").write_text('{"run_id": ')
     has(only_problem(tmp_path / "run" / "checkpoints" / "step_3"), str(tmp_path / "run" / "run.json"), "not valid JSON")
+
+
+def test_a_malformed_manifest_is_one_sentence(tmp_path):
+    checkpoint = write_both(tmp_path)["universal"]
+    record = '{"step": 3, "layout": "universal", "files": %s}'
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        record % "1",
+        record % '{"a.pt": {"sha256": "x"}}',
+        record.replace("3", '"x"') % "{}",
+    ):
+        (checkpoint / "manifest.json").write_text(text)
+        has(only_problem(checkpoint), str(checkpoint / "manifest.json"))
