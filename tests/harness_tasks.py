@@ -8,7 +8,7 @@ from exported import Weights, random_decoder
 
 import megamoe
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.formats.native_export import native_class, write_native
+from megamoe.formats.export import native_class, write_huggingface
 
 DATA = """\
 task: {name}
@@ -70,7 +70,8 @@ def write_task(folder: Path, name: str, kind: str, rows: list[dict]) -> None:
 def write_small_glm(folder: Path, texts: list[str], window: int):
     """`folder`/hf, a directory of transformers' GLM, and `folder`/tokenizer.json; returns its decoder and tokenizer."""
     tokenizer = train_tokenizer(texts, 290)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    tokenizer.save(str(file))
     config = megamoe.load_preset(
         "tiny-glm", vocab_size=300, hidden_size=32, num_hidden_layers=2, max_position_embeddings=window, head_dim=16,
         intermediate_size=48, moe_intermediate_size=16,
@@ -78,5 +79,5 @@ def write_small_glm(folder: Path, texts: list[str], window: int):
     decoder = random_decoder(config)
     source = Weights(decoder)
     architecture, _ = native_class(source, config)
-    write_native(source, folder / "hf", torch.float32, 10**9, config, architecture, folder / "tokenizer.json")
+    write_huggingface(source, folder / "hf", torch.float32, 10**9, config, file, architecture=architecture)
     return decoder, tokenizer
