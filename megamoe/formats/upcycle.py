@@ -142,7 +142,7 @@ class Upcycled(WeightsAlone):
 
     def __init__(self, files: NativeFiles, config: ModelConfig, recipe: Upcycling):
         self.dtype, self.buffers = files.dtype, dict[str, Tensor]()
-        self.shapes = {name: tuple(shape.values()) for name, shape in parameter_shapes(config).items()}
+        self.shapes = parameter_shapes(config)
         self._files, self._recipe = files, recipe
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
