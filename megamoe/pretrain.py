@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # while the rest is loaded, Ctrl-C ends the process without a stack trace
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from megamoe.utils.interrupts import on_interrupt
+
+if __name__ == "__main__":  # while the rest is loaded
+    on_interrupt(signal.SIG_DFL)
 
 import contextlib
 import os
@@ -57,7 +59,7 @@ from megamoe.utils.json_files import read_json
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    on_interrupt(signal.default_int_handler)
     if "--help" in sys.argv or "-h" in sys.argv:
         with contextlib.suppress(SystemExit):
             parse_run()

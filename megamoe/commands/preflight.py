@@ -25,7 +25,7 @@ from megamoe.launch.endpoint import Endpoint, join
 from megamoe.launch.preflight import marker_next_to, problems, report
 from megamoe.launch.rank_info import hosts_of
 from megamoe.launch.remote import ask_by_srun, ask_by_ssh
-from megamoe.utils.errors import UserError
+from megamoe.utils.errors import Problems, UserError
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -91,9 +91,7 @@ def check_hostfile(args: argparse.Namespace, run: RunConfig, words: list[str]) -
         print(f"continuing without a host: {problem}", file=sys.stderr)
     if hosts[-1] not in reports:  # so no host can find a route to it
         reports = {host: replace(one, address=one.address or host) for host, one in reports.items()}
-    found = problems(list(reports.values()), run)
-    if found:
-        raise UserError(*found)
+    Problems(problems(list(reports.values()), run)).refuse()
     if args.usable:
         args.usable.write_text("".join(f"{host} slots={slots[host]}\n" for host in reports))
     first = next(iter(reports))
@@ -107,9 +105,7 @@ def check_slurm(args: argparse.Namespace, run: RunConfig, words: list[str]) -> N
     with marker_next_to(run.folder) as marker:
         reports = ask_by_srun(len(hosts), command_of_report(args, hosts[-1], marker, words))
     reports.sort(key=lambda one: one.node)
-    found = problems(reports, run)
-    if found:
-        raise UserError(*found)
+    Problems(problems(reports, run)).refuse()
     print(reports[0].host, reports[0].address or hosts[0], reports[0].port, run.folder)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from megamoe.utils.errors import PeerError, Problems, UserError, unknown_key
+from megamoe.utils.interrupts import on_interrupt
 
 
 class _Once(argparse.Action):
@@ -125,7 +126,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 def run_command(name: str) -> NoReturn:
     """`run` the module of that name in `commands/`. Ctrl-C while that is imported ends the process as quietly."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    on_interrupt(signal.SIG_DFL)
     command = import_module(f"megamoe.commands.{name}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    on_interrupt(signal.default_int_handler)
     run(command.main)

@@ -10,10 +10,9 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.architectures import BIAS
 from megamoe.formats.source import Source
-from megamoe.model.costs import parameter_shapes, size_fields
+from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import EMBEDDING, HEAD, MTP, expert_id, layer_id
 
-QK_NORMS = (".q_norm.weight", ".k_norm.weight")
 PIECE = 2**24  # values that are compared at a time
 
 
@@ -48,21 +47,16 @@ def _is_needed(name: str, config: ModelConfig) -> bool:
 
 
 def _size_problems(source: Source, config: ModelConfig, where: str) -> dict[str, str]:
-    """Sentences by field, of sizes and of numbers of layers and experts."""
+    """Sentences by field, of numbers of layers and experts; where these fit, of the first other shape."""
     problems: dict[str, str] = {}
-    for name, shape in parameter_shapes(config).items():
-        found = source.shapes.get(name, shape)
-        if len(found) != len(shape) or (found != shape and name.endswith(QK_NORMS)):  # of heads or another kind
-            problems.setdefault("shape", f"{where}: {name} has the shape {found}, not {shape}; use the same preset.")
-            continue
-        for dimension, (size, other) in enumerate(zip(shape, found, strict=True)):
-            if size != other:
-                field = size_fields(config, name, dimension)
-                problems.setdefault(field, _other(where, field, other, size))
     for field, id_of in (("num_hidden_layers", layer_id), ("num_local_experts", expert_id)):
         ids = {id_of(name) for name in source.shapes} - {None}
         if len(ids) != getattr(config, field):
-            problems.setdefault(field, _other(where, field, len(ids), getattr(config, field)))
+            problems[field] = _other(where, field, len(ids), getattr(config, field))
+    for name, shape in parameter_shapes(config).items():
+        found = source.shapes.get(name, shape)
+        if found != shape and not problems:
+            problems["shape"] = f"{where}: {name} has the shape {found}, not {shape}; use the same preset."
     return problems
 
 

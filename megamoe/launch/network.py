@@ -41,20 +41,19 @@ def free_port() -> int:
 
 def is_free(port: int) -> bool:
     """Whether a server can listen on the TCP port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port just released is free
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
+    return _can_bind("", port)
 
 
 def is_own(address: str) -> bool:
     """Whether this host has the address: only then can a socket be bound to it."""
+    return _can_bind(address, 0)
+
+
+def _can_bind(address: str, port: int) -> bool:
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does: a port just released is free
         try:
-            probe.bind((address, 0))
+            probe.bind((address, port))
         except OSError:
             return False
     return True

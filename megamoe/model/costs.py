@@ -26,20 +26,6 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     }
 
 
-def size_fields(config: ModelConfig, name: str, dimension: int) -> str:
-    """The fields that make a dimension of a parameter, such as "num_attention_heads x head_dim": those that change it
-    when they are doubled."""
-    size = parameter_shapes(config)[name][dimension]
-    factors: list[str] = []
-    summands: list[str] = []
-    for field, value in config:
-        if type(value) is int:
-            other = parameter_shapes(config.model_copy(update={field: 2 * value})).get(name)
-            if other and other[dimension] != size:
-                (factors if other[dimension] == 2 * size else summands).append(field)
-    return " x ".join([*factors, *([f"({' + '.join(summands)})"] if summands else [])])
-
-
 def parameter_count(config: ModelConfig) -> int:
     """All parameters of the model, over all ranks."""
     return sum(map(math.prod, parameter_shapes(config).values()))

@@ -23,11 +23,11 @@ def changed(**changes):
 # What the weights are of, what they should be of, and what is said; nothing where they fit.
 OTHER_MODELS = [
     ({}, {}, []),
-    ({}, {"hidden_size": 64}, ["made with hidden_size 32, not 64"]),
-    ({}, {"num_hidden_layers": 3}, ["num_hidden_layers 2, not 3"]),
+    ({}, {"hidden_size": 64}, ["model.embed_tokens.weight has the shape (96, 32), not (96, 64)"]),
+    ({}, {"num_hidden_layers": 3}, ["made with num_hidden_layers 2, not 3"]),
     ({}, {"num_local_experts": 2}, ["num_local_experts 4, not 2"]),
-    ({}, {"num_key_value_heads": 4}, ["num_key_value_heads x head_dim 16, not 32"]),
-    ({}, {"vocab_size": 1, "intermediate_size": 2}, ["vocab_size 96, not 1;", "intermediate_size 48, not 2;"]),
+    ({}, {"num_key_value_heads": 4}, ["self_attn.k_proj.weight has the shape (16, 32), not (32, 32)"]),
+    ({}, {"num_hidden_layers": 3, "num_local_experts": 2}, ["num_hidden_layers 2, not 3", "experts 4, not 2"]),
     ({}, {"num_latent_tokens": 0}, ["has, beyond the model, model.layers.0.self_attn.latents"]),
     ({}, {"gated_mlp": True}, ["lacks model.layers.0.moe.experts.0.gate_proj.weight"]),
     ({}, {"num_nextn_predict_layers": 1}, ["lacks model.mtp."]),
