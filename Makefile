@@ -83,7 +83,11 @@ test: .venv/.test
 		"operators; install one (Debian, Ubuntu: apt install g++), or set CXX." >&2; exit 2; }
 	python -m pytest --numprocesses 3 --dist loadfile
 
+CLUSTER_PACKAGES = slurm-wlm pdsh openssh-server openssh-client iproute2 procps
+
 test-cluster: .venv/.test
+	-dpkg -s $(CLUSTER_PACKAGES) >/dev/null 2>&1 || { apt-get -q update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $(CLUSTER_PACKAGES); } >/dev/null
 	python -m pytest tests/launchers -m cluster
 
 gpu: .venv/.test

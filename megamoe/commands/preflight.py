@@ -12,11 +12,12 @@ for endpoint, the address and port where torchrun's agents join, this host's add
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megamoe.config import cli
@@ -123,7 +124,7 @@ def check_endpoint(args: argparse.Namespace, run: RunConfig, words: list[str]) -
 
 
 def print_report(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
-    print(report(run, shlex.join(words), args.where, args.marker, args.port).to_json())
+    print(json.dumps(asdict(report(run, shlex.join(words), args.where, args.marker, args.port))))
 
 
 CHECKS = {"hostfile": check_hostfile, "slurm": check_slurm, "endpoint": check_endpoint, "report": print_report}

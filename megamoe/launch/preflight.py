@@ -6,12 +6,11 @@ Each host makes a report on itself, as JSON; the host that launches collects and
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe.config.run import RunConfig
@@ -34,9 +33,6 @@ class Report:
     address: str | None  # its own on the route to that; None without a route
     port: int  # that is free
     port_in_use: bool  # the one that was asked for
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def needed_files(run: RunConfig) -> list[Path]:

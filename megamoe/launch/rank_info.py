@@ -72,14 +72,15 @@ def _from_torch(environment: Mapping[str, str]) -> RankInfo:
 
 def _from_slurm(environment: Mapping[str, str]) -> RankInfo:
     tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    # That all ranks compute alike and no other job or step on the host; below those that systems assign by themselves.
+    port = 15_000 + (8 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 15_000
     return RankInfo(
         int(environment["SLURM_PROCID"]),
         int(environment["SLURM_STEP_NUM_TASKS"]),
         int(environment["SLURM_LOCALID"]),
         tasks[int(environment["SLURM_NODEID"])],
         environment.get("MASTER_ADDR") or hosts_of(environment["SLURM_STEP_NODELIST"])[0],
-        # Any port that all ranks compute alike and that no other job or step on the host computes.
-        int(environment.get("MASTER_PORT") or slurm_port(environment["SLURM_JOB_ID"], environment["SLURM_STEP_ID"])),
+        int(environment.get("MASTER_PORT") or port),
         "slurm",
     )
 
@@ -99,8 +100,3 @@ def hosts_of(nodes: str) -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"Slurm's hosts {nodes} cannot be expanded ({error}); set MASTER_ADDR to the first.") from None
     return done.stdout.split()
-
-
-def slurm_port(job: str, step: str) -> int:
-    """A port for a Slurm job's step, below the ports that operating systems assign by themselves."""
-    return 15_000 + (8 * int(job) + int(step)) % 15_000

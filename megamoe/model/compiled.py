@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megamoe.model.dispatch import combine_rows
+from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import sum_of_entropies
 from megamoe.model.rope import Rotary
 
@@ -33,7 +34,7 @@ class CompiledBlock:
     def __init__(self) -> None:
         self.whole = compile_region(whole)
         self.before_experts = compile_region(before_experts)
-        self.activate = compile_region(activate, 1)
+        self.activate = compile_region(StackedExperts.activate, 1)
         self.after_experts = compile_region(after_experts, 1, 3)
 
     def __call__(self, block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -89,11 +90,6 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -
         placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
     balancing = routing.counts, sum_of_entropies(routing.log_scores), routing.margins
     return block.with_shared(x, hidden), routing.weights, routing.losses, balancing, placed
-
-
-def activate(experts: Any, inside: Tensor) -> Tensor:
-    """What lies between the GEMMs of gated experts, (P, 2F) -> (P, F)."""
-    return experts.activate(inside)
 
 
 def after_experts(x: Tensor, results: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:

@@ -58,20 +58,9 @@ def lay_out_received(counts: Tensor, num_rows: int, multiple: int = 1) -> Layout
         counts: (N, E), rows from each rank for each expert; they sum to `num_rows`.
         multiple: as in `lay_out`.
     """
-    by_expert, sizes = counts.T.flatten(), counts.sum(0)
-    place = (by_expert.cumsum(0) - by_expert).view(counts.T.shape).T  # where each block goes, without fill
-    ends = sizes.cumsum(0)
-    num_places = num_rows
-    if multiple > 1:
-        fill = -sizes % multiple
-        fill_ends = fill.cumsum(0)
-        place = place + (fill_ends - fill)
-        ends += fill_ends
-        num_places += int(fill_ends[-1])
-    moved = place.flatten() - (counts.flatten().cumsum(0) - counts.flatten())
-    row = torch.arange(num_rows, device=counts.device)
-    place = row + moved.repeat_interleave(counts.flatten(), output_size=num_rows)
-    return Layout(row.new_zeros(num_places).scatter_(0, place, row), place, ends.to(torch.int32))
+    ranks, experts = counts.shape
+    arrived = torch.arange(experts, device=counts.device).repeat(ranks)
+    return lay_out(arrived.repeat_interleave(counts.flatten(), output_size=num_rows), counts.sum(0), multiple)
 
 
 def gather_rows(x: Tensor, row: Tensor, place: Tensor) -> Tensor:

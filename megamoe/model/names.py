@@ -15,7 +15,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def engine_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[P
     Args:
         shapes: by plain name; of the experts, those of one rank, or of all for an ep_size of 1.
     """
-    gated = has_gates(shapes)
+    gated = any(name.endswith(".gate_proj.weight") and split_expert(name) for name in shapes)
     place = {
         f"{projection}.weight": (stack, number)
         for stack in (("gate_up" if gated else "up"), "down")
@@ -113,11 +113,6 @@ def engine_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[P
 def _one_after_the_other(held: list[tuple[int, int, str]], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
     starts = itertools.accumulate((math.prod(shapes[name]) for *_, name in held), initial=0)
     return [Part(name, start, tuple(shapes[name])) for (*_, name), start in zip(held, starts, strict=False)]
-
-
-def has_gates(names: Iterable[str]) -> bool:
-    """Whether the experts of a model with these plain names are gated."""
-    return any(name.endswith(".gate_proj.weight") and split_expert(name) for name in names)
 
 
 def engine_shape(name: str, parts: list[Part]) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ class RouterLosses:
         elif self.balance:
             balance = balance_loss(log_scores, expert_ids, num_sequences if self.balance == "sequence" else 1)
         if self.z:
-            z = z_loss(logits)
+            z = logits.logsumexp(-1).square().sum() / max(len(logits), 1)
         return torch.stack((balance, z))
 
 
@@ -73,8 +73,3 @@ def load_balance_loss(log_scores: Tensor, loads: Tensor) -> Tensor:
     """By given `loads` (E,), which sum to 1, ()."""
     tokens, experts = log_scores.shape
     return (log_scores.softmax(-1).sum(0) * loads).sum() * (experts / max(tokens, 1))
-
-
-def z_loss(logits: Tensor) -> Tensor:
-    """Mean over the tokens of the squared logarithm of the sum of the logits' (T, E) exponentials, ()."""
-    return logits.logsumexp(-1).square().sum() / max(len(logits), 1)

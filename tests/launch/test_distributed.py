@@ -61,12 +61,6 @@ def test_a_rank_and_deepspeeds_engine_take_one_device_however_many_the_rank_sees
     assert engine.device == torch.device("cuda", index)
 
 
-def test_ranks_share_the_cpu_and_keep_their_number(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert choose_device(3) == (torch.device("cpu"), None)
-    assert os.environ["LOCAL_RANK"] == "3"
-
-
 # --- process groups -------------------------------------------------------------------------------------------------
 
 

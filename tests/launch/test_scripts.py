@@ -30,47 +30,29 @@ wait -n
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "words", "environment", "error"),
-    [
-        ("single_node.sh", [], {}, "error: the number of ranks is ''; start launch_scripts/single_node.sh RANKS"),
-        (
-            "single_node.sh",
-            ["2"],
-            {"CUDA_VISIBLE_DEVICES": "GPU-1"},
-            "error: CUDA_VISIBLE_DEVICES is 'GPU-1'; deepspeed",
-        ),
-        (
-            "single_node.sh",
-            ["2"],
-            {"CUDA_VISIBLE_DEVICES": "3"},
-            "error: CUDA_VISIBLE_DEVICES is '3', for 2 ranks; name",
-        ),
-        ("multi_node_pdsh.sh", ["--steps", "5"], {}, "error: the hostfile is '--steps'; start"),
-        ("multi_node_pdsh.sh", ["f"], {"MAX_RESTARTS": "x"}, "error: MAX_RESTARTS is 'x'; give a whole number."),
-        ("multi_node_torchrun.sh", [], {"HOSTS": "2"}, "error: HOSTS is '2', RANKS '', ENDPOINT ''; set all three:"),
-        (
-            "multi_node_torchrun.sh",
-            [],
-            {"HOSTS": "2", "RANKS": "8", "ENDPOINT": "h1:29400", "MAX_RESTARTS": "-1"},
-            "error: MAX_RESTARTS is '-1'; give a whole number.",
-        ),
-        ("slurm.sbatch", [], {"MEGAMOE_ROOT": str(SCRIPTS.parent)}, "error: this is not a Slurm job with "),
-        ("slurm.sbatch", [], {"SLURM_JOB_ID": "5", "MEGAMOE_ROOT": "/none"}, "error: this is not a Slurm job with "),
-    ],
-)
-def test_a_script_refuses_what_is_missing_with_exit_code_2_before_any_python(
-    script, words, environment, error, tmp_path
-):
+TORCHRUN = "multi_node_torchrun.sh"
+REFUSED = [  # variables, the script and its words, and what it says
+    ("single_node.sh", "the number of ranks is ''; start launch_scripts/single_node.sh RANKS"),
+    ("CUDA_VISIBLE_DEVICES=GPU-1 single_node.sh 2", "CUDA_VISIBLE_DEVICES is 'GPU-1'; deepspeed"),
+    ("CUDA_VISIBLE_DEVICES=3 single_node.sh 2", "CUDA_VISIBLE_DEVICES is '3', for 2 ranks; name"),
+    ("multi_node_pdsh.sh --steps 5", "the hostfile is '--steps'; start"),
+    ("MAX_RESTARTS=x multi_node_pdsh.sh f", "MAX_RESTARTS is 'x'; give a whole number."),
+    (f"HOSTS=2 {TORCHRUN}", "HOSTS is '2', RANKS '', ENDPOINT ''; set all three:"),
+    (f"HOSTS=2 RANKS=8 ENDPOINT=h1:29400 MAX_RESTARTS=-1 {TORCHRUN}", "MAX_RESTARTS is '-1'; give a whole number."),
+    (f"MEGAMOE_ROOT={SCRIPTS.parent} bash slurm.sbatch", "this is not a Slurm job with "),
+    ("SLURM_JOB_ID=5 MEGAMOE_ROOT=/none bash slurm.sbatch", "this is not a Slurm job with "),
+]
+
+
+@pytest.mark.parametrize(("line", "error"), REFUSED)
+def test_a_script_refuses_what_is_missing_with_exit_code_2_before_any_python(line, error, tmp_path):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     (tmp_path / "python").write_text("#!/bin/sh\necho python was started\n")
     (tmp_path / "python").chmod(0o755)
-    clean["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", SCRIPTS / script, *words], env={**clean, **environment}, capture_output=True, text=True
-    )
+    clean["PATH"] = f"{tmp_path}:{SCRIPTS}:{os.environ['PATH']}"
+    done = subprocess.run(["env", *line.split()], env=clean, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(error)
+    assert done.stderr.startswith(f"error: {error}")
     assert done.stdout == ""
 
 
@@ -121,17 +103,14 @@ def test_a_signal_is_handed_to_the_ranks_of_another_host_and_does_not_interrupt_
 
 
 @pytest.mark.parametrize(("visible", "words"), [("", "--num_gpus 2"), ("5,3,1", "--include localhost:5,3")])
-def test_the_ranks_of_a_host_get_the_devices_that_the_user_made_visible(tmp_path, visible, words):
-    programs = {"python": f'#!/bin/sh\necho "$@" > {tmp_path}/words\n'}
-    run_script(tmp_path, programs, SCRIPTS / "single_node.sh", "2", CUDA_VISIBLE_DEVICES=visible)
-    assert (tmp_path / "words").read_text().startswith(f"-m deepspeed.launcher.runner {words} --master_port ")
-
-
-def test_a_folder_of_path_that_cannot_be_entered_does_not_reach_deepspeed(tmp_path):
-    programs = {"python": f'#!/bin/sh\necho "$PATH" > {tmp_path}/path\n'}
+def test_ranks_get_the_devices_made_visible_and_deepspeed_no_folder_of_path_that_cannot_be_entered(
+    tmp_path, visible, words
+):
+    programs = {"python": f'#!/bin/sh\necho "$PATH $@" > {tmp_path}/given\n'}
     path = f"{tmp_path}:/none/bin:/usr/bin:/bin"
-    run_script(tmp_path, programs, SCRIPTS / "single_node.sh", "2", PATH=path)
-    assert (tmp_path / "path").read_text() == f"{tmp_path}:/usr/bin:/bin\n"
+    run_script(tmp_path, programs, SCRIPTS / "single_node.sh", "2", CUDA_VISIBLE_DEVICES=visible, PATH=path)
+    expected = f"{tmp_path}:/usr/bin:/bin -m deepspeed.launcher.runner {words} --master_port "
+    assert (tmp_path / "given").read_text().startswith(expected)
 
 
 # --- what the code of the ranks makes a script do -------------------------------------------------------------------

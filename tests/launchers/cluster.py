@@ -14,38 +14,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGES = {
-    "sbatch": "slurm-wlm",
-    "pdsh": "pdsh",
-    "/usr/sbin/sshd": "openssh-server",
-    "ssh": "openssh-client",
-    "ip": "iproute2",
-    "pkill": "procps",
-}
+BIN = Path(sys.executable).parent
+PROGRAMS = ("sbatch", "pdsh", "/usr/sbin/sshd", "ssh", "ip", "pkill")  # which `make test-cluster` installs
 NAMES = ("h1", "h2")
 DEADLINE = 300  # seconds, which end a hang on a busy machine
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of a rank: each host takes all cores for its own
-
-
-def install() -> None:
-    """Install Debian's packages that are missing."""
-    missing = [package for program, package in PACKAGES.items() if not shutil.which(program)]
-    if missing:
-        quiet = {
-            "check": True,
-            "stdout": subprocess.DEVNULL,
-            "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-        }
-        subprocess.run(["apt-get", "-q", "update"], **quiet)
-        subprocess.run(["apt-get", "-q", "install", "-y", "--no-install-recommends", *missing], **quiet)
 
 
 def why_impossible() -> str | None:
     """What keeps this machine from having two hosts; None where nothing does."""
     if os.geteuid():
         return "two hosts on one machine need root"
-    if not shutil.which("apt-get") and any(not shutil.which(program) for program in PACKAGES):
-        return f"two hosts on one machine need {', '.join(PACKAGES.values())}"
+    if missing := [program for program in PROGRAMS if not shutil.which(program)]:
+        return f"two hosts on one machine need {', '.join(missing)}"
     tried = subprocess.run(
         ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "true"],
         capture_output=True,
@@ -54,11 +35,33 @@ def why_impossible() -> str | None:
     return f"this machine cannot make namespaces ({tried.stderr.strip()})" if tried.returncode else None
 
 
-class Host:
+class ThisHost:
+    """The host of the tests, where runs on a single host are started."""
+
+    def __init__(self, name: str = "here", **variables: str) -> None:
+        self.name = name
+        self.variables = variables
+
+    def words(self, *command: str) -> list[str]:
+        """`command` as words that run it on this host."""
+        return [*command]
+
+    def spawn(self, output: Path, *command: str, **variables: str) -> subprocess.Popen:
+        """Start `command` on this host, in a session of its own, with its output in a file."""
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **self.variables, **variables}
+        environment.pop("CI", None)
+        with open(output, "w") as file:
+            return subprocess.Popen(
+                self.words("env", f"--chdir={ROOT}", *command), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                start_new_session=True, env=environment,
+            )  # fmt: skip
+
+
+class Host(ThisHost):
     """One of the two."""
 
     def __init__(self, cluster: Cluster, name: str):
-        self.name = name
+        super().__init__(name, **ONE_THREAD)
         self.network = f"{cluster.name}-{name}"
         self.folder = cluster.folder
         self.init = 0  # process id of its first process
@@ -86,7 +89,6 @@ class Host:
         wait_for(lambda: self.run("ssh", self.name, "true").returncode == 0, f"sshd of {self.name} does not answer")
 
     def words(self, *command: str) -> list[str]:
-        """`command` as words that run it on this host."""
         return ["nsenter", "-t", str(self.init), "-n", "-u", "-m", "-p", f"--wdns={os.getcwd()}", "--", *command]
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
@@ -94,21 +96,6 @@ class Host:
             self.words(*command), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=DEADLINE,
             env={**os.environ, **ONE_THREAD},
         )  # fmt: skip
-
-    def spawn(self, output: Path, *command: str, folder: Path = ROOT, **variables: str) -> subprocess.Popen:
-        """Start `command` on this host, in a session of its own, with its output in a file."""
-        words = self.words("env", f"--chdir={folder}", *command)
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            **ONE_THREAD,
-            **variables,
-        }
-        environment.pop("CI", None)
-        with open(output, "w") as file:
-            return subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, env=environment
-            )
 
     def cut_power(self) -> None:
         """End it without a word to the network: the cable is pulled first."""

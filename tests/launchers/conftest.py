@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, install, why_impossible
+from cluster import Cluster, why_impossible
 from stub_rank import make_tree
 
 
@@ -22,13 +22,21 @@ def stub(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("stub"))
 
 
+@pytest.fixture
+def runs():
+    """A list for the runs that a test starts: they end with it."""
+    started = []
+    yield started
+    for run in started:
+        run.end()
+
+
 @pytest.fixture(scope="session")
 def two_hosts():
     why = why_impossible()
     if why:
         # In continuous integration no test may be skipped.
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-    install()
     with tempfile.TemporaryDirectory(prefix="cluster-") as folder:
         cluster = Cluster(Path(folder))
         try:

@@ -6,18 +6,16 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
-from cluster import DEADLINE, ROOT, Host, wait_for
+from cluster import DEADLINE, ROOT, ThisHost, wait_for
 from toy import write_inputs
 
 from megamoe.training.sinks import read_log
 from megamoe.utils.json_files import read_json
 
 STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as in docs/launch.md
-BIN = Path(sys.executable).parent
 
 
 def inputs(folder: Path, steps: int, *more: str) -> list[str]:
@@ -31,24 +29,6 @@ def inputs(folder: Path, steps: int, *more: str) -> list[str]:
     return ["--ds_config", run["ds_config"], "--preset", run["preset"], "--data", *run["data"],
             "--run_dir", str(folder / "runs" / "run"), "--log_interval", "1", "--eval_interval", "0",
             "--steps", str(steps), *more]  # fmt: skip
-
-
-class ThisHost:
-    """The host of the tests, where runs on a single host are started."""
-
-    def __init__(self, device: str = "cpu", name: str = "here") -> None:
-        self.device = device
-        self.name = name
-
-    def spawn(self, output: Path, *command: str, **variables: str) -> subprocess.Popen:
-        environment = {
-            **os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": self.device, **variables
-        }  # fmt: skip
-        with open(output, "w") as file:
-            return subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                env=environment,
-            )  # fmt: skip
 
 
 def processes_of(run_dir: Path, *parts: str) -> list[psutil.Process]:
@@ -74,9 +54,7 @@ def ranks_of(run_dir: Path) -> list[psutil.Process]:
 
 
 class Run:
-    def __init__(
-        self, host: Host | ThisHost, folder: Path, words: list[str], variables: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, host: ThisHost, folder: Path, words: list[str], variables: dict[str, str] | None = None) -> None:
         self.run_dir = folder / "runs" / "run"
         self.output = folder / f"output-{host.name}"
         self.process = host.spawn(self.output, *words, **(variables or {}))

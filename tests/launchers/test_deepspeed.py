@@ -8,28 +8,24 @@ import signal
 
 import psutil
 import pytest
-from cluster import DEADLINE, ROOT
+from cluster import BIN, DEADLINE, ROOT, ThisHost
 from devices import on_gpus
-from runs import BIN, LOST, Run, ThisHost, inputs
+from runs import LOST, Run, inputs
 
 from megamoe.launch.network import free_port
 
 
 @pytest.fixture
-def launch(stub, tmp_path):
-    runs = []
-
+def launch(stub, tmp_path, runs):
     def start(*options, device="cpu", ranks=2, until="step=5 "):
         tree = stub if device == "cpu" else ROOT
         launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
         words = [*launcher, str(tree / "megamoe" / "pretrain.py"), *inputs(tmp_path, 100_000, *options)]
-        runs.append(Run(ThisHost(device), tmp_path, words))
+        runs.append(Run(ThisHost(DS_ACCELERATOR=device), tmp_path, words))
         runs[-1].await_text(until)
         return runs[-1]
 
-    yield start
-    for run in runs:
-        run.end()
+    return start
 
 
 @pytest.mark.parametrize("device", ["cpu", on_gpus(2, "cuda")])

@@ -14,9 +14,7 @@ SCRIPT = "launch_scripts/multi_node_pdsh.sh"
 
 
 @pytest.fixture
-def start(cluster, stub, tmp_path):
-    runs = []
-
+def start(cluster, stub, tmp_path, runs):
     def launch(*options, tree=stub, steps=100_000, until="", slots=1, **variables):
         hostfile = tmp_path / "hostfile"
         hostfile.write_text(f"h1 slots={slots}\nh2 slots={slots}\n")
@@ -26,9 +24,7 @@ def start(cluster, stub, tmp_path):
             runs[-1].await_text(until)
         return runs[-1]
 
-    yield launch
-    for run in runs:
-        run.end()
+    return launch
 
 
 @pytest.fixture

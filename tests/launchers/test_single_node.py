@@ -5,19 +5,18 @@ import signal
 import time
 
 import pytest
-from runs import INTERRUPTED, Run, ThisHost, inputs
+from cluster import ThisHost
+from runs import INTERRUPTED, Run, inputs
 
 SCRIPT = "launch_scripts/single_node.sh"
 
 
 @pytest.fixture
-def run(stub, tmp_path):
-    started = Run(ThisHost(), tmp_path, [str(stub / SCRIPT), "2", *inputs(tmp_path, 100_000, "--ep_size", "2")])
-    try:
-        started.await_text("step=5 ")
-        yield started
-    finally:
-        started.end()
+def run(stub, tmp_path, runs):
+    words = [str(stub / SCRIPT), "2", *inputs(tmp_path, 100_000, "--ep_size", "2")]
+    runs.append(Run(ThisHost(DS_ACCELERATOR="cpu"), tmp_path, words))
+    runs[0].await_text("step=5 ")
+    return runs[0]
 
 
 def test_a_second_ctrl_c_ends_a_run_that_cannot_save(run):

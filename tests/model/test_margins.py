@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from megamoe.model.margins import BINS, bin_edges, margin_histogram, needed_shifts
@@ -36,16 +35,11 @@ def test_the_shift_is_the_quantile_of_the_margins_but_for_the_width_of_a_bin():
         assert ((found / exact).log2().abs() <= 1).all()  # in the same bin, whose edges are a factor of 2 apart
 
 
-def test_an_expert_that_no_token_comes_near_moves_by_one_and_nothing_is_nan_without_tokens():
+def test_a_shift_is_at_most_one_linear_within_a_bin_and_never_nan():
     edges = bin_edges().double()
-    histogram = torch.zeros(2, BINS, 2, dtype=torch.float64)
+    histogram = torch.zeros(2, BINS, 3, dtype=torch.float64)
     histogram[0, 0, 0] = 100  # all margins below -1
     histogram[0, -1, 1] = 100  # all above 1
-    assert needed_shifts(histogram, 0.5, edges).tolist() == [[1, -1], [-1, -1]]
-
-
-def test_the_shift_is_linear_within_a_bin():
-    edges = bin_edges().double()
-    histogram = torch.zeros(BINS, 1, dtype=torch.int64)
-    histogram[-2] = 100  # from 1/2 to 1
-    assert needed_shifts(histogram, 0.2, edges).item() == pytest.approx(-(1 - 0.2 * 0.5))
+    histogram[0, -2, 2] = 100  # from 1/2 to 1
+    without_tokens = [-1, -1, -1]
+    assert needed_shifts(histogram, 0.2, edges).tolist() == [[1, -1, -(1 - 0.2 * 0.5)], without_tokens]
