@@ -1,5 +1,5 @@
 """A tiny model of each class of transformers in the table, with random weights and with values that are not the class's
-defaults wherever it has any; and what runs in it: hidden states, chosen experts, logits."""
+defaults wherever it has any; and what runs in it: chosen experts, logits."""
 
 from __future__ import annotations
 
@@ -159,7 +159,6 @@ class Run(NamedTuple):
     """What a model makes of the real tokens of a batch, of which there are N."""
 
     logits: Tensor  # (N, V)
-    hidden: list[Tensor]  # of each block, (N, D)
     experts: list[Tensor]  # of each sparse block, (N, K), sorted
 
 
@@ -168,42 +167,34 @@ def run_theirs(model: Any, ids: Tensor, real: Tensor) -> Run:
     """Args: real: (B, T) bool, False at padding."""
     gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
     call = lambda: model(ids, attention_mask=real.long()).logits  # noqa: E731
-    found = _run(call, model.model.layers, gates, lambda output: output[2])
-    flat = real.flatten()
-    return Run(found.logits[real], [one[real] for one in found.hidden], [one[flat] for one in found.experts])
+    found = _run(call, gates, lambda output: output[2])
+    return Run(found.logits[real], [one[real.flatten()] for one in found.experts])
 
 
 @torch.no_grad()
 def run_ours(model: Any, ids: Tensor, real: Tensor) -> Run:
     """The same of a Decoder; its routers see real tokens only."""
     call = lambda: model(ids, attention_mask=real)  # noqa: E731
-    found = _run(call, model.layers, model.routers(), lambda routing: routing.expert_ids)
-    return Run(found.logits[real], [one[real] for one in found.hidden], found.experts)
+    found = _run(call, model.routers(), lambda routing: routing.expert_ids)
+    return Run(found.logits[real], found.experts)
 
 
-def _run(call: Callable[[], Tensor], blocks: Any, routers: Any, experts_of: Callable[[Any], Tensor]) -> Run:
-    hidden: list[Tensor] = []
+def _run(call: Callable[[], Tensor], routers: Any, experts_of: Callable[[Any], Tensor]) -> Run:
     experts: list[Tensor] = []
-
-    def keep_hidden(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        hidden.append(output[0] if isinstance(output, tuple) else output)
 
     def keep_experts(_module: nn.Module, _inputs: Any, output: Any) -> None:
         experts.append(experts_of(output).sort(-1).values)
 
-    hooks = [block.register_forward_hook(keep_hidden) for block in blocks]
-    hooks += [router.register_forward_hook(keep_experts) for router in routers]
+    hooks = [router.register_forward_hook(keep_experts) for router in routers]
     try:
-        return Run(call(), hidden, experts)
+        return Run(call(), experts)
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def distance(run: Run, other: Run) -> float:
-    """Largest difference of logits and hidden states, relative to the largest value of each; infinite where other
-    experts are chosen."""
+    """Largest difference of logits, relative to the largest value; infinite where other experts are chosen."""
     if any(not torch.equal(one, two) for one, two in zip(run.experts, other.experts, strict=True)):
         return math.inf
-    pairs = zip((run.logits, *run.hidden), (other.logits, *other.hidden), strict=True)
-    return max(((one - two).abs().max() / two.abs().max()).item() for one, two in pairs)
+    return ((run.logits - other.logits).abs().max() / other.logits.abs().max()).item()

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from megamoe.config.model import ModelConfig
+from megamoe.formats.source import WeightsAlone
 from megamoe.model.costs import parameter_shapes
 
 
-class RandomSource:
+class RandomSource(WeightsAlone):
     """The weights and router statistics of a model."""
-
-    has_optimizer = False
-    state_names: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         self._generator = torch.Generator().manual_seed(seed)

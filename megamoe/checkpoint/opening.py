@@ -147,8 +147,13 @@ def open_model(path: Path, config: ModelConfig | None = None, ema: bool = False)
         raise UserError(f"{path} holds no checkpoint yet; wait for the run to save one.")
     checkpoint = find_checkpoint(path)
     source, record = open_source(checkpoint, ema), run_record(checkpoint)
-    if config is None or isinstance(record.get("model"), dict):
-        config = _agreed(config, _config_of(record, checkpoint), checkpoint)
+    saved = record.get("model")
+    if isinstance(saved, dict):
+        config = _agreed(config, validate(ModelConfig, saved, f"{checkpoint}: model"), checkpoint)
+    elif config is None:
+        raise UserError(
+            f"{checkpoint} does not say what model it is of; give its preset, or put the run's run.json there."
+        )
     ds = record.get("deepspeed")
     dtype = DTYPES[dtype_of(ds)] if isinstance(ds, dict) else torch.float32
     return _checked(checkpoint, source, config, dtype)
@@ -193,12 +198,3 @@ def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype
         raise UserError(*problems)
     tokenizer = tokenizer_of(path)
     return OpenModel(path, config, source, tokenizer if tokenizer.is_file() else None, dtype)
-
-
-def _config_of(record: dict[str, Any], checkpoint: Path) -> ModelConfig:
-    model = record.get("model")
-    if not isinstance(model, dict):
-        raise UserError(
-            f"{checkpoint} does not say what model it is of; give its preset, or put the run's run.json there."
-        )
-    return validate(ModelConfig, model, f"{checkpoint}: model")

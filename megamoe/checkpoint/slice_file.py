@@ -161,33 +161,25 @@ class SliceFile:
                 f"{path} is not the file that was saved here: its header has changed, or it is of another save; use an "
                 "older checkpoint."
             )
-        self._buffer = memoryview(bytearray())
 
     def _header(self, size: int) -> bytes:
         length = self._file.read(8)
         return length + self._file.read(min(int.from_bytes(length, "little"), size, MOST_HEADER_BYTES))
 
     def read(self, record: TensorRecord, length: int, start: int, count: int) -> Tensor:
-        """Values `start` to `start` + `count` of a tensor of `length` values, (count,).
+        """Values `start` to `start` + `count` of a tensor of `length` values, (count,), a view of the blocks that they
+        lie in.
 
-        Raises DamagedError if a block that they lie in is not what was saved.
+        Raises DamagedError if one of these is not what was saved.
         """
-        values = torch.empty(count, dtype=getattr(torch, record.dtype))
-        if not count:
-            return values
-        target, first = _as_bytes(values), start * record.itemsize
-        last = first + len(target)
-        for number, begin, end in _blocks(length * record.itemsize, first, last):
-            if first <= begin and end <= last:
-                self._read_block(record, number, begin, target[begin - first : end - first])
-                continue
-            if len(self._buffer) < end - begin:
-                self._buffer = memoryview(bytearray(end - begin))
-            block = self._buffer[: end - begin]
-            self._read_block(record, number, begin, block)
-            low, high = max(begin, first), min(end, last)
-            target[low - first : high - first] = block[low - begin : high - begin]
-        return values
+        size = record.itemsize
+        first, last = start * size, (start + count) * size
+        begins, ends = first // BLOCK_BYTES * BLOCK_BYTES, min(number_of_blocks(last) * BLOCK_BYTES, length * size)
+        values = torch.empty((ends - begins) // size, dtype=getattr(torch, record.dtype))
+        target = _as_bytes(values)
+        for number, begin, end in _blocks(length * size, first, last):
+            self._read_block(record, number, begin, target[begin - begins : end - begins])
+        return values[start - begins // size :][:count]
 
     def verify(self, record: TensorRecord, length: int) -> None:
         """Read a tensor of `length` values block by block. Raises DamagedError if it is not what was saved."""

@@ -71,14 +71,14 @@ def build_engine(model: nn.Module, recipe: Recipe) -> deepspeed.DeepSpeedEngine:
         config=ds,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak),
     )
-    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
-        # The engine takes no class for it.
-        engine.optimizer.__class__ = GuardedOptimizer if engine.optimizer.cpu_offload else GivenNormOptimizer
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
-        if isinstance(engine.optimizer.optimizer, DeepSpeedCPULion):
-            _make_one_moment(engine.optimizer.optimizer)
-        if muon:
-            _share_matrices(muon, engine.optimizer, model)
+    # The engine takes no class for it.
+    zero = engine.optimizer
+    zero.__class__ = GuardedOptimizer if zero.cpu_offload else GivenNormOptimizer
+    zero.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
+    if isinstance(zero.optimizer, DeepSpeedCPULion):
+        _make_one_moment(zero.optimizer)
+    if muon:
+        _share_matrices(muon, zero, model)
     if engine.device.type == "cpu":
         cpu.give_back_freed_memory()
     return engine

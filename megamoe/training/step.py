@@ -105,7 +105,10 @@ class TrainStep:
         loss, *others = (total / micro_batches for total in on_host.losses)
         if takes_norm:
             optimizer.give_norm(norm_of(on_host.squares))
-        is_spike = self._apply(partial(skips, loss) if skips else None)
+        optimizer.is_spike = partial(skips, loss) if skips else None
+        self.engine.step()
+        is_spike = optimizer.spike is not None
+        self.engine.skipped_steps -= is_spike  # of steps whose gradients are not finite
         applied = self.engine.was_step_applied()
         balance = None
         if self.balancer and applied:
@@ -124,19 +127,6 @@ class TrainStep:
             balance=balance,
             is_spike=is_spike,
         )
-
-    def _apply(self, is_spike: Callable[[float], bool] | None) -> bool:
-        """DeepSpeed's step; returns whether it was skipped for a norm that `is_spike`."""
-        if is_spike is None:
-            self.engine.step()
-            return False
-        optimizer = self.engine.optimizer
-        optimizer.is_spike = is_spike
-        self.engine.step()
-        if optimizer.spike is None:
-            return False
-        self.engine.skipped_steps -= 1  # of steps whose gradients are not finite
-        return True
 
 
 def build_train_step(

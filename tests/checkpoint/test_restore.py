@@ -33,6 +33,7 @@ from megamoe.checkpoint.slice_file import SliceFile
 from megamoe.checkpoint.universal import write_universal
 from megamoe.config.optimizers import MASTERS
 from megamoe.model.names import is_buffer
+from megamoe.training.weight_average import WeightAverage
 from megamoe.utils.errors import UserError
 
 # --- any topology to any other --------------------------------------------------------------------------------------
@@ -167,9 +168,11 @@ def test_a_resume_on_the_same_topology_gives_the_same_losses_to_the_bit_and_on_a
 
 def save_before_a_step(folder):
     engine = make(2)
+    average = WeightAverage(engine, 0.9)
     save(engine, folder, 0)
-    losses = train(engine, 4)
+    losses = train(engine, 4, average=average)
     assert restore_first_verified(engine, [folder / "step_0"])
+    assert not average.has_begun
     assert train(engine, 4) == losses
     return losses
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from refusals import has, refusal
 from tokenizers import Tokenizer
 from toy import PRESET
 
@@ -58,9 +57,3 @@ def test_a_tokenizer_alone_ends_a_text_by_its_end_of_text_token(tmp_path):
     ids = write_tokenizer(tmp_path / "out", tmp_path / "tokenizer.json", CONFIG)
     assert ids == dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
-
-
-def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(published, tmp_path):
-    tokenizer, _ = published
-    small = CONFIG.model_copy(update={"vocab_size": 258})
-    has(refusal(write_tokenizer, tmp_path, tokenizer, small), "tokenizer.json", "vocabulary of 258")

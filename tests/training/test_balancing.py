@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from ranks import run_ranks
-from toy import PRESET, ds_config, recipe_of, shipped
+from toy import PRESET, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig
 from megamoe.data.batches import Batch
@@ -134,8 +134,9 @@ def three_steps(ds, ep_size, config=CONFIG):
 
 
 @pytest.mark.parametrize("config", [CONFIG, QUANTILE], ids=["sign", "quantile"])
-def test_statistics_are_fp32_and_identical_on_all_ranks(config):
-    results = run_ranks(4, three_steps, shipped("zero2"), 2, config)  # bf16
+def test_statistics_are_fp32_and_identical_on_all_ranks_and_every_slot_is_counted_once(config):
+    ds = shipped("zero2")  # bf16
+    results = run_ranks(4, three_steps, ds, 2, config)
     first = results[0][0]
     for layers, _, _ in results:
         for (bias, load), (first_bias, first_load) in zip(layers, first, strict=True):
@@ -143,18 +144,15 @@ def test_statistics_are_fp32_and_identical_on_all_ranks(config):
             assert torch.equal(bias, first_bias)
             assert torch.equal(load, first_load)
     assert any(bias.abs().max() > 0 for bias, _ in first)
-
-
-def test_counts_are_the_sum_over_ranks_and_every_slot_is_counted_once():
-    results = run_ranks(2, three_steps, ds_config(2), 1)
+    slots = 4 * 2 * 16 * PRESET["num_experts_per_tok"]
     for step in range(3):
         total = sum(own[step] for _, own, _ in results)
         balance = results[0][2][step][0]
         assert torch.equal(balance.counts, total)
+        assert total.sum(1).tolist() == [slots] * PRESET["num_hidden_layers"]
         means = [reported[step][1] for _, _, reported in results]
-        assert balance.entropies == pytest.approx([sum(pair) / 2 for pair in zip(*means, strict=True)], rel=1e-6)
+        assert balance.entropies == pytest.approx([sum(all_) / 4 for all_ in zip(*means, strict=True)], rel=1e-6)
         assert 0.5 < min(balance.entropies) < max(balance.entropies) < math.log(PRESET["num_local_experts"])
-        assert total.sum(1).tolist() == [2 * 2 * 16 * PRESET["num_experts_per_tok"]] * PRESET["num_hidden_layers"]
 
 
 def counted_by(engine):

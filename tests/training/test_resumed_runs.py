@@ -1,7 +1,5 @@
 """Whole runs over several ranks that go on from what another has left."""
 
-import contextlib
-import io
 import json
 import os
 
@@ -13,7 +11,6 @@ from toy import ds_config, ds_of_samples, losses, shipped, train_here, write_inp
 
 from megamoe.checkpoint.index import read_index
 from megamoe.launch.determinism import SETTINGS
-from megamoe.utils.errors import UserError
 
 
 # On a GPU sums have one order with `--deterministic` only, and each run is of new processes, as in its use.
@@ -47,17 +44,6 @@ def test_a_resumed_run_has_bit_for_bit_the_losses_of_one_that_was_not_stopped(
     assert set(evaluations[0]) <= set(evaluations[1])
 
 
-def problems_of(run):
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            train_here(run)
-        except UserError as error:
-            return error.problems
-        except SystemExit:
-            return said.getvalue().splitlines()
-    return None
-
-
 def test_a_run_resumes_on_other_ranks_and_another_ep_size_and_keeps_its_newest_checkpoints(tmp_path):
     run = {**write_inputs(tmp_path, ds_of_samples(8)), "steps": 10}
     whole = run_ranks(1, train_here, {**run, "run_dir": str(tmp_path / "whole")})[0]
@@ -74,7 +60,7 @@ def test_a_run_resumes_on_other_ranks_and_another_ep_size_and_keeps_its_newest_c
     assert read_index(tmp_path / "cut" / "checkpoints" / "step_6").topology.world_size == 2
 
 
-def test_a_resume_passes_over_a_damaged_checkpoint_and_refuses_if_none_holds(tmp_path):
+def test_a_resume_passes_over_a_damaged_checkpoint(tmp_path):
     run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "ep_size": 2, "save_interval": 2}
     whole = run_ranks(2, train_here, {**run, "steps": 6})[0]
     folder = tmp_path / "run" / "checkpoints"
@@ -82,12 +68,6 @@ def test_a_resume_passes_over_a_damaged_checkpoint_and_refuses_if_none_holds(tmp
     log = run_ranks(2, train_here, {**run, "steps": 8, "resume": True})[0]
     assert losses(log)[:6] == losses(whole)
     assert (folder / "latest").read_text() == "step_8.1"  # not among those that it has left behind
-    for path in folder.glob("step_*/rank_00000.safetensors"):
-        path.unlink()
-    problems, others = run_ranks(2, problems_of, {**run, "steps": 9, "resume": True})
-    (last,) = [line for line in problems if line.startswith("error: ")]
-    assert "rank_00000.safetensors is missing" in last
-    assert others == []
 
 
 def test_a_run_starts_from_the_weights_of_anothers_newest_verified_checkpoint(tmp_path):

@@ -19,7 +19,6 @@ from megamoe.data.batches import Batch
 from megamoe.model.decoder import Decoder
 from megamoe.training.loop import Trainer
 from megamoe.training.step import build_train_step
-from megamoe.training.step_sums import Flags, sum_over_ranks
 
 FOLDER = str(Path(megamoe.__file__).parent)
 # Operations whose result, or its shape, the host has to know: on a GPU it waits for them.
@@ -105,18 +104,6 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
             "launch/distributed.py:on_any_rank": 1,
             "evaluation/scoring.py:score": 2,
         }
-
-
-def flags_of_all(own):
-    counts = torch.zeros(1, 2, dtype=torch.int64)
-    none = torch.zeros(1)
-    sums = sum_over_ranks(0.0, none, own[torch.distributed.get_rank()], counts, none, none[:0])
-    return sums.read(torch.zeros(1, 2)).flags
-
-
-def test_a_step_tells_the_flags_of_any_rank():
-    flags = [Flags(writing=True), Flags(stop_asked=True, writing=True)]
-    assert run_ranks(2, flags_of_all, flags) == [Flags(stop_asked=True, writing=True)] * 2
 
 
 # --- the parts of the loss ---

@@ -4,26 +4,23 @@ import contextlib
 import io
 import json
 import math
-import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from engines import make, plain_state, same_state, save, train
-from indexed import flip_bit
 from ranks import run_ranks
 from refusals import has, only, refusals
 from toy import losses, shipped, train_here, write_inputs
 
 import megamoe
-from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.universal import write_universal
 from megamoe.commands import convert_checkpoint
 from megamoe.model.names import is_buffer
-from megamoe.training.weight_average import WeightAverage, describe_change
+from megamoe.training.weight_average import WeightAverage
 
 DECAY, STEPS = 0.3, 5  # the ramp reaches it at step 3
 SKIPPED = 3  # the step that is; the average is not that of the first weights any more
@@ -129,41 +126,6 @@ def test_it_is_restored_bit_for_bit_on_other_ranks_and_by_way_of_a_universal_che
     same_state(on_two[1], tmp_path / "two" / f"step_{STEPS}")
 
 
-def restore_without(checkpoint, damaged):
-    engine = make(1, seed=99)
-    assert restore_first_verified(engine, [checkpoint]) == checkpoint
-    states = list(engine.optimizer.optimizer.state.values())
-    return {kind for state in states for kind in state}, refusals(restore_first_verified, engine, [damaged])
-
-
-def test_a_run_without_average_restores_none_but_finds_its_damage(on_two, tmp_path):
-    damaged = shutil.copytree(on_two[1], tmp_path / "damaged")
-    file = damaged / "rank_00001.safetensors"
-    piece = next(one for one in read_index(damaged).files[file.name].slices if one.count > 100)
-    flip_bit(file, piece.tensors["ema"].offset + 1, 4)
-    ((kinds, problems),) = run_ranks(1, restore_without, on_two[1], damaged)
-    assert kinds == {"step", "exp_avg", "exp_avg_sq"}
-    has(only(problems), str(file), "SHA-256")
-
-
-def go_back_to_the_beginning(folder):
-    """The flat averages after a run's first step, and after the same step of the run that has gone back."""
-    engine = make(1)
-    average = WeightAverage(engine, DECAY)
-    save(engine, folder, 0)
-    train(engine, 1, average=average)
-    first = [one.clone() for one in flat_averages(engine)]
-    train(engine, 1, 1, average=average)
-    assert restore_first_verified(engine, [folder / "step_0"])
-    has_begun = average.has_begun
-    train(engine, 1, average=average)
-    return has_begun, all(map(torch.equal, first, flat_averages(engine)))
-
-
-def test_a_run_that_goes_back_to_before_its_first_applied_step_begins_its_average_again(tmp_path):
-    assert run_ranks(1, go_back_to_the_beginning, tmp_path) == [(False, True)]
-
-
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 
@@ -251,9 +213,3 @@ def test_tools_and_library_take_the_average_and_say_where_there_is_none(runs, tm
     for words in ((folder / "plain", tmp_path / "no.pt"), (tmp_path / "hf", "no")):
         has(only(refusals(convert, *words)), str(words[0]), "no averaged weights", "--ema_decay")
     assert not (tmp_path / "no.pt").exists()
-
-
-def test_a_resume_says_nothing_of_an_average_that_goes_on_or_is_not_there():
-    assert describe_change(7, None, None, False) is None
-    assert describe_change(7, 0.9, 0.9, True) is None
-    assert describe_change(7, None, 0.9, True) is None  # of a run before the last
