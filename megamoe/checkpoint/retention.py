@@ -37,7 +37,8 @@ class Retention:
         """Leave behind what is newer than `checkpoint`, or all where there is none; returns the generation of
         the checkpoints to come."""
         found = folders.step_folders(self._folder)
-        self._generation = max(self._generation, _next_generation(found, checkpoint))
+        if found and (newest := folders.age_of(found[0])):
+            self._generation = max(self._generation, newest.generation + (found[0] != checkpoint))
         self.left_behind |= set(found[: found.index(checkpoint)] if checkpoint in found else found)
         return self._generation
 
@@ -86,11 +87,3 @@ class Retention:
             except UserError:
                 return False
         return self._skipped.get(checkpoint.name, 0) == 0  # other forms do not say
-
-
-def _next_generation(found: list[Path], resumed: Path | None) -> int:
-    """Of the checkpoints to come: one more where there are newer ones than that from which the run resumes."""
-    newest = folders.age_of(found[0]) if found else None
-    if newest is None:
-        return 0
-    return newest.generation if found[0] == resumed else newest.generation + 1

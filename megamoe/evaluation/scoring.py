@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megamoe.data.batches import NO_LABEL
 from megamoe.model.decoder import Decoder
@@ -80,10 +81,8 @@ def score(model: Decoder, windows: Iterable[Window], owners: int, share: Share, 
 
 def _rows(arrays: Sequence[np.ndarray]) -> Tensor:
     """(B, longest) int64, filled up with NO_LABEL on the right, where no other position sees it."""
-    rows = np.full((len(arrays), max(map(len, arrays))), NO_LABEL, dtype=np.int64)
-    for row, array in zip(rows, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(rows)
+    rows = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+    return pad_sequence(rows, batch_first=True, padding_value=NO_LABEL)
 
 
 def bits_per_byte(nats: float, size: int) -> float:

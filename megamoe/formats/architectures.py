@@ -44,15 +44,15 @@ class Architecture:
     keys: Mapping[str, Key]
     implied: Mapping[str, Any]
     """Fields whose value the class itself implies, where it is not the default of ModelConfig."""
-    stated: Mapping[str, Any]
-    """Keys that must have this value, or be missing; written, since servers other than transformers read them."""
-    only: Mapping[str, tuple[Any, ...]]
-    """Keys that must have one of these values, or be missing; of a list, each entry. Not written."""
-    ignored: Mapping[str, str]
-    """Keys that do not change what the model computes, with the reason."""
     tensors: Mapping[str, tuple[str, ...]]
     """Names within a layer, `{}` for an expert's number, by the plain ones: the one that is written, then others that
     are read. Plain names that are not here stay as they are."""
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that must have this value, or be missing; written, since servers other than transformers read them."""
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys that must have one of these values, or be missing; of a list, each entry. Not written."""
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Keys besides `IGNORED` that do not change what the model computes, with the reason."""
     rope_theta: float = 10_000.0
     """The class's default."""
     rotary: str | None = None
@@ -168,9 +168,7 @@ MIXTRAL = Architecture(
         AUX_LOSS: Key("router_aux_loss_coef", 0.001),
     },
     implied={"gated_mlp": True, "router_bias": False, "router_aux_loss_type": "global_batch"},
-    stated={},
     only=NO_DROPOUT | FULL_ROTARY,
-    ignored=IGNORED,
     tensors=MIXTRAL_TENSORS,
     rope_theta=1e6,
 )
@@ -189,9 +187,7 @@ OLMOE = Architecture(
         AUX_LOSS: Key("router_aux_loss_coef", 0.01),
     },
     implied={"gated_mlp": True, "qk_norm": "full", "router_bias": False, "router_aux_loss_type": "global_batch"},
-    stated={},
     only=NO_DROPOUT | FULL_ROTARY | {"clip_qkv": (None,)},
-    ignored=IGNORED,
     tensors=QWEN_TENSORS,
 )
 
@@ -212,7 +208,7 @@ QWEN3_MOE = Architecture(
     implied={"gated_mlp": True, "qk_norm": "head", "router_bias": False, "router_aux_loss_type": "global_batch"},
     stated={"decoder_sparse_step": 1},
     only=NO_DROPOUT | FULL_ROTARY,
-    ignored=IGNORED | {"max_window_layers": "the class does not read it"},
+    ignored={"max_window_layers": "the class does not read it"},
     tensors=QWEN_TENSORS,
 )
 
@@ -236,8 +232,7 @@ MINIMAX_M2 = Architecture(
         "layernorm_linear_attention_beta": (1.0,),
         "layernorm_mlp_beta": (1.0,),
     },
-    ignored=IGNORED
-    | {
+    ignored={
         "mlp_intermediate_size": "no layer is dense",
         "shared_moe_mode": "there is no shared expert",
         "num_mtp_modules": _MTP,
@@ -269,9 +264,8 @@ GLM4_MOE = Architecture(
         "topk_group": Key("topk_group", 1, least=1),
     },
     implied={"gated_mlp": True, "router_score": "sigmoid"},
-    stated={},
     only=NO_DROPOUT | {"scoring_func": ("sigmoid",)},
-    ignored=IGNORED | {"num_nextn_predict_layers": _MTP, "num_mtp_layers": _MTP},
+    ignored={"num_nextn_predict_layers": _MTP, "num_mtp_layers": _MTP},
     tensors=DEEPSEEK_TENSORS,
     rotary="partial_rotary_factor",
     rotary_default=0.5,
@@ -300,8 +294,7 @@ DEEPSEEK_V3 = Architecture(
     implied={"gated_mlp": True, "router_score": "sigmoid"},
     stated={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     only=NO_DROPOUT | FULL_ROTARY,
-    ignored=IGNORED
-    | {
+    ignored={
         "num_nextn_predict_layers": _MTP,
         "num_mtp_layers": _MTP,
         "head_dim": "computed from qk_rope_head_dim",

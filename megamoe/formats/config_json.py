@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.config.model import ModelConfig, load_preset, preset_names, validate
-from megamoe.formats.architectures import ARCHITECTURES, REQUIRED, Architecture, Key
+from megamoe.formats.architectures import ARCHITECTURES, IGNORED, REQUIRED, Architecture, Key
 from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import read_json
 
@@ -99,7 +99,8 @@ def read_config(architecture: Architecture, values: dict[str, Any], where: str) 
 
 def _unknown_keys(architecture: Architecture, values: dict[str, Any], where: str) -> list[str]:
     keys = architecture.keys
-    known = {*keys, *architecture.stated, *architecture.only, *architecture.ignored, *ROPE, "quantization_config"}
+    known = {*keys, *architecture.stated, *architecture.only, *architecture.ignored, *IGNORED, *ROPE}
+    known.add("quantization_config")
     known |= {name for key in keys.values() for name in (key.alias, key.switch) if name}
     known |= {architecture.rotary} if architecture.rotary else set()
     return [

@@ -164,15 +164,11 @@ def _dense(config: ModelConfig, architecture: GgufArchitecture) -> list[str]:
 
 def _windows(config: ModelConfig) -> list[str]:
     """A window that no position is outside of is none."""
-    windows, longest = (
-        [config.window(block) for block in range(config.num_hidden_layers)],
-        config.max_position_embeddings,
-    )
-    return [
-        f"sliding_window is {window}, but llama.cpp's attention sees all {longest} positions"
-        for window in windows
-        if window and window < longest
-    ][:1]
+    longest = config.max_position_embeddings
+    windows = [config.window(block) or longest for block in range(config.num_hidden_layers)]
+    if min(windows) >= longest:
+        return []
+    return [f"sliding_window is {min(windows)}, but llama.cpp's attention sees all {longest} positions"]
 
 
 def _rope(config: ModelConfig, architecture: GgufArchitecture) -> list[str]:

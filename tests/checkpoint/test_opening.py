@@ -9,7 +9,7 @@ import pytest
 import torch
 from engines import plain_state
 from indexed import flip_bit, write, write_both
-from refusals import has, only, refusal, sentences
+from refusals import has, refusal
 from safetensors.torch import save_file
 from toy import PRESET
 
@@ -75,29 +75,14 @@ def test_a_folder_of_something_else_or_a_run_that_has_not_saved_yet_says_what_ca
     has(refusal(open_model, run), "holds no checkpoint yet")
 
 
-def test_the_newest_checkpoint_of_a_run_that_is_verified_is_found_with_a_line_for_each_passed_over(run_dir, capsys):
+def test_a_runs_newest_checkpoint_is_found_whatever_latest_says_and_one_alone_is_not_passed_over(run_dir):
     checkpoints = run_dir / "checkpoints"
+    (checkpoints / "latest").write_text("step_2")
     assert find_checkpoint(run_dir).name == "step_4"
-    (checkpoints / "latest").write_text("step_2")  # says nothing to us
-    assert find_checkpoint(run_dir).name == "step_4"
-    assert capsys.readouterr().out == ""
     path = checkpoints / "step_4" / "rank_00001.safetensors"
     flip_bit(path, path.stat().st_size - 1)
-    assert find_checkpoint(run_dir).name == "step_2"
-    assert only(capsys.readouterr().out.splitlines()).startswith(f"passed over {path.parent}: {path} has not the SHA")
-    shutil.copytree(checkpoints / "step_2", checkpoints / "step_2.1")
-    (shutil.copytree(checkpoints / "step_2", checkpoints / "step_6") / "index.json").unlink()
-    assert find_checkpoint(run_dir).name == "step_2.1"  # the run went back, and was here since
-    has(refusal(open_source, checkpoints / "step_6"), "was not saved completely")
-    for name in ("step_2", "step_2.1"):
-        (checkpoints / name / "rank_00000.safetensors").unlink()
-    capsys.readouterr()
-    has(refusal(find_checkpoint, run_dir), "every checkpoint in", "is damaged")
-    lines = sentences(capsys.readouterr().out.splitlines())
-    assert len(lines) == 4
-    has(lines[1], "passed over", "step_6 was not saved completely")
+    has(refusal(find_checkpoint, path.parent), str(path), "SHA-256")
     has(refusal(find_checkpoint, run_dir / "none"), "does not exist")
-    has(refusal(find_checkpoint, path.parent), str(path), "SHA-256")  # of one alone nothing is passed over
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -149,18 +149,7 @@ def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, 
         log(sinks, "train", record(step))
         sinks.log_text(step, "a line")
     sinks.close()
-    assert [call.args[1] for call in kept.log_scalars.call_args_list] == [10, 20]
+    for sink in (broken, kept):  # a disk may have room again
+        assert [call.args[1] for call in sink.log_scalars.call_args_list] == [10, 20]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "warning: Mock failed ([Errno 28] No space left on device); training continues."
-
-
-def test_a_log_that_could_not_be_written_gets_what_follows(tmp_path, capsys):
-    sinks = open_sinks(tmp_path, 0)
-    (tmp_path / "log.jsonl").mkdir()
-    log(sinks, "train", record(10))
-    (tmp_path / "log.jsonl").rmdir()
-    log(sinks, "train", record(20))
-    sinks.close()
-    assert [row["step"] for row in read_log(tmp_path)["train"]] == [20]
-    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10, 20]
-    assert capsys.readouterr().err.startswith("warning: JsonLinesSink failed ")

@@ -4,17 +4,20 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from engines import make, plain_state, same_state, save, train
+from indexed import flip_bit
 from ranks import run_ranks
 from refusals import has, only, refusals
 from toy import losses, shipped, train_here, write_inputs
 
 import megamoe
+from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.universal import write_universal
@@ -124,6 +127,23 @@ def test_it_is_restored_bit_for_bit_on_other_ranks_and_by_way_of_a_universal_che
     write_universal(open_source(on_two[1]), {}, tmp_path / "universal")
     run_ranks(2, restore_and_save, tmp_path / "universal", tmp_path / "two", 1, 2)
     same_state(on_two[1], tmp_path / "two" / f"step_{STEPS}")
+
+
+def restore_without(checkpoint, damaged):
+    engine = make(1, seed=99)
+    assert restore_first_verified(engine, [checkpoint]) == checkpoint
+    states = list(engine.optimizer.optimizer.state.values())
+    return {kind for state in states for kind in state}, refusals(restore_first_verified, engine, [damaged])
+
+
+def test_a_run_without_average_restores_none_but_finds_its_damage(on_two, tmp_path):
+    damaged = shutil.copytree(on_two[1], tmp_path / "damaged")
+    file = damaged / "rank_00001.safetensors"
+    piece = next(one for one in read_index(damaged).files[file.name].slices if one.count > 100)
+    flip_bit(file, piece.tensors["ema"].offset + 1, 4)
+    ((kinds, problems),) = run_ranks(1, restore_without, on_two[1], damaged)
+    assert kinds == {"step", "exp_avg", "exp_avg_sq"}
+    has(only(problems), str(file), "SHA-256")
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
