@@ -22,7 +22,7 @@ FASTER = 1.5  # how many times the FLOP/s of bf16 those of fp32 must be for fp32
 
 
 def faster_of(half_flops: float, single_flops: float) -> Choice:
-    """fp32 where its matrix products are so much faster than 16-bit ones that it is worth twice the memory."""
+    """fp32 where its GEMMs are so much faster than 16-bit ones that it is worth twice the memory."""
     return "fp32" if single_flops >= FASTER * half_flops else "bf16"
 
 
@@ -57,9 +57,9 @@ class Precision:
 
 
 def by_rates(half_flops: float, single_flops: float) -> Precision:
-    """Of a CPU whose matrix products run at these rates."""
+    """Of a CPU whose GEMMs run at these rates."""
     half, single = describe_flops(half_flops), describe_flops(single_flops)
-    reason = f"matrix products run at {half} in bf16 and at {single} in fp32 here"
+    reason = f"GEMMs run at {half} in bf16 and at {single} in fp32 here"
     return Precision(faster_of(half_flops, single_flops), reason, Peak(max(half_flops, single_flops), True))
 
 

@@ -263,7 +263,7 @@ def _optimizer_needs(m: Any) -> Iterator[str]:
     spec = find_optimizer(kind)
     if spec and spec.splits_matrices and _offloads(m):
         yield (
-            f"optimizer.type is {shown(kind)}, whose products of matrices an offloaded step would leave to the host's "
+            f"optimizer.type is {shown(kind)}, whose GEMMs an offloaded step would leave to the host's "
             'cores; leave "offload_optimizer" out of zero_optimization, or use "AdamW".'
         )
     if spec and spec.offloaded_on_cpu and m.on_cpu and not _offloads(m):

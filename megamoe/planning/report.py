@@ -22,7 +22,7 @@ LIMITS: dict[Part, str] = {
     "attention": "attention",
     "memory": "memory traffic of operators other than GEMMs",
     "copies": "DeepSpeed's copies of gradients",
-    "exchange": "the exchange of rows between ranks",
+    "exchange": "the all-to-all of rows between ranks",
     "gradients": "the reduction of gradients",
     "optimizer": "memory traffic of the optimizer",
     "weights": "gathering the updated weights",

@@ -71,12 +71,14 @@ def shown(value: Any, limit: int = 100) -> str:
 
 
 def unknown_key(where: str, key: str, known: Iterable[str], kind: str = "key") -> str:
-    """Say that `key` is unknown in `where`, with the nearest known one where there is one.
+    """Say that `key` is unknown in `where`, and so without effect, with the nearest known one where there is one.
 
     Args:
         kind: what it is called.
     """
     near = difflib.get_close_matches(key[:100], list(known), n=1, cutoff=0.5)
     return f"{where}: unknown {kind} {shown(key)}" + (
-        f'; did you mean "{near[0]}"?' if near else f"; known {kind}s are {', '.join(sorted(known))}."
+        f'; did you mean "{near[0]}"? If not, leave it out: it has no effect here.'
+        if near
+        else f"; it has no effect here, so leave it out; known {kind}s are {', '.join(sorted(known))}."
     )

@@ -38,7 +38,7 @@ class Device:
     host: float  # bytes/s to the host's memory
     host_memory_rate: float  # bytes/s of the host's memory, its own share
     capability: tuple[int, int] | None = field(default=None, kw_only=True)  # of CUDA
-    multiprocessors: int = field(default=0, kw_only=True)  # each takes a tile of a product at a time; 0 on CPU
+    multiprocessors: int = field(default=0, kw_only=True)  # each takes a tile of a GEMM at a time; 0 on CPU
 
     def flops(self, weight_bytes: int) -> float:
         """Peak FLOP/s for weights of 2 or 4 bytes."""
@@ -73,7 +73,7 @@ class Peak:
     is_measured: bool  # there is no data sheet for it here
 
     def __str__(self) -> str:
-        source = "measured, of square matrix products" if self.is_measured else "of the data sheet"
+        source = "measured, of square GEMMs" if self.is_measured else "of the data sheet"
         return f"{describe_flops(self.flops)} per rank, {source}"
 
 
@@ -92,7 +92,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(measured_flops(device, dtype), is_measured=True)
 
 
-# Sides of the square matrix products that are measured: twice the size again and again while there is time. The largest
+# Sides of the square GEMMs that are measured: twice the size again and again while there is time. The largest
 # takes under 1 GiB in fp32.
 SMALLEST_SQUARE, LARGEST_SQUARE, LARGEST_SQUARE_ON_CPU = 128, 8192, 1024
 MEASURED_SECONDS = 0.3
@@ -100,26 +100,26 @@ ROUNDS = 8
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix products on `device`, with the threads that this process has; 0 where it
+    """FLOP/s of the fastest square GEMMs on `device`, with the threads that this process has; 0 where it
     computes none.
 
-    Takes MEASURED_SECONDS and a few small products more at the most: a processor without bf16 instructions needs
+    Takes MEASURED_SECONDS and a few small ones more at the most: a processor without bf16 instructions needs
     seconds for a large one in bf16.
     """
     size, best, on_cpu = SMALLEST_SQUARE, 0.0, device.type == "cpu"
     try:
-        _product_seconds(_square(size, device, dtype))  # loads libraries, builds a kernel
+        _gemm_seconds(_square(size, device, dtype))  # loads libraries, builds a kernel
         until = time.perf_counter() + MEASURED_SECONDS
         while size <= (LARGEST_SQUARE_ON_CPU if on_cpu else LARGEST_SQUARE):
             seconds, a = math.inf, _square(size, device, dtype)
             if not on_cpu:
-                until += _product_seconds(a)  # loads this size's kernel
+                until += _gemm_seconds(a)  # loads this size's kernel
             for _ in range(ROUNDS):
-                seconds = min(seconds, _product_seconds(a))
+                seconds = min(seconds, _gemm_seconds(a))
                 best = max(best, 2 * size**3 / seconds)
                 if time.perf_counter() > until:
                     return best
-            if time.perf_counter() + 2**3 * seconds > until:  # what a product of twice the size takes
+            if time.perf_counter() + 2**3 * seconds > until:  # what a GEMM of twice the size takes
                 return best
             size *= 2
     except RuntimeError:  # out of memory, or no kernel for this dtype
@@ -132,7 +132,7 @@ def _square(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
     return torch.randn(size, size, device=device, generator=draw).to(dtype)
 
 
-def _product_seconds(a: torch.Tensor) -> float:
+def _gemm_seconds(a: torch.Tensor) -> float:
     start = time.perf_counter()
     b = a @ a
     b[-1, -1].item()  # waits for the device

@@ -22,7 +22,7 @@ def test_measured_flops_are_positive_and_finite_and_draw_nothing_from_torch(dtyp
 def test_a_measurement_takes_less_than_half_a_second_at_any_rate(monkeypatch, rate):
     now, sizes = 0.0, []
 
-    def product_seconds(a):
+    def gemm_seconds(a):
         nonlocal now
         if not rate:
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")  # no kernel for the dtype
@@ -30,7 +30,7 @@ def test_a_measurement_takes_less_than_half_a_second_at_any_rate(monkeypatch, ra
         now += 2 * len(a) ** 3 / rate
         return 2 * len(a) ** 3 / rate
 
-    monkeypatch.setattr(hardware, "_product_seconds", product_seconds)
+    monkeypatch.setattr(hardware, "_gemm_seconds", gemm_seconds)
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: now)
     assert measured_flops(torch.device("cpu"), torch.bfloat16) == pytest.approx(rate)
     assert now < 0.5

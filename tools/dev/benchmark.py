@@ -7,7 +7,7 @@
     python tools/dev/benchmark.py --growth                        how a step grows with tokens, length, experts, ranks
 
 The contenders take turns, `--rounds` times and in alternating order, so that other load on the host affects all of
-them; ratios are medians over the rounds. In each turn the host is measured too: matrix products at the model's own
+them; ratios are medians over the rounds. In each turn the host is measured too: GEMMs at the model's own
 shapes, and a copy in memory. `--json` writes everything that was measured.
 """
 
@@ -209,11 +209,11 @@ def print_summary(entries: list[Entry], turns: list[list[Turn]]) -> None:
     machine, tokens = machines[0], turns[0][0].tokens
     mfu = "MFU of a measured peak" if machine.peak_is_measured else "MFU"
     print(
-        f"\n{machine.device}, {machine.dtype}: matrix products at the model's shapes {rates[0] / 1e12:.3g} TFLOP/s, "
+        f"\n{machine.device}, {machine.dtype}: GEMMs at the model's shapes {rates[0] / 1e12:.3g} TFLOP/s, "
         f"peak {rates[1] / 1e12:.3g} TFLOP/s{' (measured, of square products)' if machine.peak_is_measured else ''}, "
         f"memory {rates[2] / 1e9:.3g} GB/s\n\n"
         f"| {tokens:,} tokens per step | tokens/s, median and measured | speed-up of {entries[0]} over this row "
-        f"| forward and backward, share of the rate of products | step, {mfu} | optimizer step against bare AdamW "
+        f"| forward and backward, share of the rate of GEMMs | step, {mfu} | optimizer step against bare AdamW "
         "| memory per rank |\n"
         "|---|---|---|---|---|---|---|"
     )

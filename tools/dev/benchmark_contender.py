@@ -35,7 +35,7 @@ from megamoe.utils.hardware import measured_bandwidth, memory_gib
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 HEAD_ROWS = 512  # tokens whose logits are computed at a time
-TRIALS = 3  # of a matrix product; the fastest counts
+TRIALS = 3  # of a GEMM; the fastest counts
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made
 
 
@@ -76,7 +76,7 @@ class Clock:
 
 
 def gemm_flops(config: ModelConfig, tokens: int, ep_size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s over the matrix products of one layer and its share of the head, forward and both backward ones, at the
+    """FLOP/s over the GEMMs of one layer and its share of the head, forward and both backward ones, at the
     shapes of a step with `tokens` tokens on a rank and balanced experts."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
