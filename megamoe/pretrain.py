@@ -54,7 +54,7 @@ from megamoe.training.rollback import saved_guard
 from megamoe.training.sinks import open_sinks
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
-from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.errors import Problems
 from megamoe.utils.json_files import read_json
 
 
@@ -193,15 +193,11 @@ def is_done(checked: Checked) -> bool:
     dist.broadcast_object_list(claims)  # rank 0 decides, by names
     if not claims[0]:
         return False
-    problems: list[str] = []
-    step = None
-    try:
-        newest = first_verified(candidates)
-        step = folders.step_of(newest) if newest else None
-        if newest in candidates:
-            del candidates[: candidates.index(newest)]  # which need not be looked at again
-    except UserError as error:
-        problems = error.problems
+    problems = Problems()
+    newest: Path | None = problems.attempt(first_verified, candidates)
+    step = folders.step_of(newest) if newest else None
+    if newest in candidates:
+        del candidates[: candidates.index(newest)]  # which need not be looked at again
     if step is not None and step >= last_step and not checked.run.auto_resume:
         problems.append(
             f"{folder} is at step {step} already and the run ends at {last_step}; to train on, raise --steps and the "
@@ -278,13 +274,10 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
 def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list[Path]) -> Path | None:
     """Give the engine what the run starts from, if that is not drawn; returns the checkpoint that it resumes from.
     Problems of any rank end all of them together. Collective."""
-    checkpoint, problems = None, []
-    try:
-        checkpoint = restore_first_verified(train_step.engine, candidates)
-        if not checkpoint:
-            restore_first_verified(train_step.engine, initial_weights, weights_only=True)
-    except UserError as error:
-        problems = error.problems
+    problems = Problems()
+    checkpoint: Path | None = problems.attempt(restore_first_verified, train_step.engine, candidates)
+    if not checkpoint and not problems:
+        problems.attempt(restore_first_verified, train_step.engine, initial_weights, True)  # weights alone
     raise_on_any_rank(problems)
     return checkpoint
 

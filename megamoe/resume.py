@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from megamoe.checkpoint import folders
-from megamoe.config.run import RunConfig, Stage
+from megamoe.config.run import RunConfig
 from megamoe.data.ledger import DataLedger, read_ledger
-from megamoe.utils.errors import Problems, UserError, shown
+from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.run_folder import RunFolder, last_record
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
@@ -120,7 +118,7 @@ def _decisive(record: dict[str, Any]) -> dict[str, Any]:
     optimization = _with_peaks_in_schedule({key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION})
     corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
     data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
-    stages = stages_of(record.get("run", {}))
+    stages = json.loads(json.dumps(record.get("run", {}).get("batch_ramp", [])))  # tuples are lists in a file
     decisive = {**record, "optimization": optimization, "data": data, "batch_ramp": stages}
     return {key: decisive.get(key) for key in SAME_ON_RESUME}
 
@@ -152,14 +150,3 @@ def _part(value: Any, other: Any) -> Any:
     if not isinstance(value, dict) or not isinstance(other, dict):
         return value
     return {key: _part(inner, other.get(key)) for key, inner in value.items() if inner != other.get(key)}
-
-
-def stages_of(run: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Of the batch-size warmup in a run's options as recorded. Raises UserError."""
-    recorded = run.get("batch_ramp", ())
-    try:
-        return TypeAdapter(tuple[Stage, ...]).validate_python(recorded)
-    except ValidationError:
-        raise UserError(
-            f"the record of the run has batch_ramp {shown(recorded)}, which no run has written; bring the file back."
-        ) from None

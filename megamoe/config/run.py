@@ -43,11 +43,12 @@ class Stage(NamedTuple):
     last_step: PositiveInt
 
 
-def parse_stage(value: str) -> tuple[int, ...]:
+def parse_stage(value: str) -> tuple[int, int]:
     """`SAMPLES:STEP` from the command line."""
     if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", value):
         raise ValueError(f"{value!r} is no stage; write SAMPLES:STEP, numbers above 0.")
-    return tuple(map(int, value.split(":")))
+    samples, last_step = map(int, value.split(":"))
+    return samples, last_step
 
 
 class HeldOutSource(BaseModel):

@@ -90,53 +90,46 @@ def _of_rows(setup: Setup) -> list[Collective]:
     ]
 
 
+def _split_over(setup: Setup) -> tuple[tuple[str, bool, int, int], ...]:
+    """(whose, whether experts', ranks that share them out, stride of these), of both kinds of weights."""
+    topology = setup.topology()
+    experts = "experts", True, topology.replicas, topology.replica_stride
+    return ("shared weights", False, setup.world_size, 1), experts
+
+
 def _of_gradients(setup: Setup, groups: list[Group]) -> list[Collective]:
-    topology, found = setup.topology(), []
+    found = []
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once per step.
     reductions = setup.accumulation if setup.zero_stage == 2 else 1
-    for purpose, expert, ranks, stride in (
-        ("gradients of shared weights", False, setup.world_size, 1),
-        ("gradients of experts", True, topology.replicas, topology.replica_stride),
-    ):
+    for whose, expert, ranks, stride in _split_over(setup):
         elements = sum(sum(group.sizes.values()) for group in groups if group.expert == expert)
         kind = "all_reduce" if setup.all_reduce else "reduce"
         buckets = math.ceil(elements / setup.bucket)
         calls = reductions * (buckets if setup.all_reduce else buckets + ranks - 1)
         payload = reductions * elements * setup.communication_bytes
         if setup.reduces(ranks):
-            found.append(Collective(purpose, kind, ranks, stride, calls, payload, "reduction"))
+            found.append(Collective(f"gradients of {whose}", kind, ranks, stride, calls, payload, "reduction"))
     return found
 
 
 def _of_update(setup: Setup, groups: list[Group]) -> list[Collective]:
-    topology, found = setup.topology(), []
-    replicas, replica_stride = topology.replicas, topology.replica_stride
-    world = setup.world_size
-    if setup.offload:
-        expert_groups = sum(group.expert for group in groups)
-        for purpose, ranks, stride, calls in (
-            ("norm of the gradient", world, 1, len(groups)),
-            ("norm of the experts' gradient", replicas, replica_stride, expert_groups),
-        ):
+    found = []
+    if setup.offload and setup.check_overflow:
+        found.append(Collective("overflow in any gradient", "all_reduce", setup.world_size, 1, 1, 1, "update"))
+    for whose, expert, ranks, stride in _split_over(setup):
+        theirs = [group for group in groups if group.expert == expert]
+        if setup.offload:
+            purpose, calls = ("norm of experts", len(theirs)) if expert else ("norm of the gradient", len(groups))
             found.append(Collective(purpose, "all_reduce", ranks, stride, calls, 4 * calls, "update"))
-        if setup.check_overflow:
-            found.append(Collective("overflow in any gradient", "all_reduce", world, 1, 1, 1, "update"))
-    for purpose, expert, ranks, stride in (
-        ("updated shared weights", False, world, 1),
-        ("updated experts", True, replicas, replica_stride),
-    ):
-        sizes = [group.partition * group.ranks * setup.weight_bytes for group in groups if group.expert == expert]
+        sizes = [group.partition * group.ranks * setup.weight_bytes for group in theirs]
         if ranks > 1:
-            found.append(Collective(purpose, "all_gather", ranks, stride, len(sizes), sum(sizes), "update"))
-    for purpose, expert, ranks, stride in (
-        ("matrices cut by the end of a share", False, world, 1),
-        ("experts' matrices cut by the end of a share", True, replicas, replica_stride),
-    ):
-        shares = [group.matrix_share(topology) for group in groups if group.expert == expert and group.matrices]
+            found.append(Collective(f"updated {whose}", "all_gather", ranks, stride, len(sizes), sum(sizes), "update"))
+        shares = [group.matrix_share(setup.topology()) for group in theirs if group.matrices]
         cut = [share for share in shares if share.is_cut]  # there and back
         if cut:
+            purpose, calls = f"cut matrices of {whose}", 2 * len(cut)
             payload = 4 * sum(sum(share.sent) + sum(share.received) for share in cut)
-            found.append(Collective(purpose, "all_to_all", ranks, stride, 2 * len(cut), payload, "update"))
+            found.append(Collective(purpose, "all_to_all", ranks, stride, calls, payload, "update"))
     return found
 
 

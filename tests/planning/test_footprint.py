@@ -227,5 +227,5 @@ def test_a_step_of_muon_takes_the_planned_bytes(ranks, name):
         assert real - late <= planned.step.total() * 1.002, rank
         without = replace(setup, muon_bytes=None)
         assert planned.between["optimizer state"] < 0.6 * footprint(without, rank).between["optimizer state"], rank
-    moved = [one.purpose for one in collectives(setup) if "cut by" in one.purpose]
+    moved = [one.purpose for one in collectives(setup) if "cut matrices" in one.purpose]
     assert len(moved) == (2 if "cut" in name else 0)

@@ -47,7 +47,6 @@ from megamoe.data.batch_warmup import BatchWarmup
 from megamoe.formats.config_json import find_preset
 from megamoe.model.costs import parameter_count, train_flops_per_token
 from megamoe.pretrain import check_run
-from megamoe.resume import stages_of
 from megamoe.training.sinks import read_log
 from megamoe.utils.errors import Problems, UserError, unknown_key
 from megamoe.utils.json_files import read_json, write_json
@@ -210,7 +209,7 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     begins = next(index for index, row in enumerate(rows) if row["step"] >= trial.steps / 10)
     seq_len = trial.options.get("seq_len", trial.model.max_position_embeddings)
     steps = [row["step"] for row in rows]
-    stages = stages_of({"batch_ramp": [parse_stage(stage) for stage in trial.options.get("batch_ramp", [])]})
+    stages = tuple(parse_stage(stage) for stage in trial.options.get("batch_ramp", []))
     warmup = BatchWarmup(trial.recipe.samples, stages)
     samples = [warmup.samples_before(step + 1) for step in [0, *steps]]
     tokens = [(after - before) * seq_len for before, after in pairwise(samples)]

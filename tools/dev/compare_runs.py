@@ -17,7 +17,6 @@ import matplotlib
 from megamoe.commands.report import cell, draw, read_run
 from megamoe.config import cli
 from megamoe.data.batch_warmup import BatchWarmup
-from megamoe.resume import stages_of
 from megamoe.utils.errors import Problems, UserError, shown
 from megamoe.utils.json_files import read_regular
 from megamoe.utils.run_folder import last_record
@@ -48,7 +47,8 @@ def read_sized_run(run_dir: Path) -> Run:
     if not all(isinstance(size, int) for size in sizes):
         raise UserError(f"{run_dir}/run.json does not say how large the run is; bring the file back, or leave it out.")
     parameters, seq_len, samples = sizes
-    return Run(str(run_dir), parameters, seq_len, BatchWarmup(samples, stages_of(record.get("run", {}))), log)
+    warmup = BatchWarmup(samples, record.get("run", {}).get("batch_ramp", ()))
+    return Run(str(run_dir), parameters, seq_len, warmup, log)
 
 
 def comparison_table(runs: list[Run]) -> str:
