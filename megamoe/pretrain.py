@@ -230,7 +230,9 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
     position.at("restoring")
     checkpoint = restore(train_step, start.candidates, start.initial_weights)
     first = (folders.step_of(checkpoint) or 0) if checkpoint else 0
-    guard = restore_guard(config, recipe.schedule.warmup_steps, checkpoint)
+    guard = Guard(config, recipe.schedule.warmup_steps)
+    if checkpoint:
+        guard.restore(saved_guard(checkpoint), first)
     ledger = [start.ledger]
     dist.broadcast_object_list(ledger)  # rank 0 has read it
     sinks = None
@@ -280,14 +282,6 @@ def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list
         problems.attempt(restore_first_verified, train_step.engine, initial_weights, True)  # weights alone
     raise_on_any_rank(problems)
     return checkpoint
-
-
-def restore_guard(config: RunConfig, warmup_steps: int, checkpoint: Path | None) -> Guard:
-    """The run's guard as `checkpoint` has it. Collective."""
-    guard = Guard(config, warmup_steps)
-    if checkpoint:
-        guard.restore(saved_guard(checkpoint), folders.step_of(checkpoint) or 0)
-    return guard
 
 
 def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_average: bool) -> list[str]:

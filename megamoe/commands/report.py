@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ def results(valid: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def show(run_dir: Path, log: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    draw(log).savefig(picture, dpi=120)
+    draw(log).savefig(picture, dpi=120, format="png")
     print(loss_table(log))
     for line in results(log["valid"]):
         print(line)
@@ -157,11 +156,5 @@ def main() -> None:
     parser = cli.Parser(description="Print a run's losses and draw them.")
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="PNG to draw; by default RUN/loss_lr.png")
-    args = parser.parse(check=check)
+    args = parser.parse()
     show(args.run_dir, read_run(args.run_dir), args.out or args.run_dir / "loss_lr.png")
-
-
-def check(args: argparse.Namespace) -> argparse.Namespace:
-    if args.out and args.out.suffix != ".png":
-        raise UserError(f"--out is {args.out}; give it a name that ends in .png.")
-    return args

@@ -120,11 +120,6 @@ OPTIMIZERS = [
 ]
 
 
-def optimizer_names() -> list[str]:
-    """Names of all optimizers, as in the DeepSpeed JSON."""
-    return [name for spec in OPTIMIZERS for name in spec.names]
-
-
 def find_optimizer(name: object) -> OptimizerSpec | None:
     """The optimizer of that name, in the DeepSpeed JSON's spelling or in DeepSpeed's own, which is lower case; None if
     there is none."""

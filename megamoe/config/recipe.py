@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from megamoe.config.model import validate
-from megamoe.config.optimizers import OptimizerSpec, Params, find_optimizer, optimizer_names
+from megamoe.config.optimizers import OPTIMIZERS, OptimizerSpec, Params, find_optimizer
 from megamoe.config.recipe_sections import (
     REFUSED,
     SECTIONS,
@@ -255,7 +255,8 @@ def _known_optimizer(m: Any) -> Iterator[str]:
     if kind is None:
         yield '"optimizer.type" is missing; give "optimizer": {"type": "AdamW", "params": {...}}.'
     elif not spec or kind not in spec.names:
-        yield f"optimizer.type is {shown(kind)}; use one of {', '.join(optimizer_names())}."
+        known = [name for one in OPTIMIZERS for name in one.names]
+        yield f"optimizer.type is {shown(kind)}; use one of {', '.join(known)}."
 
 
 def _optimizer_needs(m: Any) -> Iterator[str]:

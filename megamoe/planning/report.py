@@ -10,7 +10,6 @@ from megamoe.model.grouped_gemm import DESCRIPTIONS
 from megamoe.planning.footprint import Footprint
 from megamoe.planning.planner import GIB, Plan, batch_keys
 from megamoe.planning.search import Split
-from megamoe.planning.sharding import parameter_groups
 from megamoe.planning.step_time import Part, StepTime
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE
 
@@ -72,12 +71,6 @@ def assumptions(plan: Plan) -> list[str]:
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
         "fragments come on top.",
     ]
-    largest = max(size for group in parameter_groups(plan.setup) for size in group.sizes.values())
-    if largest > plan.setup.bucket:
-        found.append(
-            f"zero_optimization.reduce_bucket_size is {plan.setup.bucket:,}, below the {largest:,} numbers of the "
-            "largest parameter: a gradient above it is reduced on its own, and may stay to the end of backward."
-        )
     if plan.setup.offload:
         found.append(
             f"Offloaded optimizer: {device.host / 1e9:.4g} GB/s each way between device and host, of which "

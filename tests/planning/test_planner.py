@@ -173,19 +173,6 @@ def test_what_the_experts_gemms_are_is_said():
         has(only([sentence for sentence in assumptions(plan) if "experts' GEMMs" in sentence]), said)
 
 
-def said_of_buckets(path):
-    return [sentence for sentence in assumptions(planned(ds_config=str(path))) if "reduce_bucket_size" in sentence]
-
-
-def test_gradients_larger_than_a_bucket_are_said(tmp_path):
-    ds = shipped("zero2")
-    ds["zero_optimization"]["reduce_bucket_size"] = 768 * 49_152 - 1  # the embedding has one number more
-    (tmp_path / "ds.json").write_text(json.dumps(ds))
-    has(only(said_of_buckets(tmp_path / "ds.json")), "37,748,735", "37,748,736", "end of backward")
-    for path in SHIPPED.glob("*.json"):
-        assert said_of_buckets(path) == [], path
-
-
 def test_more_ranks_in_a_node_make_the_links_faster():
     apart, together = planned(gpus_per_node=4), planned(gpus_per_node=16)
     exchange = [plan.time.phases[0].device["exchange"] for plan in (apart, planned(), together)]
