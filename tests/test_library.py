@@ -85,13 +85,6 @@ def test_a_model_is_loaded_from_every_form_that_it_has(run_dir, tmp_path):
     assert megamoe.load_model(run_dir, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
 
 
-def test_weights_of_another_model_and_a_place_without_any_are_refused(run_dir, tmp_path):
-    write_state_dict(open_source(find_checkpoint(run_dir)), tmp_path / "w.pt", torch.float32)
-    other = megamoe.ModelConfig(**{**PRESET, "vocab_size": 299})
-    has(only(refusals(partial(megamoe.load_model, tmp_path / "w.pt", preset=other))), "vocab_size 300, not 299")
-    has(only(refusals(megamoe.load_model, tmp_path)), "no checkpoint")
-
-
 def test_the_tokenizer_of_a_model_is_that_of_its_folder_or_of_its_run_and_of_no_folder_above(run_dir, tmp_path):
     checkpoint = find_checkpoint(run_dir)
     for path in (run_dir, checkpoint, checkpoint.parent, run_dir / "tokenizer.json"):

@@ -56,8 +56,3 @@ def test_the_bf16_peak_of_an_unknown_card_or_one_without_bf16_is_measured(monkey
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: (device.type, dtype))
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == Peak(("cuda", torch.bfloat16), is_measured=True)
-
-
-def test_the_peak_of_a_cpu_is_measured(monkeypatch):
-    monkeypatch.setattr(hardware, "measured_flops", lambda device, dtype: (device.type, dtype))
-    assert peak_flops(torch.device("cpu"), torch.float32) == Peak(("cpu", torch.float32), is_measured=True)
