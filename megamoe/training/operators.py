@@ -2,25 +2,33 @@
 
 torch guards a compilation by a file, `lock`, which a killed process leaves behind, and waits for it without an end. So
 here a process that compiles, or that loads what is compiled, holds a lock of the operating system, which ends with it,
-also on a shared file system; whoever has it alone removes torch's.
+also on a shared file system; whoever has it alone removes torch's. One that another program made is left alone until it
+is 15 minutes old.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import math
 import os
 import shlex
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from torch.utils.cpp_extension import _get_build_directory
 
 from megamoe.utils.errors import UserError
+
+MOST_SECONDS = 15 * 60  # that another program compiles
+QUIET_SECONDS = 3
+POLL_SECONDS = 0.2
 
 
 def load_operator(name: str | None) -> None:
@@ -43,28 +51,49 @@ def load_in_turn(name: str, load: Callable[[], Any]) -> None:
         holder = open(folder / "holder", "a+")  # noqa: SIM115 (its close, below, ends the lock)
     except OSError as error:
         raise _unusable(error.filename, error) from None
-    compiled, lock = folder / f"{name}.so", folder / "lock"
+    compiled = folder / f"{name}.so"
     with holder:
-        # Nobody enters `load` while torch's lock is there, so as not to wait inside for one who has died.
-        kind = fcntl.LOCK_SH if compiled.exists() and not lock.exists() else fcntl.LOCK_EX
         try:
-            _take_turn(holder.fileno(), kind, f"compiles or loads {name} in {folder}")
+            _wait_for_turn(holder, compiled, folder / "lock")
         except OSError as error:
             raise _unusable(holder.name, error) from None
-        if kind == fcntl.LOCK_EX:
-            lock.unlink(missing_ok=True)
         if not compiled.exists():
             check_compiler(name)
             print(f"compiling {name}, once on this host, in {folder}; this takes minutes", flush=True)
         load()
 
 
-def _take_turn(file: int, kind: int, what: str) -> None:
+def _wait_for_turn(holder: IO[str], compiled: Path, lock: Path) -> None:
+    """Wait until `load` may be entered, and mark the file of our lock."""
+    say_at = time.monotonic() + QUIET_SECONDS
+    while not _has_turn(holder, compiled, lock):
+        if time.monotonic() > say_at:
+            print(f"waiting for another process, which compiles or loads {compiled.stem} in {lock.parent}", flush=True)
+            say_at = math.inf
+        time.sleep(POLL_SECONDS)
+    holder.write("entered\n")
+    holder.flush()
+
+
+def _has_turn(holder: IO[str], compiled: Path, lock: Path) -> bool:
+    """Take our lock, shared to load and alone to compile, if that is possible now.
+
+    Args:
+        lock: torch's. Nobody enters `load` while it is there, so as not to wait inside for one who has died.
+    """
+    loads = compiled.exists() and not lock.exists()
     try:
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+        fcntl.lockf(holder, (fcntl.LOCK_SH if loads else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        print(f"waiting for another process, which {what}", flush=True)
-        fcntl.lockf(file, kind)
+        return False
+    if loads:
+        return True
+    with contextlib.suppress(FileNotFoundError):
+        if not os.fstat(holder.fileno()).st_size and time.time() - lock.stat().st_mtime < MOST_SECONDS:
+            fcntl.lockf(holder, fcntl.LOCK_UN)  # none of us has been here: it is another program's
+            return False
+    lock.unlink(missing_ok=True)
+    return True
 
 
 def _unusable(path: str, error: OSError) -> UserError:

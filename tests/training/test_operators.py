@@ -101,6 +101,25 @@ def test_a_start_says_that_it_waits_and_goes_on_when_the_other_is_done(start, fo
     assert "compiling" not in "".join(read_until(second, "done"))  # it is compiled
 
 
+def test_a_lock_of_another_program_is_left_alone_until_it_is_old(start, folder):
+    (folder / "lock").touch()
+    _, pipe = start()
+    assert read(pipe) == f"waiting for another process, which compiles or loads cpu_adam in {folder}"
+    assert (folder / "lock").exists()
+    os.utime(folder / "lock", (0, 0))
+    assert read_until(pipe, "done")[-2:] == ["begun", "done"]
+
+
+def test_one_who_waits_goes_on_when_the_other_is_killed_who_left_a_lock(start, folder):
+    (folder / "cpu_adam.so").touch()
+    loads, pipe = start("hold")
+    read_until(pipe, "begun")
+    _, second = start()
+    assert read(second).startswith("waiting")
+    loads.kill()
+    assert read_until(second, "done") == ["begun", "done"]
+
+
 def test_all_ranks_load_what_is_compiled_at_the_same_time(start, folder):
     (folder / "cpu_adam.so").touch()
     pipes = [start("meet")[1] for _ in range(3)]
