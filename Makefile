@@ -111,7 +111,7 @@ $(TOKENS)/corpus.json: $(SOURCE) $(CHANGED) | .venv/.train
 
 data/plays: | .venv/.train
 	rm -rf data/.plays-*
-	python tools/fetch_corpus.py --out data/plays
+	python tools/dev/fetch_corpus.py --out data/plays
 
 .venv/.train: pyproject.toml
 	tools/install.sh .

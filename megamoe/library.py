@@ -165,10 +165,7 @@ def evaluate(
 def _check_tokenizer(model: Decoder, tokenizer: Tokenizer) -> None:
     needed, rows = tokenizers.vocabulary_of(tokenizer), model.config.vocab_size
     if needed > rows:
-        raise UserError(
-            f"the tokenizer has token id {needed - 1}, beyond the model's vocabulary of {rows}; give the tokenizer of "
-            "the model."
-        )
+        raise UserError(f"the tokenizer has token id {needed - 1}, beyond the model's {rows} entries; give its own.")
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.checkpoint import folders
+from megamoe.config.model import ModelConfig
 from megamoe.config.run import RunConfig
 from megamoe.data.ledger import DataLedger, read_ledger
 from megamoe.utils.errors import Problems, UserError
@@ -119,7 +120,9 @@ def _decisive(record: dict[str, Any]) -> dict[str, Any]:
     corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
     data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
     stages = json.loads(json.dumps(record.get("run", {}).get("batch_ramp", [])))  # tuples are lists in a file
-    decisive = {**record, "optimization": optimization, "data": data, "batch_ramp": stages}
+    defaults = {key: field.default for key, field in ModelConfig.model_fields.items() if not field.is_required()}
+    model = defaults | record.get("model", {})  # of a version that lacked a field
+    decisive = {**record, "model": model, "optimization": optimization, "data": data, "batch_ramp": stages}
     return {key: decisive.get(key) for key in SAME_ON_RESUME}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import sys
 from importlib.metadata import version
@@ -91,17 +90,10 @@ def _describe_held_out(inputs: RunInputs) -> str:
 
 
 def describe_initial(model: ModelConfig, initial_weights: list[Path]) -> str | None:
-    """By what the model differs from that of the directory whose weights the run starts from, where the weights do not
-    show it."""
+    """In which fields the model differs from that of the directory whose weights the run starts from."""
     directory = next((path for path in initial_weights if (path / "config.json").is_file()), None)
-    if directory is None:
-        return None
-    theirs = preset_of(directory)
-    changed = [
-        f"{name} {json.dumps(getattr(model, name))} in place of {json.dumps(getattr(theirs, name))}"
-        for name in differences(model, theirs)
-    ]
-    return f"the model has, for the weights in {directory}, {', '.join(changed)}" if changed else None
+    changed = differences(model, preset_of(directory)) if directory else []
+    return f"the model differs from that of {directory} in {', '.join(changed)}" if changed else None
 
 
 def describe_experts_gemms(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -122,7 +122,7 @@ def test_every_token_of_a_text_is_predicted_once_behind_end_of_text():
 def test_a_tokenizer_larger_than_the_model_is_refused():
     model, tokenizer = megamoe.build_model(model_of("plain_scores")), train_tokenizer([TEXT], 270)
     for call in (partial(megamoe.evaluate, model, tokenizer, TEXT), partial(megamoe.generate, model, tokenizer, ["a"])):
-        has(only(refusals(call)), "token id 269", "vocabulary of 101", "give the tokenizer")
+        has(only(refusals(call)), "token id 269", "101 entries", "give its own")
 
 
 # --- training ---

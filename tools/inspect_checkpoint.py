@@ -1,5 +1,3 @@
-"""Look into a checkpoint: `python tools/inspect_checkpoint.py runs/tiny`."""
-
 from megamoe.config import cli
 
 if __name__ == "__main__":

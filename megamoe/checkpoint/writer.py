@@ -97,6 +97,7 @@ class CheckpointWriter:
         self._engine_is_free = threading.Event()  # set while the thread does not read the engine's own tensors
         self._engine_is_free.set()
         self._failure: str | None = None  # of the last save
+        self._skipped = 0  # steps of its window
         self._size = 0  # in bytes
         self._waited = 0.0
         self._last_seconds = 0.0  # that the last save took
@@ -144,9 +145,10 @@ class CheckpointWriter:
         if self.pending:
             self.complete()
         self._saves += 1
+        self._skipped = skipped + (self._skipped if self._failure else 0)  # a save that failed passes its own on
         self._failure = "the thread that saves has failed"  # until it says otherwise
         self._engine_is_free.clear()
-        index = self._index(step, skipped, guard) if self.rank == 0 else None
+        index = self._index(step, self._skipped, guard) if self.rank == 0 else None
         store, state = PrefixStore(str(self._saves), self._store), rank_state(self.engine)
         ready = torch.cuda.current_stream().record_event() if self.engine.device.type == "cuda" else None
         save = _Save(self._saves, store, step, state, index, hold, good_until, ready, started)

@@ -57,10 +57,9 @@ def choose_format(out: Path, to: str | None) -> str:
         raise UserError(f"--to is {to}; use one of {', '.join(FORMATS)}.")
     if to is not None and (ending or to) != to:
         raise UserError(f"--to is {to}, but {out} ends in {out.suffix}; drop one of the two.")
-    if to == "state_dict" and ending is None:
-        raise UserError(f"--to is state_dict, but {out} has no ending of one; call it {out}.pt.")
-    if to == "gguf" and ending is None:
-        raise UserError(f"--to is gguf, but {out} has not its ending; call it {out}.gguf.")
+    suffix = {"state_dict": ".pt", "gguf": ".gguf"}.get(to or "")
+    if suffix and not ending:
+        raise UserError(f"--to is {to}, but {out} has not its ending; call it {out}{suffix}.")
     return to or ending or "huggingface"
 
 

@@ -205,7 +205,7 @@ class RunConfig(BaseModel):
     def _check(self) -> RunConfig:
         names = [*(source.name for source in self.valid_data), *self.lm_eval_tasks]
         problems = [
-            f"valid_data: two held-out sets, or one and a task, have the name {name}; write NAME=PATH with another."
+            f"two of valid_data and lm_eval_tasks have the name {name}; leave one out, or write NAME=PATH with another."
             for name in dict.fromkeys(names)
             if names.count(name) > 1
         ]

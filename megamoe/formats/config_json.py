@@ -127,6 +127,9 @@ def _unfit_keys(architecture: Architecture, values: dict[str, Any], where: str) 
             problems.append(f"{where}: {name} is {shown(value)}; {architecture.name} needs {key.least} or more.")
         if key.values is not None and not any(value is one for one in key.values):
             problems.append(f"{where}: {name} is {shown(value)}; use {' or '.join(map(shown, key.values))}.")
+        if key.alias in values and values.get(name, values[key.alias]) != values[key.alias]:
+            other = f"{key.alias}, which is the same, {shown(values[key.alias])}"
+            problems.append(f"{where}: {name} is {shown(value)} and {other}; keep one.")
     return sorted(problems)
 
 

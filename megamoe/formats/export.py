@@ -11,6 +11,7 @@ An output is complete or absent.
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,20 +32,6 @@ from megamoe.model.names import MTP, is_buffer
 from megamoe.utils.disk import output
 from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import write_json
-
-HUGGINGFACE_FILES = (
-    "formats/huggingface/attention_function.py",
-    "formats/huggingface/configuration_megamoe.py",
-    "formats/huggingface/modeling_megamoe.py",
-    "model/attention.py",
-    "model/feed_forward.py",
-    "model/latent_attention.py",
-    "model/rope.py",
-    "model/router.py",
-    "model/margins.py",
-    "model/router_losses.py",
-    "model/from_config.py",
-)
 
 
 class Entry(NamedTuple):
@@ -167,9 +154,20 @@ def write_huggingface(
         ids = dict.fromkeys(TOKEN_IDS) | (write_tokenizer(partial, tokenizer, config) if tokenizer else {})
         write_json(partial / "config.json", {**values, "dtype": str(dtype).removeprefix("torch."), **ids})
         write_generation_config(partial, ids)
-        for name in () if architecture else HUGGINGFACE_FILES:
-            shutil.copyfile(Path(megamoe.__file__).parent / name, partial / Path(name).name)
+        for file in () if architecture else own_code():
+            shutil.copyfile(file, partial / file.name)
         save_shards(huggingface_view(source, config, keep_mtp, architecture), partial, dtype, shard_bytes)
+
+
+def own_code() -> list[Path]:
+    """`modeling_megamoe.py` and the files that it imports next to itself, there in one folder, here in two."""
+    model, here = Path(megamoe.__file__).parent / "model", Path(__file__).parent / "huggingface"
+    files = [here / "modeling_megamoe.py"]
+    for file in files:  # which grows
+        names = re.findall(r"^from \.(\w+) import", file.read_text(), re.MULTILINE)
+        beside = [here / f"{name}.py" if (here / f"{name}.py").is_file() else model / f"{name}.py" for name in names]
+        files += [one for one in beside if one not in files]
+    return files
 
 
 def huggingface_view(source: Source, config: ModelConfig, keep_mtp: bool, architecture: Architecture | None) -> View:

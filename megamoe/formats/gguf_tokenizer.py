@@ -56,8 +56,9 @@ def add_tokenizer(writer: GGUFWriter, path: Path, config: ModelConfig) -> None:
     ids = special_ids(path, config)
     for key in adds.keys() & ids.keys():
         adds[key](ids[key][0] if isinstance(ids[key], list) else ids[key])
-    template = SpecialVocab(path.parent).chat_template
-    if template:
+    if (settings := path.with_name("tokenizer_config.json")).is_file():
+        read_json(settings)  # refuses what gguf would stumble over
+    if template := SpecialVocab(path.parent).chat_template:
         writer.add_chat_template(template)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)

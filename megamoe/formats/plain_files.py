@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -46,7 +47,10 @@ class StoredWeights(WeightsAlone):
         """
         self._tensors, self._places = tensors, places
         self.shapes = {name: shapes[name] for name in places if not is_buffer(name)}
-        self.buffers = {name: self.read(name, MASTERS, 0, shapes[name][0]) for name in places if is_buffer(name)}
+        self.buffers = {
+            name: self.read(name, MASTERS, 0, math.prod(shapes[name])).view(shapes[name])
+            for name in filter(is_buffer, places)
+        }
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         assert kind == MASTERS

@@ -26,12 +26,14 @@ TOKENIZER_FILES = (
 
 def special_ids(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
     """Ids by the keys of TOKEN_IDS, of the tokenizer.json at `tokenizer`: those of the config.json next to it, or
-    else the end-of-text token for all. Raises UserError where the tokenizer does not fit the model."""
-    loaded = load_tokenizer(tokenizer, config.vocab_size)
+    else the end-of-text token for all. Raises UserError where the tokenizer does not fit the model. A directory with a
+    config.json may have its tokenizer in another file."""
     path = tokenizer.with_name("config.json")
+    is_elsewhere = path.is_file() and not tokenizer.is_file()
+    loaded = None if is_elsewhere else load_tokenizer(tokenizer, config.vocab_size)
     given = read_json(path) if path.is_file() else {}
     found = {key: given[key] for key in TOKEN_IDS if _is_id(given.get(key))}
-    if found:
+    if found or not loaded:
         return found
     ids = (loaded.token_to_id(name) for name in END_OF_TEXT_NAMES)
     end_of_text = next((one for one in ids if one is not None), None)
@@ -47,7 +49,7 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[
     """Write a tokenizer.json and what transformers needs with it: of a Hugging Face directory, its own files. Returns
     `special_ids`."""
     ids = special_ids(tokenizer, config)
-    if tokenizer.with_name("tokenizer_config.json").is_file():
+    if tokenizer.with_name("tokenizer_config.json").is_file() or not tokenizer.is_file():
         for name in TOKENIZER_FILES:
             if tokenizer.with_name(name).is_file():
                 shutil.copyfile(tokenizer.with_name(name), folder / name)

@@ -114,9 +114,7 @@ def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> 
     all_dense = dense.model_copy(update={"mlp_only_layers": list(range(dense.num_hidden_layers))})
     source = Upcycled(NativeFiles(directory, sparse, all_dense), config, recipe)
     tokenizer = directory / "tokenizer.json"
-    write_huggingface(
-        source, out, source.dtype, shard_bytes, config, tokenizer if tokenizer.is_file() else None, architecture=sparse
-    )
+    write_huggingface(source, out, source.dtype, shard_bytes, config, tokenizer, architecture=sparse)
     return sparse.name
 
 

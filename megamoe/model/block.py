@@ -8,14 +8,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megamoe.config.model import ModelConfig
-from megamoe.model.attention import GroupedQueryAttention, LayerCache
+from megamoe.model.attention import LayerCache
+from megamoe.model.attention_kinds import build_attention
 from megamoe.model.compiled import CompiledBlock
 from megamoe.model.experts import StackedExperts
 from megamoe.model.feed_forward import MLP
 from megamoe.model.from_config import from_config
-from megamoe.model.latent_attention import MultiHeadLatentAttention
 from megamoe.model.moe import MoE
-from megamoe.model.rope import Rotary, softmax_scale
+from megamoe.model.rope import Rotary
 from megamoe.model.router import Router
 from megamoe.model.router_losses import RouterLosses
 from megamoe.model.topology import ExpertTopology
@@ -27,7 +27,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, topology: ExpertTopology, is_dense: bool):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = build_attention(config)
+        self.self_attn = build_attention(config, config.rope_scaling)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
         self.is_dense = is_dense
@@ -71,14 +71,6 @@ class Block(nn.Module):
             return x
         shared = self.shared_mlp(rows)
         return x + (shared if self.shared_gate is None else self.shared_gate(rows).sigmoid() * shared)
-
-
-def build_attention(config: ModelConfig) -> nn.Module:
-    """The attention of a block, by its configuration."""
-    if config.kv_lora_rank is None:
-        return from_config(GroupedQueryAttention, config)
-    scale = softmax_scale(config.head_dim, config.rope_scaling)
-    return from_config(MultiHeadLatentAttention, config, softmax_scale=scale)
 
 
 def build_router_losses(config: ModelConfig) -> RouterLosses | None:

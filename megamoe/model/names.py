@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 # The plain projections of each stacked parameter, in their order within an expert.
 STACKED = {"gate_up": ("gate_proj", "up_proj"), "up": ("up_proj",), "down": ("down_proj",)}
-STACKED_EXPERTS = re.compile(rf"(.*)\.deepspeed_moe\.experts\.({'|'.join(STACKED)})")
+STACKED_EXPERTS = re.compile(r"(.*)\.deepspeed_moe\.experts\.(\w+)")  # a KeyError for one that is not in STACKED
 PLAIN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 PLAIN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PREFIX = "model."

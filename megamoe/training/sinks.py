@@ -1,6 +1,7 @@
 """Where a run's values go: console, JSON lines, TensorBoard. One class per sink, listed in `SINKS`.
 
-Logs are expendable: a sink that fails is named once on stderr, and training continues. It is given what follows.
+Logs are expendable: a sink that fails is named once on stderr, and training continues. It is given what follows, of
+which TensorBoard writes nothing until the run resumes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,20 +51,25 @@ def check_absent(out: Path) -> None:
 
 @contextmanager
 def output(out: Path) -> Iterator[Path]:
-    """Where to write what becomes `out`, a file or a folder, at the end, and is removed on an error. Raises UserError
-    if there is something at `out`, also if another process has made that meanwhile."""
+    """Where the caller makes what becomes `out`, a file or a folder, at the end. It is removed on an error, or by the
+    next call where this one was killed. Raises UserError if there is something at `out`."""
     check_absent(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
-        partial = Path(folder) / out.name
-        try:
-            yield partial
-            for path in [partial, *partial.rglob("*")]:
-                flush(path)
-            os.rename(partial, out)
-        except OSError as error:
-            check_absent(out)
-            error.filename = error.filename or str(out)  # a write to a full disk does not say where
+    folder = out.with_name(f".{out.name}{PARTIAL}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    partial = folder / out.name
+    try:
+        yield partial
+        for path in [partial, *partial.rglob("*")]:
+            flush(path)
+        os.rename(partial, out)
+    except OSError as error:
+        check_absent(out)
+        error.filename = error.filename or str(out)  # a write to a full disk does not say where
+        raise
+    except (SafetensorError, RuntimeError) as error:  # theirs and torch's form of an OSError
+        if isinstance(error, (NotImplementedError, RecursionError)):
             raise
-        except (SafetensorError, RuntimeError) as error:  # theirs and torch's form of an OSError
-            raise UserError(f"{out} cannot be written ({error}); check that the disk has space.") from None
+        raise UserError(f"{out} cannot be written ({error}); check that the disk has space.") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

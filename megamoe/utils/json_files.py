@@ -59,6 +59,7 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
             parse_constant=_finite,
         )
         _check_within(value, 0)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except UserError as error:
         raise UserError(*(f"{path}: {problem}" for problem in error.problems)) from None
     except RecursionError:

@@ -110,7 +110,7 @@ def test_a_file_needs_a_configuration_and_fits_it(tmp_path, directory):
     has(refusal(open_model, tmp_path / "w.safetensors"), "does not say what model", "preset")
     assert open_model(tmp_path / "w.safetensors", config).dtype == torch.float32
     other = config.model_copy(update={"vocab_size": 100})
-    has(refusal(open_model, tmp_path / "w.safetensors", other), "vocab_size 96, not 100")
+    has(refusal(open_model, tmp_path / "w.safetensors", other), "embed_tokens.weight", "shape (96, 32), not (100, 32)")
 
 
 def test_a_configuration_that_is_not_the_models_own_is_refused_and_one_for_training_is_not(directory, run_dir):

@@ -137,6 +137,24 @@ def test_a_save_that_fails_on_one_rank_hangs_no_other_and_leaves_the_older_check
     assert all(verify.problems(path) == [] for path in folders.step_folders(tmp_path / "checkpoints"))
 
 
+def fail_and_save(folder):
+    """Skipped steps in the checkpoint after a save that failed."""
+    engine = make(1)
+    train(engine, 1)
+    writer = writer_for(engine, folder)
+    for skipped in (1, 2, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            if skipped < 4:
+                patch.setattr(writer_module, "write_index", fail)
+            writer.save(skipped, hold=True, skipped=skipped)
+            assert writer.complete() == (skipped == 4)
+    return read_index(folder / "step_4").training.skipped_in_window
+
+
+def test_a_save_that_failed_passes_its_skipped_steps_on(tmp_path):
+    assert run_ranks(1, fail_and_save, tmp_path / "checkpoints") == [7]
+
+
 def go_back_and_save(folder):
     """A run at step 3 goes back to step 1, and comes to step 3 again; returns the keys in the store after each save."""
     engine = make(1)

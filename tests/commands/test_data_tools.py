@@ -6,12 +6,13 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import fetch_corpus
 import numpy as np
 import pytest
 from refusals import has, only, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megamoe.commands import fetch_corpus, prepare_data
+from megamoe.commands import prepare_data
 from megamoe.data.tokenizer import load_tokenizer
 
 TEXT = "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n" * 5

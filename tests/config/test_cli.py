@@ -30,17 +30,6 @@ def refusal(*words):
     return problem
 
 
-def outcome(main, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.run(main)
-    return caught.value.code, capsys.readouterr()
-
-
-def test_options_are_read_and_have_defaults():
-    values = parser().parse(["--seed", "-1", "--data", "a", "b=2", "--resume"])
-    assert vars(values) == {"steps": 7, "seed": "-1", "data": ["a", "b=2"], "resume": True}
-
-
 def test_an_option_given_twice_with_the_same_value_is_fine():
     words = ["--steps", "3", "--data", "a", "b", "--steps=3", "--data", "a", "b", "--resume", "--resume"]
     values = parser().parse(words)
@@ -103,24 +92,10 @@ def test_the_exit_code_and_the_sentences_say_how_a_program_ended(capsys, end, co
     def main():
         raise end
 
-    ended, printed = outcome(main, capsys)
-    assert (ended, printed.out, printed.err) == (code, "", said)
-
-
-def test_work_well_done_and_help_exit_with_0(capsys):
-    code, said = outcome(lambda: print("done"), capsys)
-    assert (code, said.out, said.err) == (0, "done\n", "")
-    code, said = outcome(lambda: parser().parse(["--help"]), capsys)
-    assert code == 0
-    assert "--steps" in said.out
-
-
-def test_a_bug_keeps_its_stack_trace():
-    def main():
-        raise KeyError("oops")
-
-    with pytest.raises(KeyError, match="oops"):
+    with pytest.raises(SystemExit) as caught:
         cli.run(main)
+    printed = capsys.readouterr()
+    assert (caught.value.code, printed.out, printed.err) == (code, "", said)
 
 
 def test_a_console_whose_reader_has_gone_drops_what_is_written():

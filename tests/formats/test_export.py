@@ -163,7 +163,7 @@ def test_a_shard_is_on_the_disk_before_the_next_is_read(tmp_path):
     read, written = source.read, []
 
     def counted(*args):
-        written.append(len(list(tmp_path.glob(".out-*/out/*.safetensors"))))
+        written.append(len(list(tmp_path.glob(".out.partial/out/*.safetensors"))))
         return read(*args)
 
     source.read = counted

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from model_parts import LATENT_ATTENTION, SHAPE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import megamoe
 from megamoe.config.model import ModelConfig
 from megamoe.formats.config_json import TRAINING_ONLY
-from megamoe.formats.export import HUGGINGFACE_FILES
+from megamoe.formats.export import own_code
 from megamoe.model.names import MTP
 
 pytestmark = pytest.mark.usefixtures("module_cache")
@@ -128,8 +126,6 @@ def test_multi_token_prediction_is_left_out_unless_asked_for(tmp_path):
 
 def test_the_model_imports_every_file_that_goes_with_it():
     # Before 5.12 transformers copies only those into its cache of modules.
-    package = Path(megamoe.__file__).parent
-    imported = re.findall(
-        r"^from \.(\w+) import", (package / "formats/huggingface/modeling_megamoe.py").read_text(), re.MULTILINE
-    )
-    assert {*imported, "modeling_megamoe"} == {Path(name).stem for name in HUGGINGFACE_FILES}
+    files = own_code()
+    imported = re.findall(r"^from \.(\w+) import", files[0].read_text(), re.MULTILINE)
+    assert {*imported, "modeling_megamoe"} == {file.stem for file in files}

@@ -147,7 +147,7 @@ def test_one_parameter_is_in_memory_at_a_time(tokenizer, tmp_path):
     written = []
 
     def counted(name, kind, start, count):
-        size = next(tmp_path.glob(".m.gguf-*/m.gguf")).stat().st_size
+        size = next(tmp_path.glob(".m.gguf.partial/m.gguf")).stat().st_size
         written.append((size, count))
         return read(name, kind, start, count)
 

@@ -3,7 +3,8 @@
 from refusals import has, only, refusals
 from test_gguf_file import DEEPSEEK, GLM_4, LLAMA, MINIMAX, OLMOE, OTHERWISE, QWEN_3, YARN, preset
 
-from megamoe.config.model import load_preset
+from megamoe.config.model import ModelConfig, load_preset
+from megamoe.formats.config_json import TRAINING
 from megamoe.formats.gguf_models import GGUF_ARCHITECTURES, architecture_of, problems
 
 BY_NAME = {architecture.name: architecture for architecture in GGUF_ARCHITECTURES}
@@ -40,6 +41,18 @@ REFUSED = [
 def test_what_an_architecture_cannot_hold_is_named():
     for name, changes, words in REFUSED:
         has(only(problems(preset(changes), BY_NAME[name], biased=False)), words)
+
+
+def test_every_field_is_held_by_llama_cpp_or_its_default_is_asked_for():
+    held = {
+        "rms_norm_eps", "tie_word_embeddings", "head_dim", "intermediate_size", "moe_intermediate_size", "vocab_size",
+        "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "n_group", "topk_group", "rope_theta",
+        "rope_scaling", "rope_interleaved", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+        "layer_types", "sliding_window", "hidden_size", "max_position_embeddings", "first_k_dense_replace",
+        "mlp_only_layers",
+    }  # fmt: skip
+    asked = {field for architecture in GGUF_ARCHITECTURES for field in architecture.takes}
+    assert held | asked | TRAINING == set(ModelConfig.model_fields)
 
 
 def test_a_bias_that_is_not_zero_needs_an_architecture_with_one():

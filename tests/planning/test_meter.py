@@ -15,17 +15,6 @@ def test_a_storage_counts_once_and_until_it_is_freed():
         assert live.peak == 4000
 
 
-def test_the_peak_starts_again_at_what_is_live():
-    with LiveBytes() as live:
-        kept = torch.zeros(100)
-        torch.zeros(10_000)
-        assert live.peak == 40_400
-        live.restart()
-        assert live.peak == kept.nbytes
-        torch.zeros(50)
-        assert live.peak == 600
-
-
 def test_what_autograd_keeps_is_live_until_backward_has_passed():
     with LiveBytes() as live:
         weight = torch.zeros(64, 64, requires_grad=True)

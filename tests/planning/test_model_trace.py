@@ -119,7 +119,7 @@ def test_kinds_of_attention_and_experts_that_the_planner_has_never_heard_of_are_
     model = load_preset("tiny").model_copy(update={"expert_dropout": 0.0})
     setup = setup_of(model, length=128)
     plain = model_trace(setup).blocks["layers.0"]
-    monkeypatch.setattr(block_module, "build_attention", lambda config: Mixing(config.hidden_size))
+    monkeypatch.setattr(block_module, "build_attention", lambda config, _: Mixing(config.hidden_size))
     monkeypatch.setattr(block_module, "StackedExperts", Squared)
     made_up = model_trace(setup_of(model.model_copy(update={"rms_norm_eps": 1e-4}), length=128)).blocks["layers.0"]
     tokens, hidden, heads = setup.tokens, model.hidden_size, model.num_attention_heads

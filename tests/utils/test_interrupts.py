@@ -1,3 +1,5 @@
+"""Ctrl-C."""
+
 import signal
 
 import pytest

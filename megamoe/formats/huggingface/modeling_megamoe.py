@@ -24,16 +24,18 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+# Transformers before 5.12 copies no more of our files than this one imports itself: those marked are not used here.
 from .attention import GroupedQueryAttention
 from .attention_function import AttentionFunction, AttentionWeights, TokenCache
+from .attention_kinds import build_attention
 from .configuration_megamoe import MegaMoeConfig
 from .feed_forward import MLP
 from .from_config import from_config
-from .latent_attention import MultiHeadLatentAttention
-from .margins import BINS  # noqa: F401 - transformers before 5.12 copies what this file imports alone
-from .rope import Rotary, rope_frequencies, rotary_table, softmax_scale
+from .latent_attention import MultiHeadLatentAttention  # noqa: F401
+from .margins import BINS  # noqa: F401
+from .rope import Rotary, rope_frequencies, rotary_table
 from .router import Router
-from .router_losses import RouterLosses  # noqa: F401 - the same
+from .router_losses import RouterLosses  # noqa: F401
 
 # The name under which this release of transformers hands a cache around.
 CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -79,7 +81,8 @@ class MegaMoeBlock(GradientCheckpointingLayer):
         self.layer = layer
         self.num_latents = config.num_latent_tokens
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = build_attention(config)
+        self.self_attn = build_attention(config, _rope_scaling(config))
+        self.self_attn.attend = AttentionFunction(config)  # the one that transformers names
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_dense = config.is_dense(layer)
         if self.is_dense:
@@ -103,18 +106,6 @@ class MegaMoeBlock(GradientCheckpointingLayer):
             shared = self.shared_mlp(rows)
             x = x + (self.shared_gate(rows).sigmoid() * shared if self.shared_gate else shared)
         return x + self.moe(rows)
-
-
-def build_attention(config: MegaMoeConfig) -> nn.Module:
-    """The attention of a block, by its configuration, with the attention function that transformers names."""
-    attention: nn.Module
-    if config.kv_lora_rank is None:
-        attention = from_config(GroupedQueryAttention, config)
-    else:
-        scale = softmax_scale(config.head_dim, _rope_scaling(config))
-        attention = from_config(MultiHeadLatentAttention, config, softmax_scale=scale)
-    attention.attend = AttentionFunction(config)
-    return attention
 
 
 def _rope_scaling(config: MegaMoeConfig) -> dict[str, Any] | None:

