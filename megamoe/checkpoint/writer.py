@@ -121,7 +121,7 @@ class CheckpointWriter:
         """Leave those after `checkpoint` behind; returns the generation of the next ones. On rank 0, with no save
         pending. Raises OSError."""
         assert self.retention
-        self._resumed = checkpoint
+        self._resumed, self._skipped = checkpoint, 0
         self._name_latest(checkpoint)
         return self.retention.go_back(checkpoint)
 

@@ -2,15 +2,13 @@
 
 torch guards a compilation by a file, `lock`, which a killed process leaves behind, and waits for it without an end. So
 here a process that compiles, or that loads what is compiled, holds a lock of the operating system, which ends with it,
-also on a shared file system; whoever has it alone removes torch's. One that another program made is left alone until it
-is 15 minutes old.
+also on a shared file system; whoever has it alone removes torch's, if one of us left it or after 15 minutes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 import os
 import shlex
 import shutil
@@ -26,7 +24,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from megamoe.utils.errors import UserError
 
-MOST_SECONDS = 15 * 60  # that another program compiles
+MOST_SECONDS = 15 * 60  # that anyone compiles
 QUIET_SECONDS = 3
 POLL_SECONDS = 0.2
 
@@ -61,15 +59,21 @@ def load_in_turn(name: str, load: Callable[[], Any]) -> None:
             check_compiler(name)
             print(f"compiling {name}, once on this host, in {folder}; this takes minutes", flush=True)
         load()
+        with contextlib.suppress(OSError):  # unless others of us are in `load`
+            fcntl.lockf(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder.truncate(0)
 
 
 def _wait_for_turn(holder: IO[str], compiled: Path, lock: Path) -> None:
-    """Wait until `load` may be entered, and mark the file of our lock."""
-    say_at = time.monotonic() + QUIET_SECONDS
+    """Wait until `load` may be entered, and mark the file of our lock. Raises UserError after 15 minutes."""
+    start, is_said = time.monotonic(), False
+    what = f"another process, which compiles or loads {compiled.stem} in {lock.parent}"
     while not _has_turn(holder, compiled, lock):
-        if time.monotonic() > say_at:
-            print(f"waiting for another process, which compiles or loads {compiled.stem} in {lock.parent}", flush=True)
-            say_at = math.inf
+        if not is_said and time.monotonic() > start + QUIET_SECONDS:
+            print(f"waiting for {what}", flush=True)
+            is_said = True
+        if time.monotonic() > start + MOST_SECONDS:
+            raise UserError(f"there is {what} for 15 minutes already; end it (fuser {holder.name}) and start again.")
         time.sleep(POLL_SECONDS)
     holder.write("entered\n")
     holder.flush()
@@ -90,7 +94,7 @@ def _has_turn(holder: IO[str], compiled: Path, lock: Path) -> bool:
         return True
     with contextlib.suppress(FileNotFoundError):
         if not os.fstat(holder.fileno()).st_size and time.time() - lock.stat().st_mtime < MOST_SECONDS:
-            fcntl.lockf(holder, fcntl.LOCK_UN)  # none of us has been here: it is another program's
+            fcntl.lockf(holder, fcntl.LOCK_UN)  # none of us has died in `load`: it is another program's
             return False
     lock.unlink(missing_ok=True)
     return True

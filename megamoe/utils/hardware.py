@@ -100,12 +100,8 @@ ROUNDS = 8
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square GEMMs on `device`, with the threads that this process has; 0 where it
-    computes none.
-
-    Takes MEASURED_SECONDS and a few small ones more at the most: a processor without bf16 instructions needs
-    seconds for a large one in bf16.
-    """
+    """FLOP/s of the fastest square GEMMs on `device`, with the threads that this process has; 0 where it computes none.
+    A processor without bf16 instructions needs seconds for a large one, hence the limit of time."""
     size, best, on_cpu = SMALLEST_SQUARE, 0.0, device.type == "cpu"
     try:
         _gemm_seconds(_square(size, device, dtype))  # loads libraries, builds a kernel

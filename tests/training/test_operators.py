@@ -102,6 +102,7 @@ def test_a_start_says_that_it_waits_and_goes_on_when_the_other_is_done(start, fo
 
 
 def test_a_lock_of_another_program_is_left_alone_until_it_is_old(start, folder):
+    read_until(start()[1], "done")
     (folder / "lock").touch()
     _, pipe = start()
     assert read(pipe) == f"waiting for another process, which compiles or loads cpu_adam in {folder}"
