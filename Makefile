@@ -69,7 +69,7 @@ CONTINUED = $(filter-out RUN=%,$(MAKEOVERRIDES)) RUN=$(RUN)
 train:
 	@flock --nonblock Makefile true || echo "waiting for another 'make train' here to prepare its data" >&2
 	@flock --no-fork Makefile $(MAKE) --no-print-directory ready
-	@ranks=$$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)') || exit; \
+	@trap : INT; ranks=$$(python -c 'import torch; print(1 if torch.cuda.device_count() == 1 else 2)') || exit; \
 	command="launch_scripts/single_node.sh $$ranks --ep_size $$ranks $(OPTIONS)"; echo $$command; \
 	$$command || { code=$$?; [ $$code != 75 ] || echo "to go on: make train $(CONTINUED)" >&2; exit $$code; }
 	python tools/generate.py $(RUN) --prompt "In a quiet library," --num_samples 5

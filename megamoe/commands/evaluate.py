@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megamoe.checkpoint.opening import OpenModel, open_model
+from megamoe.checkpoint.opening import OpenModel, open_model, tokenizer_of
 from megamoe.config import cli
 from megamoe.config.recipe import DTYPES
 from megamoe.data.documents import Document, read_set
@@ -96,7 +96,7 @@ class Inputs:
         self.stride: int = args.stride or self.seq_len
         if self.stride > self.seq_len:
             problems.append(f"--stride is {self.stride}, above the window of {self.seq_len} tokens; lower it.")
-        file = tokenizer_file(args.tokenizer or self.model.tokenizer or args.model)
+        file = tokenizer_file(args.tokenizer or tokenizer_of(args.model))
         tokenizer = problems.attempt(load_tokenizer, file, self.model.config.vocab_size)
         problems.refuse()
         self.end_of_text: int = problems.attempt(end_of_text_id, tokenizer, args.end_of_text)

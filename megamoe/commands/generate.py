@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megamoe.checkpoint.opening import open_model
+from megamoe.checkpoint.opening import open_model, tokenizer_of
 from megamoe.config import cli
 from megamoe.config.precision import dtype_to_compute_in
 from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse(check=check)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = open_model(args.model, find_preset(args.preset) if args.preset else None, ema=args.ema)
-    file = tokenizer_file(args.tokenizer or model.tokenizer or args.model)
+    file = tokenizer_file(args.tokenizer or tokenizer_of(args.model))
     tokenizer = load_tokenizer(file, model.config.vocab_size)
     end_of_text = end_of_text_id(tokenizer, args.end_of_text)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
