@@ -52,7 +52,7 @@ class ModelTrace:
 
 def model_trace(setup: Setup) -> ModelTrace:
     """The trace of a setup's model on one rank, whose experts get equally many rows."""
-    # What a search changes without a change of the trace does not make it anew.
+    # A search varies these three, on which the trace does not depend.
     return _traced(replace(setup, world_size=setup.ep_size, accumulation=1, recompute_blocks=0))
 
 
