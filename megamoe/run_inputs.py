@@ -12,7 +12,8 @@ from megamoe.checkpoint.opening import open_source
 from megamoe.config.model import ModelConfig
 from megamoe.config.run import HeldOutSource, RunConfig
 from megamoe.data.batches import TrainData
-from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.data.opening import open_source as open_data
+from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
 from megamoe.evaluation.tasks import Tasks, load_tasks
@@ -42,14 +43,14 @@ def open_inputs(
     """
     problems = Problems(initial_problems(model, initial_weights))
 
-    def corpus(path: str, split: str) -> TokenCorpus:
-        return problems.attempt(TokenCorpus, corpus_prefix(path, split), seq_len, model.vocab_size, scans)
-
-    corpora = [corpus(source.path, "train") for source in run.data]
+    opened = [problems.attempt(open_data, one.path, seq_len, model.vocab_size, scans) for one in run.data]
     first = Path(run.data[0].path)
-    own = [HeldOutSource(name="valid", path=str(first))] if (first / "valid.idx").is_file() else []
+    own = [HeldOutSource(name="valid", path=str(first))] if problems.attempt(has_split, first, "valid") else []
     sources = run.valid_data or own
-    held_out = [corpus(source.path, "valid") for source in sources]
+    held_out = [
+        problems.attempt(TokenCorpus, corpus_prefix(one.path, "valid"), seq_len, model.vocab_size, scans)
+        for one in sources
+    ]
     folders = [
         *(Path(source.path) for source in run.data),
         *(corpus_prefix(one.path, "valid").parent for one in sources),
@@ -66,7 +67,7 @@ def open_inputs(
     loads = leads and run.lm_eval_tasks and not wrong
     tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
     problems.refuse()
-    data = TrainData(corpora, [source.weight for source in run.data], run.seed)
+    data = TrainData(opened, [source.weight for source in run.data], run.seed)
     return RunInputs(data, sets, tokenizer, tasks)
 
 

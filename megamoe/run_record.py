@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 from importlib.metadata import version
@@ -39,8 +40,13 @@ def make_record(
         "world_size": shape.world_size,
         "ep_size": run.ep_size,
         "data": [
-            {"path": str(corpus.prefix), "tokens": corpus.num_tokens, "weight": source.weight}
-            for corpus, source in zip(inputs.data.corpora, run.data, strict=True)
+            {
+                "path": one.path if ":" in one.path else os.path.abspath(one.path),
+                "tokens": source.num_samples * source.seq_len,
+                "weight": one.weight,
+                "fingerprint": source.fingerprint,
+            }
+            for source, one in zip(inputs.data.sources, run.data, strict=True)
         ],
         "tokenizer_sha256": inputs.tokenizer and hashlib.sha256(inputs.tokenizer.read_bytes()).hexdigest(),
         "deepspeed": recipe.json,
@@ -74,8 +80,9 @@ def _describe_corpora(run: RunConfig, inputs: RunInputs) -> str:
     """Tokens and place of each corpus and, in a mix, its weight."""
     mixed = len(run.data) > 1
     return ", ".join(
-        f"{corpus.num_tokens:,} tokens in {source.path}" + (f" at weight {source.weight:g}" if mixed else "")
-        for corpus, source in zip(inputs.data.corpora, run.data, strict=True)
+        f"{source.num_samples * source.seq_len:,} tokens in {one.path}"
+        + (f" at weight {one.weight:g}" if mixed else "")
+        for source, one in zip(inputs.data.sources, run.data, strict=True)
     )
 
 

@@ -37,7 +37,6 @@ DEEPSPEED_MODULES = {
     "checkpoint.restore",
     "checkpoint.universal",
     "checkpoint.writer",
-    "data.corpus",
     "model.moe",
     "model.grouped_gemm",
     "launch.distributed",

@@ -7,6 +7,7 @@ from pathlib import Path
 import native_models
 import pytest
 import torch
+from corpora import write_record
 from refusals import has, only, refusals
 from tokenizers import Tokenizer, models
 from toy import PRECISION, PRESET, ds_config, write_inputs
@@ -41,7 +42,7 @@ def test_a_vocabulary_too_small_for_the_corpus_is_found_by_the_rank_that_reads_i
     assert len(said) == 2  # training and held-out text
     has(said[0], "beyond the model's vocabulary of 50")
     others = check_run(RunConfig(**inputs), 2, CPU, PRECISION, False, False)
-    assert others.inputs.data.corpora[0].num_tokens == 6000
+    assert others.inputs.data.sources[0].num_tokens == 6000
 
 
 def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
@@ -49,7 +50,7 @@ def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
     mix = {**inputs, "data": [str(tmp_path / "corpus"), str(tmp_path / "other")]}
     for name in ("corpus", "other"):
         write_tokenizer(tmp_path / name)
-    assert len(check(mix).inputs.data.corpora) == 2
+    assert len(check(mix).inputs.data.sources) == 2
     write_tokenizer(tmp_path / "other", size=80)
     has(problem(mix), *(str(tmp_path / name / "tokenizer.json") for name in ("corpus", "other")))
 
@@ -62,7 +63,7 @@ def test_a_tokenizer_with_ids_beyond_the_model_or_that_is_none_is_refused(inputs
 
 
 def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):
-    (tmp_path / "corpus" / "corpus.json").write_text(json.dumps({"valid": {"tokens": 600, "bytes": 1800}}))
+    write_record(tmp_path / "corpus" / "valid", 600, 1800)
     for form in ("", "/valid", "/valid.bin"):
         (held_out,) = check({**inputs, "valid_data": [f"{tmp_path / 'corpus'}{form}"]}).inputs.held_out
         assert held_out.tokens_per_byte == pytest.approx(1 / 3)

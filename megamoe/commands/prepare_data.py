@@ -70,7 +70,7 @@ def main() -> None:
             texts = (text for split, text in documents(progress.update) if split == "train")
             tokenizer = train_tokenizer(texts, args.vocab_size)
     with bar("tokenising") as progress:
-        counts = write_corpus(documents(progress.update), tokenizer, args.out, args.end_of_text)
-    for split, count in counts.items():
-        print(f"{split}: {count['documents']} documents, {count['tokens']} tokens, {count['bytes']} bytes")
+        record = write_corpus(documents(progress.update), tokenizer, args.out, args.end_of_text)
+    for name, split in record.splits.items():
+        print(f"{name}: {split.documents} documents, {split.tokens} tokens, {split.bytes} bytes")
     print(f"corpus in {args.out}, vocabulary of {vocabulary_of(tokenizer)}")

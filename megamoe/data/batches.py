@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamoe.data.batch_warmup import BatchWarmup
 from megamoe.data.order import SampleOrder
-from megamoe.data.token_files import TokenCorpus
+from megamoe.data.source import DataSource, Sample
 
 NO_LABEL = -100  # torch's own default for `ignore_index`
 
@@ -59,9 +59,9 @@ class BatchShape:
 class TrainData:
     """The micro-batches of a run."""
 
-    def __init__(self, corpora: list[TokenCorpus], weights: list[float], seed: int):
-        self.corpora = corpora
-        self.order = SampleOrder.of([corpus.num_samples for corpus in corpora], weights, seed)
+    def __init__(self, sources: list[DataSource], weights: list[float], seed: int):
+        self.sources = sources
+        self.order = SampleOrder.of([source.num_samples for source in sources], weights, seed)
 
     def step_batches(self, step: int, rank: int, shape: BatchShape, ahead: int = 0) -> Iterator[Batch]:
         """The micro-batches of `rank` in optimizer step `step`, counted from 1; `ahead` as for `batch`.
@@ -73,7 +73,7 @@ class TrainData:
             yield self.batch(start, shape.micro_batch, ahead)
 
     def step_samples(self, step: int, shape: BatchShape) -> list[tuple[int, int]]:
-        """(corpus, sample), by number from 0, of all samples of a step over all ranks, in the order of positions."""
+        """(source, sample), by number from 0, of all samples of a step over all ranks, in the order of positions."""
         first = shape.warmup.samples_before(step)
         return [self.order.at(position) for position in range(first, first + shape.warmup.samples_of(step))]
 
@@ -84,14 +84,14 @@ class TrainData:
             ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
         """
         places = [self.order.at(position) for position in range(first, first + count)]
-        samples = [self.corpora[corpus].sample(index, ahead) for corpus, index in places]
-        return _to_batch(samples, self.corpora[0].seq_len, ahead)
+        samples = [self.sources[source].sample(index, ahead) for source, index in places]
+        return _to_batch(samples, self.sources[0].seq_len, ahead)
 
 
-def _to_batch(samples: list[np.ndarray], seq_len: int, ahead: int = 0) -> Batch:
+def _to_batch(samples: list[Sample], seq_len: int, ahead: int = 0) -> Batch:
     tokens = np.full((len(samples), seq_len + 1 + ahead), NO_LABEL, dtype=np.int64)
     for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample)] = sample
+        row[: len(sample.ids)] = sample.ids
     # Memory of their own: labels may be overwritten. Copied by numpy, for torch may start threads.
     inputs, labels = tokens[:, :seq_len].copy(), tokens[:, 1:].copy()
     return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))

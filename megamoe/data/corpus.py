@@ -1,12 +1,13 @@
 """Text to tokens: read documents, hold some out, encode on all cores, write Megatron's .bin/.idx.
 
-A prepared folder holds train.bin/.idx, valid.bin/.idx where any text is held out, tokenizer.json and corpus.json
-(counts of documents, tokens and bytes of each split). Every document ends in the tokenizer's end-of-text token.
+A prepared folder holds the shards of its splits (train-00000.bin/.idx, ..., valid-00000.bin/.idx where any text is held
+out), tokenizer.json and corpus.json, see `corpus_record.py`. Every document ends in the tokenizer's end-of-text token.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 import json
 import sys
@@ -15,13 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
+from megamoe.data.corpus_record import NAME, CorpusRecord, split_of
+from megamoe.data.index_file import token_dtype
+from megamoe.data.shard_writer import ShardWriter
 from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
-from megamoe.utils.disk import flush, output
+from megamoe.utils.disk import output
 from megamoe.utils.errors import UserError
-from megamoe.utils.json_files import check_regular
+from megamoe.utils.json_files import check_regular, write_json
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -133,34 +136,6 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
             yield "train", document
 
 
-class SplitWriter:
-    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx, with DeepSpeed's own builder."""
-
-    def __init__(self, prefix: Path, dtype: type):
-        from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
-
-        self.counts = {"documents": 0, "tokens": 0, "bytes": 0}
-        self._prefix = prefix
-        self._dtype = dtype
-        self._builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype)
-
-    def add_piece(self, ids: list[int], num_bytes: int, ends_document: bool) -> None:
-        """Add the token ids of one piece of a document (an item of the .idx)."""
-        self._builder.add_item_numpy(np.asarray(ids, self._dtype))
-        self.counts["tokens"] += len(ids)
-        self.counts["bytes"] += num_bytes
-        if ends_document:
-            self.counts["documents"] += 1
-            self._builder.end_document()
-
-    def close(self) -> dict[str, int]:
-        """Write the index and flush both files to disk; returns the counts."""
-        self._builder.finalize(f"{self._prefix}.idx")
-        for suffix in (".bin", ".idx"):
-            flush(Path(f"{self._prefix}{suffix}"))
-        return self.counts
-
-
 def pieces_of(document: str) -> Iterator[str]:
     """A document in pieces that are encoded each by itself, none much longer than PIECE, cut at lines' ends."""
     start = 0
@@ -196,7 +171,7 @@ def _batches(pieces: Iterable[tuple[str, str, bool]]) -> Iterator[list[tuple[str
 
 def write_corpus(
     documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, out: Path, end_of_text: str | None = None
-) -> dict[str, dict[str, int]]:
+) -> CorpusRecord:
     """Encode ("train" or "valid", text) pairs into the folder `out`, which appears only when it is complete.
 
     Args:
@@ -206,21 +181,23 @@ def write_corpus(
     """
     end_id = end_of_text_id(tokenizer, end_of_text)
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
-    # Not uint16: DeepSpeed and Megatron-LM give it different codes in the .idx.
-    dtype = np.int16 if vocabulary_of(tokenizer) <= 1 << 15 else np.int32
+    dtype = token_dtype(vocabulary_of(tokenizer))
     with output(out) as partial:
         partial.mkdir()
-        writers = {split: SplitWriter(partial / split, dtype) for split in ("train", "valid")}
+        writers = {split: ShardWriter(partial / f"{split}-00000", dtype) for split in ("train", "valid")}
         for batch in _batches(_pieces(documents)):
             encoded = encode(tokenizer, [text for _, text, _ in batch])
             for (split, text, ends), ids in zip(batch, encoded, strict=True):
-                writers[split].add_piece([*ids, end_id] if ends else ids, len(text.encode()), ends)
-        counts = {split: writer.close() for split, writer in writers.items()}
-        if not counts["valid"]["tokens"]:
-            for suffix in (".bin", ".idx"):
-                (partial / f"valid{suffix}").unlink()
-        if not counts["train"]["tokens"]:
+                writers[split].add([*ids, end_id] if ends else ids, len(text.encode()), ends)
+        shards = {split: writer.close() for split, writer in writers.items()}
+        if not shards["train"]:
             raise UserError("the corpus is empty: no document holds any text; give one that does.")
-        (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        (partial / "corpus.json").write_text(json.dumps(counts, indent=2) + "\n")
-    return counts
+        own = tokenizer.to_str(pretty=True).encode()
+        (partial / "tokenizer.json").write_bytes(own)
+        record = CorpusRecord(
+            tokenizer_sha256=hashlib.sha256(own).hexdigest(),
+            end_of_text=tokenizer.id_to_token(end_id),
+            splits={split: split_of([shard]) for split, shard in shards.items() if shard},
+        )
+        write_json(partial / NAME, record.model_dump())
+    return record

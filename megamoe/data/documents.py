@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.data.corpus import JSONL_SUFFIXES, input_files, pieces_of, read_documents
-from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import encode, load_tokenizer, tokenizer_file, vocabulary_of
 from megamoe.utils.errors import UserError
 
@@ -32,10 +32,8 @@ def read_set(path: Path, tokenizer: Tokenizer, end_of_text: int, text_key: str) 
         text_key: of JSON lines.
     """
     prefix = corpus_prefix(str(path), "valid")
-    is_prepared = any(path.with_name(f"{path.name}{end}").is_file() for end in (".bin", ".idx")) or any(
-        (path / f"{split}.idx").is_file() for split in ("train", "valid")
-    )
-    if is_prepared or path.suffix in (".bin", ".idx"):
+    is_pair = path.suffix in (".bin", ".idx") or any(Path(f"{path}{end}").is_file() for end in (".bin", ".idx"))
+    if is_pair or has_split(prefix.parent, prefix.name) or (path.is_dir() and has_split(path, "train")):
         documents = list(_prepared(prefix, tokenizer, end_of_text))
     else:
         documents = list(_texts(path, tokenizer, text_key))

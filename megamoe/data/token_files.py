@@ -1,127 +1,146 @@
-"""Megatron's .bin/.idx files: the tokens of a corpus, memory-mapped and checked.
+"""Token files, memory-mapped and checked: the shards of a prepared split, or one .bin/.idx pair made elsewhere.
 
-PREFIX.bin has the tokens one after another, PREFIX.idx the header, the length and the place of each document.
+PREFIX.bin has the tokens one after another, PREFIX.idx the place of each document.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import os
-import struct
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
-from megamoe.config.model import JsonModel, validate
+from megamoe.config.model import validate
+from megamoe.data.corpus_record import ShardRecord, SplitRecord, read_record
+from megamoe.data.index_file import IndexFile
+from megamoe.data.source import Sample
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import check_regular, read_json
 
-IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, items, document starts
-IDX_START = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little")  # magic and the version, of which there is no other
-# What each dtype code may mean. DeepSpeed's table and Megatron-LM's agree up to 5; 8 is uint64 in one and uint16 in the
-# other, so the size of the .bin decides.
-IDX_DTYPES: dict[int, tuple[type, ...]] = {
-    1: (np.uint8,), 2: (np.int8,), 3: (np.int16,), 4: (np.int32,), 5: (np.int64,),
-    6: (np.uint16,), 7: (np.uint32,), 8: (np.uint64, np.uint16),
-}  # fmt: skip
-SCAN = 1 << 27  # tokens whose ids are checked before a run starts; each batch is checked too
+SCAN = 1 << 27  # of tokens without a record, those checked before a run starts; each sample is checked too
 SCAN_PIECE = 1 << 20  # tokens checked at a time
 
 
+class Shard:
+    """A .bin/.idx pair, opened when it is first read."""
+
+    def __init__(self, prefix: Path, record: ShardRecord | None):
+        self.prefix = prefix
+        self.record = record
+
+    @cached_property
+    def index(self) -> IndexFile:
+        """Raises UserError for missing, empty or mismatched files."""
+        bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        missing = [str(path) for path in (bin_path, idx_path) if not path.exists()]
+        if missing:
+            raise UserError(
+                f"there is no {' and no '.join(missing)}; give a folder that tools/prepare_data.py has made, or the "
+                "prefix of a .bin/.idx pair."
+            )
+        index = IndexFile(idx_path, bin_path, check_regular(bin_path, "a .bin/.idx pair"))
+        if self.record and index.num_tokens != self.record.tokens:
+            raise UserError(
+                f"{bin_path} has {index.num_tokens} tokens, not the {self.record.tokens} of its record; prepare the "
+                "corpus again."
+            )
+        return index
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """(num_tokens,), in the file's own type."""
+        return np.memmap(f"{self.prefix}.bin", dtype=self.index.dtype, mode="r")
+
+
 class TokenCorpus:
-    """The tokens of PREFIX.bin/.idx as one sequence, cut into samples of seq_len + 1 tokens that share their ends."""
+    """The tokens of a split as one sequence, cut into samples of seq_len + 1 tokens that share their ends."""
 
     def __init__(self, prefix: Path, seq_len: int, vocab_size: int, scan: bool = True):
         """Raises UserError for missing, empty or mismatched files, under one sample, or ids beyond the vocabulary.
 
         Args:
-            scan: read the first SCAN tokens and check their ids; of the ranks of a host, one needs to.
+            prefix: of a .bin/.idx pair, or of a prepared split's shards.
+            scan: look at all files, and check the first SCAN tokens of those without a record; of the ranks of a host,
+                one needs to.
         """
         self.prefix = prefix
         self.seq_len = seq_len
         self.vocab_size = vocab_size
-        self._tokens = np.memmap(f"{prefix}.bin", dtype=_checked_dtype(prefix), mode="r")
-        self.num_tokens = len(self._tokens)
+        self.record = split_record(prefix)
+        shards = self.record.shards if self.record else []
+        self._shards = [Shard(prefix.with_name(one.name), one) for one in shards] or [Shard(prefix, None)]
+        sizes = [one.tokens for one in shards] or [self._shards[0].index.num_tokens]
+        self._ends = np.cumsum(sizes)
+        self.num_tokens = int(self._ends[-1])
         self.num_samples = (self.num_tokens - 1) // seq_len
         if self.num_samples < 1:
             raise UserError(
                 f"corpus {prefix} has {self.num_tokens} tokens, less than one sample of {seq_len} + 1; "
                 "add text, lower --seq_len, or, for held-out text, prepare the corpus with --valid_fraction 0."
             )
-        stop = min(self.num_tokens, SCAN) if scan else 0
-        for start in range(0, stop, SCAN_PIECE):
-            self._read(start, min(start + SCAN_PIECE, stop))
+        if shards:
+            self._check_id(max(one.largest_id for one in shards))
+        if scan:
+            for shard in self._shards:
+                assert shard.index
+            for start in range(0, 0 if shards else min(self.num_tokens, SCAN), SCAN_PIECE):
+                self._read(start, min(start + SCAN_PIECE, SCAN, self.num_tokens))
 
-    def sample(self, index: int, ahead: int = 0) -> np.ndarray:
-        """Token ids (seq_len + 1 + ahead,) int64 of sample `index`; fewer where the corpus ends before."""
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all tokens and borders of documents; without a record, of the borders and the first tokens."""
+        if self.record:
+            return self.record.fingerprint
+        shard = self._shards[0]
+        first = np.ascontiguousarray(shard.tokens[:SCAN_PIECE]).tobytes()
+        index = Path(f"{shard.prefix}.idx").read_bytes()
+        return hashlib.sha256(b"%d " % self.num_tokens + index + first).hexdigest()
+
+    def sample(self, index: int, ahead: int = 0) -> Sample:
+        """The sample of that number; shorter where the corpus ends before."""
         start = index * self.seq_len
-        return self._read(start, start + self.seq_len + 1 + ahead).astype(np.int64)
+        stop = min(start + self.seq_len + 1 + ahead, self.num_tokens)
+        return Sample(self._read(start, stop).astype(np.int64), self._starts(start + 1, stop) - start)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, in the file's own type."""
-        with open(f"{self.prefix}.idx", "rb") as stream:
-            _, _, _, items, starts = IDX_HEADER.unpack(stream.read(IDX_HEADER.size))
-            sizes = np.fromfile(stream, np.int32, items)
-            stream.seek(items * 8, os.SEEK_CUR)
-            first_items = np.fromfile(stream, np.int64, starts)
-        ends = np.concatenate(([0], sizes.cumsum(dtype=np.int64)))[first_items]
-        for start, end in itertools.pairwise(ends.tolist()):
-            if end > start:
-                yield self._read(start, end)
+        for number, shard in enumerate(self._shards):
+            base = int(self._ends[number]) - shard.index.num_tokens
+            starts = shard.index.starts(0, shard.index.num_tokens).tolist()
+            for start, stop in itertools.pairwise([*starts, shard.index.num_tokens]):
+                yield self._read(base + start, base + stop)
+
+    def _starts(self, start: int, stop: int) -> np.ndarray:
+        """Places from `start` on and before `stop` at which a document begins."""
+        found = [base + shard.index.starts(low, high) for shard, base, low, high in self._parts(start, stop)]
+        return np.concatenate(found or [np.zeros(0, np.int64)])
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """(shard, place of its first token, start and stop in it) of each shard from `start` to `stop`."""
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[number])
+            base = int(self._ends[number - 1]) if number else 0
+            yield self._shards[number], base, start - base, min(stop, end) - base
+            start, number = end, number + 1
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """Checked ids, in the file's own type."""
-        ids = self._tokens[start:stop]
-        if ids.max() >= self.vocab_size or ids.min() < 0:
-            bad = int(ids[(ids >= self.vocab_size) | (ids < 0)][0])
-            raise UserError(
-                f"corpus {self.prefix} holds token id {bad}, beyond the model's vocabulary of {self.vocab_size}; "
-                "use the tokenizer that the preset is sized for, or raise the preset's vocab_size."
-            )
+        parts = [shard.tokens[low:high] for shard, _, low, high in self._parts(start, stop)]
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if not self.record and (ids.max() >= self.vocab_size or ids.min() < 0):
+            self._check_id(int(ids[(ids >= self.vocab_size) | (ids < 0)][0]))
         return ids
 
-
-def _checked_dtype(prefix: Path) -> type:
-    """The numpy type of the tokens, after checking that the .idx is complete and describes the .bin."""
-    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    missing = [str(path) for path in (bin_path, idx_path) if not path.exists()]
-    if len(missing) == 2 and prefix.name == "valid" and prefix.with_name("train.idx").exists():
-        raise UserError(f"{prefix.parent} has no held-out split; prepare it with a --valid_fraction above 0.")
-    if missing:
-        raise UserError(
-            f"there is no {' and no '.join(missing)}; give a folder that tools/prepare_data.py has made, or the prefix "
-            "of a .bin/.idx pair."
-        )
-    bin_size, idx_size = (check_regular(path, "a .bin/.idx pair") for path in (bin_path, idx_path))
-    with open(idx_path, "rb") as stream:
-        header = stream.read(IDX_HEADER.size)
-        if len(header) < IDX_HEADER.size or not header.startswith(IDX_START):
-            raise UserError(f"{idx_path} is not a Megatron index of version 1; prepare the corpus again.")
-        _, _, dtype_code, items, documents = IDX_HEADER.unpack(header)
-        expected = IDX_HEADER.size + items * (4 + 8) + documents * 8
-        if idx_size != expected:
+    def _check_id(self, token_id: int) -> None:
+        if not 0 <= token_id < self.vocab_size:
             raise UserError(
-                f"{idx_path} is {idx_size} bytes, not the {expected} of its {items} items; prepare the corpus again."
+                f"corpus {self.prefix} holds token id {token_id}, beyond the model's vocabulary of {self.vocab_size}; "
+                "use the tokenizer that the preset is sized for, or raise the preset's vocab_size."
             )
-        if not items or not bin_size:
-            raise UserError(f"corpus {prefix} is empty; give one with text in it.")
-        stream.seek(IDX_HEADER.size + (items - 1) * 4)
-        (last_size,) = struct.unpack("<i", stream.read(4))
-        stream.seek(IDX_HEADER.size + items * 4 + (items - 1) * 8)
-        (last_start,) = struct.unpack("<q", stream.read(8))
-    candidates = IDX_DTYPES.get(dtype_code, ())
-    if not candidates:
-        raise UserError(f"{idx_path} has dtype code {dtype_code}, which is not one of integers; prepare it again.")
-    for dtype in candidates:
-        width = np.dtype(dtype).itemsize
-        if bin_size == last_start + last_size * width and min(last_start, last_size) >= 0 and not bin_size % width:
-            return dtype
-    raise UserError(
-        f"{idx_path} describes {last_start + last_size * np.dtype(candidates[0]).itemsize} bytes of whole tokens, but "
-        f"{bin_path} has {bin_size}; they belong to different corpora: prepare it again."
-    )
 
 
 def corpus_prefix(path: str, split: str) -> Path:
@@ -132,16 +151,26 @@ def corpus_prefix(path: str, split: str) -> Path:
     return given.with_suffix("") if given.suffix in (".bin", ".idx") else given
 
 
-class Counts(JsonModel):
-    """What corpus.json has of a split."""
-
-    documents: int = 0
-    tokens: int = Field(gt=0)
-    bytes: int = Field(gt=0)
+def has_split(folder: Path, split: str) -> bool:
+    """Whether a folder has that split. Raises UserError."""
+    record = read_record(folder)
+    return split in record.splits if record else (folder / f"{split}.idx").is_file()
 
 
-def split_counts(prefix: Path) -> Counts | None:
-    """Those of a split of a prepared folder; None for corpora prepared elsewhere. Raises UserError."""
-    file = prefix.parent / "corpus.json"
-    counts = read_json(file).get(prefix.name) if file.exists() else None
-    return None if counts is None else validate(Counts, counts, f"{file}: {prefix.name}")
+def files_of(prefix: Path) -> list[Path]:
+    """The files of a .bin/.idx pair, or of a prepared split's shards. Raises UserError."""
+    record = split_record(prefix)
+    names = [shard.name for shard in record.shards] if record else [prefix.name]
+    return [prefix.with_name(name + suffix) for name in names for suffix in (".bin", ".idx")]
+
+
+def split_record(prefix: Path) -> SplitRecord | None:
+    """That of a split of a prepared folder, or of a pair that `tools/check_corpus.py` has read; None where there is
+    none. Raises UserError."""
+    own = Path(f"{prefix}.json")
+    if own.exists():
+        return validate(SplitRecord, read_json(own), str(own))
+    record = read_record(prefix.parent)
+    if record and prefix.name == "valid" and prefix.name not in record.splits:
+        raise UserError(f"{prefix.parent} has no held-out split; prepare it with a --valid_fraction above 0.")
+    return record.splits.get(prefix.name) if record else None

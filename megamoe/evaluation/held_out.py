@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megamoe.data.token_files import TokenCorpus, split_counts
+from megamoe.data.token_files import TokenCorpus
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.evaluation.scoring import Share, Window, bits_per_byte, score
 from megamoe.model.decoder import Decoder
@@ -20,9 +20,8 @@ DECODED = 256  # samples decoded at a time; a character may be torn where one en
 def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
     """Tokens of held-out text over its bytes: those that tools/prepare_data.py has counted, else those that the
     tokenizer beside the corpus decodes its first `limit` samples to; None where there is neither. Raises UserError."""
-    counts = split_counts(corpus.prefix)
-    if counts:
-        return counts.tokens / counts.bytes
+    if corpus.record and corpus.record.bytes:
+        return corpus.record.tokens / corpus.record.bytes
     file = corpus.prefix.parent / "tokenizer.json"
     if not file.exists():
         return None
@@ -30,7 +29,7 @@ def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
     limit = min(limit, corpus.num_samples)
     size = 0
     for start in range(0, limit, DECODED):
-        labels = [corpus.sample(index)[1:] for index in range(start, min(start + DECODED, limit))]
+        labels = [corpus.sample(index).ids[1:] for index in range(start, min(start + DECODED, limit))]
         size += len(tokenizer.decode(np.concatenate(labels).tolist()).encode())
     return limit * corpus.seq_len / size if size else None
 
@@ -67,5 +66,5 @@ class Evaluator:
     def _windows(self) -> Iterator[Window]:
         for number, held_out in enumerate(self.sets):
             for index in range(min(self.limit, held_out.corpus.num_samples)):
-                sample = held_out.corpus.sample(index)
-                yield Window(sample[:-1], sample[1:], number)
+                ids = held_out.corpus.sample(index).ids
+                yield Window(ids[:-1], ids[1:], number)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamoe.config.run import RunConfig
-from megamoe.data.token_files import corpus_prefix
+from megamoe.data.token_files import corpus_prefix, files_of
 from megamoe.launch.network import address_towards, free_port, is_free
 from megamoe.launch.versions import version_problems, versions
 
@@ -39,7 +39,7 @@ def needed_files(run: RunConfig) -> list[Path]:
     """Files that every host must see."""
     prefixes = [corpus_prefix(source.path, "train") for source in run.data]
     prefixes += [corpus_prefix(source.path, "valid") for source in run.valid_data]
-    files = [Path(f"{prefix}{suffix}") for prefix in prefixes for suffix in (".bin", ".idx")]
+    files = [file for prefix in prefixes for file in files_of(prefix)]
     presets = [Path(run.preset)] if run.preset.endswith(".json") else []
     return [Path(run.ds_config), *presets, *files, *([Path(run.init_from)] if run.init_from else [])]
 

@@ -131,7 +131,7 @@ def texts(tmp_path):
 
 
 def decoded(folder, split):
-    tokens = np.fromfile(folder / f"{split}.bin", dtype=np.int16)
+    tokens = np.fromfile(folder / f"{split}-00000.bin", dtype=np.int16)
     return load_tokenizer(folder / "tokenizer.json").decode(tokens.tolist())
 
 
@@ -140,12 +140,16 @@ def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, te
     words = (texts, "--out", out, "--vocab_size", 300, "--valid_fraction", 0.25)
     code, said = run(prepare_data, *words)
     assert code == 0, said.err
-    names = {"corpus.json", "tokenizer.json", "train.bin", "train.idx", "valid.bin", "valid.idx"}
+    names = {
+        "corpus.json",
+        "tokenizer.json",
+        *(f"{split}-00000{end}" for split in ("train", "valid") for end in (".bin", ".idx")),
+    }
     assert {file.name for file in out.iterdir()} == names
     chapters = [f"Chapter {number}\n{TEXT}" for number in range(4)]
     assert decoded(out, "train") == "".join(chapters[:3])
     assert decoded(out, "valid") == chapters[3]
-    counts = json.loads((out / "corpus.json").read_text())
+    counts = json.loads((out / "corpus.json").read_text())["splits"]
     assert [counts[split]["documents"] for split in ("train", "valid")] == [3, 1]
     has(said.out, f"train: 3 documents, {counts['train']['tokens']} tokens, {counts['train']['bytes']} bytes", str(out))
     has(said.err, "tokenising: 100%")
@@ -214,7 +218,7 @@ def test_a_tokenizer_may_be_given_by_its_folder_and_its_end_of_text_be_named(tmp
     options = ("--tokenizer", tmp_path, "--valid_fraction", 0)
     for name, more, end in (("one", (), 1), ("two", ("--end_of_text", "<stop>"), 2)):
         assert prepare(texts, "--out", tmp_path / name, *options, *more) == (0, [])
-        tokens = np.fromfile(tmp_path / name / "train.bin", dtype=np.int16)
+        tokens = np.fromfile(tmp_path / name / "train-00000.bin", dtype=np.int16)
         assert tokens[0] == 3
         assert np.flatnonzero(np.isin(tokens, (1, 2))).size == 4
         assert tokens[-1] == end

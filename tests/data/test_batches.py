@@ -23,7 +23,7 @@ def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
     assert inputs.dtype == labels.dtype == torch.int64
     for row, position in enumerate(range(5, 9)):
         corpus, sample = source.order.at(position)
-        tokens = source.corpora[corpus].sample(sample).tolist()
+        tokens = source.sources[corpus].sample(sample).ids.tolist()
         assert inputs[row].tolist() == tokens[:-1]
         assert labels[row].tolist() == tokens[1:]
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megamoe.data import corpus
 from megamoe.data.corpus import input_files, read_documents, split_documents, write_corpus, zstd
+from megamoe.data.corpus_record import read_record
 from megamoe.data.tokenizer import END_OF_TEXT, train_tokenizer
 from megamoe.utils.errors import UserError
 
@@ -185,7 +186,7 @@ def made(documents, tokenizer, out, split="train"):
 
 def items(folder, split):
     """(documents as lists of items, dataset) read by DeepSpeed."""
-    dataset = MMapIndexedDataset(str(folder / split), skip_warmup=True)
+    dataset = MMapIndexedDataset(str(folder / f"{split}-00000"), skip_warmup=True)
     starts = dataset.doc_idx.tolist()
     assert starts[0] == 0
     assert starts[-1] == len(dataset)
@@ -208,16 +209,15 @@ def documents_of(folder, split, tokenizer):
 def test_the_tokens_decode_to_the_documents_of_each_split_and_are_counted(tmp_path, tokenizer):
     out = tmp_path / "out"
     documents = [f"number {number}\n{DOCUMENTS[number % 4]}" for number in range(12)]
-    counts = write_corpus(split_documents(documents, 0.25), tokenizer, out)
-    assert json.loads((out / "corpus.json").read_text()) == counts
+    record = write_corpus(split_documents(documents, 0.25), tokenizer, out)
+    assert read_record(out) == record
     expected = {"train": [text for number, text in enumerate(documents) if number % 4 != 3], "valid": documents[3::4]}
     for split, texts in expected.items():
         assert documents_of(out, split, tokenizer) == texts
-        assert counts[split] == {
-            "documents": len(texts),
-            "tokens": (out / f"{split}.bin").stat().st_size // 2,
-            "bytes": sum(len(text.encode()) for text in texts),
-        }
+        found = record.splits[split]
+        assert found.documents == len(texts)
+        assert found.tokens == (out / f"{split}-00000.bin").stat().st_size // 2
+        assert found.bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_a_document_that_names_the_end_of_text_does_not_end_there(tmp_path, tokenizer):
@@ -227,7 +227,7 @@ def test_a_document_that_names_the_end_of_text_does_not_end_there(tmp_path, toke
 
 
 @pytest.mark.parametrize("batch", [90, 1 << 20])
-def test_long_documents_are_cut_at_line_ends_and_stay_one_document(tmp_path, tokenizer, monkeypatch, batch):
+def test_long_documents_are_encoded_in_pieces_and_stay_one_document(tmp_path, tokenizer, monkeypatch, batch):
     monkeypatch.setattr(corpus, "PIECE", 40)
     monkeypatch.setattr(corpus, "BATCH", batch)
     draw = random.Random(4)
@@ -240,14 +240,9 @@ def test_long_documents_are_cut_at_line_ends_and_stay_one_document(tmp_path, tok
         "y" * 41 + "\n",
         "z" * 40 + "\n" + "z" * 40,
     ]
-    counts = made(documents, tokenizer, tmp_path / "out")
+    record = made(documents, tokenizer, tmp_path / "out")
     assert documents_of(tmp_path / "out", "train", tokenizer) == documents
-    pieces = [[tokenizer.decode(piece) for piece in document] for document in items(tmp_path / "out", "train")[0]]
-    assert [len(document) for document in pieces[:1] + pieces[3:]] == [1, 1, 1, 2]
-    for document in pieces:
-        assert all(piece.endswith("\n") for piece in document[:-1])
-        assert all(40 < len(piece) <= 80 for piece in document[:-1])
-    assert counts["train"]["documents"] == len(documents)
+    assert record.splits["train"].documents == len(documents)
 
 
 def words_tokenizer(size):
@@ -256,7 +251,7 @@ def words_tokenizer(size):
     return made_tokenizer
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(32768, np.int16), (32769, np.int32)])
+@pytest.mark.parametrize(("size", "dtype"), [(32768, np.int16), (65537, np.int32)])
 def test_the_largest_id_of_a_vocabulary_fits_its_token_type(tmp_path, size, dtype):
     made([f"w1 w{size - 1}"], words_tokenizer(size), tmp_path / "out")
     documents, dataset = items(tmp_path / "out", "train")
@@ -280,7 +275,7 @@ def test_nothing_is_left_when_reading_fails_midway(tmp_path, tokenizer, monkeypa
         yield "train", DOCUMENTS[0]
         yield "valid", DOCUMENTS[1]
         (partial,) = tmp_path.iterdir()  # the work has begun
-        assert (partial / "out" / "train.bin").exists()
+        assert (partial / "out" / "train-00000.bin").exists()
         raise error
 
     with pytest.raises(type(error)):

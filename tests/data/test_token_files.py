@@ -1,24 +1,28 @@
 """Reading .bin/.idx files, whoever wrote them."""
 
 import itertools
-import json
 import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import HEADER, build, random_tokens
+from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
 from refusals import has, refusal
 
 from megamoe.data import token_files
-from megamoe.data.token_files import TokenCorpus, corpus_prefix, split_counts
+from megamoe.data.corpus_record import CorpusRecord, split_of
+from megamoe.data.index_file import token_dtype
+from megamoe.data.shard_writer import ShardWriter
+from megamoe.data.token_files import Shard, TokenCorpus, corpus_prefix
 
 
 @pytest.mark.parametrize("count", [20, 21, 99])
 def test_each_token_but_the_first_is_a_label_once(tmp_path, count):
     tokens = random_tokens(count, 50)
     corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
-    samples = [corpus.sample(index) for index in range(corpus.num_samples)]
+    samples = [corpus.sample(index).ids for index in range(corpus.num_samples)]
     assert corpus.num_tokens == count
     assert corpus.num_samples == (count - 1) // 10
     assert all(sample.shape == (11,) and sample.dtype == np.int64 for sample in samples)
@@ -33,7 +37,7 @@ def test_corpora_of_deepspeeds_builder_load_as_they_are(tmp_path):
         vocab_size = min(np.iinfo(dtype).max + 1, 100_000)
         tokens = [*random_tokens(60, vocab_size), vocab_size - 1]
         corpus = TokenCorpus(build(tmp_path / dtype.__name__, tokens, dtype), 20, vocab_size)
-        assert [token for index in range(3) for token in corpus.sample(index)[1:]] == tokens[1:], dtype
+        assert [token for index in range(3) for token in corpus.sample(index).ids[1:]] == tokens[1:], dtype
 
 
 def megatron_corpus(prefix, documents, code, dtype):
@@ -55,13 +59,15 @@ def test_a_uint16_corpus_of_megatron_loads_as_it_is(tmp_path):
         prefix = megatron_corpus(tmp_path / f"{documents}", np.array_split(tokens, documents), 8, np.uint16)
         corpus = TokenCorpus(prefix, 40, 65536)
         assert corpus.num_samples == documents
-        assert np.concatenate([corpus.sample(index)[1:] for index in range(documents)]).tolist() == tokens[1:].tolist()
+        assert (
+            np.concatenate([corpus.sample(index).ids[1:] for index in range(documents)]).tolist() == tokens[1:].tolist()
+        )
 
 
 def test_exactly_one_sample_is_enough_and_one_token_less_is_refused(tmp_path):
     tokens = random_tokens(11, 50)
     corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
-    assert (corpus.num_samples, corpus.sample(0).tolist()) == (1, tokens.tolist())
+    assert (corpus.num_samples, corpus.sample(0).ids.tolist()) == (1, tokens.tolist())
     problem = refusal(TokenCorpus, build(tmp_path / "d", tokens[:10]), 10, 50)
     has(problem, str(tmp_path / "d"), "10 tokens", "10 + 1", "add text", "--seq_len")
 
@@ -123,7 +129,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_before_the_run(tmp_path):
         tokens[17] = bad
         problem = refusal(TokenCorpus, build(tmp_path / f"{bad}", tokens, np.int16), 10, 50)
         has(problem, str(tmp_path / f"{bad}"), f"id {bad},", "vocabulary of 50", "tokenizer", "vocab_size")
-    assert TokenCorpus(build(tmp_path / "largest", [0, 49] * 6), 10, 50).sample(0).max() == 49
+    assert TokenCorpus(build(tmp_path / "largest", [0, 49] * 6), 10, 50).sample(0).ids.max() == 49
 
 
 def test_the_start_is_checked_before_the_run_and_every_sample_when_it_is_read(tmp_path, monkeypatch):
@@ -136,7 +142,7 @@ def test_the_start_is_checked_before_the_run_and_every_sample_when_it_is_read(tm
             has(refusal(TokenCorpus, prefix, 10, 50), "id 77")
             continue
         corpus = TokenCorpus(prefix, 10, 50)
-        assert corpus.sample(0).tolist() == tokens[:11].tolist()
+        assert corpus.sample(0).ids.tolist() == tokens[:11].tolist()
         for index in range(5):
             if 10 * index <= place <= 10 * index + 10:
                 has(refusal(corpus.sample, index), "id 77", "vocabulary of 50")
@@ -180,12 +186,81 @@ def test_a_folder_holds_its_splits_and_anything_else_is_a_prefix_with_or_without
     assert TokenCorpus(tmp_path / "mine.v2", 10, 50).num_tokens == 20
 
 
-def test_the_counts_of_a_split_are_those_beside_its_files(tmp_path):
-    assert split_counts(tmp_path / "valid") is None
-    counts = {"documents": 1, "tokens": 3, "bytes": 9}
-    (tmp_path / "corpus.json").write_text(json.dumps({"train": counts}))
-    assert split_counts(tmp_path / "train").model_dump() == counts
-    assert split_counts(tmp_path / "valid") is None
-    for other in (7, {**counts, "tokens": "3"}, {**counts, "bytes": 0}):
-        (tmp_path / "corpus.json").write_text(json.dumps({"valid": other}))
-        has(refusal(split_counts, tmp_path / "valid"), "corpus.json: valid")
+def prepared(folder, splits, vocab_size=300):
+    """A prepared folder; each shard of a split is a list of documents."""
+    folder.mkdir()
+    record = {}
+    for split, shards in splits.items():
+        records = []
+        for number, documents in enumerate(shards):
+            writer = ShardWriter(folder / f"{split}-{number:05}", token_dtype(vocab_size))
+            for document in documents:
+                writer.add(document, 3 * len(document))
+            records.append(writer.close())
+        record[split] = split_of(records)
+    (folder / "corpus.json").write_text(CorpusRecord(splits=record).model_dump_json())
+    return folder / "train"
+
+
+@pytest.mark.parametrize("vocab_size", [300, 65536, 100_000])
+def test_samples_run_over_the_ends_of_shards_and_say_where_documents_begin(tmp_path, vocab_size):
+    draw = np.random.default_rng(3)
+    documents = [draw.integers(0, vocab_size, draw.integers(1, 40)).tolist() for _ in range(50)]
+    tokens = [token for document in documents for token in document]
+    begins = np.cumsum([0, *map(len, documents)])
+    for name, cuts in (("one", []), ("many", [1, 7, 8, 30])):
+        bounds = [0, *cuts, 50]
+        shards = [documents[start:stop] for start, stop in itertools.pairwise(bounds)]
+        corpus = TokenCorpus(prepared(tmp_path / name, {"train": shards}, vocab_size), 16, vocab_size)
+        assert corpus.num_samples == (len(tokens) - 1) // 16
+        for index in range(corpus.num_samples):
+            ids, starts = corpus.sample(index, ahead=2)
+            start = 16 * index
+            assert ids.tolist() == tokens[start : start + 19]
+            assert starts.tolist() == [b - start for b in begins if start < b < min(start + 19, len(tokens))]
+        assert [one.tolist() for one in corpus.documents()] == documents
+
+
+def test_deepspeed_reads_the_shards_of_a_vocabulary_of_two_signed_bytes(tmp_path):
+    documents = [[5, 6, 7], [32767], [1, 2]]
+    prepared(tmp_path / "c", {"train": [documents]}, 32768)
+    dataset = MMapIndexedDataset(str(tmp_path / "c" / "train-00000"), skip_warmup=True)
+    assert [dataset[number].tolist() for number in range(3)] == documents
+    assert dataset.doc_idx.tolist() == [0, 1, 2, 3]
+
+
+def test_two_bytes_hold_a_vocabulary_of_65536_by_megatrons_code(tmp_path):
+    prepared(tmp_path / "c", {"train": [[[65535, 0, 3]], [[7]]]}, 65536)
+    shard = tmp_path / "c" / "train-00000"
+    ours = [shard.with_suffix(end).read_bytes() for end in (".bin", ".idx")]
+    by_hand = megatron_corpus(tmp_path / "by_hand", [[65535, 0, 3]], 8, np.uint16)
+    assert ours == [by_hand.with_suffix(end).read_bytes() for end in (".bin", ".idx")]
+
+
+def test_the_record_is_checked_in_place_of_the_tokens(tmp_path, monkeypatch):
+    prefix = prepared(tmp_path / "c", {"train": [[[1, 2, 3] * 5], [[9, 49] * 9]]})
+    has(refusal(TokenCorpus, prefix, 10, 49), "id 49", "vocabulary of 49")
+    monkeypatch.setattr(Shard, "tokens", None)
+    corpus = TokenCorpus(prefix, 10, 50)
+    assert corpus.record.bytes == 3 * corpus.num_tokens == 99
+    Path(f"{prefix}-00001.bin").write_bytes(b"")
+    for scan in (True, False):
+        if scan:
+            has(refusal(TokenCorpus, prefix, 10, 50), "train-00001", "empty")
+        else:
+            assert TokenCorpus(prefix, 10, 50, scan).num_tokens == 33
+    has(refusal(TokenCorpus, prefix.with_name("valid"), 10, 50), "no held-out split", "--valid_fraction")
+
+
+def test_a_fingerprint_follows_tokens_and_borders_and_not_the_place(tmp_path):
+    def of(name, documents):
+        return TokenCorpus(prepared(tmp_path / name, {"train": [documents]}), 4, 50).fingerprint
+
+    def of_pair(name, tokens, item):
+        return TokenCorpus(build(tmp_path / name, tokens, item=item), 4, 50).fingerprint
+
+    kept = of("a", [[1, 2, 3], [4, 5]])
+    assert kept == of("b", [[1, 2, 3], [4, 5]])
+    assert len({kept, of("c", [[1, 2], [3, 4, 5]]), of("d", [[1, 2, 3], [4, 6]])}) == 3
+    assert of_pair("e", range(20), 5) == of_pair("f", range(20), 5)
+    assert len({of_pair("g", range(20), 5), of_pair("h", range(20), 4), of_pair("i", range(1, 21), 5)}) == 3

@@ -1,6 +1,5 @@
 """Held-out sets, and the bytes of their text: counted when it was prepared, or decoded from its tokens."""
 
-import json
 import math
 import shutil
 
@@ -10,6 +9,7 @@ from exported import random_decoder
 from model_parts import model_of
 
 from megamoe.data.corpus import write_corpus
+from megamoe.data.corpus_record import read_record
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.evaluation.held_out import Evaluator, HeldOut, tokens_per_byte
@@ -36,33 +36,27 @@ def held_out(path, seq_len=16):
 
 
 def test_a_prepared_folder_or_a_prefix_in_it_has_its_own_counts(corpus):
-    counts = json.loads((corpus / "corpus.json").read_text())
+    splits = read_record(corpus).splits
     for form in ("", "valid", "valid.bin", "valid.idx", "train"):
-        own = counts["train" if form == "train" else "valid"]
-        assert tokens_per_byte(held_out(corpus / form), 5) == own["tokens"] / own["bytes"], form
+        own = splits["train" if form == "train" else "valid"]
+        assert tokens_per_byte(held_out(corpus / form), 5) == own.tokens / own.bytes, form
 
 
 @pytest.mark.parametrize("seq_len", [16, 301])
 def test_the_bytes_of_another_corpus_are_those_of_its_decoded_text(folder, seq_len):
-    counts = json.loads((folder / "corpus.json").read_text())["valid"]
-    (folder / "corpus.json").unlink()
-    for name in ("renamed", "valid"):
-        if name == "renamed":
-            for suffix in ("bin", "idx"):
-                shutil.copyfile(folder / f"valid.{suffix}", folder / f"renamed.{suffix}")
-        found = tokens_per_byte(held_out(folder / name, seq_len), 10**6)
-        assert found == pytest.approx(counts["tokens"] / counts["bytes"], rel=0.01)  # characters torn between samples
+    own = read_record(folder).splits["valid"]
+    found = tokens_per_byte(held_out(folder / "valid-00000", seq_len), 10**6)
+    assert found == pytest.approx(own.tokens / own.bytes, rel=0.01)  # characters torn between samples
 
 
 def test_without_counts_and_tokenizer_the_bytes_are_not_known(folder):
-    for name in ("corpus.json", "tokenizer.json"):
-        (folder / name).unlink()
-    assert tokens_per_byte(held_out(folder), 5) is None
+    (folder / "tokenizer.json").unlink()
+    assert tokens_per_byte(held_out(folder / "valid-00000"), 5) is None
 
 
 def test_a_set_has_the_mean_over_its_first_samples_without_dropout_and_bits_per_byte_where_bytes_are_known(corpus):
     model, tokens = random_decoder(model_of("latent_tokens", vocab_size=300, expert_dropout=0.3)), held_out(corpus)
-    rows = torch.stack([torch.from_numpy(tokens.sample(index)).long() for index in range(11)])
+    rows = torch.stack([torch.from_numpy(tokens.sample(index).ids).long() for index in range(11)])
     expected = torch.nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
     evaluator = Evaluator([HeldOut("one", tokens, 0.25), HeldOut("two", tokens, None)], limit=11)
     assert evaluator.run(model.train(), Share(4), torch.device("cpu")) == {

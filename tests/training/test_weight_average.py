@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from corpora import write_record
 from engines import make, plain_state, same_state, save, train
 from indexed import flip_bit
 from ranks import run_ranks
@@ -167,8 +168,7 @@ def runs(tmp_path_factory):
     ds = shipped("zero2")
     ds["scheduler"]["params"].update(warmup_num_steps=4, total_num_steps=40, warmup_max_lr=1e-2)
     inputs = write_inputs(folder, ds)
-    counts = {split: {"tokens": 600, "bytes": 1800} for split in ("train", "valid")}
-    (folder / "corpus" / "corpus.json").write_text(json.dumps(counts))
+    write_record(folder / "corpus" / "valid", 600, 1800)
     run = {**inputs, "ep_size": 2, "eval_interval": 1, "save_interval": 2, "steps": 4}
     with_average = {**run, "run_dir": str(folder / "averaged"), "ema_decay": DECAY}
     logs = [run_ranks(2, train_here, one)[0] for one in (with_average, {**run, "run_dir": str(folder / "plain")})]

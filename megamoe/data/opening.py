@@ -1,0 +1,59 @@
+"""The sources of samples that `--data` names."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from megamoe.data.source import DataSource, Sample
+from megamoe.data.token_files import TokenCorpus, corpus_prefix
+from megamoe.utils.errors import UserError, first_line
+
+
+def open_source(path: str, seq_len: int, vocab_size: int, scan: bool) -> DataSource:
+    """The training split of a prepared folder, a .bin/.idx pair, or a source of the user's own by MODULE:NAME. Raises
+    UserError.
+
+    Args:
+        scan: as for `TokenCorpus`.
+    """
+    named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)", path)
+    if not named:
+        return TokenCorpus(corpus_prefix(path, "train"), seq_len, vocab_size, scan)
+    return _CheckedSource(path, _own_source(path, named[1], named[2], seq_len), vocab_size)
+
+
+def _own_source(path: str, module: str, name: str, seq_len: int) -> Any:
+    try:
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"data {path} cannot be imported ({first_line(error)}); set PYTHONPATH to the folder of {module}."
+        ) from None
+    return make(seq_len=seq_len)
+
+
+class _CheckedSource:
+    """A source of the user's own, whose samples are looked at before a model reads them."""
+
+    def __init__(self, path: str, source: DataSource, vocab_size: int):
+        lacks = [name for name in ("seq_len", "num_samples", "fingerprint", "sample") if not hasattr(source, name)]
+        if lacks or source.num_samples < 1:
+            why = f"lacks {', '.join(lacks)}" if lacks else "has no sample"
+            raise UserError(f"data {path} {why}; make it a DataSource, see megamoe/data/source.py.")
+        self.seq_len, self.num_samples, self.fingerprint = source.seq_len, source.num_samples, source.fingerprint
+        self._path, self._source, self._vocab_size = path, source, vocab_size
+
+    def sample(self, index: int, ahead: int = 0) -> Sample:
+        """Raises UserError for a sample that no model can read."""
+        ids, starts = (np.asarray(part, np.int64) for part in self._source.sample(index, ahead))
+        most = self.seq_len + 1 + ahead
+        if not 1 < len(ids) <= most or ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise UserError(
+                f"data {self._path}: sample {index} has {len(ids)} ids, where 2 to {most} from 0 to "
+                f"{self._vocab_size - 1} are needed; correct its source."
+            )
+        return Sample(ids, starts)

@@ -1,0 +1,63 @@
+"""Writes one .bin/.idx pair: hashed, and its ids checked, while it is written."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from megamoe.data.corpus_record import ShardRecord
+from megamoe.data.index_file import write_index
+from megamoe.utils.disk import flush
+
+
+class ShardWriter:
+    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx."""
+
+    def __init__(self, prefix: Path, dtype: type):
+        """
+        Args:
+            dtype: of `token_dtype`.
+        """
+        self._prefix = prefix
+        self._dtype = dtype
+        self._file = open(f"{prefix}.bin", "xb")  # noqa: SIM115
+        self._hash = hashlib.sha256()
+        self._lengths: list[int] = []  # of documents that have ended
+        self._length = self._bytes = self._largest = 0
+
+    def add(self, ids: list[int] | np.ndarray, num_bytes: int, ends_document: bool = True) -> None:
+        """Add the token ids of a document, or of a part of it whose text has so many bytes."""
+        tokens = np.asarray(ids, np.int64)
+        if len(tokens):
+            assert tokens.min() >= 0, "vocabulary_of"
+            self._largest = max(self._largest, int(tokens.max()))
+        data = tokens.astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._bytes += num_bytes
+        self._length += len(tokens)
+        if ends_document:
+            self._lengths.append(self._length)
+            self._length = 0
+
+    def close(self) -> ShardRecord | None:
+        """Write the index and flush both files to disk; None, and no files, where there is no token."""
+        self._file.close()
+        if not sum(self._lengths):
+            Path(self._file.name).unlink()
+            return None
+        index = Path(f"{self._prefix}.idx")
+        write_index(index, self._dtype, np.array(self._lengths))
+        for path in (index, Path(self._file.name)):
+            flush(path)
+        return ShardRecord(
+            name=self._prefix.name,
+            documents=len(self._lengths),
+            tokens=sum(self._lengths),
+            bytes=self._bytes,
+            largest_id=self._largest,
+            bin_sha256=self._hash.hexdigest(),
+            idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
+        )

@@ -1,0 +1,56 @@
+"""Sources of the user's own, by MODULE:NAME."""
+
+import sys
+
+import pytest
+from refusals import has, refusal
+
+from megamoe.data.opening import open_source
+
+SOURCE = """
+import numpy as np
+
+class Counting:
+    fingerprint = "counting, version 1"
+
+    def __init__(self, seq_len):
+        self.seq_len = seq_len
+        self.num_samples = 7
+
+    def sample(self, index, ahead=0):
+        return np.arange(index, index + self.seq_len + 1 + ahead), [2]
+
+class Empty(Counting):
+    num_samples = property(lambda self: 0, lambda self, value: None)
+
+class Long(Counting):
+    def sample(self, index, ahead=0):
+        return np.arange(100), []
+
+def nothing(seq_len):
+    return object()
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_source.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("own_source", None)
+
+
+def test_a_source_of_the_users_own_gives_its_samples(own):
+    source = open_source("own_source:Counting", 4, 50, scan=True)
+    ids, starts = source.sample(3, ahead=1)
+    assert (source.num_samples, source.fingerprint) == (7, "counting, version 1")
+    assert (ids.tolist(), starts.tolist()) == ([3, 4, 5, 6, 7, 8], [2])
+
+
+def test_what_no_model_can_read_is_refused(own):
+    has(refusal(open_source, "no_such_module:Mine", 4, 50, True), "no_such_module", "PYTHONPATH")
+    has(refusal(open_source, "own_source:Mine", 4, 50, True), "own_source:Mine", "PYTHONPATH")
+    has(refusal(open_source, "own_source:Empty", 4, 50, True), "own_source:Empty", "no sample")
+    has(refusal(open_source, "own_source:nothing", 4, 50, True), "lacks", "fingerprint")
+    has(refusal(open_source("own_source:Long", 4, 50, True).sample, 1), "sample 1", "100 ids", "2 to 5")
+    has(refusal(open_source("own_source:Counting", 4, 5, True).sample, 1), "0 to 4")
