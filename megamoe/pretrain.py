@@ -29,11 +29,12 @@ from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig
+from megamoe.config.phases import Phases, PhaseSettings, make_phases, read_phases
 from megamoe.config.precision import Precision, find_precision
 from megamoe.config.recipe import Choice, Recipe, parse_recipe
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.config.run_checks import length_problems, run_problems
-from megamoe.data.batches import BatchShape
+from megamoe.data.batches import TrainData
 from megamoe.evaluation.held_out import Evaluator
 from megamoe.evaluation.tasks import TaskEvaluator
 from megamoe.formats.config_json import find_preset
@@ -114,9 +115,9 @@ class Checked:
     recipe: Recipe
     precision: Precision
     device: torch.device
-    shape: BatchShape
     last_step: int
     inputs: RunInputs
+    data: TrainData
     start: Start
     changes: Changes  # of what it resumes
     record: dict[str, Any]
@@ -158,18 +159,34 @@ def check_run(
     if model:
         seq_len = run.seq_len or model.max_position_embeddings
         problems += placement_problems(model, run.ep_size, recipe.dtype if recipe else "fp32", world_size, run.preset)
-        inputs = problems.attempt(open_inputs, run, model, seq_len, start.initial_weights, leads, scans)
+        phases = problems.attempt(_phases_of, run, recipe, model) if isinstance(recipe, Recipe) else None
+        inputs = problems.attempt(open_inputs, run, model, seq_len, phases, start.initial_weights, leads, scans)
     if run.compile:
         problems += compiler_problems(device)
     if not problems:
         problems += deepspeed_own_problems(recipe)
     problems.refuse()
-    shape = BatchShape(recipe.micro_batch, recipe.accumulation, world_size, seq_len, run.batch_ramp)
     last_step = run.steps or recipe.schedule.total_steps
     assert last_step, "length_problems"
-    record = make_record(run, model, recipe, shape, inputs, start.folder.run_id() if start.folder else None)
+    assert phases
+    data = TrainData(phases, inputs.sources, run.seed)
+    record = make_record(run, model, recipe, data, inputs, start.folder.run_id() if start.folder else None)
     changes = check_changes(run, start, record)
-    return Checked(run, model, recipe, precision, device, shape, last_step, inputs, start, changes, record)
+    return Checked(run, model, recipe, precision, device, last_step, inputs, data, start, changes, record)
+
+
+def _phases_of(run: RunConfig, recipe: Recipe, model: ModelConfig) -> Phases:
+    """The phases of a run. Raises UserError."""
+    return make_phases(
+        read_phases(run.data_schedule) if run.data_schedule else [PhaseSettings()],
+        data=run.data,
+        seq_len=run.seq_len or model.max_position_embeddings,
+        micro_batch=recipe.micro_batch,
+        samples=recipe.micro_batch * recipe.accumulation * recipe.world_size,
+        world_size=recipe.world_size,
+        last_step=run.steps or recipe.schedule.total_steps,
+        longest=model.max_position_embeddings if model.rope_scaling is None else None,
+    )
 
 
 def _recipe_of(run: RunConfig, problems: Problems, world_size: int, on_cpu: bool, auto: Choice) -> Any:
@@ -257,7 +274,7 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         waiting=lambda: position.at("saving"),
     )
     trainer = Trainer(
-        train_step=train_step, data=inputs.data, shape=checked.shape, writer=writer, seed=config.seed, guard=guard,
+        train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
         ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
         evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out else None,
         tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None,
@@ -292,7 +309,7 @@ def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_avera
     """
     run, model, recipe, start = checked.run, checked.model, checked.recipe, checked.start
     lines: list[str | None] = [
-        describe_run(run, model, recipe, checked.shape, checked.inputs, first, checked.last_step),
+        describe_run(run, model, recipe, checked.data, checked.inputs, first, checked.last_step),
         f"resumed from {checkpoint}" if checkpoint else None,
         checked.precision.describe(recipe),
         describe_initial(model, start.initial_weights),
@@ -302,6 +319,8 @@ def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_avera
         lines.append(f"{run.folder} holds no complete checkpoint, so the run begins again at step 0")
     if checked.changes.schedule:
         lines.append(f"the schedule changes after step {first} {checked.changes.schedule}")
+    if checked.changes.phases:
+        lines.append(f"the data that the run reads after step {first} changes")
     if checkpoint:
         lines.append(describe_change(first, checked.changes.ema_decay_before, run.ema_decay, has_average))
     return [line for line in lines if line]

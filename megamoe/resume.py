@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,7 @@ from megamoe.utils.run_folder import RunFolder, last_record
 
 # A run may continue only with what decides its losses unchanged. Ranks, ep_size, ZeRO stage and the split of a step's
 # samples over ranks and micro-batches do not.
-SAME_ON_RESUME = (
-    "model", "optimization", "seed", "seq_len", "samples_per_step", "batch_ramp", "data", "tokenizer_sha256",
-)  # fmt: skip
+SAME_ON_RESUME = ("model", "optimization", "seed", "tokenizer_sha256")
 OPTIMIZATION = (
     "optimizer", "scheduler", "gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type",
     "prescale_gradients", "gradient_predivide_factor",
@@ -42,6 +41,7 @@ class Changes:
     """What a resume changes."""
 
     schedule: str | None = None  # from what to what
+    phases: bool = False  # of data that lie ahead
     ema_decay_before: float | None = None
 
 
@@ -97,6 +97,8 @@ def check_changes(run: RunConfig, start: Start, record: dict[str, Any]) -> Chang
         )
     before, now = _decisive(last), _decisive(record)
     changed = [key for key in now if before.get(key) != now[key]]
+    if run.allow_changed_data and "tokenizer_sha256" in changed:
+        changed.remove("tokenizer_sha256")
     schedule = None
     if run.resume and "optimization" in changed:
         ours = _part(now["optimization"], before["optimization"])
@@ -109,20 +111,61 @@ def check_changes(run: RunConfig, start: Start, record: dict[str, Any]) -> Chang
         f"not {json.dumps(_part(now[key], before.get(key)))}; {_remedy(key, before, now)}."
         for key in changed
     ]
+    step = max((folders.step_of(path) or 0 for path in start.candidates), default=0)
+    problems += _data_problems(run, last, record, max(start.ledger.data_step(step), 1))
     if problems:
         raise UserError(*problems)
-    return Changes(schedule, last.get("run", {}).get("ema_decay"))
+    ahead = _phases(last) != _phases(record)
+    return Changes(schedule, ahead, last.get("run", {}).get("ema_decay"))
+
+
+def _phases(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a run's record, what decides which data its steps read. Where a corpus lies does not."""
+    of_phase, of_source = ("first_step", "seq_len", "samples_per_step"), ("weight", "fingerprint")
+    try:
+        return [
+            {key: phase[key] for key in of_phase}
+            | {"data": [{key: source[key] for key in of_source} for source in phase["data"]]}
+            for phase in record["phases"]
+        ]
+    except (KeyError, TypeError):  # no record of ours
+        return []
+
+
+def _data_problems(run: RunConfig, last: dict[str, Any], record: dict[str, Any], done: int) -> list[str]:
+    """What the run would read otherwise in the steps up to `done`, or without --resume in any."""
+    before, now = _phases(last), _phases(record)
+    if before == now or run.allow_changed_data:
+        return []
+    trained, again = ([phase for phase in phases if phase["first_step"] <= done] for phases in (before, now))
+    if trained == again:
+        if run.resume:
+            return []
+        return [f"{run.folder} holds a run with other data ahead of step {done}; give --resume to change it."]
+    pairs = list(itertools.zip_longest(trained, again))
+    number = next(n for n, (theirs, ours) in enumerate(pairs) if theirs != ours)
+    theirs, ours = pairs[number]
+    theirs, ours = _part(theirs, ours), _part(ours, theirs)
+    remedy = "keep what is trained on: what lies ahead may change, by --data_schedule; or choose another --run_dir"
+    if theirs and theirs.keys() == {"samples_per_step"}:
+        remedy = (
+            f'set "train_batch_size" to {theirs["samples_per_step"]} in the DeepSpeed JSON and leave '
+            '"gradient_accumulation_steps" out, so that any number of ranks shares them'
+        )
+    elif theirs and theirs.keys() == {"data"}:
+        remedy = "resume with the same, give --allow_changed_data, or choose another --run_dir"
+    return [
+        f"{run.folder} holds a run trained to step {done} whose phase {number + 1} has {json.dumps(theirs)}, not "
+        f"{json.dumps(ours)}; {remedy}."
+    ]
 
 
 def _decisive(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's record, what decides its losses. Where a corpus lies does not."""
+    """Of a run's record, what decides its losses but for the data."""
     optimization = _with_peaks_in_schedule({key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION})
-    corpora = [corpus for corpus in record.get("data", []) if isinstance(corpus, dict)]
-    data = [{key: corpus.get(key) for key in ("tokens", "weight")} for corpus in corpora]
-    stages = json.loads(json.dumps(record.get("run", {}).get("batch_ramp", [])))  # tuples are lists in a file
     defaults = {key: field.default for key, field in ModelConfig.model_fields.items() if not field.is_required()}
     model = defaults | record.get("model", {})  # of a version that lacked a field
-    decisive = {**record, "model": model, "optimization": optimization, "data": data, "batch_ramp": stages}
+    decisive = {**record, "model": model, "optimization": optimization}
     return {key: decisive.get(key) for key in SAME_ON_RESUME}
 
 
@@ -140,11 +183,6 @@ def _with_peaks_in_schedule(optimization: dict[str, Any]) -> dict[str, Any]:
 def _remedy(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
     if key == "optimization" and _part(now[key], before[key]).keys() == {"scheduler"}:
         return "give --resume to continue with the new schedule"
-    if key == "samples_per_step":
-        return (
-            f'set "train_batch_size" to {before.get(key)} in the DeepSpeed JSON and leave '
-            '"gradient_accumulation_steps" out, so that any number of ranks shares them'
-        )
     return "resume with the same, or choose another --run_dir"
 
 

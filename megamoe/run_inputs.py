@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 
 from megamoe.checkpoint.opening import open_source
 from megamoe.config.model import ModelConfig
+from megamoe.config.phases import Phases
 from megamoe.config.run import HeldOutSource, RunConfig
-from megamoe.data.batches import TrainData
 from megamoe.data.opening import open_source as open_data
+from megamoe.data.source import DataSource
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
@@ -25,26 +26,38 @@ from megamoe.utils.errors import Problems, UserError
 class RunInputs:
     """What a run reads."""
 
-    data: TrainData
+    sources: dict[tuple[str, int], DataSource]  # of training, by path and seq_len
     held_out: list[HeldOut]
     tokenizer: Path | None  # of the first corpus
     tasks: Tasks | None  # on the leading rank
 
 
 def open_inputs(
-    run: RunConfig, model: ModelConfig, seq_len: int, initial_weights: list[Path], leads: bool, scans: bool
+    run: RunConfig,
+    model: ModelConfig,
+    seq_len: int,
+    phases: Phases | None,
+    initial_weights: list[Path],
+    leads: bool,
+    scans: bool,
 ) -> RunInputs:
     """Open and check what a run reads. Raises one UserError with all problems.
 
     Args:
+        seq_len: of held-out samples, and of the others where there are no `phases`.
         initial_weights: that it starts from, in the order to try them.
         leads: this rank counts bytes and loads tasks, for all ranks.
         scans: this rank checks the tokens of the corpora, for all ranks of its host.
     """
     problems = Problems(initial_problems(model, initial_weights))
 
-    opened = [problems.attempt(open_data, one.path, seq_len, model.vocab_size, scans) for one in run.data]
-    first = Path(run.data[0].path)
+    wanted = [(one.path, phase.seq_len) for phase in phases.all for one in phase.data] if phases else []
+    wanted = wanted or [(one.path, seq_len) for one in run.data]
+    opened = {
+        (path, length): problems.attempt(open_data, path, length, model.vocab_size, scans)
+        for path, length in dict.fromkeys(wanted)
+    }
+    first = Path(wanted[0][0])
     own = [HeldOutSource(name="valid", path=str(first))] if problems.attempt(has_split, first, "valid") else []
     sources = run.valid_data or own
     held_out = [
@@ -52,7 +65,7 @@ def open_inputs(
         for one in sources
     ]
     folders = [
-        *(Path(source.path) for source in run.data),
+        *(Path(path) for path, _ in opened),
         *(corpus_prefix(one.path, "valid").parent for one in sources),
     ]
     wrong = tokenizer_problems(folders, initial_weights, model.vocab_size)
@@ -67,8 +80,7 @@ def open_inputs(
     loads = leads and run.lm_eval_tasks and not wrong
     tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
     problems.refuse()
-    data = TrainData(opened, [source.weight for source in run.data], run.seed)
-    return RunInputs(data, sets, tokenizer, tasks)
+    return RunInputs(opened, sets, tokenizer, tasks)
 
 
 def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[str]:
@@ -102,6 +114,6 @@ def tokenizer_problems(folders: list[Path], initial_weights: list[Path], vocab_s
 
 def _load_tasks(run: RunConfig, tokenizer: Path | None, max_length: int) -> Tasks:
     if not tokenizer:
-        raise UserError(f"lm_eval_tasks need a tokenizer, but {run.data[0].path} has no tokenizer.json; put it there.")
+        raise UserError("lm_eval_tasks need a tokenizer, but the first corpus has no tokenizer.json; put it there.")
     loaded: Tokenizer = load_tokenizer(tokenizer)
     return load_tasks(run.lm_eval_tasks, run.lm_eval_folder, loaded, max_length)

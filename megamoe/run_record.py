@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import megamoe
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe
 from megamoe.config.run import RunConfig
-from megamoe.data.batches import BatchShape
+from megamoe.data.batches import TrainData
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
@@ -24,7 +24,7 @@ from megamoe.run_inputs import RunInputs
 
 
 def make_record(
-    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: RunInputs, run_id: str | None
+    run: RunConfig, model: ModelConfig, recipe: Recipe, data: TrainData, inputs: RunInputs, run_id: str | None
 ) -> dict[str, Any]:
     """The resolved configuration and the versions."""
     return {
@@ -35,19 +35,9 @@ def make_record(
         "model": model.model_dump(),
         "run": run.model_dump(),
         "seed": run.seed,
-        "seq_len": shape.seq_len,
-        "samples_per_step": shape.samples,
-        "world_size": shape.world_size,
+        "world_size": data.phases.world_size,
         "ep_size": run.ep_size,
-        "data": [
-            {
-                "path": one.path if ":" in one.path else os.path.abspath(one.path),
-                "tokens": source.num_samples * source.seq_len,
-                "weight": one.weight,
-                "fingerprint": source.fingerprint,
-            }
-            for source, one in zip(inputs.data.sources, run.data, strict=True)
-        ],
+        "phases": data.record(),
         "tokenizer_sha256": inputs.tokenizer and hashlib.sha256(inputs.tokenizer.read_bytes()).hexdigest(),
         "deepspeed": recipe.json,
         "versions": {
@@ -59,31 +49,31 @@ def make_record(
 
 
 def describe_run(
-    run: RunConfig, model: ModelConfig, recipe: Recipe, shape: BatchShape, inputs: RunInputs, first: int, last: int
+    run: RunConfig, model: ModelConfig, recipe: Recipe, data: TrainData, inputs: RunInputs, first: int, last: int
 ) -> str:
     """The run from step `first` to step `last`, in one line."""
     return (
         f"{run.preset}: {parameter_count(model):,} parameters, {recipe.dtype}"
         f"{', compiled' * run.compile}{', deterministic' * run.deterministic}, "
-        f"{shape.world_size} rank{'s' * (shape.world_size > 1)}, ep_size {run.ep_size}; {_describe_batch(shape)}; "
-        f"{_describe_corpora(run, inputs)}; {_describe_held_out(inputs)}; steps {first} to {last}; "
+        f"{data.phases.world_size} rank{'s' * (data.phases.world_size > 1)}, ep_size {run.ep_size}; "
+        f"{'; then '.join(_describe_phases(data))}; {_describe_held_out(inputs)}; steps {first} to {last}; "
         f"run folder {run.folder}"
     )
 
 
-def _describe_batch(shape: BatchShape) -> str:
-    stages = [f"{samples} x {shape.seq_len} up to step {last}, then " for samples, last in shape.stages]
-    return f"{''.join(stages)}{shape.samples} x {shape.seq_len} tokens per step"
-
-
-def _describe_corpora(run: RunConfig, inputs: RunInputs) -> str:
-    """Tokens and place of each corpus and, in a mix, its weight."""
-    mixed = len(run.data) > 1
-    return ", ".join(
-        f"{source.num_samples * source.seq_len:,} tokens in {one.path}"
-        + (f" at weight {one.weight:g}" if mixed else "")
-        for source, one in zip(inputs.data.sources, run.data, strict=True)
-    )
+def _describe_phases(data: TrainData) -> Iterator[str]:
+    """Of each phase, the tokens of a step and the corpora that differ from those of the phase before."""
+    mix: Any = None
+    for phase in data.phases.all:
+        begins = f"from step {phase.first_step} on " if phase.first_step > 1 else ""
+        corpora = [
+            f"{data.sources[one.path, phase.seq_len].num_samples * phase.seq_len:,} tokens in {one.path}"
+            + (f" at weight {one.weight:g}" if len(phase.data) > 1 else "")
+            for one in phase.data
+        ]
+        of_what = f"; {', '.join(corpora)}" if phase.data != mix else ""
+        yield f"{begins}{phase.samples} x {phase.seq_len} tokens per step{of_what}"
+        mix = phase.data
 
 
 def _describe_held_out(inputs: RunInputs) -> str:

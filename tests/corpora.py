@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
 
+from megamoe.config.phases import PhaseSettings, make_phases
+from megamoe.config.run import Corpus
+from megamoe.data.batches import TrainData
+
 HEADER = 9 + 8 + 1 + 8 + 8
 
 
@@ -25,6 +29,19 @@ def write_record(prefix, tokens, size):
     shard |= {"bin_sha256": "", "idx_sha256": ""}
     record = {"documents": 1, "tokens": tokens, "bytes": size, "shards": [shard]}
     Path(f"{prefix}.json").write_text(json.dumps(record))
+
+
+def train_data(sources, weights, samples, seed=12, micro_batch=None, world_size=1, given=()):
+    """A run on these sources; `given` are its phases, by default one."""
+    mix = [Corpus(path=str(number), weight=weight) for number, weight in enumerate(weights)]
+    phases = make_phases(
+        [PhaseSettings(**one) for one in given] or [PhaseSettings()],
+        data=mix, seq_len=sources[0].seq_len, micro_batch=micro_batch or samples // world_size, samples=samples,
+        world_size=world_size,
+    )  # fmt: skip
+    # Those that have no weight are the same ones in other lengths.
+    opened = {(str(number % len(weights)), one.seq_len): one for number, one in enumerate(sources)}
+    return TrainData(phases, opened, seed)
 
 
 def random_tokens(count, vocab_size, seed=0):

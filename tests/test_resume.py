@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from corpora import build, random_tokens
 from refusals import has, only, refusals
 from toy import PRECISION, begin, ds_config, write_inputs
 
@@ -103,13 +105,15 @@ def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with
 
 def test_resuming_with_what_decides_the_losses_changed_is_refused_with_what_differs(inputs):
     record = check(inputs).record
-    ds, model, data = record["deepspeed"], record["model"], record["data"][0]
+    ds, model, phase = record["deepspeed"], record["model"], record["phases"][0]
+    (data,) = phase["data"]
     run = started(inputs)
     for changes, parts in (
-        *(({key: "another"}, [f'{key} "another", not ']) for key in ("seed", "seq_len", "tokenizer_sha256")),
-        ({"samples_per_step": 4}, ["samples_per_step 4, not 2", '"train_batch_size" to 4']),
-        ({"data": [{**data, "weight": 2.0}]}, ['data [{"', '"weight": 2.0']),
-        ({"data": [{**data, "tokens": 5}]}, ['"tokens": 5']),
+        *(({key: "another"}, [f'{key} "another", not ']) for key in ("seed", "tokenizer_sha256")),
+        ({"phases": [{**phase, "seq_len": 9}]}, ['phase 1 has {"seq_len": 9}, not {"seq_len": 16}', "what lies ahead"]),
+        ({"phases": [{**phase, "samples_per_step": 4}]}, ['{"samples_per_step": 4}, not', '"train_batch_size" to 4']),
+        ({"phases": [{**phase, "data": [{**data, "weight": 2.0}]}]}, ['"weight": 2.0']),
+        ({"phases": [{**phase, "data": [{**data, "fingerprint": "x"}]}]}, ['t": "x"', "--allow_changed_data"]),
         ({"model": {**model, "hidden_size": 64}}, ['model {"hidden_size": 64}, not {"hidden_size": 32}']),
         ({"deepspeed": {**ds, "optimizer": {"type": "Adam"}}}, ['optimization {"optimizer": ']),
         ({"deepspeed": {**ds, "gradient_clipping": 2.0}}, ['optimization {"gradient_clipping": ']),
@@ -194,11 +198,35 @@ def test_the_length_of_the_schedule_given_on_the_command_line_is_that_of_the_run
     has(problem({**run, "resume": False, "auto_resume": True, "schedule_steps": 50}), "give --resume")
 
 
-def test_a_batch_size_warmup_may_not_change(inputs, tmp_path):
-    write_ds(tmp_path, ds_config(2, accumulation=4))
-    run = started({**inputs, "batch_ramp": ["2:5", "4:9"]})
-    check(run)
-    has(problem({**run, "batch_ramp": ["2:5"]}), "batch_ramp [[2, 5], [4, 9]], not [[2, 5]]")
+def write_phases(folder, *phases):
+    (folder / "phases.json").write_text(json.dumps({"phases": phases}))
+    return {"data_schedule": str(folder / "phases.json")}
+
+
+def test_what_was_trained_on_stays_and_what_lies_ahead_may_change_on_resume(inputs, tmp_path):
+    step = 2 * 16  # tokens
+    run = started({**inputs, **write_phases(tmp_path, {"tokens": 5 * step}, {"samples_per_step": 4})})  # to step 3
+    for phases in (
+        [{"tokens": 3 * step}, {"samples_per_step": 8}],
+        [{"tokens": 5 * step}, {"seq_len": 8, "tokens": 10 * step}, {}],
+        [{}],
+    ):
+        write_phases(tmp_path, *phases)
+        assert check(run).changes.phases
+        has(problem({**run, "resume": False, "auto_resume": True}), "other data ahead of step 3", "give --resume")
+    for phases in ([{"tokens": 2 * step}, {"samples_per_step": 4}], [{"seq_len": 8}]):
+        write_phases(tmp_path, *phases)
+        has(problem(run), "trained to step 3 whose phase ", "what lies ahead may change")
+    DataLedger().gone_back(1, 9, generation=0).write(Path(run["run_dir"]))  # step 3 has read the data of step 11
+    write_phases(tmp_path, {"tokens": 3 * step}, {"samples_per_step": 4})
+    has(problem(run), "trained to step 11")
+
+
+def test_other_data_is_welcome_where_it_is_allowed(inputs, tmp_path):
+    run = started(inputs, tokenizer_sha256="another")
+    build(tmp_path / "corpus" / "train", random_tokens(6000, 96), np.int16)
+    has(" ".join(refusals(check, run)), '"fingerprint"', "tokenizer_sha256")
+    check({**run, "allow_changed_data": True})
 
 
 # --- records ---
@@ -218,7 +246,14 @@ def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record
 def test_a_run_json_of_wrong_types_is_refused_in_a_sentence(inputs):
     run = started(inputs)
     record = json.loads((Path(run["run_dir"]) / "run.json").read_text())
-    for key, value in (("run", []), ("deepspeed", "auto"), ("data", {}), ("data", [7]), ("model", []), ("seed", {})):
+    for key, value in (
+        ("run", []),
+        ("deepspeed", "auto"),
+        ("phases", {}),
+        ("phases", [7]),
+        ("model", []),
+        ("seed", {}),
+    ):
         change_record(run, **{**record, key: value})
         said = refusals(check, run)
-        assert any(key in problem and run["run_dir"] in problem for problem in said), said
+        assert any(key.rstrip("s") in problem and run["run_dir"] in problem for problem in said), said

@@ -42,7 +42,7 @@ def test_a_vocabulary_too_small_for_the_corpus_is_found_by_the_rank_that_reads_i
     assert len(said) == 2  # training and held-out text
     has(said[0], "beyond the model's vocabulary of 50")
     others = check_run(RunConfig(**inputs), 2, CPU, PRECISION, False, False)
-    assert others.inputs.data.sources[0].num_tokens == 6000
+    assert [source.num_tokens for source in others.data.sources.values()] == [6000]
 
 
 def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
@@ -50,7 +50,7 @@ def test_corpora_of_two_tokenizers_are_not_mixed(inputs, tmp_path):
     mix = {**inputs, "data": [str(tmp_path / "corpus"), str(tmp_path / "other")]}
     for name in ("corpus", "other"):
         write_tokenizer(tmp_path / name)
-    assert len(check(mix).inputs.data.sources) == 2
+    assert len(check(mix).data.sources) == 2
     write_tokenizer(tmp_path / "other", size=80)
     has(problem(mix), *(str(tmp_path / name / "tokenizer.json") for name in ("corpus", "other")))
 

@@ -85,6 +85,18 @@ def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None
     }
 
 
+def write_phases(folder: Path, *stages: tuple[int, int | None], **last: Any) -> str:
+    """A schedule of phases of (samples per step, steps); returns its path.
+
+    Args:
+        last: further settings of the last one.
+    """
+    phases = [{"samples_per_step": samples, "tokens": steps and samples * steps * 16} for samples, steps in stages]
+    phases[-1] |= last
+    (folder / "phases.json").write_text(json.dumps({"phases": phases}))
+    return str(folder / "phases.json")
+
+
 def new_store(purpose: str) -> Store:
     """A store for the ranks of the group that exists already, as the rendezvous gives one to a run; each call gives
     another."""

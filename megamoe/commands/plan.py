@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megamoe.config import cli
 from megamoe.config.model import validate
+from megamoe.config.phases import Phase, make_phases, read_phases
 from megamoe.config.run import RunConfig
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
@@ -114,10 +115,44 @@ def print_splits(plan: Plan) -> None:
     print(f'  a step then has {samples:,} samples; with "train_batch_size" in the JSON the search keeps that number')
 
 
+def plan_phases(plan: Plan) -> list[tuple[Phase, int | None, Plan]]:
+    """Each phase of the run's data schedule, its last step, and its plan. Raises UserError."""
+    run, setup, last_step = plan.run, plan.setup, plan.recipe.schedule.total_steps
+    if not run.data_schedule:
+        return []
+    phases = make_phases(
+        read_phases(run.data_schedule), data=run.data, seq_len=setup.seq_len, micro_batch=setup.micro_batch,
+        samples=setup.micro_batch * setup.accumulation * setup.world_size, world_size=setup.world_size,
+        last_step=last_step,
+    ).all  # fmt: skip
+    plans = [
+        make_plan(
+            run.model_copy(update={"seq_len": one.seq_len}),
+            plan.options.model_copy(
+                update={"micro_batch": one.micro_batch, "accumulation": one.accumulation, "best": False}
+            ),
+        )
+        for one in phases
+    ]
+    return list(zip(phases, [*(one.first_step - 1 for one in phases[1:]), last_step], plans, strict=True))
+
+
+def print_phases(phases: list[tuple[Phase, int | None, Plan]]) -> None:
+    print("\npredicted, by phase")
+    print(f"  {'steps':>17s}{'samples x seq_len':>20s}{'memory':>14s}{'ms per step':>13s}{'tokens/s':>13s}  time")
+    for phase, end, plan in phases:
+        steps, samples = f"{phase.first_step}-{end or ''}", f"{phase.samples} x {phase.seq_len}"
+        took = duration((end - phase.first_step + 1) * plan.time.seconds) if end else ""
+        print(
+            f"  {steps:>17s}{samples:>20s}{size(totals(plan.footprint)['peak']):>14s}{1e3 * plan.time.seconds:13.2f}"
+            f"{plan.time.tokens_per_second:13,.0f}  {took}{'' if plan.fits else '  DOES NOT FIT'}"
+        )
+
+
 def main() -> None:
     run, options, file = parse()
     plan = make_plan(run, options)
-    setup = plan.setup
+    phases, setup = plan_phases(plan), plan.setup
     print(
         f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
         f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, {plan.recipe.dtype}, ep_size {setup.ep_size}, "
@@ -129,6 +164,8 @@ def main() -> None:
     print_memory(plan)
     print_communication(plan)
     print_time(plan)
+    if phases:
+        print_phases(phases)
     print("\nassumed")
     for sentence in assumptions(plan):
         print(f"  {sentence}")

@@ -7,9 +7,9 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from megamoe.config import cli
 from megamoe.config.model import validate
@@ -25,6 +25,10 @@ class Corpus(BaseModel):
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
+def _from_text(parse: Callable[[str], Any]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
 def parse_corpus(value: str) -> dict[str, Any]:
     """`PATH` or `PATH=WEIGHT` from the command line."""
     path, separator, weight = value.rpartition("=")
@@ -36,19 +40,7 @@ def parse_corpus(value: str) -> dict[str, Any]:
         raise ValueError(f"{value!r} has no number after the last '='; write PATH=WEIGHT.") from None
 
 
-class Stage(NamedTuple):
-    """Samples per optimizer step up to a step of a run, in batch-size warmup."""
-
-    samples: PositiveInt
-    last_step: PositiveInt
-
-
-def parse_stage(value: str) -> tuple[int, int]:
-    """`SAMPLES:STEP` from the command line."""
-    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", value):
-        raise ValueError(f"{value!r} is no stage; write SAMPLES:STEP, numbers above 0.")
-    samples, last_step = map(int, value.split(":"))
-    return samples, last_step
+CorpusOption = Annotated[Corpus, _from_text(parse_corpus)]
 
 
 class HeldOutSource(BaseModel):
@@ -83,10 +75,6 @@ def parse_duration(value: str) -> float:
     return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
 
 
-def _from_text(parse: Callable[[str], Any]) -> BeforeValidator:
-    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
-
-
 class RunConfig(BaseModel):
     """What the command line of pretrain.py owns. Each field is one option; its description is the option's help."""
 
@@ -96,7 +84,7 @@ class RunConfig(BaseModel):
     preset: str = Field(
         default="moe-680m", description="name of a shipped preset, or path of its JSON or of a Hugging Face directory"
     )
-    data: list[Annotated[Corpus, _from_text(parse_corpus)]] = Field(
+    data: list[CorpusOption] = Field(
         default=[Corpus(path="data/shakespeare-2048")],
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
@@ -142,10 +130,12 @@ class RunConfig(BaseModel):
         gt=0,
         description="end of the schedule, in place of the DeepSpeed JSON's total_num_steps",
     )
-    batch_ramp: tuple[Annotated[Stage, _from_text(parse_stage)], ...] = Field(
-        default=(),
-        description="batch-size warmup: fewer samples per step at first, SAMPLES:STEP, the last step with so many, "
-        "for each stage",
+    data_schedule: str | None = Field(
+        default=None,
+        description="path of a JSON file of phases with other data, lengths or batches, see docs/schedules.md",
+    )
+    allow_changed_data: bool = Field(
+        default=False, description="resume although data or tokenizer are not those that the run was trained on"
     )
     seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
     ema_decay: float | None = Field(
@@ -235,7 +225,6 @@ def parse_run(arguments: list[str] | None = None) -> RunConfig:
         parser,
         RunConfig,
         data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default},
-        batch_ramp={"nargs": "+", "metavar": "SAMPLES:STEP"},
         valid_data={"nargs": "+", "metavar": "[NAME=]PATH"},
         lm_eval_tasks={"nargs": "+", "metavar": "TASK"},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 from megamoe.config.model import ModelConfig
@@ -21,7 +20,7 @@ def run_problems(run: RunConfig, model: ModelConfig | None, recipe: Recipe | Sou
         recipe: of one with problems, the fields that have none.
     """
     owners = SoundFields(run=run, recipe=recipe or SoundFields(), **({"model": model} if model else {}))
-    return broken_rules((_seq_len, _recomputed_blocks, _guard, _batch_warmup), owners)
+    return broken_rules((_seq_len, _recomputed_blocks, _guard), owners)
 
 
 def _seq_len(m: Any) -> Iterator[str]:
@@ -46,28 +45,6 @@ def _guard(m: Any) -> Iterator[str]:
         yield (
             f'guard is "act", but "check_grad_overflow" in the "bf16" section of {m.run.ds_config} is false, with '
             "which DeepSpeed skips no step; set it to true."
-        )
-
-
-def _batch_warmup(m: Any) -> Iterator[str]:
-    """What keeps --batch_ramp from leading up to the batch of the DeepSpeed JSON on these ranks."""
-    stages = m.run.batch_ramp
-    for (samples, last), (more, later) in pairwise(stages):
-        if more <= samples or later <= last:
-            yield f"batch_ramp has {samples} samples up to step {last}, then {more} up to step {later}; let both rise."
-    micro, world_size = m.recipe.micro_batch, m.recipe.world_size
-    unit = micro * world_size
-    for samples, _ in stages:
-        if samples % unit:
-            yield (
-                f"batch_ramp has {samples} samples per step, but {micro} per rank x {world_size} ranks is {unit}; give "
-                f'a multiple of {unit}, or another "train_micro_batch_size_per_gpu".'
-            )
-    full = unit * m.recipe.accumulation
-    if stages and stages[-1].samples >= full:
-        yield (
-            f"batch_ramp ends with {stages[-1].samples} samples per step, but the full batch of {m.run.ds_config} is "
-            f"{full}; give fewer, and leave the full batch out."
         )
 
 

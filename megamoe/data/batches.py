@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megamoe.data.batch_warmup import BatchWarmup
+from megamoe.config.phases import Phase, Phases
 from megamoe.data.order import SampleOrder
 from megamoe.data.source import DataSource, Sample
 
@@ -35,57 +36,89 @@ class Batch:
         return Batch(*(tensor.to(device, non_blocking=tensor.is_pinned()) for tensor in tensors))
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """How the samples of an optimizer step are shared out."""
-
-    micro_batch: int  # samples per rank and forward pass
-    accumulation: int  # forward passes per step, after the warmup if there is one
-    world_size: int
-    seq_len: int
-    stages: tuple[tuple[int, int], ...] = ()  # of the warmup, see `BatchWarmup`; multiples of micro_batch x world_size
-
-    @property
-    def samples(self) -> int:
-        """Samples in one optimizer step over all ranks, after the warmup."""
-        return self.micro_batch * self.accumulation * self.world_size
-
-    @property
-    def warmup(self) -> BatchWarmup:
-        """Samples in each optimizer step."""
-        return BatchWarmup(self.samples, self.stages)
-
-
 class TrainData:
-    """The micro-batches of a run."""
+    """The micro-batches of a run, phase by phase."""
 
-    def __init__(self, sources: list[DataSource], weights: list[float], seed: int):
+    def __init__(self, phases: Phases, sources: Mapping[tuple[str, int], DataSource], seed: int):
+        """
+        Args:
+            sources: of all phases, by path and seq_len.
+        """
+        self.phases = phases
         self.sources = sources
-        self.order = SampleOrder.of([source.num_samples for source in sources], weights, seed)
+        numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in sources))}
+        self._orders: dict[Phase, SampleOrder] = {}
+        walked = dict.fromkeys(numbers, 0)  # tokens of each path
+        for phase in phases.all:
+            paths = [one.path for one in phase.data]
+            self._orders[phase] = SampleOrder.of(
+                [sources[path, phase.seq_len].num_samples for path in paths],
+                [one.weight for one in phase.data],
+                seed,
+                [numbers[path] for path in paths],
+                [-(-walked[path] // phase.seq_len) for path in paths],
+            )
+            for path, samples in zip(paths, self._samples_of(phase), strict=True):
+                walked[path] += (samples or 0) * phase.seq_len
 
-    def step_batches(self, step: int, rank: int, shape: BatchShape, ahead: int = 0) -> Iterator[Batch]:
-        """The micro-batches of `rank` in optimizer step `step`, counted from 1; `ahead` as for `batch`.
+    def _samples_of(self, phase: Phase) -> list[int | None]:
+        """Samples that a phase takes of each source; None for the last one, which goes on."""
+        ends = [one.first_step for one in self.phases.all if one.first_step > phase.first_step]
+        count = (ends[0] - phase.first_step) * phase.samples if ends else 0
+        return [self._orders[phase].before(count, place) if ends else None for place in range(len(phase.data))]
+
+    def record(self) -> list[dict[str, Any]]:
+        """What each phase reads: of each source so many samples of its random order, from `first_sample` on."""
+        return [
+            {
+                "first_step": phase.first_step,
+                "seq_len": phase.seq_len,
+                "samples_per_step": phase.samples,
+                "data": [
+                    {
+                        "path": one.path,
+                        "weight": one.weight,
+                        "fingerprint": self.sources[one.path, phase.seq_len].fingerprint,
+                        "first_sample": first,
+                        "samples": samples,
+                    }
+                    for one, first, samples in zip(
+                        phase.data, self._orders[phase].taken, self._samples_of(phase), strict=True
+                    )
+                ],
+            }
+            for phase in self.phases.all
+        ]
+
+    def step_batches(self, step: int, rank: int, ahead: int = 0) -> Iterator[Batch]:
+        """The micro-batches of `rank` in optimizer step `step`, counted from 1.
 
         A step's samples stand at consecutive positions: micro-batch by micro-batch, and in each rank by rank.
-        """
-        first, samples = shape.warmup.samples_before(step), shape.warmup.samples_of(step)
-        for start in range(first + rank * shape.micro_batch, first + samples, shape.micro_batch * shape.world_size):
-            yield self.batch(start, shape.micro_batch, ahead)
-
-    def step_samples(self, step: int, shape: BatchShape) -> list[tuple[int, int]]:
-        """(source, sample), by number from 0, of all samples of a step over all ranks, in the order of positions."""
-        first = shape.warmup.samples_before(step)
-        return [self.order.at(position) for position in range(first, first + shape.warmup.samples_of(step))]
-
-    def batch(self, first: int, count: int, ahead: int = 0) -> Batch:
-        """The samples at positions first .. first + count - 1.
 
         Args:
             ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
         """
-        places = [self.order.at(position) for position in range(first, first + count)]
-        samples = [self.sources[source].sample(index, ahead) for source, index in places]
-        return _to_batch(samples, self.sources[0].seq_len, ahead)
+        phase = self.phases.at(step)
+        paths, micro = [one.path for one in phase.data], phase.micro_batch
+        for first in range(rank * micro, phase.samples, micro * self.phases.world_size):
+            samples = [
+                self.sources[paths[place], phase.seq_len].sample(index, ahead)
+                for place, index in self._places(step, first, micro)
+            ]
+            yield _to_batch(samples, phase.seq_len, ahead)
+
+    def step_samples(self, step: int) -> list[tuple[int, int]]:
+        """(source, sample), by number from 0, of all samples of a step over all ranks, in their order. Sources count
+        in the order in which phases name them."""
+        phase = self.phases.at(step)
+        numbers = self._orders[phase].numbers
+        return [(numbers[place], index) for place, index in self._places(step, 0, phase.samples)]
+
+    def _places(self, step: int, first: int, count: int) -> list[tuple[int, int]]:
+        """(place in its phase's mix, sample) of so many samples of a step, from its `first` on."""
+        phase = self.phases.at(step)
+        start = (step - phase.first_step) * phase.samples + first
+        return [self._orders[phase].at(position) for position in range(start, start + count)]
 
 
 def _to_batch(samples: list[Sample], seq_len: int, ahead: int = 0) -> Batch:

@@ -7,6 +7,7 @@ continues exactly where it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import TypeVar
@@ -65,19 +66,32 @@ def _turns(*key: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which sample of which corpus stands at each position of the run.
+    """Which sample of which source stands at each position of a phase.
 
-    Every block of MIX_BLOCK positions holds each corpus in proportion to its weight, in shuffled order. A corpus is
+    Every block of MIX_BLOCK positions holds each source in proportion to its weight, in shuffled order. A source is
     walked in a new random order each time it has been walked through.
     """
 
-    sizes: tuple[int, ...]  # samples in each corpus
-    shares: tuple[int, ...]  # positions of each corpus in a block; they sum to MIX_BLOCK
+    sizes: tuple[int, ...]  # samples in each source
+    shares: tuple[int, ...]  # positions of each source in a block; they sum to MIX_BLOCK
     seed: int
+    numbers: tuple[int, ...]  # of the sources in the run
+    taken: tuple[int, ...]  # samples of each that earlier phases have walked
 
     @staticmethod
-    def of(sizes: list[int], weights: list[float], seed: int) -> SampleOrder:
-        """Raises UserError if a weight is too small to be given one position in a block."""
+    def of(
+        sizes: list[int],
+        weights: list[float],
+        seed: int,
+        numbers: Sequence[int] | None = None,
+        taken: Sequence[int] | None = None,
+    ) -> SampleOrder:
+        """Raises UserError if a weight is too small to be given one position in a block.
+
+        Args:
+            numbers: by default, from 0.
+            taken: by default, none.
+        """
         ideal = [weight / sum(weights) * MIX_BLOCK for weight in weights]
         shares = [int(share) for share in ideal]
         # Largest remainder: the positions left by rounding down go to those who lost most.
@@ -87,18 +101,27 @@ class SampleOrder:
         for weight, share in zip(weights, shares, strict=True):
             if not share:
                 raise UserError(f"data: weight {weight} is below 1/{MIX_BLOCK} of the mix; raise it or leave it out.")
-        return SampleOrder(tuple(sizes), tuple(shares), seed)
+        return SampleOrder(
+            tuple(sizes), tuple(shares), seed, tuple(numbers or range(len(sizes))), tuple(taken or [0] * len(sizes))
+        )
 
     def at(self, position: int) -> tuple[int, int]:
-        """(corpus, sample) at `position`, counted from 0."""
-        corpus, earlier = 0, position  # positions of the same corpus before this one
+        """(source, sample) at `position`, counted from 0; the source by its place in this mix."""
+        source = 0
         if len(self.sizes) > 1:
             block, slot = divmod(position, MIX_BLOCK)
-            corpora = _mixed_block(self.shares, self.seed, block)
-            corpus = int(corpora[slot])
-            earlier = block * self.shares[corpus] + int(np.count_nonzero(corpora[:slot] == corpus))
-        epoch, index = divmod(earlier, self.sizes[corpus])
-        return corpus, permute(index, self.sizes[corpus], self.seed, corpus, epoch)
+            source = int(_mixed_block(self.shares, self.seed, block)[slot])
+        walked = self.taken[source] + self.before(position, source)
+        epoch, index = divmod(walked, self.sizes[source])
+        return source, permute(index, self.sizes[source], self.seed, self.numbers[source], epoch)
+
+    def before(self, position: int, source: int) -> int:
+        """Positions of that source before `position`."""
+        if len(self.sizes) == 1:
+            return position
+        block, slot = divmod(position, MIX_BLOCK)
+        mixed = _mixed_block(self.shares, self.seed, block)
+        return block * self.shares[source] + int(np.count_nonzero(mixed[:slot] == source))
 
 
 @lru_cache(maxsize=4)  # a step reads neighbouring positions

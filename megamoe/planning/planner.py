@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -39,6 +40,7 @@ RUN_OPTIONS = (
     "recompute_blocks",
     "compile",
     "ema_decay",
+    "data_schedule",
 )  # of a run that its plan depends on
 
 
@@ -52,6 +54,9 @@ class PlanOptions(BaseModel):
     device: str = Field(default="h100", description=f"{', '.join(DEVICES)}, or cpu: this machine, all ranks on it")
     micro_batch: int | None = Field(
         default=None, gt=0, description="samples per rank and forward pass; by default the DeepSpeed JSON's"
+    )
+    accumulation: int | None = Field(
+        default=None, gt=0, description="forward passes per step and rank; by default the DeepSpeed JSON's"
     )
     gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
     efficiency: float | None = Field(
@@ -111,10 +116,13 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     ranks, on_cpu = options.gpus, options.device == "cpu"
     device = this_machine(ranks) if on_cpu else DEVICES.get(options.device)
     auto = faster_of(device.half_flops, device.single_flops) if device else "bf16"
-    micro = {"train_micro_batch_size_per_gpu": options.micro_batch} if options.micro_batch else {}
+    given = {"train_micro_batch_size_per_gpu": options.micro_batch, "gradient_accumulation_steps": options.accumulation}
+    sizes: dict[str, Any] = {key: value for key, value in given.items() if value}
+    if len(sizes) == 2:
+        sizes["train_batch_size"] = None  # it is their product
 
     def recipe_of(path: str) -> Recipe:
-        return parse_recipe({**read_json(Path(path)), **micro}, path, ranks, on_cpu, auto)
+        return parse_recipe({**read_json(Path(path)), **sizes}, path, ranks, on_cpu, auto)
 
     recipe: Recipe = problems.attempt(recipe_of, run.ds_config)
     if recipe:
@@ -126,12 +134,13 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     if not device:
         problems.append(f"device is {options.device!r}; use one of {', '.join(DEVICES)}, cpu.")
     if options.best:
-        given = {
+        chosen = {
             "ep_size": run.ep_size > 1,
             "recompute_blocks": run.recompute_blocks,
             "micro_batch": options.micro_batch,
+            "accumulation": options.accumulation,
         }
-        problems += [f"--best chooses {name} itself; leave --{name} out." for name, value in given.items() if value]
+        problems += [f"--best chooses {name} itself; leave --{name} out." for name, value in chosen.items() if value]
     problems.refuse()
     assert device
 

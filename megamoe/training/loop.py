@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe.checkpoint.writer import CheckpointWriter
-from megamoe.data.batches import BatchShape, TrainData
+from megamoe.data.batches import TrainData
 from megamoe.data.ledger import DataLedger
 from megamoe.data.prefetch import Prefetcher
 from megamoe.evaluation.held_out import Evaluator
@@ -42,7 +42,6 @@ class Trainer:
 
     train_step: TrainStep
     data: TrainData
-    shape: BatchShape
     writer: CheckpointWriter
     seed: int  # of dropout and jitter
     guard: Guard
@@ -59,12 +58,12 @@ class Trainer:
     def __post_init__(self, peak: Peak) -> None:
         model, self.rank = self.train_step.model, dist.get_rank()
         self.health = RouterHealth(model.config)
-        self.metrics = StepMetrics(self.train_step, self.shape, peak)
+        self.metrics = StepMetrics(self.train_step, self.data.phases, peak)
         self.skipped = SkippedSteps()
         # Multi-token prediction needs the token after the one that follows a sample's last position.
         ahead = model.config.num_nextn_predict_layers
         self.batches = Prefetcher(
-            lambda data_step: self.data.step_batches(data_step, self.rank, self.shape, ahead), self.train_step.device
+            lambda data_step: self.data.step_batches(data_step, self.rank, ahead), self.train_step.device
         )
         self.position.follow(model.blocks())
 
@@ -97,7 +96,8 @@ class Trainer:
                 result = self._train(step, needed, looks_at_folder=logs or saves)
                 asked, out_of_time, writing, is_gone = result.flags
                 # The update may still run on the device; the next step waits for it.
-                self.metrics.add(result, time.perf_counter() - started)
+                phase = self.data.phases.at(self.ledger.data_step(step))
+                self.metrics.add(result, phase, time.perf_counter() - started)
 
                 self._watch(step, last, result)
                 final = step == last or asked or out_of_time
@@ -160,7 +160,7 @@ class Trainer:
         event = self.guard.after(step, result, lowers_scale)
         if event and self.sinks:
             data_step = self.ledger.data_step(step)
-            samples = self.data.step_samples(data_step, self.shape)
+            samples = self.data.step_samples(data_step)
             self.sinks.log_event({"event": event.kind, **event.values, "data_step": data_step, "samples": samples})
             self._say(step, event.line)
         if self.sinks and self.guard.watches and result.balance:
@@ -238,7 +238,8 @@ class Trainer:
 
     def _evaluated(self, evaluators: Sequence[Evaluator | TaskEvaluator]) -> dict[str, Any]:
         """Evaluate the model with the weights that it has."""
-        share = Share(self.shape.micro_batch, self.rank, self.shape.world_size)
+        phases = self.data.phases
+        share = Share(phases.all[0].micro_batch, self.rank, phases.world_size)
         values: dict[str, Any] = {}
         for evaluator in evaluators:
             values |= evaluator.run(self.train_step.model, share, self.train_step.device)

@@ -123,8 +123,6 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
     assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
     assert run.steps == 5
     assert run.resume
-    run = parse_run(["--ds_config", "a", "--batch_ramp", "16:200", "32:500"])
-    assert [(stage.samples, stage.last_step) for stage in run.batch_ramp] == [(16, 200), (32, 500)]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,6 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
         ("--data x=much", ["'x=much'", "PATH=WEIGHT"]),
         *((f"--data x={weight}", ["weight"]) for weight in ("0", "inf")),
         *((f"--time_limit={words}", ["time_limit"]) for words in ("1:30", "0")),
-        *((f"--batch_ramp {stage}", [f"'{stage}'", "SAMPLES:STEP"]) for stage in ("16", "0:5")),
     ],
 )
 def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):

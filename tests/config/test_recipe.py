@@ -249,8 +249,6 @@ def between(world_size=1, ds=None, widths=(32, 48), **options):
     return sentences(problems)
 
 
-FOUR = {"gradient_accumulation_steps": 4}
-STAGES = {"ds": FOUR, "world_size": 2}
 UNCHECKED = {"bf16.check_grad_overflow": False}
 MISFITS = [
     ({"world_size": 3, "ep_size": 2}, ["ep_size is 2", "3 ranks", "divisor"]),
@@ -260,13 +258,6 @@ MISFITS = [
     ({"steps": 61, "schedule_steps": 60}, ["steps is 61", "by --schedule_steps", "60", "raise --schedule_steps"]),
     ({"ds": CONSTANT}, ["the schedule in ds.json has no end", "--steps"]),
     ({"ds": CONSTANT, "schedule_steps": 60}, ["schedule_steps is 60", "ds.json has no end", "--steps"]),
-    (
-        {**STAGES, "batch_ramp": ["4:5", "6:9"]},
-        ["batch_ramp", "6 samples", "2 per rank x 2 ranks is 4", "multiple of 4"],
-    ),
-    ({**STAGES, "batch_ramp": ["4:5", "4:9"]}, ["batch_ramp", "4 samples up to step 5, then 4 up to step 9", "rise"]),
-    ({**STAGES, "batch_ramp": ["4:5", "8:5"]}, ["batch_ramp", "4 samples up to step 5, then 8 up to step 5", "rise"]),
-    ({**STAGES, "batch_ramp": ["4:5", "16:9"]}, ["batch_ramp", "ends with 16", "ds.json is 16", "give fewer"]),
     ({"ds": UNCHECKED, "guard": "act"}, ['guard is "act"', '"check_grad_overflow"', "ds.json", "set it to true"]),
     ({"recompute_blocks": 3}, ["recompute_blocks is 3", "mine has 2 blocks", "at most"]),
 ]
@@ -283,7 +274,6 @@ def test_what_fits_between_the_three_owners_has_no_problem():
         {"steps": 100},
         {"ds": CONSTANT, "steps": 10**6},
         {"steps": 600, "schedule_steps": 600},
-        {**STAGES, "batch_ramp": ["4:5", "8:9"]},
         {"ds": UNCHECKED},
         {"guard": "act"},
         {"recompute_blocks": 2},

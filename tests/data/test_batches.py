@@ -1,77 +1,106 @@
 """Batches of a run."""
 
-import torch
-from corpora import build, random_tokens
+import itertools
 
-from megamoe.data.batches import Batch, BatchShape, TrainData
+import torch
+from corpora import build, random_tokens, train_data
+
+from megamoe.data.batches import Batch
+from megamoe.data.order import SampleOrder
 from megamoe.data.token_files import TokenCorpus
 
 
-def train_data(folder, seed=12):
-    corpora = [
-        TokenCorpus(build(folder / f"c{number}", random_tokens(count, 50, number)), 10, 50)
+def two_corpora(folder, seq_len=10):
+    return [
+        TokenCorpus(build(folder / f"c{number}_{seq_len}", random_tokens(count, 50, number)), seq_len, 50)
         for number, count in enumerate((500, 211))
     ]
-    return TrainData(corpora, [2.0, 1.0], seed)
+
+
+def rows(data, step, ranks=1):
+    """(inputs, labels) of the samples of a step, in the order of their positions."""
+    taken = [list(data.step_batches(step, rank)) for rank in range(ranks)]
+    micro = [batch for together in zip(*taken, strict=True) for batch in together]
+    pairs = [pair for one in micro for pair in zip(one.input_ids, one.labels, strict=True)]
+    return [(inputs.tolist(), labels.tolist()) for inputs, labels in pairs]
 
 
 def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
-    source = train_data(tmp_path)
-    batch = source.batch(5, 4)
-    inputs, labels = batch.input_ids, batch.labels
-    assert inputs.shape == labels.shape == (4, 10)
-    assert inputs.dtype == labels.dtype == torch.int64
-    for row, position in enumerate(range(5, 9)):
-        corpus, sample = source.order.at(position)
-        tokens = source.sources[corpus].sample(sample).ids.tolist()
-        assert inputs[row].tolist() == tokens[:-1]
-        assert labels[row].tolist() == tokens[1:]
+    sources = two_corpora(tmp_path)
+    data = train_data(sources, [2.0, 1.0], samples=4)
+    order = SampleOrder.of([source.num_samples for source in sources], [2.0, 1.0], seed=12)
+    for step in (1, 2, 40):
+        (batch,) = data.step_batches(step, 0)
+        assert batch.input_ids.shape == batch.labels.shape == (4, 10)
+        assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+        places = [order.at(position) for position in range(4 * step - 4, 4 * step)]
+        assert data.step_samples(step) == places
+        tokens = [sources[corpus].sample(index).ids.tolist() for corpus, index in places]
+        assert rows(data, step) == [(one[:-1], one[1:]) for one in tokens]
 
 
 def test_labels_further_ahead_go_on_in_the_corpus_and_end_with_it(tmp_path):
     tokens = random_tokens(34, 50).tolist()  # three samples, and three tokens that are in none
-    corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
-    data = TrainData([corpus], [1.0], seed=1)
+    data = train_data([TokenCorpus(build(tmp_path / "c", tokens), 10, 50)], [1.0], samples=3)
     followed = [*tokens, *[-100] * 30]
+    starts = [10 * index for _, index in data.step_samples(1)]
     for ahead in (0, 1, 3, 25):
-        batch = data.batch(0, 3, ahead)
-        starts = [10 * data.order.at(row)[1] for row in range(3)]
+        (batch,) = data.step_batches(1, 0, ahead)
         assert batch.input_ids.tolist() == [tokens[start : start + 10] for start in starts]
         assert batch.labels.tolist() == [followed[start + 1 : start + 11 + ahead] for start in starts]
-        (step,) = data.step_batches(1, 0, BatchShape(3, 1, 1, 10), ahead)
-        assert torch.equal(step.labels, batch.labels)
 
 
-def samples_of_step(source, step, micro_batch, accumulation, world_size):
-    """The samples that all ranks together train on in one step."""
-    rows, shape = [], BatchShape(micro_batch, accumulation, world_size, 10)
-    for rank in range(world_size):
-        batches = list(source.step_batches(step, rank, shape))
-        assert [len(batch.input_ids) for batch in batches] == [micro_batch] * accumulation
-        rows += [row for batch in batches for row in torch.cat((batch.input_ids, batch.labels), dim=1).tolist()]
-    return sorted(rows)
+# Of the other forms, a mix that changes, as its batch and its length do; the second phase goes on with the same mix.
+PHASES = [
+    {"tokens": 2 * 4 * 10, "samples_per_step": 4},
+    {"tokens": 3 * 8 * 10 - 9},
+    {"tokens": 5 * 8 * 10, "data": ["1=3", "0"]},
+    {"data": ["1"], "samples_per_step": 16},
+]
 
 
-def test_the_ranks_together_train_on_the_same_samples_however_many_there_are(tmp_path):
-    source = train_data(tmp_path)
-    for step in (1, 2, 9):
-        alone = samples_of_step(source, step, micro_batch=8, accumulation=1, world_size=1)
-        for micro_batch, accumulation, world_size in ((4, 1, 2), (2, 1, 4), (2, 4, 1), (2, 2, 2), (1, 2, 4)):
-            assert samples_of_step(source, step, micro_batch, accumulation, world_size) == alone
-    first, second = (samples_of_step(source, step, 8, 1, 1) for step in (1, 2))
-    assert first != second
+def test_the_ranks_together_train_on_the_same_samples_in_order_however_many_there_are(tmp_path):
+    sources = two_corpora(tmp_path)
+    alone = train_data(sources, [2.0, 1.0], samples=8, micro_batch=4, given=PHASES)
+    expected = {step: rows(alone, step) for step in (1, 2, 3, 5, 6, 10, 11, 12)}
+    assert [len(expected[step]) for step in expected] == [4, 4, 8, 8, 8, 8, 16, 16]
+    for micro_batch, ranks in ((2, 1), (2, 2), (1, 4), (1, 2)):
+        data = train_data(sources, [2.0, 1.0], 8, micro_batch=micro_batch, world_size=ranks, given=PHASES)
+        for step, taken in expected.items():
+            assert rows(data, step, ranks) == taken
+            assert data.step_samples(step) == alone.step_samples(step)
 
 
-def test_the_steps_of_a_batch_size_warmup_take_the_samples_in_order_on_any_number_of_ranks(tmp_path):
-    source = train_data(tmp_path)
-    for micro_batch, world_size in ((4, 1), (2, 2), (1, 4), (1, 2)):
-        shape = BatchShape(micro_batch, 8 // (micro_batch * world_size), world_size, 10, stages=((4, 2),))
-        position = 0
-        for step, samples in ((1, 4), (2, 4), (3, 8), (4, 8)):
-            taken = [list(source.step_batches(step, rank, shape)) for rank in range(world_size)]
-            rows = [row for micro in zip(*taken, strict=True) for batch in micro for row in batch.labels.tolist()]
-            assert rows == source.batch(position, samples).labels.tolist()
-            position += samples
+def test_a_corpus_goes_on_where_the_phase_before_has_left_it_and_the_record_says_so(tmp_path):
+    sources = two_corpora(tmp_path)
+    data = train_data(sources, [2.0, 1.0], samples=8, micro_batch=4, given=PHASES)
+    visits, epoch = {0: [], 1: []}, [source.num_samples for source in sources]
+    for step in range(1, 40):
+        for corpus, sample in data.step_samples(step):
+            visits[corpus].append(sample)
+    for corpus, walked in visits.items():
+        for start in range(0, len(walked), epoch[corpus]):
+            of_epoch = walked[start : start + epoch[corpus]]
+            assert len(set(of_epoch)) == len(of_epoch)
+    assert len(visits[0]) > 30
+    assert len(visits[1]) > 2 * epoch[1]
+    record = data.record()
+    assert [phase["first_step"] for phase in record] == [1, 3, 6, 11]
+    for phase, following in itertools.pairwise(record):
+        for source in phase["data"]:
+            steps = range(phase["first_step"], following["first_step"])
+            found = sum(str(corpus) == source["path"] for step in steps for corpus, _ in data.step_samples(step))
+            assert source["samples"] == found
+    later = {source["path"]: source["first_sample"] for source in record[2]["data"]}
+    assert later == {one["path"]: one["first_sample"] + one["samples"] for one in record[1]["data"]}
+
+
+def test_with_longer_samples_a_corpus_counts_its_epochs_by_tokens(tmp_path):
+    short, long = (two_corpora(tmp_path, seq_len)[0] for seq_len in (10, 20))
+    given = [{"tokens": 300, "samples_per_step": 5}, {"seq_len": 20}]
+    data = train_data([short, long], [1.0], samples=2, micro_batch=1, given=given)
+    assert [len(row[0]) for step in (6, 7) for row in rows(data, step)] == [10] * 5 + [20] * 2
+    assert data.record()[1]["data"][0]["first_sample"] == 300 // 20
 
 
 def test_only_a_pinned_batch_is_copied_while_the_host_goes_on(monkeypatch):

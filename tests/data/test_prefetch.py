@@ -5,17 +5,16 @@ import threading
 
 import pytest
 import torch
-from corpora import build, random_tokens
+from corpora import build, random_tokens, train_data
 from ranks import DEADLINE
 
 from megamoe.data import prefetch
-from megamoe.data.batches import Batch, BatchShape, TrainData
+from megamoe.data.batches import Batch
 from megamoe.data.prefetch import Prefetcher
 from megamoe.data.token_files import TokenCorpus
 from megamoe.utils.errors import UserError
 
 CPU = torch.device("cpu")
-SHAPE = BatchShape(micro_batch=2, accumulation=3, world_size=4, seq_len=10)
 
 
 def threads():
@@ -31,10 +30,10 @@ def start():
 
 def test_the_batches_are_those_of_the_data_in_order_from_any_step_on(tmp_path, start):
     corpora = [TokenCorpus(build(tmp_path / f"c{number}", random_tokens(400, 50, number)), 10, 50) for number in (0, 1)]
-    data = TrainData(corpora, [2.0, 1.0], seed=3)
-    batches = start(lambda step: data.step_batches(step, 1, SHAPE))
+    data = train_data(corpora, [2.0, 1.0], samples=24, micro_batch=2, world_size=4)
+    batches = start(lambda step: data.step_batches(step, 1))
     for step in range(7, 12):
-        for one, other in zip(batches.step(step), data.step_batches(step, 1, SHAPE), strict=True):
+        for one, other in zip(batches.step(step), data.step_batches(step, 1), strict=True):
             assert torch.equal(one.input_ids, other.input_ids)
             assert torch.equal(one.labels, other.labels)
 

@@ -49,6 +49,21 @@ def test_a_micro_batch_of_the_command_line_stands_in_place_of_that_of_the_json(t
     assert (setup.micro_batch, setup.accumulation, setup.seq_len) == (2, 1, 512)
 
 
+def test_each_phase_of_a_data_schedule_is_planned_as_a_run_of_its_own(tmp_path):
+    phases = [{"tokens": 3 * 16 * 1024, "samples_per_step": 16}, {"seq_len": 512, "micro_batch": 1}]
+    (tmp_path / "phases.json").write_text(json.dumps({"phases": phases}))
+    plan = planned(gpus=8, data_schedule=str(tmp_path / "phases.json"))
+    first, second = tool.plan_phases(plan)
+    assert (first[1], second[1]) == (3, plan.recipe.schedule.total_steps)
+    alone = planned(gpus=8, seq_len=512, micro_batch=1, accumulation=second[0].accumulation)
+    assert second[2].setup == alone.setup
+    assert second[2].time.seconds == alone.time.seconds
+    assert first[2].setup.accumulation * first[2].setup.micro_batch * 8 == 16
+    (tmp_path / "phases.json").write_text(json.dumps({"phases": [{}, {"seq_len": 4096}]}))
+    with pytest.raises(UserError, match="phase 1 has no tokens"):
+        tool.plan_phases(plan)
+
+
 def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     ds = ds_config(2, zero_optimization={"stage": 1, "contiguous_gradients": False})
     (tmp_path / "ds.json").write_text(json.dumps(ds))

@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
+from corpora import train_data
 from ranks import run_ranks
-from toy import PRESET, ds_of_samples, losses, train_here, write_inputs
+from toy import PRESET, ds_of_samples, losses, train_here, write_inputs, write_phases
 
 from megamoe.data.batches import TrainData
 from megamoe.data.ledger import read_ledger
@@ -58,8 +59,8 @@ def events(folder):
 def samples_of(data_step, folder):
     """The tokens of the samples of a data step, as the order of the run has them."""
     corpus = TokenCorpus(folder / "corpus" / "train", 16, PRESET["vocab_size"])
-    data = TrainData([corpus], [1.0], 1234)
-    return sorted(row.tolist() for row in data.batch((data_step - 1) * SAMPLES, SAMPLES).input_ids)
+    (batch,) = train_data([corpus], [1.0], SAMPLES, seed=1234).step_batches(data_step, 0)
+    return sorted(row.tolist() for row in batch.input_ids)
 
 
 def of_all_ranks(results, number):
@@ -127,7 +128,8 @@ def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follo
 
 
 def test_with_batch_size_warmup_a_run_that_went_back_goes_on_as_one_that_resumes_there(tmp_path):
-    run = {**write_inputs(tmp_path, ds_of_samples(8, 2)), **GUARD, "batch_ramp": ["2:4", "4:14"]}
+    run = {**write_inputs(tmp_path, ds_of_samples(8, 2)), **GUARD}
+    run["data_schedule"] = write_phases(tmp_path, (2, 4), (4, 10), (8, None))
     whole = run_ranks(1, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "whole")})[0][0]
     # Step 12 reads the data of step 15, with as many samples.
     assert [row["batch_size"] for row in whole["train"]] == [2] * 4 + [4] * 7 + [8] * 5

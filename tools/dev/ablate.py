@@ -40,10 +40,10 @@ from pydantic import Field
 
 from megamoe.config import cli
 from megamoe.config.model import JsonModel, ModelConfig, validate
+from megamoe.config.phases import PhaseSettings, make_phases, read_phases
 from megamoe.config.precision import Precision, precision_of
 from megamoe.config.recipe import Recipe, read_recipe
-from megamoe.config.run import RunConfig, parse_run, parse_stage
-from megamoe.data.batch_warmup import BatchWarmup
+from megamoe.config.run import RunConfig, parse_run
 from megamoe.formats.config_json import find_preset
 from megamoe.model.costs import parameter_count, train_flops_per_token
 from megamoe.pretrain import check_run
@@ -209,10 +209,10 @@ def results(trial: Trial, log: dict[str, list[dict[str, Any]]]) -> dict[str, Any
     begins = next(index for index, row in enumerate(rows) if row["step"] >= trial.steps / 10)
     seq_len = trial.options.get("seq_len", trial.model.max_position_embeddings)
     steps = [row["step"] for row in rows]
-    stages = tuple(parse_stage(stage) for stage in trial.options.get("batch_ramp", []))
-    warmup = BatchWarmup(trial.recipe.samples, stages)
-    samples = [warmup.samples_before(step + 1) for step in [0, *steps]]
-    tokens = [(after - before) * seq_len for before, after in pairwise(samples)]
+    file = trial.options.get("data_schedule")
+    given = read_phases(file) if file else [PhaseSettings()]
+    phases = make_phases(given, data=[], seq_len=seq_len, micro_batch=1, samples=trial.recipe.samples, world_size=1)
+    tokens = [after - before for before, after in pairwise(map(phases.tokens_before, (s + 1 for s in [0, *steps])))]
     return {
         "tokens": sum(tokens),
         "parameters": parameter_count(trial.model),

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from megamoe.config import cli
 from megamoe.config.model import load_preset
-from megamoe.data.batches import BatchShape, TrainData
+from megamoe.config.phases import PhaseSettings, make_phases
+from megamoe.config.run import Corpus
+from megamoe.data.batches import TrainData
 from megamoe.data.corpus import input_files, read_documents, write_corpus
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
@@ -41,28 +43,33 @@ def tokenising(text: Path, tokenizer: Path) -> tuple[int, float]:
         return size * times, time.perf_counter() - start
 
 
-def open_data(corpus: str, seq_len: int, corpora: int = 1) -> TrainData:
-    """The corpus as training reads it, once or as a mix of several."""
+def open_data(corpus: str, seq_len: int, corpora: int = 1, ranks: int = 1) -> TrainData:
+    """The corpus as training reads it, once or as a mix of several, in steps of two samples per rank."""
     config = load_preset("moe-680m")
     opened = TokenCorpus(corpus_prefix(corpus, "train"), seq_len, config.vocab_size)
-    return TrainData([opened] * corpora, [1.0 + number for number in range(corpora)], seed=1)
+    mix = [Corpus(path=str(number), weight=1.0 + number) for number in range(corpora)]
+    phases = make_phases(
+        [PhaseSettings()], data=mix, seq_len=seq_len, micro_batch=2, samples=2 * ranks, world_size=ranks
+    )
+    return TrainData(phases, {(one.path, seq_len): opened for one in mix}, seed=1)
 
 
 def seconds_per_sample(corpus: str, seq_len: int, samples: int = 2000) -> float:
     """Seconds to read one sample of `seq_len` tokens, at its place in the order."""
     data = open_data(corpus, seq_len)
     start = time.perf_counter()
-    for first in range(0, samples, 2):
-        data.batch(first, 2)
+    for step in range(1, samples // 2 + 1):
+        for _ in data.step_batches(step, 0):
+            pass
     return (time.perf_counter() - start) / samples
 
 
-def seconds_per_step(data: TrainData, ranks: int, seq_len: int, steps: int = 1000) -> float:
+def seconds_per_step(data: TrainData, ranks: int, steps: int = 1000) -> float:
     """Seconds of one rank to find and read a step's two samples, one step after the other."""
-    shape, rank = BatchShape(2, 1, ranks, seq_len), ranks // 2
+    rank = ranks // 2
     start = time.perf_counter()
     for step in range(1, steps + 1):
-        for _ in data.step_batches(step, rank, shape):
+        for _ in data.step_batches(step, rank):
             pass
     return (time.perf_counter() - start) / steps
 
@@ -113,9 +120,8 @@ def main() -> None:
             f"reading a sample of {seq_len} tokens: {seconds_per_sample(args.corpus, seq_len) * 1e3:.3f} ms", flush=True
         )
     for corpora in (1, 5):
-        data = open_data(args.corpus, 1024, corpora)
         for ranks in (1, 8, 1024):
-            milliseconds = seconds_per_step(data, ranks, 1024) * 1e3
+            milliseconds = seconds_per_step(open_data(args.corpus, 1024, corpora, ranks), ranks) * 1e3
             print(f"corpora: {corpora}, ranks: {ranks}: a step of 2 samples of 1024 tokens: {milliseconds:.3f} ms",
                   flush=True)  # fmt: skip
     starts = [[seconds_to_first_step(args.corpus, ranks) for ranks in (1, 2)] for _ in range(args.rounds)]

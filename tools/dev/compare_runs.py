@@ -16,7 +16,7 @@ import matplotlib
 
 from megamoe.commands.report import cell, draw, read_run
 from megamoe.config import cli
-from megamoe.data.batch_warmup import BatchWarmup
+from megamoe.config.phases import Phase, Phases
 from megamoe.utils.errors import Problems, UserError, shown
 from megamoe.utils.json_files import read_regular
 from megamoe.utils.run_folder import last_record
@@ -27,8 +27,7 @@ class Run(NamedTuple):
 
     name: str
     parameters: int
-    seq_len: int
-    warmup: BatchWarmup
+    phases: Phases
     log: dict[str, list[dict[str, Any]]]
 
     def held_out(self) -> list[dict[str, Any]]:
@@ -37,18 +36,20 @@ class Run(NamedTuple):
 
     def tokens(self, rows: list[dict[str, Any]]) -> list[int]:
         """Tokens trained on up to each of the rows."""
-        return [self.warmup.samples_before(row["step"] + 1) * self.seq_len for row in rows]
+        return [self.phases.tokens_before(row["step"] + 1) for row in rows]
 
 
 def read_sized_run(run_dir: Path) -> Run:
     """A run with its size. Raises UserError."""
     log, record = read_run(run_dir), last_record(run_dir) or {}
-    sizes: list[Any] = [record.get(key) for key in ("parameters", "seq_len", "samples_per_step")]
-    if not all(isinstance(size, int) for size in sizes):
+    parameters, given = record.get("parameters"), record.get("phases")
+    if not isinstance(parameters, int) or not given:
         raise UserError(f"{run_dir}/run.json does not say how large the run is; bring the file back, or leave it out.")
-    parameters, seq_len, samples = sizes
-    warmup = BatchWarmup(samples, record.get("run", {}).get("batch_ramp", ()))
-    return Run(str(run_dir), parameters, seq_len, warmup, log)
+    phases = [
+        Phase(one["first_step"], one["seq_len"], 1, one["samples_per_step"], one["samples_per_step"], ())
+        for one in given
+    ]
+    return Run(str(run_dir), parameters, Phases(tuple(phases), 1), log)
 
 
 def comparison_table(runs: list[Run]) -> str:

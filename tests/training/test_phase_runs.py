@@ -1,11 +1,11 @@
-"""Runs and engines whose steps have more and more micro-batches."""
+"""Runs whose data, lengths and batches change, and engines whose steps have other numbers of micro-batches."""
 
 import pytest
 import torch
 from engines import one_weight_engine
 from ranks import run_ranks
 from torch import nn
-from toy import ds_config, ds_of_samples, losses, train_here, write_inputs
+from toy import ds_config, ds_of_samples, losses, train_here, write_inputs, write_phases
 
 from megamoe.checkpoint.index import read_index
 from megamoe.training.step import TrainStep
@@ -44,30 +44,40 @@ def test_a_step_is_the_mean_of_its_micro_batches_however_many_the_steps_before_h
         assert weight.item() == pytest.approx(expected, rel=1e-5)
 
 
-RAMP = {"batch_ramp": ["2:3", "4:7"], "steps": 11}
+STAGES = (2, 3), (4, 4), (8, None)
+
+
+def phases_of(folder):
+    """The last phase has shorter samples of a mix."""
+    mix = [f"{folder / 'corpus'}=2", str(folder / "corpus" / "valid")]
+    return write_phases(folder, *STAGES, seq_len=8, data=mix)
 
 
 @pytest.fixture(scope="module")
 def on_one_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_rank")
-    run = {**write_inputs(folder, ds_of_samples(8, 2)), "run_dir": str(folder / "run"), **RAMP}
+    run = {**write_inputs(folder, ds_of_samples(8, 2)), "run_dir": str(folder / "run"), "steps": 11}
+    run["data_schedule"] = phases_of(folder)
     return run_ranks(1, train_here, run)[0]
 
 
-def test_a_run_with_batch_size_warmup_logs_its_batch_and_takes_small_batches_first(tmp_path, on_one_rank):
-    assert [row["batch_size"] for row in on_one_rank["train"]] == [2] * 3 + [4] * 4 + [8] * 4
+def test_a_run_logs_the_batch_and_the_length_of_its_phases_and_takes_small_batches_first(tmp_path, on_one_rank):
+    rows = on_one_rank["train"]
+    assert [(row["batch_size"], row["seq_len"]) for row in rows] == [(2, 16)] * 3 + [(4, 16)] * 4 + [(8, 8)] * 4
     small = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 3}
     assert losses(run_ranks(1, train_here, small)[0]) == losses(on_one_rank)[:3]
 
 
-def test_losses_with_batch_size_warmup_are_the_same_on_other_ranks_and_after_a_resume_over_a_boundary_bit_for_bit(
+def test_the_losses_of_phases_are_the_same_on_other_ranks_and_bit_for_bit_after_a_resume_within_one_and_at_a_border(
     tmp_path, on_one_rank
 ):
-    run = {**write_inputs(tmp_path, ds_of_samples(8, 1)), **RAMP, "ep_size": 2}
+    run = {**write_inputs(tmp_path, ds_of_samples(8, 1)), "steps": 11, "ep_size": 2}
+    run["data_schedule"] = phases_of(tmp_path)
     whole = run_ranks(2, train_here, {**run, "run_dir": str(tmp_path / "whole")})[0]
     torch.testing.assert_close(losses(whole), losses(on_one_rank), atol=1e-5, rtol=0)
     cut = {**run, "run_dir": str(tmp_path / "cut")}
     run_ranks(2, train_here, {**cut, "steps": 2})
+    run_ranks(2, train_here, {**cut, "steps": 7, "resume": True})
     resumed = run_ranks(2, train_here, {**cut, "resume": True})[0]
     assert losses(resumed) == losses(whole)
     index = read_index(tmp_path / "cut" / "checkpoints" / "step_11")

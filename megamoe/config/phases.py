@@ -1,0 +1,126 @@
+"""The phases of a run: the mix that its steps read, the length of its samples and how many a step takes.
+
+`--data_schedule FILE` gives them in order, each for so many tokens:
+
+    {"phases": [{"tokens": 1e9, "samples_per_step": 64}, {"tokens": 9e9}, {"data": ["data/best"], "seq_len": 8192}]}
+
+What a phase leaves out is the run's own; the last one may leave out its tokens, and lasts to the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field
+
+from megamoe.config.model import JsonModel, validate
+from megamoe.config.run import Corpus, CorpusOption
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.json_files import read_json
+
+
+class PhaseSettings(JsonModel):
+    """A phase as the file has it."""
+
+    tokens: int | None = Field(default=None, gt=0)
+    """Length, rounded up to a whole step."""
+    data: list[CorpusOption] | None = Field(default=None, min_length=1)
+    """Its mix, as --data has it."""
+    seq_len: int | None = Field(default=None, gt=1)
+    """Tokens per sample."""
+    samples_per_step: int | None = Field(default=None, gt=0)
+    """Over all ranks."""
+    micro_batch: int | None = Field(default=None, gt=0)
+    """Samples per rank and forward pass."""
+
+
+class PhaseList(JsonModel):
+    """The file."""
+
+    phases: list[PhaseSettings] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps that read the same mix in the same form; they count from 1."""
+
+    first_step: int  # it lasts until the next phase begins
+    seq_len: int
+    micro_batch: int  # samples per rank and forward pass
+    accumulation: int  # forward passes per step and rank
+    samples: int  # per step, over all ranks
+    data: tuple[Corpus, ...]
+
+
+@dataclass(frozen=True)
+class Phases:
+    """All of a run, in order; a pure function of the step."""
+
+    all: tuple[Phase, ...]
+    world_size: int
+
+    def at(self, step: int) -> Phase:
+        """That of a step."""
+        return next(one for one in reversed(self.all) if one.first_step <= step)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all steps before `step`."""
+        ends = [*(one.first_step for one in self.all[1:]), step]
+        pairs = zip(self.all, ends, strict=True)
+        return sum(max(min(end, step) - one.first_step, 0) * one.samples * one.seq_len for one, end in pairs)
+
+
+def read_phases(file: str) -> list[PhaseSettings]:
+    """Those of `--data_schedule`. Raises UserError."""
+    phases: list[PhaseSettings] = validate(PhaseList, read_json(Path(file)), file).phases
+    endless = [number for number, phase in enumerate(phases[:-1], start=1) if phase.tokens is None]
+    if endless:
+        raise UserError(f"{file}: phase {endless[0]} has no tokens, which only the last may leave out; add them.")
+    return phases
+
+
+def make_phases(
+    given: list[PhaseSettings],
+    *,
+    data: list[Corpus],
+    seq_len: int,
+    micro_batch: int,
+    samples: int,
+    world_size: int,
+    last_step: int | None = None,
+    longest: int | None = None,
+) -> Phases:
+    """The phases of a run on so many ranks. Raises UserError.
+
+    Args:
+        data, seq_len, micro_batch, samples: what a phase leaves out; samples are per step, over all ranks.
+        last_step: of the run, if it is known.
+        longest: sequence that the model takes; None for any.
+    """
+    problems, phases, step = Problems(), list[Phase](), 0
+    for number, one in enumerate(given, start=1):
+        micro = one.micro_batch or micro_batch
+        taken, length = one.samples_per_step or samples, one.seq_len or seq_len
+        unit = micro * world_size
+        if taken % unit:
+            problems.append(
+                f"data_schedule: phase {number} has {taken} samples per step, but {micro} per rank x {world_size} "
+                f"ranks is {unit}; give a multiple of {unit}, or another micro_batch."
+            )
+        if one.seq_len and longest and length > longest:
+            problems.append(
+                f"data_schedule: phase {number} has seq_len {length}, above max_position_embeddings {longest}; lower "
+                "it, or raise that or set rope_scaling in the preset."
+            )
+        mix = tuple(data if one.data is None else one.data)
+        phases.append(Phase(step + 1, length, micro, taken // unit, taken, mix))
+        step += 0 if one.tokens is None else math.ceil(one.tokens / (taken * length))
+    if given[-1].tokens and last_step and step < last_step:
+        problems.append(
+            f"data_schedule: the phases end at step {step}, but the run at {last_step}; leave the last one's tokens "
+            "out, or lower --steps."
+        )
+    problems.refuse()
+    return Phases(tuple(phases), world_size)
