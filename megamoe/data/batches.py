@@ -126,5 +126,5 @@ def _to_batch(samples: list[Sample], seq_len: int, ahead: int = 0) -> Batch:
     for row, sample in zip(tokens, samples, strict=True):
         row[: len(sample.ids)] = sample.ids
     # Memory of their own: labels may be overwritten. Copied by numpy, for torch may start threads.
-    inputs, labels = tokens[:, :seq_len].copy(), tokens[:, 1:].copy()
+    inputs, labels = tokens[:, :seq_len].clip(min=0), tokens[:, 1:].copy()  # padding is id 0
     return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))

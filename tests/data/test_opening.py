@@ -1,9 +1,14 @@
 """Sources of the user's own, by MODULE:NAME."""
 
+import re
+import sqlite3
 import sys
+from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from refusals import has, refusal
+from toy import ds_config, losses, train_here, write_inputs
 
 from megamoe.data.opening import open_source
 
@@ -54,3 +59,19 @@ def test_what_no_model_can_read_is_refused(own):
     has(refusal(open_source, "own_source:nothing", 4, 50, True), "lacks", "fingerprint")
     has(refusal(open_source("own_source:Long", 4, 50, True).sample, 1), "sample 1", "100 ids", "2 to 5")
     has(refusal(open_source("own_source:Counting", 4, 5, True).sample, 1), "0 to 4")
+
+
+def test_the_example_of_the_docs_trains(tmp_path, monkeypatch):
+    docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(import sqlite3\n.*?)```", docs, re.DOTALL)
+    assert len(code.splitlines()) <= 32
+    (tmp_path / "my_source.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with sqlite3.connect("documents.db") as database:
+        database.execute("CREATE TABLE documents (text)")
+        database.executemany("INSERT INTO documents VALUES (?)", [(f"{n} " * (3 + n % 9),) for n in range(40)])
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 3}
+    (log,) = run_ranks(1, train_here, {**run, "data": ["my_source:Documents"], "eval_interval": 0})
+    assert len(losses(log)) == 3
+    sys.modules.pop("my_source", None)
