@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import BUFFER, FileRecord, Index, SliceRecord
-from megamoe.checkpoint.slice_file import DamagedError, SliceFile, file_sha256
+from megamoe.checkpoint.slice_file import DamagedError, SliceFile
+from megamoe.utils.disk import file_sha256
 
 OPEN_FILES = 64
 

@@ -67,16 +67,6 @@ def sha256(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file of any size, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    block = memoryview(bytearray(BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
-
-
 def _as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 

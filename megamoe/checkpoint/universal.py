@@ -22,7 +22,7 @@ from torch import Tensor
 from megamoe.checkpoint import folders
 from megamoe.checkpoint.index import FileRecord
 from megamoe.checkpoint.indexed_files import IndexedFiles
-from megamoe.checkpoint.slice_file import Record, file_sha256
+from megamoe.checkpoint.slice_file import Record
 from megamoe.config.optimizers import MASTERS
 from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import (
@@ -36,6 +36,7 @@ from megamoe.model.names import (
     plain_parts,
 )
 from megamoe.utils import disk
+from megamoe.utils.disk import file_sha256
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
 

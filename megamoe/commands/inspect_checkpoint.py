@@ -61,6 +61,11 @@ def print_origin(checkpoint: Path, source: Source) -> None:
     if record:
         versions = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
         print(f"run: preset {record.get('preset')}, seed {record.get('seed')}; {versions}")
+        print(f"tokenizer: {record.get('tokenizer_sha256')}")
+        for phase in record.get("phases", []):
+            sizes = f"{phase['samples_per_step']} x {phase['seq_len']}"
+            for corpus in phase["data"]:
+                print(f"data from step {phase['first_step']} on, {sizes}: {corpus['path']}, {corpus['fingerprint']}")
     print(f"parameters: {sum(math.prod(shape) for shape in source.shapes.values()):,}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,6 +39,16 @@ def replace_file(path: Path, text: str) -> None:
     write_file(partial, text.encode())
     os.replace(partial, path)
     flush(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file of any size, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
 def check_absent(out: Path) -> None:

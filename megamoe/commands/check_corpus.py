@@ -1,0 +1,83 @@
+"""Check token files once, so that no run has to: `python tools/check_corpus.py data/mine data/theirs.bin`.
+
+Of a prepared folder, every shard is compared with the hashes in corpus.json. A .bin/.idx pair made elsewhere is read
+once, in parallel, and gets a record, PREFIX.json, with hashes and its largest id. A run trusts both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from pathlib import Path
+
+from megamoe.config import cli
+from megamoe.data.corpus_record import ShardRecord, split_of
+from megamoe.data.token_files import Shard, corpus_prefix, has_split, split_record
+from megamoe.utils.disk import file_sha256, replace_file
+from megamoe.utils.errors import Problems, UserError
+
+PIECE = 1 << 24  # tokens looked at by one thread at a time
+
+
+def read_shard(prefix: Path) -> ShardRecord:
+    """What a .bin/.idx pair holds. Raises UserError where they do not fit, or an id is negative."""
+    shard = Shard(prefix, None)
+    tokens = shard.tokens
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        pieces = [tokens[start : start + PIECE] for start in range(0, len(tokens), PIECE)]
+        smallest, largest = reduce(
+            lambda one, other: (min(one[0], other[0]), max(one[1], other[1])),
+            threads.map(lambda piece: (int(piece.min()), int(piece.max())), pieces),
+        )
+        bin_hash, idx_hash = threads.map(file_sha256, (Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx")))
+    if smallest < 0:
+        raise UserError(f"{prefix}.bin holds the id {smallest}; prepare the corpus again.")
+    return ShardRecord(
+        name=prefix.name,
+        documents=len(shard.index.starts(0, shard.index.num_tokens)),
+        tokens=shard.index.num_tokens,
+        largest_id=largest,
+        bin_sha256=bin_hash,
+        idx_sha256=idx_hash,
+    )
+
+
+def check(prefix: Path) -> str:
+    """What was found, in a line. Raises UserError for damage."""
+    record = split_record(prefix)
+    if record:
+        damaged = Problems()
+        for shard in record.shards:
+            found = damaged.attempt(read_shard, prefix.with_name(shard.name))
+            if found and found != shard.model_copy(update={"bytes": None}):
+                damaged.append(f"{prefix.with_name(shard.name)} is not what its record says; prepare the corpus again.")
+        damaged.refuse()
+    else:
+        record = split_of([read_shard(prefix)])
+        try:
+            replace_file(Path(f"{prefix}.json"), record.model_dump_json(indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{prefix}.json cannot be written ({error.strerror}); make links to both files in a folder of yours, "
+                "and check and train on these."
+            ) from None
+    return (
+        f"{prefix}: {record.documents:,} documents, {record.tokens:,} tokens, ids up to "
+        f"{max(shard.largest_id for shard in record.shards)}, fingerprint {record.fingerprint}"
+    )
+
+
+def main() -> None:
+    parser = cli.Parser(description="Check token files, and leave a record next to those made elsewhere.")
+    parser.add_argument("corpus", type=Path, nargs="+", help="prepared folder, or prefix of a .bin/.idx pair")
+    args: argparse.Namespace = parser.parse()
+    problems = Problems()
+    for path in args.corpus:
+        splits = [one for one in ("train", "valid") if path.is_dir() and has_split(path, one)] or ["train"]
+        for split in splits:
+            line = problems.attempt(check, corpus_prefix(str(path), split))
+            if line:
+                print(line, flush=True)
+    problems.refuse()

@@ -1,0 +1,46 @@
+"""Token files are checked once."""
+
+import numpy as np
+import pytest
+from corpora import build, random_tokens
+from refusals import has
+
+from megamoe.commands import check_corpus
+from megamoe.data.token_files import TokenCorpus
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return build(tmp_path / "theirs", [*random_tokens(500, 50), 77], np.int32)
+
+
+def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(pair, call, run, monkeypatch):
+    before = TokenCorpus(pair, 10, 78)
+    monkeypatch.setattr(check_corpus, "PIECE", 64)
+    (line,) = call(check_corpus, f"{pair}.bin")
+    has(line, "72 documents", "501 tokens", "ids up to 77")
+    monkeypatch.setattr(TokenCorpus, "_check_id", lambda corpus, token_id: read.append(token_id))
+    read = []
+    after = TokenCorpus(pair, 10, 78)
+    assert read == [77]  # that of the record
+    assert after.sample(3).ids.tolist() == before.sample(3).ids.tolist()
+    assert after.fingerprint in line
+    assert call(check_corpus, f"{pair}.bin") == [line]
+    with open(f"{pair}.bin", "r+b") as file:
+        file.write(b"\x01")
+    code, said = run(check_corpus, pair)
+    assert code == 2
+    has(said.err, str(pair), "not what its record says")
+
+
+def test_negative_ids_and_a_folder_that_cannot_be_written_are_refused(pair, run, monkeypatch):
+    def fails(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(check_corpus, "replace_file", fails)
+    has(run(check_corpus, pair)[1].err, f"{pair}.json cannot be written", "links")
+    monkeypatch.undo()
+    build(pair.with_name("bad"), [1, -3, 2], np.int32)
+    code, said = run(check_corpus, pair.with_name("bad"))
+    assert code == 2
+    has(said.err, "bad.bin", "the id -3")
