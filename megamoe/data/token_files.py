@@ -91,13 +91,14 @@ class TokenCorpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all tokens and borders of documents; without a record, of the borders and the first tokens."""
+        """Of all tokens and borders of documents; without a record, of the length and the beginning of both files."""
         if self.record:
             return self.record.fingerprint
-        shard = self._shards[0]
-        first = np.ascontiguousarray(shard.tokens[:SCAN_PIECE]).tobytes()
-        index = Path(f"{shard.prefix}.idx").read_bytes()
-        return hashlib.sha256(b"%d " % self.num_tokens + index + first).hexdigest()
+        digest = hashlib.sha256(b"%d" % self.num_tokens)
+        for suffix in (".bin", ".idx"):
+            with open(f"{self.prefix}{suffix}", "rb") as file:
+                digest.update(file.read(1 << 20))
+        return digest.hexdigest()
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
         """The sample of that number; shorter where the corpus ends before."""
