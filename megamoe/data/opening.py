@@ -12,6 +12,8 @@ from megamoe.data.source import DataSource, Sample
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.utils.errors import UserError, first_line
 
+OWN = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")  # MODULE:NAME
+
 
 def open_source(path: str, seq_len: int, vocab_size: int, scan: bool) -> DataSource:
     """The training split of a prepared folder, a .bin/.idx pair, or a source of the user's own by MODULE:NAME. Raises
@@ -20,7 +22,7 @@ def open_source(path: str, seq_len: int, vocab_size: int, scan: bool) -> DataSou
     Args:
         scan: as for `TokenCorpus`.
     """
-    named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)", path)
+    named = OWN.fullmatch(path)
     if not named:
         return TokenCorpus(corpus_prefix(path, "train"), seq_len, vocab_size, scan)
     return _CheckedSource(path, _own_source(path, named[1], named[2], seq_len), vocab_size)

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamoe.config.phases import read_phases
 from megamoe.config.run import RunConfig
+from megamoe.data.opening import OWN
 from megamoe.data.token_files import corpus_prefix, files_of
 from megamoe.launch.network import address_towards, free_port, is_free
 from megamoe.launch.versions import version_problems, versions
@@ -37,11 +39,15 @@ class Report:
 
 def needed_files(run: RunConfig) -> list[Path]:
     """Files that every host must see."""
-    prefixes = [corpus_prefix(source.path, "train") for source in run.data]
+    file = run.data_schedule
+    mixes = [phase.data or run.data for phase in read_phases(file)] if file and Path(file).exists() else [run.data]
+    paths = dict.fromkeys(one.path for mix in mixes for one in mix)
+    prefixes = [corpus_prefix(path, "train") for path in paths if not OWN.fullmatch(path)]
     prefixes += [corpus_prefix(source.path, "valid") for source in run.valid_data]
     files = [file for prefix in prefixes for file in files_of(prefix)]
     presets = [Path(run.preset)] if run.preset.endswith(".json") else []
-    return [Path(run.ds_config), *presets, *files, *([Path(run.init_from)] if run.init_from else [])]
+    given = [Path(path) for path in (run.data_schedule, run.init_from) if path]
+    return [Path(run.ds_config), *presets, *files, *given]
 
 
 def report(run: RunConfig, started: str, peer: str, marker: Path | None, port: int | None) -> Report:

@@ -64,6 +64,10 @@ def test_the_files_that_every_host_needs(tmp_path):
         "ds.json", "mine.json", f"{tmp_path}/train.bin", f"{tmp_path}/train.idx", "b/prefix.bin", "b/prefix.idx",
         "v/prefix.bin", "v/prefix.idx", "w.pt",
     ]  # fmt: skip
+    phases = tmp_path / "phases.json"
+    phases.write_text('{"phases": [{"data": ["x"], "tokens": 9}, {"data": ["x", "my_source:Mine"]}]}')
+    needed = needed_files(RunConfig(ds_config="ds.json", data_schedule=str(phases)))
+    assert needed == [Path(path) for path in ("ds.json", "x.bin", "x.idx", phases)]
     assert needed_files(RunConfig(ds_config="ds.json", data=["x"])) == [Path(p) for p in ("ds.json", "x.bin", "x.idx")]
 
 
