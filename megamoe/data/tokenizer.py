@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from megamoe.utils.json_files import read_regular
 END_OF_TEXT = "<|endoftext|>"
 # Names that published tokenizers give to the end of a document.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+UNKNOWN = "\U0010fffe"  # no character; stands for what a tokenizer does not know
 SMALLEST_VOCAB = 256 + 1  # the bytes and end-of-text
 
 
@@ -77,11 +79,63 @@ def vocabulary_of(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, on all cores. Raises UserError where the tokenizer does not know all of a text."""
+    """Token ids of each text, on all cores. Raises UserError, naming the characters and their place, where no token
+    stands for a part of a text: the library drops it, or puts the unknown token there, from which no model learns it.
+
+    The tokenizer is changed meanwhile, so two threads need one each.
+    """
+    model, error = tokenizer.model, None
+    named = hasattr(model, "unk_token")  # Unigram has its number instead
+    unknown = model.unk_token if named else _unknown_id(model)
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"the tokenizer cannot encode the text ({error}); use one that knows every text.") from None
+        if named:
+            model.unk_token = UNKNOWN  # which no vocabulary has: the library then refuses what it does not know
+        if isinstance(model, models.BPE):
+            model._clear_cache()  # of words encoded with losses before
+        found = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as raised:  # the library raises bare Exception
+        found, error = [], raised
+    finally:
+        if named:
+            model.unk_token = unknown
+    if error or (not named and any(unknown in ids for ids in found)):
+        _refuse_lost(tokenizer, texts)
+    if error:
+        raise UserError(f"the tokenizer cannot encode the text ({error}); use one that knows every text.")
+    return found
+
+
+def _unknown_id(model: models.Model) -> int | None:
+    """Id that Unigram gives to what it does not know; None where it spells that in bytes, or refuses it."""
+    try:
+        ids = [token.id for token in model.tokenize(UNKNOWN)]
+    except Exception:  # the library raises bare Exception
+        return None
+    return ids[0] if len(ids) == 1 else None
+
+
+def _refuse_lost(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Raise UserError for the first part of the texts that no token stands for."""
+    described = json.loads(tokenizer.to_str())
+    model = described["model"]
+    lost = vocabulary_of(tokenizer)
+    if isinstance(model["vocab"], list):
+        model |= {"vocab": [*model["vocab"], [UNKNOWN, 0.0]], "unk_id": (lost := len(model["vocab"]))}
+    else:
+        model |= {"vocab": {**model["vocab"], UNKNOWN: lost}, "unk_token": UNKNOWN, "fuse_unk": False}
+    marking = Tokenizer.from_str(json.dumps(described))
+    marking.encode_special_tokens = tokenizer.encode_special_tokens
+    for text in texts:
+        encoding = marking.encode(text, add_special_tokens=False)
+        if lost not in encoding.ids:
+            continue
+        start, end = encoding.offsets[encoding.ids.index(lost)]
+        what, line, column = text[start:end], text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
+        code_point = f" (U+{ord(what):04X})" if len(what) == 1 else ""
+        raise UserError(
+            f"the tokenizer has no token for {what!r}{code_point}, character {column} of line {line} of a text, in "
+            f"{text[max(start - 20, 0) : end + 20]!r}; use a tokenizer that knows every text, as byte-level BPE does."
+        )
 
 
 def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:

@@ -1,10 +1,11 @@
 """Byte-level BPE: any text comes back, END_OF_TEXT is id 0, wrong files are refused."""
 
+import contextlib
 import json
 
 import pytest
 from refusals import has, refusal
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megamoe.data.tokenizer import (
     END_OF_TEXT,
@@ -78,10 +79,45 @@ def test_ids_beyond_the_models_vocabulary_or_any_are_refused(tmp_path):
     has(refusal(load_tokenizer, path), "id 4294967295", "any model's vocabulary of 16777216")
 
 
-def test_a_text_with_a_word_that_the_tokenizer_lacks_is_refused():
-    bare = Tokenizer(models.WordLevel({"word": 0}))
-    assert encode(bare, ["word", "word"]) == [[0], [0]]
-    has(refusal(encode, bare, ["word", "another"]), "cannot encode the text")
+def without_byte_4():
+    described = json.loads(train_tokenizer([TEXT], 257).to_str())
+    del described["model"]["vocab"]["\u0104"]
+    return Tokenizer.from_str(json.dumps(described))
+
+
+BYTES = [f"<0x{number:02X}>" for number in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "known", "unknown", "what"),
+    [
+        (without_byte_4(), "é日", "a\néa\x04 b", r"'\x04' (U+0004), character 3 of line 2"),
+        (Tokenizer(models.BPE({"a": 0, "b": 1}, [])), "ab", "ab日b", "'日' (U+65E5), character 3 of line 1"),
+        (Tokenizer(models.BPE({"a": 0, "u": 1}, [], unk_token="u", fuse_unk=True)), "a", "a日本", "'日' (U+65E5)"),
+        (Tokenizer(models.BPE()), "", "To be", "'T' (U+0054), character 1 of line 1"),
+        (Tokenizer(models.WordLevel({"word": 0})), "word", "another", "'another', character 1 of line 1"),
+        (Tokenizer(models.WordLevel({"a": 0, "u": 1}, unk_token="u")), "a u", "a\nno a", "'no', character 1 of line 2"),
+        (Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]")), "a", "a ab", "'ab', character 3"),
+        (Tokenizer(models.Unigram([("u", 0.0), ("a", -1.0)], 0, False)), "au", "a日", "'日' (U+65E5), character 2"),
+        (Tokenizer(models.Unigram([("a", -1.0)], None, False)), "a", "a日", "'日' (U+65E5), character 2 of line 1"),
+    ],
+)  # fmt: skip
+def test_what_no_token_stands_for_is_refused_by_name_and_place(tokenizer, known, unknown, what):
+    if isinstance(tokenizer.model, (models.WordLevel, models.WordPiece)):
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    before = tokenizer.to_str()
+    assert encode(tokenizer, [known, known]) == [tokenizer.encode(known).ids] * 2
+    with contextlib.suppress(Exception):  # the library keeps the words that it has encoded with losses
+        tokenizer.encode(unknown)
+    has(refusal(encode, tokenizer, [unknown]), f"no token for {what}", "use a tokenizer that")
+    assert tokenizer.to_str() == before
+
+
+def test_bytes_stand_for_what_a_tokenizer_has_no_token_for():
+    vocab = dict(zip([*BYTES, "a"], range(257), strict=True))
+    unigram = models.Unigram([("<unk>", 0.0), *((text, -1.0) for text in vocab)], 0, True)
+    for model, shift in ((models.BPE(vocab, [], byte_fallback=True), 0), (unigram, 1)):
+        assert encode(Tokenizer(model), ["a日"]) == [[256 + shift, *(byte + shift for byte in "日".encode())]]
 
 
 def test_the_end_of_text_can_be_named():
