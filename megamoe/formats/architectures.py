@@ -100,7 +100,7 @@ GROUPS = {
     "norm_topk_prob": Key("norm_topk_prob", True),
 }
 
-NO_DROPOUT = {"attention_dropout": (0.0,)}
+ALWAYS = {"attention_dropout": (0.0,), "is_encoder_decoder": (False,)}
 FULL_ROTARY = {"partial_rotary_factor": (1.0,)}
 
 _TRAINING = "training alone"
@@ -111,6 +111,8 @@ _REASONS = {
     "ids of tokens, which the tokenizer knows": "bos_token_id eos_token_id pad_token_id",
     "what a call returns": "use_cache output_router_logits output_attentions output_hidden_states return_dict",
     "how it is computed": "_attn_implementation_autoset",
+    "of classes with another head": "id2label label2id problem_type",
+    "no class here reads it": "chunk_size_feed_forward",
     _TRAINING: "router_jitter_noise router_aux_loss_coef",
 }
 IGNORED = {key: reason for reason, keys in _REASONS.items() for key in keys.split()}
@@ -168,7 +170,7 @@ MIXTRAL = Architecture(
         AUX_LOSS: Key("router_aux_loss_coef", 0.001),
     },
     implied={"gated_mlp": True, "router_bias": False, "router_aux_loss_type": "global_batch"},
-    only=NO_DROPOUT | FULL_ROTARY,
+    only=ALWAYS | FULL_ROTARY,
     tensors=MIXTRAL_TENSORS,
     rope_theta=1e6,
 )
@@ -187,7 +189,7 @@ OLMOE = Architecture(
         AUX_LOSS: Key("router_aux_loss_coef", 0.01),
     },
     implied={"gated_mlp": True, "qk_norm": "full", "router_bias": False, "router_aux_loss_type": "global_batch"},
-    only=NO_DROPOUT | FULL_ROTARY | {"clip_qkv": (None,)},
+    only=ALWAYS | FULL_ROTARY | {"clip_qkv": (None,)},
     tensors=QWEN_TENSORS,
 )
 
@@ -207,7 +209,9 @@ QWEN3_MOE = Architecture(
     },
     implied={"gated_mlp": True, "qk_norm": "head", "router_bias": False, "router_aux_loss_type": "global_batch"},
     stated={"decoder_sparse_step": 1},
-    only=NO_DROPOUT | FULL_ROTARY,
+    only=ALWAYS
+    | FULL_ROTARY
+    | {"qkv_bias": (False,), "use_qk_norm": (True,), "shared_expert_intermediate_size": (0, None)},
     ignored={"max_window_layers": "the class does not read it"},
     tensors=QWEN_TENSORS,
 )
@@ -223,7 +227,7 @@ MINIMAX_M2 = Architecture(
     },
     implied={"gated_mlp": True, "qk_norm": "full", "router_score": "sigmoid"},
     stated={"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "qk_norm_type": "per_layer"},
-    only=NO_DROPOUT
+    only=ALWAYS
     | {
         "attn_type_list": (1,),
         "sliding_window": (None,),
@@ -264,7 +268,7 @@ GLM4_MOE = Architecture(
         "topk_group": Key("topk_group", 1, least=1),
     },
     implied={"gated_mlp": True, "router_score": "sigmoid"},
-    only=NO_DROPOUT | {"scoring_func": ("sigmoid",)},
+    only=ALWAYS | {"scoring_func": ("sigmoid",)},
     ignored={"num_nextn_predict_layers": _MTP, "num_mtp_layers": _MTP},
     tensors=DEEPSEEK_TENSORS,
     rotary="partial_rotary_factor",
@@ -293,7 +297,7 @@ DEEPSEEK_V3 = Architecture(
     },
     implied={"gated_mlp": True, "router_score": "sigmoid"},
     stated={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
-    only=NO_DROPOUT | FULL_ROTARY,
+    only=ALWAYS | FULL_ROTARY,
     ignored={
         "num_nextn_predict_layers": _MTP,
         "num_mtp_layers": _MTP,

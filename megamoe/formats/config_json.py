@@ -144,7 +144,8 @@ def _is_below(value: Any, least: int) -> bool:
 def _value_of(name: str, key: Key, values: dict[str, Any]) -> Any:
     if key.switch and not values.get(key.switch, False):
         return None
-    return values.get(name, values.get(key.alias, key.default) if key.alias else key.default)
+    value = values.get(name, values.get(key.alias, key.default) if key.alias else key.default)
+    return () if value is None and key.default == () else value  # null is an empty list too
 
 
 def _fields(architecture: Architecture, values: dict[str, Any]) -> dict[str, Any]:

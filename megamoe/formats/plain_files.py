@@ -25,6 +25,7 @@ STATE_DICT_ENDINGS = (".pt", ".pth", ".bin")
 # What unquantised weights are stored as, by the name that safetensors has for it.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+ADAPTER = "adapter_"  # of PEFT, next to the weights that it changes
 UNUSED = ".rotary_emb.inv_freq"  # older files have them; they follow from the configuration
 
 
@@ -106,6 +107,8 @@ def weight_files(folder: Path, suffix: str) -> list[Path]:
     """The files of a Hugging Face directory's weights: those that the index names, where there is one. Raises UserError
     if one is missing."""
     for index in folder.glob(f"*{suffix}.index.json"):
+        if index.name.startswith(ADAPTER):
+            continue
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index} has no weight_map of tensor names to file names; make or fetch it again.")
@@ -115,4 +118,5 @@ def weight_files(folder: Path, suffix: str) -> list[Path]:
                 raise UserError(f"{index} names {shown(name)}, which is missing beside it; bring it back.")
         return [folder / name for name in names]
     pattern = "pytorch_model*.bin" if suffix == ".bin" else f"*{suffix}"
-    return sorted(file for file in folder.glob(pattern) if file.is_file())
+    files = (file for file in folder.glob(pattern) if file.is_file())
+    return sorted(file for file in files if not file.name.startswith(ADAPTER))

@@ -86,6 +86,25 @@ def test_a_name_that_ships_is_no_directory(tmp_path, monkeypatch):
     has(refusal(find_preset, "nowhere"), "Hugging Face directory")
 
 
+EVERY_CLASS = {"id2label": {"0": "LABEL_0"}, "label2id": {}, "problem_type": None, "chunk_size_feed_forward": 0}
+CODER = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0, "mlp_only_layers": None}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_key_of_no_effect_is_taken_and_refused_only_where_its_value_counts(name):
+    architecture = ARCHITECTURES[f"{name}ForCausalLM"]
+    values = transformers_config(name, **native_models.COMMON | native_models.CLASSES[name]).to_dict()
+    values |= {"mlp_only_layers": []} if name == "Qwen3Moe" else {}
+    plain = read_config(architecture, values, "config.json")
+    further = EVERY_CLASS | {"is_encoder_decoder": False} | (CODER if name == "Qwen3Moe" else {})
+    assert read_config(architecture, values | further, "config.json") == plain
+    wrong = {"is_encoder_decoder": True}
+    if name == "Qwen3Moe":
+        wrong |= {"qkv_bias": True, "use_qk_norm": False, "shared_expert_intermediate_size": 512}
+    for key, value in wrong.items():
+        has(refusal(read_config, architecture, values | {key: value}, "config.json"), f"{key} is", "alone")
+
+
 def read_or_refused(architecture, values):
     try:
         read_config(architecture, values, "config.json")

@@ -38,13 +38,16 @@ def write_index(folder, state):
 
 
 def test_plain_weights_of_every_form_load_into_a_model(state, tmp_path):
-    folders = [tmp_path / name for name in ("tied", "index")]
+    folders = [tmp_path / name for name in ("tied", "index", "adapted")]
     for folder in folders:
         folder.mkdir()
+        save_file({"base_model.model.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
     torch.save(state, tmp_path / "w.pt")
     save_file(state, tmp_path / "w.safetensors")
     torch.save({**state, "lm_head.weight": state["model.embed_tokens.weight"]}, folders[0] / "pytorch_model.bin")
     write_index(folders[1], state)
+    save_file(state, folders[2] / "model.safetensors")
+    (folders[1] / "adapter_model.safetensors.index.json").write_text("{}")
     for path in (tmp_path / "w.pt", tmp_path / "w.safetensors", *folders):
         source, model = open_source(path), Decoder(CONFIG)
         assert isinstance(source, PlainFiles)
