@@ -126,11 +126,12 @@ def generate(
         top_p: sample from the smallest set of that probability only.
     """
     _check_tokenizer(model, tokenizer)
+    ids = tokenizers.encode_prompts(tokenizer, prompts)
     new = generation.generate(
-        model, tokenizers.encode(tokenizer, prompts), max_new_tokens, temperature=temperature, top_k=top_k,
+        model, ids, max_new_tokens, temperature=temperature, top_k=top_k,
         top_p=top_p, seed=seed, end_of_text=tokenizers.end_of_text_id(tokenizer),
     )  # fmt: skip
-    return [tokenizer.decode(ids) for ids in new]
+    return [tokenizers.decode_continuation(tokenizer, *pair) for pair in zip(ids, new, strict=True)]
 
 
 def evaluate(
@@ -138,8 +139,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss on a text: "loss" in nats per token, "tokens", "bits_per_byte". Leaves the model in evaluation mode.
 
-    The text stands behind an end-of-text token and is cut into windows that share one token, so each of its tokens is
-    predicted once.
+    The text stands behind what the tokenizer puts before it, or an end-of-text token, and is cut into windows that
+    share one token, so each of its tokens is predicted once.
 
     Args:
         seq_len: tokens of a window; by default the model's max_position_embeddings.
@@ -153,7 +154,7 @@ def evaluate(
     (ids,) = tokenizers.encode(tokenizer, [text])
     if not ids:
         raise UserError("the text to evaluate has no tokens; give some.")
-    windows = windows_of(ids, tokenizers.end_of_text_id(tokenizer), seq_len, seq_len, owner=0)
+    windows = windows_of(ids, tokenizers.start_id(tokenizer), seq_len, seq_len, owner=0)
     nats = score(model, windows, 1, Share(batch_size), model.embed_tokens.weight.device)[0, 0].item()
     return {
         "loss": nats / len(ids),

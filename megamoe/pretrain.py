@@ -256,7 +256,7 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
     if start.folder:
         has_average = bool(train_step.average and train_step.average.has_begun)
         start.folder.enter(
-            {"step": first, "checkpoint": checkpoint and checkpoint.name, **checked.record}, inputs.tokenizer
+            {"step": first, "checkpoint": checkpoint and checkpoint.name, **checked.record}, inputs.tokenizer_files
         )
         sinks = open_sinks(config.folder, first)
         for line in first_lines(checked, first, checkpoint, has_average):

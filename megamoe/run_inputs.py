@@ -8,18 +8,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from megamoe.checkpoint.opening import open_source
+from megamoe.checkpoint.opening import open_source, tokenizer_of
 from megamoe.config.model import ModelConfig
 from megamoe.config.phases import Phases
 from megamoe.config.run import HeldOutSource, RunConfig
 from megamoe.data.opening import open_source as open_data
 from megamoe.data.source import DataSource
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
-from megamoe.data.tokenizer import load_tokenizer
+from megamoe.data.tokenizer import end_of_text_of, load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
 from megamoe.evaluation.tasks import Tasks, load_tasks
 from megamoe.formats.source_checks import model_problems
 from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.run_folder import TOKENIZER_FILES
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class RunInputs:
     sources: dict[tuple[str, int], DataSource]  # of training, by path and seq_len
     held_out: list[HeldOut]
     tokenizer: Path | None  # of the first corpus
+    end_of_text: str | None  # the token that ends its documents
+    tokenizer_files: list[Path]  # for the run folder
     tasks: Tasks | None  # on the leading rank
 
 
@@ -80,7 +83,16 @@ def open_inputs(
     loads = leads and run.lm_eval_tasks and not wrong
     tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
     problems.refuse()
-    return RunInputs(opened, sets, tokenizer, tasks)
+    end_of_text = end_of_text_of(load_tokenizer(tokenizer)) if tokenizer else None
+    return RunInputs(opened, sets, tokenizer, end_of_text, tokenizer_files(tokenizer, initial_weights), tasks)
+
+
+def tokenizer_files(tokenizer: Path | None, initial_weights: list[Path]) -> list[Path]:
+    """What a run keeps of its tokenizer: the one of its corpus, and what the model that it starts from has next to its
+    own, such as a chat template and the tokens to stop at."""
+    own = [tokenizer_of(path).with_name(name) for path in initial_weights[:1] for name in TOKENIZER_FILES]
+    files = {file.name: file for file in own if file.is_file()} | ({tokenizer.name: tokenizer} if tokenizer else {})
+    return list(files.values())
 
 
 def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[str]:

@@ -39,6 +39,7 @@ def make_record(
         "ep_size": run.ep_size,
         "phases": data.record(),
         "tokenizer_sha256": inputs.tokenizer and hashlib.sha256(inputs.tokenizer.read_bytes()).hexdigest(),
+        "end_of_text": inputs.end_of_text,
         "deepspeed": recipe.json,
         "versions": {
             "megamoe": megamoe.__version__,

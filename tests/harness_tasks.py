@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from exported import Weights, random_decoder
+from tokenizers import processors
 
 import megamoe
 from megamoe.data.tokenizer import train_tokenizer
@@ -67,9 +68,14 @@ def write_task(folder: Path, name: str, kind: str, rows: list[dict]) -> None:
     (folder / f"{name}.yaml").write_text(DATA.format(name=name, data=data, cache=folder / "cache") + kind)
 
 
-def write_small_glm(folder: Path, texts: list[str], window: int):
-    """`folder`/hf, a directory of transformers' GLM, and `folder`/tokenizer.json; returns its decoder and tokenizer."""
+def write_small_glm(folder: Path, texts: list[str], window: int, first: str | None = None):
+    """`folder`/hf, a directory of transformers' GLM, and `folder`/tokenizer.json; returns its decoder and tokenizer,
+    which puts the token `first` before a text."""
     tokenizer = train_tokenizer(texts, 290)
+    if first:
+        tokenizer.add_special_tokens([first])
+        special = [(first, tokenizer.token_to_id(first))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[first, "$A"], special_tokens=special)
     file = folder / "tokenizer.json"
     tokenizer.save(str(file))
     config = megamoe.load_preset(

@@ -112,7 +112,7 @@ def check_here(run: dict[str, Any]) -> Checked:
 def begin(checked: Checked) -> None:
     """Record the start in the run folder, as a run does before its first step."""
     assert checked.start.folder
-    checked.start.folder.enter(checked.record, checked.inputs.tokenizer)
+    checked.start.folder.enter(checked.record, checked.inputs.tokenizer_files)
 
 
 def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

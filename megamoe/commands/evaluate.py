@@ -20,7 +20,7 @@ from megamoe.checkpoint.opening import OpenModel, open_model, tokenizer_of
 from megamoe.config import cli
 from megamoe.config.recipe import DTYPES
 from megamoe.data.documents import Document, read_set
-from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file
+from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, start_id, tokenizer_file
 from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.evaluation.tasks import TaskEvaluator, Tasks, load_tasks
 from megamoe.formats.config_json import find_preset
@@ -99,10 +99,11 @@ class Inputs:
         file = tokenizer_file(args.tokenizer or tokenizer_of(args.model))
         tokenizer = problems.attempt(load_tokenizer, file, self.model.config.vocab_size)
         problems.refuse()
-        self.end_of_text: int = problems.attempt(end_of_text_id, tokenizer, args.end_of_text)
+        end_of_text = problems.attempt(end_of_text_id, tokenizer, args.end_of_text)
         problems.refuse()
+        self.start: int = start_id(tokenizer, args.end_of_text)
         self.sets: dict[Path, list[Document]] = {
-            path: problems.attempt(read_set, path, tokenizer, self.end_of_text, args.text_key) for path in args.texts
+            path: problems.attempt(read_set, path, tokenizer, end_of_text, args.text_key) for path in args.texts
         }
         self.tasks: Tasks | None = None
         if args.tasks and leads:
@@ -117,7 +118,7 @@ def evaluate_set(
     windows = [
         window
         for number, document in enumerate(documents)
-        for window in windows_of(document.ids, inputs.end_of_text, inputs.seq_len, inputs.stride, number)
+        for window in windows_of(document.ids, inputs.start, inputs.seq_len, inputs.stride, number)
     ]
     windows.sort(key=lambda window: -len(window.ids))  # little to fill up
     nats = score(model, windows, len(documents), share, device)[:, 0].tolist()

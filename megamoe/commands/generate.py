@@ -15,7 +15,7 @@ import torch
 from megamoe.checkpoint.opening import open_model, tokenizer_of
 from megamoe.config import cli
 from megamoe.config.precision import dtype_to_compute_in
-from megamoe.data.tokenizer import encode, end_of_text_id, load_tokenizer, tokenizer_file
+from megamoe.data.tokenizer import decode_continuation, encode_prompts, end_of_text_id, load_tokenizer, tokenizer_file
 from megamoe.formats.config_json import find_preset
 from megamoe.model.generation import generate, sampling_problems
 from megamoe.utils.errors import Problems
@@ -51,7 +51,7 @@ def main() -> None:
     tokenizer = load_tokenizer(file, model.config.vocab_size)
     end_of_text = end_of_text_id(tokenizer, args.end_of_text)
     prompts = [prompt for prompt in args.prompt for _ in range(args.num_samples)]
-    ids = encode(tokenizer, prompts)
+    ids = encode_prompts(tokenizer, prompts)
     continuations = generate(
         model.load(dtype_to_compute_in(model.dtype, device), device),
         ids,
@@ -62,5 +62,6 @@ def main() -> None:
         seed=args.seed,
         end_of_text=end_of_text,
     )
-    for number, (prompt, added) in enumerate(zip(prompts, continuations, strict=True), start=1):
-        print(f"[sample {number}] prompt: {prompt}\n{prompt}{tokenizer.decode(added)}\n{'-' * 40}")
+    for number, (prompt, before, added) in enumerate(zip(prompts, ids, continuations, strict=True), start=1):
+        text = decode_continuation(tokenizer, before, added)
+        print(f"[sample {number}] prompt: {prompt}\n{prompt}{text}\n{'-' * 40}")

@@ -15,6 +15,7 @@ from megamoe.checkpoint.universal import write_universal
 from megamoe.config import cli
 from megamoe.utils import disk
 from megamoe.utils.errors import UserError
+from megamoe.utils.run_folder import TOKENIZER_FILES
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
         write_universal(source, run_record(checkpoint), folder / name)
         for pointer in ("latest", "latest_universal"):  # the second is DeepSpeed's name for it
             disk.replace_file(folder / pointer, name)
-        for file in ("run.json", "resumes.jsonl", "tokenizer.json"):
+        for file in ("run.json", "resumes.jsonl", *TOKENIZER_FILES):
             if (run_dir / file).is_file():
                 shutil.copyfile(run_dir / file, partial / file)
     folder = args.out / "checkpoints"

@@ -1,7 +1,8 @@
 """Text to tokens: read documents, hold some out, encode on all cores, write Megatron's .bin/.idx.
 
 A prepared folder holds the shards of its splits (train-00000.bin/.idx, ..., valid-00000.bin/.idx where any text is held
-out), tokenizer.json and corpus.json, see `corpus_record.py`. Every document ends in the tokenizer's end-of-text token.
+out), tokenizer.json and corpus.json, see `corpus_record.py`. Every document begins with what the
+tokenizer puts before a text (of most, nothing), and ends in its end-of-text token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from megamoe.data.corpus_record import NAME, CorpusRecord, split_of
 from megamoe.data.index_file import token_dtype
 from megamoe.data.shard_writer import ShardWriter
-from megamoe.data.tokenizer import encode, end_of_text_id, vocabulary_of
+from megamoe.data.tokenizer import encode, end_of_text_id, prefix_of, vocabulary_of
 from megamoe.utils.disk import output
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import check_regular, write_json
@@ -181,14 +182,15 @@ def write_corpus(
     """
     end_id = end_of_text_id(tokenizer, end_of_text)
     tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
-    dtype = token_dtype(vocabulary_of(tokenizer))
+    dtype, prefix, begins = token_dtype(vocabulary_of(tokenizer)), prefix_of(tokenizer), True
     with output(out) as partial:
         partial.mkdir()
         writers = {split: ShardWriter(partial / f"{split}-00000", dtype) for split in ("train", "valid")}
         for batch in _batches(_pieces(documents)):
             encoded = encode(tokenizer, [text for _, text, _ in batch])
             for (split, text, ends), ids in zip(batch, encoded, strict=True):
-                writers[split].add([*ids, end_id] if ends else ids, len(text.encode()), ends)
+                writers[split].add([*prefix * begins, *ids, *[end_id] * ends], len(text.encode()), ends)
+                begins = ends
         shards = {split: writer.close() for split, writer in writers.items()}
         if not shards["train"]:
             raise UserError("the corpus is empty: no document holds any text; give one that does.")

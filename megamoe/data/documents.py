@@ -11,12 +11,12 @@ from tokenizers import Tokenizer
 
 from megamoe.data.corpus import JSONL_SUFFIXES, input_files, pieces_of, read_documents
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
-from megamoe.data.tokenizer import encode, load_tokenizer, tokenizer_file, vocabulary_of
+from megamoe.data.tokenizer import encode, load_tokenizer, prefix_of, tokenizer_file, vocabulary_of
 from megamoe.utils.errors import UserError
 
 
 class Document(NamedTuple):
-    """The tokens of one document, without the end-of-text tokens around it."""
+    """The tokens of one document, without the special tokens around it."""
 
     name: str
     ids: np.ndarray  # (T,), at least one
@@ -54,8 +54,10 @@ def _texts(path: Path, tokenizer: Tokenizer, text_key: str) -> Iterator[Document
 def _prepared(prefix: Path, tokenizer: Tokenizer, end_of_text: int) -> Iterator[Document]:
     _check_same(tokenizer_file(prefix.parent), tokenizer)
     corpus = TokenCorpus(prefix, 1, vocabulary_of(tokenizer))
+    before = prefix_of(tokenizer)
     for number, ids in enumerate(corpus.documents(), start=1):
         ids = ids[:-1] if ids[-1] == end_of_text else ids
+        ids = ids[len(before) :] if ids[: len(before)].tolist() == before else ids
         if len(ids):
             size = len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode())
             yield Document(f"{prefix} #{number}", ids, size)

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows
 from tokenizers import Tokenizer
 
 from megamoe.data.batches import NO_LABEL
-from megamoe.data.tokenizer import encode, end_of_text_id
+from megamoe.data.tokenizer import encode, encode_prompts, end_of_text_id, start_id
 from megamoe.evaluation.scoring import Window
 from megamoe.evaluation.shared_model import SharedModel
 from megamoe.utils.errors import Problems, UserError, first_line, shown
@@ -41,8 +41,12 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         return self._end_of_text
 
+    @property
+    def prefix_token_id(self) -> int:
+        return start_id(self._tokenizer)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return encode(self._tokenizer, [string])[0]
+        return (encode if add_special_tokens is False else encode_prompts)(self._tokenizer, [string])[0]
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)

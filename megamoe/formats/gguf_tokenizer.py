@@ -13,7 +13,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from tokenizers import Tokenizer
 
 from megamoe.config.model import ModelConfig
-from megamoe.data.tokenizer import load_tokenizer
+from megamoe.data.tokenizer import load_tokenizer, prefix_of
 from megamoe.formats.tokenizer_files import special_ids
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
@@ -39,10 +39,12 @@ def add_tokenizer(writer: GGUFWriter, path: Path, config: ModelConfig) -> None:
     """Give a GGUF file the tokenizer.json at `path`. Raises UserError if llama.cpp would tokenise otherwise."""
     loaded = load_tokenizer(path, config.vocab_size)
     described = read_json(path)
-    problem = _problem(described)
+    prefix = prefix_of(loaded)
+    problem = _problem(described) or (f"puts {len(prefix)} tokens before a text" if len(prefix) > 1 else None)
     if problem:
         raise UserError(
-            f"tokenizer {path} {problem}; llama.cpp knows byte-level BPE that splits as GPT-2, Llama 3 or Qwen 2 do."
+            f"tokenizer {path} {problem}; llama.cpp knows byte-level BPE that splits as GPT-2, Llama 3 or Qwen 2 do, "
+            "with one token before a text at most."
         )
     tokens, types = _vocabulary(loaded, described, config.vocab_size)
     writer.add_tokenizer_model("gpt2")
@@ -53,14 +55,14 @@ def add_tokenizer(writer: GGUFWriter, path: Path, config: ModelConfig) -> None:
         [merge if isinstance(merge, str) else " ".join(merge) for merge in described["model"]["merges"]]
     )
     adds = {"eos_token_id": writer.add_eos_token_id, "bos_token_id": writer.add_bos_token_id}
-    ids = special_ids(path, config)
+    ids = special_ids(path, config) | ({"bos_token_id": prefix[0]} if prefix else {})
     for key in adds.keys() & ids.keys():
         adds[key](ids[key][0] if isinstance(ids[key], list) else ids[key])
     if (settings := path.with_name("tokenizer_config.json")).is_file():
         read_json(settings)  # refuses what gguf would stumble over
     if template := SpecialVocab(path.parent).chat_template:
         writer.add_chat_template(template)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(bool(prefix))
     writer.add_add_eos_token(False)
 
 

@@ -7,37 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.config.model import ModelConfig
-from megamoe.data.tokenizer import END_OF_TEXT_NAMES, load_tokenizer
+from megamoe.data.tokenizer import end_of_text_of, known_token, load_tokenizer, prefix_of
 from megamoe.utils.json_files import read_json, write_json
+from megamoe.utils.run_folder import TOKENIZER_FILES
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def special_ids(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
-    """Ids by the keys of TOKEN_IDS, of the tokenizer.json at `tokenizer`: those of the config.json next to it, or
-    else the end-of-text token for all. Raises UserError where the tokenizer does not fit the model. A directory with a
-    config.json may have its tokenizer in another file."""
+    """Ids by the keys of TOKEN_IDS, of the tokenizer.json at `tokenizer`: those that the files next to it
+    give, or else the end-of-text token for all but what stands before a text. Raises UserError where the tokenizer does
+    not fit the model. A directory with a config.json may have its tokenizer in another file."""
     path = tokenizer.with_name("config.json")
     is_elsewhere = path.is_file() and not tokenizer.is_file()
     loaded = None if is_elsewhere else load_tokenizer(tokenizer, config.vocab_size)
-    given = read_json(path) if path.is_file() else {}
-    found = {key: given[key] for key in TOKEN_IDS if _is_id(given.get(key))}
-    if found or not loaded:
+    files = (tokenizer.with_name(f"{name}.json") for name in ("tokenizer_config", "generation_config", "config"))
+    settings, *given = (read_json(file) if file.is_file() else {} for file in files)
+    found = {key: values[key] for values in given for key in TOKEN_IDS if _is_id(values.get(key))}
+    if not loaded:
         return found
-    ids = (loaded.token_to_id(name) for name in END_OF_TEXT_NAMES)
-    end_of_text = next((one for one in ids if one is not None), None)
-    return {} if end_of_text is None else dict.fromkeys(TOKEN_IDS, end_of_text)
+    named = {key: known_token(settings.get(key.removesuffix("_id")), loaded) for key in TOKEN_IDS}
+    found = {key: loaded.token_to_id(name) for key, name in named.items() if name} | found
+    end_of_text = end_of_text_of(loaded)
+    own = {} if end_of_text is None else {"eos_token_id": loaded.token_to_id(end_of_text)}
+    own |= {"bos_token_id": prefix[0]} if (prefix := prefix_of(loaded)) else {}
+    return own | found if found or end_of_text is None else dict.fromkeys(TOKEN_IDS, own["eos_token_id"]) | own
 
 
 def _is_id(value: Any) -> bool:

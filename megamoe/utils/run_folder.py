@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,19 @@ from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import parse_json, read_json
 
 LOCK, START, RESUMES = "lock", "run.json", "resumes.jsonl"
-BEGUN = {LOCK, "tokenizer.json", START + disk.PARTIAL}  # all that a start leaves that was cut off
+# The tokenizer, and what published models have next to it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+BEGUN = {LOCK, *TOKENIZER_FILES, START + disk.PARTIAL}  # all that a start leaves that was cut off
 LEASE_SECONDS = 100  # after which a file server gives up the locks of a host that it does not hear of any more
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 MISSES, MISS_SECONDS = 3, 1.0  # a folder that a file server moves or mounts again is absent for a moment
@@ -60,8 +73,9 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else {""}
         return not names <= (BEGUN if LOCK in names else set())
 
-    def enter(self, record: dict[str, Any], tokenizer: Path | None) -> None:
-        """Write the record of a start or a resume, in a folder that stays locked. Raises UserError."""
+    def enter(self, record: dict[str, Any], tokenizer_files: Iterable[Path]) -> None:
+        """Write the record of a start or a resume, in a folder that stays locked; a start copies the files. Raises
+        UserError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -74,8 +88,8 @@ class RunFolder:
             with open(self.path / RESUMES, "a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps(record) + "\n")  # a kill can have torn the line before
             return
-        if tokenizer:
-            shutil.copyfile(tokenizer, self.path / "tokenizer.json")
+        for path in tokenizer_files:
+            shutil.copyfile(path, self.path / path.name)
         disk.replace_file(self.path / START, json.dumps(record, indent=2) + "\n")
 
     def is_gone(self) -> bool:

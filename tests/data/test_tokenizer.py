@@ -113,6 +113,10 @@ def test_what_no_token_stands_for_is_refused_by_name_and_place(tokenizer, known,
     assert tokenizer.to_str() == before
 
 
+def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+    has(refusal(encode, tokenizer, ["a\ud800"]), "no text", "UTF-8")
+
+
 def test_bytes_stand_for_what_a_tokenizer_has_no_token_for():
     vocab = dict(zip([*BYTES, "a"], range(257), strict=True))
     unigram = models.Unigram([("<unk>", 0.0), *((text, -1.0) for text in vocab)], 0, True)

@@ -20,12 +20,13 @@ def requests(kind, *of_each):
     return [Instance(kind, {}, arguments, number) for number, arguments in enumerate(of_each)]
 
 
-def test_the_live_model_gives_the_harness_what_its_export_does(tmp_path):
+@pytest.mark.parametrize("first", [None, "[begin]"])
+def test_the_live_model_gives_the_harness_what_its_export_does(tmp_path, first):
     from lm_eval.models.huggingface import HFLM
 
     from megamoe.evaluation.lm_eval_model import HarnessModel
 
-    decoder, tokenizer = write_small_glm(tmp_path, [TEXT], WINDOW)
+    decoder, tokenizer = write_small_glm(tmp_path, [TEXT], WINDOW, first)
     theirs = HFLM(str(tmp_path / "hf"), batch_size=3, device="cpu")
     ours = HarnessModel(SharedModel(decoder, Share(3), torch.device("cpu")), tokenizer, 0, WINDOW)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from megamoe.utils.run_folder import RunFolder
 
 held = RunFolder(Path(sys.argv[1]))
-held.enter({}, None)
+held.enter({}, [])
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -57,7 +57,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capfd):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    RunFolder(tmp_path).enter({}, None)
+    RunFolder(tmp_path).enter({}, [])
     assert "file system without locks" in capfd.readouterr().err
 
 
@@ -76,11 +76,11 @@ def test_a_foreign_folder_is_told_from_a_start_that_was_killed_early_and_is_left
 def test_a_folder_that_was_removed_or_made_again_is_gone_and_one_that_cannot_be_seen_now_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "MISS_SECONDS", 0)
     folder = RunFolder(tmp_path / "run")
-    folder.enter({}, None)
+    folder.enter({}, [])
     assert not folder.is_gone()
     (tmp_path / "run").rename(tmp_path / "aside")
     assert folder.is_gone()
-    RunFolder(tmp_path / "run").enter({}, None)
+    RunFolder(tmp_path / "run").enter({}, [])
     assert folder.is_gone()
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.os, "stat", lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale")))
@@ -90,24 +90,24 @@ def test_a_folder_that_was_removed_or_made_again_is_gone_and_one_that_cannot_be_
 def test_a_run_that_came_first_is_not_written_over(tmp_path):
     late = RunFolder(tmp_path)
     assert late.began is None
-    RunFolder(tmp_path).enter({"seed": 1}, None)
+    RunFolder(tmp_path).enter({"seed": 1}, [])
     with pytest.raises(UserError, match="has become another run"):
-        late.enter({"seed": 2}, None)
+        late.enter({"seed": 2}, [])
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
 
 
 def test_a_record_that_was_torn_by_a_kill_is_passed_over(tmp_path):
-    RunFolder(tmp_path).enter({"seed": 1}, None)
-    RunFolder(tmp_path).enter({"seed": 2}, None)
+    RunFolder(tmp_path).enter({"seed": 1}, [])
+    RunFolder(tmp_path).enter({"seed": 2}, [])
     with open(tmp_path / "resumes.jsonl", "a") as file:
         file.write('{"seed": 3, "mod')
     assert last_record(tmp_path)["seed"] == 2
-    RunFolder(tmp_path).enter({"seed": 4}, None)
+    RunFolder(tmp_path).enter({"seed": 4}, [])
     assert last_record(tmp_path)["seed"] == 4
 
 
 def test_a_record_that_is_no_record_is_a_sentence_and_not_passed_over(tmp_path):
-    RunFolder(tmp_path).enter({"seed": 1}, None)
+    RunFolder(tmp_path).enter({"seed": 1}, [])
     (tmp_path / "resumes.jsonl").write_text('{"seed": 2}\n{"model": 1}\n')
     with pytest.raises(UserError, match="model is 1"):
         last_record(tmp_path)
