@@ -43,14 +43,15 @@ def write_tokenizer(folder: Path, tokenizer: Path, config: ModelConfig) -> dict[
     """Write a tokenizer.json and what transformers needs with it: of a Hugging Face directory, its own files. Returns
     `special_ids`."""
     ids = special_ids(tokenizer, config)
-    if tokenizer.with_name("tokenizer_config.json").is_file() or not tokenizer.is_file():
-        for name in TOKENIZER_FILES:
-            if tokenizer.with_name(name).is_file():
-                shutil.copyfile(tokenizer.with_name(name), folder / name)
+    for name in TOKENIZER_FILES:
+        if tokenizer.with_name(name).is_file():
+            shutil.copyfile(tokenizer.with_name(name), folder / name)
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    if (folder / "tokenizer_config.json").exists() or not tokenizer.is_file():
         return ids
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
     loaded = load_tokenizer(tokenizer)
-    names = {key.removesuffix("_id"): loaded.id_to_token(one) for key, one in ids.items() if isinstance(one, int)}
+    names = {key.removesuffix("_id"): known_token(one, loaded) for key, one in ids.items()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
