@@ -5,6 +5,7 @@ import json
 import native_models
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from toy import PRECISION, ds_config, write_inputs
 
 from megamoe import run_record
@@ -29,6 +30,14 @@ def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(li
         (tmp_path / "corpus" / f"valid.{suffix}").unlink()
     assert "so nothing is evaluated (--valid_data gives some)" in lines()[0]
     assert "\n" not in lines()[0]
+
+
+def test_the_record_names_the_token_that_ends_a_document(tmp_path):
+    run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "<halt>": 1})).save(str(tmp_path / "corpus/tokenizer.json"))
+    for settings, end in (({}, "<|endoftext|>"), ({"eos_token": "<halt>"}, "<halt>")):
+        (tmp_path / "corpus/tokenizer_config.json").write_text(json.dumps(settings))
+        assert check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION).record["end_of_text"] == end
 
 
 def test_experts_gemms_other_than_torchs_one_kernel_are_said(monkeypatch):

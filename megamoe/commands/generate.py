@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--preset", help="of weights that do not say what model they are of")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of a run with --ema_decay")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the model's own")
-    parser.add_argument("--end_of_text", metavar="TOKEN", help="token to stop at; by default one that is known")
+    parser.add_argument("--end_of_text", metavar="TOKEN", help="token to stop at; by default the tokenizer's own")
     parser.add_argument("--prompt", nargs="+", default=["In a quiet library,"], help="one or more texts to continue")
     parser.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--max_new_tokens", type=int, default=120, help="tokens to add")

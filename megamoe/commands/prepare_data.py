@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("text", type=Path, help="text file, folder, or JSON lines (.jsonl, .jsonl.gz, .jsonl.zst)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json to use, or a folder that holds one")
-    parser.add_argument("--end_of_text", metavar="TOKEN", help="its token that ends a document; by default a known one")
+    parser.add_argument("--end_of_text", metavar="TOKEN", help="its token that ends a document; by default its own")
     parser.add_argument("--vocab_size", type=int, help="train a tokenizer of this many entries instead")
     parser.add_argument(
         "--valid_fraction",

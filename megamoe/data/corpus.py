@@ -1,8 +1,8 @@
 """Text to tokens: read documents, hold some out, encode on all cores, write Megatron's .bin/.idx.
 
 A prepared folder holds the shards of its splits (train-00000.bin/.idx, ..., valid-00000.bin/.idx where any text is held
-out), tokenizer.json and corpus.json, see `corpus_record.py`. Every document begins with what the
-tokenizer puts before a text (of most, nothing), and ends in its end-of-text token.
+out), tokenizer.json and corpus.json, see `corpus_record.py`. Every document begins with what the tokenizer
+puts before a text (of most, nothing), and ends in its end-of-text token.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def special_ids(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
-    """Ids by the keys of TOKEN_IDS, of the tokenizer.json at `tokenizer`: those that the files next to it
-    give, or else the end-of-text token for all but what stands before a text. Raises UserError where the tokenizer does
-    not fit the model. A directory with a config.json may have its tokenizer in another file."""
+    """Ids by the keys of TOKEN_IDS, of the tokenizer.json at `tokenizer`: those that the files next to it give,
+    or else the end-of-text token for all but what stands before a text. Raises UserError where the tokenizer does not
+    fit the model. A directory with a config.json may have its tokenizer in another file."""
     path = tokenizer.with_name("config.json")
     is_elsewhere = path.is_file() and not tokenizer.is_file()
     loaded = None if is_elsewhere else load_tokenizer(tokenizer, config.vocab_size)
