@@ -42,9 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preset", help="of weights that do not say what model they are of")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of a run with --ema_decay")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the model's own")
-    parser.add_argument(
-        "--end_of_text", metavar="TOKEN", help="token before a document; by default the tokenizer's own"
-    )
+    parser.add_argument("--end_of_text", metavar="TOKEN", help="token before a document; by default its own")
     parser.add_argument("--text_key", default="text", help="key of the text in JSON lines")
     parser.add_argument("--seq_len", type=int, help="tokens of a window; by default max_position_embeddings")
     parser.add_argument(

@@ -119,7 +119,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
     The tokenizer is changed meanwhile, so two threads need one each.
     """
-    model, error = tokenizer.model, None
+    model = tokenizer.model
     named = hasattr(model, "unk_token")  # Unigram has its number instead
     unknown = model.unk_token if named else _unknown_id(model)
     try:
@@ -128,17 +128,16 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
         if isinstance(model, models.BPE):
             model._clear_cache()  # of words encoded with losses before
         found = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception as raised:  # the library raises bare Exception
-        found, error = [], raised
+    except TypeError as error:  # half of a surrogate pair
+        raise UserError(f"the tokenizer cannot encode what is no text ({error}); give valid UTF-8.") from None
+    except Exception as error:  # the library raises bare Exception
+        _refuse_lost(tokenizer, texts)
+        raise UserError(f"the tokenizer cannot encode the text ({error}); use one that knows every text.") from None
     finally:
         if named:
             model.unk_token = unknown
-    if isinstance(error, TypeError):  # half of a surrogate pair
-        raise UserError(f"the tokenizer cannot encode what is no text ({error}); give valid UTF-8.")
-    if error or (not named and any(unknown in ids for ids in found)):
+    if not named and any(unknown in ids for ids in found):
         _refuse_lost(tokenizer, texts)
-    if error:
-        raise UserError(f"the tokenizer cannot encode the text ({error}); use one that knows every text.")
     return found
 
 
