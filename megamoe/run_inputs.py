@@ -57,7 +57,7 @@ def open_inputs(
     wanted = [(one.path, phase.seq_len) for phase in phases.all for one in phase.data] if phases else []
     wanted = wanted or [(one.path, seq_len) for one in run.data]
     opened = {
-        (path, length): problems.attempt(open_data, path, length, model.vocab_size, scans)
+        (path, length): problems.attempt(open_data, path, length, model.vocab_size, scans, run.packing)
         for path, length in dict.fromkeys(wanted)
     }
     first = Path(wanted[0][0])

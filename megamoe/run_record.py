@@ -17,6 +17,8 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe
 from megamoe.config.run import RunConfig
 from megamoe.data.batches import TrainData
+from megamoe.data.packing import PackedCorpus
+from megamoe.data.source import DataSource
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
@@ -70,11 +72,18 @@ def _describe_phases(data: TrainData) -> Iterator[str]:
         corpora = [
             f"{data.sources[one.path, phase.seq_len].num_samples * phase.seq_len:,} tokens in {one.path}"
             + (f" at weight {one.weight:g}" if len(phase.data) > 1 else "")
+            + _describe_packing(data.sources[one.path, phase.seq_len])
             for one in phase.data
         ]
         of_what = f"; {', '.join(corpora)}" if phase.data != mix else ""
         yield f"{begins}{phase.samples} x {phase.seq_len} tokens per step{of_what}"
         mix = phase.data
+
+
+def _describe_packing(source: DataSource) -> str:
+    if not isinstance(source, PackedCorpus):
+        return ""
+    return f" (best-fit packing: {source.num_samples:,} samples, {source.unused:.1%} of positions unused)"
 
 
 def _describe_held_out(inputs: RunInputs) -> str:

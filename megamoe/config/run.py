@@ -94,6 +94,11 @@ class RunConfig(BaseModel):
         description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
         "folder",
     )
+    packing: Literal["cut", "best_fit"] = Field(
+        default="cut",
+        description="how documents become samples: cut where a sample ends, or best_fit, which cuts none that fits "
+        "into a sample, see docs/data.md",
+    )
     run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
     resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
     auto_resume: bool = Field(

@@ -82,4 +82,4 @@ class IndexFile:
 
         first = bisect.bisect_left(self._firsts, start, key=place)
         end = bisect.bisect_left(self._firsts, stop, lo=first, key=place)
-        return np.unique(np.array([place(item) for item in self._firsts[first:end]], np.int64))
+        return np.unique(self._places[self._firsts[first:end]] // width)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megamoe.data.packing import PackedCorpus
 from megamoe.data.source import DataSource, Sample
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.utils.errors import UserError, first_line
@@ -15,16 +16,20 @@ from megamoe.utils.errors import UserError, first_line
 OWN = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")  # MODULE:NAME
 
 
-def open_source(path: str, seq_len: int, vocab_size: int, scan: bool) -> DataSource:
+def open_source(path: str, seq_len: int, vocab_size: int, scan: bool, packing: str = "cut") -> DataSource:
     """The training split of a prepared folder, a .bin/.idx pair, or a source of the user's own by MODULE:NAME. Raises
     UserError.
 
     Args:
         scan: as for `TokenCorpus`.
+        packing: "cut", or "best_fit" as `PackedCorpus` does it.
     """
     named = OWN.fullmatch(path)
     if not named:
-        return TokenCorpus(corpus_prefix(path, "train"), seq_len, vocab_size, scan)
+        corpus = TokenCorpus(corpus_prefix(path, "train"), seq_len, vocab_size, scan)
+        return PackedCorpus(corpus, writes=scan) if packing == "best_fit" else corpus
+    if packing != "cut":
+        raise UserError(f"packing is {packing}, but {path} makes its samples itself; leave --packing out.")
     return _CheckedSource(path, _own_source(path, named[1], named[2], seq_len), vocab_size)
 
 

@@ -87,7 +87,7 @@ class TokenCorpus:
             for shard in self._shards:
                 assert shard.index
             for start in range(0, 0 if shards else min(self.num_tokens, SCAN), SCAN_PIECE):
-                self._read(start, min(start + SCAN_PIECE, SCAN, self.num_tokens))
+                self.read(start, min(start + SCAN_PIECE, SCAN, self.num_tokens))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,7 +104,7 @@ class TokenCorpus:
         """The sample of that number; shorter where the corpus ends before."""
         start = index * self.seq_len
         stop = min(start + self.seq_len + 1 + ahead, self.num_tokens)
-        return Sample(self._read(start, stop).astype(np.int64), self._starts(start + 1, stop) - start)
+        return Sample(self.read(start, stop).astype(np.int64), self.starts(start + 1, stop) - start)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, in the file's own type."""
@@ -112,9 +112,9 @@ class TokenCorpus:
             base = int(self._ends[number]) - shard.index.num_tokens
             starts = shard.index.starts(0, shard.index.num_tokens).tolist()
             for start, stop in itertools.pairwise([*starts, shard.index.num_tokens]):
-                yield self._read(base + start, base + stop)
+                yield self.read(base + start, base + stop)
 
-    def _starts(self, start: int, stop: int) -> np.ndarray:
+    def starts(self, start: int, stop: int) -> np.ndarray:
         """Places from `start` on and before `stop` at which a document begins."""
         found = [base + shard.index.starts(low, high) for shard, base, low, high in self._parts(start, stop)]
         return np.concatenate(found or [np.zeros(0, np.int64)])
@@ -128,7 +128,7 @@ class TokenCorpus:
             yield self._shards[number], base, start - base, min(stop, end) - base
             start, number = end, number + 1
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
+    def read(self, start: int, stop: int) -> np.ndarray:
         """Checked ids, in the file's own type."""
         parts = [shard.tokens[low:high] for shard, _, low, high in self._parts(start, stop)]
         ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
