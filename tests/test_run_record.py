@@ -40,6 +40,11 @@ def test_the_record_names_the_token_that_ends_a_document(tmp_path):
         assert check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION).record["end_of_text"] == end
 
 
+def test_best_fit_packing_says_what_it_wastes(lines):
+    assert "packing" not in lines()[0]
+    assert "(best-fit packing: 375 samples, 0.0% of positions unused)" in lines(packing="best_fit")[0]
+
+
 def test_experts_gemms_other_than_torchs_one_kernel_are_said(monkeypatch):
     for kernel, said in (("grouped_mm", None), ("triton", "Triton"), ("loop", "waits for the device")):
         monkeypatch.setattr(run_record, "kernel_for", lambda device, dtype, kernel=kernel: kernel)
