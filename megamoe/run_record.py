@@ -18,7 +18,6 @@ from megamoe.config.recipe import Recipe
 from megamoe.config.run import RunConfig
 from megamoe.data.batches import TrainData
 from megamoe.data.packing import PackedCorpus
-from megamoe.data.source import DataSource
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
@@ -80,7 +79,7 @@ def _describe_phases(data: TrainData) -> Iterator[str]:
         mix = phase.data
 
 
-def _describe_packing(source: DataSource) -> str:
+def _describe_packing(source: Any) -> str:
     if not isinstance(source, PackedCorpus):
         return ""
     return f" (best-fit packing: {source.num_samples:,} samples, {source.unused:.1%} of positions unused)"
