@@ -41,7 +41,7 @@ def test_the_record_names_the_token_that_ends_a_document(tmp_path):
 
 
 def test_best_fit_packing_says_what_it_wastes(lines):
-    assert "packing" not in lines()[0]
+    assert "best-fit" not in lines()[0]
     assert "(best-fit packing: 375 samples, 0.0% of positions unused)" in lines(packing="best_fit")[0]
 
 

@@ -82,4 +82,5 @@ class IndexFile:
 
         first = bisect.bisect_left(self._firsts, start, key=place)
         end = bisect.bisect_left(self._firsts, stop, lo=first, key=place)
-        return np.unique(self._places[self._firsts[first:end]] // width)
+        places = self._places[self._firsts[first:end]] // width
+        return places[np.diff(places, prepend=-1) > 0]  # an empty document begins where the next one does

@@ -69,7 +69,7 @@ def _load_index(corpus: TokenCorpus, writes: bool) -> np.ndarray:
 
 
 def _make_index(corpus: TokenCorpus) -> np.ndarray:
-    bounds = np.unique(np.concatenate([[0], corpus.starts(0, corpus.num_tokens), [corpus.num_tokens]]))
+    bounds = np.concatenate([[0], corpus.starts(0, corpus.num_tokens), [corpus.num_tokens]])
     counts = -(-np.diff(bounds) // corpus.seq_len)  # pieces of each document
     earlier = np.repeat(np.cumsum(counts) - counts, counts)  # of the documents before a piece's own
     starts = np.repeat(bounds[:-1], counts) + (np.arange(len(earlier)) - earlier) * corpus.seq_len

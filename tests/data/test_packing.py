@@ -10,7 +10,7 @@ from megamoe.data import packing
 from megamoe.data.index_file import write_index
 from megamoe.data.opening import open_source
 
-LENGTHS = [5, 8, 8, 9, 17, 1, 3, 2, 25, 4, 1, 6, 16, 7]  # with samples of 8: whole, just full, and cut ones
+LENGTHS = [5, 8, 0, 8, 9, 17, 1, 3, 2, 25, 4, 1, 6, 16, 7]  # with samples of 8: whole, just full, empty and cut ones
 
 
 def packed(prefix, lengths=LENGTHS, writes=True):
@@ -46,6 +46,7 @@ def test_no_document_is_cut_that_fits_and_a_longer_one_goes_on_in_its_labels(tmp
     source = packed(tmp_path / "c")
     ends = np.cumsum(LENGTHS).tolist()
     documents = [range(end - length, end) for length, end in zip(LENGTHS, ends, strict=True)]
+    assert open_source(str(tmp_path / "c"), 8, 10_000, True).starts(0, ends[-1]).tolist() == sorted({0, *ends[:-1]})
     pieces = []
     for index, ahead in itertools.product(range(source.num_samples), (0, 2)):
         ids, starts = source.sample(index, ahead)
@@ -59,7 +60,7 @@ def test_no_document_is_cut_that_fits_and_a_longer_one_goes_on_in_its_labels(tmp
     wanted = [list(one[at : at + 8]) for one in documents for at in range(0, len(one), 8) if len(one) > at + 1]
     assert sorted(pieces) == sorted(wanted)
     going_on = [len(source.sample(index).ids) for index in range(source.num_samples)].count(9)
-    assert going_on == sum((length - 1) // 8 for length in LENGTHS)
+    assert going_on == sum(max(length - 1, 0) // 8 for length in LENGTHS)
     assert source.unused == pytest.approx(1 - sum(map(len, wanted)) / (8 * source.num_samples))
 
 

@@ -3,8 +3,8 @@
     python tools/dev/benchmark_data.py data/plays data/shakespeare-1024       text and the corpus made of it
 
 Prints bytes per second of tokenising with the corpus' tokenizer, on one core and on all; the time to read one sample;
-the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; and the seconds
-from the launch of a run to its first step, with everything compiled already.
+the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; the time of
+best-fit packing; and the seconds from the launch of a run to its first step, with everything compiled already.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from megamoe.config import cli
 from megamoe.config.model import load_preset
 from megamoe.config.phases import PhaseSettings, make_phases
 from megamoe.config.run import Corpus
 from megamoe.data.batches import TrainData
 from megamoe.data.corpus import input_files, read_documents, write_corpus
+from megamoe.data.index_file import write_index
+from megamoe.data.packing import PackedCorpus
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.utils.errors import UserError
@@ -72,6 +76,20 @@ def seconds_per_step(data: TrainData, ranks: int, steps: int = 1000) -> float:
         for _ in data.step_batches(step, rank):
             pass
     return (time.perf_counter() - start) / steps
+
+
+def seconds_to_pack(documents: int, seq_len: int = 2048) -> float:
+    """Seconds of one core to pack made-up documents, of 490 tokens in the median."""
+    lengths = np.random.default_rng(0).lognormal(6.2, 1.1, documents).astype(int).clip(2, 200_000)
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "train"
+        write_index(prefix.with_suffix(".idx"), np.uint16, lengths)
+        with open(prefix.with_suffix(".bin"), "wb") as file:
+            file.truncate(2 * int(lengths.sum()))
+        corpus = TokenCorpus(prefix, seq_len, 1 << 16, scan=False)
+        start = time.process_time()
+        PackedCorpus(corpus, writes=True)
+        return time.process_time() - start
 
 
 def seconds_to_first_step(corpus: str, ranks: int) -> float:
@@ -124,6 +142,8 @@ def main() -> None:
             milliseconds = seconds_per_step(open_data(args.corpus, 1024, corpora, ranks), ranks) * 1e3
             print(f"corpora: {corpora}, ranks: {ranks}: a step of 2 samples of 1024 tokens: {milliseconds:.3f} ms",
                   flush=True)  # fmt: skip
+    for documents in (10**6, 10**7):
+        print(f"packing {documents:,} documents: {seconds_to_pack(documents):.1f} s of one core", flush=True)
     starts = [[seconds_to_first_step(args.corpus, ranks) for ranks in (1, 2)] for _ in range(args.rounds)]
     for ranks, times in zip((1, 2), zip(*starts, strict=True), strict=True):
         print(f"from launch to the first step, {ranks} rank(s): {statistics.median(times):.1f} s, measured "
