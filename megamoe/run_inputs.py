@@ -12,8 +12,8 @@ from megamoe.checkpoint.opening import open_source, tokenizer_of
 from megamoe.config.model import ModelConfig
 from megamoe.config.phases import Phases
 from megamoe.config.run import HeldOutSource, RunConfig
-from megamoe.data.opening import open_source as open_data
 from megamoe.data.source import DataSource
+from megamoe.data.sources import open_source as open_data
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import end_of_text_of, load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte

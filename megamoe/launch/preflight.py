@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megamoe.config.phases import read_phases
 from megamoe.config.run import RunConfig
-from megamoe.data.opening import OWN
+from megamoe.data.sources import OWN
 from megamoe.data.token_files import corpus_prefix, files_of
 from megamoe.launch.network import address_towards, free_port, is_free
 from megamoe.launch.versions import version_problems, versions

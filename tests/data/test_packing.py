@@ -8,7 +8,7 @@ from refusals import has, refusal
 
 from megamoe.data import packing
 from megamoe.data.index_file import write_index
-from megamoe.data.opening import open_source
+from megamoe.data.sources import open_source
 
 LENGTHS = [5, 8, 0, 8, 9, 17, 1, 3, 2, 25, 4, 1, 6, 16, 7]  # with samples of 8: whole, just full, empty and cut ones
 

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from refusals import has, refusal
 from toy import ds_config, losses, train_here, write_inputs
 
-from megamoe.data.opening import open_source
+from megamoe.data.sources import open_source
 
 SOURCE = """
 import numpy as np
