@@ -33,7 +33,7 @@ class OneWeight(nn.Module):
         self.loss_parts = ("cross_entropy",)
         self.register_buffer("step_losses", torch.zeros(1))
 
-    def forward(self, x):
+    def forward(self, x, documents=None):
         loss = (self.weight * x).sum()
         self.step_losses += loss.detach()
         return loss

@@ -11,6 +11,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.model.attention import LayerCache
 from megamoe.model.attention_kinds import build_attention
 from megamoe.model.compiled import CompiledBlock
+from megamoe.model.document_attention import DocumentMask, attend
 from megamoe.model.experts import StackedExperts
 from megamoe.model.feed_forward import MLP
 from megamoe.model.from_config import from_config
@@ -28,6 +29,7 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = build_attention(config, config.rope_scaling)
+        self.self_attn.attend = attend  # of documents too
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
         self.is_dense = is_dense
@@ -48,21 +50,26 @@ class Block(nn.Module):
             self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | DocumentMask | None,
+        used: Tensor | None,
+        cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D) and the router's losses (2,), where it has any.
 
         Args:
             mask: see `GroupedQueryAttention`.
-            used_token: (B, S) bool, False at padding, which no expert gets; None where there is none.
+            used: (U,) int64, which of the B * S positions are not padding, which no expert gets; None where all are.
         """
-        if self.compiled and self.training and used_token is None and cache is None:
-            return self.compiled(self, x, rotary, mask)
+        if self.compiled and self.training and cache is None:
+            return self.compiled(self, x, rotary, mask, used)
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         rows = self.post_attention_layernorm(x)
         if self.is_dense:
             return x + self.mlp(rows), None
-        out, losses, _ = self.moe(rows, used_token)
+        out, losses, _ = self.moe(rows, used)
         return self.with_shared(x, rows) + out, losses
 
     def with_shared(self, x: Tensor, rows: Tensor) -> Tensor:

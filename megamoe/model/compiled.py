@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from megamoe.model.dispatch import combine_rows
+from megamoe.model.document_attention import DocumentMask
 from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import sum_of_entropies
 from megamoe.model.rope import Rotary
+from megamoe.model.router_losses import Padding
 
 
 class CompiledBlock:
@@ -32,13 +34,15 @@ class CompiledBlock:
     """
 
     def __init__(self) -> None:
-        self.whole = compile_region(whole)
-        self.before_experts = compile_region(before_experts)
+        self.whole = compile_region(whole, 3)
+        self.before_experts = compile_region(before_experts, 3, 4)
         self.activate = compile_region(StackedExperts.activate, 1)
-        self.after_experts = compile_region(after_experts, 1, 3)
+        self.after_experts = compile_region(after_experts, 1, 2, 3, 5)
 
-    def __call__(self, block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(B, S, D) -> (B, S, D) and the router's losses, as `block` without padding or cache."""
+    def __call__(
+        self, block: Any, x: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None, used: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) -> (B, S, D) and the router's losses, as `block` without cache."""
         if block.is_dense:
             return self.whole(block, x, rotary, mask), None
         dispatch = block.moe.deepspeed_moe
@@ -48,43 +52,51 @@ class CompiledBlock:
                 return dispatch.experts(rows, ends)
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        x, weights, losses, balancing, placed = self.before_experts(block, x, rotary, mask)
+        x, weights, losses, balancing, placed = self.before_experts(block, x, rotary, mask, used)
         dispatch.count_for_balancing(*balancing)
         # Eager blocks begin it before they place the rows; here both are behind the first region.
         incoming = dispatch.exchange_counts(balancing[0])
         results = dispatch.run_experts(placed, incoming, experts)
-        return self.after_experts(x, results, weights, placed.token, placed.place), losses
+        return self.after_experts(x, results, weights, placed.token, placed.place, used), losses
 
 
 def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
     """`function` as one region.
 
     Args:
-        with_rows: arguments whose number of rows changes from call to call; it may be 0 or 1.
+        with_rows: arguments whose number of rows changes from call to call; it may be 0 or 1. Of a `DocumentMask`, its
+            tensors; None and other masks stay as they are.
     """
     region = torch.compile(function, fullgraph=True)
 
     def call(*args: Any) -> Any:
-        for index in with_rows:
-            torch._dynamo.decorators.mark_unbacked(args[index], 0)
+        for argument in map(args.__getitem__, with_rows):
+            for one in argument if isinstance(argument, DocumentMask) else [argument]:
+                if isinstance(one, Tensor) and one.dim() < 4:
+                    torch._dynamo.decorators.mark_unbacked(one, 0)
         return region(*args)
 
     return call
 
 
-def whole(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> Tensor:
+def whole(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None) -> Tensor:
     """A dense block, (B, S, D) -> (B, S, D)."""
     x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
-def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -> tuple[Any, ...]:
+def before_experts(
+    block: Any, x: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None, used: Tensor | None
+) -> tuple[Any, ...]:
     """x (B, S, D) with attention and the shared experts added, the router's weights and losses, what
     `count_for_balancing` takes, and the rows by expert. Nothing else is written to memory."""
     x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
     hidden = block.post_attention_layernorm(x)
-    rows = hidden.flatten(0, 1)
-    routing = block.moe.router(rows, len(hidden))
+    rows, padding = hidden.flatten(0, 1), None
+    if used is not None:
+        torch._check(len(used) > 0)  # every row of a batch has tokens
+        rows, padding = rows.index_select(0, used), Padding(used // hidden.shape[1], len(rows))
+    routing = block.moe.router(rows, len(hidden), padding)
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
         placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
@@ -92,9 +104,12 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | None) -
     return block.with_shared(x, hidden), routing.weights, routing.losses, balancing, placed
 
 
-def after_experts(x: Tensor, results: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
+def after_experts(
+    x: Tensor, results: Tensor, weights: Tensor, token: Tensor, place: Tensor, used: Tensor | None
+) -> Tensor:
     """x (B, S, D) with the weighted results (P, D) added; the other arguments as in `combine_rows`."""
-    return x + combine_rows(results, weights, token, place).view_as(x)
+    out = combine_rows(results, weights, token, place)
+    return x + out.view_as(x) if used is None else x.flatten(0, 1).index_add(0, used, out).view_as(x)
 
 
 def compiler_problems(device: torch.device) -> list[str]:

@@ -16,9 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from megamoe.config.model import ModelConfig
 from megamoe.data.batches import NO_LABEL
+from megamoe.data.document_bounds import Documents
 from megamoe.model.attention import LayerCache, attention_mask
 from megamoe.model.block import Block
 from megamoe.model.compiled import CompiledBlock
+from megamoe.model.document_attention import DocumentMask, plain_mask, takes_documents
 from megamoe.model.loss import TokenScores, chunked_head_loss, chunked_token_scores
 from megamoe.model.moe import MoE
 from megamoe.model.multi_token import MultiTokenPredictor
@@ -34,8 +36,8 @@ class Stream(NamedTuple):
     hidden: Tensor  # (B, T, D)
     router_losses: list[Tensor]  # (2,) of each router that has any
     rotary: Rotary
-    mask: Tensor | None  # of the last block
-    used_token: Tensor | None  # (B, T) bool, as the blocks took it
+    mask: Tensor | DocumentMask | None  # of the last block
+    used: Tensor | None  # (U,) int64, as the blocks took it
 
 
 class Decoder(nn.Module):
@@ -138,12 +140,14 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: list[LayerCache] | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with `labels` the loss.
 
         In evaluation the loss is the mean cross-entropy in nats over the labels that count (0 if there are none), in
-        fp32. In training the other parts of the loss are added, times their coefficients, and all parts are added to
-        the buffer `step_losses`, in the order of `loss_parts` and without coefficients.
+        fp32. In training the sum is divided by B * T, so that no split of a step's samples changes the gradients, the
+        other parts of the loss are added, times their coefficients, and all parts are added to the buffer
+        `step_losses`, in the order of `loss_parts` and without coefficients.
 
         Args:
             input_ids: (B, T) token ids.
@@ -151,8 +155,9 @@ class Decoder(nn.Module):
                 prediction needs (B, T + 1): those that follow the ids, and the one after.
             attention_mask: (B, S) bool, False at padding, left or right; None means no padding.
             cache: from `new_cache`; the call's tokens are appended to it.
+            documents: of the rows, within which attention stays; not with `attention_mask` or `cache`.
         """
-        stream = self._stream(input_ids, attention_mask, cache)
+        stream = self._stream(input_ids, attention_mask, cache, documents)
         hidden = self.norm(stream.hidden)
         if labels is None:
             return F.linear(hidden, self.head)
@@ -161,17 +166,14 @@ class Decoder(nn.Module):
         if labels.shape[1] != needed:
             why = ", one further for multi-token prediction" if needed > length else ""
             raise ValueError(f"labels are {labels.shape[1]} per row for {length} ids; give {needed}{why}.")
-        if self.training and len(self.loss_parts) > 1:
-            return self._training_loss(stream, hidden, labels)
-        loss = chunked_head_loss(hidden.flatten(0, 1), self.head, labels.flatten()).total
         if self.training:
-            self.step_losses += loss.detach()  # (1,)
-        return loss
+            return self._training_loss(stream, hidden, labels)
+        return chunked_head_loss(hidden.flatten(0, 1), self.head, labels.flatten()).total
 
     @torch.no_grad()
-    def score(self, input_ids: Tensor, labels: Tensor) -> TokenScores:
+    def score(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> TokenScores:
         """How the model takes each label, (B, T) each, to be called in evaluation mode. Arguments as of `forward`."""
-        hidden = self.norm(self._stream(input_ids, None, None).hidden)
+        hidden = self.norm(self._stream(input_ids, None, None, documents).hidden)
         scores = chunked_token_scores(hidden.flatten(0, 1), self.head, labels.flatten())
         return TokenScores(*(part.view_as(labels) for part in scores))
 
@@ -179,7 +181,13 @@ class Decoder(nn.Module):
         """An empty key/value cache for sequences of up to `capacity` tokens."""
         return [LayerCache(self.config.num_latent_tokens + capacity) for _ in self.layers]
 
-    def _stream(self, input_ids: Tensor, token_mask: Tensor | None, cache: list[LayerCache] | None) -> Stream:
+    def _stream(
+        self,
+        input_ids: Tensor,
+        token_mask: Tensor | None,
+        cache: list[LayerCache] | None,
+        documents: Documents | None,
+    ) -> Stream:
         batch, length = input_ids.shape
         num_latents = self.config.num_latent_tokens
         past = max(cache[0].length - num_latents, 0) if cache else 0
@@ -188,18 +196,23 @@ class Decoder(nn.Module):
         # "dynamic" frequencies must not change under keys that are already rotated: a cache takes those of its end.
         total = cache[0].capacity - num_latents if cache else past + length
         hidden = self.embed_tokens(input_ids)
-        if token_mask is None:
+        used = None
+        if documents:
+            lengths = documents.starts.diff().long()
+            lengths = lengths.repeat_interleave(lengths, output_size=batch * length).view(batch, length)
+            rotary = self._rotary(documents.positions, lengths, hidden.dtype, num_latents)
+            used = documents.tokens
+        elif token_mask is None:
             positions = torch.arange(length, device=input_ids.device).unsqueeze(0)
             rotary = self._rotary(positions, positions.new_full((1,), total), hidden.dtype, num_latents)
-            used = None
         else:
             # A row's positions count its real tokens only, so padding does not move them.
             positions = (token_mask.cumsum(1) - 1).clamp_min(0)
             padding = (~token_mask).sum(1)
             rotary = self._rotary(positions[:, past:], total - padding, hidden.dtype, 0 if past else num_latents)
-            used = token_mask[:, past:]
-            used = None if bool(used.all()) else used
-        masks = self._masks(token_mask, input_ids)
+            used = token_mask[:, past:].flatten().nonzero().squeeze(1)
+            used = None if len(used) == batch * length else used
+        masks = self._masks(token_mask, documents, hidden)
         losses: list[Tensor] = []
         for layer, block in enumerate(self.layers):
             mask = masks[self.config.window(layer)]
@@ -209,16 +222,24 @@ class Decoder(nn.Module):
             losses += [of_router] if of_router is not None else []
         return Stream(hidden, losses, rotary, masks[self.config.window(-1)], used)
 
-    def _masks(self, token_mask: Tensor | None, input_ids: Tensor) -> dict[int | None, Tensor | None]:
-        """What the queries of `input_ids` (B, T) see, by the window of a layer; None where that is plainly causal."""
-        length, masks = input_ids.shape[1], dict[int | None, Tensor | None]()
-        for window in {self.config.window(block) for block in range(self.config.num_hidden_layers)}:
+    def _masks(
+        self, token_mask: Tensor | None, documents: Documents | None, hidden: Tensor
+    ) -> dict[int | None, Tensor | DocumentMask | None]:
+        """What the queries of `hidden` (B, T, D) see, by the window of a layer; None where that is plainly causal."""
+        config, (batch, length, _) = self.config, hidden.shape
+        latents, masks = config.num_latent_tokens, dict[int | None, Tensor | DocumentMask | None]()
+        has_kernel = takes_documents(hidden, max(config.head_dim, config.value_dim))
+        for window in {config.window(block) for block in range(config.num_hidden_layers)}:
             if token_mask is not None:
-                masks[window] = attention_mask(token_mask, length, self.config.num_latent_tokens, window)
+                masks[window] = attention_mask(token_mask, length, latents, window)
+            elif documents:
+                masks[window] = (DocumentMask.of if has_kernel else plain_mask)(documents, latents, window)
             elif window is None or window >= length:
                 masks[window] = None
+            elif has_kernel and hidden.device.type != "cpu":
+                masks[window] = DocumentMask.of_rows(batch, length, window, hidden.device)
             else:
-                masks[window] = attention_mask(input_ids.new_ones(1, length, dtype=torch.bool), length, 0, window)
+                masks[window] = attention_mask(hidden.new_ones(1, length, dtype=torch.bool), length, 0, window)
         return masks
 
     def _training_loss(self, stream: Stream, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -228,15 +249,19 @@ class Decoder(nn.Module):
             hidden: (B, T, D), of the stream, normed.
             labels: as for `forward`.
         """
-        config, length = self.config, hidden.shape[1]
-        following, router_losses = labels[:, :length], stream.router_losses
-        of_head = chunked_head_loss(hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef)
+        config, (batch, length, _) = self.config, hidden.shape
+        following, router_losses, tokens = labels[:, :length], stream.router_losses, batch * length
+        of_head = chunked_head_loss(
+            hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef, tokens
+        )
         total = of_head.total
         parts = {"cross_entropy": of_head.cross_entropy, "output_z": of_head.z_loss}
         if self.mtp:
             embedded = self.embed_tokens(following.masked_fill(following == NO_LABEL, 0))
-            further, of_router = self.mtp(hidden, embedded, stream.rotary, stream.mask, stream.used_token)
-            parts["mtp"] = chunked_head_loss(further.flatten(0, 1), self.head, labels[:, 1:].flatten()).total
+            further, of_router = self.mtp(hidden, embedded, stream.rotary, stream.mask, stream.used)
+            # The token after a border says nothing of the document before it.
+            beyond = labels[:, 1:].masked_fill(following == NO_LABEL, NO_LABEL).flatten()
+            parts["mtp"] = chunked_head_loss(further.flatten(0, 1), self.head, beyond, tokens=tokens).total
             total = total + config.mtp_loss_coef * parts["mtp"]
             router_losses = [*router_losses, *([of_router] if of_router is not None else [])]
         if router_losses:

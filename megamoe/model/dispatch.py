@@ -63,23 +63,24 @@ def lay_out_received(counts: Tensor, num_rows: int, multiple: int = 1) -> Layout
     return lay_out(arrived.repeat_interleave(counts.flatten(), output_size=num_rows), counts.sum(0), multiple)
 
 
-def gather_rows(x: Tensor, row: Tensor, place: Tensor) -> Tensor:
+def gather_rows(x: Tensor, row: Tensor, place: Tensor, choices: int = 1) -> Tensor:
     """x (rows, D) -> (P, D), the row `row[p]` at each place p.
 
     Args:
         place: (rows * K,), the K places of each row, one row after the other; the gradients of other places are left
             out.
+        choices: K.
     """
-    return _GatherRows.apply(x, row, place)
+    return _GatherRows.apply(x, row, place, choices)
 
 
 class _GatherRows(torch.autograd.Function):
     """Backward gathers too, where torch's would add to rows in memory, one after the other."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, row: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, row: Tensor, place: Tensor, choices: int) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(place)
-        ctx.rows = len(x)
+        ctx.choices = choices
         return x.index_select(0, row)
 
     @staticmethod
@@ -87,9 +88,9 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (place,) = ctx.saved_tensors
         grads = grad.index_select(0, place)
-        if len(place) > ctx.rows:
-            grads = grads.view(ctx.rows, -1, grad.shape[1]).sum(1)
-        return grads, None, None
+        if ctx.choices > 1:
+            grads = grads.view(-1, ctx.choices, grad.shape[1]).sum(1)
+        return grads, None, None, None
 
 
 def pick_rows(results: Tensor, place: Tensor) -> Tensor:

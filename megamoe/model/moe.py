@@ -30,6 +30,7 @@ from megamoe.model.dispatch import (
     row_multiple,
 )
 from megamoe.model.router import Router
+from megamoe.model.router_losses import Padding
 from megamoe.model.topology import ExpertTopology
 from megamoe.utils.device_reads import begin_read
 
@@ -72,13 +73,15 @@ class DroplessDispatch(nn.Module):
     def _set_ep_group(self, ep_group: dist.ProcessGroup) -> None:  # called by DeepSpeed's MoE
         self.ep_group = ep_group
 
-    def forward(self, x: Tensor, num_sequences: int = 1) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(
+        self, x: Tensor, num_sequences: int = 1, padding: Padding | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(T, D) -> (the experts' weighted sum (T, D), the router's losses, tokens routed to each expert (E,) int64).
 
         Args:
-            num_sequences: that the tokens are of.
+            num_sequences: that the tokens are of, and what `padding` they have, as for the router.
         """
-        weights, expert_ids, counts, losses, log_scores, margins = self.router(x, num_sequences)
+        weights, expert_ids, counts, losses, log_scores, margins = self.router(x, num_sequences, padding)
         self.count_for_balancing(counts, sum_of_entropies(log_scores) if self.training else None, margins)
         del log_scores  # as large as the scores
         incoming = self.exchange_counts(counts)
@@ -118,7 +121,7 @@ class DroplessDispatch(nn.Module):
         multiple = row_multiple(x.device) if self.topology.ep_size == 1 else 1  # or they are multiplied elsewhere
         layout = lay_out(expert_ids.flatten(), counts, multiple)
         token = layout.row // expert_ids.shape[1]
-        return Placed(gather_rows(x, token, layout.place), token, layout.place, layout.ends)
+        return Placed(gather_rows(x, token, layout.place, expert_ids.shape[1]), token, layout.place, layout.ends)
 
     def run_experts(self, placed: Placed, incoming: Incoming | None, experts: Experts) -> Tensor:
         """What the experts make of the rows, each in its row's place, (P, D). Collective, with `incoming`."""
@@ -172,21 +175,22 @@ class MoE(deepspeed.moe.layer.MoE):
         """This rank's, in the order of `topology.expert_ids`."""
         return self.deepspeed_moe.experts
 
-    def forward(self, hidden_states: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(self, hidden_states: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """DeepSpeed's contract: (..., D) -> (output (..., D), auxiliary losses, tokens per expert (E,)).
 
         Args:
             hidden_states: of equally long sequences where it is (B, S, D), of one otherwise.
-            used_token: (...) bool; tokens where it is False reach no expert, are not counted, and give 0. The used
-                tokens of all sequences are one to the router's losses.
+            used: (U,) int64, rising, of the tokens of all sequences one after another; the others reach no expert, are
+                not counted, and give 0.
 
         The losses are those of `Routing`.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if used_token is None:
-            out, losses, counts = self.deepspeed_moe(rows, math.prod(hidden_states.shape[:-2]))
+        sequences = math.prod(hidden_states.shape[:-2])
+        if used is None:
+            out, losses, counts = self.deepspeed_moe(rows, sequences)
         else:
-            used = used_token.flatten().nonzero().squeeze(1)
-            out, losses, counts = self.deepspeed_moe(rows.index_select(0, used))
+            padding = Padding(used // hidden_states.shape[-2], len(rows))
+            out, losses, counts = self.deepspeed_moe(rows.index_select(0, used), sequences, padding)
             out = torch.zeros_like(rows).index_copy(0, used, out)
         return out.view_as(hidden_states), losses, counts

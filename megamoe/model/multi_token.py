@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megamoe.config.model import ModelConfig
 from megamoe.model.block import Block
+from megamoe.model.document_attention import DocumentMask
 from megamoe.model.rope import Rotary
 from megamoe.model.topology import ExpertTopology
 
@@ -31,7 +32,7 @@ class MultiTokenPredictor(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, rotary: Rotary, mask: Tensor | None, used_token: Tensor | None
+        self, hidden: Tensor, embedded: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None, used: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """States for the head (B, T, D), and the losses (2,) of the block's router, where it has any.
 
@@ -39,8 +40,8 @@ class MultiTokenPredictor(nn.Module):
             hidden: (B, T, D), behind the model's last norm, as servers feed the block of published DeepSeek weights;
                 the paper leaves it open.
             embedded: (B, T, D), of the token that follows each position.
-            rotary: of the positions, as the model's blocks take it; `mask` and `used_token` too.
+            rotary: of the positions, as the model's blocks take it; `mask` and `used` too.
         """
         x = self.proj(torch.cat((self.embed_norm(embedded), self.hidden_norm(hidden)), dim=-1))
-        x, losses = self.block(x, rotary, mask, used_token, None)
+        x, losses = self.block(x, rotary, mask, used, None)
         return self.norm(x), losses

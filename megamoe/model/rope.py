@@ -27,9 +27,9 @@ def rope_frequencies(
 
     Args:
         rotary_dim: r, how many dimensions of a head are rotated; an even number.
-        lengths: (B or 1,), sequence lengths; only "dynamic" looks at them.
+        lengths: (B or 1,) of sequences, or (B, T) of the document of each token; only "dynamic" looks at them.
 
-    Returns frequencies of shape (B or 1, r / 2) in fp32, highest first.
+    Returns frequencies of shape (B or 1, r / 2), or (B, T, r / 2), in fp32, highest first.
     Source: RoFormer (arXiv:2104.09864); YaRN (arXiv:2309.00071), whose appendix has "linear" and "dynamic" (NTK); the
     "llama3" rule of the Llama 3.1 model card.
     """
@@ -43,7 +43,7 @@ def rope_frequencies(
         return frequencies / factor, 1.0
     if kind == "dynamic":
         stretch = factor * lengths.clamp_min(max_position_embeddings) / max_position_embeddings - (factor - 1)
-        bases = theta * stretch.float().unsqueeze(1) ** (rotary_dim / (rotary_dim - 2))
+        bases = theta * stretch.float().unsqueeze(-1) ** (rotary_dim / (rotary_dim - 2))
         return bases**-exponents, 1.0
     if kind == "llama3":
         # Blend by wavelength: long waves are slowed by `factor`, short ones kept, a linear ramp between.
@@ -97,7 +97,7 @@ def rotary_table(
 ) -> Rotary:
     """The table for `positions` (B or 1, T), and before them `num_unrotated` that are not rotated; angles are computed
     in fp32."""
-    angles = positions.float().unsqueeze(-1) * frequencies.unsqueeze(1)
+    angles = positions.float().unsqueeze(-1) * (frequencies if frequencies.dim() == 3 else frequencies.unsqueeze(1))
     cos, sin = angles.cos() * factor, angles.sin() * factor
     pairs = (cos, cos), (-sin, sin)  # what multiplies each member of a pair, and what multiplies the other
     cos, sin = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1) for pair in pairs)

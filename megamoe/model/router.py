@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .margins import BINS, bin_edges, margin_histogram
-from .router_losses import RouterLosses
+from .router_losses import Padding, RouterLosses
 
 
 class Routing(NamedTuple):
@@ -91,13 +91,14 @@ class Router(nn.Module):
         self.register_buffer("step_margins", margins, persistent=False)
         self.register_buffer("margin_edges", bin_edges() if counts_margins else None, persistent=False)
 
-    def forward(self, x: Tensor, num_sequences: int = 1) -> Routing:
+    def forward(self, x: Tensor, num_sequences: int = 1, padding: Padding | None = None) -> Routing:
         """Route tokens `x` (T, D).
 
         Args:
             num_sequences: that the tokens are of, equally long, one after the other; for the losses.
+            padding: of the sequences, which no token here is of.
         """
-        return self.route(self.logits(x), num_sequences)
+        return self.route(self.logits(x), num_sequences, padding)
 
     def logits(self, x: Tensor) -> Tensor:
         """The logits (T, E) of tokens `x` (T, D), at least fp32 whatever their dtype."""
@@ -107,7 +108,7 @@ class Router(nn.Module):
             x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
         return F.linear(x, self.weight.to(dtype))
 
-    def route(self, logits: Tensor, num_sequences: int = 1) -> Routing:
+    def route(self, logits: Tensor, num_sequences: int = 1, padding: Padding | None = None) -> Routing:
         """What `forward` makes of the logits (T, E)."""
         is_sigmoid = self.score == "sigmoid"
         scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
@@ -118,7 +119,7 @@ class Router(nn.Module):
         counts = count_ids(expert_ids.flatten(), self.step_counts.numel())
         losses = None
         if self.losses is not None and self.training:
-            losses = self.losses(logits, log_scores, expert_ids, self.running_load, num_sequences)
+            losses = self.losses(logits, log_scores, expert_ids, self.running_load, num_sequences, padding)
         return Routing(weights, expert_ids, counts, losses, log_scores, margins)
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor | None]:

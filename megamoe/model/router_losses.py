@@ -9,12 +9,19 @@ Shape legend: T tokens, E experts, K choices per token, B sequences, S tokens of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 BalanceLoss = Literal["sequence", "global_batch", "micro_batch"]
+
+
+class Padding(NamedTuple):
+    """Of sequences some of whose tokens are left out."""
+
+    sequence: Tensor  # (T,) int64, of each token that is not
+    positions: int  # of all sequences, with those left out; the means are over them, the same for any split of a batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,13 @@ class RouterLosses:
     z: bool = False  # False: it is 0
 
     def __call__(
-        self, logits: Tensor, log_scores: Tensor, expert_ids: Tensor, running_load: Tensor, num_sequences: int
+        self,
+        logits: Tensor,
+        log_scores: Tensor,
+        expert_ids: Tensor,
+        running_load: Tensor,
+        num_sequences: int,
+        padding: Padding | None = None,
     ) -> Tensor:
         """(2,), balance loss and z-loss, in the dtype of the logits; 0 without tokens.
 
@@ -50,12 +63,15 @@ class RouterLosses:
             num_sequences: B, equally long, one after the other.
         """
         balance = z = logits.new_zeros(())
+        tokens = padding.positions if padding else max(len(logits), 1)
         if self.balance == "global_batch":
-            balance = load_balance_loss(log_scores, running_load)
+            balance = load_balance_loss(log_scores, running_load, tokens)
+        elif self.balance == "sequence" and padding:
+            balance = padded_balance_loss(log_scores, expert_ids, num_sequences, padding)
         elif self.balance:
             balance = balance_loss(log_scores, expert_ids, num_sequences if self.balance == "sequence" else 1)
         if self.z:
-            z = logits.logsumexp(-1).square().sum() / max(len(logits), 1)
+            z = logits.logsumexp(-1).square().sum() / tokens
         return torch.stack((balance, z))
 
 
@@ -69,7 +85,17 @@ def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int) -> 
     return (counts * shares).sum() * (experts / max(tokens * ids.shape[1], 1))
 
 
-def load_balance_loss(log_scores: Tensor, loads: Tensor) -> Tensor:
+def padded_balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int, padding: Padding) -> Tensor:
+    """The same of sequences with padding, each by its own tokens."""
+    experts, choices = log_scores.shape[1], expert_ids.shape[1]
+    shares = log_scores.new_zeros(num_sequences, experts).index_add(0, padding.sequence, log_scores.softmax(-1))
+    places = (padding.sequence.unsqueeze(1) * experts + expert_ids).flatten()
+    slots = shares.new_zeros(shares.numel()).scatter_add_(0, places, shares.new_ones(()).expand_as(places))
+    slots = slots.view_as(shares)
+    lengths = slots.sum(1, keepdim=True).clamp_min(1) / choices
+    return (slots * shares / lengths).sum() * (experts / (choices * padding.positions))
+
+
+def load_balance_loss(log_scores: Tensor, loads: Tensor, tokens: int) -> Tensor:
     """By given `loads` (E,), which sum to 1, ()."""
-    tokens, experts = log_scores.shape
-    return (log_scores.softmax(-1).sum(0) * loads).sum() * (experts / max(tokens, 1))
+    return (log_scores.softmax(-1).sum(0) * loads).sum() * (log_scores.shape[1] / tokens)

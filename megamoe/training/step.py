@@ -72,7 +72,7 @@ class TrainStep:
         """
         for batch in batches:
             on_device = batch.to(self.device)
-            loss = self.engine(on_device.input_ids, on_device.labels)
+            loss = self.engine(on_device.input_ids, on_device.labels, documents=on_device.documents)
             passed("forward")
             self.engine.backward(loss)
             del loss
