@@ -169,7 +169,7 @@ def check_run(
     last_step = run.steps or recipe.schedule.total_steps
     assert last_step, "length_problems"
     assert phases
-    data = TrainData(phases, inputs.sources, run.seed)
+    data = TrainData(phases, inputs.sources, run.seed, model.document_attention, model.border_labels)
     record = make_record(run, model, recipe, data, inputs, start.folder.run_id() if start.folder else None)
     changes = check_changes(run, start, record)
     return Checked(run, model, recipe, precision, device, last_step, inputs, data, start, changes, record)

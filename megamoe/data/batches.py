@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megamoe.config.phases import Phase, Phases
+from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
 from megamoe.data.source import DataSource, Sample
 
@@ -25,25 +26,40 @@ class Batch:
     # (micro-batch, seq_len + ahead) int64: [:, t] is the id that follows position t, [:, t + k] the one k further on;
     # NO_LABEL where none counts, or the corpus has ended.
     labels: Tensor
+    documents: Documents | None = None  # within which attention stays; None without borders and padding
+    num_labels: int | None = None  # that count, of [:, :seq_len]; None for all
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies it while the host goes on."""
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory())
+        return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy of a pinned batch does not hold up the host."""
-        tensors = (self.input_ids, self.labels)
-        return Batch(*(tensor.to(device, non_blocking=tensor.is_pinned()) for tensor in tensors))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        documents = self.documents.map(function) if self.documents else None
+        return Batch(function(self.input_ids), function(self.labels), documents, self.num_labels)
 
 
 class TrainData:
     """The micro-batches of a run, phase by phase."""
 
-    def __init__(self, phases: Phases, sources: Mapping[tuple[str, int], DataSource], seed: int):
+    def __init__(
+        self,
+        phases: Phases,
+        sources: Mapping[tuple[str, int], DataSource],
+        seed: int,
+        document_attention: bool = False,
+        border_labels: bool = False,
+    ):
         """
         Args:
             sources: of all phases, by path and seq_len.
+            document_attention: and `border_labels`, the fields of `ModelConfig`.
         """
+        self.document_attention = document_attention
+        self.border_labels = border_labels
         self.phases = phases
         self.sources = sources
         numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in sources))}
@@ -105,7 +121,9 @@ class TrainData:
                 self.sources[paths[place], phase.seq_len].sample(index, ahead)
                 for place, index in self._places(step, first, micro)
             ]
-            yield _to_batch(samples, phase.seq_len, ahead)
+            if not self.document_attention:
+                samples = [Sample(sample.ids, sample.starts[:0]) for sample in samples]
+            yield _to_batch(samples, phase.seq_len, ahead, self.border_labels)
 
     def step_samples(self, step: int) -> list[tuple[int, int]]:
         """(source, sample), by number from 0, of all samples of a step over all ranks, in their order. Sources count
@@ -121,10 +139,23 @@ class TrainData:
         return [self._orders[phase].at(position) for position in range(start, start + count)]
 
 
-def _to_batch(samples: list[Sample], seq_len: int, ahead: int = 0) -> Batch:
-    tokens = np.full((len(samples), seq_len + 1 + ahead), NO_LABEL, dtype=np.int64)
-    for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample.ids)] = sample.ids
-    # Memory of their own: labels may be overwritten. Copied by numpy, for torch may start threads.
-    inputs, labels = tokens[:, :seq_len].clip(min=0), tokens[:, 1:].copy()  # padding is id 0
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels))
+def _to_batch(samples: list[Sample], seq_len: int, ahead: int, border_labels: bool) -> Batch:
+    inputs = np.zeros((len(samples), seq_len), dtype=np.int64)
+    labels = np.full((len(samples), seq_len + ahead), NO_LABEL)  # of their own memory: they may be overwritten
+    for read, predicted, sample in zip(inputs, labels, samples, strict=True):
+        read[: len(sample.ids)] = sample.ids[:seq_len]
+        predicted[: len(sample.ids) - 1] = labels_of(sample, border_labels)
+    lengths = [len(sample.ids) for sample in samples]
+    documents = None
+    if min(lengths) < seq_len or any(len(sample.starts) for sample in samples):
+        documents = Documents.of([sample.starts for sample in samples], lengths, seq_len)
+    num_labels = int(np.count_nonzero(labels[:, :seq_len] != NO_LABEL))
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents, num_labels)
+
+
+def labels_of(sample: Sample, border_labels: bool = False) -> np.ndarray:
+    """The id that follows each of a sample's but the last; NO_LABEL where a document begins, unless `border_labels`."""
+    labels = sample.ids[1:].copy()
+    if not border_labels:
+        labels[sample.starts - 1] = NO_LABEL
+    return labels

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from megamoe.config.model import ModelConfig
+from megamoe.data.batches import labels_of
+from megamoe.data.source import Sample
 from megamoe.data.token_files import TokenCorpus
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.evaluation.scoring import Share, Window, bits_per_byte, score
@@ -52,7 +55,7 @@ class Evaluator:
     def run(self, model: Decoder, share: Share, device: torch.device) -> dict[str, float]:
         """Values by name: of the first set, loss in nats, tokens and, where it is known, bits_per_byte; of the others,
         NAME_loss and NAME_bits_per_byte. Collective; leaves the model in evaluation mode."""
-        sums = score(model, self._windows(), len(self.sets), share, device).tolist()
+        sums = score(model, self._windows(model.config), len(self.sets), share, device).tolist()
         values: dict[str, float] = {}
         for number, (held_out, (nats, tokens, _)) in enumerate(zip(self.sets, sums, strict=True)):
             prefix = f"{held_out.name}_" if number else ""
@@ -63,8 +66,10 @@ class Evaluator:
                 values[f"{prefix}bits_per_byte"] = bits_per_byte(nats, tokens / held_out.tokens_per_byte)
         return values
 
-    def _windows(self) -> Iterator[Window]:
+    def _windows(self, config: ModelConfig) -> Iterator[Window]:
         for number, held_out in enumerate(self.sets):
             for index in range(min(self.limit, held_out.corpus.num_samples)):
-                ids = held_out.corpus.sample(index).ids
-                yield Window(ids[:-1], ids[1:], number)
+                sample = held_out.corpus.sample(index)
+                if not config.document_attention:
+                    sample = Sample(sample.ids, sample.starts[:0])
+                yield Window(sample.ids[:-1], labels_of(sample, config.border_labels), number, sample.starts)

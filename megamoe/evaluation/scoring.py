@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megamoe.data.batches import NO_LABEL
+from megamoe.data.document_bounds import Documents
 from megamoe.model.decoder import Decoder
 
 
@@ -26,6 +27,7 @@ class Window(NamedTuple):
     ids: np.ndarray  # (T,) whole numbers, what the model reads
     labels: np.ndarray  # (T,), the id that follows each; NO_LABEL where none counts
     owner: int  # number of the document, or whatever else its sums belong to
+    starts: np.ndarray = np.zeros(0, dtype=np.int64)  # as of a `Sample`, where the row has several documents
 
 
 class Share(NamedTuple):
@@ -71,12 +73,19 @@ def score(model: Decoder, windows: Iterable[Window], owners: int, share: Share, 
         mine = group[start : start + share.micro_batch] or [FILL]
         ids = _rows([window.ids for window in mine]).clamp_min(0).to(device)
         labels = _rows([window.labels for window in mine]).to(device)
-        scores = model.score(ids, labels)
+        scores = model.score(ids, labels, _documents(mine, ids))
         values = torch.stack((scores.nats.double(), (labels != NO_LABEL).double(), (~scores.is_likeliest).double()), -1)
         sums.index_add_(0, torch.tensor([window.owner for window in mine], device=device), values.sum(1))
     if share.world_size > 1:
         dist.all_reduce(sums)
     return sums.cpu()
+
+
+def _documents(windows: list[Window], ids: Tensor) -> Documents | None:
+    if not any(len(window.starts) for window in windows):
+        return None
+    documents = Documents.of([one.starts for one in windows], [len(one.ids) for one in windows], ids.shape[1])
+    return documents.map(lambda tensor: tensor.to(ids.device))
 
 
 def _rows(arrays: Sequence[np.ndarray]) -> Tensor:

@@ -29,7 +29,7 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = build_attention(config, config.rope_scaling)
-        self.self_attn.attend = attend  # of documents too
+        self.self_attn.attend = attend  # type: ignore[assignment]
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.compiled: CompiledBlock | None = None  # what training runs instead, see `Decoder.compile_blocks`
         self.is_dense = is_dense

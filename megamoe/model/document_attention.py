@@ -82,7 +82,9 @@ def attend(
         return attention.attend(query, key, value, mask, scale)
     sizes, widths = (query.shape[0], query.shape[2]), (query.shape[3], value.shape[3])
     scale = widths[0] ** -0.5 if scale is None else scale
-    width = max(widths) if query.device.type == "cpu" else -(-max(widths) // 8) * 8  # flash takes one, of whole 16 bytes
+    width = (
+        max(widths) if query.device.type == "cpu" else -(-max(widths) // 8) * 8
+    )  # flash takes one, of whole 16 bytes
     query, key, value = (_widened(one, width).transpose(1, 2).flatten(0, 1) for one in (query, key, value))
     if mask.keys is not None:
         key, value = key.index_select(0, mask.keys), value.index_select(0, mask.keys)
@@ -99,7 +101,7 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask,
     if query.device.type == "cpu":
         out, _ = _attend_on_cpu(query, key, value, mask.starts, mask.key_starts, scale, mask.window or 0)
         return out
-    return varlen_attn(
+    out = varlen_attn(
         query,
         key,
         value,
@@ -111,6 +113,8 @@ def attend_packed(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask,
         window_size=(-1 if mask.window is None else mask.window - 1, 0),
         enable_gqa=True,
     )
+    assert isinstance(out, Tensor)
+    return out
 
 
 # --- on CPU -----------------------------------------------------------------------------------------------------------

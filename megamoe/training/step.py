@@ -55,6 +55,7 @@ class TrainStep:
         self.device: torch.device = engine.device
         self.balancer = balancer
         self.average = average
+        self._labels = 0.0  # of the step's micro-batches so far, the share of the positions whose labels count
 
     def accumulate(self, micro_batches: int) -> None:
         """Make the next steps of so many micro-batches per rank each. Every rank, between two steps."""
@@ -71,6 +72,7 @@ class TrainStep:
             passed: called after every "forward" and "backward".
         """
         for batch in batches:
+            self._labels += 1.0 if batch.num_labels is None else batch.num_labels / batch.input_ids.numel()
             on_device = batch.to(self.device)
             loss = self.engine(on_device.input_ids, on_device.labels, documents=on_device.documents)
             passed("forward")
@@ -96,13 +98,15 @@ class TrainStep:
         entropies = self.model.take_entropies() if self.balancer else losses.new_zeros(0)
         margins = self.balancer.take_margins() if self.balancer else losses.new_zeros(0)
         squares = optimizer.sum_of_squares() if takes_norm else 0.0
-        sums = sum_over_ranks(squares, losses, flags, counts, entropies, margins)
+        sums = sum_over_ranks(squares, losses, self._labels, flags, counts, entropies, margins)
         losses.zero_()
+        self._labels = 0.0
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
         on_host = sums.read(running)
 
         micro_batches = self.engine.gradient_accumulation_steps() * dist.get_world_size()
-        loss, *others = (total / micro_batches for total in on_host.losses)
+        loss, *others = on_host.losses
+        loss /= on_host.labels or 1  # each is divided by the positions of a micro-batch
         if takes_norm:
             optimizer.give_norm(norm_of(on_host.squares))
         optimizer.is_spike = partial(skips, loss) if skips else None
@@ -120,7 +124,7 @@ class TrainStep:
             self.average.update()
         return StepResult(
             loss=loss,
-            parts=dict(zip(self.model.loss_parts[1:], others, strict=True)),
+            parts=dict(zip(self.model.loss_parts[1:], (one / micro_batches for one in others), strict=True)),
             grad_norm=float(optimizer.spike if is_spike else self.engine.get_global_grad_norm()),
             applied=applied,
             flags=on_host.flags,

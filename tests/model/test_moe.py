@@ -39,9 +39,12 @@ def test_the_losses_of_the_router_come_with_the_output_where_it_has_any():
     losses = layer(x)[1]
     assert torch.equal(losses, router(x.flatten(0, 1), num_sequences=2).losses)
     assert not torch.equal(losses, layer(x.flatten(0, 1))[1])  # one sequence of ten tokens
-    used = torch.tensor([[True, False, True, True, False], [False, False, True, False, False]])
-    assert torch.equal(layer(x, used)[1], router(x[used]).losses)
-    assert layer(x, torch.zeros_like(used))[1].tolist() == [0, 0]
+    used = torch.tensor([0, 2, 3, 7])  # the means are over all positions, a sequence's balance by its own tokens
+    (first, z), (second, other_z) = (router(x.flatten(0, 1)[rows]).losses for rows in (used[:3], used[3:]))
+    close(layer(x, used)[1], torch.stack((3 * first + second, 3 * z + other_z)) / 10)
+    layer.router.losses = RouterLosses(balance="global_batch")
+    close(layer(x, used)[1], router(x.flatten(0, 1)[used]).losses * 4 / 10)
+    assert layer(x, used[:0])[1].tolist() == [0, 0]
 
 
 def test_unused_tokens_reach_no_expert_and_give_0():
@@ -49,7 +52,7 @@ def test_unused_tokens_reach_no_expert_and_give_0():
     for used in ([[True, False, True, True], [False, False, True, False]], [[False] * 4] * 2):
         x, used = torch.randn(2, 4, D, dtype=torch.float64, requires_grad=True), torch.tensor(used)
         layer.zero_grad()
-        output, _, counts = layer(x, used)
+        output, _, counts = layer(x, used.flatten().nonzero().squeeze(1))
         output.square().sum().backward()
         alone, _, alone_counts = layer(x[used])
         close(output[used], alone)
