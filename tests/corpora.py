@@ -31,8 +31,8 @@ def write_record(prefix, tokens, size):
     Path(f"{prefix}.json").write_text(json.dumps(record))
 
 
-def train_data(sources, weights, samples, seed=12, micro_batch=None, world_size=1, given=()):
-    """A run on these sources; `given` are its phases, by default one."""
+def train_data(sources, weights, samples, seed=12, micro_batch=None, world_size=1, given=(), **options):
+    """A run on these sources; `given` are its phases, by default one; `options` of `TrainData`."""
     mix = [Corpus(path=str(number), weight=weight) for number, weight in enumerate(weights)]
     phases = make_phases(
         [PhaseSettings(**one) for one in given] or [PhaseSettings()],
@@ -41,7 +41,7 @@ def train_data(sources, weights, samples, seed=12, micro_batch=None, world_size=
     )  # fmt: skip
     # Those that have no weight are the same ones in other lengths.
     opened = {(str(number % len(weights)), one.seq_len): one for number, one in enumerate(sources)}
-    return TrainData(phases, opened, seed)
+    return TrainData(phases, opened, seed, **options)
 
 
 def random_tokens(count, vocab_size, seed=0):

@@ -67,14 +67,25 @@ def recipe_of(ds: dict[str, Any], ranks: int = 1) -> Recipe:
     return parse_recipe(ds, "ds.json", ranks, False, "bf16")
 
 
-def write_inputs(folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Write corpus, preset and DeepSpeed JSON below `folder`; returns the fields of a RunConfig that uses them."""
+def write_inputs(
+    folder: Path, ds: dict[str, Any], preset: dict[str, Any] | None = None, item: int | None = None
+) -> dict[str, Any]:
+    """Write corpus, preset and DeepSpeed JSON below `folder`; returns the fields of a RunConfig that uses them.
+
+    Args:
+        item: tokens of a document; None makes one of all.
+    """
     draw = np.random.default_rng(0)
     corpus = folder / "corpus"
     if not corpus.exists():
         corpus.mkdir(parents=True)
         for split, tokens in (("train", 6000), ("valid", 600)):
-            build(corpus / split, np.cumsum(draw.integers(0, 4, tokens)) % PRESET["vocab_size"], np.int16, item=tokens)
+            build(
+                corpus / split,
+                np.cumsum(draw.integers(0, 4, tokens)) % PRESET["vocab_size"],
+                np.int16,
+                item=item or tokens,
+            )
     (folder / "preset.json").write_text(json.dumps({**PRESET, **(preset or {})}))
     (folder / "ds.json").write_text(json.dumps(ds))
     return {

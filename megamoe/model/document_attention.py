@@ -56,9 +56,13 @@ class DocumentMask(NamedTuple):
         return cls(starts, starts, None, length, 0, window)
 
 
+def is_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def takes_documents(x: Tensor, width: int) -> bool:
     """Whether there is a kernel for a `DocumentMask` on the device and in the dtype of `x`, for heads of a width."""
-    if x.device.type == "cpu":
+    if is_on_cpu(x):
         return True
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
@@ -82,9 +86,7 @@ def attend(
         return attention.attend(query, key, value, mask, scale)
     sizes, widths = (query.shape[0], query.shape[2]), (query.shape[3], value.shape[3])
     scale = widths[0] ** -0.5 if scale is None else scale
-    width = (
-        max(widths) if query.device.type == "cpu" else -(-max(widths) // 8) * 8
-    )  # flash takes one, of whole 16 bytes
+    width = max(widths) if is_on_cpu(query) else -(-max(widths) // 8) * 8  # flash takes one, of whole 16 bytes
     query, key, value = (_widened(one, width).transpose(1, 2).flatten(0, 1) for one in (query, key, value))
     if mask.keys is not None:
         key, value = key.index_select(0, mask.keys), value.index_select(0, mask.keys)
@@ -98,7 +100,7 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float) -> Tensor:
     """(N, H, d), (K, G, d) and (K, G, d) -> (N, H, d)."""
-    if query.device.type == "cpu":
+    if is_on_cpu(query):
         out, _ = _attend_on_cpu(query, key, value, mask.starts, mask.key_starts, scale, mask.window or 0)
         return out
     out = varlen_attn(

@@ -2,11 +2,14 @@
 
 import itertools
 
+import numpy as np
 import torch
 from corpora import build, random_tokens, train_data
 
 from megamoe.data.batches import Batch
+from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
+from megamoe.data.source import Sample
 from megamoe.data.token_files import TokenCorpus
 
 
@@ -48,6 +51,43 @@ def test_labels_further_ahead_go_on_in_the_corpus_and_end_with_it(tmp_path):
         (batch,) = data.step_batches(1, 0, ahead)
         assert batch.input_ids.tolist() == [tokens[start : start + 10] for start in starts]
         assert batch.labels.tolist() == [followed[start + 1 : start + 11 + ahead] for start in starts]
+
+
+class Rows:
+    """Two samples, whose documents begin anywhere, the second one padded."""
+
+    seq_len, num_samples, fingerprint = 8, 2, "rows"
+    starts = np.array([1, 8, 9]), np.array([3])
+
+    def sample(self, index, ahead=0):
+        return Sample(np.arange(6 if index else 9 + ahead) + 10 * index, self.starts[index])
+
+
+def test_documents_and_padding_of_rows_are_known_on_the_host_and_their_borders_have_no_labels():
+    (batch,) = train_data([Rows()], [1.0], 2, document_attention=True).step_batches(1, 0, ahead=1)
+    order = torch.argsort(batch.input_ids[:, 0])  # of the rows
+    documents = batch.documents
+    assert batch.input_ids[order].tolist() == [list(range(8)), [10, 11, 12, 13, 14, 15, 0, 0]]
+    assert batch.labels[order].tolist() == [[-100, 2, 3, 4, 5, 6, 7, -100, -100], [11, 12, -100, 14, 15, *[-100] * 4]]
+    assert batch.num_labels == 6 + 4
+    assert documents.positions[order].tolist() == [[0, *range(7)], [0, 1, 2, 0, 1, 2, 0, 1]]
+    of_rows = [[0, 1], [0, 3, 6]]
+    first, second = (of_rows[row] for row in order.tolist())
+    assert documents.starts.tolist() == [*first, *(8 + start for start in second), 16]
+    assert documents.starts.dtype == torch.int32
+    assert documents.longest == 7
+    assert documents.tokens.tolist() == [place for place in range(16) if batch.input_ids.flatten()[place] or not place]
+
+
+def test_border_labels_count_on_demand_and_without_document_attention_only_padding_is_apart():
+    apart, together = (
+        next(train_data([Rows()], [1.0], 2, document_attention=one, border_labels=one).step_batches(1, 0))
+        for one in (True, False)
+    )
+    assert torch.equal(apart.labels, together.labels)
+    assert apart.num_labels == together.num_labels == 8 + 5
+    assert sorted(together.documents.starts.diff().tolist()) == [2, 6, 8]
+    assert torch.equal(together.documents.tokens, apart.documents.tokens)
 
 
 # Of the other forms, a mix that changes, as its batch and its length do; the second phase goes on with the same mix.
@@ -104,10 +144,11 @@ def test_with_longer_samples_a_corpus_counts_its_epochs_by_tokens(tmp_path):
 
 
 def test_only_a_pinned_batch_is_copied_while_the_host_goes_on(monkeypatch):
-    batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    batch = Batch(ids, ids + 1, Documents.of([np.array([1])], [2], 2))
     copies = []
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **options: copies.append(options) or tensor)
     for is_pinned in (True, False):
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, is_pinned=is_pinned: is_pinned)
         batch.to(torch.device("cuda"))
-    assert copies == [{"non_blocking": True}] * 2 + [{"non_blocking": False}] * 2
+    assert copies == [{"non_blocking": True}] * 4 + [{"non_blocking": False}] * 4

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from exported import random_decoder
@@ -65,3 +66,15 @@ def test_a_set_has_the_mean_over_its_first_samples_without_dropout_and_bits_per_
         "bits_per_byte": pytest.approx(expected / math.log(2) / 4),
         "two_loss": pytest.approx(expected),
     }
+
+
+def test_documents_of_a_set_are_scored_by_themselves_where_the_model_is_trained_so(corpus):
+    config = model_of("sliding_multi_token", vocab_size=300, document_attention=True)
+    model, tokens = random_decoder(config).double(), TokenCorpus(corpus_prefix(str(corpus), "valid"), 512, 300)
+    samples = [tokens.sample(index) for index in range(5)]
+    alone = [part for one in samples for part in np.split(one.ids, one.starts) if len(part) > 1]
+    assert len(alone) > len(samples)
+    losses = [model.score(*torch.from_numpy(np.stack((part[:-1], part[1:]))).unsqueeze(1)).nats.sum() for part in alone]
+    count = sum(len(part) - 1 for part in alone)
+    found = Evaluator([HeldOut("one", tokens, None)], limit=5).run(model, Share(2), torch.device("cpu"))
+    assert found == {"loss": pytest.approx(sum(losses).item() / count, abs=1e-9), "tokens": count}

@@ -7,6 +7,7 @@ import functools
 from collections import Counter
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch._inductor.config
@@ -22,6 +23,7 @@ from toy import PRESET, ds_config, recipe_of, train_here, write_inputs
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
+from megamoe.data.document_bounds import Documents
 from megamoe.model import dispatch
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
@@ -47,12 +49,12 @@ def prepared(model, step, spread=0.05):
     return torch.randint(CONFIG.vocab_size, (BATCH, LENGTH), generator=generator)
 
 
-def training_pass(model, step, spread=0.05):
+def training_pass(model, step, spread=0.05, documents=None):
     """(parts of the loss, gradients in one vector, slots, margins)."""
     ids = prepared(model, step, spread)
     labels = torch.cat((ids, ids[:, :1]), dim=1)[:, : LENGTH + model.config.num_nextn_predict_layers]
     model.step_losses.zero_()
-    model(ids, labels).backward()
+    model(ids, labels, documents=documents).backward()
     gradients = torch.cat([weight.grad.flatten().double() for weight in model.parameters()])
     balancer = balancer_of(model)
     return model.step_losses.clone(), gradients, balancer.take_counts(), balancer.take_margins()
@@ -129,7 +131,7 @@ def test_a_model_in_bf16_is_the_eager_one_to_rounding_in_few_kernels_by_one_comp
     assert outside.total() + sum(kernels.graphs) <= 72
 
 
-def test_evaluation_padding_and_generation_are_eager():
+def test_evaluation_and_generation_are_eager():
     def refuse(*_):
         raise AssertionError("compiled")
 
@@ -139,7 +141,6 @@ def test_evaluation_padding_and_generation_are_eager():
         block.compiled = refuse
     with pytest.raises(AssertionError, match="compiled"):
         model(ids, ids)
-    model(ids, ids, attention_mask=ids > 0)
     model.eval()(ids, ids)
     generate(model, [[1, 2, 3]], 2)
 
@@ -177,6 +178,26 @@ def test_blocks_of_every_part_and_any_routing_give_the_losses_and_gradients_of_e
         routings.add(tuple(slots.flatten().tolist()))
     assert len(routings) == STEPS
     assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_rows_of_any_documents_and_padding_are_compiled_once_and_give_the_losses_and_gradients_of_eager_ones():
+    parts = PARTS["sequence_loss"] | {"num_nextn_predict_layers": 1, "num_hidden_layers": 1}
+    eager, ours = decoder(torch.float32, **parts), decoder(torch.float32, **parts)
+    with traced():
+        ours.compile_blocks()
+    draw = np.random.default_rng(0)
+    for step in range(STEPS):
+        lengths = [LENGTH, LENGTH - 1 - step]
+        starts = [np.flatnonzero(draw.random(length) < 0.2)[1:] for length in lengths]
+        documents = Documents.of(starts, lengths, LENGTH)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            losses, gradients, slots, _ = training_pass(ours, step, documents=documents)
+        expected = training_pass(eager, step, documents=documents)
+        torch.testing.assert_close(losses, expected[0], rtol=1e-6, atol=0)
+        assert (gradients - expected[1]).norm() < 1e-5 * expected[1].norm()
+        assert torch.equal(slots, expected[2])
+        assert slots.sum(1).eq(sum(lengths) * ours.config.num_experts_per_tok).all()
     assert not counters["graph_break"]
 
 

@@ -1,10 +1,13 @@
 """No layer waits for the device, but for the one read with which expert parallelism learns how many rows come."""
 
+import numpy as np
 import pytest
 import torch
 from fake_gpu import DEVICE, count_reads, fake_gpu, model_on_gpu
 from model_parts import PARTS, model_of
 from ranks import run_alone
+
+from megamoe.data.document_bounds import Documents
 
 LENGTH = 32
 
@@ -13,12 +16,12 @@ LENGTH = 32
 KINDS = [part for part in PARTS if part not in ("shared_experts", "sliding", "latent_attention", "full_norm_out_bias")]
 
 
-def reads_of_passes(kinds, ep_size, recompute_blocks=0):
+def reads_of_passes(kinds, ep_size, recompute_blocks=0, with_documents=False):
     """Of the model with each of the parts, one after the other in this process."""
-    return {part: reads_of_a_pass(part, ep_size, recompute_blocks) for part in kinds}
+    return {part: reads_of_a_pass(part, ep_size, recompute_blocks, with_documents) for part in kinds}
 
 
-def reads_of_a_pass(part, ep_size, recompute_blocks):
+def reads_of_a_pass(part, ep_size, recompute_blocks, with_documents):
     config = model_of(part, expert_dropout=0.05, router_jitter_noise=0.01)
     with fake_gpu():
         model = model_on_gpu(config, ep_size)
@@ -26,7 +29,9 @@ def reads_of_a_pass(part, ep_size, recompute_blocks):
         rows = 2 * LENGTH * config.num_experts_per_tok
         reads = count_reads([[rows // ep_size] * ep_size] * 2)
         ids = torch.empty(2, LENGTH + config.num_nextn_predict_layers, dtype=torch.int64, device=DEVICE)
-        loss = model(ids[:, :LENGTH], ids)
+        documents = Documents.of([np.array([5]), np.array([9, 20])], [LENGTH, 30], LENGTH) if with_documents else None
+        documents = documents and documents.map(lambda one: torch.empty(one.shape, dtype=one.dtype, device=DEVICE))
+        loss = model(ids[:, :LENGTH], ids, documents=documents)
         assert loss.device.type == DEVICE
         loss.backward()
         for name, weight in model.named_parameters():
@@ -35,8 +40,9 @@ def reads_of_a_pass(part, ep_size, recompute_blocks):
         return reads.count
 
 
-def test_a_pass_without_expert_parallelism_reads_nothing():
-    assert run_alone(reads_of_passes, KINDS, 1) == dict.fromkeys(KINDS, 0)
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_a_pass_without_expert_parallelism_reads_nothing(with_documents):
+    assert run_alone(reads_of_passes, KINDS, 1, 0, with_documents) == dict.fromkeys(KINDS, 0)
 
 
 @pytest.mark.parametrize(("kinds", "recompute_blocks"), [(KINDS, 0), (["latent_tokens", "dense_layers"], 2)])

@@ -47,6 +47,18 @@ def test_the_same_batches_give_the_same_losses_on_any_split(
     torch.testing.assert_close(losses(log), one_rank_losses, atol=1e-5, rtol=0)
 
 
+def test_documents_that_do_not_see_each_other_give_the_same_losses_on_any_split(tmp_path, one_rank_losses):
+    found = {}
+    for world_size, micro_batch in ((1, 8), (2, 2)):
+        folder, preset = tmp_path / str(world_size), {"document_attention": True}
+        run = write_inputs(folder, ds_config(micro_batch, 8 // (world_size * micro_batch)), preset, item=7)
+        run |= {"run_dir": str(folder / "run"), "steps": STEPS, "ep_size": world_size, "eval_interval": STEPS}
+        found[world_size] = run_ranks(world_size, train_here, run)[0]
+    torch.testing.assert_close(losses(found[2]), losses(found[1]), atol=1e-5, rtol=0)
+    assert found[2]["valid"][-1]["loss"] == pytest.approx(found[1]["valid"][-1]["loss"], abs=1e-5)
+    assert abs(losses(found[1])[-1] - one_rank_losses[-1]) > 1e-3
+
+
 def threads_of_data():
     """Names of those that stay after a run."""
     threads = [one for one in threading.enumerate() if one.name.startswith(THREAD)]
