@@ -6,7 +6,7 @@ Shape legend: B batch, T positions of a row, N positions of the batch (B * T), n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ class Documents:
 
     positions: Tensor  # (B, T) int64, of each token in its document
     starts: Tensor  # (n + 1,) int32: where each document begins among the N positions, and N
+    host_starts: Tensor  # the same, in the host's memory always
     longest: int  # positions of a document
     tokens: Tensor | None = None  # (tokens,) int64: which of the N positions are not padding; None where all are
 
@@ -37,15 +38,18 @@ class Documents:
             row[of_row[of_row < length]] = True
         bounds = np.append(np.flatnonzero(is_start), is_start.size)
         positions = places - np.repeat(bounds[:-1], np.diff(bounds)).reshape(places.shape)
-        tokens = np.flatnonzero(places % length < sizes)
-        return cls(
-            torch.from_numpy(positions),
-            torch.from_numpy(bounds.astype(np.int32)),
-            int(np.diff(bounds).max()),
-            torch.from_numpy(tokens) if len(tokens) < places.size else None,
-        )
+        on_host, tokens = torch.from_numpy(bounds.astype(np.int32)), np.flatnonzero(places % length < sizes)
+        padded = torch.from_numpy(tokens) if len(tokens) < places.size else None
+        return cls(torch.from_numpy(positions), on_host, on_host, int(np.diff(bounds).max()), padded)
+
+    @classmethod
+    def of_rows(cls, batch: int, length: int, device: torch.device) -> Documents:
+        """Of rows that are one document each."""
+        positions = torch.arange(length, device=device).expand(batch, -1)
+        starts = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+        return cls(positions, starts, starts, length)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Documents:
         """The same documents, with `function` of each tensor."""
         tokens = None if self.tokens is None else function(self.tokens)
-        return Documents(function(self.positions), function(self.starts), self.longest, tokens)
+        return replace(self, positions=function(self.positions), starts=function(self.starts), tokens=tokens)

@@ -11,7 +11,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.model.attention import LayerCache
 from megamoe.model.attention_kinds import build_attention
 from megamoe.model.compiled import CompiledBlock
-from megamoe.model.document_attention import DocumentMask, attend
+from megamoe.model.document_attention import Mask, attend
 from megamoe.model.experts import StackedExperts
 from megamoe.model.feed_forward import MLP
 from megamoe.model.from_config import from_config
@@ -50,12 +50,7 @@ class Block(nn.Module):
             self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: Rotary,
-        mask: Tensor | DocumentMask | None,
-        used: Tensor | None,
-        cache: LayerCache | None,
+        self, x: Tensor, rotary: Rotary, mask: Mask, used: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D) and the router's losses (2,), where it has any.
 

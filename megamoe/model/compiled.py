@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megamoe.model.dispatch import combine_rows
-from megamoe.model.document_attention import DocumentMask
+from megamoe.model.document_attention import DocumentMask, Mask
 from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import sum_of_entropies
 from megamoe.model.rope import Rotary
@@ -40,11 +40,14 @@ class CompiledBlock:
         self.after_experts = compile_region(after_experts, 1, 2, 3, 5)
 
     def __call__(
-        self, block: Any, x: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None, used: Tensor | None
+        self, block: Any, x: Tensor, rotary: Rotary, mask: Mask, used: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D) and the router's losses, as `block` without cache."""
+        given: Rotary | None = rotary
+        if isinstance(mask, DocumentMask) and not mask.is_one_call:  # no region depends on the documents' lengths
+            x, given, mask = x + block.self_attn(block.input_layernorm(x), rotary, mask), None, None
         if block.is_dense:
-            return self.whole(block, x, rotary, mask), None
+            return self.whole(block, x, given, mask), None
         dispatch = block.moe.deepspeed_moe
 
         def experts(rows: Tensor, ends: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ class CompiledBlock:
                 return dispatch.experts(rows, ends)
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        x, weights, losses, balancing, placed = self.before_experts(block, x, rotary, mask, used)
+        x, weights, losses, balancing, placed = self.before_experts(block, x, given, mask, used)
         dispatch.count_for_balancing(*balancing)
         # Eager blocks begin it before they place the rows; here both are behind the first region.
         incoming = dispatch.exchange_counts(balancing[0])
@@ -79,18 +82,18 @@ def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..
     return call
 
 
-def whole(block: Any, x: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None) -> Tensor:
-    """A dense block, (B, S, D) -> (B, S, D)."""
-    x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
+def whole(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
+    """A dense block, (B, S, D) -> (B, S, D); without `rotary`, attention is added already."""
+    if rotary is not None:
+        x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
-def before_experts(
-    block: Any, x: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None, used: Tensor | None
-) -> tuple[Any, ...]:
+def before_experts(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, used: Tensor | None) -> tuple[Any, ...]:
     """x (B, S, D) with attention and the shared experts added, the router's weights and losses, what
     `count_for_balancing` takes, and the rows by expert. Nothing else is written to memory."""
-    x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
+    if rotary is not None:
+        x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
     hidden = block.post_attention_layernorm(x)
     rows, padding = hidden.flatten(0, 1), None
     if used is not None:

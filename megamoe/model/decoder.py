@@ -20,7 +20,7 @@ from megamoe.data.document_bounds import Documents
 from megamoe.model.attention import LayerCache, attention_mask
 from megamoe.model.block import Block
 from megamoe.model.compiled import CompiledBlock
-from megamoe.model.document_attention import DocumentMask, plain_mask, takes_documents
+from megamoe.model.document_attention import DocumentMask, Mask, takes_lengths
 from megamoe.model.loss import TokenScores, chunked_head_loss, chunked_token_scores
 from megamoe.model.moe import MoE
 from megamoe.model.multi_token import MultiTokenPredictor
@@ -36,7 +36,7 @@ class Stream(NamedTuple):
     hidden: Tensor  # (B, T, D)
     router_losses: list[Tensor]  # (2,) of each router that has any
     rotary: Rotary
-    mask: Tensor | DocumentMask | None  # of the last block
+    mask: Mask  # of the last block
     used: Tensor | None  # (U,) int64, as the blocks took it
 
 
@@ -222,22 +222,20 @@ class Decoder(nn.Module):
             losses += [of_router] if of_router is not None else []
         return Stream(hidden, losses, rotary, masks[self.config.window(-1)], used)
 
-    def _masks(
-        self, token_mask: Tensor | None, documents: Documents | None, hidden: Tensor
-    ) -> dict[int | None, Tensor | DocumentMask | None]:
+    def _masks(self, token_mask: Tensor | None, documents: Documents | None, hidden: Tensor) -> dict[int | None, Mask]:
         """What the queries of `hidden` (B, T, D) see, by the window of a layer; None where that is plainly causal."""
         config, (batch, length, _) = self.config, hidden.shape
-        latents, masks = config.num_latent_tokens, dict[int | None, Tensor | DocumentMask | None]()
-        has_kernel = takes_documents(hidden, max(config.head_dim, config.value_dim))
+        latents, masks = config.num_latent_tokens, dict[int | None, Mask]()
+        is_one_call = takes_lengths(hidden, max(config.head_dim, config.value_dim))
         for window in {config.window(block) for block in range(config.num_hidden_layers)}:
             if token_mask is not None:
                 masks[window] = attention_mask(token_mask, length, latents, window)
             elif documents:
-                masks[window] = (DocumentMask.of if has_kernel else plain_mask)(documents, latents, window)
+                masks[window] = DocumentMask.of(documents, is_one_call, latents, window)
             elif window is None or window >= length:
                 masks[window] = None
-            elif has_kernel and hidden.device.type != "cpu":
-                masks[window] = DocumentMask.of_rows(batch, length, window, hidden.device)
+            elif is_one_call:
+                masks[window] = DocumentMask.of(Documents.of_rows(batch, length, hidden.device), True, 0, window)
             else:
                 masks[window] = attention_mask(hidden.new_ones(1, length, dtype=torch.bool), length, 0, window)
         return masks

@@ -87,13 +87,7 @@ def chunked_head_loss(
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        z_loss_coef: float,
-        tokens: int | None,
-        needs_grad: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_coef: float, tokens: int | None, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # The gradients of the sum: those of the mean could be lost to fp16 before its loss scale comes in backward.
@@ -104,7 +98,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
-            of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_loss_coef, grads)
+            of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_coef, grads)
             cross_entropy += of_chunk[0]
             if of_chunk[1] is not None:
                 z_loss += of_chunk[1]
@@ -113,7 +107,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         ctx.weight_dtype = weight.dtype
         cross_entropy, z_loss = cross_entropy / count, z_loss / count
         ctx.mark_non_differentiable(cross_entropy, z_loss)
-        return cross_entropy + z_loss_coef * z_loss, cross_entropy, z_loss
+        return cross_entropy + z_coef * z_loss, cross_entropy, z_loss
 
     @staticmethod
     @once_differentiable

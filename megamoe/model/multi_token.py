@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megamoe.config.model import ModelConfig
 from megamoe.model.block import Block
-from megamoe.model.document_attention import DocumentMask
+from megamoe.model.document_attention import Mask
 from megamoe.model.rope import Rotary
 from megamoe.model.topology import ExpertTopology
 
@@ -32,7 +32,7 @@ class MultiTokenPredictor(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, rotary: Rotary, mask: Tensor | DocumentMask | None, used: Tensor | None
+        self, hidden: Tensor, embedded: Tensor, rotary: Rotary, mask: Mask, used: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """States for the head (B, T, D), and the losses (2,) of the block's router, where it has any.
 

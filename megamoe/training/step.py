@@ -93,20 +93,20 @@ class TrainStep:
         """
         optimizer = self.engine.optimizer
         takes_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
-        losses = self.model.step_losses
+        losses = torch.cat((self.model.step_losses, self.model.step_losses.new_full((1,), self._labels)))
         counts = self.balancer.take_counts() if self.balancer else losses.new_zeros(0, 0)
         entropies = self.model.take_entropies() if self.balancer else losses.new_zeros(0)
         margins = self.balancer.take_margins() if self.balancer else losses.new_zeros(0)
         squares = optimizer.sum_of_squares() if takes_norm else 0.0
-        sums = sum_over_ranks(squares, losses, self._labels, flags, counts, entropies, margins)
-        losses.zero_()
+        sums = sum_over_ranks(squares, losses, flags, counts, entropies, margins)
+        self.model.step_losses.zero_()
         self._labels = 0.0
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
         on_host = sums.read(running)
 
         micro_batches = self.engine.gradient_accumulation_steps() * dist.get_world_size()
-        loss, *others = on_host.losses
-        loss /= on_host.labels or 1  # each is divided by the positions of a micro-batch
+        loss, *others, labels = on_host.losses
+        loss /= labels or 1  # each is of the positions of a micro-batch
         if takes_norm:
             optimizer.give_norm(norm_of(on_host.squares))
         optimizer.is_spike = partial(skips, loss) if skips else None

@@ -25,7 +25,7 @@ class Flags(NamedTuple):
 
 
 NO_FLAGS = Flags()
-SCALARS = 2 + len(Flags._fields)  # numbers besides losses and counts
+SCALARS = 1 + len(Flags._fields)  # numbers besides losses and counts
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class HostSums:
 
     squares: float  # of the gradients times the loss scale; NaN or infinite where one is not finite
     losses: list[float]  # (P,), of all micro-batches
-    labels: float  # of all micro-batches, the share of the positions whose labels count
     flags: Flags  # whether any rank has set them
     entropies: list[float]  # (L,), of all tokens
     slots: list[float]  # (L,)
@@ -46,7 +45,7 @@ class HostSums:
 class StepSums:
     """The sums over all ranks, on the device."""
 
-    scalars: Tensor  # (SCALARS + P + L,) fp64: squares, labels, flags, losses, entropies
+    scalars: Tensor  # (SCALARS + P + L,) fp64: squares, flags, losses, entropies
     counts: Tensor  # (L, E) fp64, of all routers
     margins: Tensor  # (L, N, E) fp64, or empty
 
@@ -54,32 +53,25 @@ class StepSums:
         """Everything on the host, and (L, E) `running_loads` with it: the one wait of a step for the device."""
         values = begin_read(torch.cat((self.scalars, self.counts.flatten(), running_loads.flatten())))()
         size = len(self.scalars)
-        squares, labels, *flags = values[:SCALARS]
+        squares, *flags = values[:SCALARS]
         layers, experts = self.counts.shape
         means = size - layers
         slots = [sum(values[size + layer * experts :][:experts]) for layer in range(layers)]
         counts, running = torch.tensor(values[size:], dtype=torch.float64).view(2, layers, experts)
         flags = Flags(*(flag > 0 for flag in flags))
         return HostSums(
-            squares, values[SCALARS:means], labels, flags, values[means:size], slots, counts.long(), running.float()
+            squares, values[SCALARS:means], flags, values[means:size], slots, counts.long(), running.float()
         )
 
 
 def sum_over_ranks(
-    squares: Tensor | float,
-    losses: Tensor,
-    labels: float,
-    flags: Flags,
-    counts: Tensor,
-    entropies: Tensor,
-    margins: Tensor,
+    squares: Tensor | float, losses: Tensor, flags: Flags, counts: Tensor, entropies: Tensor, margins: Tensor
 ) -> StepSums:
     """Sum what each rank gives, by one all-reduce. Collective; does not wait for the device.
 
     Args:
         squares: (), sum of the squares of the gradients that this rank owns, times the loss scale.
         losses: (P,), sums over this rank's micro-batches.
-        labels: likewise, of the share of the positions whose labels count.
         flags: of this rank.
         counts: (L, E) int64, slots that this rank's routers have given each expert.
         entropies: (L,), sums over this rank's tokens.
@@ -89,8 +81,7 @@ def sum_over_ranks(
     scalars = torch.zeros(SCALARS, dtype=torch.float64, device=losses.device)
     # A number is filled in, for `scalars[0] = number` would copy it from the host and wait for the device.
     scalars[0].copy_(squares) if isinstance(squares, Tensor) else scalars[0].fill_(squares)
-    scalars[1].fill_(labels)
-    for index, is_set in enumerate(flags, start=2):
+    for index, is_set in enumerate(flags, start=1):
         if is_set:
             scalars[index].fill_(1)
     sums = torch.cat((scalars, losses, entropies, counts.flatten(), margins.flatten()))  # fp64 is exact for counts

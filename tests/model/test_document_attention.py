@@ -11,7 +11,9 @@ from model_parts import model_of
 from megamoe.data.batches import NO_LABEL
 from megamoe.data.document_bounds import Documents
 from megamoe.model import document_attention
-from megamoe.model.document_attention import DocumentMask, attend, plain_mask, takes_documents
+from megamoe.model.attention import attend as attend_with_mask
+from megamoe.model.attention import attention_mask
+from megamoe.model.document_attention import DocumentMask, attend, takes_lengths
 
 LENGTH = 20
 STARTS = [np.array([5, 6, 13]), np.array([9])]
@@ -104,33 +106,30 @@ HEADS = {  # heads, key/value heads, width of keys and of values, latents, windo
 }
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("is_one_call", [True, False])
 @pytest.mark.parametrize("kind", HEADS)
-def test_the_kernels_of_cpu_and_gpu_give_outputs_and_gradients_of_a_mask(kind, on_cpu, monkeypatch):
-    monkeypatch.setattr(document_attention, "is_on_cpu", lambda _: on_cpu)
+def test_calls_of_both_kinds_give_outputs_and_gradients_of_a_mask(kind, is_one_call, monkeypatch):
     monkeypatch.setattr(document_attention, "varlen_attn", varlen_reference)
     heads, groups, width, of_value, latents, window = HEADS[kind]
     generator = torch.Generator().manual_seed(1)
     shapes = (heads, LENGTH, width), (groups, latents + LENGTH, width), (groups, latents + LENGTH, of_value)
     inputs = [torch.randn(2, *shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
     grad = torch.randn(2, LENGTH, heads * of_value, dtype=torch.float64, generator=generator)
-    results = []
-    for mask in (DocumentMask.of(DOCUMENTS, latents, window), plain_mask(DOCUMENTS, latents, window)):
-        out = attend(*inputs, mask, 0.3)
-        results.append((out, *torch.autograd.grad(out, inputs, grad)))
-    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
-    if window:
-        rows = DocumentMask.of_rows(2, LENGTH, window, torch.device("cpu"))
-        whole = DocumentMask.of(Documents.of([STARTS[0][:0]] * 2, [LENGTH] * 2, LENGTH), 0, window)
-        assert torch.equal(attend(*inputs, rows), attend(*inputs, whole))
+    number = (DOCUMENTS.positions == 0).cumsum(1)  # of each position's document
+    visible = (number.unsqueeze(2) == number.unsqueeze(1)).unsqueeze(1)
+    visible = visible & attention_mask(torch.ones(2, LENGTH, dtype=torch.bool), LENGTH, 0, window)
+    mask = torch.nn.functional.pad(visible, (latents, 0), value=True)
+    outs = (
+        attend(*inputs, DocumentMask.of(DOCUMENTS, is_one_call, latents, window), 0.3),
+        attend_with_mask(*inputs, mask, 0.3),
+    )
+    found, expected = ((out, *torch.autograd.grad(out, inputs, grad)) for out in outs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_a_mask_serves_where_no_kernel_does():
-    gpu = torch.device("meta")
-    for dtype, width, expected in (
-        (torch.bfloat16, 256, True),
-        (torch.bfloat16, 264, False),
-        (torch.float32, 64, False),
-    ):
-        assert takes_documents(torch.empty(1, dtype=dtype, device=gpu), width) == expected
-    assert takes_documents(torch.empty(1), 264)
+def test_lengths_are_for_gpus_in_16_bits_with_heads_that_flash_attention_takes():
+    for device, dtype, width, expected in (
+        ("meta", torch.bfloat16, 256, True), ("meta", torch.float16, 64, True), ("meta", torch.bfloat16, 264, False),
+        ("meta", torch.float32, 64, False), ("cpu", torch.bfloat16, 64, False),
+    ):  # fmt: skip
+        assert takes_lengths(torch.empty(1, dtype=dtype, device=device), width) == expected

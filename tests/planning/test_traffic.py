@@ -85,5 +85,6 @@ def test_what_is_small_is_the_vector_that_a_step_sums(monkeypatch, rule):
     layers = len(model.sparse_blocks)
     counts = torch.zeros(layers, model.num_local_experts, dtype=torch.int64)
     margins = balancer_of(Decoder(model)).take_margins()
-    sum_over_ranks(0.0, torch.zeros(len(loss_parts(model))), 0.0, NO_FLAGS, counts, torch.zeros(layers), margins)
+    losses = torch.zeros(len(loss_parts(model)) + 1)  # and the share of the labels that count
+    sum_over_ranks(0.0, losses, NO_FLAGS, counts, torch.zeros(layers), margins)
     assert payload(replace(SETUP, model=model), "norm, loss") == summed[0].nbytes

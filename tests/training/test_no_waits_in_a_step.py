@@ -33,7 +33,6 @@ def reads_of_a_step(rule):
         sums = sum_over_ranks(
             optimizer.sum_of_squares(),
             losses,
-            1.0,
             Flags(stop_asked=True),
             balancer.take_counts(),
             model.take_entropies(),
