@@ -6,6 +6,7 @@ for a GPU, or as fake tensors of a CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,10 +17,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
 
 from megamoe.config.model import ModelConfig
+from megamoe.data.document_bounds import Documents
 from megamoe.model import decoder, multi_token
 from megamoe.model.block import Block, build_router_losses
+from megamoe.model.document_attention import Mask
 from megamoe.model.rope import Rotary
 from megamoe.model.topology import ExpertTopology
 from megamoe.planning.sharding import Setup
@@ -70,7 +74,8 @@ def _traced(setup: Setup) -> ModelTrace:
         gaps = {name: module for name, module in whole.named_modules() if isinstance(module, _Gap)}
         lengths = setup.seq_len, setup.seq_len + model.num_nextn_predict_layers
         given = [torch.empty(setup.micro_batch, length, dtype=torch.int64) for length in lengths]
-        around = _run(setup, whole, tracer, lambda: whole(*given), given, (AROUND, AROUND))
+        documents = _documents(setup)
+        around = _run(setup, whole, tracer, lambda: whole(*given, documents=documents), given, (AROUND, AROUND))
         of_kind: dict[Any, Trace] = {}
         for one in gaps.values():
             if one.kind not in of_kind:
@@ -78,14 +83,23 @@ def _traced(setup: Setup) -> ModelTrace:
     return ModelTrace(around, {name: of_kind[one.kind] for name, one in gaps.items()})
 
 
-def _block(setup: Setup, block: Block, shape: torch.Size, rotary: Rotary, mask: Tensor | None) -> Trace:
+def _documents(setup: Setup) -> Documents | None:
+    """Equally long ones; None where the model sees across their borders, or they are as long as a sample."""
+    longest = setup.document_tokens or setup.seq_len
+    if not setup.model.document_attention or longest >= setup.seq_len:
+        return None
+    starts = torch.empty(setup.micro_batch * math.ceil(setup.seq_len / longest) + 1, dtype=torch.int32)
+    return Documents(torch.empty(setup.micro_batch, setup.seq_len, dtype=torch.int64), starts, starts, longest)
+
+
+def _block(setup: Setup, block: Block, shape: torch.Size, rotary: Rotary, mask: Mask) -> Trace:
     anchor, tracer = torch.zeros((), requires_grad=True), Tracer(setup.places - setup.rows)
 
     def forward() -> Tensor:
         x = _Begin.apply(anchor, shape, DTYPES[setup.weight_bytes], tracer)
         return _End.apply(*block(x, rotary, mask, None, None), tracer)
 
-    given = [one for one in (anchor, *rotary, mask) if one is not None]
+    given = [one for one in tree_iter((anchor, rotary, mask)) if isinstance(one, Tensor)]
     return _run(setup, block, tracer, forward, given, (ACTIVATIONS, TEMPORARIES))
 
 
@@ -134,9 +148,9 @@ class _Gap(nn.Module):
         """Equal for blocks that are equal."""
         return self.is_dense, id(self.given[2])
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Mask, *_: Any) -> tuple[Tensor, Tensor | None]:
         self.given = x.shape, rotary, mask
-        out, losses = _Skip.apply(x, *rotary, mask, self.tracer)
+        out, losses = _Skip.apply(x, *rotary, self.tracer)
         return out, losses if self.has_losses else None
 
 
@@ -144,9 +158,9 @@ class _Skip(torch.autograd.Function):
     """A gap's two ways. What enters a block is counted by its own trace."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, tracer: Tracer) -> Any:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, tracer: Tracer) -> Any:
         tracer.mark(BLOCK, without=x.nbytes)
-        ctx.save_for_backward(cos, sin, mask)
+        ctx.save_for_backward(cos, sin)
         ctx.set_materialize_grads(False)
         ctx.tracer = tracer
         tracer.phase = "head"
@@ -157,7 +171,7 @@ class _Skip(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Any:
         ctx.tracer.mark(BLOCK, without=grad.nbytes)
         with ctx.tracer.uncounted():
-            return torch.empty_like(grad), None, None, None, None
+            return torch.empty_like(grad), None, None, None
 
 
 class _Begin(torch.autograd.Function):

@@ -59,6 +59,9 @@ class PlanOptions(BaseModel):
         default=None, gt=0, description="forward passes per step and rank; by default the DeepSpeed JSON's"
     )
     gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
+    document_tokens: int | None = Field(
+        default=None, gt=0, description="tokens of a document, within which attention stays; by default whole samples"
+    )
     efficiency: float | None = Field(
         default=None,
         gt=0,
@@ -131,6 +134,8 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     if model:
         problems += run_problems(run, model, recipe)
         problems += placement_problems(model, run.ep_size, recipe.dtype if recipe else "fp32", ranks, run.preset)
+    if options.document_tokens and model and not model.document_attention:
+        problems.append(f"--document_tokens needs document_attention, which {run.preset} has not; leave it out.")
     if not device:
         problems.append(f"device is {options.device!r}; use one of {', '.join(DEVICES)}, cpu.")
     if options.best:
@@ -151,6 +156,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
         model, recipe, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile,
         run.ema_decay is not None,
     )  # fmt: skip
+    setup = replace(setup, document_tokens=options.document_tokens)
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
     splits = _search(setup, device, per_node, rates, recipe) if options.best else []
     if splits:

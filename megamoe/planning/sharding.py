@@ -50,6 +50,7 @@ class Setup:
     kernel: Kernel = "grouped_mm"  # of the experts' GEMMs
     compiled: bool = False  # regions of a block as one kernel each
     average_bytes: int = 0  # of the average of a weight
+    document_tokens: int | None = None  # of a document, where attention stays within one; None for whole samples
 
     @property
     def tokens(self) -> int:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from megamoe.model import grouped_gemm
+from megamoe.model import document_attention, grouped_gemm
+from megamoe.model.document_attention import DocumentMask
 from megamoe.planning.sharding import Setup
 from megamoe.planning.tracer import Tracer
 
@@ -29,7 +30,14 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
         numbers = None
         if attn_mask is not None:  # as torch prepares it for a kernel
             numbers = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
-        return _Attention.apply(query, key, value, numbers, tracer)
+        visible = key.shape[2] * (0.5 if attn_mask is None else 1)
+        return _Attention.apply(query, key, value, numbers, visible, tracer)
+
+    def of_documents(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float) -> Tensor:
+        window = min(mask.window or mask.longest, mask.longest)
+        visible = mask.num_latents + window - window**2 / (2 * mask.longest)
+        query, key, value = (one.transpose(0, 1).unsqueeze(0) for one in (query, key, value))
+        return _Attention.apply(query, key, value, None, visible, tracer)[0].transpose(0, 1)
 
     def to_list(values: Tensor) -> Any:
         tracer.work[tracer.phase].waits += 1
@@ -43,6 +51,7 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
 
     replaced: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", attention),
+        (document_attention, "attend_packed", of_documents),
         (FakeTensor if setup.on_cpu else Tensor, "tolist", to_list),
         (dist, "all_to_all_single", exchange),
         (grouped_gemm, "kernel_for", lambda *_: "loop" if setup.kernel == "loop" else "grouped_mm"),
@@ -64,12 +73,13 @@ def _even(count: int, parts: int) -> list[int]:
 
 class _Attention(torch.autograd.Function):
     """A fused kernel each way, which keeps for each query the sum of its scores' exponentials; backward computes the
-    scores again. Causal, it computes half of them; with a mask all."""
+    scores again. Causal, it computes half of them; with a mask all; `visible` of a query."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, tracer: Tracer) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, visible: float, tracer: Tracer
+    ) -> Tensor:
         batch, heads, length, width = query.shape
-        visible = key.shape[2] * (0.5 if mask is None else 1)
         ctx.tracer, ctx.flops = tracer, 2.0 * batch * heads * length * visible * (width + value.shape[3])
         with tracer.as_one(flops=ctx.flops):
             out = query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
@@ -81,7 +91,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         with ctx.tracer.as_one(flops=2.5 * ctx.flops):
             grads = [torch.empty_like(one) for one in ctx.saved_tensors[:3]]
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 class _Norm(torch.autograd.Function):
