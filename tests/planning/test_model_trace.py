@@ -87,6 +87,29 @@ def test_gemms_and_attention_have_the_operations_that_a_models_costs_say(preset)
     assert 2 * forward < backward < 2.1 * forward  # attention has 2.5 times
 
 
+def attention_of(setup):
+    return [
+        sum(block.work[phase].attention for block in model_trace(setup).blocks.values())
+        for phase in ("forward", "backward")
+    ]
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_attention_within_documents_has_the_operations_of_samples_as_short_and_a_gpus_window_those_that_it_shows(
+    on_cpu,
+):
+    model = model_of("untied_multi_token", document_attention=True)
+    setup = setup_of(model, on_cpu=on_cpu, length=256)
+    short = replace(setup, micro_batch=4 * BATCH, seq_len=64)
+    assert attention_of(replace(setup, document_tokens=64)) == attention_of(short)
+    assert attention_of(replace(setup, document_tokens=256)) == attention_of(setup)
+    crossing = replace(setup, model=model.model_copy(update={"document_attention": False}))
+    assert attention_of(replace(crossing, document_tokens=64)) == attention_of(setup)
+    windows = replace(setup, model=model.model_copy(update={"sliding_window": 64}))
+    shown = 2 * (64 - 64**2 / 512) / 256 if not on_cpu else 2  # of a mask, all positions
+    assert attention_of(windows) == pytest.approx([flops * shown for flops in attention_of(setup)])
+
+
 def test_a_loop_has_a_gemm_for_each_expert_and_waits_for_the_device():
     setup = setup_of(load_preset("tiny"), ep_size=2)
     plain, loop = (
