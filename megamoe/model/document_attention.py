@@ -63,7 +63,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float |
     if not isinstance(mask, DocumentMask):
         return attention.attend(query, key, value, mask, scale)
     sizes, width, scale = (query.shape[0], query.shape[2]), value.shape[-1], scale or query.shape[-1] ** -0.5
-    widest = -(-max(query.shape[-1], width) // 8) * 8  # kernels take one width, flash attention one of whole 16 bytes
+    multiple = 8 if mask.is_one_call else 1  # flash attention takes widths of whole 16 bytes; kernels, one for all
+    widest = -(-max(query.shape[-1], width) // multiple) * multiple
     query, key, value = (_padded(one, 0, widest - one.shape[-1]) for one in (query, key, value))
     query, key, value = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
     if mask.keys is not None:

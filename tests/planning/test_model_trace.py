@@ -95,10 +95,8 @@ def attention_of(setup):
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
-def test_attention_within_documents_has_the_operations_of_samples_as_short_and_a_gpus_window_those_that_it_shows(
-    on_cpu,
-):
-    model = model_of("untied_multi_token", document_attention=True)
+def test_attention_within_documents_counts_as_in_samples_as_short_and_a_gpus_window_as_what_it_shows(on_cpu):
+    model = model_of("untied_multi_token", document_attention=True, head_dim=16)
     setup = setup_of(model, on_cpu=on_cpu, length=256)
     short = replace(setup, micro_batch=4 * BATCH, seq_len=64)
     assert attention_of(replace(setup, document_tokens=64)) == attention_of(short)
