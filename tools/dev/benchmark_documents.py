@@ -24,7 +24,9 @@ from megamoe.model.rope import rope_frequencies, rotary_table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="small", help=f"of {', '.join(preset_names())}, or a file")
-    parser.add_argument("--tokens", type=int, default=300, help="mean of a document; they are from a half to three")
+    parser.add_argument(
+        "--tokens", type=int, default=300, help="mean of a document; they are half to one and a half of it"
+    )
     parser.add_argument("--seq_len", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
