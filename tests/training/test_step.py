@@ -1,5 +1,6 @@
 """The protocol of a step: what it tells, how often the host reads the device, how often ranks meet."""
 
+import operator
 import sys
 from collections import Counter
 from pathlib import Path
@@ -151,6 +152,27 @@ def test_the_loss_is_the_cross_entropy_and_its_other_parts_are_the_same_for_any_
                 assert list(found) == ["mtp", "balance", "router_z", "output_z"]
                 depends = {"balance"} if kind == "micro_batch" else set()
                 assert {name for name in found if abs(found[name] - expected[name]) > 2e-5} == depends
+
+
+def loss_with_few_labels():
+    """Of a step of two micro-batches, and the nats and labels of this rank."""
+    train_step = build_train_step(ModelConfig(**PRESET), recipe_of(ds_config(1, 2)))
+    ids = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
+    ids[:, 1 + 3 * torch.distributed.get_rank() : 9] = -100  # read nowhere
+    inputs, labels = ids[:, :16].clamp_min(0), ids[:, 1:]
+    counts = (labels != -100).sum(1).tolist()
+    with torch.no_grad():
+        means = [train_step.model.eval()(*pair).item() for pair in zip(inputs.split(1), labels.split(1), strict=True)]
+    train_step.model.train()
+    batches = zip(inputs.split(1), labels.split(1), counts, strict=True)
+    train_step.forward_backward([Batch(one, of_one, None, count) for one, of_one, count in batches])
+    return train_step.update().loss, sum(map(operator.mul, means, counts)), sum(counts)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_all_labels_that_count():
+    losses, nats, counts = zip(*run_ranks(2, loss_with_few_labels), strict=True)
+    assert losses[0] == losses[1] == pytest.approx(sum(nats) / sum(counts), abs=1e-5)
+    assert counts[0] < counts[1] < 2 * 16
 
 
 WITHOUT_BALANCING = ModelConfig(**{**PRESET, "router_bias_rate": 0})
