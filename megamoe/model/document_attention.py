@@ -108,8 +108,5 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, s
             visible = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril().triu(1 - window)
         # As many queries as keys: those before the tokens' see latents, and are cut off.
         q, k, v = (one.transpose(0, 1).unsqueeze(0) for one in (_padded(q, latents, 0, dim=0), k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, enable_gqa=True
-        )
-        outs.append(out[0, :, latents:].transpose(0, 1))
-    return torch.cat(outs)
+        outs.append(attention.attend(q, k, v, visible, scale)[0, latents:])
+    return torch.cat(outs).unflatten(1, (query.shape[1], -1))
