@@ -106,7 +106,7 @@ check: .venv/.test
 	python tools/dev/check_lines.py
 
 $(TOKENS)/corpus.json: $(SOURCE) $(CHANGED) | .venv/.train
-	rm -rf $(TOKENS) data/.$(notdir $(TOKENS))-*
+	rm -rf $(TOKENS) data/.$(notdir $(TOKENS)).partial
 	python tools/prepare_data.py $(SOURCE) --out $(TOKENS) --vocab_size $(VOCAB)
 
 data/plays: | .venv/.train

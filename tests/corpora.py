@@ -1,4 +1,4 @@
-"""Token files made by DeepSpeed's own builder."""
+"""Token files made by DeepSpeed's own builder, and prepared folders."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,10 @@ from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIn
 from megamoe.config.phases import PhaseSettings, make_phases
 from megamoe.config.run import Corpus
 from megamoe.data.batches import TrainData
+from megamoe.data.corpus import complete, write_shards
+from megamoe.data.encoder import Encoder
+from megamoe.data.index_file import token_dtype
+from megamoe.data.tokenizer import end_of_text_id, vocabulary_of
 
 HEADER = 9 + 8 + 1 + 8 + 8
 
@@ -21,6 +25,19 @@ def build(prefix, tokens, dtype=np.int32, item=7):
         builder.end_document()
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+def write_corpus(documents, tokenizer, folder):
+    """A prepared folder of ("train" or "valid", text) pairs; returns its record."""
+    folder.mkdir()
+    end, dtype = end_of_text_id(tokenizer), token_dtype(vocabulary_of(tokenizer))
+    writers = write_shards(documents, Encoder(tokenizer), end, dtype, folder / "one")
+    shards = {split: [shard] for split, writer in writers.items() if (shard := writer.close())}
+    for split, (shard,) in shards.items():
+        for suffix in (".bin", ".idx"):
+            (folder / f"{shard.name}{suffix}").rename(folder / f"{split}-00000{suffix}")
+        shards[split] = [shard.model_copy(update={"name": f"{split}-00000"})]
+    return complete(folder, tokenizer, end, shards)
 
 
 def write_record(prefix, tokens, size):

@@ -43,6 +43,18 @@ class SplitRecord(JsonModel):
         return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
+class SourceRecord(JsonModel):
+    """What came of one of the inputs."""
+
+    name: str
+    documents: int = Field(ge=0)
+    """Of both splits: a document whose last part is held out counts in both."""
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    dropped: dict[str, int]
+    """Documents by the reason: "where", "empty", "short", "long", "duplicate"."""
+
+
 class CorpusRecord(JsonModel):
     """A prepared folder."""
 
@@ -51,6 +63,9 @@ class CorpusRecord(JsonModel):
     end_of_text: str | None = None
     """The token that ends each document."""
     splits: dict[str, SplitRecord]
+    sources: list[SourceRecord] = Field(default_factory=list)
+    lengths: dict[str, int] = Field(default_factory=dict)
+    """Documents by their tokens, "256" for those from 256 on and below 512."""
 
 
 def split_of(shards: list[ShardRecord]) -> SplitRecord:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from megamoe.data.corpus import JSONL_SUFFIXES, input_files, pieces_of, read_documents
+from megamoe.data.corpus import pieces_of
+from megamoe.data.inputs import input_files, is_text
+from megamoe.data.readers import read_documents
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import encode, load_tokenizer, prefix_of, tokenizer_file, vocabulary_of
 from megamoe.utils.errors import UserError
@@ -44,11 +46,10 @@ def read_set(path: Path, tokenizer: Tokenizer, end_of_text: int, text_key: str) 
 
 def _texts(path: Path, tokenizer: Tokenizer, text_key: str) -> Iterator[Document]:
     for file in input_files(path):
-        is_jsonl = file.name.endswith(JSONL_SUFFIXES)
-        for number, text in enumerate(read_documents([file], text_key, lambda _: None), start=1):
+        for number, text in enumerate(read_documents([file], text_key), start=1):
             ids = np.concatenate([np.asarray(one, np.int32) for one in encode(tokenizer, list(pieces_of(text)))])
             if len(ids):
-                yield Document(f"{file} #{number}" if is_jsonl else str(file), ids, len(text.encode()))
+                yield Document(str(file) if is_text(file) else f"{file} #{number}", ids, len(text.encode()))
 
 
 def _prepared(prefix: Path, tokenizer: Tokenizer, end_of_text: int) -> Iterator[Document]:

@@ -24,11 +24,15 @@ class ShardWriter:
         self._dtype = dtype
         self._file = open(f"{prefix}.bin", "xb")  # noqa: SIM115
         self._hash = hashlib.sha256()
-        self._lengths: list[int] = []  # of documents that have ended
-        self._length = self._bytes = self._largest = 0
+        self._ends: list[np.ndarray] = [np.zeros(1, np.int64)]  # places after which documents end
+        self._tokens = self._bytes = self._largest = 0
 
-    def add(self, ids: list[int] | np.ndarray, num_bytes: int, ends_document: bool = True) -> None:
-        """Add the token ids of a document, or of a part of it whose text has so many bytes."""
+    def add(self, ids: list[int] | np.ndarray, num_bytes: int, ends: np.ndarray | None = None) -> None:
+        """Add the token ids of documents, or of parts of them, whose text has so many bytes.
+
+        Args:
+            ends: (N,), rising places in `ids` after which documents end; by default that of its last.
+        """
         tokens = np.asarray(ids, np.int64)
         if len(tokens):
             assert tokens.min() >= 0, "vocabulary_of"
@@ -37,25 +41,28 @@ class ShardWriter:
         self._file.write(data)
         self._hash.update(data)
         self._bytes += num_bytes
-        self._length += len(tokens)
-        if ends_document:
-            self._lengths.append(self._length)
-            self._length = 0
+        self._ends.append(self._tokens + (np.array([len(tokens)]) if ends is None else ends))
+        self._tokens += len(tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(documents,): tokens of each."""
+        return np.diff(np.concatenate(self._ends))
 
     def close(self) -> ShardRecord | None:
         """Write the index and flush both files to disk; None, and no files, where there is no token."""
         self._file.close()
-        if not sum(self._lengths):
+        if not self._tokens:
             Path(self._file.name).unlink()
             return None
         index = Path(f"{self._prefix}.idx")
-        write_index(index, self._dtype, np.array(self._lengths))
+        write_index(index, self._dtype, self.lengths)
         for path in (index, Path(self._file.name)):
             flush(path)
         return ShardRecord(
             name=self._prefix.name,
-            documents=len(self._lengths),
-            tokens=sum(self._lengths),
+            documents=len(self.lengths),
+            tokens=self._tokens,
             bytes=self._bytes,
             largest_id=self._largest,
             bin_sha256=self._hash.hexdigest(),

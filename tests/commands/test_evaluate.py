@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from corpora import write_corpus
 from harness_tasks import ANSWER, CHOICE, QUESTIONS, write_small_glm, write_task
 from ranks import DEADLINE, run_alone, start_processes
 from refusals import has, only, refusals
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM
 import megamoe
 from megamoe.commands import evaluate
 from megamoe.config import cli
-from megamoe.data.corpus import write_corpus
 
 WINDOW = 24
 TEXTS = {

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from corpora import write_corpus
 from refusals import has, refusal
 
 from megamoe.data import corpus
-from megamoe.data.corpus import write_corpus
 from megamoe.data.documents import read_set
 from megamoe.data.tokenizer import train_tokenizer
 

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from corpora import write_corpus
 from exported import random_decoder
 from model_parts import model_of
 
-from megamoe.data.corpus import write_corpus
 from megamoe.data.corpus_record import read_record
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import train_tokenizer

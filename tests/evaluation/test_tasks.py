@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from corpora import write_corpus
 from harness_tasks import ANSWER, CHOICE, QUESTIONS, ROLLING, WORDS, write_task
 from ranks import run_ranks
 from refusals import has, only, refusals
@@ -13,7 +14,6 @@ from toy import PRECISION, ds_config, train_here, write_inputs
 import megamoe
 from megamoe.checkpoint.opening import find_checkpoint, open_model, open_source
 from megamoe.config.run import RunConfig, parse_run
-from megamoe.data.corpus import write_corpus
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.evaluation.scoring import Share
 from megamoe.evaluation.tasks import TaskEvaluator

@@ -2,8 +2,8 @@
 
     python tools/dev/benchmark_data.py data/plays data/shakespeare-1024       text and the corpus made of it
 
-Prints bytes per second of tokenising with the corpus' tokenizer, on one core and on all; the time to read one sample;
-the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; the time of
+Prints bytes per second of tokenising with the corpus' tokenizer, by `tokenizers` and `fastokens`; the time to read one
+sample; the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; the time of
 best-fit packing; and the seconds from the launch of a run to its first step, with everything compiled already.
 """
 
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +25,37 @@ from megamoe.config.model import load_preset
 from megamoe.config.phases import PhaseSettings, make_phases
 from megamoe.config.run import Corpus
 from megamoe.data.batches import TrainData
-from megamoe.data.corpus import input_files, read_documents, write_corpus
+from megamoe.data.encoder import Encoder
 from megamoe.data.index_file import write_index
+from megamoe.data.inputs import input_files
 from megamoe.data.packing import PackedCorpus
+from megamoe.data.readers import read_documents
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-ENOUGH = 20_000_000  # bytes of text; the files are repeated until there are this many
+ENOUGH = 20_000_000  # bytes of text at most
+SLICE = 1_000_000  # bytes of it that are encoded at a time
 
 
-def tokenising(text: Path, tokenizer: Path) -> tuple[int, float]:
-    """(bytes, seconds) of turning text into tokens on disk with the threads that TOKENIZERS_PARALLELISM allows."""
-    documents = list(read_documents(input_files(text), "text", lambda _: None))
-    size = sum(len(document.encode()) for document in documents)
-    times = -(-ENOUGH // size)
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        write_corpus((("train", document) for document in documents * times), load_tokenizer(tokenizer),
-                     Path(folder) / "out")  # fmt: skip
-        return size * times, time.perf_counter() - start
+def tokenising(text: Path, file: Path) -> Iterator[str]:
+    """Compares `tokenizers` with `fastokens`, one thread each, in turns on slices of the text."""
+    texts = read_documents(input_files(text), "text")
+    encoders = {"tokenizers": Encoder(load_tokenizer(file)), "fastokens": Encoder(load_tokenizer(file), is_fast=True)}
+    rates: dict[str, list[float]] = {name: [] for name in encoders}
+    for _ in range(ENOUGH // SLICE):
+        part, size = [], 0
+        while size < SLICE and (document := next(texts, None)):
+            part.append(document)
+            size += len(document.encode())
+        for name, encode in encoders.items() if part else ():
+            start = time.perf_counter()
+            encode(part)
+            rates[name].append(size / (time.perf_counter() - start))
+    for name, found in rates.items():
+        ratio = statistics.median(one / other for one, other in zip(found, rates["tokenizers"], strict=True))
+        yield f"{name}, one thread: {statistics.median(found) / 1e6:.1f} MB/s, {ratio:.1f} x tokenizers"
 
 
 def open_data(corpus: str, seq_len: int, corpora: int = 1, ranks: int = 1) -> TrainData:
@@ -126,13 +137,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="starts that are timed, on 1 and on 2 ranks in turns")
     args = parser.parse(check=check)
     tokenizer = Path(args.corpus) / "tokenizer.json"
-    for cores, parallel in (("one core", "false"), (f"{len(os.sched_getaffinity(0))} cores", "true")):
-        os.environ["TOKENIZERS_PARALLELISM"] = parallel
-        size, seconds = tokenising(args.text, tokenizer)
-        print(
-            f"tokenising on {cores}: {size / seconds / 1e6:.1f} MB/s ({size / 1e6:.0f} MB in {seconds:.1f} s)",
-            flush=True,
-        )
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    for line in tokenising(args.text, tokenizer):
+        print(line, flush=True)
     for seq_len in (256, 1024):
         print(
             f"reading a sample of {seq_len} tokens: {seconds_per_sample(args.corpus, seq_len) * 1e3:.3f} ms", flush=True

@@ -1,0 +1,110 @@
+"""The files of a corpus, and the units of work that they make: a pure function of their names and sizes."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from megamoe.data.tables import TABLE_SUFFIXES, parquet_groups, read_schema
+from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.json_files import check_regular
+
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+UNIT = 64 << 20  # bytes of input in a unit of work, which becomes one shard of each split
+MAX_DOCUMENT = 1 << 30  # bytes; a document is held in memory several times
+
+
+def is_text(file: Path) -> bool:
+    """Whether a file is one document."""
+    return not file.name.endswith(JSONL_SUFFIXES + TABLE_SUFFIXES)
+
+
+class Part(NamedTuple):
+    """A range of one file."""
+
+    file: Path
+    start: int  # byte of plain JSON lines and Arrow files, row group of parquet; 0 for a file that is read whole
+    stop: int
+    size: int  # bytes on disk
+
+
+class Unit(NamedTuple):
+    """What one worker turns into shards."""
+
+    source: str
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(part.size for part in self.parts)
+
+
+def input_files(path: Path) -> list[Path]:
+    """The files at `path` in order: itself, all of known kinds in the folder below it, or those of a glob. Raises
+    UserError if there are none."""
+    suffixes = TEXT_SUFFIXES + JSONL_SUFFIXES + TABLE_SUFFIXES
+    if path.is_dir():  # `datasets` leaves what its `map` computes next to a dataset, as cache-*.arrow
+        files = [file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file()]
+        files = sorted(file for file in files if not file.match("cache-*.arrow"))
+        if not files:
+            raise UserError(f"corpus {path} holds no file that ends in {', '.join(suffixes)}; give a folder that does.")
+    elif path.exists():
+        files = [path]
+    else:
+        found = sorted(glob.glob(str(path), recursive=True))  # of a folder and what is in it, perhaps
+        files = list(dict.fromkeys(file for one in found for file in input_files(Path(one))))
+        if not files:
+            raise UserError(f"corpus {path} does not exist; give text, JSON lines, parquet, a folder or a glob.")
+    for file in files:
+        check_regular(file, "text")
+    return files
+
+
+def parts_of(file: Path, columns: Iterable[str]) -> list[Part]:
+    """The ranges of a file that are read independently; none of an empty one. Raises UserError for a table that is
+    truncated or lacks one of `columns`, and for a text above MAX_DOCUMENT."""
+    size = check_regular(file, "text")
+    if not size:
+        return []
+    if file.suffix in TABLE_SUFFIXES:
+        lacks = sorted(set(columns) - set(read_schema(file)))
+        if lacks:
+            raise UserError(f"{file}: has no column {', '.join(lacks)}; name the text's with --text_key.")
+    if file.suffix == ".parquet":
+        groups = parquet_groups(file)
+        total = max(sum(groups), 1)
+        return [Part(file, number, number + 1, size * group // total) for number, group in enumerate(groups)]
+    if file.suffix in (".jsonl", ".arrow"):
+        return [Part(file, start, min(start + UNIT, size), min(UNIT, size - start)) for start in range(0, size, UNIT)]
+    if size > MAX_DOCUMENT and is_text(file):
+        raise UserError(
+            f"{file}: is one document of {size:,} bytes, above the limit of {MAX_DOCUMENT:,}; cut it into several "
+            "files, or into JSON lines."
+        )
+    return [Part(file, 0, size, size)]
+
+
+def units_of(sources: dict[str, list[Path]], columns: Iterable[str]) -> list[Unit]:
+    """The units of all sources, in order. Raises one UserError with the problems of all files.
+
+    Args:
+        columns: that each table must have.
+    """
+    problems, units = Problems(), []
+    for source, files in sources.items():
+        parts: list[Part] = []
+        size = 0
+        for part in [part for file in files for part in problems.attempt(parts_of, file, columns) or []]:
+            if parts and size + part.size > UNIT:
+                units.append(Unit(source, tuple(parts)))
+                parts, size = [], 0
+            parts.append(part)
+            size += part.size
+        if parts:
+            units.append(Unit(source, tuple(parts)))
+    problems.refuse()
+    return units

@@ -1,0 +1,201 @@
+"""A corpus from units: the same bytes whatever the processes and after any kill."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from refusals import has, only
+
+from megamoe.commands import prepare_data
+from megamoe.data import inputs
+from megamoe.data.corpus_record import read_record
+from megamoe.data.token_files import TokenCorpus
+from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
+
+PROGRAM = """
+from megamoe.commands import prepare_data
+from megamoe.config import cli
+from megamoe.data import inputs
+
+if __name__ == "__main__":
+    inputs.UNIT = 1000
+    cli.run(prepare_data.main)
+"""
+
+
+def documents(seed, count=300):
+    draw = random.Random(seed)
+    words = [draw.randbytes(draw.randrange(1, 5)).hex() for _ in range(200)]
+    return [" ".join(draw.choices(words, k=draw.randrange(1, 120))) + "\n" for _ in range(count)]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two sources: JSON lines with a score, and a folder of text."""
+    lines = [json.dumps({"text": text, "score": number % 4}) for number, text in enumerate(documents(1))]
+    (tmp_path / "web.jsonl").write_text("\n".join(lines))
+    (tmp_path / "books").mkdir()
+    for number, text in enumerate(documents(2, 60)):
+        (tmp_path / "books" / f"{number:02}.txt").write_text(text)
+    train_tokenizer(documents(3), 400).save(str(tmp_path / "tokenizer.json"))
+    return [f"web={tmp_path / 'web.jsonl'}", f"books={tmp_path / 'books'}", "--tokenizer", tmp_path / "tokenizer.json"]
+
+
+@pytest.fixture
+def prepare(run, monkeypatch):
+    """(exit code, problems, what it prints) of a call with small units."""
+    monkeypatch.setattr(inputs, "UNIT", 4000)
+
+    def prepare(*words):
+        code, said = run(prepare_data, *words)
+        return code, [line for line in said.err.splitlines() if line.startswith("error: ")], said.out
+
+    return prepare
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def texts_of(folder, split):
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    corpus = TokenCorpus(folder / split, 1, 400)
+    return [tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) for ids in corpus.documents()]
+
+
+def test_any_number_of_processes_gives_the_same_bytes_and_every_document_once(tmp_path, texts, prepare):
+    options = ("--valid_fraction", 0.25, "--drop_duplicates")
+    for processes in (1, 3):
+        code, problems, _ = prepare(*texts, *options, "--processes", processes, "--out", tmp_path / f"{processes}")
+        assert (code, problems) == (0, [])
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+    record = read_record(tmp_path / "1")
+    assert [len(split.shards) for split in record.splits.values()] == [len(inputs_of(texts))] * 2
+    found = [text for split in ("train", "valid") for text in texts_of(tmp_path / "1", split)]
+    assert sorted(found) == sorted([*documents(1), *documents(2, 60)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "books", "tokenizer.json", "web.jsonl"]
+
+
+def inputs_of(texts):
+    sources = {name: inputs.input_files(Path(path)) for name, path in (word.split("=") for word in texts[:2])}
+    return inputs.units_of(sources, ["text"])
+
+
+def test_a_corpus_is_byte_equal_after_kills_at_random_moments(tmp_path, texts, prepare, monkeypatch):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    call = [sys.executable, tmp_path / "program.py", *texts, "--out", tmp_path / "killed", "--processes", 2]
+    units = tmp_path / ".killed.partial/units"
+    draw, finished = random.Random(5), [0]
+    while len(finished) < 6:
+        process = subprocess.Popen(
+            list(map(str, call)), env=environment, start_new_session=True, stdout=-3, stderr=subprocess.PIPE
+        )
+        goal = finished[-1] + draw.randrange(1, 4)
+        while len(list(units.glob("*.json"))) < goal:
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        finished.append(len(list(units.glob("*.json"))))
+    assert not (tmp_path / "killed").exists()
+    assert all(before < after for before, after in itertools.pairwise(finished))  # what was finished is kept
+    monkeypatch.setattr(inputs, "UNIT", 1000)
+    for out in ("killed", "whole"):
+        assert prepare(*texts, "--out", tmp_path / out, "--processes", 1)[:2] == (0, [])
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_an_unfinished_corpus_goes_on_with_new_files_and_refuses_other_settings(tmp_path, texts, prepare):
+    bad = tmp_path / "books/99.txt"
+    bad.write_bytes(b"caf\xe9")
+    out, other = tmp_path / "out", tmp_path / "other"
+    code, problems, _ = prepare(*texts, "--out", out, "--processes", 1)
+    assert code == 2
+    has(only(problems), str(bad), "0xe9")
+    code, problems, _ = prepare(*texts, "--out", out, "--min_chars", 9, "--valid_fraction", 0.5)
+    assert code == 2
+    has(only(problems), str(tmp_path / ".out.partial"), "min_chars, valid_fraction", "remove that folder")
+    bad.write_text("café\n")
+    code, problems, said = prepare(*texts, "--out", out)
+    assert (code, problems) == (0, [])
+    has(said, f"{len(inputs_of(texts)) - 1} of {len(inputs_of(texts))} units are finished already")
+    assert prepare(*texts, "--out", other)[0] == 0
+    assert content(out) == content(other)
+
+
+def test_only_what_the_options_select_is_taken_and_all_else_is_counted(tmp_path, texts, prepare):
+    (tmp_path / "books/98.txt").write_text(documents(1)[0])
+    (tmp_path / "books/99.txt").write_text("\n")
+    options = ("--where", "score!=1", "score<3", "--min_chars", 100, "--max_chars", 600, "--valid_fraction", 0)
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        code, problems, said = prepare(*texts, *options, "--drop_duplicates", "--processes", processes, "--out", out)
+        assert (code, problems) == (0, [])
+    assert content(tmp_path / "out1") == content(out)
+    web = [text for number, text in enumerate(documents(1)) if number % 4 in (0, 2)]
+    expected = {}
+    for name, some in (("web", web), ("books", [*documents(2, 60), documents(1)[0]])):
+        expected[name] = [text for text in some if 100 <= len(text) <= 600]
+        dropped = {
+            "where": 150 * (name == "web"),
+            "short": sum(len(text) < 100 for text in some),
+            "long": sum(len(text) > 600 for text in some),
+            "empty": int(name == "books"),
+            "duplicate": int(name == "books"),
+        }
+        expected[name] = expected[name][: len(expected[name]) - dropped["duplicate"]]
+        (source,) = [one for one in read_record(out).sources if one.name == name]
+        assert source.dropped == {reason: count for reason, count in dropped.items() if count}
+        assert source.documents == len(expected[name])
+        assert source.bytes == sum(map(len, expected[name]))
+        has(
+            said, f"{name}: {source.documents} documents, {source.tokens} tokens", f"{dropped['short']} dropped (short)"
+        )
+    assert texts_of(out, "train") == [*expected["web"], *expected["books"]]
+    record = read_record(out)
+    lengths = np.array([len(ids) for ids in TokenCorpus(out / "train", 1, 400).documents()])
+    assert record.lengths == {
+        str(2**k): int(n) for k in range(15) if (n := ((2**k <= lengths) & (lengths < 2 ** (k + 1))).sum())
+    }
+    assert sum(source.tokens for source in record.sources) == record.splits["train"].tokens == lengths.sum()
+
+
+def test_a_dry_run_shows_documents_with_their_tokens_and_writes_nothing(tmp_path, texts, prepare):
+    before = sorted(tmp_path.rglob("*"))
+    code, problems, said = prepare(*texts, "--out", tmp_path / "out", "--dry_run")
+    assert (code, problems) == (0, [])
+    assert sorted(tmp_path.rglob("*")) == before
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    ids = tokenizer.encode(documents(1)[0]).ids
+    has(said, f"web: 1 files, {(tmp_path / 'web.jsonl').stat().st_size:,} bytes", "books: 60 files")
+    has(
+        said,
+        json.dumps(documents(1)[0])[:60],
+        f"{len(ids)} tokens and <|endoftext|>",
+        f":{ids[0]} ",
+        json.dumps(documents(2)[0])[:60],
+    )
+
+
+def test_tables_without_a_column_are_named_all_at_once(tmp_path, texts, prepare):
+    import pyarrow
+    import pyarrow.parquet
+
+    for name in ("a", "b", "c"):
+        column = "text" if name == "b" else "body"
+        pyarrow.parquet.write_table(pyarrow.table({column: ["x"]}), tmp_path / f"{name}.parquet")
+    code, problems, _ = prepare(tmp_path / "*.parquet", *texts[2:], "--out", tmp_path / "out")
+    assert code == 2
+    for problem, name in zip(problems, ("a", "c"), strict=True):
+        has(problem, f"{name}.parquet", "no column text", "--text_key")
+    assert not list(tmp_path.glob(".out*"))
