@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import re
 import sys
@@ -27,16 +28,8 @@ from tqdm import tqdm
 from megamoe.config import cli
 from megamoe.data.corpus_record import CorpusRecord
 from megamoe.data.encoder import compare
-from megamoe.data.index_file import token_dtype
-from megamoe.data.inputs import Unit, input_files, units_of
-from megamoe.data.preparation import (
-    UnitWriter,
-    assemble,
-    key_of,
-    partial_corpus,
-    training_texts,
-    write_units,
-)
+from megamoe.data.inputs import input_files, units_of
+from megamoe.data.preparation import UnitWriter, assemble, partial_corpus, training_texts
 from megamoe.data.selection import Selection, first_occurrences, parse_condition
 from megamoe.data.tokenizer import (
     encode,
@@ -48,7 +41,7 @@ from megamoe.data.tokenizer import (
 )
 from megamoe.data.worker_pool import run_all
 from megamoe.utils.disk import check_absent, replace_file
-from megamoe.utils.errors import Problems, shown
+from megamoe.utils.errors import Problems, UserError, shown
 
 SAMPLE = 1 << 20  # characters of each source on which the fast tokenizer is compared
 SHOWN = 3  # documents of a source that a dry run prints
@@ -86,7 +79,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--min_chars", type=int, default=1, help="drop shorter documents")
     parser.add_argument("--max_chars", type=int, help="drop longer documents")
     parser.add_argument("--drop_duplicates", action="store_true", help="keep the first of documents with the same text")
-    parser.add_argument("--processes", type=int, help="that read and encode; by default one for each core")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--processes", type=int, default=cores, help="that read and encode")
     parser.add_argument(
         "--dry_run", action="store_true", help="show the first documents and their tokens, write nothing"
     )
@@ -106,27 +100,23 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         problems.attempt(end_of_text_id, args.given, args.end_of_text)
     if args.valid_fraction and not 0.001 <= args.valid_fraction <= 0.5:
         problems.append(f"valid_fraction is {args.valid_fraction}; give 0, or a number from 0.001 to 0.5.")
-    if args.max_chars is not None and args.max_chars < max(args.min_chars, 1):
+    if args.max_chars is not None and args.max_chars < args.min_chars:
         problems.append(f"max_chars is {args.max_chars}, below min_chars, {args.min_chars}; raise it.")
-    args.processes = args.processes or len(os.sched_getaffinity(0))
     if args.processes < 1:
         problems.append(f"processes is {args.processes}; give at least 1.")
     problems.attempt(check_absent, args.out)
-    where = [problems.attempt(parse_condition, text) for text in args.where]
-    args.selection = Selection(args.text_key, tuple(where), args.min_chars, args.max_chars)
+    where = tuple(problems.attempt(parse_condition, text) for text in args.where)
+    args.selection = Selection(args.text_key, where, args.min_chars, args.max_chars)
     sources: dict[str, dict[Path, None]] = {}
     for word in args.inputs:
-        name, path = _named(word)
-        sources.setdefault(name, {}).update(dict.fromkeys(problems.attempt(input_files, path) or []))
+        named = re.fullmatch(r"([\w.-]+)=(.+)", word)
+        name, path = named.groups() if named and not Path(word).exists() else (word, word)
+        sources.setdefault(name, {}).update(dict.fromkeys(problems.attempt(input_files, Path(path)) or []))
     problems.refuse()
     args.units = units_of({name: list(files) for name, files in sources.items()}, args.selection.columns)
+    if not args.units:
+        raise UserError("the corpus is empty: all its files are; give one with text.")
     return args
-
-
-def _named(word: str) -> tuple[str, Path]:
-    """(name, path) of a source; a path that has a "=" in it is none with a name."""
-    parts = re.fullmatch(r"([\w.-]+)=(.+)", word)
-    return (parts[1], Path(parts[2])) if parts and not Path(word).exists() else (word, Path(word))
 
 
 def main() -> None:
@@ -136,103 +126,88 @@ def main() -> None:
         return
     start = time.perf_counter()
     with partial_corpus(args.out, settings_of(args)) as folder:
-        masks: list[Any] = [None] * len(args.units)
+        sizes = [unit.size for unit in args.units]
+        masks: list[Any] = [None] * len(sizes)
         if args.drop_duplicates:
-            sizes = [unit.size for unit in args.units]
-            work = [(unit,) for unit in args.units]
-            hashes = run_all(args.selection.hashes, work, sizes, "looking for duplicates", args.processes)
+            every = [(unit,) for unit in args.units]
+            hashes = run_all(args.selection.hashes, every, sizes, "looking for duplicates", args.processes)
             masks = first_occurrences(hashes)
-        file = folder.parent / "tokenizer.json"
+        file = folder.with_name("tokenizer.json")
         if not file.exists():
-            replace_file(file, (args.given or train(args, masks)).to_str(pretty=True))
+            replace_file(file, (args.given or train(args, masks)).to_str())
         tokenizer = load_tokenizer(file)
         end_id = end_of_text_id(tokenizer, args.end_of_text)
-        writer = UnitWriter(
-            folder=folder,
-            tokenizer=file,
-            is_fast=is_fast(args, tokenizer),
-            end_id=end_id,
-            dtype=token_dtype(vocabulary_of(tokenizer)),
-            valid_fraction=args.valid_fraction,
-            selection=args.selection,
-        )
-        record = assemble(folder, write_units(writer, args.units, masks, args.processes), tokenizer, end_id)
-    for line in report(record):
-        print(line)
-    seconds = time.perf_counter() - start
-    size = sum(source.bytes for source in record.sources)
-    print(f"corpus in {args.out}, vocabulary of {vocabulary_of(tokenizer)}; {size / seconds / 1e6:.1f} MB/s of text")
+        writer = UnitWriter(folder, is_fast(args, tokenizer), end_id, args.valid_fraction, args.selection)
+        todo = [number for number in range(len(sizes)) if not writer.record_file(number).exists()]
+        if len(todo) < len(sizes):
+            print(f"{len(sizes) - len(todo)} of {len(sizes)} units are finished already", flush=True)
+        work = [(number, args.units[number], masks[number]) for number in todo]
+        run_all(writer.write, work, [sizes[number] for number in todo], "tokenising", args.processes)
+        record = assemble(writer, len(sizes), tokenizer)
+    report(record)
+    rate = sum(source.bytes for source in record.sources) / (time.perf_counter() - start) / 1e6
+    print(f"corpus in {args.out}, vocabulary of {vocabulary_of(tokenizer)}; {rate:.1f} MB/s of text")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the shards depend on besides their own part of the input, by names for the user."""
-    needs_all = args.vocab_size is not None or args.drop_duplicates
+    """What the tokens depend on, by names for the user."""
+    files = [(part, part.file.stat()) for unit in args.units for part in unit.parts]
+    read = [(*map(str, part), status.st_size, status.st_mtime_ns) for part, status in files]
+    names = ("vocab_size", "end_of_text", "text_key", "where", "min_chars", "max_chars", "valid_fraction")
     return {
+        "input": sha256(json.dumps([read, args.inputs]).encode()).hexdigest(),
         "tokenizer": args.given and sha256(args.given.to_str().encode()).hexdigest(),
-        "input": sha256("".join(map(key_of, args.units)).encode()).hexdigest() if needs_all else None,
-        **{name: getattr(args, name) for name in ("vocab_size", "end_of_text", "text_key", "where", "min_chars",
-        "max_chars", "valid_fraction", "drop_duplicates")},
-    }  # fmt: skip
+        "drop_duplicates": args.drop_duplicates,
+        **{name: getattr(args, name) for name in names},
+    }
 
 
 def train(args: argparse.Namespace, masks: list[np.ndarray | None]) -> Tokenizer:
-    with tqdm(
-        total=sum(unit.size for unit in args.units), desc="training the tokenizer", unit="B", unit_scale=True
-    ) as bar:
-        texts = training_texts(args.units, masks, args.selection, args.valid_fraction, bar)
-        return train_tokenizer(texts, args.vocab_size)
+    texts = training_texts(args.units, masks, args.selection, args.valid_fraction)
+    with tqdm(texts, desc="training the tokenizer", unit=" documents") as bar:
+        return train_tokenizer(bar, args.vocab_size)
 
 
-def first_documents(units: list[Unit], selection: Selection) -> Iterator[tuple[str, str]]:
+def first_documents(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(source, text) of the first documents of each source, SAMPLE characters of it."""
     taken: Counter[str] = Counter()
-    for unit in units:
-        if taken[unit.source] < SAMPLE:
-            for text in selection.read(unit, Counter(), lambda _: None):
-                yield unit.source, text[:SAMPLE]
-                taken[unit.source] += len(text)
-                if taken[unit.source] >= SAMPLE:
-                    break
+    for unit in args.units:
+        for text in args.selection.read(unit) if taken[unit.source] < SAMPLE else ():
+            yield unit.source, text[:SAMPLE]
+            taken[unit.source] += len(text)
+            if taken[unit.source] >= SAMPLE:
+                break
 
 
 def is_fast(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
     """Whether fastokens gives the same ids on a sample of the corpus; says so where it does not."""
-    why = compare(tokenizer, (text for _, text in first_documents(args.units, args.selection)))
+    why = compare(tokenizer, (text for _, text in first_documents(args)))
     if why:
-        print(f"encoding with tokenizers, the slow way: {why}", file=sys.stderr, flush=True)
+        print(f"encoding the slow way, with tokenizers: {why}", file=sys.stderr, flush=True)
     return why is None
 
 
 def show(args: argparse.Namespace) -> None:
     """Print what would be read, and the first documents of each source with their tokens."""
-    tokenizer = args.given
-    end = tokenizer and tokenizer.id_to_token(end_of_text_id(tokenizer, args.end_of_text))
-    for source, group in itertools.groupby(args.units, lambda unit: unit.source):
-        units = list(group)
+    for source in dict.fromkeys(unit.source for unit in args.units):
+        units = [unit for unit in args.units if unit.source == source]
         files = {part.file for unit in units for part in unit.parts}
         size = sum(unit.size for unit in units)
         print(f"{source}: {len(files)} files, {size:,} bytes, {len(units)} units of work")
-        for _, text in itertools.islice(first_documents(units, args.selection), SHOWN):
+        for text in itertools.islice((text for unit in units for text in args.selection.read(unit)), SHOWN):
             print(f"  {shown(text)} ({len(text):,} characters)")
-            if tokenizer:
-                ids = encode(tokenizer, [text])[0]
-                tokens = " ".join(
-                    f"{shown(tokenizer.decode([one], skip_special_tokens=False))}:{one}" for one in ids[:12]
-                )
-                print(f"    {len(ids):,} tokens and {end}: {tokens}")
-    if not tokenizer:
-        print(f"a tokenizer of {args.vocab_size} entries would be trained")
+            if args.given:
+                ids = encode(args.given, [text])[0]
+                tokens = [f"{shown(args.given.decode([one], skip_special_tokens=False))}:{one}" for one in ids[:12]]
+                print(f"    {len(ids):,} tokens and end-of-text: {' '.join(tokens)}")
 
 
-def report(record: CorpusRecord) -> Iterator[str]:
-    """What the corpus holds, line by line."""
+def report(record: CorpusRecord) -> None:
     for name, split in record.splits.items():
-        each = f", {split.bytes / split.tokens:.2f} bytes per token" if split.bytes else ""
-        yield f"{name}: {split.documents} documents, {split.tokens} tokens, {split.bytes} bytes{each}"
+        print(f"{name}: {split.documents} documents, {split.tokens} tokens, {split.bytes} bytes")
     total = sum(source.tokens for source in record.sources)
     for source in record.sources:
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in source.dropped.items())
-        share = source.tokens / max(total, 1)
-        yield f"{source.name}: {source.documents} documents, {source.tokens} tokens, {share:.1%} of all{dropped}"
-    lengths = ", ".join(f"{length}: {count}" for length, count in record.lengths.items())
-    yield f"documents by tokens, from each power of two on: {lengths}"
+        rates = f"{source.tokens / total:.1%} of the tokens, {source.bytes / max(source.tokens, 1):.2f} bytes per token"
+        print(f"{source.name}: {source.documents} documents, {source.tokens} tokens, {rates}{dropped}")
+    print("documents by tokens, in powers of two:", ", ".join(f"{key}: {n}" for key, n in record.lengths.items()))

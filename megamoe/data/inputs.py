@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from megamoe.data.tables import TABLE_SUFFIXES, parquet_groups, read_schema
+from megamoe.data.tables import TABLE_SUFFIXES, column_names, parquet_groups
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import check_regular
 
@@ -71,7 +71,7 @@ def parts_of(file: Path, columns: Iterable[str]) -> list[Part]:
     if not size:
         return []
     if file.suffix in TABLE_SUFFIXES:
-        lacks = sorted(set(columns) - set(read_schema(file)))
+        lacks = sorted(set(columns) - set(column_names(file)))
         if lacks:
             raise UserError(f"{file}: has no column {', '.join(lacks)}; name the text's with --text_key.")
     if file.suffix == ".parquet":

@@ -24,14 +24,14 @@ CHUNK = 1 << 24
 
 
 def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
-    """The non-empty documents in `files`: a text file is one, a line of JSON lines, a row of a table. Raises UserError
-    as `read_part`."""
+    """The non-empty documents in `files`, as `read_part`."""
     for part in (part for file in files for part in parts_of(file, [text_key])):
-        yield from (text for text, _ in read_part(part, [text_key], lambda _: True) if text and text.strip())
+        yield from (text for text in read_part(part, [text_key], lambda _: True) if text and text.strip())
 
 
-def read_part(part: Part, columns: list[str], keep: Keep) -> Iterator[tuple[str | None, float]]:
-    """(text, share of the part that is read) of each document; None for the text where `keep` refuses its record.
+def read_part(part: Part, columns: list[str], keep: Keep) -> Iterator[str | None]:
+    """The documents of a part: a text file is one, a line of JSON lines, a row of a table; None for one whose record
+    `keep` refuses.
 
     Args:
         columns: to read of tables; the first holds the text.
@@ -40,12 +40,11 @@ def read_part(part: Part, columns: list[str], keep: Keep) -> Iterator[tuple[str 
     """
     try:
         if is_text(part.file):
-            yield _text(part.file), 1.0
+            yield _text(part.file)
             return
         is_table = part.file.suffix in TABLE_SUFFIXES
-        records = read_rows(part.file, part.start, part.stop, columns) if is_table else _json_lines(part)
-        for position, record, share in records:
-            yield _text_of(record, columns[0], keep, part.file, position), share
+        for position, record in read_rows(*part[:3], columns) if is_table else _json_lines(part):
+            yield _text_of(record, columns[0], keep, part.file, position)
     except (OSError, EOFError, zlib.error, zstd.ZstdError) as error:
         raise UserError(f"{part.file}: cannot be read ({error}); replace the file.") from None
 
@@ -87,8 +86,8 @@ def _not_text(file: Path, byte: int, offset: int, place: str = "") -> str:
     return f"{file}: {place} is not UTF-8 text; convert the file to UTF-8, or leave it out if it is binary."
 
 
-def _json_lines(part: Part) -> Iterator[tuple[int, Any, float]]:
-    """(place of the line in the unpacked file, its value, share read) of the lines that begin within a part."""
+def _json_lines(part: Part) -> Iterator[tuple[int, Any]]:
+    """(place of the line in the unpacked file, its value) of the lines that begin within a part."""
     with open(part.file, "rb") as raw:
         stream = _unpacked(raw, part.file.suffix)
         if part.start:  # a line that begins before belongs to the part before
@@ -100,7 +99,7 @@ def _json_lines(part: Part) -> Iterator[tuple[int, Any, float]]:
                 place = _place(part.file, position)
                 raise UserError(f"{part.file}: {place} is longer than {MAX_DOCUMENT:,} bytes; cut it, or leave it out.")
             if line.strip():
-                yield position, _json(part.file, line, position), (raw.tell() - part.start) / part.size
+                yield position, _json(part.file, line, position)
             position += len(line)
 
 

@@ -1,22 +1,20 @@
-"""Parquet and Arrow files (of which `datasets` makes its folders), read by pyarrow, an extra."""
+"""Rows of parquet and Arrow files (what `datasets` saves), read by pyarrow, an extra."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megamoe.utils.errors import UserError, first_line
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
-ROWS = 1024  # of parquet, read at a time
 
 
-def read_schema(file: Path) -> list[str]:
-    """Names of the columns. Raises UserError."""
-    return _guarded(
-        file, lambda: _open(file).schema.names if file.suffix == ".arrow" else _open(file).schema_arrow.names
-    )
+def column_names(file: Path) -> list[str]:
+    """Raises UserError."""
+    schema = "schema" if file.suffix == ".arrow" else "schema_arrow"
+    return _guarded(file, lambda: getattr(_open(file), schema).names)
 
 
 def parquet_groups(file: Path) -> list[int]:
@@ -25,58 +23,52 @@ def parquet_groups(file: Path) -> list[int]:
     return [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
 
 
-def read_rows(file: Path, start: int, stop: int, columns: list[str]) -> Iterator[tuple[int, dict[str, Any], float]]:
-    """(number of the row in the file, the row, share of the range that is read) of each row of a range: row groups of
-    parquet, batches that begin at these bytes of an Arrow file. Raises UserError."""
-    batches = (
-        _arrow_batches(file, start, stop) if file.suffix == ".arrow" else _parquet_batches(file, start, stop, columns)
-    )
-    while batch := _guarded(file, lambda: next(batches, None)):
-        first, rows, share = batch
-        records = _guarded(file, rows.select(columns).to_pylist)
-        for number, record in enumerate(records, first):
-            yield number, record, share
+def read_rows(file: Path, start: int, stop: int, columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number in the file, row) of each row of a range: row groups of parquet, batches that begin at these bytes of an
+    Arrow file. Raises UserError."""
+    is_arrow = file.suffix == ".arrow"
+    batches = _arrow_batches(file, start, stop) if is_arrow else _parquet_batches(file, start, stop, columns)
+    while found := _guarded(file, lambda: next(batches, None)):
+        first, batch = found
+        yield from enumerate(_guarded(file, batch.select(columns).to_pylist), first)
 
 
-def _parquet_batches(file: Path, start: int, stop: int, columns: list[str]) -> Iterator[tuple[int, Any, float]]:
+def _parquet_batches(file: Path, start: int, stop: int, columns: list[str]) -> Iterator[tuple[int, Any]]:
     table = _open(file)
-    rows = [table.metadata.row_group(number).num_rows for number in range(stop)]
-    first = sum(rows[:start])
-    for batch in table.iter_batches(ROWS, row_groups=range(start, stop), columns=columns):
-        yield first, batch, (first + batch.num_rows - sum(rows[:start])) / sum(rows[start:])
-        first += batch.num_rows
+    row = sum(table.metadata.row_group(number).num_rows for number in range(start))
+    for batch in table.iter_batches(1024, row_groups=range(start, stop), columns=columns):
+        yield row, batch
+        row += batch.num_rows
 
 
-def _arrow_batches(file: Path, start: int, stop: int) -> Iterator[tuple[int, Any, float]]:
-    import pyarrow
-
-    row = 0
-    with pyarrow.memory_map(str(file)) as source:
-        reader = pyarrow.ipc.open_stream(source)
+def _arrow_batches(file: Path, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+    with _pyarrow(file).memory_map(str(file)) as source:
+        row, reader = 0, _pyarrow(file).ipc.open_stream(source)
         while (place := source.tell()) < stop:
             try:
                 batch = reader.read_next_batch()
             except StopIteration:
                 return
             if place >= start:
-                yield row, batch, (source.tell() - start) / (stop - start)
+                yield row, batch
             row += batch.num_rows
 
 
 def _open(file: Path) -> Any:
+    if file.suffix == ".arrow":
+        return _pyarrow(file).ipc.open_stream(_pyarrow(file).memory_map(str(file)))
+    return _pyarrow(file).parquet.ParquetFile(file)
+
+
+def _pyarrow(file: Path) -> Any:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            f"{file}: is read by pyarrow, which is not installed: pip install 'megamoe[parquet]'."
-        ) from None
-    if file.suffix == ".arrow":
-        return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-    return pyarrow.parquet.ParquetFile(file)
+        raise UserError(f"{file}: needs pyarrow, which is not installed; pip install 'megamoe[parquet]'.") from None
+    return pyarrow
 
 
-def _guarded(file: Path, read: Any) -> Any:
+def _guarded(file: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (OSError, ValueError, EOFError) as error:  # pyarrow's own are among these

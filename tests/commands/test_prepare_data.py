@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,20 +94,20 @@ def test_a_corpus_is_byte_equal_after_kills_at_random_moments(tmp_path, texts, p
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     call = [sys.executable, tmp_path / "program.py", *texts, "--out", tmp_path / "killed", "--processes", 2]
-    units = tmp_path / ".killed.partial/units"
+    work = tmp_path / ".killed.partial"
     draw, finished = random.Random(5), [0]
     while len(finished) < 6:
         process = subprocess.Popen(
             list(map(str, call)), env=environment, start_new_session=True, stdout=-3, stderr=subprocess.PIPE
         )
         goal = finished[-1] + draw.randrange(1, 4)
-        while len(list(units.glob("*.json"))) < goal:
+        while len(list(work.glob("*-record.json"))) < goal:
             assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.002)
         time.sleep(draw.random() * 0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        finished.append(len(list(units.glob("*.json"))))
+        finished.append(len(list(work.glob("*-record.json"))))
     assert not (tmp_path / "killed").exists()
     assert all(before < after for before, after in itertools.pairwise(finished))  # what was finished is kept
     monkeypatch.setattr(inputs, "UNIT", 1000)
@@ -115,22 +116,22 @@ def test_a_corpus_is_byte_equal_after_kills_at_random_moments(tmp_path, texts, p
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def test_an_unfinished_corpus_goes_on_with_new_files_and_refuses_other_settings(tmp_path, texts, prepare):
+def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, texts, prepare):
     bad = tmp_path / "books/99.txt"
     bad.write_bytes(b"caf\xe9")
-    out, other = tmp_path / "out", tmp_path / "other"
-    code, problems, _ = prepare(*texts, "--out", out, "--processes", 1)
+    code, problems, _ = prepare(*texts, "--out", tmp_path / "out", "--processes", 1)
     assert code == 2
     has(only(problems), str(bad), "0xe9")
-    code, problems, _ = prepare(*texts, "--out", out, "--min_chars", 9, "--valid_fraction", 0.5)
-    assert code == 2
-    has(only(problems), str(tmp_path / ".out.partial"), "min_chars, valid_fraction", "remove that folder")
-    bad.write_text("café\n")
-    code, problems, said = prepare(*texts, "--out", out)
-    assert (code, problems) == (0, [])
-    has(said, f"{len(inputs_of(texts)) - 1} of {len(inputs_of(texts))} units are finished already")
-    assert prepare(*texts, "--out", other)[0] == 0
-    assert content(out) == content(other)
+    for change, *words in (
+        (lambda: None, "min_chars, valid_fraction", "--min_chars", 9, "--valid_fraction", 0.5),
+        (lambda: bad.write_text("fixed"), "input"),
+    ):
+        change()
+        code, problems, _ = prepare(*texts, *words[1:], "--out", tmp_path / "out")
+        assert code == 2
+        has(only(problems), str(tmp_path / ".out.partial"), f"another {words[0]};", "remove that folder")
+    shutil.rmtree(tmp_path / ".out.partial")
+    assert prepare(*texts, "--out", tmp_path / "out")[0] == 0
 
 
 def test_only_what_the_options_select_is_taken_and_all_else_is_counted(tmp_path, texts, prepare):
@@ -178,13 +179,8 @@ def test_a_dry_run_shows_documents_with_their_tokens_and_writes_nothing(tmp_path
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     ids = tokenizer.encode(documents(1)[0]).ids
     has(said, f"web: 1 files, {(tmp_path / 'web.jsonl').stat().st_size:,} bytes", "books: 60 files")
-    has(
-        said,
-        json.dumps(documents(1)[0])[:60],
-        f"{len(ids)} tokens and <|endoftext|>",
-        f":{ids[0]} ",
-        json.dumps(documents(2)[0])[:60],
-    )
+    has(said, f"{len(ids)} tokens and end-of-text", f":{ids[0]} ")
+    has(said, *(json.dumps(documents(*one)[number])[:60] for one in ((1,), (2, 60)) for number in (0, 2)))
 
 
 def test_tables_without_a_column_are_named_all_at_once(tmp_path, texts, prepare):
