@@ -26,7 +26,7 @@ class Part(NamedTuple):
     """A range of one file."""
 
     file: Path
-    start: int  # byte of plain JSON lines and Arrow files, row group of parquet; 0 for a file that is read whole
+    start: int  # byte of plain JSON lines, row group of parquet; 0 for a file that is read whole
     stop: int
     size: int  # bytes on disk
 
@@ -78,7 +78,7 @@ def parts_of(file: Path, columns: Iterable[str]) -> list[Part]:
         groups = parquet_groups(file)
         total = max(sum(groups), 1)
         return [Part(file, number, number + 1, size * group // total) for number, group in enumerate(groups)]
-    if file.suffix in (".jsonl", ".arrow"):
+    if file.suffix == ".jsonl":
         return [Part(file, start, min(start + UNIT, size), min(UNIT, size - start)) for start in range(0, size, UNIT)]
     if size > MAX_DOCUMENT and is_text(file):
         raise UserError(
