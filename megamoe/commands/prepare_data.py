@@ -27,12 +27,11 @@ from tqdm import tqdm
 
 from megamoe.config import cli
 from megamoe.data.corpus_record import CorpusRecord
-from megamoe.data.encoder import compare
+from megamoe.data.encoder import Encoder, compare
 from megamoe.data.inputs import input_files, units_of
 from megamoe.data.preparation import UnitWriter, assemble, partial_corpus, training_texts
 from megamoe.data.selection import Selection, first_occurrences, parse_condition
 from megamoe.data.tokenizer import (
-    encode,
     end_of_text_id,
     load_tokenizer,
     tokenizer_file,
@@ -168,12 +167,12 @@ def train(args: argparse.Namespace, masks: list[np.ndarray | None]) -> Tokenizer
         return train_tokenizer(bar, args.vocab_size)
 
 
-def first_documents(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(source, text) of the first documents of each source, SAMPLE characters of it."""
+def first_documents(args: argparse.Namespace) -> Iterator[str]:
+    """The first documents of each source, SAMPLE characters of it."""
     taken: Counter[str] = Counter()
     for unit in args.units:
         for text in args.selection.read(unit) if taken[unit.source] < SAMPLE else ():
-            yield unit.source, text[:SAMPLE]
+            yield text[:SAMPLE]
             taken[unit.source] += len(text)
             if taken[unit.source] >= SAMPLE:
                 break
@@ -181,7 +180,7 @@ def first_documents(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def is_fast(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
     """Whether fastokens gives the same ids on a sample of the corpus; says so where it does not."""
-    why = compare(tokenizer, (text for _, text in first_documents(args)))
+    why = compare(tokenizer, first_documents(args))
     if why:
         print(f"encoding the slow way, with tokenizers: {why}", file=sys.stderr, flush=True)
     return why is None
@@ -197,7 +196,7 @@ def show(args: argparse.Namespace) -> None:
         for text in itertools.islice((text for unit in units for text in args.selection.read(unit)), SHOWN):
             print(f"  {shown(text)} ({len(text):,} characters)")
             if args.given:
-                ids = encode(args.given, [text])[0]
+                ids, _ = Encoder(args.given)([text])
                 tokens = [f"{shown(args.given.decode([one], skip_special_tokens=False))}:{one}" for one in ids[:12]]
                 print(f"    {len(ids):,} tokens and end-of-text: {' '.join(tokens)}")
 
