@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ class Encoder:
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts one after another, number of them in each text). Raises UserError as `encode`, which names
         what the tokenizer has no token for."""
-        if self._fast and not self.loses(texts):
-            ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
-            return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
+        with suppress(ValueError):  # a text is beyond the limits of its regular expressions
+            if self._fast and not self.loses(texts):
+                ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
+                return np.frombuffer(ids, np.uint32), np.diff(np.frombuffer(offsets, np.uint64).astype(np.int64))
         found = encode(self.tokenizer, texts)
         counts = np.array([len(one) for one in found], np.int64)
         return np.fromiter(itertools.chain.from_iterable(found), np.uint32, int(counts.sum())), counts

@@ -33,7 +33,7 @@ class ShardWriter:
         Args:
             ends: (N,), rising places in `ids` after which documents end; by default that of its last.
         """
-        tokens = np.asarray(ids, np.int64)
+        tokens = np.asarray(ids)
         if len(tokens):
             assert tokens.min() >= 0, "vocabulary_of"
             self._largest = max(self._largest, int(tokens.max()))
