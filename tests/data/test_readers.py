@@ -147,9 +147,11 @@ def test_what_is_no_row_with_a_text_is_refused_with_its_place(tmp_path):
     path = tmp_path / "a.parquet"
     for rows, place, *parts in (
         (["x", "y", None, "z"], "row 3", "--text_key", '--where "text!=null"'),
+        (["x"] * 1200 + [None], "row 1201"),  # of the second batch
+        (["x"] * 1500 + [None], "row 1501"),  # of the second row group
         ([["x"], ["y"]], "row 1", "--text_key"),
     ):
-        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=2)
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=1400)
         has(refusal(read, path), str(path), place, *parts)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), path)
     has(refusal(read, path), str(path), "no column text", "--text_key")
