@@ -92,11 +92,11 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         problems.append("give either --tokenizer FILE or --vocab_size N.")
     elif args.end_of_text is not None and not args.tokenizer:
         problems.append("--end_of_text names a token of --tokenizer; leave it out with --vocab_size.")
-    args.given = None
+    args.given = args.end_id = None
     if args.tokenizer and args.vocab_size is None:
         args.given = problems.attempt(load_tokenizer, tokenizer_file(args.tokenizer))
     if args.given:
-        problems.attempt(end_of_text_id, args.given, args.end_of_text)
+        args.end_id = problems.attempt(end_of_text_id, args.given, args.end_of_text)
     if args.valid_fraction and not 0.001 <= args.valid_fraction <= 0.5:
         problems.append(f"valid_fraction is {args.valid_fraction}; give 0, or a number from 0.001 to 0.5.")
     if args.max_chars is not None and args.max_chars < args.min_chars:
@@ -135,7 +135,7 @@ def main() -> None:
         if not file.exists():
             replace_file(file, (args.given or train(args, masks)).to_str())
         tokenizer = load_tokenizer(file)
-        end_id = end_of_text_id(tokenizer, args.end_of_text)
+        end_id = end_of_text_id(tokenizer) if args.end_id is None else args.end_id
         writer = UnitWriter(folder, is_fast(args, tokenizer), end_id, args.valid_fraction, args.selection)
         todo = [number for number in range(len(sizes)) if not writer.record_file(number).exists()]
         if len(todo) < len(sizes):
@@ -152,10 +152,11 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the tokens depend on, by names for the user."""
     files = [(part, part.file.stat()) for unit in args.units for part in unit.parts]
     read = [(*map(str, part), status.st_size, status.st_mtime_ns) for part, status in files]
-    names = ("vocab_size", "end_of_text", "text_key", "where", "min_chars", "max_chars", "valid_fraction")
+    names = ("vocab_size", "text_key", "where", "min_chars", "max_chars", "valid_fraction")
     return {
         "input": sha256(json.dumps([read, args.inputs]).encode()).hexdigest(),
         "tokenizer": args.given and sha256(args.given.to_str().encode()).hexdigest(),
+        "end_of_text": args.end_id,
         "drop_duplicates": args.drop_duplicates,
         **{name: getattr(args, name) for name in names},
     }

@@ -1,8 +1,8 @@
 """Documents to shards: hold some out, encode them, write Megatron's .bin/.idx and the record of all.
 
 A prepared folder holds the shards of its splits (train-00000.bin/.idx, ..., valid-00000.bin/.idx where any text is held
-out), tokenizer.json and corpus.json, see `corpus_record.py`. Every document begins with what the tokenizer
-puts before a text (of most, nothing), and ends in its end-of-text token.
+out), tokenizer.json and corpus.json, see `corpus_record.py`. Every document begins with what the tokenizer puts before
+a text (of most, nothing), and ends in its end-of-text token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from megamoe.data.corpus_record import NAME, CorpusRecord, ShardRecord, split_of
 from megamoe.data.encoder import Encoder
 from megamoe.data.shard_writer import ShardWriter
+from megamoe.data.tokenizer import prefix_of
 from megamoe.utils.json_files import write_json
 
 SPLITS = ("train", "valid")
@@ -31,7 +32,8 @@ class Piece(NamedTuple):
 
     split: str
     text: str
-    ends: bool  # its document
+    begins: bool  # its document
+    ends: bool
 
 
 def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:
@@ -81,11 +83,15 @@ def write_shards(
         dtype: of `token_dtype`.
     """
     writers = {split: ShardWriter(prefix.with_name(f"{prefix.name}-{split}"), dtype) for split in SPLITS}
+    before = prefix_of(encode.tokenizer)
     for batch in _batches(_pieces(documents)):
         ids, counts = encode([piece.text for piece in batch])
-        ends = np.array([piece.ends for piece in batch])
+        begins, ends = np.array([piece[2:] for piece in batch]).T
         ids = np.insert(ids, np.cumsum(counts)[ends], end_id)
         counts = counts + ends
+        starts = (np.cumsum(counts) - counts)[begins]
+        ids = np.insert(ids, np.repeat(starts, len(before)), np.tile(before, len(starts)).astype(ids.dtype))
+        counts = counts + begins * len(before)
         for split, writer in writers.items():
             is_of = np.array([piece.split == split for piece in batch])
             size = sum(_bytes_of(piece.text) for piece in batch if piece.split == split)
@@ -99,9 +105,9 @@ def _bytes_of(text: str) -> int:
 
 def _pieces(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
     for split, document in documents:
-        *first, last = pieces_of(document)
-        yield from (Piece(split, text, False) for text in first)
-        yield Piece(split, last, True)
+        texts = list(pieces_of(document))
+        for number, text in enumerate(texts):
+            yield Piece(split, text, number == 0, number == len(texts) - 1)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -216,7 +216,9 @@ def test_a_tokenizer_may_be_given_by_its_folder_and_its_end_of_text_be_named(tmp
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.save(str(tmp_path / "tokenizer.json"))
     options = ("--tokenizer", tmp_path, "--valid_fraction", 0)
-    for name, more, end in (("one", (), 1), ("two", ("--end_of_text", "<stop>"), 2)):
+    for name, more, end in (("one", (), 1), ("two", ("--end_of_text", "<stop>"), 2), ("declared", (), 2)):
+        if name == "declared":
+            (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
         assert prepare(texts, "--out", tmp_path / name, *options, *more) == (0, [])
         tokens = np.fromfile(tmp_path / name / "train-00000.bin", dtype=np.int16)
         assert tokens[0] > 2

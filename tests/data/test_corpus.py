@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from corpora import write_corpus
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megamoe.data import corpus
 from megamoe.data.corpus import split_documents
@@ -129,6 +129,22 @@ def test_long_documents_are_encoded_in_pieces_and_stay_one_document(tmp_path, to
     record = made(documents, tokenizer, tmp_path / "out")
     assert documents_of(tmp_path / "out", "train", tokenizer) == documents
     assert record.splits["train"].documents == len(documents)
+
+
+def test_every_document_begins_with_what_the_tokenizer_puts_before_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 40)
+    monkeypatch.setattr(corpus, "BATCH", 90)
+    tokenizer = train_tokenizer([*DOCUMENTS] * 10, 300)
+    tokenizer.add_special_tokens(["<s>", "<b>"])
+    first = [("<s>", tokenizer.token_to_id("<s>")), ("<b>", tokenizer.token_to_id("<b>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> <b> $A", special_tokens=first)
+    documents = ["a", "one line\n" * 30, *DOCUMENTS, "b"]
+    made(documents, tokenizer, tmp_path / "out")
+    for ids, text in zip(items(tmp_path / "out", "train")[0], documents, strict=True):
+        (ids,) = ids
+        assert ids[:2] == [number for _, number in first]
+        assert ids[-1] == tokenizer.token_to_id(END_OF_TEXT)
+        assert tokenizer.decode(ids[2:-1], skip_special_tokens=False) == text
 
 
 def words_tokenizer(size):
