@@ -136,7 +136,9 @@ def main() -> None:
             replace_file(file, (args.given or train(args, masks)).to_str())
         tokenizer = load_tokenizer(file)
         end_id = end_of_text_id(tokenizer) if args.end_id is None else args.end_id
-        writer = UnitWriter(folder, is_fast(args, tokenizer), end_id, args.valid_fraction, args.selection)
+        writer = UnitWriter(
+            folder, tokenizer.to_str(), is_fast(args, tokenizer), end_id, args.valid_fraction, args.selection
+        )
         todo = [number for number in range(len(sizes)) if not writer.record_file(number).exists()]
         if len(todo) < len(sizes):
             print(f"{len(sizes) - len(todo)} of {len(sizes)} units are finished already", flush=True)

@@ -7,13 +7,12 @@ import json
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megamoe.data.tokenizer import encode, load_tokenizer
+from megamoe.data.tokenizer import encode
 from megamoe.utils.errors import UserError, first_line
 
 # Compared besides documents of the corpus: what implementations of Unicode and of regular expressions disagree on.
@@ -63,9 +62,9 @@ class Encoder:
 
 
 @cache
-def load_encoder(file: Path, is_fast: bool) -> Encoder:
-    """The encoder of a tokenizer.json, once per process."""
-    return Encoder(load_tokenizer(file), is_fast)
+def load_encoder(described: str, is_fast: bool) -> Encoder:
+    """The encoder of a tokenizer as JSON, once per process."""
+    return Encoder(Tokenizer.from_str(described), is_fast)
 
 
 def compare(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:

@@ -110,7 +110,8 @@ def training_texts(
 class UnitWriter(NamedTuple):
     """Turns units into shards, in any process."""
 
-    folder: Path  # of `partial_corpus`; the tokenizer.json is next to it
+    folder: Path  # of `partial_corpus`
+    tokenizer: str  # as JSON
     is_fast: bool
     end_id: int
     valid_fraction: float
@@ -127,7 +128,7 @@ class UnitWriter(NamedTuple):
             left.unlink()
         dropped: Counter[str] = Counter()
         documents = kept_documents(unit, mask, self.selection, dropped)
-        encode = load_encoder(self.folder.with_name("tokenizer.json"), self.is_fast)
+        encode = load_encoder(self.tokenizer, self.is_fast)
         dtype = token_dtype(vocabulary_of(encode.tokenizer))
         writers = write_shards(split_documents(documents, self.valid_fraction), encode, self.end_id, dtype, prefix)
         lengths = Counter(1 << int(n).bit_length() - 1 for writer in writers.values() for n in writer.lengths)
