@@ -3,8 +3,8 @@
     python tools/dev/benchmark_data.py data/plays data/shakespeare-1024       text and the corpus made of it
 
 Prints bytes per second of tokenising with the corpus' tokenizer, by `tokenizers` and `fastokens`; the time to read one
-sample; the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; the time of
-best-fit packing; and the seconds from the launch of a run to its first step, with everything compiled already.
+sample; the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; the time
+of best-fit packing; and the seconds from the launch of a run to its first step, with everything compiled already.
 """
 
 from __future__ import annotations
