@@ -27,10 +27,10 @@ def build(prefix, tokens, dtype=np.int32, item=7):
     return prefix
 
 
-def write_corpus(documents, tokenizer, folder):
+def write_corpus(documents, tokenizer, folder, end_of_text=None):
     """A prepared folder of ("train" or "valid", text) pairs; returns its record."""
     folder.mkdir()
-    end, dtype = end_of_text_id(tokenizer), token_dtype(vocabulary_of(tokenizer))
+    end, dtype = end_of_text_id(tokenizer, end_of_text), token_dtype(vocabulary_of(tokenizer))
     writers = write_shards(documents, Encoder(tokenizer), end, dtype, folder / "one")
     shards = {split: [shard] for split, writer in writers.items() if (shard := writer.close())}
     for split, (shard,) in shards.items():

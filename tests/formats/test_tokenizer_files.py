@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from corpora import write_corpus
 from llama_cpp import LlamaCpp
 from random_source import RandomSource
 from test_gguf_file import PUBLISHED, preset
 from test_gguf_tokenizer import trained
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from megamoe.data.corpus import write_corpus
 from megamoe.data.documents import read_set
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import (
