@@ -22,11 +22,11 @@ from megamoe.data.token_files import TokenCorpus
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
 
 PROGRAM = """
-from megamoe.commands import prepare_data
-from megamoe.config import cli
-from megamoe.data import inputs
-
 if __name__ == "__main__":
+    from megamoe.commands import prepare_data
+    from megamoe.config import cli
+    from megamoe.data import inputs
+
     inputs.UNIT = 1000
     cli.run(prepare_data.main)
 """
