@@ -20,6 +20,7 @@ from megamoe.data.corpus_record import NAME, CorpusRecord, ShardRecord, split_of
 from megamoe.data.encoder import Encoder
 from megamoe.data.shard_writer import ShardWriter
 from megamoe.data.tokenizer import prefix_of
+from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import write_json
 
 SPLITS = ("train", "valid")
@@ -74,18 +75,24 @@ def pieces_of(document: str) -> Iterator[str]:
 
 
 def write_shards(
-    documents: Iterable[tuple[str, str]], encode: Encoder, end_id: int, dtype: type, prefix: Path
+    documents: Iterable[tuple[str, str]], encode: Encoder, end_id: int, dtype: type, prefix: Path, place: str = ""
 ) -> dict[str, ShardWriter]:
     """Write ("train" or "valid", text) pairs to PREFIX-train.bin and PREFIX-valid.bin. The caller closes the writers.
 
     Args:
         end_id: of the token that is put after each document.
         dtype: of `token_dtype`.
+        place: of the documents, for errors.
+
+    Raises UserError as `encode`.
     """
     writers = {split: ShardWriter(prefix.with_name(f"{prefix.name}-{split}"), dtype) for split in SPLITS}
     before = prefix_of(encode.tokenizer)
     for batch in _batches(_pieces(documents)):
-        ids, counts = encode([piece.text for piece in batch])
+        try:
+            ids, counts = encode([piece.text for piece in batch])
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
         begins, ends = np.array([piece[2:] for piece in batch]).T
         ids = np.insert(ids, np.cumsum(counts)[ends], end_id)
         counts = counts + ends

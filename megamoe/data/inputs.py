@@ -38,6 +38,12 @@ class Unit(NamedTuple):
     parts: tuple[Part, ...]
 
     @property
+    def name(self) -> str:
+        """Of its file, or of the first and the last."""
+        first, last = self.parts[0].file, self.parts[-1].file
+        return str(first) if first == last else f"{first} to {last}"
+
+    @property
     def size(self) -> int:
         """Bytes on disk."""
         return sum(part.size for part in self.parts)

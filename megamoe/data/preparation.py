@@ -130,7 +130,8 @@ class UnitWriter(NamedTuple):
         documents = kept_documents(unit, mask, self.selection, dropped)
         encode = load_encoder(self.tokenizer, self.is_fast)
         dtype = token_dtype(vocabulary_of(encode.tokenizer))
-        writers = write_shards(split_documents(documents, self.valid_fraction), encode, self.end_id, dtype, prefix)
+        pairs = split_documents(documents, self.valid_fraction)
+        writers = write_shards(pairs, encode, self.end_id, dtype, prefix, unit.name)
         lengths = Counter(1 << int(n).bit_length() - 1 for writer in writers.values() for n in writer.lengths)
         record = UnitRecord(
             source=unit.source,

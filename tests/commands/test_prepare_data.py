@@ -183,6 +183,16 @@ def test_a_dry_run_shows_documents_with_their_tokens_and_writes_nothing(tmp_path
     has(said, *(json.dumps(documents(*one)[number])[:60] for one in ((1,), (2, 60)) for number in (0, 2)))
 
 
+def test_a_character_that_the_tokenizer_does_not_know_is_named_with_its_files(tmp_path, texts, prepare):
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    del described["model"]["vocab"]["Ą"]  # byte 4
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "books/59.txt").write_text("one\nt\4o\n")
+    code, problems, _ = prepare(*texts, "--out", tmp_path / "out", "--processes", 2)
+    assert code == 2
+    has(only(problems), f" to {tmp_path / 'books/59.txt'}: ", "'\\x04' (U+0004)", "line 2")
+
+
 def test_tables_without_a_column_are_named_all_at_once(tmp_path, texts, prepare):
     import pyarrow
     import pyarrow.parquet
