@@ -31,13 +31,7 @@ from megamoe.data.encoder import Encoder, compare
 from megamoe.data.inputs import input_files, units_of
 from megamoe.data.preparation import UnitWriter, assemble, partial_corpus, training_texts
 from megamoe.data.selection import Selection, first_occurrences, parse_condition
-from megamoe.data.tokenizer import (
-    end_of_text_id,
-    load_tokenizer,
-    tokenizer_file,
-    train_tokenizer,
-    vocabulary_of,
-)
+from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, train_tokenizer, vocabulary_of
 from megamoe.data.worker_pool import run_all
 from megamoe.utils.disk import check_absent, replace_file
 from megamoe.utils.errors import Problems, UserError, shown

@@ -79,7 +79,9 @@ def parts_of(file: Path, columns: Iterable[str]) -> list[Part]:
     if file.suffix in TABLE_SUFFIXES:
         lacks = sorted(set(columns) - set(column_names(file)))
         if lacks:
-            raise UserError(f"{file}: has no column {', '.join(lacks)}; name the text's with --text_key.")
+            raise UserError(
+                f"{file}: has no column {', '.join(lacks)}; name the text's with --text_key, or correct --where."
+            )
     if file.suffix == ".parquet":
         groups = parquet_groups(file)
         total = max(sum(groups), 1)
