@@ -27,7 +27,7 @@ if __name__ == "__main__":
     from megamoe.config import cli
     from megamoe.data import inputs
 
-    inputs.UNIT = 1000
+    inputs.UNIT = 2000
     cli.run(prepare_data.main)
 """
 
@@ -110,7 +110,7 @@ def test_a_corpus_is_byte_equal_after_kills_at_random_moments(tmp_path, texts, p
         finished.append(len(list(work.glob("*-record.json"))))
     assert not (tmp_path / "killed").exists()
     assert all(before < after for before, after in itertools.pairwise(finished))  # what was finished is kept
-    monkeypatch.setattr(inputs, "UNIT", 1000)
+    monkeypatch.setattr(inputs, "UNIT", 2000)
     for out in ("killed", "whole"):
         assert prepare(*texts, "--out", tmp_path / out, "--processes", 1)[:2] == (0, [])
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
