@@ -96,7 +96,7 @@ def test_a_corpus_is_byte_equal_after_kills_at_random_moments(tmp_path, texts, p
     call = [sys.executable, tmp_path / "program.py", *texts, "--out", tmp_path / "killed", "--processes", 2]
     work = tmp_path / ".killed.partial"
     draw, finished = random.Random(5), [0]
-    while len(finished) < 6:
+    while len(finished) < 5:
         process = subprocess.Popen(
             list(map(str, call)), env=environment, start_new_session=True, stdout=-3, stderr=subprocess.PIPE
         )
