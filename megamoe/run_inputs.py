@@ -12,7 +12,10 @@ from megamoe.checkpoint.opening import open_source, tokenizer_of
 from megamoe.config.model import ModelConfig
 from megamoe.config.phases import Phases
 from megamoe.config.run import HeldOutSource, RunConfig
+from megamoe.data.cache import Cache
+from megamoe.data.object_store import RemoteFolder
 from megamoe.data.source import DataSource
+from megamoe.data.sources import open_corpus
 from megamoe.data.sources import open_source as open_data
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import end_of_text_of, load_tokenizer
@@ -56,22 +59,26 @@ def open_inputs(
 
     wanted = [(one.path, phase.seq_len) for phase in phases.all for one in phase.data] if phases else []
     wanted = wanted or [(one.path, seq_len) for one in run.data]
+    remotes = open_remotes(run, [*(path for path, _ in wanted), *(one.path for one in run.valid_data)])
+    folders = {path: str(remote.path) for path, remote in remotes.items()}
     opened = {
-        (path, length): problems.attempt(open_data, path, length, model.vocab_size, scans, run.packing)
+        (path, length): problems.attempt(
+            open_data, path, length, model.vocab_size, scans, run.packing, remotes.get(path)
+        )
         for path, length in dict.fromkeys(wanted)
     }
-    first = Path(wanted[0][0])
-    own = [HeldOutSource(name="valid", path=str(first))] if problems.attempt(has_split, first, "valid") else []
+    first = Path(folders.get(wanted[0][0], wanted[0][0]))
+    own = [HeldOutSource(name="valid", path=wanted[0][0])] if problems.attempt(has_split, first, "valid") else []
     sources = run.valid_data or own
     held_out = [
-        problems.attempt(TokenCorpus, corpus_prefix(one.path, "valid"), seq_len, model.vocab_size, scans)
+        problems.attempt(open_corpus, one.path, "valid", seq_len, model.vocab_size, scans, remotes.get(one.path))
         for one in sources
     ]
-    folders = [
-        *(Path(path) for path, _ in opened),
-        *(corpus_prefix(one.path, "valid").parent for one in sources),
+    tokenized = [
+        *(Path(folders.get(path, path)) for path, _ in opened),
+        *(corpus_prefix(folders.get(one.path, one.path), "valid").parent for one in sources),
     ]
-    wrong = tokenizer_problems(folders, initial_weights, model.vocab_size)
+    wrong = tokenizer_problems(tokenized, initial_weights, model.vocab_size)
     problems += wrong
 
     def density(corpus: TokenCorpus) -> Any:
@@ -93,6 +100,14 @@ def tokenizer_files(tokenizer: Path | None, initial_weights: list[Path]) -> list
     own = [tokenizer_of(path).with_name(name) for path in initial_weights[:1] for name in TOKENIZER_FILES]
     files = {file.name: file for file in own if file.is_file()} | ({tokenizer.name: tokenizer} if tokenizer else {})
     return list(files.values())
+
+
+def open_remotes(run: RunConfig, paths: list[str]) -> dict[str, RemoteFolder]:
+    """Those of the paths that are on object stores. Raises one UserError for all of them, or PeerError."""
+    cache, problems = Cache(run.cache_dir, int(run.cache_gib * 2**30)), Problems()
+    remotes = {path: problems.attempt(RemoteFolder, path, cache) for path in dict.fromkeys(paths) if "://" in path}
+    problems.refuse()
+    return remotes
 
 
 def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[str]:

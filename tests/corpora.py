@@ -10,8 +10,10 @@ from megamoe.config.phases import PhaseSettings, make_phases
 from megamoe.config.run import Corpus
 from megamoe.data.batches import TrainData
 from megamoe.data.corpus import complete, write_shards
+from megamoe.data.corpus_record import CorpusRecord, split_of
 from megamoe.data.encoder import Encoder
 from megamoe.data.index_file import token_dtype
+from megamoe.data.shard_writer import ShardWriter
 from megamoe.data.tokenizer import end_of_text_id, vocabulary_of
 
 HEADER = 9 + 8 + 1 + 8 + 8
@@ -63,3 +65,19 @@ def train_data(sources, weights, samples, seed=12, micro_batch=None, world_size=
 
 def random_tokens(count, vocab_size, seed=0):
     return np.random.default_rng(seed).integers(0, vocab_size, count)
+
+
+def prepared(folder, splits, vocab_size=300):
+    """A prepared folder; each shard of a split is a list of documents. Returns the prefix of its training split."""
+    folder.mkdir()
+    record = {}
+    for split, shards in splits.items():
+        records = []
+        for number, documents in enumerate(shards):
+            writer = ShardWriter(folder / f"{split}-{number:05}", token_dtype(vocab_size))
+            for document in documents:
+                writer.add(document, 3 * len(document))
+            records.append(writer.close())
+        record[split] = split_of(records)
+    (folder / "corpus.json").write_text(CorpusRecord(splits=record).model_dump_json())
+    return folder / "train"

@@ -3,12 +3,16 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from corpora import prepared
 from ranks import run_ranks
 from refusals import has, only, refusals
+from s3_server import S3Server
 from toy import PRECISION, check_here, ds_config, losses, new_store, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
@@ -218,3 +222,26 @@ def test_a_run_folder_that_is_removed_ends_all_ranks_with_one_sentence(tmp_path)
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert f"after step 3: {tmp_path / 'run'} has been removed while the run trained in it" in line
     assert not (tmp_path / "run").exists()
+
+
+def train_on_s3(run, variables):
+    os.environ.update(variables)
+    return train_here(run)
+
+
+def test_a_run_on_an_object_store_that_vanishes_for_some_requests_gives_the_losses_of_a_local_one(inputs, tmp_path):
+    draw = np.random.default_rng(0)
+    splits = {"train": [[draw.integers(0, 96, 900)] * 2, [draw.integers(0, 96, 70)]], "valid": [[range(96)]]}
+    prepared(tmp_path / "mine", splits, 96)
+    (local, _) = run_ranks(2, train_here, {**inputs, "data": [str(tmp_path / "mine")], "steps": 4})
+    server = S3Server()
+    try:
+        server.fault = lambda number: "gone" if 4 <= number < 12 else None
+        remote = {"data": [server.upload(tmp_path / "mine", "bucket")], "cache_dir": str(tmp_path / "cache")}
+        changed = {**inputs, **remote, "steps": 4, "run_dir": str(tmp_path / "second")}
+        log, _ = run_ranks(2, train_on_s3, changed, server.environment)
+    finally:
+        server.close()
+    assert losses(log) == losses(local)
+    assert [row["loss"] for row in log["valid"]] == [row["loss"] for row in local["valid"]] != []
+    assert len(server.asked) > 12

@@ -87,7 +87,8 @@ class RunConfig(BaseModel):
     data: list[CorpusOption] = Field(
         default=[Corpus(path="data/shakespeare-2048")],
         min_length=1,
-        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, or the prefix of .bin/.idx",
+        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, a path or "
+        "s3://, gs://; or the prefix of .bin/.idx",
     )
     valid_data: list[Annotated[HeldOutSource, _from_text(parse_held_out)]] = Field(
         default=[],
@@ -99,6 +100,10 @@ class RunConfig(BaseModel):
         description="how documents become samples: cut where a sample ends, or best_fit, which cuts none that fits "
         "into a sample, see docs/data.md",
     )
+    cache_dir: str | None = Field(
+        default=None, description="folder on local disk to cache object stores in; by default that of your caches"
+    )
+    cache_gib: float = Field(default=32, ge=1, description="most GiB of that cache, which the ranks of a host share")
     run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
     resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
     auto_resume: bool = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
 from megamoe.data.source import DataSource, Sample
 
+READ_AHEAD = 128  # samples of a rank
 NO_LABEL = -100  # torch's own default for `ignore_index`
 
 
@@ -62,6 +64,7 @@ class TrainData:
         self.border_labels = border_labels
         self.phases = phases
         self.sources = sources
+        self._told = 0  # the last step whose samples sources know of
         numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in sources))}
         self._orders: dict[Phase, SampleOrder] = {}
         walked = dict.fromkeys(numbers, 0)  # tokens of each path
@@ -114,16 +117,29 @@ class TrainData:
         Args:
             ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
         """
-        phase = self.phases.at(step)
-        paths, micro = [one.path for one in phase.data], phase.micro_batch
-        for first in range(rank * micro, phase.samples, micro * self.phases.world_size):
-            samples = [
-                self.sources[paths[place], phase.seq_len].sample(index, ahead)
-                for place, index in self._places(step, first, micro)
-            ]
+        self._read_ahead(step, rank, ahead)
+        for places in self._micro_batches(step, rank):
+            samples = [source.sample(index, ahead) for source, index in places]
             if not self.document_attention:
                 samples = [Sample(sample.ids, sample.starts[:0]) for sample in samples]
-            yield _to_batch(samples, phase.seq_len, ahead, self.border_labels)
+            yield _to_batch(samples, self.phases.at(step).seq_len, ahead, self.border_labels)
+
+    def _micro_batches(self, step: int, rank: int) -> Iterator[list[tuple[DataSource, int]]]:
+        """The source and the number of each sample."""
+        phase = self.phases.at(step)
+        sources, micro = [self.sources[one.path, phase.seq_len] for one in phase.data], phase.micro_batch
+        for first in range(rank * micro, phase.samples, micro * self.phases.world_size):
+            yield [(sources[place], index) for place, index in self._places(step, first, micro)]
+
+    def _read_ahead(self, step: int, rank: int, ahead: int) -> None:
+        """Tell sources that can read ahead of the samples of a step, and of the next READ_AHEAD ones."""
+        last = step + 1 + READ_AHEAD * self.phases.world_size // self.phases.at(step).samples
+        told = self._told if step <= self._told <= last else step - 1
+        for later in range(told + 1, last + 1):
+            for source, index in itertools.chain(*self._micro_batches(later, rank)):
+                if read_ahead := getattr(source, "read_ahead", None):
+                    read_ahead(index, ahead)
+        self._told = last
 
     def step_samples(self, step: int) -> list[tuple[int, int]]:
         """(source, sample), by number from 0, of all samples of a step over all ranks, in their order. Sources count

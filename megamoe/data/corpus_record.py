@@ -14,7 +14,7 @@ NAME = "corpus.json"
 
 
 class ShardRecord(JsonModel):
-    """A .bin/.idx pair."""
+    """A .bin/.idx pair, and .sums."""
 
     name: str
     """Of both files, without their endings."""
@@ -26,6 +26,8 @@ class ShardRecord(JsonModel):
     """Of all ids, which were checked one by one."""
     bin_sha256: str
     idx_sha256: str
+    sums_sha256: str | None = None
+    """Of the hashes of the .bin's blocks, which an object store needs."""
 
 
 class SplitRecord(JsonModel):

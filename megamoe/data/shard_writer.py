@@ -9,11 +9,20 @@ import numpy as np
 
 from megamoe.data.corpus_record import ShardRecord
 from megamoe.data.index_file import write_index
-from megamoe.utils.disk import flush
+from megamoe.utils.disk import flush, write_file
+
+BLOCK = 256 << 10  # bytes that are read at once of a .bin on an object store, whose samples are read in random order
+HASH_SIZE = 8  # bytes
+
+
+def block_hash(block: bytes) -> bytes:
+    """HASH_SIZE bytes, against errors and not against forgery."""
+    return hashlib.blake2b(block, digest_size=HASH_SIZE).digest()
 
 
 class ShardWriter:
-    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx."""
+    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx, and PREFIX.sums with the hash of each
+    block."""
 
     def __init__(self, prefix: Path, dtype: type):
         """
@@ -50,13 +59,16 @@ class ShardWriter:
         return np.diff(np.concatenate(self._ends))
 
     def close(self) -> ShardRecord | None:
-        """Write the index and flush both files to disk; None, and no files, where there is no token."""
+        """Write the other files and flush all to disk; None, and no files, where there is no token."""
         self._file.close()
         if not self._tokens:
             Path(self._file.name).unlink()
             return None
         index = Path(f"{self._prefix}.idx")
         write_index(index, self._dtype, self.lengths)
+        with open(self._file.name, "rb") as file:
+            sums = b"".join(map(block_hash, iter(lambda: file.read(BLOCK), b"")))
+        write_file(Path(f"{self._prefix}.sums"), sums)
         for path in (index, Path(self._file.name)):
             flush(path)
         return ShardRecord(
@@ -67,4 +79,5 @@ class ShardWriter:
             largest_id=self._largest,
             bin_sha256=self._hash.hexdigest(),
             idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
+            sums_sha256=hashlib.sha256(sums).hexdigest(),
         )

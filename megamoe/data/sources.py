@@ -1,13 +1,15 @@
-"""The sources of samples that `--data` names."""
+"""The sources of samples that `--data` and `--valid_data` name."""
 
 from __future__ import annotations
 
 import re
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from megamoe.data.object_store import RemoteFolder, RemoteShard
 from megamoe.data.packing import PackedCorpus
 from megamoe.data.source import DataSource, Sample
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
@@ -16,17 +18,33 @@ from megamoe.utils.errors import UserError, first_line
 OWN = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")  # MODULE:NAME
 
 
-def open_source(path: str, seq_len: int, vocab_size: int, scan: bool, packing: str = "cut") -> DataSource:
+def open_corpus(
+    path: str, split: str, seq_len: int, vocab_size: int, scan: bool, remote: RemoteFolder | None = None
+) -> TokenCorpus:
+    """A split of a prepared folder, or a .bin/.idx pair. Raises as `TokenCorpus`.
+
+    Args:
+        remote: the folder, where that is on an object store. Nothing is scanned there, for that would read all of it.
+    """
+    if remote:
+        return TokenCorpus(remote.path / split, seq_len, vocab_size, False, partial(RemoteShard, folder=remote))
+    return TokenCorpus(corpus_prefix(path, split), seq_len, vocab_size, scan)
+
+
+def open_source(
+    path: str, seq_len: int, vocab_size: int, scan: bool, packing: str = "cut", remote: RemoteFolder | None = None
+) -> DataSource:
     """The training split of a prepared folder, a .bin/.idx pair, or a source of the user's own by MODULE:NAME. Raises
     UserError.
 
     Args:
         scan: as for `TokenCorpus`.
         packing: "cut", or "best_fit" as `PackedCorpus` does it.
+        remote: as for `open_corpus`.
     """
     named = OWN.fullmatch(path)
     if not named:
-        corpus = TokenCorpus(corpus_prefix(path, "train"), seq_len, vocab_size, scan)
+        corpus = open_corpus(path, "train", seq_len, vocab_size, scan, remote)
         return PackedCorpus(corpus, writes=scan) if packing == "best_fit" else corpus
     if packing != "cut":
         raise UserError(f"packing is {packing}, but {path} makes its samples itself; leave --packing out.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,15 @@ class Shard:
     @cached_property
     def index(self) -> IndexFile:
         """Raises UserError for missing, empty or mismatched files."""
+        index = self._open_index()
+        if self.record and index.num_tokens != self.record.tokens:
+            raise UserError(
+                f"{self.prefix}.bin has {index.num_tokens} tokens, not the {self.record.tokens} of its record; prepare "
+                "the corpus again."
+            )
+        return index
+
+    def _open_index(self) -> IndexFile:
         bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
         missing = [str(path) for path in (bin_path, idx_path) if not path.exists()]
         if missing:
@@ -41,37 +50,46 @@ class Shard:
                 f"there is no {' and no '.join(missing)}; give a folder that tools/prepare_data.py has made, or the "
                 "prefix of a .bin/.idx pair."
             )
-        index = IndexFile(idx_path, bin_path, check_regular(bin_path, "a .bin/.idx pair"))
-        if self.record and index.num_tokens != self.record.tokens:
-            raise UserError(
-                f"{bin_path} has {index.num_tokens} tokens, not the {self.record.tokens} of its record; prepare the "
-                "corpus again."
-            )
-        return index
+        return IndexFile(idx_path, bin_path, check_regular(bin_path, "a .bin/.idx pair"))
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """(num_tokens,), in the file's own type."""
         return np.memmap(f"{self.prefix}.bin", dtype=self.index.dtype, mode="r")
 
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens from `start` on and before `stop`."""
+        return self.tokens[start:stop]
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Prepare for a `read` soon. A file that is mapped needs nothing."""
+
 
 class TokenCorpus:
     """The tokens of a split as one sequence, cut into samples of seq_len + 1 tokens that share their ends."""
 
-    def __init__(self, prefix: Path, seq_len: int, vocab_size: int, scan: bool = True):
+    def __init__(
+        self,
+        prefix: Path,
+        seq_len: int,
+        vocab_size: int,
+        scan: bool = True,
+        open_shard: Callable[[Path, ShardRecord], Shard] = Shard,
+    ):
         """Raises UserError for missing, empty or mismatched files, under one sample, or ids beyond the vocabulary.
 
         Args:
             prefix: of a .bin/.idx pair, or of a prepared split's shards.
             scan: look at all files, and check the first SCAN tokens of those without a record; of the ranks of a host,
                 one needs to.
+            open_shard: by prefix and record; by default as local files.
         """
         self.prefix = prefix
         self.seq_len = seq_len
         self.vocab_size = vocab_size
         self.record = split_record(prefix)
         shards = self.record.shards if self.record else []
-        self._shards = [Shard(prefix.with_name(one.name), one) for one in shards] or [Shard(prefix, None)]
+        self._shards = [open_shard(prefix.with_name(one.name), one) for one in shards] or [Shard(prefix, None)]
         sizes = [one.tokens for one in shards] or [self._shards[0].index.num_tokens]
         self._ends = np.cumsum(sizes)
         self.num_tokens = int(self._ends[-1])
@@ -102,9 +120,16 @@ class TokenCorpus:
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
         """The sample of that number; shorter where the corpus ends before."""
-        start = index * self.seq_len
-        stop = min(start + self.seq_len + 1 + ahead, self.num_tokens)
+        start, stop = self._span(index, ahead)
         return Sample(self.read(start, stop).astype(np.int64), self.starts(start + 1, stop) - start)
+
+    def read_ahead(self, index: int, ahead: int = 0) -> None:
+        """Prepare for the same call of `sample` soon."""
+        self.read_tokens_ahead(*self._span(index, ahead))
+
+    def _span(self, index: int, ahead: int) -> tuple[int, int]:
+        start = index * self.seq_len
+        return start, min(start + self.seq_len + 1 + ahead, self.num_tokens)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, in the file's own type."""
@@ -130,11 +155,16 @@ class TokenCorpus:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Checked ids, in the file's own type."""
-        parts = [shard.tokens[low:high] for shard, _, low, high in self._parts(start, stop)]
+        parts = [shard.read(low, high) for shard, _, low, high in self._parts(start, stop)]
         ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if not self.record and (ids.max() >= self.vocab_size or ids.min() < 0):
             self._check_id(int(ids[(ids >= self.vocab_size) | (ids < 0)][0]))
         return ids
+
+    def read_tokens_ahead(self, start: int, stop: int) -> None:
+        """Prepare for the same call of `read` soon."""
+        for shard, _, low, high in self._parts(start, stop):
+            shard.read_ahead(low, high)
 
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:

@@ -38,12 +38,12 @@ class Report:
 
 
 def needed_files(run: RunConfig) -> list[Path]:
-    """Files that every host must see."""
+    """Files that every host must see. Object stores and sources of the user's own are opened by the ranks."""
     file = run.data_schedule
     mixes = [phase.data or run.data for phase in read_phases(file)] if file and Path(file).exists() else [run.data]
     paths = dict.fromkeys(one.path for mix in mixes for one in mix)
-    prefixes = [corpus_prefix(path, "train") for path in paths if not OWN.fullmatch(path)]
-    prefixes += [corpus_prefix(source.path, "valid") for source in run.valid_data]
+    sources = [*((path, "train") for path in paths), *((one.path, "valid") for one in run.valid_data)]
+    prefixes = [corpus_prefix(path, split) for path, split in sources if "://" not in path and not OWN.fullmatch(path)]
     files = [file for prefix in prefixes for file in files_of(prefix)]
     presets = [Path(run.preset)] if run.preset.endswith(".json") else []
     given = [Path(path) for path in (run.data_schedule, run.init_from) if path]

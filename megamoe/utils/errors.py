@@ -19,16 +19,19 @@ class UserError(Exception):
 
 
 class PeerError(UserError):
-    """Another rank or host is late, lost or out of reach, which a restart can cure: programs exit with code 1."""
+    """Another rank, host or store is late, lost or out of reach, which a restart can cure: exit code 1."""
 
 
 class Problems(list[str]):
     """Problems of one configuration, collected so that all are reported at once."""
 
     def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`; where it raises UserError, its problems are kept and None comes back."""
+        """`function(*args)`; where it raises UserError, its problems are kept and None comes back. A
+        PeerError ends the checks: it is no problem of the configuration."""
         try:
             return function(*args)
+        except PeerError:
+            raise
         except UserError as error:
             self.extend(error.problems)
 

@@ -49,7 +49,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
     """The JSON object in `data`, which comes from `path`. Raises UserError as `read_json`."""
     try:
         value = json.loads(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from corpora import build, random_tokens, train_data
 
+from megamoe.data import batches
 from megamoe.data.batches import Batch
 from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
@@ -152,3 +153,19 @@ def test_only_a_pinned_batch_is_copied_while_the_host_goes_on(monkeypatch):
         monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor, is_pinned=is_pinned: is_pinned)
         batch.to(torch.device("cuda"))
     assert copies == [{"non_blocking": True}] * 4 + [{"non_blocking": False}] * 4
+
+
+def test_a_source_is_told_once_of_the_samples_that_it_is_asked_for_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "READ_AHEAD", 5)  # of two per step: three steps
+    sources, told, asked = two_corpora(tmp_path), [], []
+    monkeypatch.setattr(sources[1], "read_ahead", lambda index, ahead: told.append(index), raising=False)
+    monkeypatch.setattr(sources[1], "sample", lambda index, ahead: asked.append(index) or sources[0].sample(0, ahead))
+    for rank in (0, 1):
+        data = train_data(sources, [1.0, 1.0], samples=4, world_size=2, micro_batch=1)
+        for first in (1, 3):  # the second time the run has gone back
+            told.clear(), asked.clear()
+            for step in range(first, 9):
+                assert len(list(data.step_batches(step, rank, ahead=1))) == 2
+                following = [place for later in (1, 2, 3) for place in data.step_samples(step + later)[rank::2]]
+                assert told == [*asked, *(index for source, index in following if source == 1)]
+            assert len(asked) > 3

@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import HEADER, build, random_tokens
+from corpora import HEADER, build, prepared, random_tokens
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
 from refusals import has, refusal
 
 from megamoe.data import token_files
-from megamoe.data.corpus_record import CorpusRecord, split_of
-from megamoe.data.index_file import token_dtype
-from megamoe.data.shard_writer import ShardWriter
 from megamoe.data.token_files import Shard, TokenCorpus, corpus_prefix
 
 
@@ -184,22 +181,6 @@ def test_a_folder_holds_its_splits_and_anything_else_is_a_prefix_with_or_without
     for suffix in ("", ".bin", ".idx"):
         assert corpus_prefix(f"{tmp_path / 'mine.v2'}{suffix}", "train") == tmp_path / "mine.v2"
     assert TokenCorpus(tmp_path / "mine.v2", 10, 50).num_tokens == 20
-
-
-def prepared(folder, splits, vocab_size=300):
-    """A prepared folder; each shard of a split is a list of documents."""
-    folder.mkdir()
-    record = {}
-    for split, shards in splits.items():
-        records = []
-        for number, documents in enumerate(shards):
-            writer = ShardWriter(folder / f"{split}-{number:05}", token_dtype(vocab_size))
-            for document in documents:
-                writer.add(document, 3 * len(document))
-            records.append(writer.close())
-        record[split] = split_of(records)
-    (folder / "corpus.json").write_text(CorpusRecord(splits=record).model_dump_json())
-    return folder / "train"
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65536, 100_000])

@@ -68,6 +68,8 @@ def test_the_files_that_every_host_needs(tmp_path):
     phases.write_text('{"phases": [{"data": ["x"], "tokens": 9}, {"data": ["x", "my_source:Mine"]}]}')
     needed = needed_files(RunConfig(ds_config="ds.json", data_schedule=str(phases)))
     assert needed == [Path(path) for path in ("ds.json", "x.bin", "x.idx", phases)]
+    remote = RunConfig(ds_config="ds.json", data=["s3://b/x"], valid_data=["web=gs://b/x"])
+    assert needed_files(remote) == [Path("ds.json")]
     assert needed_files(RunConfig(ds_config="ds.json", data=["x"])) == [Path(p) for p in ("ds.json", "x.bin", "x.idx")]
 
 

@@ -1,0 +1,102 @@
+"""What was read of object stores, on local disk: bounded, shared by the ranks of a host, kept for later runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from megamoe.utils.errors import UserError
+
+THREADS = 8  # reads at once, which hide the latency of a store
+TRIES = 4  # reads of what has a wrong hash
+KEPT, LOOKS = 0.75, 64  # share of the limit that a look at the size leaves; looks while the whole limit is written
+
+
+class Entry(NamedTuple):
+    """A file of the cache."""
+
+    path: Path
+    origin: str  # for messages
+    read: Callable[[], bytes]  # from there
+    is_right: Callable[[bytes], bool]
+
+
+class Cache:
+    """Files that are complete or absent, and are checked whenever they are read."""
+
+    def __init__(self, parent: str | None, limit: int):
+        """
+        Args:
+            parent: of the cache's folder; by default that of the user's caches.
+            limit: bytes.
+        """
+        parent = parent or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        self.folder = Path(parent).expanduser() / "megamoe_corpora"  # its own: any file in it may be removed
+        self._limit = limit
+        self._threads = ThreadPoolExecutor(THREADS, "object store")
+        self._running: dict[Path, Future[bytes]] = {}
+        self._written = limit  # since the last look at the size; earlier runs may have filled it
+
+    def get(self, entry: Entry) -> bytes:
+        """The content of a file, fetched where it is absent. Raises what reading its origin raises, and UserError where
+        the content is never right."""
+        for _ in range(TRIES):
+            running = self._running.get(entry.path)
+            if running and not running.cancel():
+                running.result()
+            try:
+                data = entry.path.read_bytes()
+                os.utime(entry.path)
+            except FileNotFoundError:
+                data = self._fetch(entry)
+            if entry.is_right(data):
+                return data
+            entry.path.unlink(missing_ok=True)
+        raise UserError(
+            f"{entry.origin} has another hash than corpus.json gives, in {TRIES} reads; upload the folder again."
+        )
+
+    def begin(self, entry: Entry) -> None:
+        """Have a thread fetch a file that is absent, for a `get` soon."""
+        path = entry.path
+        if path not in self._running and not path.exists():
+            running = self._running[path] = self._threads.submit(self._fetch, entry)
+            running.add_done_callback(lambda _: self._running.pop(path, None))
+
+    def _fetch(self, entry: Entry) -> bytes:
+        data = entry.read()
+        if not entry.is_right(data):
+            return data
+        try:
+            entry.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=entry.path.parent, delete=False) as file:
+                file.write(data)
+            os.replace(file.name, entry.path)
+        except OSError as error:
+            why = error.strerror
+            raise UserError(f"{self.folder} cannot be written ({why}); choose another --cache_dir.") from None
+        self._written += len(data)
+        if self._written > self._limit / LOOKS:
+            self._written = 0
+            self._remove_oldest()
+        return data
+
+    def _remove_oldest(self) -> None:
+        """Remove the least recently used files. Other processes may do so at the same time."""
+        files = []
+        for path in self.folder.glob("**/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            files += [(status.st_mtime_ns, status.st_size, path)] * path.is_file()
+        excess = sum(size for _, size, _ in files) - self._limit * KEPT
+        for _, size, path in sorted(files):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size

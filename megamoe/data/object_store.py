@@ -1,0 +1,157 @@
+"""Prepared folders on object stores, read by fsspec into a cache: tokens in blocks, other files whole."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megamoe.config.model import validate
+from megamoe.data.cache import Cache, Entry
+from megamoe.data.corpus_record import NAME, CorpusRecord, ShardRecord
+from megamoe.data.index_file import IndexFile
+from megamoe.data.shard_writer import BLOCK, HASH_SIZE, block_hash
+from megamoe.data.token_files import Shard
+from megamoe.utils.errors import PeerError, UserError, first_line
+from megamoe.utils.json_files import parse_json
+
+# Seconds that a store may fail: less than the default of --collective_timeout, so that a run's end names the store.
+PATIENCE = 240.0
+TIMEOUT = 30.0  # seconds of a request
+MAX_PAUSE = 15.0  # seconds
+PART = 8 << 20  # bytes of a request
+REMEDIES = {  # by the names of errors that waiting does not cure
+    "FileNotFoundError": "upload a folder that tools/prepare_data.py has made, or correct the path",
+    "PermissionError": "set credentials that may read it",
+    "NoCredentialsError": "set them as for the store's own tools",
+    "DefaultCredentialsError": "set them as for the store's own tools",
+    "ImportError": "pip install 'megamoe[s3]' or 'megamoe[gcs]'",
+    "ValueError": "give s3:// or gs://, or a path",
+}
+
+
+class RemoteFolder:
+    """A prepared folder on an object store; `path`, in the cache, holds what has been read of it."""
+
+    def __init__(self, url: str, cache: Cache):
+        """Raises UserError where it is absent, incomplete or may not be read; PeerError where the store does not
+        answer."""
+        import fsspec
+
+        self.url, self.cache = url.rstrip("/"), cache
+        self._system, self._root = ask(self.url, fsspec.url_to_fs, self.url)
+        self._system.invalidate_cache()
+        self._timeout = {"timeout": TIMEOUT} if self._system.async_impl else {}
+        listed = ask(self.url, self._system.ls, self._root, detail=True, **self._timeout)
+        self.sizes: dict[str, int] = {one["name"].rpartition("/")[2]: one["size"] for one in listed}
+        file = f"{self.url}/{NAME}"
+        data = self.read(NAME)
+        record = validate(CorpusRecord, parse_json(data, file), file)
+        self._check_complete(record)
+        # With another record it is another corpus.
+        name = f"{re.sub('[^A-Za-z0-9.-]+', '_', self.url)}-{hashlib.sha256(data).hexdigest()[:16]}"
+        self.path = cache.folder / name
+        cache.get(Entry(self.path / NAME, file, lambda: data, lambda found: found == data))
+        if record.tokenizer_sha256:
+            cache.get(self.entry("tokenizer.json", record.tokenizer_sha256))
+
+    def _check_complete(self, record: CorpusRecord) -> None:
+        shards = [shard for split in record.splits.values() for shard in split.shards]
+        wanted = [f"{shard.name}{end}" for shard in shards for end in (".bin", ".idx", ".sums")]
+        wanted += ["tokenizer.json"] * bool(record.tokenizer_sha256)
+        lacks = [name for name in wanted if not self.sizes.get(name)]
+        lacks += [f"the end of {one.name}.bin" for one in shards if self.sizes.get(f"{one.name}.bin", 0) % one.tokens]
+        if lacks:
+            more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
+            raise UserError(f"{self.url} lacks {', '.join(lacks[:3])}{more}; upload the whole folder again.")
+
+    def entry(self, name: str, sha256: str | None) -> Entry:
+        """A whole file in the cache."""
+        return Entry(
+            self.path / name,
+            f"{self.url}/{name}",
+            lambda: self.read(name),
+            lambda data: hashlib.sha256(data).hexdigest() == sha256,
+        )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes of a file on the store. Raises as `ask`."""
+        stop = self.sizes.get(name, 1) if stop is None else stop
+        places = [(at, min(at + PART, stop)) for at in range(start, stop, PART)]
+        return b"".join(ask(f"{self.url}/{name}", self._read, name, *place) for place in places)
+
+    def _read(self, name: str, start: int, stop: int) -> bytes:
+        data: bytes = self._system.cat_file(f"{self._root}/{name}", start=start, end=stop, **self._timeout)
+        if len(data) != stop - start:
+            raise OSError(f"{len(data)} of {stop - start} bytes came")
+        return data
+
+
+class RemoteShard(Shard):
+    """A shard whose .bin is read in blocks, and whose other files are copied when they are first needed."""
+
+    def __init__(self, prefix: Path, record: ShardRecord, folder: RemoteFolder):
+        super().__init__(prefix, record)
+        self._folder, self._cache = folder, folder.cache
+        self._bin = f"{record.name}.bin"
+        self._size = folder.sizes[self._bin]
+        self._width = self._size // record.tokens  # bytes of a token
+        self._index = folder.entry(f"{record.name}.idx", record.idx_sha256)
+        self._sums = folder.entry(f"{record.name}.sums", record.sums_sha256)
+
+    def _open_index(self) -> IndexFile:
+        self._cache.get(self._index)
+        return IndexFile(self._index.path, Path(self._bin), self._size)
+
+    @cached_property
+    def _hashes(self) -> bytes:
+        return self._cache.get(self._sums)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """As of a local one. Raises UserError or PeerError where the store does not give it."""
+        entries = self._blocks(start, stop)
+        data = b"".join(map(self._cache.get, entries))
+        return np.frombuffer(data, self.index.dtype, stop - start, start * self._width % BLOCK)
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Have threads fetch what `read` will need, and the index."""
+        for entry in (self._index, *self._blocks(start, stop)):
+            self._cache.begin(entry)
+
+    def _blocks(self, start: int, stop: int) -> list[Entry]:
+        return [self._block(at) for at in range(start * self._width // BLOCK, -(-stop * self._width // BLOCK))]
+
+    def _block(self, number: int) -> Entry:
+        start, stop = number * BLOCK, min((number + 1) * BLOCK, self._size)
+        return Entry(
+            self.prefix / str(number),
+            f"block {number} of {self._folder.url}/{self._bin}",
+            lambda: self._folder.read(self._bin, start, stop),
+            lambda data: block_hash(data) == self._hashes[number * HASH_SIZE :][:HASH_SIZE],
+        )
+
+
+def ask(url: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a store answers, asked again for PATIENCE seconds. Raises UserError for what waiting does not cure, else
+    PeerError."""
+    began, pause = time.monotonic(), 0.25
+    while True:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # each library has its own
+            why, remedy = first_line(error).rstrip("."), REMEDIES.get(type(error).__name__)
+            if remedy:
+                raise UserError(f"{url} cannot be read ({why}); {remedy}.") from None
+            if (seconds := time.monotonic() - began) > PATIENCE:
+                raise PeerError(
+                    f"{url} could not be read for {seconds:.0f} s ({why}); see that the store answers, and start again."
+                ) from None
+        time.sleep(pause * random.uniform(0.5, 1))  # not all ranks at once
+        pause = min(2 * pause, MAX_PAUSE)
