@@ -69,8 +69,6 @@ class Cache:
 
     def _fetch(self, entry: Entry) -> bytes:
         data = entry.read()
-        if not entry.is_right(data):
-            return data
         try:
             entry.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=entry.path.parent, delete=False) as file:

@@ -17,7 +17,7 @@ from megamoe.data.cache import Cache
 from megamoe.data.object_store import RemoteFolder
 from megamoe.data.shard_writer import BLOCK
 from megamoe.data.sources import open_corpus
-from megamoe.utils.errors import PeerError
+from megamoe.utils.errors import PeerError, Problems
 
 SEQ_LEN = 20_000
 GIB = 1 << 30
@@ -122,6 +122,8 @@ def test_a_store_that_is_gone_for_good_ends_the_run_for_a_restart(server, url, t
     corpus = open_remote(url, tmp_path)
     monkeypatch.setattr(object_store, "PATIENCE", 0.5)
     server.fault = lambda number: "gone"
+    with pytest.raises(PeerError):
+        Problems().attempt(RemoteFolder, url, Cache(str(tmp_path), GIB))  # no problem of the configuration
     with pytest.raises(PeerError) as caught:
         corpus.sample(0)
     has(str(caught.value), f"{url}/train-00000", "could not be read", "start again")
