@@ -16,7 +16,7 @@ from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
 from megamoe.data.source import DataSource, Sample
 
-READ_AHEAD = 128  # samples of a rank
+READ_AHEAD = 128  # samples of a rank that sources are told of before they are asked for
 NO_LABEL = -100  # torch's own default for `ignore_index`
 
 

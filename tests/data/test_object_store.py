@@ -16,7 +16,7 @@ from megamoe.data import object_store
 from megamoe.data.cache import Cache
 from megamoe.data.object_store import RemoteFolder
 from megamoe.data.shard_writer import BLOCK
-from megamoe.data.sources import open_corpus
+from megamoe.data.sources import open_corpus, open_source
 from megamoe.utils.errors import PeerError, Problems
 
 SEQ_LEN = 20_000
@@ -86,6 +86,14 @@ def test_samples_are_those_of_the_local_folder_though_the_store_fails_now_and_th
     assert samples(remote) == samples(expected)
     assert remote.fingerprint == expected.fingerprint
     assert fault in (None, "slow") or len(server.asked) > 12
+
+
+def test_packed_samples_are_those_of_the_local_folder(local, url, tmp_path):
+    remote = RemoteFolder(url, Cache(str(tmp_path), GIB))
+    packed = open_source(url, SEQ_LEN, 50_000, False, "best_fit", remote)
+    for index in range(packed.num_samples):
+        packed.read_ahead(index, ahead=1)
+    assert samples(packed) == samples(open_source(str(local), SEQ_LEN, 50_000, False, "best_fit"))
 
 
 def test_only_the_files_and_blocks_of_the_samples_are_read_and_a_later_run_reads_none_of_them_again(
