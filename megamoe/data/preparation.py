@@ -156,7 +156,7 @@ def assemble(writer: UnitWriter, num_units: int, tokenizer: Tokenizer) -> Corpus
     for record in records:
         for split, shard in record.shards.items():
             name = f"{split}-{len(shards[split]):05}"
-            for suffix in (".bin", ".idx"):
+            for suffix in (".bin", ".idx", ".sums"):
                 with suppress(FileNotFoundError):  # renamed before a run was killed
                     (writer.folder / f"{shard.name}{suffix}").rename(writer.folder / f"{name}{suffix}")
             shards[split].append(shard.model_copy(update={"name": name}))

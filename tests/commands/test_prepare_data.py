@@ -17,7 +17,10 @@ from refusals import has, only
 
 from megamoe.commands import prepare_data
 from megamoe.data import inputs
+from megamoe.data.cache import Cache
 from megamoe.data.corpus_record import read_record
+from megamoe.data.object_store import RemoteFolder
+from megamoe.data.sources import open_corpus
 from megamoe.data.token_files import TokenCorpus
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -83,6 +86,11 @@ def test_any_number_of_processes_gives_the_same_bytes_and_every_document_once(tm
     found = [text for split in ("train", "valid") for text in texts_of(tmp_path / "1", split)]
     assert sorted(found) == sorted([*documents(1), *documents(2, 60)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "books", "tokenizer.json", "web.jsonl"]
+    remote = RemoteFolder(
+        f"file://{tmp_path / '1'}", Cache(str(tmp_path / "cache"), 1 << 30)
+    )  # it has all that it needs
+    sets = [open_corpus(str(tmp_path / "1"), "train", 9, 400, True, one) for one in (None, remote)]
+    assert [ids.tolist() for ids in sets[1].documents()] == [ids.tolist() for ids in sets[0].documents()]
 
 
 def inputs_of(texts):

@@ -61,6 +61,13 @@ def test_what_no_model_can_read_is_refused(own):
     has(refusal(open_source("own_source:Counting", 4, 5, True).sample, 1), "0 to 4")
 
 
+def train_in(folder, run):
+    with pytest.MonkeyPatch.context() as patch:  # a rank is kept for other tests
+        patch.chdir(folder)
+        patch.syspath_prepend(folder)
+        return train_here(run)
+
+
 def test_the_example_of_the_docs_trains(tmp_path, monkeypatch):
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     (code,) = re.findall(r"```python\n(import sqlite3\n.*?)```", docs, re.DOTALL)
@@ -72,6 +79,6 @@ def test_the_example_of_the_docs_trains(tmp_path, monkeypatch):
         database.execute("CREATE TABLE documents (text)")
         database.executemany("INSERT INTO documents VALUES (?)", [(f"{n} " * (3 + n % 9),) for n in range(40)])
     run = {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run"), "steps": 3}
-    (log,) = run_ranks(1, train_here, {**run, "data": ["my_source:Documents"], "eval_interval": 0})
+    (log,) = run_ranks(1, train_in, tmp_path, {**run, "data": ["my_source:Documents"], "eval_interval": 0})
     assert len(losses(log)) == 3
     sys.modules.pop("my_source", None)
