@@ -143,7 +143,7 @@ def test_a_folder_of_text_becomes_a_corpus_and_is_not_written_twice(tmp_path, te
     names = {
         "corpus.json",
         "tokenizer.json",
-        *(f"{split}-00000{end}" for split in ("train", "valid") for end in (".bin", ".idx")),
+        *(f"{split}-00000{end}" for split in ("train", "valid") for end in (".bin", ".idx", ".sums")),
     }
     assert {file.name for file in out.iterdir()} == names
     chapters = [f"Chapter {number}\n{TEXT}" for number in range(4)]
