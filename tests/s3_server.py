@@ -1,5 +1,6 @@
 """moto's S3 on loopback, which counts what it is asked and can be made to fail."""
 
+import os
 import re
 import socket
 import threading
@@ -7,10 +8,17 @@ import time
 from pathlib import Path
 
 import boto3
+import fsspec
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+
+
+def use(variables):
+    """Have this rank, which may know an earlier server, use the one with these variables."""
+    os.environ.update(variables)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 class S3Server:

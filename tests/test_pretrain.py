@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from corpora import prepared
 from ranks import run_ranks
 from refusals import has, only, refusals
-from s3_server import S3Server
+from s3_server import S3Server, use
 from toy import PRECISION, check_here, ds_config, losses, new_store, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
@@ -225,7 +224,7 @@ def test_a_run_folder_that_is_removed_ends_all_ranks_with_one_sentence(tmp_path)
 
 
 def train_on_s3(run, variables):
-    os.environ.update(variables)
+    use(variables)
     return train_here(run)
 
 

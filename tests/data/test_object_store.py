@@ -10,7 +10,7 @@ import pytest
 from corpora import prepared
 from ranks import run_ranks
 from refusals import has, refusal
-from s3_server import S3Server
+from s3_server import S3Server, use
 
 from megamoe.data import object_store
 from megamoe.data.cache import Cache
@@ -65,7 +65,7 @@ def samples(corpus):
 
 
 def read_twice(variables, url, cache, limit, expected):
-    os.environ.update(variables)
+    use(variables)
     corpus = open_remote(url, cache, limit)
     return all(samples(corpus) == expected for _ in range(2))
 
