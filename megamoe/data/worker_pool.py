@@ -36,6 +36,7 @@ def _results(do: Callable[..., Any], work: list[tuple[Any, ...]], processes: int
     if processes <= 1:
         yield from ((number, do(*one)) for number, one in enumerate(work))
         return
+    others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_worker)
     before = signal.getsignal(signal.SIGINT)
     on_interrupt(signal.SIG_IGN)  # inherited by the processes: Ctrl-C ends them through this one
@@ -53,7 +54,7 @@ def _results(do: Callable[..., Any], work: list[tuple[Any, ...]], processes: int
         ) from None
     finally:
         if not all(future.done() for future in futures):
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()) - set(others):
                 process.terminate()
         pool.shutdown(cancel_futures=True)
 
