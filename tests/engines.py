@@ -31,11 +31,11 @@ class OneWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
         self.loss_parts = ("cross_entropy",)
-        self.register_buffer("step_losses", torch.zeros(1))
+        self.register_buffer("step_losses", torch.zeros(1, 2))
 
     def forward(self, x, documents=None):
         loss = (self.weight * x).sum()
-        self.step_losses += loss.detach()
+        self.step_losses += torch.stack((loss.detach(), torch.ones(())))
         return loss
 
 

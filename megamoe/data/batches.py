@@ -29,7 +29,6 @@ class Batch:
     # NO_LABEL where none counts, or the corpus has ended.
     labels: Tensor
     documents: Documents | None = None  # within which attention stays; None without borders and padding
-    num_labels: int | None = None  # that count, of [:, :seq_len]; None for all
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies it while the host goes on."""
@@ -41,7 +40,7 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         documents = self.documents.map(function) if self.documents else None
-        return Batch(function(self.input_ids), function(self.labels), documents, self.num_labels)
+        return Batch(function(self.input_ids), function(self.labels), documents)
 
 
 class TrainData:
@@ -162,11 +161,8 @@ def _to_batch(samples: list[Sample], seq_len: int, ahead: int, border_labels: bo
         read[: len(sample.ids)] = sample.ids[:seq_len]
         predicted[: len(sample.ids) - 1] = labels_of(sample, border_labels)
     lengths = [len(sample.ids) for sample in samples]
-    documents = None
-    if min(lengths) < seq_len or any(len(sample.starts) for sample in samples):
-        documents = Documents.of([sample.starts for sample in samples], lengths, seq_len)
-    num_labels = int(np.count_nonzero(labels[:, :seq_len] != NO_LABEL))
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents, num_labels)
+    documents = Documents.of([sample.starts for sample in samples], lengths, seq_len)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents)
 
 
 def labels_of(sample: Sample, border_labels: bool = False) -> np.ndarray:

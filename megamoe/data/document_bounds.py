@@ -24,8 +24,9 @@ class Documents:
     tokens: Tensor | None = None  # (tokens,) int64: which of the N positions are not padding; None where all are
 
     @classmethod
-    def of(cls, starts: Sequence[np.ndarray], lengths: Sequence[int], length: int) -> Documents:
-        """
+    def of(cls, starts: Sequence[np.ndarray], lengths: Sequence[int], length: int) -> Documents | None:
+        """None where each row is one document without padding.
+
         Args:
             starts: of each row, rising positions above 0 at which a document begins.
             lengths: of each row, its tokens; up to T, what follows is padding.
@@ -37,17 +38,12 @@ class Documents:
         for row, of_row in zip(is_start, starts, strict=True):
             row[of_row[of_row < length]] = True
         bounds = np.append(np.flatnonzero(is_start), is_start.size)
+        if len(bounds) == len(is_start) + 1:
+            return None
         positions = places - np.repeat(bounds[:-1], np.diff(bounds)).reshape(places.shape)
         on_host, tokens = torch.from_numpy(bounds.astype(np.int32)), np.flatnonzero(places % length < sizes)
         padded = torch.from_numpy(tokens) if len(tokens) < places.size else None
         return cls(torch.from_numpy(positions), on_host, on_host, int(np.diff(bounds).max()), padded)
-
-    @classmethod
-    def of_rows(cls, batch: int, length: int, device: torch.device) -> Documents:
-        """Of rows that are one document each."""
-        positions = torch.arange(length, device=device).expand(batch, -1)
-        starts = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
-        return cls(positions, starts, starts, length)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Documents:
         """The same documents, with `function` of each tensor."""

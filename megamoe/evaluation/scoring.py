@@ -73,19 +73,14 @@ def score(model: Decoder, windows: Iterable[Window], owners: int, share: Share, 
         mine = group[start : start + share.micro_batch] or [FILL]
         ids = _rows([window.ids for window in mine]).clamp_min(0).to(device)
         labels = _rows([window.labels for window in mine]).to(device)
-        scores = model.score(ids, labels, _documents(mine, ids))
+        lengths = [ids.shape[1]] * len(mine)  # the padding behind a row changes nothing before it
+        documents = Documents.of([window.starts for window in mine], lengths, ids.shape[1])
+        scores = model.score(ids, labels, documents and documents.map(lambda tensor: tensor.to(device)))
         values = torch.stack((scores.nats.double(), (labels != NO_LABEL).double(), (~scores.is_likeliest).double()), -1)
         sums.index_add_(0, torch.tensor([window.owner for window in mine], device=device), values.sum(1))
     if share.world_size > 1:
         dist.all_reduce(sums)
     return sums.cpu()
-
-
-def _documents(windows: list[Window], ids: Tensor) -> Documents | None:
-    if not any(len(window.starts) for window in windows):
-        return None
-    documents = Documents.of([one.starts for one in windows], [len(one.ids) for one in windows], ids.shape[1])
-    return documents.map(lambda tensor: tensor.to(ids.device))
 
 
 def _rows(arrays: Sequence[np.ndarray]) -> Tensor:

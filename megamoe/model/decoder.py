@@ -44,7 +44,8 @@ class Decoder(nn.Module):
     """The language model; of every layer's experts it holds those of its topology.
 
     Buffers:
-        step_losses: (P,), sums of the parts of the loss since the last optimizer step on this rank; not saved.
+        step_losses: (P, 2), of each part of the loss, the sum over the micro-batches since the last optimizer step on
+            this rank, and the sum of the shares of their positions that it is of; not saved.
     """
 
     step_losses: Tensor
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MultiTokenPredictor(config, self.topology) if config.num_nextn_predict_layers else None
         self.loss_parts = loss_parts(config)
-        self.register_buffer("step_losses", torch.zeros(len(self.loss_parts)), persistent=False)
+        self.register_buffer("step_losses", torch.zeros(len(self.loss_parts), 2), persistent=False)
         if seed is not None:
             self._init_weights(seed)
 
@@ -168,7 +169,8 @@ class Decoder(nn.Module):
             raise ValueError(f"labels are {labels.shape[1]} per row for {length} ids; give {needed}{why}.")
         if self.training:
             return self._training_loss(stream, hidden, labels)
-        return chunked_head_loss(hidden.flatten(0, 1), self.head, labels.flatten()).total
+        total = chunked_head_loss(hidden.flatten(0, 1), self.head, labels.flatten()).total
+        return total / _share(labels).clamp_min(1e-9)
 
     @torch.no_grad()
     def score(self, input_ids: Tensor, labels: Tensor, documents: Documents | None = None) -> TokenScores:
@@ -235,7 +237,7 @@ class Decoder(nn.Module):
             elif window is None or window >= length:
                 masks[window] = None
             elif is_one_call:
-                masks[window] = DocumentMask.of(Documents.of_rows(batch, length, hidden.device), True, 0, window)
+                masks[window] = DocumentMask.of_rows(batch, length, hidden.device, window)
             else:
                 masks[window] = attention_mask(hidden.new_ones(1, length, dtype=torch.bool), length, 0, window)
         return masks
@@ -248,26 +250,26 @@ class Decoder(nn.Module):
             labels: as for `forward`.
         """
         config, (batch, length, _) = self.config, hidden.shape
-        following, router_losses, tokens = labels[:, :length], stream.router_losses, batch * length
-        of_head = chunked_head_loss(
-            hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef, tokens
-        )
-        total = of_head.total
-        parts = {"cross_entropy": of_head.cross_entropy, "output_z": of_head.z_loss}
+        following, router_losses = labels[:, :length], stream.router_losses
+        of_head = chunked_head_loss(hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef)
+        total, share = of_head.total, _share(following)
+        parts = {"cross_entropy": (of_head.cross_entropy, share), "output_z": (of_head.z_loss, share)}
         if self.mtp:
             embedded = self.embed_tokens(following.masked_fill(following == NO_LABEL, 0))
             further, of_router = self.mtp(hidden, embedded, stream.rotary, stream.mask, stream.used)
             # The token after a border says nothing of the document before it.
-            beyond = labels[:, 1:].masked_fill(following == NO_LABEL, NO_LABEL).flatten()
-            parts["mtp"] = chunked_head_loss(further.flatten(0, 1), self.head, beyond, tokens=tokens).total
-            total = total + config.mtp_loss_coef * parts["mtp"]
+            beyond = labels[:, 1:].masked_fill(following == NO_LABEL, NO_LABEL)
+            of_mtp = chunked_head_loss(further.flatten(0, 1), self.head, beyond.flatten()).total
+            parts["mtp"] = of_mtp, _share(beyond)
+            total = total + config.mtp_loss_coef * of_mtp
             router_losses = [*router_losses, *([of_router] if of_router is not None else [])]
         if router_losses:
             of_layers = torch.stack(router_losses)  # (L, 2)
             balance, z = of_layers.sum(0).unbind()
             total = total + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
-            parts["balance"], parts["router_z"] = balance / len(of_layers), z / len(of_layers)
-        self.step_losses += torch.stack([parts[name].detach() for name in self.loss_parts])
+            share = share.new_full((), 1 if stream.used is None else len(stream.used) / (batch * length))
+            parts["balance"], parts["router_z"] = (balance / len(of_layers), share), (z / len(of_layers), share)
+        self.step_losses += torch.stack([torch.stack(parts[name]).detach() for name in self.loss_parts])
         return total
 
     def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype, num_latents: int) -> Rotary:
@@ -282,6 +284,11 @@ def _generator(seed: int, *key: int) -> torch.Generator:
     """A generator for each (seed, *key), no two of which share a stream."""
     sequence = np.random.SeedSequence(seed, spawn_key=key)  # not (seed, *key): (0,) and (0, 0, 0) are one seed there
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def _share(labels: Tensor) -> Tensor:
+    """Of the labels, that count. Divided by a tensor, for a GPU rounds what it divides by a number."""
+    return (labels != NO_LABEL).sum() / labels.new_full((), labels.numel())
 
 
 def loss_parts(config: ModelConfig) -> tuple[str, ...]:

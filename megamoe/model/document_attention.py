@@ -31,21 +31,22 @@ class DocumentMask(NamedTuple):
 
     @classmethod
     def of(cls, documents: Documents, is_one_call: bool, num_latents: int, window: int | None) -> DocumentMask:
-        starts = documents.starts
-        rest = documents.host_starts, documents.longest, is_one_call, num_latents, window
-        if not num_latents:
-            return cls(starts, starts, None, *rest)
-        rows, length = documents.positions.shape
-        key_starts = starts + num_latents * torch.arange(len(starts), dtype=starts.dtype, device=starts.device)
-        size = rows * length + num_latents * (len(starts) - 1)
+        starts, key_starts, keys = documents.starts, documents.starts, None
+        if num_latents:
+            numbers = torch.arange(len(starts), dtype=starts.dtype, device=starts.device)
+            key_starts = starts + num_latents * numbers
+            rows, length = documents.positions.shape
+            size = rows * length + num_latents * (len(starts) - 1)
+            number = numbers[:-1].repeat_interleave(key_starts.diff(), output_size=size)  # of each key's document
+            begin, within = starts[number], torch.arange(size, device=starts.device) - key_starts[number]
+            keys = begin // length * (num_latents + length) + within + (within >= num_latents) * (begin % length)
+        return cls(starts, key_starts, keys, documents.host_starts, documents.longest, is_one_call, num_latents, window)
 
-        def of_keys(of_documents: Tensor) -> Tensor:
-            return of_documents.long().repeat_interleave(key_starts.diff(), output_size=size)
-
-        within = torch.arange(size, device=starts.device) - of_keys(key_starts[:-1])  # place in the document's keys
-        begin = of_keys(starts[:-1])
-        keys = begin // length * (num_latents + length) + within + (within >= num_latents) * (begin % length)
-        return cls(starts, key_starts, keys, *rest)
+    @classmethod
+    def of_rows(cls, rows: int, length: int, device: torch.device, window: int | None) -> DocumentMask:
+        """For a kernel, of rows that are one document each, without latents."""
+        starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+        return cls(starts, starts, None, starts, length, True, 0, window)
 
 
 Mask = Tensor | DocumentMask | None

@@ -61,33 +61,30 @@ def _scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
     return TokenScores(nats, ~counts | (logits.argmax(1) == labels))
 
 
-def chunked_head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float = 0.0, tokens: int | None = None
-) -> HeadLoss:
+def chunked_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float = 0.0) -> HeadLoss:
     """The losses of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
 
-    The cross-entropy is the mean in nats; the z-loss the mean, over the tokens whose labels count, of the squared
-    logarithm of the sum of the logits' exponentials (PaLM, arXiv:2204.02311, section 5).
+    The cross-entropy is in nats; the z-loss the squared logarithm of the sum of the logits' exponentials (PaLM,
+    arXiv:2204.02311, section 5). Both are sums over the tokens whose labels count, divided by N.
 
     Args:
         hidden: (N, D).
         weight: (V, D), of the head.
         labels: (N,); NO_LABEL where none counts.
         z_loss_coef: of the z-loss in the total; with 0 none is computed, and it is 0.
-        tokens: that the sums are divided by; None for the labels that count.
 
     The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
     quarter of the head's FLOPs is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.) Both
     losses have one gradient, made in the same pass, which is why the coefficient has to be known here.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, tokens, needs_grad))
+    return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, needs_grad))
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_coef: float, tokens: int | None, needs_grad: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, needs_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # The gradients of the sum: those of the mean could be lost to fp16 before its loss scale comes in backward.
@@ -98,16 +95,16 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
-            of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_coef, grads)
+            of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_loss_coef, grads)
             cross_entropy += of_chunk[0]
             if of_chunk[1] is not None:
                 z_loss += of_chunk[1]
-        count = (labels != NO_LABEL).sum().clamp_min(1) if tokens is None else hidden.new_full((), tokens, dtype=wide)
+        count = hidden.new_full((), max(len(labels), 1), dtype=wide)  # a GPU rounds what it divides by a number
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         cross_entropy, z_loss = cross_entropy / count, z_loss / count
         ctx.mark_non_differentiable(cross_entropy, z_loss)
-        return cross_entropy + z_coef * z_loss, cross_entropy, z_loss
+        return cross_entropy + z_loss_coef * z_loss, cross_entropy, z_loss
 
     @staticmethod
     @once_differentiable
@@ -116,7 +113,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         scale = grad / (count * _lift(grad_hidden.dtype))
         # In fp32, for a GPU would round the scale to the gradient's 16 bits.
         by_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
-        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None, None, None
+        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None, None
 
 
 def _lift(dtype: torch.dtype) -> float:

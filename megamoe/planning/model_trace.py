@@ -6,7 +6,6 @@ for a GPU, or as fake tensors of a CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -85,11 +85,10 @@ def _traced(setup: Setup) -> ModelTrace:
 
 def _documents(setup: Setup) -> Documents | None:
     """Equally long ones; None where the model sees across their borders, or they are as long as a sample."""
-    longest = setup.document_tokens or setup.seq_len
-    if not setup.model.document_attention or longest >= setup.seq_len:
-        return None
-    starts = torch.empty(setup.micro_batch * math.ceil(setup.seq_len / longest) + 1, dtype=torch.int32)
-    return Documents(torch.empty(setup.micro_batch, setup.seq_len, dtype=torch.int64), starts, starts, longest)
+    rows, length = setup.micro_batch, setup.seq_len
+    longest = setup.document_tokens if setup.model.document_attention else None
+    documents = Documents.of([np.arange(0, length, longest or length)] * rows, [length] * rows, length)
+    return documents and documents.map(lambda one: torch.empty(one.shape, dtype=one.dtype))
 
 
 def _block(setup: Setup, block: Block, shape: torch.Size, rotary: Rotary, mask: Mask) -> Trace:

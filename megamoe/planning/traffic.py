@@ -64,7 +64,7 @@ def collectives(setup: Setup) -> list[Collective]:
     get equally many rows from and on every rank; calls of the gradients are at the least."""
     m, groups = setup.model, parameter_groups(setup)
     per_router = m.num_local_experts * (1 + BINS * m.counts_margins) + 1  # loads, margins and entropy
-    small = 8 * (SCALARS + 1 + len(loss_parts(m)) + len(m.sparse_blocks) * per_router)
+    small = 8 * (SCALARS + 2 * len(loss_parts(m)) + len(m.sparse_blocks) * per_router)
     return [
         *(_of_rows(setup) if setup.ep_size > 1 else []),
         *_of_gradients(setup, groups),

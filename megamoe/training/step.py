@@ -55,7 +55,6 @@ class TrainStep:
         self.device: torch.device = engine.device
         self.balancer = balancer
         self.average = average
-        self._labels = 0.0  # of the step's micro-batches so far, the share of the positions whose labels count
 
     def accumulate(self, micro_batches: int) -> None:
         """Make the next steps of so many micro-batches per rank each. Every rank, between two steps."""
@@ -72,7 +71,6 @@ class TrainStep:
             passed: called after every "forward" and "backward".
         """
         for batch in batches:
-            self._labels += 1.0 if batch.num_labels is None else batch.num_labels / batch.input_ids.numel()
             on_device = batch.to(self.device)
             loss = self.engine(on_device.input_ids, on_device.labels, documents=on_device.documents)
             passed("forward")
@@ -93,20 +91,18 @@ class TrainStep:
         """
         optimizer = self.engine.optimizer
         takes_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
-        losses = torch.cat((self.model.step_losses, self.model.step_losses.new_full((1,), self._labels)))
+        losses = self.model.step_losses
         counts = self.balancer.take_counts() if self.balancer else losses.new_zeros(0, 0)
         entropies = self.model.take_entropies() if self.balancer else losses.new_zeros(0)
         margins = self.balancer.take_margins() if self.balancer else losses.new_zeros(0)
         squares = optimizer.sum_of_squares() if takes_norm else 0.0
-        sums = sum_over_ranks(squares, losses, flags, counts, entropies, margins)
-        self.model.step_losses.zero_()
-        self._labels = 0.0
+        sums = sum_over_ranks(squares, losses.flatten(), flags, counts, entropies, margins)
+        losses.zero_()
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
         on_host = sums.read(running)
 
-        micro_batches = self.engine.gradient_accumulation_steps() * dist.get_world_size()
-        loss, *others, labels = on_host.losses
-        loss /= labels or 1  # each is of the positions of a micro-batch
+        pairs = zip(on_host.losses[::2], on_host.losses[1::2], strict=True)
+        loss, *others = (total / (share or 1) for total, share in pairs)
         if takes_norm:
             optimizer.give_norm(norm_of(on_host.squares))
         optimizer.is_spike = partial(skips, loss) if skips else None
@@ -124,7 +120,7 @@ class TrainStep:
             self.average.update()
         return StepResult(
             loss=loss,
-            parts=dict(zip(self.model.loss_parts[1:], (one / micro_batches for one in others), strict=True)),
+            parts=dict(zip(self.model.loss_parts[1:], others, strict=True)),
             grad_norm=float(optimizer.spike if is_spike else self.engine.get_global_grad_norm()),
             applied=applied,
             flags=on_host.flags,

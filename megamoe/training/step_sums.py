@@ -71,7 +71,7 @@ def sum_over_ranks(
 
     Args:
         squares: (), sum of the squares of the gradients that this rank owns, times the loss scale.
-        losses: (P,), sums over this rank's micro-batches.
+        losses: (P,), numbers that are sums over this rank's micro-batches.
         flags: of this rank.
         counts: (L, E) int64, slots that this rank's routers have given each expert.
         entropies: (L,), sums over this rank's tokens.

@@ -70,7 +70,6 @@ def test_documents_and_padding_of_rows_are_known_on_the_host_and_their_borders_h
     documents = batch.documents
     assert batch.input_ids[order].tolist() == [list(range(8)), [10, 11, 12, 13, 14, 15, 0, 0]]
     assert batch.labels[order].tolist() == [[-100, 2, 3, 4, 5, 6, 7, -100, -100], [11, 12, -100, 14, 15, *[-100] * 4]]
-    assert batch.num_labels == 6 + 4
     assert documents.positions[order].tolist() == [[0, *range(7)], [0, 1, 2, 0, 1, 2, 0, 1]]
     of_rows = [[0, 1], [0, 3, 6]]
     first, second = (of_rows[row] for row in order.tolist())
@@ -86,7 +85,6 @@ def test_border_labels_count_on_demand_and_without_document_attention_only_paddi
         for one in (True, False)
     )
     assert torch.equal(apart.labels, together.labels)
-    assert apart.num_labels == together.num_labels == 8 + 5
     assert sorted(together.documents.starts.diff().tolist()) == [2, 6, 8]
     assert torch.equal(together.documents.tokens, apart.documents.tokens)
 

@@ -263,9 +263,10 @@ def test_evaluation_gives_the_cross_entropy_alone_and_training_adds_the_parts_by
     model = random_model(part)
     ids, labels = some_ids(2, 10), some_ids(2, 10 + model.config.num_nextn_predict_layers)
     total = model(ids, labels)
-    parts = dict(zip(model.loss_parts, model.step_losses.tolist(), strict=True))
+    parts = dict(zip(model.loss_parts, model.step_losses[:, 0].tolist(), strict=True))
     model(ids, labels)
-    assert model.step_losses.tolist() == pytest.approx([2 * value for value in parts.values()])
+    assert model.step_losses[:, 0].tolist() == pytest.approx([2 * value for value in parts.values()])
+    assert model.step_losses[:, 1].eq(2).all()
     model.eval()
     loss = model(ids, labels[:, :10])
     close(loss, F.cross_entropy(model(ids).flatten(0, 1), labels[:, :10].flatten()))
@@ -289,7 +290,7 @@ def test_the_further_block_predicts_the_token_after_the_next_from_state_and_embe
     ids, labels = some_ids(2, 10), some_ids(2, 11)
     labels[0, -1] = -100
     model(ids, labels)
-    measured = model.step_losses[model.loss_parts.index("mtp")]
+    measured = model.step_losses[model.loss_parts.index("mtp"), 0]
 
     model.eval()
     states = []

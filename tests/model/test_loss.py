@@ -34,11 +34,13 @@ def test_chunks_are_as_few_as_the_bytes_of_their_logits_allow_and_equally_long(o
 
 
 def plain_parts(hidden, weight, labels, coefficient, scale=1.0):
-    """Cross-entropy, z-loss and the gradients of their weighted sum by torch, in float64."""
+    """Cross-entropy, z-loss and the gradients of their weighted sum by torch, in float64; sums over those that count,
+    divided by all."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
     logits = hidden @ weight.T
     cross_entropy = F.cross_entropy(logits, labels, ignore_index=-100)
     z_loss = logits[labels != -100].exp().sum(-1).log().square().mean() if coefficient else 0 * cross_entropy
+    cross_entropy, z_loss = ((labels != -100).double().mean() * one for one in (cross_entropy, z_loss))
     ((cross_entropy + coefficient * z_loss) * scale).backward()
     return cross_entropy.detach(), z_loss.detach(), hidden.grad, weight.grad
 

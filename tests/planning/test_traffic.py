@@ -85,6 +85,6 @@ def test_what_is_small_is_the_vector_that_a_step_sums(monkeypatch, rule):
     layers = len(model.sparse_blocks)
     counts = torch.zeros(layers, model.num_local_experts, dtype=torch.int64)
     margins = balancer_of(Decoder(model)).take_margins()
-    losses = torch.zeros(len(loss_parts(model)) + 1)  # and the share of the labels that count
+    losses = torch.zeros(2 * len(loss_parts(model)))
     sum_over_ranks(0.0, losses, NO_FLAGS, counts, torch.zeros(layers), margins)
     assert payload(replace(SETUP, model=model), "norm, loss") == summed[0].nbytes

@@ -1,11 +1,11 @@
 """The protocol of a step: what it tells, how often the host reads the device, how often ranks meet."""
 
-import operator
 import sys
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from devices import on_gpus
@@ -17,6 +17,7 @@ from toy import PRESET, ds_config, recipe_of, shipped, train_here, write_inputs
 import megamoe
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
+from megamoe.data.document_bounds import Documents
 from megamoe.model.decoder import Decoder
 from megamoe.training.loop import Trainer
 from megamoe.training.step import build_train_step
@@ -154,25 +155,30 @@ def test_the_loss_is_the_cross_entropy_and_its_other_parts_are_the_same_for_any_
                 assert {name for name in found if abs(found[name] - expected[name]) > 2e-5} == depends
 
 
-def loss_with_few_labels():
-    """Of a step of two micro-batches, and the nats and labels of this rank."""
-    train_step = build_train_step(ModelConfig(**PRESET), recipe_of(ds_config(1, 2)))
-    ids = torch.randint(96, (2, 17), generator=torch.Generator().manual_seed(torch.distributed.get_rank()))
-    ids[:, 1 + 3 * torch.distributed.get_rank() : 9] = -100  # read nowhere
-    inputs, labels = ids[:, :16].clamp_min(0), ids[:, 1:]
-    counts = (labels != -100).sum(1).tolist()
-    with torch.no_grad():
-        means = [train_step.model.eval()(*pair).item() for pair in zip(inputs.split(1), labels.split(1), strict=True)]
-    train_step.model.train()
-    batches = zip(inputs.split(1), labels.split(1), counts, strict=True)
-    train_step.forward_backward([Batch(one, of_one, None, count) for one, of_one, count in batches])
-    return train_step.update().loss, sum(map(operator.mul, means, counts)), sum(counts)
+def losses_of_short_rows(lengths):
+    """Of a step whose rows have so many tokens on each rank: its losses, and for each part the sum of the losses of
+    this rank's rows, each given alone, and how many they are."""
+    config = ModelConfig(**{**PRESET, **LOSSES}, router_aux_loss_type="sequence")
+    train_step, rank = build_train_step(config, recipe_of(ds_config(1, 2))), torch.distributed.get_rank()
+    ids = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(rank))
+    model, alone, batches = train_step.model, torch.zeros(5, 2), []
+    for row, length in zip(ids.split(1), lengths[rank], strict=True):
+        labels = torch.full((1, 17), -100)
+        labels[:, : length - 1] = row[:, 1:length]
+        model(row[:, :length], labels[:, : length + 1])
+        alone += model.step_losses * length
+        model.step_losses.zero_()
+        batches.append(Batch(row, labels, Documents.of([np.arange(0)], [length], 16)))
+    train_step.forward_backward(batches)
+    result = train_step.update()
+    return [result.loss, *result.parts.values()], alone
 
 
-def test_the_loss_of_a_step_is_the_mean_over_all_labels_that_count():
-    losses, nats, counts = zip(*run_ranks(2, loss_with_few_labels), strict=True)
-    assert losses[0] == losses[1] == pytest.approx(sum(nats) / sum(counts), abs=1e-5)
-    assert counts[0] < counts[1] < 2 * 16
+def test_each_loss_of_a_step_is_the_mean_over_its_labels_or_tokens_without_padding():
+    losses, alone = zip(*run_ranks(2, losses_of_short_rows, [[16, 9], [5, 12]]), strict=True)
+    sums, counts = sum(alone).unbind(1)
+    assert counts.tolist() == pytest.approx([38, 34, 42, 42, 38])  # labels, those one further, tokens
+    assert losses[0] == losses[1] == pytest.approx((sums / counts).tolist(), abs=1e-5)
 
 
 WITHOUT_BALANCING = ModelConfig(**{**PRESET, "router_bias_rate": 0})

@@ -39,6 +39,7 @@ def main() -> None:
     layer.attend = attend  # type: ignore[assignment]
     starts = np.cumsum(np.random.default_rng(0).uniform(0.5, 1.5, args.seq_len) * args.tokens).astype(np.int64)
     documents = Documents.of([starts[starts < args.seq_len]], [args.seq_len], args.seq_len)
+    assert documents
     mask = DocumentMask.of(documents, False, config.num_latent_tokens, None)
     frequencies, factor = rope_frequencies(
         config.rotary_dim, config.rope_theta, None, args.seq_len, torch.tensor([args.seq_len])
