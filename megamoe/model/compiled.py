@@ -34,6 +34,8 @@ class CompiledBlock:
     """
 
     def __init__(self) -> None:
+        # Each kind of mask, with and without padding, is compiled anew, and once more for other lengths of samples.
+        torch._dynamo.config.recompile_limit = 64
         self.whole = compile_region(whole, 3)
         self.before_experts = compile_region(before_experts, 3, 4)
         self.activate = compile_region(StackedExperts.activate, 1)

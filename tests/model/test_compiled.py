@@ -222,6 +222,20 @@ def test_rows_of_any_documents_and_padding_are_compiled_once_and_give_the_result
     assert not counters["graph_break"]
 
 
+def test_windows_documents_and_padding_with_other_lengths_of_samples_are_within_the_limit_of_the_compiler(monkeypatch):
+    monkeypatch.setattr(model_decoder, "takes_lengths", lambda *_: True)
+    give_the_cpu_a_kernel()
+    parts = {"num_latent_tokens": 0, "num_hidden_layers": 2, "sliding_window": 5}
+    model = decoder(torch.float32, **parts, layer_types=["sliding_attention", "full_attention"])
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
+        model.compile_blocks()
+    for length in (LENGTH, 12):
+        for starts, tokens in (([4], length), ([9], length - 1), ([], length)):
+            ids = torch.arange(length).unsqueeze(0)
+            model(ids, ids, documents=Documents.of([np.array(starts, int)], [tokens], length))
+    assert 9 < counters["stats"]["unique_graphs"] < 30
+
+
 # --- in the engine --------------------------------------------------------------------------------------------------
 
 EXPERTS = {"gated_mlp": True, "expert_dropout": 0.1, "router_jitter_noise": 0.01}
