@@ -100,7 +100,7 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, use
     rows, padding = hidden.flatten(0, 1), None
     if used is not None:
         torch._check(len(used) > 0)  # every row of a batch has tokens
-        rows, padding = rows.index_select(0, used), Padding(used // hidden.shape[1], len(rows))
+        rows, padding = rows.index_select(0, used), Padding(used, len(rows))
     routing = block.moe.router(rows, len(hidden), padding)
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):

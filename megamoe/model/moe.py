@@ -190,7 +190,7 @@ class MoE(deepspeed.moe.layer.MoE):
         if used is None:
             out, losses, counts = self.deepspeed_moe(rows, sequences)
         else:
-            padding = Padding(used // hidden_states.shape[-2], len(rows))
+            padding = Padding(used, len(rows))
             out, losses, counts = self.deepspeed_moe(rows.index_select(0, used), sequences, padding)
-            out = torch.zeros_like(rows).index_copy(0, used, out)
+            out = padding.with_zeros(out)
         return out.view_as(hidden_states), losses, counts

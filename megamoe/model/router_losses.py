@@ -20,8 +20,12 @@ BalanceLoss = Literal["sequence", "global_batch", "micro_batch"]
 class Padding(NamedTuple):
     """Of sequences some of whose tokens are left out."""
 
-    sequence: Tensor  # (T,) int64, of each token that is not
+    used: Tensor  # (T,) int64, rising: the positions, of all sequences, that are not
     positions: int  # of all sequences, with those left out; the means are over them, the same for any split of a batch
+
+    def with_zeros(self, x: Tensor) -> Tensor:
+        """x (T, ...) -> (positions, ...)."""
+        return x.new_zeros(self.positions, *x.shape[1:]).index_copy(0, self.used, x)
 
 
 @dataclass(frozen=True)
@@ -66,34 +70,26 @@ class RouterLosses:
         tokens = padding.positions if padding else max(len(logits), 1)
         if self.balance == "global_batch":
             balance = load_balance_loss(log_scores, running_load, tokens)
-        elif self.balance == "sequence" and padding:
-            balance = padded_balance_loss(log_scores, expert_ids, num_sequences, padding)
         elif self.balance:
-            balance = balance_loss(log_scores, expert_ids, num_sequences if self.balance == "sequence" else 1)
+            balance = balance_loss(log_scores, expert_ids, num_sequences if self.balance == "sequence" else 1, padding)
         if self.z:
             z = logits.logsumexp(-1).square().sum() / tokens
         return torch.stack((balance, z))
 
 
-def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int) -> Tensor:
+def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int, padding: Padding | None = None) -> Tensor:
     """By the slots of each sequence, (); arguments as of `RouterLosses`."""
-    tokens, experts = log_scores.shape
+    scores, slots = log_scores.softmax(-1), log_scores.new_ones(()).expand(expert_ids.shape)
+    if padding:
+        scores, expert_ids, slots = (padding.with_zeros(one) for one in (scores, expert_ids, slots))
+    tokens, experts = scores.shape
     ids = expert_ids.view(num_sequences, tokens // num_sequences * expert_ids.shape[1])  # (B, S * K)
-    shares = log_scores.softmax(-1).view(num_sequences, tokens // num_sequences, experts).sum(1)  # (B, E)
-    counts = torch.zeros_like(shares, requires_grad=False).scatter_add_(1, ids, shares.new_ones(()).expand_as(ids))
+    shares = scores.view(num_sequences, tokens // num_sequences, experts).sum(1)  # (B, E)
+    counts = torch.zeros_like(shares, requires_grad=False).scatter_add_(1, ids, slots.view(ids.shape))
+    if padding:  # a sequence's own tokens are fewer
+        shares = shares / slots.view(ids.shape).mean(1, keepdim=True).clamp_min(1 / tokens)
     # f is E / (S * K) of the counts, P is 1 / S of the shares; the mean over sequences is 1 / B.
     return (counts * shares).sum() * (experts / max(tokens * ids.shape[1], 1))
-
-
-def padded_balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int, padding: Padding) -> Tensor:
-    """The same of sequences with padding, each by its own tokens."""
-    experts, choices = log_scores.shape[1], expert_ids.shape[1]
-    shares = log_scores.new_zeros(num_sequences, experts).index_add(0, padding.sequence, log_scores.softmax(-1))
-    places = (padding.sequence.unsqueeze(1) * experts + expert_ids).flatten()
-    slots = shares.new_zeros(shares.numel()).scatter_add_(0, places, shares.new_ones(()).expand_as(places))
-    slots = slots.view_as(shares)
-    lengths = slots.sum(1, keepdim=True).clamp_min(1) / choices
-    return (slots * shares / lengths).sum() * (experts / (choices * padding.positions))
 
 
 def load_balance_loss(log_scores: Tensor, loads: Tensor, tokens: int) -> Tensor:

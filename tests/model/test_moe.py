@@ -42,8 +42,9 @@ def test_the_losses_of_the_router_come_with_the_output_where_it_has_any():
     used = torch.tensor([0, 2, 3, 7])  # the means are over all positions, a sequence's balance by its own tokens
     (first, z), (second, other_z) = (router(x.flatten(0, 1)[rows]).losses for rows in (used[:3], used[3:]))
     close(layer(x, used)[1], torch.stack((3 * first + second, 3 * z + other_z)) / 10)
-    layer.router.losses = RouterLosses(balance="global_batch")
-    close(layer(x, used)[1], router(x.flatten(0, 1)[used]).losses * 4 / 10)
+    for kind in ("global_batch", "micro_batch"):
+        router.losses = RouterLosses(balance=kind)
+        close(layer(x, used)[1], router(x.flatten(0, 1)[used]).losses * 4 / 10)
     assert layer(x, used[:0])[1].tolist() == [0, 0]
 
 
