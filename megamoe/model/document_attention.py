@@ -106,7 +106,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, s
     for q, k, v in zip(query.split(lengths), key.split(of_keys), value.split(of_keys), strict=True):
         visible = None
         if window is not None and window < len(q):
-            visible = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).tril().triu(1 - window)
+            visible = attention.attention_mask(q.new_ones(1, len(q), dtype=torch.bool), len(q), 0, window)
         # As many queries as keys: those before the tokens' see latents, and are cut off.
         q, k, v = (one.transpose(0, 1).unsqueeze(0) for one in (_padded(q, latents, 0, dim=0), k, v))
         outs.append(attention.attend(q, k, v, visible, scale)[0, latents:])

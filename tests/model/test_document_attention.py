@@ -1,4 +1,4 @@
-"""Rows of several documents against each document alone, in float64, and the kernels against a mask."""
+"""Rows of several documents against each document alone, in float64, and the kernel against one call for each."""
 
 import itertools
 
@@ -11,8 +11,6 @@ from model_parts import model_of
 from megamoe.data.batches import NO_LABEL
 from megamoe.data.document_bounds import Documents
 from megamoe.model import document_attention
-from megamoe.model.attention import attend as attend_with_mask
-from megamoe.model.attention import attention_mask
 from megamoe.model.document_attention import DocumentMask, attend, takes_lengths
 
 LENGTH = 20
@@ -106,23 +104,16 @@ HEADS = {  # heads, key/value heads, width of keys and of values, latents, windo
 }
 
 
-@pytest.mark.parametrize("is_one_call", [True, False])
 @pytest.mark.parametrize("kind", HEADS)
-def test_calls_of_both_kinds_give_outputs_and_gradients_of_a_mask(kind, is_one_call, monkeypatch):
+def test_one_call_gives_the_outputs_and_gradients_of_one_for_each_document(kind, monkeypatch):
     monkeypatch.setattr(document_attention, "varlen_attn", varlen_reference)
     heads, groups, width, of_value, latents, window = HEADS[kind]
     generator = torch.Generator().manual_seed(1)
     shapes = (heads, LENGTH, width), (groups, latents + LENGTH, width), (groups, latents + LENGTH, of_value)
     inputs = [torch.randn(2, *shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
     grad = torch.randn(2, LENGTH, heads * of_value, dtype=torch.float64, generator=generator)
-    number = (DOCUMENTS.positions == 0).cumsum(1)  # of each position's document
-    visible = (number.unsqueeze(2) == number.unsqueeze(1)).unsqueeze(1)
-    visible = visible & attention_mask(torch.ones(2, LENGTH, dtype=torch.bool), LENGTH, 0, window)
-    mask = torch.nn.functional.pad(visible, (latents, 0), value=True)
-    outs = (
-        attend(*inputs, DocumentMask.of(DOCUMENTS, is_one_call, latents, window), 0.3),
-        attend_with_mask(*inputs, mask, 0.3),
-    )
+    masks = [DocumentMask.of(DOCUMENTS, is_one_call, latents, window) for is_one_call in (True, False)]
+    outs = [attend(*inputs, mask, 0.3) for mask in masks]
     found, expected = ((out, *torch.autograd.grad(out, inputs, grad)) for out in outs)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
