@@ -1,20 +1,22 @@
 """Token files made by DeepSpeed's own builder, and prepared folders."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
 
+from megamoe.commands.check_corpus import read_shard
 from megamoe.config.phases import PhaseSettings, make_phases
 from megamoe.config.run import Corpus
 from megamoe.data.batches import TrainData
-from megamoe.data.corpus import complete, write_shards
-from megamoe.data.corpus_record import CorpusRecord, split_of
+from megamoe.data.corpus_record import CorpusRecord, split_of, write_corpus_record
 from megamoe.data.encoder import Encoder
-from megamoe.data.index_file import token_dtype
-from megamoe.data.shard_writer import ShardWriter
-from megamoe.data.tokenizer import end_of_text_id, vocabulary_of
+from megamoe.data.index_file import token_dtype, write_index
+from megamoe.data.selection import SPLITS
+from megamoe.data.shard_writer import BLOCK, ShardWriter, block_hash
+from megamoe.data.tokenizer import end_of_text_id
 
 HEADER = 9 + 8 + 1 + 8 + 8
 
@@ -32,14 +34,12 @@ def build(prefix, tokens, dtype=np.int32, item=7):
 def write_corpus(documents, tokenizer, folder, end_of_text=None):
     """A prepared folder of ("train" or "valid", text) pairs; returns its record."""
     folder.mkdir()
-    end, dtype = end_of_text_id(tokenizer, end_of_text), token_dtype(vocabulary_of(tokenizer))
-    writers = write_shards(documents, Encoder(tokenizer), end, dtype, folder / "one")
+    end, encode = end_of_text_id(tokenizer, end_of_text), Encoder(tokenizer)
+    writers = {split: ShardWriter(folder / f"{split}-00000", encode, end) for split in SPLITS}
+    for split, document in documents:
+        writers[split].add(document)
     shards = {split: [shard] for split, writer in writers.items() if (shard := writer.close())}
-    for split, (shard,) in shards.items():
-        for suffix in (".bin", ".idx"):
-            (folder / f"{shard.name}{suffix}").rename(folder / f"{split}-00000{suffix}")
-        shards[split] = [shard.model_copy(update={"name": f"{split}-00000"})]
-    return complete(folder, tokenizer, end, shards)
+    return write_corpus_record(folder, tokenizer, end, shards)
 
 
 def write_record(prefix, tokens, size):
@@ -74,10 +74,14 @@ def prepared(folder, splits, vocab_size=300):
     for split, shards in splits.items():
         records = []
         for number, documents in enumerate(shards):
-            writer = ShardWriter(folder / f"{split}-{number:05}", token_dtype(vocab_size))
-            for document in documents:
-                writer.add(document, 3 * len(document))
-            records.append(writer.close())
+            prefix, dtype = folder / f"{split}-{number:05}", token_dtype(vocab_size)
+            write_index(Path(f"{prefix}.idx"), dtype, [len(document) for document in documents])
+            data = np.concatenate(documents).astype(dtype).tobytes()
+            Path(f"{prefix}.bin").write_bytes(data)
+            sums = b"".join(block_hash(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK))
+            Path(f"{prefix}.sums").write_bytes(sums)
+            more = {"bytes": 3 * sum(map(len, documents)), "sums_sha256": hashlib.sha256(sums).hexdigest()}
+            records.append(read_shard(prefix).model_copy(update=more))
         record[split] = split_of(records)
     (folder / "corpus.json").write_text(CorpusRecord(splits=record).model_dump_json())
     return folder / "train"

@@ -14,8 +14,6 @@ import json
 import os
 import re
 import sys
-import time
-from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -25,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from megamoe import __version__
 from megamoe.config import cli
 from megamoe.data.corpus_record import CorpusRecord
 from megamoe.data.encoder import Encoder, compare
@@ -103,8 +102,11 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     sources: dict[str, dict[Path, None]] = {}
     for word in args.inputs:
         named = re.fullmatch(r"([\w.-]+)=(.+)", word)
-        name, path = named.groups() if named and not Path(word).exists() else (word, word)
-        sources.setdefault(name, {}).update(dict.fromkeys(problems.attempt(input_files, Path(path)) or []))
+        path = Path(word)
+        name = str(path.with_name(f"*{path.suffix}")) if path.is_file() else word  # a shell's glob is one source
+        if named and not path.exists():
+            name, path = named[1], Path(named[2])
+        sources.setdefault(name, {}).update(dict.fromkeys(problems.attempt(input_files, path) or []))
     problems.refuse()
     args.units = units_of({name: list(files) for name, files in sources.items()}, args.selection.columns)
     if not args.units:
@@ -117,7 +119,6 @@ def main() -> None:
     if args.dry_run:
         show(args)
         return
-    start = time.perf_counter()
     with partial_corpus(args.out, settings_of(args)) as folder:
         sizes = [unit.size for unit in args.units]
         masks: list[Any] = [None] * len(sizes)
@@ -140,8 +141,7 @@ def main() -> None:
         run_all(writer.write, work, [sizes[number] for number in todo], "tokenising", args.processes)
         record = assemble(writer, len(sizes), tokenizer)
     report(record)
-    rate = sum(source.bytes for source in record.sources) / (time.perf_counter() - start) / 1e6
-    print(f"corpus in {args.out}, vocabulary of {vocabulary_of(tokenizer)}; {rate:.1f} MB/s of text")
+    print(f"corpus in {args.out}, vocabulary of {vocabulary_of(tokenizer)}")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -151,6 +151,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     names = ("vocab_size", "text_key", "where", "min_chars", "max_chars", "valid_fraction")
     return {
         "input": sha256(json.dumps([read, args.inputs]).encode()).hexdigest(),
+        "version": __version__,  # another may cut units otherwise
         "tokenizer": args.given and sha256(args.given.to_str().encode()).hexdigest(),
         "end_of_text": args.end_id,
         "drop_duplicates": args.drop_duplicates,
@@ -164,15 +165,19 @@ def train(args: argparse.Namespace, masks: list[np.ndarray | None]) -> Tokenizer
         return train_tokenizer(bar, args.vocab_size)
 
 
+def texts_by_source(args: argparse.Namespace) -> dict[str, Iterator[str]]:
+    """The documents of each source."""
+    by_source = itertools.groupby(args.units, lambda unit: unit.source)
+    return {source: itertools.chain.from_iterable(map(args.selection.read, list(units))) for source, units in by_source}
+
+
 def first_documents(args: argparse.Namespace) -> Iterator[str]:
     """The first documents of each source, SAMPLE characters of it."""
-    taken: Counter[str] = Counter()
-    for unit in args.units:
-        for text in args.selection.read(unit) if taken[unit.source] < SAMPLE else ():
-            yield text[:SAMPLE]
-            taken[unit.source] += len(text)
-            if taken[unit.source] >= SAMPLE:
-                break
+    for texts in texts_by_source(args).values():
+        left = SAMPLE
+        while left > 0 and (text := next(texts, None)) is not None:
+            yield text[:left]
+            left -= len(text)
 
 
 def is_fast(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
@@ -185,12 +190,12 @@ def is_fast(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
 
 def show(args: argparse.Namespace) -> None:
     """Print what would be read, and the first documents of each source with their tokens."""
-    for source in dict.fromkeys(unit.source for unit in args.units):
+    for source, texts in texts_by_source(args).items():
         units = [unit for unit in args.units if unit.source == source]
         files = {part.file for unit in units for part in unit.parts}
         size = sum(unit.size for unit in units)
         print(f"{source}: {len(files)} files, {size:,} bytes, {len(units)} units of work")
-        for text in itertools.islice((text for unit in units for text in args.selection.read(unit)), SHOWN):
+        for text in itertools.islice(texts, SHOWN):
             print(f"  {shown(text)} ({len(text):,} characters)")
             if args.given:
                 ids, _ = Encoder(args.given)([text])

@@ -1,13 +1,21 @@
-"""corpus.json of a prepared folder: what its shards hold, and the hashes of their files."""
+"""corpus.json of a prepared folder: what its shards hold, and the hashes of their files.
+
+The folder holds the shards of its splits (train-00000.bin/.idx, ..., valid-00000.bin/.idx where any text is held out),
+tokenizer.json and corpus.json.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
+from tokenizers import Tokenizer
 
 from megamoe.config.model import JsonModel, validate
+from megamoe.utils.disk import replace_file
 from megamoe.utils.json_files import read_json
 
 NAME = "corpus.json"
@@ -84,3 +92,19 @@ def read_record(folder: Path) -> CorpusRecord | None:
     """That of a prepared folder; None for token files made elsewhere. Raises UserError."""
     file = folder / NAME
     return validate(CorpusRecord, read_json(file), str(file)) if file.exists() else None
+
+
+def write_corpus_record(
+    folder: Path, tokenizer: Tokenizer, end_id: int, shards: dict[str, list[ShardRecord]], **report: Any
+) -> CorpusRecord:
+    """Write tokenizer.json and corpus.json next to the shards in `folder`; `report` are other fields of the record."""
+    own = tokenizer.to_str(pretty=True)
+    replace_file(folder / "tokenizer.json", own)
+    record = CorpusRecord(
+        tokenizer_sha256=hashlib.sha256(own.encode()).hexdigest(),
+        end_of_text=tokenizer.id_to_token(end_id),
+        splits={split: split_of(records) for split, records in shards.items() if records},
+        **report,
+    )
+    replace_file(folder / NAME, json.dumps(record.model_dump(), indent=2) + "\n")
+    return record

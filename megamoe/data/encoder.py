@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megamoe.data.tokenizer import encode
+from megamoe.data.index_file import token_dtype
+from megamoe.data.tokenizer import encode, prefix_of, vocabulary_of
 from megamoe.utils.errors import UserError, first_line
 
+PIECE = 1 << 20  # characters encoded at a time; longer texts are cut at a line's end
 # Compared besides documents of the corpus: what implementations of Unicode and of regular expressions disagree on.
 ODD_TEXTS = (
     "e\u0301\u0323 \u1e9b\u0323 \ufb01 \u212b \u2126 \u1100\u1161 \u0e33 \u0f73 \U0002f800",
@@ -42,11 +44,19 @@ class Encoder:
         self._lost: list[int] = []  # bytes that have no token
         if is_fast:
             self._fast, self._lost = _load_fast(tokenizer)
+        self.prefix = prefix_of(tokenizer)
+        self.dtype = token_dtype(vocabulary_of(tokenizer))  # of the ids in a file
         tokenizer.encode_special_tokens = True  # the name of a special token in a text is text
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(ids of all texts one after another, number of them in each text). Raises UserError as `encode`, which names
         what the tokenizer has no token for."""
+        if max(map(len, texts)) <= PIECE:
+            return self._encode(texts)
+        pieces = [[self._encode([piece])[0] for piece in pieces_of(text)] for text in texts]
+        return np.concatenate(list(itertools.chain(*pieces))), np.array([sum(map(len, ids)) for ids in pieces])
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         with suppress(ValueError):  # a text is beyond the limits of its regular expressions
             if self._fast and not self.loses(texts):
                 ids, offsets = self._fast.encode_batch_flat(texts, split_special_tokens=True)
@@ -61,6 +71,16 @@ class Encoder:
         return any(byte in data for byte in self._lost)
 
 
+def pieces_of(text: str) -> Iterator[str]:
+    """A text in pieces that are encoded each by itself, none much longer than PIECE, cut at lines' ends."""
+    start = 0
+    while len(text) - start > PIECE and (end := text.find("\n", start + PIECE) + 1):
+        yield text[start:end]
+        start = end
+    if start < len(text) or not text:
+        yield text[start:]
+
+
 @cache
 def load_encoder(described: str, is_fast: bool) -> Encoder:
     """The encoder of a tokenizer as JSON, once per process."""
@@ -72,13 +92,13 @@ def compare(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
     tokens and for ODD_TEXTS."""
     try:
         fast = Encoder(tokenizer, is_fast=True)
-        plain = Encoder(tokenizer)
-        special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        for text in [*texts, *ODD_TEXTS, *special, " ".join(special), "x".join(special)]:
-            if not fast.loses([text]) and not all(map(np.array_equal, fast([text]), plain([text]))):
-                return f"ids of fastokens for {text[:40]!r} differ from those of tokenizers."
     except UserError as error:
         return str(error)
+    plain = Encoder(tokenizer)
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    for text in [*texts, *ODD_TEXTS, *special, " ".join(special), "x".join(special)]:
+        if not fast.loses([text]) and not all(map(np.array_equal, fast([text]), plain([text]))):
+            return f"ids of fastokens for {text[:40]!r} differ from those of tokenizers."
     return None
 
 

@@ -7,19 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from megamoe.data.tables import TABLE_SUFFIXES, column_names, parquet_groups
+from megamoe.data.file_formats import LINES, PACKED, TABLES, TEXT, is_text, open_table, readable
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import check_regular
 
-TEXT_SUFFIXES = (".txt", ".md", ".text")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 UNIT = 64 << 20  # bytes of input in a unit of work, which becomes one shard of each split
 MAX_DOCUMENT = 1 << 30  # bytes; a document is held in memory several times
-
-
-def is_text(file: Path) -> bool:
-    """Whether a file is one document."""
-    return not file.name.endswith(JSONL_SUFFIXES + TABLE_SUFFIXES)
 
 
 class Part(NamedTuple):
@@ -52,7 +45,7 @@ class Unit(NamedTuple):
 def input_files(path: Path) -> list[Path]:
     """The files at `path` in order: itself, all of known kinds in the folder below it, or those of a glob. Raises
     UserError if there are none."""
-    suffixes = TEXT_SUFFIXES + JSONL_SUFFIXES + TABLE_SUFFIXES
+    suffixes = (*TEXT, ".jsonl", *PACKED, *TABLES)  # .json describes a dataset, mostly
     if path.is_dir():  # `datasets` leaves what its `map` computes next to a dataset, as cache-*.arrow
         files = [file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file()]
         files = sorted(file for file in files if not file.match("cache-*.arrow"))
@@ -76,17 +69,19 @@ def parts_of(file: Path, columns: Iterable[str]) -> list[Part]:
     size = check_regular(file, "text")
     if not size:
         return []
-    if file.suffix in TABLE_SUFFIXES:
-        lacks = sorted(set(columns) - set(column_names(file)))
-        if lacks:
+    if file.suffix in TABLES:
+        with readable(file):
+            table = open_table(file)
+        schema = table.schema if file.suffix == ".arrow" else table.schema_arrow
+        if lacks := sorted(set(columns) - set(schema.names)):
             raise UserError(
                 f"{file}: has no column {', '.join(lacks)}; name the text's with --text_key, or correct --where."
             )
     if file.suffix == ".parquet":
-        groups = parquet_groups(file)
+        groups = [table.metadata.row_group(number).total_byte_size for number in range(table.num_row_groups)]
         total = max(sum(groups), 1)
         return [Part(file, number, number + 1, size * group // total) for number, group in enumerate(groups)]
-    if file.suffix == ".jsonl":
+    if file.suffix in LINES:
         return [Part(file, start, min(start + UNIT, size), min(UNIT, size - start)) for start in range(0, size, UNIT)]
     if size > MAX_DOCUMENT and is_text(file):
         raise UserError(
@@ -110,8 +105,12 @@ def units_of(sources: dict[str, list[Path]], columns: Iterable[str]) -> list[Uni
             if parts and size + part.size > UNIT:
                 units.append(Unit(source, tuple(parts)))
                 parts, size = [], 0
-            parts.append(part)
             size += part.size
+            before = parts[-1] if parts else None
+            if before and (before.file, before.stop) == (part.file, part.start):  # read in one go
+                parts[-1] = before._replace(stop=part.stop, size=before.size + part.size)
+            else:
+                parts.append(part)
         if parts:
             units.append(Unit(source, tuple(parts)))
     problems.refuse()

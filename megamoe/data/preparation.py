@@ -10,8 +10,8 @@ import fcntl
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.config.model import JsonModel, validate
-from megamoe.data.corpus import SPLITS, complete, split_documents, write_shards
-from megamoe.data.corpus_record import CorpusRecord, ShardRecord, SourceRecord
+from megamoe.data.corpus_record import CorpusRecord, ShardRecord, SourceRecord, write_corpus_record
 from megamoe.data.encoder import load_encoder
-from megamoe.data.index_file import token_dtype
 from megamoe.data.inputs import Unit
-from megamoe.data.selection import Selection
-from megamoe.data.tokenizer import vocabulary_of
+from megamoe.data.selection import SPLITS, Selection, split_documents
+from megamoe.data.shard_writer import ShardWriter
 from megamoe.utils.disk import PARTIAL, check_absent, flush, replace_file
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
@@ -61,6 +59,9 @@ def partial_corpus(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
             check_absent(out)
             folder.rename(out)
             flush(out.parent)
+        except OSError as error:
+            error.filename = error.filename or str(out)  # a write to a full disk does not say where
+            raise
         finally:
             if not folder.exists() or not list(work.glob("*-record.json")):
                 shutil.rmtree(work)
@@ -74,7 +75,7 @@ def _begun(work: Path, folder: Path, settings: dict[str, Any]) -> Path:
         replace_file(file, json.dumps(settings))
         folder.mkdir()
     found = read_json(file)
-    differing = [name for name, value in settings.items() if found[name] != value]
+    differing = [name for name, value in settings.items() if found.get(name) != value]
     if differing:
         raise UserError(
             f"{work} holds an unfinished corpus of another {', '.join(differing)}; give the same again, or remove that "
@@ -83,23 +84,14 @@ def _begun(work: Path, folder: Path, settings: dict[str, Any]) -> Path:
     return folder
 
 
-def kept_documents(unit: Unit, mask: np.ndarray | None, selection: Selection, dropped: Counter[str]) -> Iterator[str]:
-    """The documents of a unit that `mask` keeps, all by default; `dropped` counts the others by reason."""
-    for number, text in enumerate(selection.read(unit, dropped)):
-        if mask is None or mask[number]:
-            yield text
-        else:
-            dropped["duplicate"] += 1
-
-
 def training_texts(
     units: list[Unit], masks: list[np.ndarray | None], selection: Selection, valid_fraction: float
 ) -> Iterator[str]:
     """Documents of the training split to train a tokenizer on: all, or of more than SAMPLE the first of each unit."""
-    share = SAMPLE / sum(unit.size for unit in units)
+    share = SAMPLE / max(sum(unit.size for unit in units), 1)
     for unit, mask in zip(units, masks, strict=True):
         left = unit.size * share if share < 1 else float("inf")
-        for split, text in split_documents(kept_documents(unit, mask, selection, Counter()), valid_fraction):
+        for split, text in split_documents(selection.read(unit, mask), valid_fraction):
             if split == "train":
                 yield text
                 left -= len(text)
@@ -123,22 +115,18 @@ class UnitWriter(NamedTuple):
         Args:
             mask: (documents,), which of them are kept; None for all.
         """
-        prefix = self.folder / f"unit-{number}"
-        for left in self.folder.glob(f"{prefix.name}-*"):
+        for left in self.folder.glob(f"*-{number:05}.*"):
             left.unlink()
-        dropped: Counter[str] = Counter()
-        documents = kept_documents(unit, mask, self.selection, dropped)
         encode = load_encoder(self.tokenizer, self.is_fast)
-        dtype = token_dtype(vocabulary_of(encode.tokenizer))
-        pairs = split_documents(documents, self.valid_fraction)
-        writers = write_shards(pairs, encode, self.end_id, dtype, prefix, unit.name)
-        lengths = Counter(1 << int(n).bit_length() - 1 for writer in writers.values() for n in writer.lengths)
-        record = UnitRecord(
-            source=unit.source,
-            shards={split: shard for split, writer in writers.items() if (shard := writer.close())},
-            lengths={str(length): lengths[length] for length in sorted(lengths)},
-            dropped=dropped,
-        )
+        writers = {
+            split: ShardWriter(self.folder / f"{split}-{number:05}", encode, self.end_id, unit.name) for split in SPLITS
+        }
+        dropped: Counter[str] = Counter()
+        for split, document in split_documents(self.selection.read(unit, mask, dropped), self.valid_fraction):
+            writers[split].add(document)
+        shards = {split: shard for split, writer in writers.items() if (shard := writer.close())}
+        lengths = Counter(str(1 << int(n).bit_length() - 1) for writer in writers.values() for n in writer.lengths)
+        record = UnitRecord(source=unit.source, shards=shards, lengths=lengths, dropped=dropped)
         flush(self.folder)
         replace_file(self.record_file(number), record.model_dump_json())
 
@@ -148,25 +136,19 @@ class UnitWriter(NamedTuple):
 
 
 def assemble(writer: UnitWriter, num_units: int, tokenizer: Tokenizer) -> CorpusRecord:
-    """Number the shards of all units and write the record of the corpus. Raises UserError where there is no text."""
+    """Write the record of the corpus, from those of its units. Raises UserError where there is no text."""
     files = [writer.record_file(number) for number in range(num_units)]
     records = [validate(UnitRecord, read_json(file), str(file)) for file in files]
     sources = [_source(name, records) for name in dict.fromkeys(record.source for record in records)]
-    shards: dict[str, list[ShardRecord]] = {split: [] for split in SPLITS}
-    for record in records:
-        for split, shard in record.shards.items():
-            name = f"{split}-{len(shards[split]):05}"
-            for suffix in (".bin", ".idx", ".sums"):
-                with suppress(FileNotFoundError):  # renamed before a run was killed
-                    (writer.folder / f"{shard.name}{suffix}").rename(writer.folder / f"{name}{suffix}")
-            shards[split].append(shard.model_copy(update={"name": name}))
+    shards = {split: [record.shards[split] for record in records if split in record.shards] for split in SPLITS}
     if not shards["train"]:
         for file in files:  # nothing is worth keeping
             file.unlink()
         why = ", ".join(f"{reason}: {count}" for source in sources for reason, count in source.dropped.items())
         raise UserError(f"the corpus is empty: no document is left (dropped: {why or 'none'}); give one with text.")
-    lengths = _sum(record.lengths for record in records)
-    return complete(writer.folder, tokenizer, writer.end_id, shards, sources=sources, lengths=lengths)
+    lengths = sum((Counter(record.lengths) for record in records), Counter())
+    report = {"sources": sources, "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0])))}
+    return write_corpus_record(writer.folder, tokenizer, writer.end_id, shards, **report)
 
 
 def _source(name: str, records: list[UnitRecord]) -> SourceRecord:
@@ -177,12 +159,5 @@ def _source(name: str, records: list[UnitRecord]) -> SourceRecord:
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         bytes=sum(shard.bytes or 0 for shard in shards),
-        dropped=_sum(record.dropped for record in own),
+        dropped=sum((Counter(record.dropped) for record in own), Counter()),
     )
-
-
-def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return dict(sorted(total.items(), key=lambda item: (len(item[0]), item[0])))

@@ -1,20 +1,25 @@
-"""Which documents of the input a corpus takes: conditions on their columns, limits of length, exact duplicates."""
+"""Which documents of the input a corpus takes, and which of them are held out: conditions on their columns, limits of
+length, exact duplicates, every k-th."""
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from megamoe.data.inputs import Unit
-from megamoe.data.readers import read_part
+from megamoe.data.file_formats import is_text
+from megamoe.data.inputs import MAX_DOCUMENT, Unit, parts_of
+from megamoe.data.readers import place_of, read_records
 from megamoe.utils.errors import UserError, shown
 
+SPLITS = ("train", "valid")
 OPERATORS: dict[str, Any] = {
     ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "=": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
@@ -36,8 +41,8 @@ class Condition(NamedTuple):
         if isinstance(found, (bool, str)):
             return OPERATORS[self.operator](found if isinstance(found, str) else str(found).lower(), self.value)
         try:
-            return OPERATORS[self.operator](found + 0.0, float(self.value))
-        except (ValueError, TypeError):
+            return OPERATORS[self.operator](float(found), float(self.value))
+        except (ValueError, TypeError, OverflowError):
             where = shown(self.key + self.operator + self.value)
             raise ValueError(f"has {shown(found)} under {shown(self.key)}; correct --where {where}") from None
 
@@ -63,33 +68,59 @@ class Selection(NamedTuple):
         """Those that are read of tables, the text's first."""
         return list(dict.fromkeys([self.text_key, *(condition.key for condition in self.where)]))
 
-    def read(self, unit: Unit, dropped: Counter[str] | None = None) -> Iterator[str]:
-        """The documents of a unit, in order. Raises UserError as `read_part`.
+    def read(self, unit: Unit, mask: np.ndarray | None = None, dropped: Counter[str] | None = None) -> Iterator[str]:
+        """The documents of a unit, in order. Raises UserError, naming file and place, for what cannot be read, is too
+        long, or has no text.
 
         Args:
+            mask: (documents,), which of those that are selected are no duplicates; None for all.
             dropped: counts the others by reason.
         """
+        is_first = itertools.repeat(True) if mask is None else iter(mask)
         for part in unit.parts:
-            for text in read_part(part, self.columns, lambda record: all(one.holds(record) for one in self.where)):
-                reason = self._refusal(text)
-                if text is not None and not reason:
-                    yield text
+            where = () if is_text(part.file) else self.where  # a text has no other columns
+            for position, record in read_records(part, self.columns):
+                try:
+                    reason = self._refusal(record, where)
+                except ValueError as error:
+                    raise UserError(f"{part.file}: {place_of(part.file, position)} {error}.") from None
+                if not reason and next(is_first):
+                    yield record[self.text_key]
                 elif dropped is not None:
-                    dropped[reason] += 1
+                    dropped[reason or "duplicate"] += 1
 
     def hashes(self, unit: Unit) -> np.ndarray:
         """(documents,) uint64: of the text of each."""
         digests = [blake2b(text.encode(), digest_size=8).digest() for text in self.read(unit)]
         return np.frombuffer(b"".join(digests), np.uint64)
 
-    def _refusal(self, text: str | None) -> str:
-        if text is None:
+    def _refusal(self, record: Any, where: tuple[Condition, ...]) -> str | None:
+        """Why a record is not taken, if it is not. Raises ValueError where that cannot be said."""
+        if isinstance(record, dict) and not all(condition.holds(record) for condition in where):
             return "where"
+        text = record.get(self.text_key) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            key = self.text_key
+            raise ValueError(
+                f'has no text under "{key}"; name the key with --text_key, or leave it out with --where "{key}!=null"'
+            )
+        if len(text) > MAX_DOCUMENT:
+            raise ValueError(f"is longer than {MAX_DOCUMENT:,} characters; cut it, or leave it out")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is no character; remove it") from None
         if not text or text.isspace():
             return "empty"
         if len(text) < self.min_chars:
             return "short"
-        return "long" if self.max_chars is not None and len(text) > self.max_chars else ""
+        return "long" if self.max_chars is not None and len(text) > self.max_chars else None
+
+
+def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
+    """The non-empty documents in `files`. Raises UserError as `Selection.read`."""
+    parts = (part for file in files for part in parts_of(file, [text_key]))
+    return Selection(text_key).read(Unit("", tuple(parts)))
 
 
 def first_occurrences(hashes: list[np.ndarray]) -> list[np.ndarray]:
@@ -98,3 +129,28 @@ def first_occurrences(hashes: list[np.ndarray]) -> list[np.ndarray]:
     is_first = np.zeros(len(everything), bool)
     is_first[np.unique(everything, return_index=True)[1]] = True
     return np.split(is_first, np.cumsum([len(one) for one in hashes])[:-1])
+
+
+def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:
+    """("train" or "valid", document) pairs. Every k-th document is held out, k = 1 / valid_fraction.
+
+    With fewer than k documents, the last part of each is held out instead, cut at a line's end where there is one.
+    """
+    if not valid_fraction:
+        yield from (("train", document) for document in documents)
+        return
+    every = max(round(1 / valid_fraction), 2)
+    documents = iter(documents)
+    first = list(itertools.islice(documents, every))
+    if len(first) == every:
+        for number, document in enumerate(itertools.chain(first, documents), start=1):
+            yield ("valid" if number % every == 0 else "train"), document
+        return
+    for document in first:
+        cut = int(len(document) * (1 - valid_fraction))
+        cut = document.find("\n", cut, -1) + 1 or cut
+        if document[:cut].strip() and document[cut:].strip():
+            yield "train", document[:cut]
+            yield "valid", document[cut:]
+        else:
+            yield "train", document

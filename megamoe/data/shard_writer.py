@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from megamoe.data.corpus_record import ShardRecord
+from megamoe.data.encoder import Encoder
 from megamoe.data.index_file import write_index
 from megamoe.utils.disk import flush, write_file
+from megamoe.utils.errors import UserError
 
+BATCH = 1 << 20  # characters handed to the encoder together: more do not stay in the cache
 BLOCK = 256 << 10  # bytes that are read at once of a .bin on an object store, whose samples are read in random order
 HASH_SIZE = 8  # bytes
 
@@ -21,51 +24,66 @@ def block_hash(block: bytes) -> bytes:
 
 
 class ShardWriter:
-    """Appends documents to PREFIX.bin and, when closed, writes PREFIX.idx, and PREFIX.sums with the hash of each
-    block."""
+    """Encodes documents into PREFIX.bin; when closed, writes PREFIX.idx, and PREFIX.sums with the hash of each block.
+    Every document begins with what the tokenizer puts before a text (of most, nothing), and ends in its end-of-text
+    token."""
 
-    def __init__(self, prefix: Path, dtype: type):
+    def __init__(self, prefix: Path, encode: Encoder, end_id: int, place: str = ""):
         """
         Args:
-            dtype: of `token_dtype`.
+            place: of the documents, for errors.
         """
         self._prefix = prefix
-        self._dtype = dtype
+        self._encode = encode
+        self._between = [end_id, *encode.prefix]
+        self._place = place
         self._file = open(f"{prefix}.bin", "xb")  # noqa: SIM115
         self._hash = hashlib.sha256()
-        self._ends: list[np.ndarray] = [np.zeros(1, np.int64)]  # places after which documents end
-        self._tokens = self._bytes = self._largest = 0
-
-    def add(self, ids: list[int] | np.ndarray, num_bytes: int, ends: np.ndarray | None = None) -> None:
-        """Add the token ids of documents, or of parts of them, whose text has so many bytes.
-
-        Args:
-            ends: (N,), rising places in `ids` after which documents end; by default that of its last.
-        """
-        tokens = np.asarray(ids)
-        if len(tokens):
-            assert tokens.min() >= 0, "vocabulary_of"
-            self._largest = max(self._largest, int(tokens.max()))
-        data = tokens.astype(self._dtype).tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self._bytes += num_bytes
-        self._ends.append(self._tokens + (np.array([len(tokens)]) if ends is None else ends))
-        self._tokens += len(tokens)
+        self._batch: list[str] = []
+        self._size = 0  # characters of the batch
+        self._lengths = [np.zeros(0, np.int64)]
+        self._bytes = self._largest = 0
 
     @property
     def lengths(self) -> np.ndarray:
-        """(documents,): tokens of each."""
-        return np.diff(np.concatenate(self._ends))
+        """(documents,): tokens of each that is written."""
+        return np.concatenate(self._lengths)
+
+    def add(self, document: str) -> None:
+        """Add a document. Raises UserError as `Encoder`."""
+        if self._batch and self._size + len(document) > BATCH:
+            self._write()
+        self._batch.append(document)
+        self._size += len(document)
+
+    def _write(self) -> None:
+        try:
+            ids, counts = self._encode(self._batch)
+        except UserError as error:
+            raise UserError(f"{self._place}: {error}") from None
+        added = len(self._between)
+        ids = np.insert(ids, np.repeat(np.cumsum(counts), added), np.tile(self._between, len(counts)))
+        ids = np.roll(ids, added - 1)  # what stands after the last document stands before the first
+        self._largest = max(self._largest, int(ids.max()))
+        assert self._largest <= np.iinfo(self._encode.dtype).max
+        data = ids.astype(self._encode.dtype).tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._bytes += sum(len(text.encode()) for text in self._batch)
+        self._lengths.append(counts + added)
+        self._batch, self._size = [], 0
 
     def close(self) -> ShardRecord | None:
-        """Write the other files and flush all to disk; None, and no files, where there is no token."""
+        """Write the other files and flush all to disk; None, and no files, where there is no document."""
+        if self._batch:
+            self._write()
         self._file.close()
-        if not self._tokens:
+        lengths = self.lengths
+        if not len(lengths):
             Path(self._file.name).unlink()
             return None
         index = Path(f"{self._prefix}.idx")
-        write_index(index, self._dtype, self.lengths)
+        write_index(index, self._encode.dtype, lengths)
         with open(self._file.name, "rb") as file:
             sums = b"".join(map(block_hash, iter(lambda: file.read(BLOCK), b"")))
         write_file(Path(f"{self._prefix}.sums"), sums)
@@ -73,8 +91,8 @@ class ShardWriter:
             flush(path)
         return ShardRecord(
             name=self._prefix.name,
-            documents=len(self.lengths),
-            tokens=self._tokens,
+            documents=len(lengths),
+            tokens=int(lengths.sum()),
             bytes=self._bytes,
             largest_id=self._largest,
             bin_sha256=self._hash.hexdigest(),

@@ -93,6 +93,13 @@ def test_any_number_of_processes_gives_the_same_bytes_and_every_document_once(tm
     assert [ids.tolist() for ids in sets[1].documents()] == [ids.tolist() for ids in sets[0].documents()]
 
 
+def test_a_glob_that_the_shell_expands_gives_what_a_quoted_one_gives(tmp_path, texts, prepare):
+    words = sorted((tmp_path / "books").glob("*.txt")), [tmp_path / "books" / "*.txt"]
+    for number, some in enumerate(words):
+        assert prepare(*some, *texts[2:], "--out", tmp_path / f"{number}")[:2] == (0, [])
+    assert content(tmp_path / "0") == content(tmp_path / "1")
+
+
 def inputs_of(texts):
     sources = {name: inputs.input_files(Path(path)) for name, path in (word.split("=") for word in texts[:2])}
     return inputs.units_of(sources, ["text"])
@@ -124,7 +131,8 @@ def test_a_corpus_is_byte_equal_after_kills_at_random_moments(tmp_path, texts, p
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, texts, prepare):
+def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, texts, prepare, monkeypatch):
+    monkeypatch.setattr(prepare_data, "SAMPLE", 100)  # so that the bad document is met after others
     bad = tmp_path / "books/99.txt"
     bad.write_bytes(b"caf\xe9")
     code, problems, _ = prepare(*texts, "--out", tmp_path / "out", "--processes", 1)
@@ -133,6 +141,7 @@ def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, t
     for change, *words in (
         (lambda: None, "min_chars, valid_fraction", "--min_chars", 9, "--valid_fraction", 0.5),
         (lambda: bad.write_text("fixed"), "input"),
+        (lambda: monkeypatch.setattr(prepare_data, "__version__", "9"), "input, version"),
     ):
         change()
         code, problems, _ = prepare(*texts, *words[1:], "--out", tmp_path / "out")

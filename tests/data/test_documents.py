@@ -7,7 +7,7 @@ import pytest
 from corpora import write_corpus
 from refusals import has, refusal
 
-from megamoe.data import corpus
+from megamoe.data import encoder
 from megamoe.data.documents import read_set
 from megamoe.data.tokenizer import train_tokenizer
 
@@ -24,7 +24,7 @@ def read(path, tokenizer, text_key="text"):
 
 
 def test_text_json_lines_and_prepared_corpora_hold_the_same_documents(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 100)  # longer documents are encoded in pieces
+    monkeypatch.setattr(encoder, "PIECE", 100)  # longer documents are encoded in pieces
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(TEXTS):
         (tmp_path / "texts" / f"{number}.txt").write_text(text)

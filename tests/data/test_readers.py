@@ -10,9 +10,10 @@ import pyarrow.parquet
 import pytest
 from refusals import has, refusal
 
-from megamoe.data import inputs, readers
-from megamoe.data.inputs import input_files, parts_of
-from megamoe.data.readers import read_documents, zstd
+from megamoe.data import inputs, readers, selection
+from megamoe.data.file_formats import zstd
+from megamoe.data.inputs import input_files, parts_of, units_of
+from megamoe.data.selection import read_documents
 
 DOCUMENTS = [
     "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n",
@@ -20,7 +21,7 @@ DOCUMENTS = [
     "One short line.\n",
     "\n  Indented after an empty line.\n\n\nThree empty lines before this one.\n",
 ]
-KINDS = ["txt", "folder", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "dataset"]
+KINDS = ["txt", "folder", "json", "jsonl", "jsonl.gz", "json.zst", "parquet", "dataset"]
 
 
 def read(path, key="text"):
@@ -73,7 +74,7 @@ def test_every_kind_of_input_holds_the_same_documents_whatever_the_ranges(tmp_pa
             parts = [part for file in files for part in parts_of(file, ["text"])]
             if kind != "parquet":  # whose footer is in no part
                 assert sum(part.size for part in parts) == sum(file.stat().st_size for file in files), (name, kind)
-            if kind == "jsonl":
+            if kind in ("jsonl", "json"):
                 assert len(parts) == -(-files[0].stat().st_size // unit)
 
 
@@ -85,6 +86,20 @@ def test_a_folder_is_read_in_order_below_and_only_its_text(tmp_path):
     assert read(tmp_path) == ["A", "B1", "B2", "D1", "D2"]
     assert read(tmp_path / "b*" / "*t") == ["B1"]
     assert [file.name for file in input_files(tmp_path / "[ab]**")] == ["a.txt", "1.text", "2.md"]
+
+
+def test_row_groups_of_a_unit_are_read_in_one_go(tmp_path):
+    files = [write(tmp_path, "parquet", DOCUMENTS)]
+    ((unit,), groups) = units_of({"a": files}, ["text"]), parts_of(files[0], ["text"])
+    assert [(part.start, part.stop) for part in groups] == [(0, 1), (1, 2)]
+    assert unit.parts == (groups[0]._replace(stop=2, size=sum(part.size for part in groups)),)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for kind in ("txt", "jsonl"):
+        path = write(tmp_path, kind, DOCUMENTS[:1])
+        path.write_bytes("\ufeff".encode() + path.read_bytes())
+        assert read(path) == DOCUMENTS[:1]
 
 
 def test_files_packed_one_after_the_other_are_read_to_the_end(tmp_path):
@@ -181,7 +196,7 @@ def test_a_binary_file_and_a_document_above_the_limit_are_refused_and_an_empty_f
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "text.md").write_text("text")
     assert read(tmp_path) == ["text"]
-    for module in (inputs, readers):
+    for module in (inputs, readers, selection):
         monkeypatch.setattr(module, "MAX_DOCUMENT", 40)
     long = ["short", "long" * 10 + "x"]
     has(refusal(read, write(tmp_path, "txt", long[1:])), "text.txt", "41 bytes", "limit of 40", "cut")

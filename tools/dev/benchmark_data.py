@@ -29,7 +29,7 @@ from megamoe.data.encoder import Encoder
 from megamoe.data.index_file import write_index
 from megamoe.data.inputs import input_files
 from megamoe.data.packing import PackedCorpus
-from megamoe.data.readers import read_documents
+from megamoe.data.selection import read_documents
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.utils.errors import UserError

@@ -9,9 +9,9 @@ from corpora import write_corpus
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from megamoe.data import corpus
-from megamoe.data.corpus import split_documents
+from megamoe.data import encoder, shard_writer
 from megamoe.data.corpus_record import read_record
+from megamoe.data.selection import split_documents
 from megamoe.data.tokenizer import END_OF_TEXT, train_tokenizer
 
 DOCUMENTS = [
@@ -114,8 +114,8 @@ def test_a_document_that_names_the_end_of_text_does_not_end_there(tmp_path, toke
 
 @pytest.mark.parametrize("batch", [90, 1 << 20])
 def test_long_documents_are_encoded_in_pieces_and_stay_one_document(tmp_path, tokenizer, monkeypatch, batch):
-    monkeypatch.setattr(corpus, "PIECE", 40)
-    monkeypatch.setattr(corpus, "BATCH", batch)
+    monkeypatch.setattr(encoder, "PIECE", 40)
+    monkeypatch.setattr(shard_writer, "BATCH", batch)
     draw = random.Random(4)
     lines = ["".join(draw.choices("abcdefg \t", k=draw.randrange(30))) for _ in range(60)]
     documents = [
@@ -132,8 +132,8 @@ def test_long_documents_are_encoded_in_pieces_and_stay_one_document(tmp_path, to
 
 
 def test_every_document_begins_with_what_the_tokenizer_puts_before_a_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", 40)
-    monkeypatch.setattr(corpus, "BATCH", 90)
+    monkeypatch.setattr(encoder, "PIECE", 40)
+    monkeypatch.setattr(shard_writer, "BATCH", 90)
     tokenizer = train_tokenizer([*DOCUMENTS] * 10, 300)
     tokenizer.add_special_tokens(["<s>", "<b>"])
     first = [("<s>", tokenizer.token_to_id("<s>")), ("<b>", tokenizer.token_to_id("<b>"))]
