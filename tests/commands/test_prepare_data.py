@@ -16,7 +16,7 @@ import pytest
 from refusals import has, only
 
 from megamoe.commands import prepare_data
-from megamoe.data import inputs
+from megamoe.data import inputs, preparation
 from megamoe.data.cache import Cache
 from megamoe.data.corpus_record import read_record
 from megamoe.data.object_store import RemoteFolder
@@ -28,7 +28,7 @@ PROGRAM = """
 if __name__ == "__main__":
     from megamoe.commands import prepare_data
     from megamoe.config import cli
-    from megamoe.data import inputs
+    from megamoe.data import inputs, preparation
 
     inputs.UNIT = 2000
     cli.run(prepare_data.main)
@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 def documents(seed, count=300):
     draw = random.Random(seed)
-    words = [draw.randbytes(draw.randrange(1, 5)).hex() for _ in range(200)]
+    words = [draw.randbytes(draw.randrange(1, 5)).hex().replace("0", "é") for _ in range(200)]
     return [" ".join(draw.choices(words, k=draw.randrange(1, 120))) + "\n" for _ in range(count)]
 
 
@@ -56,7 +56,7 @@ def texts(tmp_path):
 @pytest.fixture
 def prepare(run, monkeypatch):
     """(exit code, problems, what it prints) of a call with small units."""
-    monkeypatch.setattr(inputs, "UNIT", 4000)
+    monkeypatch.setattr(inputs, "UNIT", 4500)
 
     def prepare(*words):
         code, said = run(prepare_data, *words)
@@ -76,7 +76,8 @@ def texts_of(folder, split):
 
 
 def test_any_number_of_processes_gives_the_same_bytes_and_every_document_once(tmp_path, texts, prepare):
-    options = ("--valid_fraction", 0.25, "--drop_duplicates")
+    (tmp_path / "books/00a.txt").write_text(documents(1)[0])
+    options = ("--valid_fraction", 0.5, "--drop_duplicates")
     for processes in (1, 3):
         code, problems, _ = prepare(*texts, *options, "--processes", processes, "--out", tmp_path / f"{processes}")
         assert (code, problems) == (0, [])
@@ -151,15 +152,29 @@ def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, t
     assert prepare(*texts, "--out", tmp_path / "out")[0] == 0
 
 
+def test_what_is_finished_stays_on_a_full_disk_and_the_error_names_the_output(tmp_path, texts, prepare, monkeypatch):
+    def write(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    call = (*texts, "--out", tmp_path / "out", "--processes", 1)
+    with monkeypatch.context() as full:
+        full.setattr(preparation, "write_corpus_record", write)
+        code, problems, _ = prepare(*call)
+    assert code == 2
+    has(only(problems), str(tmp_path / "out"), "No space left")
+    code, _, said = prepare(*call)
+    assert code == 0
+    units = len(inputs_of(texts))
+    has(said, f"{units} of {units} units are finished already")
+
+
 def test_only_what_the_options_select_is_taken_and_all_else_is_counted(tmp_path, texts, prepare):
     (tmp_path / "books/98.txt").write_text(documents(1)[0])
     (tmp_path / "books/99.txt").write_text("\n")
     options = ("--where", "score!=1", "score<3", "--min_chars", 100, "--max_chars", 600, "--valid_fraction", 0)
-    for processes in (1, 2):
-        out = tmp_path / f"out{processes}"
-        code, problems, said = prepare(*texts, *options, "--drop_duplicates", "--processes", processes, "--out", out)
-        assert (code, problems) == (0, [])
-    assert content(tmp_path / "out1") == content(out)
+    out = tmp_path / "out"
+    code, problems, said = prepare(*texts, *options, "--drop_duplicates", "--processes", 1, "--out", out)
+    assert (code, problems) == (0, [])
     web = [text for number, text in enumerate(documents(1)) if number % 4 in (0, 2)]
     expected = {}
     for name, some in (("web", web), ("books", [*documents(2, 60), documents(1)[0]])):
@@ -175,7 +190,7 @@ def test_only_what_the_options_select_is_taken_and_all_else_is_counted(tmp_path,
         (source,) = [one for one in read_record(out).sources if one.name == name]
         assert source.dropped == {reason: count for reason, count in dropped.items() if count}
         assert source.documents == len(expected[name])
-        assert source.bytes == sum(map(len, expected[name]))
+        assert source.bytes == sum(len(text.encode()) for text in expected[name])
         has(
             said, f"{name}: {source.documents} documents, {source.tokens} tokens", f"{dropped['short']} dropped (short)"
         )
@@ -197,7 +212,8 @@ def test_a_dry_run_shows_documents_with_their_tokens_and_writes_nothing(tmp_path
     ids = tokenizer.encode(documents(1)[0]).ids
     has(said, f"web: 1 files, {(tmp_path / 'web.jsonl').stat().st_size:,} bytes", "books: 60 files")
     has(said, f"{len(ids)} tokens and end-of-text", f":{ids[0]} ")
-    has(said, *(json.dumps(documents(*one)[number])[:60] for one in ((1,), (2, 60)) for number in (0, 2)))
+    first = [documents(*one)[number] for one in ((1,), (2, 60)) for number in (0, 2)]
+    has(said, *(json.dumps(text, ensure_ascii=False)[:60] for text in first))
 
 
 def test_a_character_that_the_tokenizer_does_not_know_is_named_with_its_files(tmp_path, texts, prepare):

@@ -10,7 +10,6 @@ from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megamoe.data import encoder, shard_writer
-from megamoe.data.corpus_record import read_record
 from megamoe.data.selection import split_documents
 from megamoe.data.tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -66,50 +65,24 @@ def test_a_short_document_or_a_tail_of_empty_lines_is_not_split_into_nothing_and
 # --- writing ---
 
 
-def made(documents, tokenizer, out, split="train"):
-    return write_corpus([(split, text) for text in documents], tokenizer, out)
+def made(documents, tokenizer, out):
+    """(token ids of each document, dataset) as DeepSpeed reads what is written; the record."""
+    record = write_corpus([("train", text) for text in documents], tokenizer, out)
+    dataset = MMapIndexedDataset(str(out / "train-00000"), skip_warmup=True)
+    assert dataset.doc_idx.tolist() == list(range(len(documents) + 1))
+    return [item.tolist() for item in dataset], dataset, record
 
 
-def items(folder, split):
-    """(documents as lists of items, dataset) read by DeepSpeed."""
-    dataset = MMapIndexedDataset(str(folder / f"{split}-00000"), skip_warmup=True)
-    starts = dataset.doc_idx.tolist()
-    assert starts[0] == 0
-    assert starts[-1] == len(dataset)
-    return [
-        [dataset[item].tolist() for item in range(start, end)] for start, end in itertools.pairwise(starts)
-    ], dataset
-
-
-def documents_of(folder, split, tokenizer):
-    """Documents decoded from what DeepSpeed reads; checks that end-of-text ends each and stands nowhere else."""
+def decoded(items, tokenizer):
+    """Their texts; checks that end-of-text ends each and stands nowhere else."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    texts = []
-    for pieces in items(folder, split)[0]:
-        tokens = [token for piece in pieces for token in piece]
-        assert [place for place, token in enumerate(tokens) if token == end] == [len(tokens) - 1]
-        texts.append(tokenizer.decode(tokens[:-1], skip_special_tokens=False))
-    return texts
-
-
-def test_the_tokens_decode_to_the_documents_of_each_split_and_are_counted(tmp_path, tokenizer):
-    out = tmp_path / "out"
-    documents = [f"number {number}\n{DOCUMENTS[number % 4]}" for number in range(12)]
-    record = write_corpus(split_documents(documents, 0.25), tokenizer, out)
-    assert read_record(out) == record
-    expected = {"train": [text for number, text in enumerate(documents) if number % 4 != 3], "valid": documents[3::4]}
-    for split, texts in expected.items():
-        assert documents_of(out, split, tokenizer) == texts
-        found = record.splits[split]
-        assert found.documents == len(texts)
-        assert found.tokens == (out / f"{split}-00000.bin").stat().st_size // 2
-        assert found.bytes == sum(len(text.encode()) for text in texts)
+    assert all(tokens.index(end) == len(tokens) - 1 for tokens in items)
+    return [tokenizer.decode(tokens[:-1], skip_special_tokens=False) for tokens in items]
 
 
 def test_a_document_that_names_the_end_of_text_does_not_end_there(tmp_path, tokenizer):
     documents = [f"before {END_OF_TEXT} after", END_OF_TEXT, "plain"]
-    made(documents, tokenizer, tmp_path / "out")
-    assert documents_of(tmp_path / "out", "train", tokenizer) == documents
+    assert decoded(made(documents, tokenizer, tmp_path / "out")[0], tokenizer) == documents
 
 
 @pytest.mark.parametrize("batch", [90, 1 << 20])
@@ -126,8 +99,8 @@ def test_long_documents_are_encoded_in_pieces_and_stay_one_document(tmp_path, to
         "y" * 41 + "\n",
         "z" * 40 + "\n" + "z" * 40,
     ]
-    record = made(documents, tokenizer, tmp_path / "out")
-    assert documents_of(tmp_path / "out", "train", tokenizer) == documents
+    items, _, record = made(documents, tokenizer, tmp_path / "out")
+    assert decoded(items, tokenizer) == documents
     assert record.splits["train"].documents == len(documents)
 
 
@@ -139,9 +112,7 @@ def test_every_document_begins_with_what_the_tokenizer_puts_before_a_text(tmp_pa
     first = [("<s>", tokenizer.token_to_id("<s>")), ("<b>", tokenizer.token_to_id("<b>"))]
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> <b> $A", special_tokens=first)
     documents = ["a", "one line\n" * 30, *DOCUMENTS, "b"]
-    made(documents, tokenizer, tmp_path / "out")
-    for ids, text in zip(items(tmp_path / "out", "train")[0], documents, strict=True):
-        (ids,) = ids
+    for ids, text in zip(made(documents, tokenizer, tmp_path / "out")[0], documents, strict=True):
         assert ids[:2] == [number for _, number in first]
         assert ids[-1] == tokenizer.token_to_id(END_OF_TEXT)
         assert tokenizer.decode(ids[2:-1], skip_special_tokens=False) == text
@@ -155,7 +126,6 @@ def words_tokenizer(size):
 
 @pytest.mark.parametrize(("size", "dtype"), [(32768, np.int16), (65537, np.int32)])
 def test_the_largest_id_of_a_vocabulary_fits_its_token_type(tmp_path, size, dtype):
-    made([f"w1 w{size - 1}"], words_tokenizer(size), tmp_path / "out")
-    documents, dataset = items(tmp_path / "out", "train")
-    assert documents == [[[1, size - 1, 0]]]
+    items, dataset, _ = made([f"w1 w{size - 1}"], words_tokenizer(size), tmp_path / "out")
+    assert items == [[1, size - 1, 0]]
     assert dataset.dtype == dtype
