@@ -172,6 +172,7 @@ def check_run(
     data = TrainData(phases, inputs.sources, run.seed, model.document_attention, model.border_labels)
     record = make_record(run, model, recipe, data, inputs, start.folder.run_id() if start.folder else None)
     changes = check_changes(run, start, record)
+    record |= {"replaced_data": changes.replaced} if changes.replaced else {}
     return Checked(run, model, recipe, precision, device, last_step, inputs, data, start, changes, record)
 
 

@@ -42,6 +42,7 @@ class Changes:
 
     schedule: str | None = None  # from what to what
     phases: bool = False  # of data that lie ahead
+    replaced: tuple[dict[str, Any], ...] = ()  # what was trained on and the phases of the record do not have
     ema_decay_before: float | None = None
 
 
@@ -112,11 +113,15 @@ def check_changes(run: RunConfig, start: Start, record: dict[str, Any]) -> Chang
         for key in changed
     ]
     step = max((folders.step_of(path) or 0 for path in start.candidates), default=0)
-    problems += _data_problems(run, last, record, max(start.ledger.data_step(step), 1))
+    done = max(start.ledger.data_step(step), 1)
+    problems += _data_problems(run, last, record, done)
     if problems:
         raise UserError(*problems)
-    ahead = _phases(last) != _phases(record)
-    return Changes(schedule, ahead, last.get("run", {}).get("ema_decay"))
+    theirs, ours = _phases(last), _phases(record)
+    replaced = tuple(last.get("replaced_data", ()))
+    if run.allow_changed_data and _trained(theirs, done) != _trained(ours, done):
+        replaced += ({"last_step": done, "phases": last["phases"]},)
+    return Changes(schedule, theirs != ours, replaced, last.get("run", {}).get("ema_decay"))
 
 
 def _phases(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,12 +137,17 @@ def _phases(record: dict[str, Any]) -> list[dict[str, Any]]:
         return []
 
 
+def _trained(phases: list[dict[str, Any]], done: int) -> list[dict[str, Any]]:
+    """Those that steps up to `done` have read."""
+    return [phase for phase in phases if phase["first_step"] <= done]
+
+
 def _data_problems(run: RunConfig, last: dict[str, Any], record: dict[str, Any], done: int) -> list[str]:
     """What the run would read otherwise in the steps up to `done`, or without --resume in any."""
     before, now = _phases(last), _phases(record)
     if before == now or run.allow_changed_data:
         return []
-    trained, again = ([phase for phase in phases if phase["first_step"] <= done] for phases in (before, now))
+    trained, again = _trained(before, done), _trained(now, done)
     if trained == again:
         if run.resume:
             return []
@@ -147,7 +157,10 @@ def _data_problems(run: RunConfig, last: dict[str, Any], record: dict[str, Any],
     theirs, ours = pairs[number]
     theirs, ours = _part(theirs, ours), _part(ours, theirs)
     remedy = "keep what is trained on: what lies ahead may change, by --data_schedule; or choose another --run_dir"
-    if theirs and theirs.keys() == {"samples_per_step"}:
+    schedule = last.get("run", {}).get("data_schedule")
+    if schedule and not run.data_schedule:
+        remedy = f"give --data_schedule {schedule} again, or choose another --run_dir"
+    elif theirs and theirs.keys() == {"samples_per_step"}:
         remedy = (
             f'set "train_batch_size" to {theirs["samples_per_step"]} in the DeepSpeed JSON and leave '
             '"gradient_accumulation_steps" out, so that any number of ranks shares them'
@@ -165,6 +178,8 @@ def _decisive(record: dict[str, Any]) -> dict[str, Any]:
     optimization = _with_peaks_in_schedule({key: record.get("deepspeed", {}).get(key) for key in OPTIMIZATION})
     defaults = {key: field.default for key, field in ModelConfig.model_fields.items() if not field.is_required()}
     model = defaults | record.get("model", {})  # of a version that lacked a field
+    if not model["rope_scaling"]:  # then it only limits the lengths of samples, which may change
+        model.pop("max_position_embeddings", None)
     decisive = {**record, "model": model, "optimization": optimization}
     return {key: decisive.get(key) for key in SAME_ON_RESUME}
 

@@ -222,11 +222,36 @@ def test_what_was_trained_on_stays_and_what_lies_ahead_may_change_on_resume(inpu
     has(problem(run), "trained to step 11")
 
 
+def test_a_resume_that_leaves_out_the_data_schedule_is_told_to_give_it(inputs, tmp_path):
+    run = started({**inputs, **write_phases(tmp_path, {"samples_per_step": 4})})
+    has(problem({**run, "data_schedule": None}), f"give --data_schedule {tmp_path / 'phases.json'} again")
+
+
+def test_a_longer_context_on_resume_may_raise_the_limit_of_the_preset(inputs, tmp_path):
+    run = started({**inputs, "seq_len": 16})
+    preset = json.loads(Path(run["preset"]).read_text()) | {"max_position_embeddings": 32}
+    (tmp_path / "longer.json").write_text(json.dumps(preset))
+    phases = write_phases(tmp_path, {"tokens": 5 * 2 * 16}, {"seq_len": 32})
+    has(problem({**run, **phases}), "phase 2", "above max_position_embeddings 16")
+    longer = {**run, **phases, "preset": str(tmp_path / "longer.json")}
+    assert check(longer).changes.phases
+    scaling = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    change_record(run, model={**check(run).record["model"], **scaling})
+    (tmp_path / "longer.json").write_text(json.dumps({**preset, **scaling}))
+    has(problem(longer), 'model {"max_position_embeddings": 16}')
+
+
 def test_other_data_is_welcome_where_it_is_allowed(inputs, tmp_path):
     run = started(inputs, tokenizer_sha256="another")
     build(tmp_path / "corpus" / "train", random_tokens(6000, 96), np.int16)
     has(" ".join(refusals(check, run)), '"fingerprint"', "tokenizer_sha256")
-    check({**run, "allow_changed_data": True})
+    record = check({**run, "allow_changed_data": True}).record
+    before = json.loads((Path(run["run_dir"]) / "run.json").read_text())["phases"]
+    assert record["replaced_data"] == ({"last_step": 3, "phases": before},)
+    assert record["phases"] != before
+    change_record(run, **record)
+    complete(run, 4)
+    assert check(run).record["replaced_data"] == record["replaced_data"]
 
 
 # --- records ---

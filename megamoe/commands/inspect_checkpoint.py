@@ -6,10 +6,12 @@ run, the newest checkpoint is looked at. Exits with code 2 if it is damaged.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.indexed_files import IndexedFiles
@@ -62,11 +64,22 @@ def print_origin(checkpoint: Path, source: Source) -> None:
         versions = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
         print(f"run: preset {record.get('preset')}, seed {record.get('seed')}; {versions}")
         print(f"tokenizer: {record.get('tokenizer_sha256')}")
-        for phase in record.get("phases", []):
-            sizes = f"{phase['samples_per_step']} x {phase['seq_len']}"
-            for corpus in phase["data"]:
-                print(f"data from step {phase['first_step']} on, {sizes}: {corpus['path']}, {corpus['fingerprint']}")
+        print_history(record)
     print(f"parameters: {sum(math.prod(shape) for shape in source.shapes.values()):,}")
+
+
+def print_history(record: dict[str, Any]) -> None:
+    """Which data the steps of a run have read, before a resume with other data too."""
+    begun = 1
+    for part in [*record.get("replaced_data", []), record]:
+        last, phases = part.get("last_step", math.inf), part.get("phases", [])
+        for phase, following in itertools.zip_longest(phases, phases[1:]):
+            first = max(phase["first_step"], begun)
+            is_read = first <= last and (following is None or first < following["first_step"])
+            for corpus in phase["data"] if is_read else ():
+                sizes = f"{phase['samples_per_step']} x {phase['seq_len']}"
+                print(f"data from step {first} on, {sizes}: {corpus['path']}, {corpus['fingerprint']}")
+        begun = last + 1
 
 
 def print_norms(source: Source) -> None:

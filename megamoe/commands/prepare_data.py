@@ -30,7 +30,14 @@ from megamoe.data.encoder import Encoder, compare
 from megamoe.data.inputs import input_files, units_of
 from megamoe.data.preparation import UnitWriter, assemble, partial_corpus, training_texts
 from megamoe.data.selection import Selection, first_occurrences, parse_condition
-from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, train_tokenizer, vocabulary_of
+from megamoe.data.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    prefix_of,
+    tokenizer_file,
+    train_tokenizer,
+    vocabulary_of,
+)
 from megamoe.data.worker_pool import run_all
 from megamoe.utils.disk import check_absent, replace_file
 from megamoe.utils.errors import Problems, UserError, shown
@@ -182,7 +189,8 @@ def first_documents(args: argparse.Namespace) -> Iterator[str]:
 
 def is_fast(args: argparse.Namespace, tokenizer: Tokenizer) -> bool:
     """Whether fastokens gives the same ids on a sample of the corpus; says so where it does not."""
-    why = compare(tokenizer, first_documents(args))
+    documents = list(first_documents(args))  # what cannot be read ends the call, and says nothing of fastokens
+    why = compare(tokenizer, documents)
     if why:
         print(f"encoding the slow way, with tokenizers: {why}", file=sys.stderr, flush=True)
     return why is None
@@ -198,7 +206,7 @@ def show(args: argparse.Namespace) -> None:
         for text in itertools.islice(texts, SHOWN):
             print(f"  {shown(text)} ({len(text):,} characters)")
             if args.given:
-                ids, _ = Encoder(args.given)([text])
+                ids = [*prefix_of(args.given), *Encoder(args.given)([text])[0]]
                 tokens = [f"{shown(args.given.decode([one], skip_special_tokens=False))}:{one}" for one in ids[:12]]
                 print(f"    {len(ids):,} tokens and end-of-text: {' '.join(tokens)}")
 

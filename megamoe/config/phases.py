@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -39,7 +40,7 @@ class PhaseSettings(JsonModel):
 class PhaseList(JsonModel):
     """The file."""
 
-    phases: list[PhaseSettings] = Field(min_length=1)
+    phases: list[Any] = Field(min_length=1)  # PhaseSettings; each is checked by its number
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ class Phases:
 
 def read_phases(file: str) -> list[PhaseSettings]:
     """Those of `--data_schedule`. Raises UserError."""
-    phases: list[PhaseSettings] = validate(PhaseList, read_json(Path(file)), file).phases
+    problems = Problems()
+    given = enumerate(validate(PhaseList, read_json(Path(file)), file).phases, start=1)
+    phases = [problems.attempt(validate, PhaseSettings, one, f"{file}: phase {number}") for number, one in given]
+    problems.refuse()
     endless = [number for number, phase in enumerate(phases[:-1], start=1) if phase.tokens is None]
     if endless:
         raise UserError(f"{file}: phase {endless[0]} has no tokens, which only the last may leave out; add them.")

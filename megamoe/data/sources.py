@@ -56,7 +56,7 @@ def _own_source(path: str, module: str, name: str, seq_len: int) -> Any:
         make = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"data {path} cannot be imported ({first_line(error)}); set PYTHONPATH to the folder of {module}."
+            f"data {path} cannot be imported ({first_line(error)}); correct it, or set PYTHONPATH to its folder."
         ) from None
     return make(seq_len=seq_len)
 

@@ -168,6 +168,19 @@ def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_e
         assert row.split()[1:] == [f"{norm:.3f}" for norm in norms]
 
 
+def test_inspecting_lists_what_each_step_read_after_the_data_was_replaced_too(capsys):
+    def phase(first, path):
+        corpus = {"path": path, "fingerprint": "f"}
+        return {"first_step": first, "samples_per_step": 4, "seq_len": 8, "data": [corpus]}
+
+    before = {"last_step": 6, "phases": [phase(1, "a"), phase(5, "b"), phase(7, "never")]}
+    inspect_checkpoint.print_history({"replaced_data": [before], "phases": [phase(1, "c"), phase(9, "d")]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"data from step {step} on, 4 x 8: {path}, f" for step, path in ((1, "a"), (5, "b"), (7, "c"), (9, "d"))
+    ]
+
+
 def test_inspecting_a_damaged_checkpoint_says_so_first(call, run_dir, capsys):
     path = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
     path.write_text("import os")

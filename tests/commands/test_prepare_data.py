@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from refusals import has, only
+from tokenizers.processors import TemplateProcessing
 
 from megamoe.commands import prepare_data
 from megamoe.data import inputs, preparation
@@ -204,12 +205,16 @@ def test_only_what_the_options_select_is_taken_and_all_else_is_counted(tmp_path,
 
 
 def test_a_dry_run_shows_documents_with_their_tokens_and_writes_nothing(tmp_path, texts, prepare):
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    (name,) = tokenizer.get_added_tokens_decoder().values()
+    tokenizer.post_processor = TemplateProcessing(f"{name} $0", special_tokens=[(str(name), 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     before = sorted(tmp_path.rglob("*"))
     code, problems, said = prepare(*texts, "--out", tmp_path / "out", "--dry_run")
     assert (code, problems) == (0, [])
     assert sorted(tmp_path.rglob("*")) == before
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     ids = tokenizer.encode(documents(1)[0]).ids
+    assert ids[0] == 0  # what the tokenizer puts before a text
     has(said, f"web: 1 files, {(tmp_path / 'web.jsonl').stat().st_size:,} bytes", "books: 60 files")
     has(said, f"{len(ids)} tokens and end-of-text", f":{ids[0]} ")
     first = [documents(*one)[number] for one in ((1,), (2, 60)) for number in (0, 2)]
@@ -224,6 +229,13 @@ def test_a_character_that_the_tokenizer_does_not_know_is_named_with_its_files(tm
     code, problems, _ = prepare(*texts, "--out", tmp_path / "out", "--processes", 2)
     assert code == 2
     has(only(problems), f" to {tmp_path / 'books/59.txt'}: ", "'\\x04' (U+0004)", "line 2")
+
+
+def test_input_that_cannot_be_read_ends_the_call_and_is_not_laid_to_fastokens(tmp_path, texts, run):
+    (tmp_path / "books/00.txt").write_bytes(b"\0")
+    code, said = run(prepare_data, *texts, "--out", tmp_path / "out")
+    assert code == 2
+    has(only([line for line in said.err.splitlines() if "not UTF-8" in line]), "error: ", "00.txt")
 
 
 def test_tables_without_a_column_are_named_all_at_once(tmp_path, texts, prepare):

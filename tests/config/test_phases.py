@@ -50,7 +50,7 @@ def test_a_file_of_phases_is_checked(tmp_path):
     for content, parts in (
         ({"phases": []}, ["phases", "at least 1"]),
         ({"phases": [{"data": ["a"]}, {"tokens": 4}]}, [str(file), "phase 1", "no tokens"]),
-        ({"phases": [{"token": 4}]}, ["token"]),
+        ({"phases": [{}, {"token": 4}]}, [f'{file}: phase 2: unknown key "token"; did you mean "tokens"']),
         ({"phases": [{"tokens": 4, "data": ["a=x"]}]}, ["PATH=WEIGHT"]),
     ):
         file.write_text(json.dumps(content))
