@@ -88,7 +88,7 @@ class RunConfig(BaseModel):
         default=[Corpus(path="data/shakespeare-2048")],
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, a path or "
-        "s3://, gs://; or the prefix of .bin/.idx",
+        "s3://, gs://; the prefix of .bin/.idx; or MODULE:NAME, a source of your own, see docs/data.md",
     )
     valid_data: list[Annotated[HeldOutSource, _from_text(parse_held_out)]] = Field(
         default=[],
