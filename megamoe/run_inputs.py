@@ -14,7 +14,7 @@ from megamoe.config.phases import Phases
 from megamoe.config.run import HeldOutSource, RunConfig
 from megamoe.data.cache import Cache
 from megamoe.data.object_store import RemoteFolder
-from megamoe.data.source import DataSource
+from megamoe.data.source import DataSource, is_remote
 from megamoe.data.sources import open_corpus
 from megamoe.data.sources import open_source as open_data
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
@@ -105,7 +105,7 @@ def tokenizer_files(tokenizer: Path | None, initial_weights: list[Path]) -> list
 def open_remotes(run: RunConfig, paths: list[str]) -> dict[str, RemoteFolder]:
     """Those of the paths that are on object stores. Raises one UserError for all of them, or PeerError."""
     cache, problems = Cache(run.cache_dir, int(run.cache_gib * 2**30)), Problems()
-    remotes = {path: problems.attempt(RemoteFolder, path, cache) for path in dict.fromkeys(paths) if "://" in path}
+    remotes = {path: problems.attempt(RemoteFolder, path, cache) for path in dict.fromkeys(paths) if is_remote(path)}
     problems.refuse()
     return remotes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from megamoe.config.phases import Phase, Phases
 from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
-from megamoe.data.source import DataSource, Sample
+from megamoe.data.source import DataSource, Sample, is_remote
 
-READ_AHEAD = 128  # samples of a rank that sources are told of before they are asked for
+READ_AHEAD, THREADS = 128, 8  # samples of a rank that threads read ahead of time, to hide an object store's latency
 NO_LABEL = -100  # torch's own default for `ignore_index`
 
 
@@ -63,7 +64,8 @@ class TrainData:
         self.border_labels = border_labels
         self.phases = phases
         self.sources = sources
-        self._told = 0  # the last step whose samples sources know of
+        self._threads = ThreadPoolExecutor(THREADS, "samples") if any(is_remote(path) for path, _ in sources) else None
+        self._begun: dict[tuple[int, int, int], list[Future[Sample]]] = {}  # by step, rank and `ahead`
         numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in sources))}
         self._orders: dict[Phase, SampleOrder] = {}
         walked = dict.fromkeys(numbers, 0)  # tokens of each path
@@ -116,29 +118,33 @@ class TrainData:
         Args:
             ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
         """
-        self._read_ahead(step, rank, ahead)
-        for places in self._micro_batches(step, rank):
-            samples = [source.sample(index, ahead) for source, index in places]
+        phase, samples = self.phases.at(step), self._samples(step, rank, ahead)
+        while taken := list(itertools.islice(samples, phase.micro_batch)):
             if not self.document_attention:
-                samples = [Sample(sample.ids, sample.starts[:0]) for sample in samples]
-            yield _to_batch(samples, self.phases.at(step).seq_len, ahead, self.border_labels)
+                taken = [Sample(sample.ids, sample.starts[:0]) for sample in taken]
+            yield _to_batch(taken, phase.seq_len, ahead, self.border_labels)
 
-    def _micro_batches(self, step: int, rank: int) -> Iterator[list[tuple[DataSource, int]]]:
-        """The source and the number of each sample."""
+    def _samples(self, step: int, rank: int, ahead: int) -> Iterator[Sample]:
+        """Those of a rank in a step."""
+        if not self._threads:
+            return (source.sample(index, ahead) for source, index in self._sources_at(step, rank))
+        last = step + 1 + READ_AHEAD * self.phases.world_size // self.phases.at(step).samples
+        for later in range(step, last + 1):
+            if (later, rank, ahead) not in self._begun:
+                self._begun[later, rank, ahead] = [
+                    self._threads.submit(source.sample, index, ahead) for source, index in self._sources_at(later, rank)
+                ]
+        for passed in [key for key in self._begun if key[0] < step]:  # a run that goes back passes steps over
+            del self._begun[passed]
+        return (sample.result() for sample in self._begun.pop((step, rank, ahead)))
+
+    def _sources_at(self, step: int, rank: int) -> Iterator[tuple[DataSource, int]]:
+        """The source and the number of each sample of a rank in a step."""
         phase = self.phases.at(step)
         sources, micro = [self.sources[one.path, phase.seq_len] for one in phase.data], phase.micro_batch
         for first in range(rank * micro, phase.samples, micro * self.phases.world_size):
-            yield [(sources[place], index) for place, index in self._places(step, first, micro)]
-
-    def _read_ahead(self, step: int, rank: int, ahead: int) -> None:
-        """Tell sources that can read ahead of the samples of a step, and of the next READ_AHEAD ones."""
-        last = step + 1 + READ_AHEAD * self.phases.world_size // self.phases.at(step).samples
-        told = self._told if step <= self._told <= last else step - 1
-        for later in range(told + 1, last + 1):
-            for source, index in itertools.chain(*self._micro_batches(later, rank)):
-                if read_ahead := getattr(source, "read_ahead", None):
-                    read_ahead(index, ahead)
-        self._told = last
+            for place, index in self._places(step, first, micro):
+                yield sources[place], index
 
     def step_samples(self, step: int) -> list[tuple[int, int]]:
         """(source, sample), by number from 0, of all samples of a step over all ranks, in their order. Sources count

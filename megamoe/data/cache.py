@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from megamoe.utils.errors import UserError
 
-THREADS = 8  # reads at once, which hide the latency of a store
 TRIES = 4  # reads of what has a wrong hash
+LOCKS = 1024
 KEPT, LOOKS = 0.75, 64  # share of the limit that a look at the size leaves; looks while the whole limit is written
 
 
@@ -37,35 +37,25 @@ class Cache:
         parent = parent or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         self.folder = Path(parent).expanduser() / "megamoe_corpora"  # its own: any file in it may be removed
         self._limit = limit
-        self._threads = ThreadPoolExecutor(THREADS, "object store")
-        self._running: dict[Path, Future[bytes]] = {}
+        self._locks = [Lock() for _ in range(LOCKS)]
         self._written = limit  # since the last look at the size; earlier runs may have filled it
 
     def get(self, entry: Entry) -> bytes:
         """The content of a file, fetched where it is absent. Raises what reading its origin raises, and UserError where
         the content is never right."""
         for _ in range(TRIES):
-            running = self._running.get(entry.path)
-            if running and not running.cancel():
-                running.result()
-            try:
-                data = entry.path.read_bytes()
-                os.utime(entry.path)
-            except FileNotFoundError:
-                data = self._fetch(entry)
+            with self._locks[hash(entry.path) % LOCKS]:  # threads that need the same file
+                try:
+                    data = entry.path.read_bytes()
+                    os.utime(entry.path)
+                except FileNotFoundError:
+                    data = self._fetch(entry)
             if entry.is_right(data):
                 return data
             entry.path.unlink(missing_ok=True)
         raise UserError(
             f"{entry.origin} has another hash than corpus.json gives, in {TRIES} reads; upload the folder again."
         )
-
-    def begin(self, entry: Entry) -> None:
-        """Have a thread fetch a file that is absent, for a `get` soon."""
-        path = entry.path
-        if path not in self._running and not path.exists():
-            running = self._running[path] = self._threads.submit(self._fetch, entry)
-            running.add_done_callback(lambda _: self._running.pop(path, None))
 
     def _fetch(self, entry: Entry) -> bytes:
         data = entry.read()

@@ -4,6 +4,7 @@ with."""
 from __future__ import annotations
 
 import bisect
+import mmap
 import struct
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class IndexFile:
         size = check_regular(path, "a .bin/.idx pair")
         with open(path, "rb") as stream:
             header = stream.read(HEADER.size)
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         if len(header) < HEADER.size or not header.startswith(START):
             raise UserError(f"{path} is not a Megatron index of version 1; prepare the corpus again.")
         _, _, code, items, documents = HEADER.unpack(header)
@@ -59,9 +61,9 @@ class IndexFile:
             raise UserError(f"corpus {path.with_suffix('')} is empty; give one with text in it.")
         if code not in DTYPES:
             raise UserError(f"{path} has dtype code {code}, which is not one of integers; prepare it again.")
-        lengths = np.memmap(path, np.int32, "r", HEADER.size, items)
-        self._places = np.memmap(path, np.int64, "r", HEADER.size + items * 4, items)  # in bytes
-        self._firsts = np.memmap(path, np.int64, "r", HEADER.size + items * 12, documents)  # items
+        lengths = np.frombuffer(content, np.int32, items, HEADER.size)
+        self._places = np.frombuffer(content, np.int64, items, HEADER.size + items * 4)  # in bytes
+        self._firsts = np.frombuffer(content, np.int64, documents, HEADER.size + items * 12)  # items
         last, length = int(self._places[-1]), int(lengths[-1])
         fitting = [one for one in DTYPES[code] if bin_size == last + length * np.dtype(one).itemsize]
         if not fitting or min(last, length) < 0 or bin_size % np.dtype(fitting[0]).itemsize:

@@ -116,17 +116,9 @@ class RemoteShard(Shard):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """As of a local one. Raises UserError or PeerError where the store does not give it."""
-        entries = self._blocks(start, stop)
-        data = b"".join(map(self._cache.get, entries))
+        numbers = range(start * self._width // BLOCK, -(-stop * self._width // BLOCK))
+        data = b"".join(self._cache.get(self._block(number)) for number in numbers)
         return np.frombuffer(data, self.index.dtype, stop - start, start * self._width % BLOCK)
-
-    def read_ahead(self, start: int, stop: int) -> None:
-        """Have threads fetch what `read` will need, and the index."""
-        for entry in (self._index, *self._blocks(start, stop)):
-            self._cache.begin(entry)
-
-    def _blocks(self, start: int, stop: int) -> list[Entry]:
-        return [self._block(at) for at in range(start * self._width // BLOCK, -(-stop * self._width // BLOCK))]
 
     def _block(self, number: int) -> Entry:
         start, stop = number * BLOCK, min((number + 1) * BLOCK, self._size)

@@ -41,23 +41,13 @@ class PackedCorpus:
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
         """The sample of that number. Its labels go on where a long document does, and else end with its last piece."""
-        starts, lengths = self._pieces(index, ahead)
-        pieces = [self._corpus.read(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        return Sample(np.concatenate(pieces).astype(np.int64), np.cumsum(lengths[:-1], dtype=np.int64))
-
-    def read_ahead(self, index: int, ahead: int = 0) -> None:
-        """Prepare for the same call of `sample` soon."""
-        for start, length in zip(*self._pieces(index, ahead), strict=True):
-            self._corpus.read_tokens_ahead(start, start + length)
-
-    def _pieces(self, index: int, ahead: int) -> tuple[list[int], list[int]]:
-        """First token and length of each piece."""
         begin, end = self._index[index : index + 2]
         starts, lengths = (part.tolist() for part in np.divmod(self._index[begin:end], self.seq_len + 1))
         if lengths[0] == self.seq_len:
             start, stop = starts[0], min(starts[0] + self.seq_len + 1 + ahead, self._corpus.num_tokens)
             lengths = [min([stop, *self._corpus.starts(start + 1, stop)]) - start]
-        return starts, lengths
+        pieces = [self._corpus.read(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        return Sample(np.concatenate(pieces).astype(np.int64), np.cumsum(lengths[:-1], dtype=np.int64))
 
 
 def _load_index(corpus: TokenCorpus, writes: bool) -> np.ndarray:

@@ -7,6 +7,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 
+def is_remote(path: str) -> bool:
+    """Whether a path is one of an object store, such as s3://bucket/folder."""
+    return "://" in path
+
+
 class Sample(NamedTuple):
     """One row of a batch."""
 
@@ -17,7 +22,7 @@ class Sample(NamedTuple):
 
 
 class DataSource(Protocol):
-    """Samples by number. All ranks have the same ones, and `sample` is a pure function: it is called on a thread, in
+    """Samples by number. All ranks have the same ones, and `sample` is a pure function: it is called on threads, in
     any order, and again after a resume."""
 
     seq_len: int  # tokens of a sample that the model reads

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import mmap
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from megamoe.utils.json_files import check_regular, read_json
 
 SCAN = 1 << 27  # of tokens without a record, those checked before a run starts; each sample is checked too
 SCAN_PIECE = 1 << 20  # tokens checked at a time
+OPEN = 16  # shards of a corpus that are kept open, each with two descriptors
 
 
 class Shard:
@@ -55,14 +57,12 @@ class Shard:
     @cached_property
     def tokens(self) -> np.ndarray:
         """(num_tokens,), in the file's own type."""
-        return np.memmap(f"{self.prefix}.bin", dtype=self.index.dtype, mode="r")
+        with open(f"{self.prefix}.bin", "rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), self.index.dtype)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens from `start` on and before `stop`."""
         return self.tokens[start:stop]
-
-    def read_ahead(self, start: int, stop: int) -> None:
-        """Prepare for a `read` soon. A file that is mapped needs nothing."""
 
 
 class TokenCorpus:
@@ -89,9 +89,12 @@ class TokenCorpus:
         self.vocab_size = vocab_size
         self.record = split_record(prefix)
         shards = self.record.shards if self.record else []
-        self._shards = [open_shard(prefix.with_name(one.name), one) for one in shards] or [Shard(prefix, None)]
-        sizes = [one.tokens for one in shards] or [self._shards[0].index.num_tokens]
-        self._ends = np.cumsum(sizes)
+
+        def open_number(number: int) -> Shard:
+            return open_shard(prefix.with_name(shards[number].name), shards[number]) if shards else Shard(prefix, None)
+
+        self._shard = lru_cache(OPEN)(open_number)
+        self._ends = np.cumsum([one.tokens for one in shards] or [self._shard(0).index.num_tokens])
         self.num_tokens = int(self._ends[-1])
         self.num_samples = (self.num_tokens - 1) // seq_len
         if self.num_samples < 1:
@@ -102,8 +105,8 @@ class TokenCorpus:
         if shards:
             self._check_id(max(one.largest_id for one in shards))
         if scan:
-            for shard in self._shards:
-                assert shard.index
+            for number in range(len(self._ends)):
+                assert self._shard(number).index
             for start in range(0, 0 if shards else min(self.num_tokens, SCAN), SCAN_PIECE):
                 self.read(start, min(start + SCAN_PIECE, SCAN, self.num_tokens))
 
@@ -120,23 +123,14 @@ class TokenCorpus:
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
         """The sample of that number; shorter where the corpus ends before."""
-        start, stop = self._span(index, ahead)
-        return Sample(self.read(start, stop).astype(np.int64), self.starts(start + 1, stop) - start)
-
-    def read_ahead(self, index: int, ahead: int = 0) -> None:
-        """Prepare for the same call of `sample` soon."""
-        self.read_tokens_ahead(*self._span(index, ahead))
-
-    def _span(self, index: int, ahead: int) -> tuple[int, int]:
         start = index * self.seq_len
-        return start, min(start + self.seq_len + 1 + ahead, self.num_tokens)
+        stop = min(start + self.seq_len + 1 + ahead, self.num_tokens)
+        return Sample(self.read(start, stop).astype(np.int64), self.starts(start + 1, stop) - start)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, in the file's own type."""
-        for number, shard in enumerate(self._shards):
-            base = int(self._ends[number]) - shard.index.num_tokens
-            starts = shard.index.starts(0, shard.index.num_tokens).tolist()
-            for start, stop in itertools.pairwise([*starts, shard.index.num_tokens]):
+        for shard, base, _, size in self._parts(0, self.num_tokens):
+            for start, stop in itertools.pairwise([*shard.index.starts(0, size).tolist(), size]):
                 yield self.read(base + start, base + stop)
 
     def starts(self, start: int, stop: int) -> np.ndarray:
@@ -150,7 +144,7 @@ class TokenCorpus:
         while start < stop:
             end = int(self._ends[number])
             base = int(self._ends[number - 1]) if number else 0
-            yield self._shards[number], base, start - base, min(stop, end) - base
+            yield self._shard(number), base, start - base, min(stop, end) - base
             start, number = end, number + 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -160,11 +154,6 @@ class TokenCorpus:
         if not self.record and (ids.max() >= self.vocab_size or ids.min() < 0):
             self._check_id(int(ids[(ids >= self.vocab_size) | (ids < 0)][0]))
         return ids
-
-    def read_tokens_ahead(self, start: int, stop: int) -> None:
-        """Prepare for the same call of `read` soon."""
-        for shard, _, low, high in self._parts(start, stop):
-            shard.read_ahead(low, high)
 
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megamoe.config.phases import read_phases
 from megamoe.config.run import RunConfig
+from megamoe.data.source import is_remote
 from megamoe.data.sources import OWN
 from megamoe.data.token_files import corpus_prefix, files_of
 from megamoe.launch.network import address_towards, free_port, is_free
@@ -43,7 +44,7 @@ def needed_files(run: RunConfig) -> list[Path]:
     mixes = [phase.data or run.data for phase in read_phases(file)] if file and Path(file).exists() else [run.data]
     paths = dict.fromkeys(one.path for mix in mixes for one in mix)
     sources = [*((path, "train") for path in paths), *((one.path, "valid") for one in run.valid_data)]
-    prefixes = [corpus_prefix(path, split) for path, split in sources if "://" not in path and not OWN.fullmatch(path)]
+    prefixes = [corpus_prefix(path, split) for path, split in sources if not (is_remote(path) or OWN.fullmatch(path))]
     files = [file for prefix in prefixes for file in files_of(prefix)]
     presets = [Path(run.preset)] if run.preset.endswith(".json") else []
     given = [Path(path) for path in (run.data_schedule, run.init_from) if path]

@@ -1,6 +1,7 @@
 """Batches of a run."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import torch
@@ -153,17 +154,22 @@ def test_only_a_pinned_batch_is_copied_while_the_host_goes_on(monkeypatch):
     assert copies == [{"non_blocking": True}] * 4 + [{"non_blocking": False}] * 4
 
 
-def test_a_source_is_told_once_of_the_samples_that_it_is_asked_for_next(tmp_path, monkeypatch):
+def test_samples_of_object_stores_are_read_ahead_by_threads_each_once(tmp_path, monkeypatch):
+    sources, asked = two_corpora(tmp_path), []
+    local = train_data(sources, [1.0, 1.0], samples=4, world_size=2, micro_batch=1)
+    assert not local._threads
+    steps = (1, 2, 3, 6, 7)  # the run has gone back after step 3
+    expected = {step: rows(local, step, 2) for step in steps}
+    monkeypatch.setattr(batches, "is_remote", lambda path: True)
     monkeypatch.setattr(batches, "READ_AHEAD", 5)  # of two per step: three steps
-    sources, told, asked = two_corpora(tmp_path), [], []
-    monkeypatch.setattr(sources[1], "read_ahead", lambda index, ahead: told.append(index), raising=False)
-    monkeypatch.setattr(sources[1], "sample", lambda index, ahead: asked.append(index) or sources[0].sample(0, ahead))
-    for rank in (0, 1):
-        data = train_data(sources, [1.0, 1.0], samples=4, world_size=2, micro_batch=1)
-        for first in (1, 3):  # the second time the run has gone back
-            told.clear(), asked.clear()
-            for step in range(first, 9):
-                assert len(list(data.step_batches(step, rank, ahead=1))) == 2
-                following = [place for later in (1, 2, 3) for place in data.step_samples(step + later)[rank::2]]
-                assert told == [*asked, *(index for source, index in following if source == 1)]
-            assert len(asked) > 3
+
+    def sample(number, read, index, ahead):
+        asked.append((number, index))
+        return read(index, ahead)
+
+    for number, source in enumerate(sources):
+        monkeypatch.setattr(source, "sample", partial(sample, number, source.sample))
+    data = train_data(sources, [1.0, 1.0], samples=4, world_size=2, micro_batch=1)
+    assert {step: rows(data, step, 2) for step in steps} == expected
+    data._threads.shutdown()
+    assert sorted(asked) == sorted(place for step in range(1, 11) for place in data.step_samples(step))

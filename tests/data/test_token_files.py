@@ -202,6 +202,15 @@ def test_samples_run_over_the_ends_of_shards_and_say_where_documents_begin(tmp_p
         assert [one.tolist() for one in corpus.documents()] == documents
 
 
+def test_a_corpus_of_any_number_of_shards_keeps_few_of_them_open(tmp_path):
+    prefix = prepared(tmp_path / "c", {"train": [[[number] * 8] for number in range(3 * token_files.OPEN)]})
+    before = len(os.listdir("/proc/self/fd"))
+    corpus = TokenCorpus(prefix, 8, 300)
+    read = np.concatenate([corpus.sample(index).ids[:8] for index in range(corpus.num_samples)])
+    assert read.tolist() == np.repeat(np.arange(3 * token_files.OPEN - 1), 8).tolist()
+    assert len(os.listdir("/proc/self/fd")) - before <= 2 * token_files.OPEN
+
+
 def test_deepspeed_reads_the_shards_of_a_vocabulary_of_two_signed_bytes(tmp_path):
     documents = [[5, 6, 7], [32767], [1, 2]]
     prepared(tmp_path / "c", {"train": [documents]}, 32768)
