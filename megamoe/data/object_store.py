@@ -7,7 +7,6 @@ import random
 import re
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,21 +97,17 @@ class RemoteShard(Shard):
     """A shard whose .bin is read in blocks, and whose other files are copied when they are first needed."""
 
     def __init__(self, prefix: Path, record: ShardRecord, folder: RemoteFolder):
-        super().__init__(prefix, record)
         self._folder, self._cache = folder, folder.cache
         self._bin = f"{record.name}.bin"
         self._size = folder.sizes[self._bin]
         self._width = self._size // record.tokens  # bytes of a token
         self._index = folder.entry(f"{record.name}.idx", record.idx_sha256)
         self._sums = folder.entry(f"{record.name}.sums", record.sums_sha256)
+        super().__init__(prefix, record)
 
     def _open_index(self) -> IndexFile:
         self._cache.get(self._index)
         return IndexFile(self._index.path, Path(self._bin), self._size)
-
-    @cached_property
-    def _hashes(self) -> bytes:
-        return self._cache.get(self._sums)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """As of a local one. Raises UserError or PeerError where the store does not give it."""
@@ -126,7 +121,7 @@ class RemoteShard(Shard):
             self.prefix / str(number),
             f"block {number} of {self._folder.url}/{self._bin}",
             lambda: self._folder.read(self._bin, start, stop),
-            lambda data: block_hash(data) == self._hashes[number * HASH_SIZE :][:HASH_SIZE],
+            lambda data: block_hash(data) == self._cache.get(self._sums)[number * HASH_SIZE :][:HASH_SIZE],
         )
 
 

@@ -48,7 +48,7 @@ def open_source(
         return PackedCorpus(corpus, writes=scan) if packing == "best_fit" else corpus
     if packing != "cut":
         raise UserError(f"packing is {packing}, but {path} makes its samples itself; leave --packing out.")
-    return _CheckedSource(path, _own_source(path, named[1], named[2], seq_len), vocab_size)
+    return _CheckedSource(path, _own_source(path, named[1], named[2], seq_len), seq_len, vocab_size)
 
 
 def _own_source(path: str, module: str, name: str, seq_len: int) -> Any:
@@ -64,12 +64,12 @@ def _own_source(path: str, module: str, name: str, seq_len: int) -> Any:
 class _CheckedSource:
     """A source of the user's own, whose samples are looked at before a model reads them."""
 
-    def __init__(self, path: str, source: DataSource, vocab_size: int):
+    def __init__(self, path: str, source: DataSource, seq_len: int, vocab_size: int):
         lacks = [name for name in ("seq_len", "num_samples", "fingerprint", "sample") if not hasattr(source, name)]
-        if lacks or source.num_samples < 1:
-            why = f"lacks {', '.join(lacks)}" if lacks else "has no sample"
+        if lacks or source.num_samples < 1 or source.seq_len != seq_len:
+            why = f"lacks {', '.join(lacks)}" if lacks else f"needs a sample or more, and seq_len {seq_len}"
             raise UserError(f"data {path} {why}; make it a DataSource, see megamoe/data/source.py.")
-        self.seq_len, self.num_samples, self.fingerprint = source.seq_len, source.num_samples, source.fingerprint
+        self.seq_len, self.num_samples, self.fingerprint = seq_len, source.num_samples, source.fingerprint
         self._path, self._source, self._vocab_size = path, source, vocab_size
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
@@ -80,5 +80,10 @@ class _CheckedSource:
             raise UserError(
                 f"data {self._path}: sample {index} has {len(ids)} ids, where 2 to {most} from 0 to "
                 f"{self._vocab_size - 1} are needed; correct its source."
+            )
+        if np.any(np.diff(starts, prepend=0, append=len(ids)) < 1):
+            raise UserError(
+                f"data {self._path}: sample {index} has starts {starts.tolist()}, which do not rise from 1 to "
+                f"{len(ids) - 1}; correct its source."
             )
         return Sample(ids, starts)

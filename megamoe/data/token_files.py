@@ -27,22 +27,17 @@ OPEN = 16  # shards of a corpus that are kept open, each with two descriptors
 
 
 class Shard:
-    """A .bin/.idx pair, opened when it is first read."""
+    """An open .bin/.idx pair."""
 
     def __init__(self, prefix: Path, record: ShardRecord | None):
-        self.prefix = prefix
-        self.record = record
-
-    @cached_property
-    def index(self) -> IndexFile:
         """Raises UserError for missing, empty or mismatched files."""
-        index = self._open_index()
-        if self.record and index.num_tokens != self.record.tokens:
+        self.prefix = prefix
+        self.index = self._open_index()
+        if record and self.index.num_tokens != record.tokens:
             raise UserError(
-                f"{self.prefix}.bin has {index.num_tokens} tokens, not the {self.record.tokens} of its record; prepare "
-                "the corpus again."
+                f"{prefix}.bin has {self.index.num_tokens} tokens, not the {record.tokens} of its record; prepare the "
+                "corpus again."
             )
-        return index
 
     def _open_index(self) -> IndexFile:
         bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
@@ -106,7 +101,7 @@ class TokenCorpus:
             self._check_id(max(one.largest_id for one in shards))
         if scan:
             for number in range(len(self._ends)):
-                assert self._shard(number).index
+                self._shard(number)
             for start in range(0, 0 if shards else min(self.num_tokens, SCAN), SCAN_PIECE):
                 self.read(start, min(start + SCAN_PIECE, SCAN, self.num_tokens))
 

@@ -62,7 +62,7 @@ def open_remote(url, cache, limit=GIB):
 
 
 def samples(corpus):
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(8) as threads:
         found = threads.map(lambda index: corpus.sample(index, ahead=1), range(corpus.num_samples))
         return [[part.tolist() for part in sample] for sample in found]
 
@@ -81,6 +81,7 @@ def test_samples_are_those_of_the_local_folder_though_the_store_fails_now_and_th
     server, local, url, tmp_path, fault, monkeypatch
 ):
     expected = open_corpus(str(local), "train", SEQ_LEN, 50_000, True)
+    monkeypatch.setattr(object_store, "MAX_PAUSE", 0.2)
     remote = open_remote(url, tmp_path)
     assert server.asked == ["corpus.json"]
     server.fault = lambda number: fault if number % 3 == 1 or number in range(5, 15) else None

@@ -32,6 +32,13 @@ class Long(Counting):
     def sample(self, index, ahead=0):
         return np.arange(100), []
 
+class Borders(Counting):
+    def sample(self, index, ahead=0):
+        return np.arange(5), [[0], [2, 2], [5]][index]
+
+def longer(seq_len):
+    return Counting(seq_len + 1)
+
 def nothing(seq_len):
     return object()
 """
@@ -55,10 +62,15 @@ def test_a_source_of_the_users_own_gives_its_samples(own):
 def test_what_no_model_can_read_is_refused(own):
     has(refusal(open_source, "no_such_module:Mine", 4, 50, True), "no_such_module", "PYTHONPATH")
     has(refusal(open_source, "own_source:Mine", 4, 50, True), "own_source:Mine", "PYTHONPATH")
-    has(refusal(open_source, "own_source:Empty", 4, 50, True), "own_source:Empty", "no sample")
+    has(refusal(open_source, "own_source:Empty", 4, 50, True), "own_source:Empty", "a sample or more")
     has(refusal(open_source, "own_source:nothing", 4, 50, True), "lacks", "fingerprint")
     has(refusal(open_source("own_source:Long", 4, 50, True).sample, 1), "sample 1", "100 ids", "2 to 5")
     has(refusal(open_source("own_source:Counting", 4, 5, True).sample, 1), "0 to 4")
+    has(refusal(open_source, "own_source:longer", 4, 50, True), "own_source:longer", "seq_len 4")
+    for index in range(3):
+        has(
+            refusal(open_source("own_source:Borders", 4, 50, True).sample, index), f"sample {index}", "starts", "1 to 4"
+        )
 
 
 def train_in(folder, run):
