@@ -126,7 +126,7 @@ def check_changes(run: RunConfig, start: Start, record: dict[str, Any]) -> Chang
 
 def _phases(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a run's record, what decides which data its steps read. Where a corpus lies does not."""
-    of_phase, of_source = ("first_step", "seq_len", "samples_per_step"), ("weight", "fingerprint")
+    of_phase, of_source = ("first_step", "seq_len", "samples_per_step"), ("weight", "fingerprint", "first_sample")
     try:
         return [
             {key: phase[key] for key in of_phase}

@@ -241,6 +241,19 @@ def test_a_longer_context_on_resume_may_raise_the_limit_of_the_preset(inputs, tm
     has(problem(longer), 'model {"max_position_embeddings": 16}')
 
 
+def test_a_copy_in_place_of_a_corpus_that_goes_on_begins_it_anew_and_is_refused(inputs, tmp_path):
+    shutil.copytree(tmp_path / "corpus", tmp_path / "copy")
+    path, first = str(tmp_path / "corpus"), {"tokens": 2 * 16}
+    run = started({**inputs, **write_phases(tmp_path, first, {"data": [path], "samples_per_step": 4})})
+    check(run)
+    write_phases(tmp_path, first, {"data": [str(tmp_path / "copy")], "samples_per_step": 4})
+    has(problem(run), "phase 2", '"first_sample": 2', '"first_sample": 0')
+    shutil.move(tmp_path / "corpus", tmp_path / "elsewhere")  # all of it
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    write_phases(tmp_path, first, {"samples_per_step": 4})
+    check({**run, "data": [str(tmp_path / "moved")]})
+
+
 def test_other_data_is_welcome_where_it_is_allowed(inputs, tmp_path):
     run = started(inputs, tokenizer_sha256="another")
     build(tmp_path / "corpus" / "train", random_tokens(6000, 96), np.int16)

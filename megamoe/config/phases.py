@@ -119,6 +119,9 @@ def make_phases(
                 "it, or raise that or set rope_scaling in the preset."
             )
         mix = tuple(data if one.data is None else one.data)
+        paths = [corpus.path for corpus in mix]
+        for path in {path for path in paths if paths.count(path) > 1}:
+            problems.append(f"data: phase {number} names {path} twice; give it once, with the sum of both weights.")
         phases.append(Phase(step + 1, length, micro, taken // unit, taken, mix))
         step += 0 if one.tokens is None else math.ceil(one.tokens / (taken * length))
     if given[-1].tokens and last_step and step < last_step:

@@ -38,6 +38,7 @@ def test_a_phase_lasts_for_its_tokens_in_whole_steps_and_has_the_runs_own_where_
     [
         ([{"samples_per_step": 6}], {}, ["phase 1", "6 samples", "2 per rank x 2 ranks is 4", "multiple of 4"]),
         ([{"tokens": 9}, {"seq_len": 65}], {"longest": 64}, ["phase 2", "seq_len 65", "64", "rope_scaling"]),
+        ([{"data": ["a", "b", "a=2"]}], {}, ["phase 1 names a twice", "the sum"]),
         ([{"tokens": 1280}], {"last_step": 11}, ["end at step 10", "run at 11", "--steps"]),
     ],
 )
