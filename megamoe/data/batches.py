@@ -17,7 +17,8 @@ from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
 from megamoe.data.source import DataSource, Sample, is_remote
 
-READ_AHEAD, THREADS = 128, 8  # samples of a rank that threads read ahead of time, to hide an object store's latency
+READ_AHEAD = 128  # samples of a rank that are read before their step, where one source is on an object store
+THREADS = 8  # that read them, which hides the latency
 NO_LABEL = -100  # torch's own default for `ignore_index`
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megamoe.utils.errors import UserError
 
 TRIES = 4  # reads of what has a wrong hash
-LOCKS = 1024
+LOCKS = 1024  # by hash of the path
 KEPT, LOOKS = 0.75, 64  # share of the limit that a look at the size leaves; looks while the whole limit is written
 
 
