@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from corpora import build, random_tokens
+from corpora import build, prepared, random_tokens
 from refusals import has
 
 from megamoe.commands import check_corpus
@@ -44,3 +44,14 @@ def test_negative_ids_and_a_folder_that_cannot_be_written_are_refused(pair, run,
     code, said = run(check_corpus, pair.with_name("bad"))
     assert code == 2
     has(said.err, "bad.bin", "the id -3")
+
+
+def test_every_file_of_a_prepared_shard_is_compared_with_its_record(tmp_path, call, run):
+    folder = prepared(tmp_path / "c", {"train": [[[1, 2, 3] * 9]]}).parent
+    call(check_corpus, folder)
+    for suffix in ("bin", "idx", "sums"):
+        file = folder / f"train-00000.{suffix}"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert run(check_corpus, folder)[0] == 2
+        file.write_bytes(content)
