@@ -238,8 +238,8 @@ class Trainer:
 
     def _evaluated(self, evaluators: Sequence[Evaluator | TaskEvaluator]) -> dict[str, Any]:
         """Evaluate the model with the weights that it has."""
-        phases = self.data.phases
-        share = Share(phases.all[0].micro_batch, self.rank, phases.world_size)
+        # Not that of a phase, whose samples may be shorter than held-out ones.
+        share = Share(self.train_step.engine.train_micro_batch_size_per_gpu(), self.rank, self.data.phases.world_size)
         values: dict[str, Any] = {}
         for evaluator in evaluators:
             values |= evaluator.run(self.train_step.model, share, self.train_step.device)
