@@ -29,7 +29,7 @@ from megamoe.checkpoint.restore import first_verified, restore_first_verified
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig
-from megamoe.config.phases import Phases, PhaseSettings, make_phases, read_phases
+from megamoe.config.phases import phases_of
 from megamoe.config.precision import Precision, find_precision
 from megamoe.config.recipe import Choice, Recipe, parse_recipe
 from megamoe.config.run import RunConfig, parse_run
@@ -159,7 +159,10 @@ def check_run(
     if model:
         seq_len = run.seq_len or model.max_position_embeddings
         problems += placement_problems(model, run.ep_size, recipe.dtype if recipe else "fp32", world_size, run.preset)
-        phases = problems.attempt(_phases_of, run, recipe, model) if isinstance(recipe, Recipe) else None
+        phases = problems.attempt(phases_of, run, recipe, model) if isinstance(recipe, Recipe) else None
+        if phases and recipe.tokens:
+            recipe = problems.attempt(recipe.in_steps, phases.step_after)
+            problems += length_problems(run, recipe.schedule) if recipe else []
         inputs = problems.attempt(open_inputs, run, model, seq_len, phases, start.initial_weights, leads, scans)
     if run.compile:
         problems += compiler_problems(device)
@@ -176,20 +179,6 @@ def check_run(
     return Checked(run, model, recipe, precision, device, last_step, inputs, data, start, changes, record)
 
 
-def _phases_of(run: RunConfig, recipe: Recipe, model: ModelConfig) -> Phases:
-    """The phases of a run. Raises UserError."""
-    return make_phases(
-        read_phases(run.data_schedule) if run.data_schedule else [PhaseSettings()],
-        data=run.data,
-        seq_len=run.seq_len or model.max_position_embeddings,
-        micro_batch=recipe.micro_batch,
-        samples=recipe.micro_batch * recipe.accumulation * recipe.world_size,
-        world_size=recipe.world_size,
-        last_step=run.steps or recipe.schedule.total_steps,
-        longest=model.max_position_embeddings if model.rope_scaling is None else None,
-    )
-
-
 def _recipe_of(run: RunConfig, problems: Problems, world_size: int, on_cpu: bool, auto: Choice) -> Any:
     """The Recipe that a run trains by; where it has problems, what `parse_recipe` makes of it, if it can be read."""
     json = problems.attempt(read_json, Path(run.ds_config))
@@ -197,9 +186,12 @@ def _recipe_of(run: RunConfig, problems: Problems, world_size: int, on_cpu: bool
         return None
     recipe = parse_recipe(json, run.ds_config, world_size, on_cpu, auto, problems)
     schedule = getattr(recipe, "schedule", None)
-    if schedule:
+    if getattr(recipe, "tokens", None):
+        if run.schedule_steps:
+            problems.append(f"schedule_steps is {run.schedule_steps}, but {run.ds_config} counts tokens; leave it out.")
+    elif schedule:
         problems += length_problems(run, schedule)
-    if isinstance(recipe, Recipe) and run.schedule_steps and recipe.schedule.total_steps:
+    if isinstance(recipe, Recipe) and run.schedule_steps and recipe.schedule.total_steps and not recipe.tokens:
         return problems.attempt(recipe.replaced, {"scheduler.params.total_num_steps": run.schedule_steps})
     return recipe
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megamoe.config import cli
 from megamoe.config.model import validate
-from megamoe.config.phases import Phase, make_phases, read_phases
+from megamoe.config.phases import Phase, phases_of
 from megamoe.config.run import RunConfig
 from megamoe.model.costs import parameter_count
 from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
@@ -117,14 +117,11 @@ def print_splits(plan: Plan) -> None:
 
 def plan_phases(plan: Plan) -> list[tuple[Phase, int | None, Plan]]:
     """Each phase of the run's data schedule, its last step, and its plan. Raises UserError."""
-    run, setup, last_step = plan.run, plan.setup, plan.recipe.schedule.total_steps
+    run = plan.run
     if not run.data_schedule:
         return []
-    phases = make_phases(
-        read_phases(run.data_schedule), data=run.data, seq_len=setup.seq_len, micro_batch=setup.micro_batch,
-        samples=setup.micro_batch * setup.accumulation * setup.world_size, world_size=setup.world_size,
-        last_step=last_step,
-    ).all  # fmt: skip
+    of_run = phases_of(run, plan.recipe, plan.setup.model)
+    phases, last_step = of_run.all, plan.recipe.in_steps(of_run.step_after).schedule.total_steps
     plans = [
         make_plan(
             run.model_copy(update={"seq_len": one.seq_len}),

@@ -16,8 +16,9 @@ from typing import Any
 
 from pydantic import Field
 
-from megamoe.config.model import JsonModel, validate
-from megamoe.config.run import Corpus, CorpusOption
+from megamoe.config.model import JsonModel, ModelConfig, validate
+from megamoe.config.recipe import Recipe
+from megamoe.config.run import Corpus, CorpusOption, RunConfig
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import read_json
 
@@ -72,6 +73,15 @@ class Phases:
         pairs = zip(self.all, ends, strict=True)
         return sum(max(min(end, step) - one.first_step, 0) * one.samples * one.seq_len for one, end in pairs)
 
+    def step_after(self, tokens: int) -> int:
+        """The step with which so many tokens are reached."""
+        for one, following in zip(self.all, [*self.all[1:], None], strict=True):
+            left = tokens - self.tokens_before(one.first_step)
+            step = one.first_step - 1 - (-left // (one.samples * one.seq_len))
+            if following is None or step < following.first_step:
+                return step
+        raise AssertionError("the last phase has no end")
+
 
 def read_phases(file: str) -> list[PhaseSettings]:
     """Those of `--data_schedule`. Raises UserError."""
@@ -83,6 +93,20 @@ def read_phases(file: str) -> list[PhaseSettings]:
     if endless:
         raise UserError(f"{file}: phase {endless[0]} has no tokens, which only the last may leave out; add them.")
     return phases
+
+
+def phases_of(run: RunConfig, recipe: Recipe, model: ModelConfig) -> Phases:
+    """The phases of a run. Raises UserError."""
+    return make_phases(
+        read_phases(run.data_schedule) if run.data_schedule else [PhaseSettings()],
+        data=run.data,
+        seq_len=run.seq_len or model.max_position_embeddings,
+        micro_batch=recipe.micro_batch,
+        samples=recipe.micro_batch * recipe.accumulation * recipe.world_size,
+        world_size=recipe.world_size,
+        last_step=run.steps or (None if recipe.tokens else recipe.schedule.total_steps),
+        longest=model.max_position_embeddings if model.rope_scaling is None else None,
+    )
 
 
 def make_phases(

@@ -7,7 +7,7 @@ fit with the other owners of settings.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from megamoe.utils.json_files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Choice = Literal["bf16", "fp32"]
+TOKEN_KEYS = ("warmup_num_tokens", "decay_num_tokens", "total_num_tokens")  # of scheduler.params, for those in steps
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,19 @@ class Recipe:
     optimizer: OptimizerSpec
     optimizer_params: Params
     schedule: Schedule
+    tokens: dict[str, int]  # of a schedule that counts them, by the key whose steps they stand for
+
+    def in_steps(self, step_after: Callable[[int], int]) -> Recipe:
+        """The recipe with a schedule in steps. Raises UserError.
+
+        Args:
+            step_after: the step with which so many tokens are reached.
+        """
+        counts, total = self.tokens, self.tokens.get("total_num_steps", 0)
+        steps = {key: step_after(count) for key, count in counts.items()}
+        if "decay_num_steps" in counts:  # counted from the end
+            steps["decay_num_steps"] = step_after(total) - step_after(total - counts["decay_num_steps"])
+        return self.replaced({f"scheduler.params.{key}": count for key, count in steps.items()}) if steps else self
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -124,6 +138,7 @@ def parse_recipe(
             alone that are right.
     """
     found = Problems(f"{where}: {problem}" for problem in refused_problems(values))
+    values, tokens = _tokens_as_steps(values, where, found)
     json = _resolved(values, auto)
     rest = {key: value for key, value in json.items() if key not in REFUSED and key not in BatchSizes.model_fields}
     sizes = {key: value for key, value in json.items() if key in BatchSizes.model_fields}
@@ -166,7 +181,26 @@ def parse_recipe(
         optimizer=optimizer,
         optimizer_params=params,
         schedule=schedule,
+        tokens=tokens,
     )
+
+
+def _tokens_as_steps(values: dict[str, Any], where: str, problems: Problems) -> tuple[dict[str, Any], dict[str, int]]:
+    """Settings whose schedule counts tokens, with these in place of steps until `Recipe.in_steps`, and their numbers.
+    That a schedule counts both is added to `problems`."""
+    params = _section(values, "scheduler.params")
+    counts = {key: params[key] for key in TOKEN_KEYS if isinstance(params, dict) and key in params}
+    if not counts:
+        return values, {}
+    rest = {key: value for key, value in params.items() if key not in counts}
+    if mixed := [key for key in rest if key.endswith("_num_steps")]:
+        problems.append(f"{where}: scheduler.params counts tokens, but {', '.join(mixed)} steps; give all in one unit.")
+    tokens = {key.replace("tokens", "steps"): value for key, value in counts.items()}
+    scheduler = {**values["scheduler"], "params": {**rest, **tokens}}
+    numbers = {
+        key: int(value) for key, value in tokens.items() if isinstance(value, (int, float))
+    }  # others are refused
+    return {**values, "scheduler": scheduler}, numbers
 
 
 def _section(values: Any, path: str) -> Any:

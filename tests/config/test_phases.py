@@ -4,6 +4,7 @@ import json
 
 import pytest
 from refusals import has, only, refusal, refusals
+from toy import ds_config, recipe_of
 
 from megamoe.config.phases import PhaseSettings, make_phases, read_phases
 from megamoe.config.run import Corpus
@@ -58,3 +59,23 @@ def test_a_file_of_phases_is_checked(tmp_path):
         has(refusal(read_phases, str(file)), *parts)
     file.write_text(json.dumps({"phases": [{"tokens": 1e9, "data": ["a=0.5", "b"]}, {}]}))
     assert [one.tokens for one in read_phases(str(file))] == [10**9, None]
+
+
+def test_a_step_after_so_many_tokens_is_the_first_that_reaches_them():
+    phases = made({"tokens": 100, "samples_per_step": 4}, {"tokens": 300}, {"seq_len": 32, "samples_per_step": 12})
+    for tokens in range(0, 3000, 7):
+        step = phases.step_after(tokens)
+        assert phases.tokens_before(step + 1) >= tokens
+        assert step == 0 or phases.tokens_before(step) < tokens
+
+
+def test_a_schedule_in_tokens_is_one_in_the_steps_of_the_phases():
+    params = {"warmup_type": "linear", "warmup_max_lr": 1.0, "decay_num_tokens": 2048, "decay_type": "1-sqrt"}
+    params |= {"warmup_num_tokens": 64, "total_num_tokens": 1e4}
+    ds = {**ds_config(2), "scheduler": {"type": "WarmupStableDecayLR", "params": params}}
+    phases = made({"tokens": 2 * 4 * 16, "samples_per_step": 4}, {})  # two steps of 64 tokens, then of 128
+    schedule = recipe_of(ds).in_steps(phases.step_after).schedule
+    assert (schedule.warmup_steps, schedule.total_steps, schedule.decay_steps) == (1, 80, 16)
+    assert recipe_of(ds_config(2)).in_steps(phases.step_after) == recipe_of(ds_config(2))
+    params["warmup_num_steps"] = 3
+    has(refusal(recipe_of, ds), "counts tokens", "warmup_num_steps", "one unit")
