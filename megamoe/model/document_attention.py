@@ -16,6 +16,9 @@ from torch.nn.attention.varlen import varlen_attn
 from megamoe.data.document_bounds import Documents
 from megamoe.model import attention
 
+# Of the positions in a call for one document: in 16 bits, a CPU makes kernels for each length that it has not seen.
+MULTIPLES = {torch.bfloat16: 64, torch.float16: 64}
+
 
 class DocumentMask(NamedTuple):
     """Stands for a mask: a query sees the latents and, of its document, the tokens up to itself."""
@@ -104,10 +107,12 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, s
     lengths, latents, window, outs = mask.host_starts.diff().tolist(), mask.num_latents, mask.window, []
     of_keys = [length + latents for length in lengths]
     for q, k, v in zip(query.split(lengths), key.split(of_keys), value.split(of_keys), strict=True):
-        visible = None
-        if window is not None and window < len(q):
-            visible = attention.attention_mask(q.new_ones(1, len(q), dtype=torch.bool), len(q), 0, window)
+        visible, length, rest = None, len(q), -len(k) % MULTIPLES.get(q.dtype, 1)
+        if window is not None and window < length:
+            size = length + rest
+            visible = attention.attention_mask(q.new_ones(1, size, dtype=torch.bool), size, 0, window)
         # As many queries as keys: those before the tokens' see latents, and are cut off.
-        q, k, v = (one.transpose(0, 1).unsqueeze(0) for one in (_padded(q, latents, 0, dim=0), k, v))
-        outs.append(attention.attend(q, k, v, visible, scale)[0, latents:])
+        padded = _padded(q, latents, rest, dim=0), _padded(k, 0, rest, dim=0), _padded(v, 0, rest, dim=0)
+        q, k, v = (one.transpose(0, 1).unsqueeze(0) for one in padded)
+        outs.append(attention.attend(q, k, v, visible, scale)[0, latents : latents + length])
     return torch.cat(outs).unflatten(1, (query.shape[1], -1))

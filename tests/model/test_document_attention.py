@@ -104,9 +104,11 @@ HEADS = {  # heads, key/value heads, width of keys and of values, latents, windo
 }
 
 
+@pytest.mark.parametrize("multiple", [1, 8])  # of the positions in each call, as of 64 in 16 bits
 @pytest.mark.parametrize("kind", HEADS)
-def test_one_call_gives_the_outputs_and_gradients_of_one_for_each_document(kind, monkeypatch):
+def test_one_call_gives_the_outputs_and_gradients_of_one_for_each_document(kind, multiple, monkeypatch):
     monkeypatch.setattr(document_attention, "varlen_attn", varlen_reference)
+    monkeypatch.setitem(document_attention.MULTIPLES, torch.float64, multiple)
     heads, groups, width, of_value, latents, window = HEADS[kind]
     generator = torch.Generator().manual_seed(1)
     shapes = (heads, LENGTH, width), (groups, latents + LENGTH, width), (groups, latents + LENGTH, of_value)

@@ -37,10 +37,16 @@ def main() -> None:
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, 0, 0.02)
     layer.attend = attend  # type: ignore[assignment]
-    starts = np.cumsum(np.random.default_rng(0).uniform(0.5, 1.5, args.seq_len) * args.tokens).astype(np.int64)
-    documents = Documents.of([starts[starts < args.seq_len]], [args.seq_len], args.seq_len)
-    assert documents
-    mask = DocumentMask.of(documents, False, config.num_latent_tokens, None)
+    draw = np.random.default_rng(0)
+
+    def new_documents() -> Documents:
+        """Of other lengths each time, as a run has them: a CPU makes kernels for lengths that it has not seen."""
+        starts = np.cumsum(draw.uniform(0.5, 1.5, args.seq_len) * args.tokens).astype(np.int64)
+        documents = Documents.of([starts[starts < args.seq_len]], [args.seq_len], args.seq_len)
+        assert documents
+        return documents
+
+    documents = new_documents()
     frequencies, factor = rope_frequencies(
         config.rotary_dim, config.rope_theta, None, args.seq_len, torch.tensor([args.seq_len])
     )
@@ -65,6 +71,7 @@ def main() -> None:
     for name, run in (("kernel alone", kernel), ("layer", lambda mask: layer(x, rotary, mask))):
         times: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(args.rounds):
+            mask = DocumentMask.of(new_documents(), False, config.num_latent_tokens, None)
             for apart in times:
                 start = time.process_time()
                 run(mask if apart else None).sum().backward()
