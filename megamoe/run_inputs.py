@@ -33,7 +33,7 @@ class RunInputs:
     sources: dict[tuple[str, int], DataSource]  # of training, by path and seq_len
     held_out: list[HeldOut]
     tokenizer: Path | None  # of the first corpus
-    end_of_text: str | None  # the token that ends its documents
+    end_of_text: str | None  # the token that ends its documents; on the leading rank
     tokenizer_files: list[Path]  # for the run folder
     tasks: Tasks | None  # on the leading rank
 
@@ -90,7 +90,7 @@ def open_inputs(
     loads = leads and run.lm_eval_tasks and not wrong
     tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
     problems.refuse()
-    end_of_text = end_of_text_of(load_tokenizer(tokenizer)) if tokenizer else None
+    end_of_text = end_of_text_of(load_tokenizer(tokenizer)) if tokenizer and leads else None
     return RunInputs(opened, sets, tokenizer, end_of_text, tokenizer_files(tokenizer, initial_weights), tasks)
 
 

@@ -241,7 +241,7 @@ def test_a_longer_context_on_resume_may_raise_the_limit_of_the_preset(inputs, tm
     has(problem(longer), 'model {"max_position_embeddings": 16}')
 
 
-def test_a_copy_in_place_of_a_corpus_that_goes_on_begins_it_anew_and_is_refused(inputs, tmp_path):
+def test_a_copy_in_place_of_a_corpus_that_goes_on_begins_it_again_and_is_refused(inputs, tmp_path):
     shutil.copytree(tmp_path / "corpus", tmp_path / "copy")
     path, first = str(tmp_path / "corpus"), {"tokens": 2 * 16}
     run = started({**inputs, **write_phases(tmp_path, first, {"data": [path], "samples_per_step": 4})})

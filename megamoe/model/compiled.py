@@ -34,7 +34,7 @@ class CompiledBlock:
     """
 
     def __init__(self) -> None:
-        # Each kind of mask, with and without padding, is compiled anew, and once more for other lengths of samples.
+        # Each kind of mask is compiled by itself, with and without padding, and once more for other lengths of samples.
         torch._dynamo.config.recompile_limit = 64
         self.whole = compile_region(whole, 3)
         self.before_experts = compile_region(before_experts, 3, 4)

@@ -146,7 +146,7 @@ def test_a_resume_on_the_same_topology_gives_the_same_losses_to_the_bit_and_on_a
     config, stage, ds, (ranks, ep_size, other_stage) = RECIPES[recipe]
     changes = {"config": config, **ds}
     losses, resumed, again = run_ranks(2, save_and_resume, tmp_path / "run", stage, changes)[0]
-    if recipe == "AdamW, offloaded":  # DeepSpeed's CPU Adam computes its bias correction anew
+    if recipe == "AdamW, offloaded":  # DeepSpeed's CPU Adam computes its bias correction again
         assert resumed == pytest.approx(losses, abs=1e-3)
         assert again == pytest.approx(losses, abs=1e-3)
     else:

@@ -79,7 +79,7 @@ def read_until(pipe, text):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_lock_whose_holder_was_killed_is_removed_by_the_next_start(compiled, start, folder):
-    if compiled:  # it is killed while it loads that, or compiles anew
+    if compiled:  # it is killed while it loads that, or compiles again
         (folder / "cpu_adam.so").touch()
     killed, pipe = start("hold")
     read_until(pipe, "begun")

@@ -78,7 +78,7 @@ def test_a_run_starts_from_the_weights_of_anothers_newest_verified_checkpoint(tm
     second = run_ranks(2, train_here, start)[0]
     assert [record["step"] for record in second["train"]] == [1, 2]
     assert losses(second)[0] < losses(first)[0] - 0.5  # it has learned already
-    assert second["train"][0]["lr"] == first["train"][0]["lr"]  # and starts anew
+    assert second["train"][0]["lr"] == first["train"][0]["lr"]  # and starts again
     os.truncate(tmp_path / "first" / "checkpoints" / "step_12" / "rank_00000.safetensors", 50)
     again = run_ranks(2, train_here, {**start, "run_dir": str(tmp_path / "fourth")})[0]  # from the one that holds
     assert losses(again)[0] < losses(first)[0] - 0.5
