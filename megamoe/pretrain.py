@@ -172,7 +172,7 @@ def check_run(
     last_step = run.steps or recipe.schedule.total_steps
     assert last_step, "length_problems"
     assert phases
-    data = TrainData(phases, inputs.sources, run.seed, model.document_attention, model.border_labels)
+    data = TrainData(phases, inputs.sources, run.seed, model.document_attention)
     record = make_record(run, model, recipe, data, inputs, start.folder.run_id() if start.folder else None)
     changes = check_changes(run, start, record)
     record |= {"replaced_data": changes.replaced} if changes.replaced else {}

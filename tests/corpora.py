@@ -67,7 +67,7 @@ def random_tokens(count, vocab_size, seed=0):
     return np.random.default_rng(seed).integers(0, vocab_size, count)
 
 
-def prepared(folder, splits, vocab_size=300):
+def prepared(folder, splits, vocab_size=300, end_opens_next=False):
     """A prepared folder; each shard of a split is a list of documents. Returns the prefix of its training split."""
     folder.mkdir()
     record = {}
@@ -82,6 +82,6 @@ def prepared(folder, splits, vocab_size=300):
             Path(f"{prefix}.sums").write_bytes(sums)
             more = {"bytes": 3 * sum(map(len, documents)), "sums_sha256": hashlib.sha256(sums).hexdigest()}
             records.append(read_shard(prefix).model_copy(update=more))
-        record[split] = split_of(records)
+        record[split] = split_of(records, end_opens_next)
     (folder / "corpus.json").write_text(CorpusRecord(splits=record).model_dump_json())
     return folder / "train"

@@ -46,6 +46,14 @@ def read_shard(prefix: Path) -> ShardRecord:
     )
 
 
+def end_opens_next(prefix: Path) -> bool:
+    """Whether all documents of a pair end with one token, an end-of-text, and do not all begin with one as well."""
+    shard = Shard(prefix, None)
+    starts = shard.index.starts(0, shard.index.num_tokens)
+    firsts, lasts = shard.tokens[starts], shard.tokens[[*(starts[1:] - 1), -1]]
+    return bool((lasts == lasts[0]).all() and (firsts != firsts[0]).any())
+
+
 def check(prefix: Path) -> str:
     """What was found, in a line. Raises UserError for damage."""
     record = split_record(prefix)
@@ -57,7 +65,7 @@ def check(prefix: Path) -> str:
                 damaged.append(f"{prefix.with_name(shard.name)} is not what its record says; prepare the corpus again.")
         damaged.refuse()
     else:
-        record = split_of([read_shard(prefix)])
+        record = split_of([read_shard(prefix)], end_opens_next(prefix))
         try:
             replace_file(Path(f"{prefix}.json"), record.model_dump_json(indent=2) + "\n")
         except OSError as error:

@@ -94,8 +94,6 @@ class ModelConfig(JsonModel):
     """Size of a head's value in latent attention."""
     document_attention: bool = False
     """In training, a token sees its own document alone, whose positions begin at 0."""
-    border_labels: bool = False
-    """With it, a document's first token is predicted all the same, by the last one of the document before."""
 
     # --- positions ---
     rope_theta: float = Field(default=10_000.0, gt=1)

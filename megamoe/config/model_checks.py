@@ -180,13 +180,8 @@ def _scaling(m: Any) -> Iterator[str]:
         )
 
 
-def _borders(m: Any) -> Iterator[str]:
-    if m.border_labels and not m.document_attention:
-        yield "border_labels is true without document_attention, where all labels count; leave it out."
-
-
 def _is_positive(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
-RULES = (_heads, _sizes, _dense_blocks, _layer_types, _top_k, _groups, _rotation, _latent_attention, _scaling, _borders)
+RULES = (_heads, _sizes, _dense_blocks, _layer_types, _top_k, _groups, _rotation, _latent_attention, _scaling)

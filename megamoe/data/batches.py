@@ -15,11 +15,10 @@ from torch import Tensor
 from megamoe.config.phases import Phase, Phases
 from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
-from megamoe.data.source import DataSource, Sample, is_remote
+from megamoe.data.source import NO_LABEL, DataSource, Sample, is_remote
 
 READ_AHEAD = 128  # samples of a rank that are read before their step, where one source is on an object store
 THREADS = 8  # that read them, which hides the latency
-NO_LABEL = -100  # torch's own default for `ignore_index`
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,13 @@ class TrainData:
         sources: Mapping[tuple[str, int], DataSource],
         seed: int,
         document_attention: bool = False,
-        border_labels: bool = False,
     ):
         """
         Args:
             sources: of all phases, by path and seq_len.
-            document_attention: and `border_labels`, the fields of `ModelConfig`.
+            document_attention: the field of `ModelConfig`.
         """
         self.document_attention = document_attention
-        self.border_labels = border_labels
         self.phases = phases
         self.sources = sources
         self._threads = ThreadPoolExecutor(THREADS, "samples") if any(is_remote(path) for path, _ in sources) else None
@@ -122,8 +119,8 @@ class TrainData:
         phase, samples = self.phases.at(step), self._samples(step, rank, ahead)
         while taken := list(itertools.islice(samples, phase.micro_batch)):
             if not self.document_attention:
-                taken = [Sample(sample.ids, sample.starts[:0]) for sample in taken]
-            yield _to_batch(taken, phase.seq_len, ahead, self.border_labels)
+                taken = [sample._replace(starts=sample.starts[:0]) for sample in taken]
+            yield _to_batch(taken, phase.seq_len, ahead)
 
     def _samples(self, step: int, rank: int, ahead: int) -> Iterator[Sample]:
         """Those of a rank in a step."""
@@ -161,20 +158,12 @@ class TrainData:
         return [self._orders[phase].at(position) for position in range(start, start + count)]
 
 
-def _to_batch(samples: list[Sample], seq_len: int, ahead: int, border_labels: bool) -> Batch:
+def _to_batch(samples: list[Sample], seq_len: int, ahead: int) -> Batch:
     inputs = np.zeros((len(samples), seq_len), dtype=np.int64)
     labels = np.full((len(samples), seq_len + ahead), NO_LABEL)  # of their own memory: they may be overwritten
     for read, predicted, sample in zip(inputs, labels, samples, strict=True):
-        read[: len(sample.ids)] = sample.ids[:seq_len]
-        predicted[: len(sample.ids) - 1] = labels_of(sample, border_labels)
+        read[: len(sample.ids)] = sample.ids
+        predicted[: len(sample.labels)] = sample.labels
     lengths = [len(sample.ids) for sample in samples]
     documents = Documents.of([sample.starts for sample in samples], lengths, seq_len)
     return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents)
-
-
-def labels_of(sample: Sample, border_labels: bool = False) -> np.ndarray:
-    """The id that follows each of a sample's but the last; NO_LABEL where a document begins, unless `border_labels`."""
-    labels = sample.ids[1:].copy()
-    if not border_labels:
-        labels[sample.starts - 1] = NO_LABEL
-    return labels

@@ -15,6 +15,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from megamoe.config.model import JsonModel, validate
+from megamoe.data.tokenizer import prefix_of
 from megamoe.utils.disk import replace_file
 from megamoe.utils.json_files import read_json
 
@@ -44,6 +45,8 @@ class SplitRecord(JsonModel):
     documents: int = Field(default=0, ge=0)
     tokens: int = Field(gt=0)
     bytes: int | None = Field(default=None, gt=0)
+    end_opens_next: bool = False
+    """The token that ends a document also is the first that the next one reads, for nothing else stands before it."""
     shards: list[ShardRecord] = Field(min_length=1)
 
     @property
@@ -78,12 +81,13 @@ class CorpusRecord(JsonModel):
     """Documents by their tokens, "256" for those from 256 on and below 512."""
 
 
-def split_of(shards: list[ShardRecord]) -> SplitRecord:
+def split_of(shards: list[ShardRecord], end_opens_next: bool = False) -> SplitRecord:
     """The record of a split with these shards."""
     return SplitRecord(
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         bytes=sum(shard.bytes or 0 for shard in shards) or None,
+        end_opens_next=end_opens_next,
         shards=shards,
     )
 
@@ -103,7 +107,7 @@ def write_corpus_record(
     record = CorpusRecord(
         tokenizer_sha256=hashlib.sha256(own.encode()).hexdigest(),
         end_of_text=tokenizer.id_to_token(end_id),
-        splits={split: split_of(records) for split, records in shards.items() if records},
+        splits={split: split_of(records, not prefix_of(tokenizer)) for split, records in shards.items() if records},
         **report,
     )
     replace_file(folder / NAME, json.dumps(record.model_dump(), indent=2) + "\n")

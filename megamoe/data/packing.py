@@ -13,15 +13,13 @@ import numpy as np
 from megamoe.data.source import Sample
 from megamoe.data.token_files import TokenCorpus
 from megamoe.utils.disk import flush
-from megamoe.utils.errors import UserError
 
 
 class PackedCorpus:
     """A corpus in samples of whole documents, a function of it and seq_len alone. Last positions may be unused."""
 
     def __init__(self, corpus: TokenCorpus, writes: bool):
-        """Raises UserError where no document has two tokens.
-
+        """
         Args:
             writes: leave the index next to the corpus, where that can be written; of the ranks of a host, one needs to.
         """
@@ -30,8 +28,6 @@ class PackedCorpus:
         self._corpus = corpus
         self._index = _load_index(corpus, writes)
         self.num_samples = int(self._index[0]) - 1
-        if not self.num_samples:
-            raise UserError(f"corpus {corpus.prefix} has no document of two tokens to pack; give one with text in it.")
 
     @property
     def unused(self) -> float:
@@ -40,14 +36,13 @@ class PackedCorpus:
         return 1 - used / (self.num_samples * self.seq_len)
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
-        """The sample of that number. Its labels go on where a long document does, and else end with its last piece."""
+        """The sample of that number. Only a piece that fills it has labels further ahead."""
         begin, end = self._index[index : index + 2]
-        starts, lengths = (part.tolist() for part in np.divmod(self._index[begin:end], self.seq_len + 1))
-        if lengths[0] == self.seq_len:
-            start, stop = starts[0], min(starts[0] + self.seq_len + 1 + ahead, self._corpus.num_tokens)
-            lengths = [min([stop, *self._corpus.starts(start + 1, stop)]) - start]
-        pieces = [self._corpus.read(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        return Sample(np.concatenate(pieces).astype(np.int64), np.cumsum(lengths[:-1], dtype=np.int64))
+        starts, lengths = np.divmod(self._index[begin:end], self.seq_len + 1)
+        ahead *= int(lengths[0] == self.seq_len)
+        pieces = [self._corpus.ids_and_labels(*one, ahead) for one in zip(starts, starts + lengths, strict=True)]
+        ids, labels = map(np.concatenate, zip(*pieces, strict=True))
+        return Sample(ids, labels, np.cumsum(lengths[:-1]))
 
 
 def _load_index(corpus: TokenCorpus, writes: bool) -> np.ndarray:
@@ -69,13 +64,12 @@ def _load_index(corpus: TokenCorpus, writes: bool) -> np.ndarray:
 
 
 def _make_index(corpus: TokenCorpus) -> np.ndarray:
-    bounds = np.concatenate([[0], corpus.starts(0, corpus.num_tokens), [corpus.num_tokens]])
+    last = corpus.num_tokens - 1  # which is only a label
+    bounds = np.concatenate([[0], corpus.starts(0, last), [last]])
     counts = -(-np.diff(bounds) // corpus.seq_len)  # pieces of each document
     earlier = np.repeat(np.cumsum(counts) - counts, counts)  # of the documents before a piece's own
     starts = np.repeat(bounds[:-1], counts) + (np.arange(len(earlier)) - earlier) * corpus.seq_len
     lengths = np.minimum(np.repeat(bounds[1:], counts) - starts, corpus.seq_len)
-    kept = lengths > 1  # a single token has no label; as a rest, it is one of the piece before
-    starts, lengths = starts[kept], lengths[kept]
     bins = best_fit(lengths, corpus.seq_len)
     ends = np.concatenate([[0], np.cumsum(np.bincount(bins))])
     pieces = (starts * (corpus.seq_len + 1) + lengths)[np.argsort(bins, kind="stable")]

@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+NO_LABEL = -100  # torch's own default for `ignore_index`
+
 
 def is_remote(path: str) -> bool:
     """Whether a path is one of an object store, such as s3://bucket/folder."""
@@ -13,12 +15,11 @@ def is_remote(path: str) -> bool:
 
 
 class Sample(NamedTuple):
-    """One row of a batch."""
+    """One row of a batch; int64."""
 
-    # (seq_len + 1 + ahead,) int64: the ids that the model reads, then those that only count as labels. Where there are
-    # fewer, the rest of the row is padding.
-    ids: np.ndarray
-    starts: np.ndarray  # rising places in `ids`, above 0, at which a document begins; int64
+    ids: np.ndarray  # (seq_len,), what the model reads; where there are fewer, the rest of the row is padding
+    labels: np.ndarray  # (seq_len + ahead,), the id that follows each, and those further ahead; NO_LABEL counts nothing
+    starts: np.ndarray  # rising places in `ids`, above 0, at which a document begins
 
 
 class DataSource(Protocol):
@@ -36,5 +37,5 @@ class DataSource(Protocol):
         """The sample of that number.
 
         Args:
-            ahead: ids beyond the one that follows the last position, for a loss on tokens further ahead.
+            ahead: labels beyond the one that follows the last position, for a loss on tokens further ahead.
         """

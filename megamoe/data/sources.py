@@ -11,7 +11,7 @@ import numpy as np
 
 from megamoe.data.object_store import RemoteFolder, RemoteShard
 from megamoe.data.packing import PackedCorpus
-from megamoe.data.source import DataSource, Sample
+from megamoe.data.source import NO_LABEL, DataSource, Sample
 from megamoe.data.token_files import TokenCorpus, corpus_prefix
 from megamoe.utils.errors import UserError, first_line
 
@@ -74,16 +74,17 @@ class _CheckedSource:
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
         """Raises UserError for a sample that no model can read."""
-        ids, starts = (np.asarray(part, np.int64) for part in self._source.sample(index, ahead))
-        most = self.seq_len + 1 + ahead
-        if not 1 < len(ids) <= most or ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise UserError(
-                f"data {self._path}: sample {index} has {len(ids)} ids, where 2 to {most} from 0 to "
-                f"{self._vocab_size - 1} are needed; correct its source."
-            )
+        ids, labels, starts = (np.asarray(part, np.int64) for part in self._source.sample(index, ahead))
+        for name, values, least, most in (("ids", ids, 1, self.seq_len), ("labels", labels, 0, len(ids) + ahead)):
+            known = np.append(values[values != NO_LABEL] if name == "labels" else values, 0)
+            if not least <= len(values) <= most or known.min() < 0 or known.max() >= self._vocab_size:
+                raise UserError(
+                    f"data {self._path}: sample {index} has {len(values)} {name}, where {least} to {most} from 0 to "
+                    f"{self._vocab_size - 1} are needed; correct its source."
+                )
         if np.any(np.diff(starts, prepend=0, append=len(ids)) < 1):
             raise UserError(
                 f"data {self._path}: sample {index} has starts {starts.tolist()}, which do not rise from 1 to "
                 f"{len(ids) - 1}; correct its source."
             )
-        return Sample(ids, starts)
+        return Sample(ids, labels, starts)

@@ -61,7 +61,7 @@ class Shard:
 
 
 class TokenCorpus:
-    """The tokens of a split as one sequence, cut into samples of seq_len + 1 tokens that share their ends."""
+    """The tokens of a split as one sequence, cut into samples of seq_len tokens."""
 
     def __init__(
         self,
@@ -117,10 +117,17 @@ class TokenCorpus:
         return digest.hexdigest()
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
-        """The sample of that number; shorter where the corpus ends before."""
-        start = index * self.seq_len
-        stop = min(start + self.seq_len + 1 + ahead, self.num_tokens)
-        return Sample(self.read(start, stop).astype(np.int64), self.starts(start + 1, stop) - start)
+        """The sample of that number."""
+        start, stop = index * self.seq_len, (index + 1) * self.seq_len
+        return Sample(*self.ids_and_labels(start, stop, ahead), self.starts(start + 1, stop) - start)
+
+    def ids_and_labels(self, start: int, stop: int, ahead: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The ids from `start` on and before `stop`, and those that follow each; then as many of `ahead` more as the
+        document of the last one has. int64."""
+        begins = self.starts(stop, stop + ahead)
+        end = min([stop + 1 + ahead, self.num_tokens, *(begins[:1] + 1)])
+        ids = self.read(start, end).astype(np.int64)
+        return ids[: stop - start], ids[1:].copy()
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, in the file's own type."""
@@ -129,8 +136,11 @@ class TokenCorpus:
                 yield self.read(base + start, base + stop)
 
     def starts(self, start: int, stop: int) -> np.ndarray:
-        """Places from `start` on and before `stop` at which a document begins."""
-        found = [base + shard.index.starts(low, high) for shard, base, low, high in self._parts(start, stop)]
+        """Places from `start` on and before `stop` at which a document begins: at its first token, or at the
+        end-of-text before it where the record says so."""
+        before = int(self.record is not None and self.record.end_opens_next)
+        parts = self._parts(start + before, min(stop + before, self.num_tokens))
+        found = [base + shard.index.starts(low, high) - before for shard, base, low, high in parts]
         return np.concatenate(found or [np.zeros(0, np.int64)])
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:

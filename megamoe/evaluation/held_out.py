@@ -10,8 +10,6 @@ import numpy as np
 import torch
 
 from megamoe.config.model import ModelConfig
-from megamoe.data.batches import labels_of
-from megamoe.data.source import Sample
 from megamoe.data.token_files import TokenCorpus
 from megamoe.data.tokenizer import load_tokenizer
 from megamoe.evaluation.scoring import Share, Window, bits_per_byte, score
@@ -32,7 +30,7 @@ def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
     limit = min(limit, corpus.num_samples)
     size = 0
     for start in range(0, limit, DECODED):
-        labels = [corpus.sample(index).ids[1:] for index in range(start, min(start + DECODED, limit))]
+        labels = [corpus.sample(index).labels for index in range(start, min(start + DECODED, limit))]
         size += len(tokenizer.decode(np.concatenate(labels).tolist()).encode())
     return limit * corpus.seq_len / size if size else None
 
@@ -70,6 +68,5 @@ class Evaluator:
         for number, held_out in enumerate(self.sets):
             for index in range(min(self.limit, held_out.corpus.num_samples)):
                 sample = held_out.corpus.sample(index)
-                if not config.document_attention:
-                    sample = Sample(sample.ids, sample.starts[:0])
-                yield Window(sample.ids[:-1], labels_of(sample, config.border_labels), number, sample.starts)
+                starts = sample.starts if config.document_attention else sample.starts[:0]
+                yield Window(sample.ids, sample.labels, number, starts)

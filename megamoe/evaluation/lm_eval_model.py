@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 from tokenizers import Tokenizer
 
-from megamoe.data.batches import NO_LABEL
+from megamoe.data.source import NO_LABEL
 from megamoe.data.tokenizer import encode, encode_prompts, end_of_text_id, start_id
 from megamoe.evaluation.scoring import Window
 from megamoe.evaluation.shared_model import SharedModel

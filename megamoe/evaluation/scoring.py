@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megamoe.data.batches import NO_LABEL
 from megamoe.data.document_bounds import Documents
+from megamoe.data.source import NO_LABEL
 from megamoe.model.decoder import Decoder
 
 

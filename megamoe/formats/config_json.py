@@ -18,7 +18,6 @@ OWN = "MegaMoeForCausalLM"  # of the export that carries its own code
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 # Fields that only training reads.
 TRAINING_ONLY = {
-    "border_labels",
     "document_attention",
     "mtp_loss_coef",
     "output_z_loss_coef",

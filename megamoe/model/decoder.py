@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megamoe.config.model import ModelConfig
-from megamoe.data.batches import NO_LABEL
 from megamoe.data.document_bounds import Documents
+from megamoe.data.source import NO_LABEL
 from megamoe.model.attention import LayerCache, attention_mask
 from megamoe.model.block import Block
 from megamoe.model.compiled import CompiledBlock
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
             why = ", one further for multi-token prediction" if needed > length else ""
             raise ValueError(f"labels are {labels.shape[1]} per row for {length} ids; give {needed}{why}.")
         if self.training:
-            return self._training_loss(stream, hidden, labels)
+            return self._training_loss(stream, hidden, labels, documents)
         total = chunked_head_loss(hidden.flatten(0, 1), self.head, labels.flatten()).total
         return total / _share(labels).clamp_min(1e-9)
 
@@ -242,12 +242,12 @@ class Decoder(nn.Module):
                 masks[window] = attention_mask(hidden.new_ones(1, length, dtype=torch.bool), length, 0, window)
         return masks
 
-    def _training_loss(self, stream: Stream, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _training_loss(self, stream: Stream, hidden: Tensor, labels: Tensor, documents: Documents | None) -> Tensor:
         """The scalar to train on; adds its parts to `step_losses`.
 
         Args:
             hidden: (B, T, D), of the stream, normed.
-            labels: as for `forward`.
+            labels: as for `forward`, and `documents`.
         """
         config, (batch, length, _) = self.config, hidden.shape
         following, router_losses = labels[:, :length], stream.router_losses
@@ -257,8 +257,10 @@ class Decoder(nn.Module):
         if self.mtp:
             embedded = self.embed_tokens(following.masked_fill(following == NO_LABEL, 0))
             further, of_router = self.mtp(hidden, embedded, stream.rotary, stream.mask, stream.used)
-            # The token after a border says nothing of the document before it.
             beyond = labels[:, 1:].masked_fill(following == NO_LABEL, NO_LABEL)
+            if documents:  # what a document begins with says nothing of the next token of the one before
+                begins_next = F.pad(documents.positions[:, 1:] == 0, (0, 1))
+                beyond = beyond.masked_fill(begins_next, NO_LABEL)
             of_mtp = chunked_head_loss(further.flatten(0, 1), self.head, beyond.flatten()).total
             parts["mtp"] = of_mtp, _share(beyond)
             total = total + config.mtp_loss_coef * of_mtp

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megamoe.data.batches import NO_LABEL
+from megamoe.data.source import NO_LABEL
 
 # Bytes of fp32 logits that are held at a time: those of a whole micro-batch would be the largest tensor of the step
 # several times over. On CPU these are 512 tokens of `moe-680m`, measured best; a GPU needs larger GEMMs.

@@ -6,6 +6,7 @@ from corpora import build, prepared, random_tokens
 from refusals import has
 
 from megamoe.commands import check_corpus
+from megamoe.data.index_file import write_index
 from megamoe.data.token_files import TokenCorpus
 
 
@@ -31,6 +32,19 @@ def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(pair, ca
     code, said = run(check_corpus, pair)
     assert code == 2
     has(said.err, str(pair), "not what its record says")
+
+
+def test_documents_of_a_pair_that_all_end_with_one_token_begin_at_the_one_before(tmp_path, call):
+    lengths = [4, 1, 5, 3]
+    for name, opens, tokens in (
+        ("end", True, [1, 2, 3, 0, 0, 4, 5, 6, 7, 0, 8, 9, 0]),
+        ("begin_and_end", False, [1, 2, 3, 0, 1, 1, 5, 6, 7, 0, 1, 9, 0]),
+        ("neither", False, [1, 2, 3, 0, 0, 4, 5, 6, 7, 8, 8, 9, 0]),
+    ):
+        np.asarray(tokens, np.int32).tofile(tmp_path / f"{name}.bin")
+        write_index(tmp_path / f"{name}.idx", np.int32, lengths)
+        call(check_corpus, tmp_path / name)
+        assert TokenCorpus(tmp_path / name, 12, 10).sample(0).starts.tolist() == [n - opens for n in (4, 5, 10)]
 
 
 def test_negative_ids_and_a_folder_that_cannot_be_written_are_refused(pair, run, monkeypatch):

@@ -50,7 +50,6 @@ MISFITS = [
         {"router_bias_rule": "quantile", "n_group": 2, "num_experts_per_tok": 1},
         ['"quantile"', "topk_group is 1 of n_group 2", '"sign"'],
     ),
-    ({"border_labels": True}, ["border_labels is true without document_attention", "leave it out"]),
     ({"num_key_value_heads": 3}, ["num_attention_heads is 4", "num_key_value_heads 3", "divisor"]),
     ({"num_experts_per_tok": 5}, ["num_experts_per_tok is 5", "num_local_experts 4", "lower it"]),
     (

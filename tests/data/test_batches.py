@@ -30,7 +30,7 @@ def rows(data, step, ranks=1):
     return [(inputs.tolist(), labels.tolist()) for inputs, labels in pairs]
 
 
-def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
+def test_a_batch_is_the_samples_of_its_step(tmp_path):
     sources = two_corpora(tmp_path)
     data = train_data(sources, [2.0, 1.0], samples=4)
     order = SampleOrder.of([source.num_samples for source in sources], [2.0, 1.0], seed=12)
@@ -40,19 +40,21 @@ def test_a_batch_is_inputs_and_the_same_moved_by_one(tmp_path):
         assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
         places = [order.at(position) for position in range(4 * step - 4, 4 * step)]
         assert data.step_samples(step) == places
-        tokens = [sources[corpus].sample(index).ids.tolist() for corpus, index in places]
-        assert rows(data, step) == [(one[:-1], one[1:]) for one in tokens]
+        samples = [sources[corpus].sample(index) for corpus, index in places]
+        assert rows(data, step) == [(one.ids.tolist(), one.labels.tolist()) for one in samples]
 
 
-def test_labels_further_ahead_go_on_in_the_corpus_and_end_with_it(tmp_path):
+def test_labels_further_ahead_go_on_in_the_document_and_end_with_it(tmp_path):
     tokens = random_tokens(34, 50).tolist()  # three samples, and three tokens that are in none
-    data = train_data([TokenCorpus(build(tmp_path / "c", tokens), 10, 50)], [1.0], samples=3)
-    followed = [*tokens, *[-100] * 30]
+    data = train_data([TokenCorpus(build(tmp_path / "c", tokens, item=12), 10, 50)], [1.0], samples=3)
+    ends = {0: 12, 10: 24, 20: 34}  # the last token that counts, by the sample's start: a document's first is one
     starts = [10 * index for _, index in data.step_samples(1)]
     for ahead in (0, 1, 3, 25):
         (batch,) = data.step_batches(1, 0, ahead)
         assert batch.input_ids.tolist() == [tokens[start : start + 10] for start in starts]
-        assert batch.labels.tolist() == [followed[start + 1 : start + 11 + ahead] for start in starts]
+        for start, labels in zip(starts, batch.labels.tolist(), strict=True):
+            known = tokens[start + 1 : min(start + 11 + ahead, ends[start] + 1)]
+            assert labels == known + [-100] * (10 + ahead - len(known))
 
 
 class Rows:
@@ -62,15 +64,16 @@ class Rows:
     starts = np.array([1, 8, 9]), np.array([3])
 
     def sample(self, index, ahead=0):
-        return Sample(np.arange(6 if index else 9 + ahead) + 10 * index, self.starts[index])
+        ids = np.arange(6 if index else 8) + 10 * index
+        return Sample(ids, np.arange(5 if index else 8 + ahead) + 10 * index + 1, self.starts[index])
 
 
-def test_documents_and_padding_of_rows_are_known_on_the_host_and_their_borders_have_no_labels():
+def test_documents_and_padding_of_rows_are_known_on_the_host():
     (batch,) = train_data([Rows()], [1.0], 2, document_attention=True).step_batches(1, 0, ahead=1)
     order = torch.argsort(batch.input_ids[:, 0])  # of the rows
     documents = batch.documents
     assert batch.input_ids[order].tolist() == [list(range(8)), [10, 11, 12, 13, 14, 15, 0, 0]]
-    assert batch.labels[order].tolist() == [[-100, 2, 3, 4, 5, 6, 7, -100, -100], [11, 12, -100, 14, 15, *[-100] * 4]]
+    assert batch.labels[order].tolist() == [list(range(1, 10)), [11, 12, 13, 14, 15, *[-100] * 4]]
     assert documents.positions[order].tolist() == [[0, *range(7)], [0, 1, 2, 0, 1, 2, 0, 1]]
     of_rows = [[0, 1], [0, 3, 6]]
     first, second = (of_rows[row] for row in order.tolist())
@@ -80,10 +83,9 @@ def test_documents_and_padding_of_rows_are_known_on_the_host_and_their_borders_h
     assert documents.tokens.tolist() == [place for place in range(16) if batch.input_ids.flatten()[place] or not place]
 
 
-def test_border_labels_count_on_demand_and_without_document_attention_only_padding_is_apart():
+def test_without_document_attention_only_padding_is_apart():
     apart, together = (
-        next(train_data([Rows()], [1.0], 2, document_attention=one, border_labels=one).step_batches(1, 0))
-        for one in (True, False)
+        next(train_data([Rows()], [1.0], 2, document_attention=one).step_batches(1, 0)) for one in (True, False)
     )
     assert torch.equal(apart.labels, together.labels)
     assert sorted(together.documents.starts.diff().tolist()) == [2, 6, 8]

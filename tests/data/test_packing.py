@@ -1,23 +1,28 @@
 """Best-fit packing."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 from refusals import has, refusal
 
+from megamoe.commands.check_corpus import read_shard
 from megamoe.data import packing
+from megamoe.data.corpus_record import split_of
 from megamoe.data.index_file import write_index
 from megamoe.data.sources import open_source
 
 LENGTHS = [5, 8, 0, 8, 9, 17, 1, 3, 2, 25, 4, 1, 6, 16, 7]  # with samples of 8: whole, just full, empty and cut ones
 
 
-def packed(prefix, lengths=LENGTHS, writes=True):
+def packed(prefix, lengths=LENGTHS, writes=True, opens=False):
     """Of a pair whose every id says where it stands."""
     np.arange(sum(lengths), dtype=np.int32).tofile(f"{prefix}.bin")
     prefix.with_suffix(".idx").unlink(missing_ok=True)
     write_index(prefix.with_suffix(".idx"), np.int32, lengths)
+    if opens:
+        Path(f"{prefix}.json").write_text(split_of([read_shard(prefix)], end_opens_next=True).model_dump_json())
     return open_source(str(prefix), 8, 10_000, writes, "best_fit")
 
 
@@ -42,26 +47,19 @@ def test_each_item_goes_into_the_fullest_bin_that_has_room(capacity):
         assert sorted(rooms) == sorted(by_hand(lengths, capacity))
 
 
-def test_no_document_is_cut_that_fits_and_a_longer_one_goes_on_in_its_labels(tmp_path):
-    source = packed(tmp_path / "c")
-    ends = np.cumsum(LENGTHS).tolist()
-    documents = [range(end - length, end) for length, end in zip(LENGTHS, ends, strict=True)]
-    assert open_source(str(tmp_path / "c"), 8, 10_000, True).starts(0, ends[-1]).tolist() == sorted({0, *ends[:-1]})
-    pieces = []
-    for index, ahead in itertools.product(range(source.num_samples), (0, 2)):
-        ids, starts = source.sample(index, ahead)
-        parts = [part.tolist() for part in np.split(ids, starts)]
-        if len(ids) > 8:
-            document = next(one for one in documents if ids[0] in one)
-            first = document.index(ids[0])
-            assert parts == [list(document[first : first + 9 + ahead])]
-        pieces += [part[:8] for part in parts] if not ahead else []
-    # Of a token that is alone nothing can be learned.
-    wanted = [list(one[at : at + 8]) for one in documents for at in range(0, len(one), 8) if len(one) > at + 1]
-    assert sorted(pieces) == sorted(wanted)
-    going_on = [len(source.sample(index).ids) for index in range(source.num_samples)].count(9)
-    assert going_on == sum(max(length - 1, 0) // 8 for length in LENGTHS)
-    assert source.unused == pytest.approx(1 - sum(map(len, wanted)) / (8 * source.num_samples))
+@pytest.mark.parametrize("opens", [False, True])
+def test_no_document_is_cut_that_fits_and_each_token_but_the_first_is_a_label_once(tmp_path, opens):
+    source, last = packed(tmp_path / "c", opens=opens), sum(LENGTHS) - 1
+    begins = sorted({0, *(end - opens for end in np.cumsum(LENGTHS).tolist() if end < last)})
+    documents = [list(range(*one)) for one in itertools.pairwise([*begins, last])]
+    samples = [source.sample(index, ahead=2) for index in range(source.num_samples)]
+    pieces = [part.tolist() for ids, _, starts in samples for part in np.split(ids, starts)]
+    assert sorted(pieces) == [one[at : at + 8] for one in documents for at in range(0, len(one), 8)]
+    for ids, labels, _ in samples:
+        assert labels[: len(ids)].tolist() == (ids + 1).tolist()
+        further = next((begin - ids[-1] for begin in begins if begin > ids[-1]), last - ids[-1])
+        assert len(labels) - len(ids) == (min(further - 1, 2) if len(ids) == 8 == labels[7] - ids[0] else 0)
+    assert source.unused == pytest.approx(1 - last / (8 * source.num_samples))
 
 
 def test_the_samples_are_kept_in_a_file_next_to_the_corpus_until_it_changes(tmp_path, monkeypatch):
@@ -85,6 +83,5 @@ def test_the_samples_are_kept_in_a_file_next_to_the_corpus_until_it_changes(tmp_
     assert packed(tmp_path / "c").fingerprint != packed(tmp_path / "c", LENGTHS[::-1]).fingerprint
 
 
-def test_what_cannot_be_packed_is_refused(tmp_path):
-    has(refusal(packed, tmp_path / "c", [1] * 20), f"{tmp_path}/c", "no document of two tokens", "give one with text")
+def test_a_source_of_the_users_own_is_not_packed():
     has(refusal(open_source, "a:B", 8, 50, True, "best_fit"), "a:B", "best_fit", "leave --packing out")

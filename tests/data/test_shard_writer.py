@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from megamoe.data import encoder, shard_writer
 from megamoe.data.selection import split_documents
-from megamoe.data.tokenizer import END_OF_TEXT, train_tokenizer
+from megamoe.data.token_files import TokenCorpus
+from megamoe.data.tokenizer import END_OF_TEXT, start_id, train_tokenizer
 
 DOCUMENTS = [
     "The mouse unrolls the map.\nIt shows a river, a mill and a bridge.\n",
@@ -116,6 +117,21 @@ def test_every_document_begins_with_what_the_tokenizer_puts_before_a_text(tmp_pa
         assert ids[:2] == [number for _, number in first]
         assert ids[-1] == tokenizer.token_to_id(END_OF_TEXT)
         assert tokenizer.decode(ids[2:-1], skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize("puts", [[], ["<s>"]])
+def test_a_document_of_a_sample_begins_with_the_token_that_a_prompt_begins_with(tmp_path, puts):
+    tokenizer = train_tokenizer([*DOCUMENTS] * 10, 300)
+    tokenizer.add_special_tokens(["<s>"])
+    if puts:
+        special = [("<s>", tokenizer.token_to_id("<s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
+    write_corpus([("train", text) for text in DOCUMENTS * 3], tokenizer, tmp_path / "out")
+    corpus = TokenCorpus(tmp_path / "out" / "train", 40, 301)
+    samples = [corpus.sample(index) for index in range(corpus.num_samples)]
+    begun = [int(one.ids[start]) for one in samples for start in one.starts]
+    assert len(begun) > 5
+    assert set(begun) == {start_id(tokenizer)} == {tokenizer.token_to_id(puts[0] if puts else END_OF_TEXT)}
 
 
 def words_tokenizer(size):

@@ -23,18 +23,19 @@ class Counting:
         self.num_samples = 7
 
     def sample(self, index, ahead=0):
-        return np.arange(index, index + self.seq_len + 1 + ahead), [2]
+        ids = np.arange(index, index + self.seq_len + 1 + ahead)
+        return ids[: self.seq_len], [-100, *ids[2:]], [2]
 
 class Empty(Counting):
     num_samples = property(lambda self: 0, lambda self, value: None)
 
 class Long(Counting):
     def sample(self, index, ahead=0):
-        return np.arange(100), []
+        return ([range(100), [1], []], [[1], range(10), []], [[1], [-1], []])[index]
 
 class Borders(Counting):
     def sample(self, index, ahead=0):
-        return np.arange(5), [[0], [2, 2], [5]][index]
+        return np.arange(5), [], [[0], [2, 2], [5]][index]
 
 def longer(seq_len):
     return Counting(seq_len + 1)
@@ -54,9 +55,9 @@ def own(tmp_path, monkeypatch):
 
 def test_a_source_of_the_users_own_gives_its_samples(own):
     source = open_source("own_source:Counting", 4, 50, scan=True)
-    ids, starts = source.sample(3, ahead=1)
     assert (source.num_samples, source.fingerprint) == (7, "counting, version 1")
-    assert (ids.tolist(), starts.tolist()) == ([3, 4, 5, 6, 7, 8], [2])
+    found = [part.tolist() for part in source.sample(3, ahead=1)]
+    assert found == [[3, 4, 5, 6], [-100, 5, 6, 7, 8], [2]]
 
 
 def test_what_no_model_can_read_is_refused(own):
@@ -64,12 +65,13 @@ def test_what_no_model_can_read_is_refused(own):
     has(refusal(open_source, "own_source:Mine", 4, 50, True), "own_source:Mine", "PYTHONPATH")
     has(refusal(open_source, "own_source:Empty", 4, 50, True), "own_source:Empty", "a sample or more")
     has(refusal(open_source, "own_source:nothing", 4, 50, True), "lacks", "fingerprint")
-    has(refusal(open_source("own_source:Long", 4, 50, True).sample, 1), "sample 1", "100 ids", "2 to 5")
-    has(refusal(open_source("own_source:Counting", 4, 5, True).sample, 1), "0 to 4")
+    for index, said in enumerate(("100 ids, where 1 to 4", "10 labels, where 0 to 1", "1 labels")):
+        has(refusal(open_source("own_source:Long", 4, 50, True).sample, index), f"sample {index}", said)
+    has(refusal(open_source("own_source:Counting", 4, 5, True).sample, 2), "from 0 to 4")
     has(refusal(open_source, "own_source:longer", 4, 50, True), "own_source:longer", "seq_len 4")
     for index in range(3):
         has(
-            refusal(open_source("own_source:Borders", 4, 50, True).sample, index), f"sample {index}", "starts", "1 to 4"
+            refusal(open_source("own_source:Borders", 5, 50, True).sample, index), f"sample {index}", "starts", "1 to 4"
         )
 
 

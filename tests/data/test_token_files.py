@@ -19,14 +19,13 @@ from megamoe.data.token_files import Shard, TokenCorpus, corpus_prefix
 def test_each_token_but_the_first_is_a_label_once(tmp_path, count):
     tokens = random_tokens(count, 50)
     corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
-    samples = [corpus.sample(index).ids for index in range(corpus.num_samples)]
+    samples = [corpus.sample(index) for index in range(corpus.num_samples)]
     assert corpus.num_tokens == count
     assert corpus.num_samples == (count - 1) // 10
-    assert all(sample.shape == (11,) and sample.dtype == np.int64 for sample in samples)
-    assert np.concatenate([sample[1:] for sample in samples]).tolist() == tokens[1 : 1 + 10 * len(samples)].tolist()
-    for before, after in itertools.pairwise(samples):
-        assert before[-1] == after[0]
-    assert samples[0][0] == tokens[0]
+    assert all(part.shape == (10,) and part.dtype == np.int64 for sample in samples for part in sample[:2])
+    ids, labels, _ = map(np.concatenate, zip(*samples, strict=True))
+    assert ids.tolist() == tokens[: 10 * len(samples)].tolist()
+    assert labels.tolist() == tokens[1 : 1 + 10 * len(samples)].tolist()
 
 
 def test_corpora_of_deepspeeds_builder_load_as_they_are(tmp_path):
@@ -34,7 +33,7 @@ def test_corpora_of_deepspeeds_builder_load_as_they_are(tmp_path):
         vocab_size = min(np.iinfo(dtype).max + 1, 100_000)
         tokens = [*random_tokens(60, vocab_size), vocab_size - 1]
         corpus = TokenCorpus(build(tmp_path / dtype.__name__, tokens, dtype), 20, vocab_size)
-        assert [token for index in range(3) for token in corpus.sample(index).ids[1:]] == tokens[1:], dtype
+        assert [token for index in range(3) for token in corpus.sample(index).labels] == tokens[1:], dtype
 
 
 def megatron_corpus(prefix, documents, code, dtype):
@@ -56,15 +55,14 @@ def test_a_uint16_corpus_of_megatron_loads_as_it_is(tmp_path):
         prefix = megatron_corpus(tmp_path / f"{documents}", np.array_split(tokens, documents), 8, np.uint16)
         corpus = TokenCorpus(prefix, 40, 65536)
         assert corpus.num_samples == documents
-        assert (
-            np.concatenate([corpus.sample(index).ids[1:] for index in range(documents)]).tolist() == tokens[1:].tolist()
-        )
+        labels = [corpus.sample(index).labels for index in range(documents)]
+        assert np.concatenate(labels).tolist() == tokens[1:].tolist()
 
 
 def test_exactly_one_sample_is_enough_and_one_token_less_is_refused(tmp_path):
     tokens = random_tokens(11, 50)
     corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)
-    assert (corpus.num_samples, corpus.sample(0).ids.tolist()) == (1, tokens.tolist())
+    assert (corpus.num_samples, corpus.sample(0).labels.tolist()) == (1, tokens[1:].tolist())
     problem = refusal(TokenCorpus, build(tmp_path / "d", tokens[:10]), 10, 50)
     has(problem, str(tmp_path / "d"), "10 tokens", "10 + 1", "add text", "--seq_len")
 
@@ -139,7 +137,7 @@ def test_the_start_is_checked_before_the_run_and_every_sample_when_it_is_read(tm
             has(refusal(TokenCorpus, prefix, 10, 50), "id 77")
             continue
         corpus = TokenCorpus(prefix, 10, 50)
-        assert corpus.sample(0).ids.tolist() == tokens[:11].tolist()
+        assert corpus.sample(0).ids.tolist() == tokens[:10].tolist()
         for index in range(5):
             if 10 * index <= place <= 10 * index + 10:
                 has(refusal(corpus.sample, index), "id 77", "vocabulary of 50")
@@ -184,21 +182,24 @@ def test_a_folder_holds_its_splits_and_anything_else_is_a_prefix_with_or_without
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65536, 100_000])
-def test_samples_run_over_the_ends_of_shards_and_say_where_documents_begin(tmp_path, vocab_size):
+@pytest.mark.parametrize("opens", [False, True])
+def test_samples_run_over_the_ends_of_shards_and_say_where_documents_begin(tmp_path, vocab_size, opens):
     draw = np.random.default_rng(3)
     documents = [draw.integers(0, vocab_size, draw.integers(1, 40)).tolist() for _ in range(50)]
     tokens = [token for document in documents for token in document]
-    begins = np.cumsum([0, *map(len, documents)])
+    begins = np.cumsum([0, *map(len, documents)]) - opens  # at the first token, or at the end of the document before
     for name, cuts in (("one", []), ("many", [1, 7, 8, 30])):
         bounds = [0, *cuts, 50]
         shards = [documents[start:stop] for start, stop in itertools.pairwise(bounds)]
-        corpus = TokenCorpus(prepared(tmp_path / name, {"train": shards}, vocab_size), 16, vocab_size)
+        corpus = TokenCorpus(prepared(tmp_path / name, {"train": shards}, vocab_size, opens), 16, vocab_size)
         assert corpus.num_samples == (len(tokens) - 1) // 16
         for index in range(corpus.num_samples):
-            ids, starts = corpus.sample(index, ahead=2)
-            start = 16 * index
-            assert ids.tolist() == tokens[start : start + 19]
-            assert starts.tolist() == [b - start for b in begins if start < b < min(start + 19, len(tokens))]
+            ids, labels, starts = corpus.sample(index, ahead=2)
+            start, stop = 16 * index, 16 * index + 16
+            assert ids.tolist() == tokens[start:stop]
+            further = next((begin - stop for begin in begins if stop <= begin < stop + 2), 2)  # with its own document
+            assert labels.tolist() == tokens[start + 1 : stop + 1 + further]
+            assert starts.tolist() == [begin - start for begin in begins if start < begin < stop]
         assert [one.tolist() for one in corpus.documents()] == documents
 
 
@@ -206,7 +207,7 @@ def test_a_corpus_of_any_number_of_shards_keeps_few_of_them_open(tmp_path):
     prefix = prepared(tmp_path / "c", {"train": [[[number] * 8] for number in range(3 * token_files.OPEN)]})
     before = len(os.listdir("/proc/self/fd"))
     corpus = TokenCorpus(prefix, 8, 300)
-    read = np.concatenate([corpus.sample(index).ids[:8] for index in range(corpus.num_samples)])
+    read = np.concatenate([corpus.sample(index).ids for index in range(corpus.num_samples)])
     assert read.tolist() == np.repeat(np.arange(3 * token_files.OPEN - 1), 8).tolist()
     assert len(os.listdir("/proc/self/fd")) - before <= 2 * token_files.OPEN
 

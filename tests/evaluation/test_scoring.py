@@ -4,7 +4,7 @@ tests/commands/test_evaluate.py."""
 import numpy as np
 import pytest
 
-from megamoe.data.batches import NO_LABEL
+from megamoe.data.source import NO_LABEL
 from megamoe.evaluation.scoring import windows_of
 
 BEFORE = 3

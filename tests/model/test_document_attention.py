@@ -8,8 +8,8 @@ import torch
 from exported import random_decoder
 from model_parts import model_of
 
-from megamoe.data.batches import NO_LABEL
 from megamoe.data.document_bounds import Documents
+from megamoe.data.source import NO_LABEL
 from megamoe.model import document_attention
 from megamoe.model.document_attention import DocumentMask, attend, takes_lengths
 
@@ -25,11 +25,11 @@ CASES = {kind: (kind, {}, 1e-10) for kind in KINDS} | {"dynamic": ("latent_token
 
 
 def documents_alone(ids, ahead):
-    """(row, start, stop, ids (1, L), labels (1, L + ahead)) of each; the last label of a full row counts."""
+    """(row, start, stop, ids (1, L), labels (1, L + ahead)) of each: its end is what the next one begins with."""
     for row, (starts, tokens) in enumerate(zip(STARTS, TOKENS, strict=True)):
         for start, stop in itertools.pairwise([0, *starts.tolist(), tokens]):
             labels = torch.full((1, stop - start + ahead), NO_LABEL)
-            known = LENGTH + 1 + ahead if stop == LENGTH else stop
+            known = LENGTH + 1 + ahead if stop == LENGTH else stop + (stop < tokens)
             labels[0, : known - start - 1] = ids[row, start + 1 : known]
             yield row, start, stop, ids[row : row + 1, start:stop], labels
 
