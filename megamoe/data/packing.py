@@ -36,10 +36,9 @@ class PackedCorpus:
         return 1 - used / (self.num_samples * self.seq_len)
 
     def sample(self, index: int, ahead: int = 0) -> Sample:
-        """The sample of that number. Only a piece that fills it has labels further ahead."""
+        """The sample of that number. All pieces but those that fill it end with their document, and so do labels."""
         begin, end = self._index[index : index + 2]
         starts, lengths = np.divmod(self._index[begin:end], self.seq_len + 1)
-        ahead *= int(lengths[0] == self.seq_len)
         pieces = [self._corpus.ids_and_labels(*one, ahead) for one in zip(starts, starts + lengths, strict=True)]
         ids, labels = map(np.concatenate, zip(*pieces, strict=True))
         return Sample(ids, labels, np.cumsum(lengths[:-1]))
