@@ -1,4 +1,4 @@
-"""How fast megamoe trains, compared with DeepSpeed's own MoE layer and transformers' Mixtral, on this host.
+"""How fast megamoe trains, compared with DeepSpeed's own MoE layer, its AutoEP and transformers' Mixtral, on this host.
 
     python tools/dev/benchmark.py                                 full model, about 20 minutes on two cores
     python tools/dev/benchmark.py --preset tiny --contenders megamoe:1 stock:1 --samples 4 --steps 20       a minute
@@ -46,6 +46,7 @@ NAMES = {
     "megamoe": "megamoe",
     "compiled": "megamoe compiled",
     "stock": "DeepSpeed's MoE layer",
+    "autoep": "Mixtral with DeepSpeed's AutoEP",
     "mixtral": "Mixtral of transformers",
 }
 
@@ -113,7 +114,7 @@ def entry_of(word: str, preset: str, samples: tuple[int, ...], config: ModelConf
     ranks = int(digits)
     if name == "mixtral" and ranks > 1:
         raise UserError(f"--contenders has {word!r}; Mixtral is run without DeepSpeed, on 1 rank: give mixtral:1.")
-    if name == "mixtral" and importlib.util.find_spec("transformers") is None:
+    if name in ("mixtral", "autoep") and importlib.util.find_spec("transformers") is None:
         raise UserError(f"--contenders has {word!r}, which needs transformers; pip install -e '.[bench]'.")
     if any(number % ranks for number in (*samples, config.num_local_experts)):
         raise UserError(
@@ -353,8 +354,9 @@ def main() -> None:
         nargs="+",
         default=["megamoe:1", "compiled:1", "megamoe:2", "stock:1", "mixtral:1"],
         metavar="NAME:RANKS[@CHECKOUT]",
-        help="NAME is megamoe, compiled (megamoe with --compile), stock (DeepSpeed's layer) or mixtral; @CHECKOUT "
-        "runs another checkout's megamoe and benchmark_contender.py; the first is compared with the others",
+        help="NAME is megamoe, compiled (megamoe with --compile), stock (DeepSpeed's layer), autoep (a Mixtral with "
+        "DeepSpeed's AutoEP) or mixtral; @CHECKOUT runs another checkout's megamoe and benchmark_contender.py; the "
+        "first is compared with the others",
     )
     parser.add_argument(
         "--samples", type=int, nargs="+", default=[2], help="sequences per step, over all ranks (not the JSON's)"

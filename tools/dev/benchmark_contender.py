@@ -3,8 +3,8 @@
 With several sizes of a step, one after the other; memory may end before the last.
 
 Contenders: "megamoe", "compiled" (megamoe with compiled blocks), "stock" (the same model with DeepSpeed's own MoE
-layer, drop_tokens=False) and "mixtral" (transformers' MixtralForCausalLM of the same size and FLOPs, torch's fused
-AdamW, no DeepSpeed).
+layer, drop_tokens=False), "mixtral" (transformers' MixtralForCausalLM of the same size and FLOPs, torch's fused
+AdamW, no DeepSpeed) and "autoep" (that Mixtral in DeepSpeed's engine, its experts split by AutoEP).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from benchmark_models import Contender, build_engine_contender, build_mixtral
+from benchmark_models import Contender, build_autoep, build_engine_contender, build_mixtral
 from step_profile import StepProfile, profile_step
 from torch import nn
 
@@ -232,6 +232,8 @@ def run(args: argparse.Namespace) -> Iterator[Turn]:
     samples = args.samples[0] // dist.get_world_size()
     if args.contender == "mixtral":
         contender = build_mixtral(config, args.ds_config, device)
+    elif args.contender == "autoep":
+        contender = build_autoep(config, args.ds_config, args.ep_size, samples)
     else:
         contender = build_engine_contender(
             config, args.ds_config, args.ep_size, samples, args.recompute_blocks,
@@ -290,7 +292,7 @@ def take_turn(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One turn of one contender; benchmark.py starts it.")
-    parser.add_argument("contender", choices=("megamoe", "compiled", "stock", "mixtral"))
+    parser.add_argument("contender", choices=("megamoe", "compiled", "stock", "autoep", "mixtral"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--preset", required=True)
     parser.add_argument("--ds_config", required=True)

@@ -1,4 +1,5 @@
-"""What the benchmark compares, ready to train: megamoe, the same model with DeepSpeed's own MoE layer, and Mixtral."""
+"""What the benchmark compares, ready to train: megamoe, the same model with DeepSpeed's own MoE layer, and Mixtral,
+alone and with DeepSpeed's AutoEP."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import deepspeed.moe.layer
 import torch
 import torch.distributed as dist
@@ -46,12 +48,7 @@ def build_engine_contender(
 ) -> Contender:
     """The decoder in DeepSpeed's engine, as pretrain.py builds it; `stock` puts DeepSpeed's MoE layer into it,
     `compiled` compiles its blocks. A step has `samples` sequences on a rank, whatever the JSON says."""
-    batch = {
-        "train_micro_batch_size_per_gpu": samples,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": None,
-    }
-    recipe = read_recipe(ds_config, dist.get_world_size(), is_on_cpu(), "bf16").replaced(batch)
+    recipe = read_recipe(ds_config, dist.get_world_size(), is_on_cpu(), "bf16").replaced(batch_of(samples))
     if stock:
         model = stock_model(config, ep_size, recompute_blocks)
         train_step = TrainStep(build_engine(model, recipe), balancer=None)
@@ -59,9 +56,6 @@ def build_engine_contender(
         train_step = build_train_step(
             config, recipe, ep_size=ep_size, recompute_blocks=recompute_blocks, compiled=compiled
         )
-    optimizer = train_step.engine.optimizer
-    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
     dtype = next(train_step.model.parameters()).dtype
 
     def forward_backward(ids: torch.Tensor) -> None:
@@ -70,7 +64,20 @@ def build_engine_contender(
     def update() -> None:
         train_step.update()
 
-    return Contender(train_step.model, dtype, forward_backward, update, optimizer)
+    return Contender(train_step.model, dtype, forward_backward, update, inner_optimizer(train_step.engine))
+
+
+def batch_of(samples: int) -> dict[str, int | None]:
+    """Changes of a DeepSpeed JSON, by which a step has so many sequences on a rank."""
+    return {"train_micro_batch_size_per_gpu": samples, "gradient_accumulation_steps": 1, "train_batch_size": None}
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """torch's own, inside what wraps it."""
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Decoder:
@@ -90,12 +97,11 @@ def stock_model(config: ModelConfig, ep_size: int, recompute_blocks: int) -> Dec
     return model
 
 
-def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> Contender:
+def mixtral_of(config: ModelConfig) -> Any:
     """Its experts have three matrices where the decoder's have two, so they are two thirds as wide inside. They run as
     transformers chooses (`grouped_mm` where torch has it)."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    dtype = read_recipe(ds_config, 1, device.type == "cpu", "bf16").torch_dtype
     shape = MixtralConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -111,8 +117,13 @@ def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> 
         use_cache=False,
         attn_implementation="sdpa",  # type: ignore[call-arg]
     )
-    model: Any = MixtralForCausalLM(shape)
-    model.to(device, dtype).train()
+    return MixtralForCausalLM(shape)
+
+
+def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> Contender:
+    """Mixtral on one rank with torch's optimizer, without DeepSpeed."""
+    dtype = read_recipe(ds_config, 1, device.type == "cpu", "bf16").torch_dtype
+    model = mixtral_of(config).to(device, dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def update() -> None:
@@ -124,3 +135,36 @@ def build_mixtral(config: ModelConfig, ds_config: str, device: torch.device) -> 
         model(input_ids=ids, labels=ids).loss.backward()
 
     return Contender(model, dtype, forward_backward, update, optimizer)
+
+
+def build_autoep(config: ModelConfig, ds_config: str, ep_size: int, samples: int) -> Contender:
+    """Mixtral in DeepSpeed's engine, its experts split by DeepSpeed's AutoEP."""
+    recipe = read_recipe(ds_config, dist.get_world_size(), is_on_cpu(), "bf16").replaced(batch_of(samples))
+    autoep = {"enabled": True, "autoep_size": ep_size, "preset_model": "mixtral"}
+    let_autoep_record()
+    engine, *_ = deepspeed.initialize(model=mixtral_of(config), config={**recipe.json, "expert_parallel": autoep})
+
+    def forward_backward(ids: torch.Tensor) -> None:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+
+    return Contender(engine.module, recipe.torch_dtype, forward_backward, engine.step, inner_optimizer(engine))
+
+
+def let_autoep_record() -> None:
+    """AutoEP of DeepSpeed 0.19.8 takes a registry of transformers for a plain dictionary, which it is not from 5.23 on
+    (`auto_ep_presets/base.py`, line 326)."""
+    from transformers.utils import output_capturing
+
+    kind = type(output_capturing._CAN_RECORD_REGISTRY)
+
+    def name_of(key: Any) -> Any:
+        return str(type(key)) if isinstance(key, nn.Module) else key
+
+    def get(registry: dict[Any, Any], key: Any, default: Any = None) -> Any:
+        return dict.get(registry, name_of(key), default) or {}
+
+    def put(registry: dict[Any, Any], key: Any, value: Any) -> None:
+        dict.__setitem__(registry, name_of(key), value)
+
+    if kind is not dict:
+        kind.get, kind.__setitem__ = get, put  # type: ignore[method-assign, assignment]
