@@ -65,6 +65,9 @@ def print_memory(plan: Plan) -> None:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     print(f"  {'total':32s}{size(phases['peak'])}  {verdict} in {plan.device.memory / GIB:.1f} GiB")
     print(f"  {'between two steps':32s}{size(phases['between'])}")
+    if plan.larger_bucket:
+        elements, lower = plan.larger_bucket
+        print(f"  {'with larger reduction buckets':32s}{size(lower)}  set reduce_bucket_size to {elements}")
     if plan.footprint.host:
         print("\npredicted host memory per rank, all the time")
         for kind, count in plan.footprint.host.items():

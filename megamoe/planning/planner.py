@@ -22,7 +22,7 @@ from megamoe.model.placement import placement_problems
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.rates import CPU, GPU, Rates
 from megamoe.planning.search import Split, best_splits, kept_free
-from megamoe.planning.sharding import Setup, read_setup, setup_problems
+from megamoe.planning.sharding import Setup, parameter_groups, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
 from megamoe.utils.errors import Problems, UserError
@@ -99,6 +99,16 @@ class Plan:
     @cached_property
     def footprint(self) -> Footprint:
         return footprint(self.setup)
+
+    @cached_property
+    def larger_bucket(self) -> tuple[int, int] | None:
+        """(elements of a reduction bucket that holds gradients which are too large for one now, the step's peak in
+        bytes with it), where that peak is lower: DeepSpeed may keep such a gradient to the end of backward."""
+        sizes = {size for group in parameter_groups(self.setup) for size in group.sizes.values()}
+        larger = [size for size in sizes if size > self.setup.bucket]
+        peaks = [(footprint(replace(self.setup, bucket=size)).peak.total(), size) for size in larger]
+        peak, size = min(peaks, default=(self.footprint.peak.total(), 0))
+        return (size, peak) if peak < self.footprint.peak.total() else None
 
     @cached_property
     def collectives(self) -> list[Collective]:

@@ -157,6 +157,24 @@ def test_whether_an_offloaded_optimizer_fits_is_said_of_the_devices_memory():
     assert not replace(small, device=replace(small.device, memory=small.device.memory - 1)).fits
 
 
+def test_a_larger_bucket_is_advised_where_it_lowers_the_peak(tmp_path, monkeypatch, capsys):
+    stack = 8 * 768 * 2048  # of experts, all of them on each rank
+    plans = []
+    for bucket in (stack - 1, stack):
+        ds = shipped("zero2")
+        ds["zero_optimization"]["reduce_bucket_size"] = bucket
+        (tmp_path / "ds.json").write_text(json.dumps(ds))
+        options = {"gpus": 8, "ep_size": 1, "micro_batch": 1, "recompute_blocks": 24}
+        options["ds_config"] = str(tmp_path / "ds.json")
+        plans.append(planned(**options))
+        given = itertools.chain(*((f"--{name}", value) for name, value in options.items()))
+        assert (f"set reduce_bucket_size to {stack}" in run(monkeypatch, capsys, *given)[1]) == (bucket < stack)
+    small, large = plans
+    assert small.larger_bucket == (stack, large.footprint.peak.total())
+    assert large.footprint.peak.total() < small.footprint.peak.total()
+    assert large.larger_bucket is None
+
+
 def test_what_does_not_fit_is_said(monkeypatch, capsys):
     assert planned().fits
     options = ("--gpus", 16, "--ep_size", 8, "--ds_config", ZERO2)
