@@ -65,6 +65,7 @@ class Reduction:
         self.waiting: list[str] = []  # parameters whose gradients are in the bucket
         self.filled = 0  # elements of the bucket
         self.left = 0  # bytes of gradients that were reduced where they are, and are still referred to
+        self.in_reduction = 0  # and of one that is, until the next is reduced
 
     def size(self, name: str) -> int:
         return self.groups[self.group_of[name]].sizes[name]
@@ -110,6 +111,7 @@ class Reduction:
         ):
             if setup.reduces(ranks):
                 ledger.transient("reduction temporaries", self.copies(slices))
+        self.end_reduction()
         for name in self.waiting:
             if setup.offload:
                 self.send_to_host(name)
@@ -123,7 +125,8 @@ class Reduction:
 
     def leave(self, name: str) -> None:
         """A gradient too large for a bucket is reduced. Where it is neither cleared nor replaced by a copy, it stays to
-        the end of backward (reduce_ipg_grads, copy_grads_in_partition)."""
+        the end of backward (reduce_ipg_grads, copy_grads_in_partition); else, with overlap, until it is reduced
+        (`GivenNormOptimizer.average_tensor`)."""
         setup, size = self.setup, self.size(name) * self.setup.weight_bytes
         if setup.zero_stage == 1:
             stays = not self.owned[name]
@@ -132,7 +135,13 @@ class Reduction:
         if stays:
             self.left += size
         else:
-            self.ledger.free("gradients", size)
+            self.in_reduction = size
+            if setup.offload or not setup.overlap:
+                self.end_reduction()
+
+    def end_reduction(self) -> None:
+        self.ledger.free("gradients", self.in_reduction)
+        self.in_reduction = 0
 
     def send_to_host(self, name: str) -> None:
         """Copy what this rank owns of a gradient into the host's fp32 gradients (copy_grads_in_partition)."""
@@ -182,6 +191,7 @@ class Reduction:
                 for name in group.sizes:
                     self.reduce_later(name)
         self.flush()
+        self.end_reduction()
         ledger.free("reduction buckets", ledger.held["reduction buckets"])
         ledger.free("gradients", self.left)
         self.left = 0

@@ -68,6 +68,7 @@ class GivenNormOptimizer(GuardedOptimizer):
     _given_norm: float | None = None  # of all ranks, times the loss scale; from `give_norm` to the end of `step`
     _factor = 1.0  # what the gradients are multiplied by, to unscale and clip them
     _unscaled: Tensor | None = None  # a group's flat gradient, until DeepSpeed asks to unscale it
+    _in_reduction: Tensor | None = None  # what the reduction stream may still work on
 
     def sum_of_squares(self) -> Tensor:
         """Of the gradients that this rank owns, each times the loss scale: () fp64.
@@ -107,6 +108,17 @@ class GivenNormOptimizer(GuardedOptimizer):
 
     # --- called by DeepSpeed for each full bucket of gradients -------------------------------------------------------
 
+    def average_tensor(self, tensor: Tensor, communication_data_type: torch.dtype) -> None:
+        """As DeepSpeed's. But with `overlap_comm` it keeps the tensor until the stream of the backward pass has waited
+        for its reduction, as the next call lets it.
+
+        A gradient larger than a bucket is no part of one, and DeepSpeed lets go of it as soon as its reduction is
+        issued: the backward pass would write into its memory. `record_stream` would do, but the allocator would take
+        new memory for as far as the host is ahead of the device.
+        """
+        super().average_tensor(tensor, communication_data_type)
+        self._in_reduction = tensor if self.overlap_comm else None
+
     def allreduce_and_scatter(self, bucket: Any, communication_data_type: torch.dtype, **options: Any) -> None:
         """As DeepSpeed's. But what this rank alone has, as with one rank or an expert without replicas, is taken from
         the bucket as it is."""
@@ -123,9 +135,11 @@ class GivenNormOptimizer(GuardedOptimizer):
         """As DeepSpeed's, but with `overlap_comm` the device waits for the reductions, where there the host waits for
         the device."""
         overlaps, accelerator = self.overlap_comm, get_accelerator()
-        if overlaps and not accelerator.resolves_data_dependency():
+        if overlaps:
             self.reduce_ipg_grads()
-            accelerator.current_stream().wait_stream(self.reduction_stream)
+            if not accelerator.resolves_data_dependency():
+                accelerator.current_stream().wait_stream(self.reduction_stream)
+            self._in_reduction = None
             self._clear_previous_reduced_grads()
             self.overlap_comm = False  # for what follows there is nothing to wait for
         try:

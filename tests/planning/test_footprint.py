@@ -104,7 +104,7 @@ ON_ONE = {
 ON_TWO = {
     "bf16, fp32 sums, ep_size 1": case(WEIGHTS, config("zero2")),
     "bf16 on the wire": case(WEIGHTS, {**config("zero2"), "communication_data_type": "bf16"}, ep_size=2),
-    "bucket below a stack, ZeRO-1": case(WEIGHTS, config("zero1", 100_000)),
+    "bucket below a stack, ZeRO-1": case(UNEVEN, config("zero1", 100_000)),
     "offload, bf16 sums, accumulated": case(WEIGHTS, {**OFFLOAD_BF16, "gradient_accumulation_steps": 3}, ep_size=2),
     "Muon, ep_size 2": case(WEIGHTS, config("zero2_muon"), ep_size=2),
     "Muon, cut": case(UNEVEN, config("zero2_muon")),
