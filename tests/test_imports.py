@@ -42,6 +42,7 @@ DEEPSPEED_MODULES = {
     "launch.distributed",
     "training.engine",
     "training.operators",
+    "training.reduce_once",
     "training.zero_step",
 }
 

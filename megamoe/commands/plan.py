@@ -1,7 +1,7 @@
 """Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
 
 Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted. With
---best, micro-batch, accumulation, ep_size and recompute_blocks are those with most tokens/s.
+--best, micro-batch, accumulation, ep_size, recompute_blocks and ZeRO stage are those with most tokens/s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megamoe.config.model import validate
 from megamoe.config.phases import Phase, phases_of
 from megamoe.config.run import RunConfig
 from megamoe.model.costs import parameter_count
-from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, batch_keys, make_plan
+from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, make_plan, split_keys
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, totals
 from megamoe.planning.search import kept_free
 from megamoe.training.sinks import duration
@@ -105,13 +105,14 @@ def print_time(plan: Plan) -> None:
 
 def print_splits(plan: Plan) -> None:
     print(f"\nbest predicted of {len(plan.splits)} splits that leave {kept_free(plan.setup):.0%} of the memory free")
-    print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>11s}{'memory':>14s}"
+    print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>11s}{'ZeRO':>5s}{'memory':>14s}"
           f"{'tokens/s':>13s}{'MFU':>7s}  limited by")  # fmt: skip
     for one in plan.splits[:BEST]:
         setup, time = one.setup, one.time
-        print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{setup.recompute_blocks:11d} "
-              f"{size(one.memory)}{time.tokens_per_second:13,.0f}{time.mfu:7.1%}  {LIMITS[time.limit]}")  # fmt: skip
-    keys = ", ".join(f'"{key}": {value}' for key, value in batch_keys(plan.setup).items())
+        print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{setup.recompute_blocks:11d}"
+              f"{setup.zero_stage:5d} {size(one.memory)}{time.tokens_per_second:13,.0f}{time.mfu:7.1%}  "
+              f"{LIMITS[time.limit]}")  # fmt: skip
+    keys = ", ".join(f'"{key}": {value}' for key, value in split_keys(plan.setup).items())
     samples = plan.setup.micro_batch * plan.setup.accumulation * plan.setup.world_size
     print(f"  set{' --compile' * plan.setup.compiled} --ep_size {plan.setup.ep_size} --recompute_blocks "
           f"{plan.setup.recompute_blocks}, and in {plan.run.ds_config}: {keys}")  # fmt: skip

@@ -93,6 +93,11 @@ class Recipe:
         return self.micro_batch * self.accumulation * self.world_size
 
     @property
+    def reduces_once(self) -> bool:
+        """Whether gradients are summed on each rank and reduced at the end of a step (`training/reduce_once.py`)."""
+        return self.zero.stage == 1 and not self.zero.offloads_optimizer
+
+    @property
     def operator_builder(self) -> str | None:
         """Name of DeepSpeed's builder for the operator that it compiles for the optimizer; None where it takes
         torch's."""
@@ -273,16 +278,6 @@ def _offloads(m: Any) -> bool:
     return m.zero_optimization_offload_optimizer.device != "none"
 
 
-def _sums(m: Any) -> Iterator[str]:
-    zero, sums = m.zero_optimization, m.data_types.grad_accum_dtype
-    if zero.stage == 1 and (m.dtype, sums) == ("bf16", "fp32") and not _offloads(m):
-        yield (
-            'zero_optimization.stage is 1 with bf16 and data_types.grad_accum_dtype "fp32", where DeepSpeed takes an '
-            "optimizer whose checkpoints cannot be resharded for other ranks; use stage 2, or leave grad_accum_dtype "
-            "out."
-        )
-
-
 def _known_optimizer(m: Any) -> Iterator[str]:
     kind = m.optimizer.type
     spec = find_optimizer(kind)
@@ -319,4 +314,4 @@ def _one_peak(m: Any) -> Iterator[str]:
             )
 
 
-RULES = (_one_precision, _zero, _sums, _known_optimizer, _optimizer_needs, _one_peak)
+RULES = (_one_precision, _zero, _known_optimizer, _optimizer_needs, _one_peak)

@@ -26,7 +26,7 @@ def configure_deepspeed() -> None:
     """Before DeepSpeed joins a group: quiet its log, leave out an operator that only inference uses, and set what its
     groups and their collectives have by default."""
     # DeepSpeed 0.19 calls it; torch 2.13 renames it.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
     if "DS_LOG_LEVEL" not in os.environ:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it announces every layer and option at INFO
     # An all-reduce on CPU that it would compile at the first start, with buffers in /dev/shm that are never removed.

@@ -58,7 +58,7 @@ class Reduction:
         self.is_first = True  # whether it is the first one
         self.has_begun = False  # whether a gradient of it has come
         self.sums = False  # whether gradients are added to those of the pass before
-        self.partitions: set[int] = set()
+        self.partitions: dict[int, int] = {}  # bytes of the sums in fp32 of what this rank owns, by group
         self.whole = setup.weight_bytes * elements_touched(setup, groups, rank)
         self.kept = 0  # bytes of whole gradients, of this backward pass
         self.kept_before = 0  # and of those before it
@@ -159,8 +159,8 @@ class Reduction:
             for owner, size in self.groups[number].owners(name).items():
                 mine = self.setup.sums_apart and owner == self.index[number]
                 if mine and number not in self.partitions:
-                    self.partitions.add(number)
-                    self.ledger.allocate("gradient partition", self.groups[number].partition * self.setup.sum_bytes)
+                    self.partitions[number] = self.groups[number].partition * self.setup.sum_bytes
+                    self.ledger.allocate("gradient partition", self.partitions[number])
                 if slices and not mine and slices[-1][0] == owner and not slices[-1][2]:
                     slices[-1] = owner, slices[-1][1] + size, False
                 else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megamoe.planning.buckets import Ledger, Reduction
 from megamoe.planning.model_trace import ACTIVATIONS, BLOCK, END, TEMPORARIES, ModelTrace, Trace, model_trace
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
+from megamoe.planning.sums import ReduceOnce
 from megamoe.planning.tracer import Event
 from megamoe.training.matrix_share import Run
 
@@ -39,7 +40,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     groups, trace = parameter_groups(setup), model_trace(setup)
     between, host = _kept(setup, groups, rank, trace)
     ledger = Ledger(between)
-    reduction = Reduction(setup, groups, rank, ledger)
+    reduction = ReduceOnce(setup, groups, ledger) if setup.reduces_once else Reduction(setup, groups, rank, ledger)
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
@@ -108,7 +109,7 @@ def _block_forward(block: Trace, ledger: Ledger) -> int:
     return kept
 
 
-def _backward(setup: Setup, trace: ModelTrace, ledger: Ledger, reduction: Reduction) -> None:
+def _backward(setup: Setup, trace: ModelTrace, ledger: Ledger, reduction: Reduction | ReduceOnce) -> None:
     blocks = reversed(list(enumerate(trace.blocks.items())))
 
     def block() -> None:
@@ -150,18 +151,18 @@ def _replay(events: list[Event], ledger: Ledger, held: Counter[str], happens: Ca
     return held
 
 
-def _step(setup: Setup, reduction: Reduction, rank: int) -> None:
+def _step(setup: Setup, reduction: Reduction | ReduceOnce, rank: int) -> None:
     ledger = reduction.ledger
     for number, group in enumerate(reduction.groups):
-        flat = 0 if setup.sums_apart or setup.offload else 4 * group.partition  # the rank's share in fp32, scaled
+        owned, share = reduction.partitions.get(number, 0), 4 * group.partition  # in fp32, scaled
+        flat = 0 if owned == share or setup.offload else share
         ledger.allocate("flat gradients", flat)
         if number == len(reduction.groups) - 1:  # they are one buffer
             ledger.free("gradients owned", ledger.held["gradients owned"])
         for batch in group.batches(setup.topology(rank)):
             ledger.transient("temporaries of Muon", _muon_bytes(setup, batch))
         ledger.free("flat gradients", flat)
-        if number in reduction.partitions:
-            ledger.free("gradient partition", setup.sum_bytes * group.partition)
+        ledger.free("gradient partition", owned)
 
 
 def _muon_bytes(setup: Setup, run: Run) -> int:

@@ -79,7 +79,8 @@ class PlanOptions(BaseModel):
     )
     best: bool = Field(
         default=False,
-        description="search for the micro-batch, accumulation, ep_size and recompute_blocks with most tokens/s",
+        description="search for the micro-batch, accumulation, ep_size, recompute_blocks and ZeRO stage with most "
+        "tokens/s",
     )
 
 
@@ -171,7 +172,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     splits = _search(setup, device, per_node, rates, recipe) if options.best else []
     if splits:
         setup = splits[0].setup
-        recipe = recipe.replaced(batch_keys(setup))
+        recipe = recipe.replaced(split_keys(setup))
     return Plan(run, options, recipe, setup, device, per_node, rates, splits)
 
 
@@ -183,9 +184,10 @@ def rates_of(options: PlanOptions) -> Rates:
     return replace(rates, operator=options.launch_us / 1e6) if options.launch_us else rates
 
 
-def batch_keys(setup: Setup) -> dict[str, int]:
-    """The keys of the DeepSpeed JSON for the batch of a rank."""
+def split_keys(setup: Setup) -> dict[str, int]:
+    """What the DeepSpeed JSON has of a split, by the path of the keys."""
     return {
+        "zero_optimization.stage": setup.zero_stage,
         "train_micro_batch_size_per_gpu": setup.micro_batch,
         "gradient_accumulation_steps": setup.accumulation,
     }

@@ -8,7 +8,7 @@ from typing import Any
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS
 from megamoe.planning.footprint import Footprint
-from megamoe.planning.planner import GIB, Plan, batch_keys
+from megamoe.planning.planner import GIB, Plan, split_keys
 from megamoe.planning.search import Split
 from megamoe.planning.step_time import Part, StepTime
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE
@@ -33,7 +33,7 @@ ADVICE: dict[Part, str] = {
     "gemms": "little is left to gain but wider experts or more tokens per expert (a smaller ep_size or more tokens)",
     "attention": "shorten the sequences, or widen the heads",
     "memory": "a wider model moves fewer bytes for each of its operations",
-    "copies": "give a forward pass more tokens (micro-batch), or raise ep_size",
+    "copies": "give a forward pass more tokens (micro-batch), or raise ep_size; with accumulation use ZeRO-1",
     "exchange": "lower ep_size, and keep it within a node",
     "gradients": "raise the micro-batch; with accumulation use ZeRO-1, which reduces once per step",
     "optimizer": "accumulate over more micro-batches, or use more ranks",
@@ -130,7 +130,7 @@ def split_as_json(split: Split) -> dict[str, Any]:
     """A split as options and keys of the DeepSpeed JSON, with what is predicted of it."""
     return {
         "options": {"ep_size": split.setup.ep_size, "recompute_blocks": split.setup.recompute_blocks},
-        "ds_config": batch_keys(split.setup),
+        "ds_config": split_keys(split.setup),
         "predicted": {
             "memory": split.memory,
             "tokens_per_second": split.time.tokens_per_second,

@@ -1,10 +1,11 @@
-"""The split of a step that is predicted best: micro-batch, accumulation, `ep_size` and `recompute_blocks`."""
+"""The split of a step that is predicted best: micro-batch, accumulation, `ep_size`, `recompute_blocks`, ZeRO stage."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from megamoe.model.topology import ExpertTopology
 from megamoe.planning.footprint import footprint
@@ -40,9 +41,13 @@ def best_splits(
         samples: of a step over all ranks, which accumulation keeps; None keeps the accumulation of `setup`.
     """
     found = []
-    for ep_size in _ep_sizes(setup):
+    stages = (setup.zero_stage,) if setup.offload else (1, 2)
+    for ep_size, stage in product(_ep_sizes(setup), stages):
         for micro_batch, accumulation in _batches(setup, samples):
+            if accumulation == 1 and stage < setup.zero_stage:
+                continue  # more memory for nothing that is saved
             split = replace(setup, ep_size=ep_size, micro_batch=micro_batch, accumulation=accumulation)
+            split = replace(split, zero_stage=stage)
             blocks = _fewest_recomputed(split, device)
             if blocks is None:
                 break  # nor do more samples fit

@@ -66,10 +66,15 @@ class Setup:
         """The place of one rank."""
         return ExpertTopology(self.model.num_local_experts, self.ep_size, self.world_size, rank)
 
+    @property
+    def reduces_once(self) -> bool:
+        """As `Recipe.reduces_once`."""
+        return self.zero_stage == 1 and not self.offload
+
     def reduces(self, ranks: int) -> bool:
         """Whether gradients that so many ranks have go through a reduction: `training/zero_step.py` takes those of a
         single rank as they are."""
-        return ranks > 1 or self.offload or not self.all_reduce
+        return ranks > 1 or self.offload or not (self.all_reduce or self.reduces_once)
 
     def state_bytes_of(self, group: Group) -> int:
         """Of the optimizer's state for a weight of a group, besides its fp32 master."""
@@ -101,10 +106,10 @@ class Setup:
 def setup_problems(recipe: Recipe) -> list[str]:
     """What of a DeepSpeed JSON is not modelled, one sentence each."""
     zero = recipe.zero
+    in_buckets = zero.stage == 1 and not recipe.reduces_once
     unmodelled = {
-        "data_types.grad_accum_dtype": zero.stage == 1 and recipe.sum_dtype != recipe.dtype,
-        "zero_optimization.contiguous_gradients": zero.stage == 1 and not zero.contiguous_gradients,
-        "zero_optimization.reduce_scatter": not zero.reduce_scatter,
+        "data_types.grad_accum_dtype": in_buckets and recipe.sum_dtype != recipe.dtype,
+        "zero_optimization.reduce_scatter": in_buckets and not zero.reduce_scatter,
     }
     problems = [
         f"{recipe.where}: {key} is set to what the plan does not model; leave it out to plan without it."

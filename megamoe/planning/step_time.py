@@ -56,12 +56,16 @@ MUON_OPERATORS = 6 + 3 * NEWTON_SCHULZ_STEPS  # for each batch of matrices
 
 def gradient_operators(setup: Setup, reduced: bool) -> int:
     """Operators for each gradient that DeepSpeed gathers: to its bucket, and from there to where it is kept. If it is
-    `reduced` and summed in fp32, it is copied back first, and cast after a reduction in another precision."""
+    `reduced` and summed in fp32, it is copied back first, and cast after a reduction in another precision. One that is
+    reduced once is only added."""
+    if setup.reduces_once:
+        return 1
     return 2 + (reduced and setup.sums_apart) * (1 + (setup.communication_bytes < 4))
 
 
-def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
-    """Bytes that DeepSpeed reads and writes to gather the gradients of a backward pass.
+def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> float:
+    """Bytes that DeepSpeed reads and writes to gather the gradients of a backward pass. Those that are reduced once are
+    added to sums, which in a step begin as zeros, are divided, and copied to be reduced in another precision.
 
     Args:
         reduced: whether other ranks have the same parameters: see `Setup.reduces`.
@@ -70,7 +74,10 @@ def gradient_bytes(setup: Setup, reduced: bool, whole: int, owned: int) -> int:
         owned: weights of the rank's share, copied back if reduced; then added to sums in fp32, which begin as
             zeros, or copied once more.
     """
-    s, wire = setup.weight_bytes, setup.communication_bytes
+    s, wire, total = setup.weight_bytes, setup.communication_bytes, setup.sum_bytes
+    if setup.reduces_once:
+        of_step = 3 * total + (total + wire) * (reduced and wire != total)
+        return whole * (s + 2 * total + of_step / setup.accumulation)
     if not reduced:
         return 4 * s * whole + (s + 12 if setup.sums_apart else 2 * s) * owned
     of_whole = 6 * s + (2 * (s + wire) if wire != s else 0)
@@ -204,7 +211,7 @@ class _Step:
         setup = self.setup
         work = self.trace.around.work["backward"] + self.work(self.blocks, "backward")
         work += self.work(self.recomputed, "forward")
-        gathered = setup.accumulation if setup.zero_stage == 2 else 1  # times
+        gathered = setup.accumulation if setup.zero_stage == 2 or setup.reduces_once else 1  # times
         copied = launches = 0.0
         for group in self.groups:
             reduced, whole = setup.reduces(group.ranks), sum(group.sizes.values())
@@ -221,7 +228,8 @@ class _Step:
         setup, seconds = self.setup, self.collectives["reduction"]
         if setup.overlap:  # ZeRO-1 reduces during the last backward pass of a step alone
             seconds -= backward / (setup.accumulation if setup.zero_stage == 1 else 1)
-        return Phase("gradients, not hidden", 0.0, {"gradients": max(seconds, 0.0)})
+        seconds = max(seconds, 0.0) + self.collectives["reduction at the end"]
+        return Phase("gradients, not hidden", 0.0, {"gradients": seconds})
 
     def update(self) -> Phase:
         setup, rates = self.setup, self.rates

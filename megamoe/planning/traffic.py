@@ -21,7 +21,7 @@ from megamoe.utils.hardware import Device
 # usual for the smallest messages.
 LATENCY_INSIDE, LATENCY_BETWEEN = 15e-6, 40e-6
 
-PhaseName = Literal["forward", "backward", "reduction", "update"]
+PhaseName = Literal["forward", "backward", "reduction", "reduction at the end", "update"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Collective:
     stride: int  # between neighbours of the group
     calls: int
     payload: int  # bytes on this rank, all calls together
-    phase: PhaseName  # of the step; a reduction may hide behind backward
+    phase: PhaseName  # of the step; a "reduction" may hide behind backward
 
     def nodes(self, gpus_per_node: int) -> tuple[int, int]:
         """(members of the group in one node, nodes of the group)."""
@@ -102,13 +102,19 @@ def _of_gradients(setup: Setup, groups: list[Group]) -> list[Collective]:
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once per step.
     reductions = setup.accumulation if setup.zero_stage == 2 else 1
     for whose, expert, ranks, stride in _split_over(setup):
-        elements = sum(sum(group.sizes.values()) for group in groups if group.expert == expert)
-        kind = "all_reduce" if setup.all_reduce else "reduce"
-        buckets = math.ceil(elements / setup.bucket)
-        calls = reductions * (buckets if setup.all_reduce else buckets + ranks - 1)
+        theirs = [group for group in groups if group.expert == expert]
+        if setup.reduces_once:
+            kind, calls, elements = "reduce_scatter", len(theirs), sum(group.partition * ranks for group in theirs)
+        else:
+            kind, elements = "all_reduce", sum(sum(group.sizes.values()) for group in theirs)
+            calls = reductions * math.ceil(elements / setup.bucket)
+            if not setup.all_reduce:
+                kind, calls = "reduce", calls + reductions * (ranks - 1)
+        # Sums of experts are complete with their first block, those of the shared weights with the embedding.
+        phase: PhaseName = "reduction at the end" if setup.reduces_once and not expert else "reduction"
         payload = reductions * elements * setup.communication_bytes
         if setup.reduces(ranks):
-            found.append(Collective(f"gradients of {whose}", kind, ranks, stride, calls, payload, "reduction"))
+            found.append(Collective(f"gradients of {whose}", kind, ranks, stride, calls, payload, phase))
     return found
 
 

@@ -16,12 +16,13 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 from torch import nn
 
-from megamoe.config.recipe import Recipe
+from megamoe.config.recipe import DTYPES, Recipe
 from megamoe.launch import cpu
 from megamoe.model.names import is_projection, is_undecayed, plain_parts
 from megamoe.training.matrix_share import MatrixShare, place_of
 from megamoe.training.muon import Muon
 from megamoe.training.operators import load_operator
+from megamoe.training.reduce_once import ReduceOnceOptimizer
 from megamoe.training.schedule import learning_rate
 from megamoe.training.zero_step import GivenNormOptimizer, GuardedOptimizer
 
@@ -56,6 +57,8 @@ def build_engine(model: nn.Module, recipe: Recipe) -> deepspeed.DeepSpeedEngine:
     del ds["scheduler"]  # DeepSpeed's lags by a step
     ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
     ds.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice per micro-batch
+    if recipe.reduces_once:
+        ds.pop("data_types", None)  # with sums in fp32 under bf16 its ZeRO-1 is not its ZeRO optimizer
     # The group's learning rate is the peak; LambdaLR multiplies it by the schedule's share.
     ds["optimizer"].setdefault("params", {})["lr"] = schedule.peak
 
@@ -73,7 +76,10 @@ def build_engine(model: nn.Module, recipe: Recipe) -> deepspeed.DeepSpeedEngine:
     )
     # The engine takes no class for it.
     zero = engine.optimizer
-    zero.__class__ = GuardedOptimizer if zero.cpu_offload else GivenNormOptimizer
+    if recipe.reduces_once:
+        ReduceOnceOptimizer.take(zero, DTYPES[recipe.sum_dtype])
+    else:
+        zero.__class__ = GuardedOptimizer if zero.cpu_offload else GivenNormOptimizer
     zero.loss_scaler.raise_error_at_min_scale = False  # `skipped.py` ends such a run in a sentence
     if isinstance(zero.optimizer, DeepSpeedCPULion):
         _make_one_moment(zero.optimizer)

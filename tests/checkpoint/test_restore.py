@@ -120,7 +120,7 @@ LATENT = model_of(
 # in each precision, saved or restored, and to more and to fewer ranks.
 RECIPES = {
     "fp32": (GROUPED, 2, {}, (1, 1, 1)),
-    "bf16": (LATENT, 1, {"bf16": {"enabled": True}}, (4, 4, 2)),
+    "bf16": (LATENT, 1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, (4, 4, 2)),
     "fp16": (GATED, 2, {"fp16": FP16}, (4, 2, 1)),
     "AdamW, offloaded": (CONFIG, 2, {**OFFLOAD, "optimizer": {"type": "AdamW", "params": {}}}, (1, 1, 2)),
     "Lion, offloaded": (CONFIG, 2, {**OFFLOAD, **LION}, (1, 1, 2)),

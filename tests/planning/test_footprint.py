@@ -79,7 +79,7 @@ ON_ONE = {
     "bf16 sums, accumulated": case(WEIGHTS, config("tiny", accumulation=2)),
     "reduced to each": case(WEIGHTS, config("zero2", use_multi_rank_bucket_allreduce=False)),
     "bucket below a stack, no overlap": case(WEIGHTS, config("zero2", 100_000, overlap_comm=False)),
-    "bucket below a stack, ZeRO-1, no overlap": case(WEIGHTS, config("zero1", 100_000, overlap_comm=False)),
+    "ZeRO-1, no overlap, accumulated": case(WEIGHTS, config("zero1", 100_000, 2, overlap_comm=False)),
     "bucket below a stack, offload, accumulated": case(WEIGHTS, config("zero2_offload", 100_000, 2)),
     "offload": case(WEIGHTS, OFFLOAD),
     "offload, ZeRO-1, bf16 sums, accumulated": case(
@@ -104,7 +104,12 @@ ON_ONE = {
 ON_TWO = {
     "bf16, fp32 sums, ep_size 1": case(WEIGHTS, config("zero2")),
     "bf16 on the wire": case(WEIGHTS, {**config("zero2"), "communication_data_type": "bf16"}, ep_size=2),
-    "bucket below a stack, ZeRO-1": case(UNEVEN, config("zero1", 100_000)),
+    "bucket below a stack, uneven": case(UNEVEN, config("zero2", 100_000)),
+    "ZeRO-1, accumulated": case(WEIGHTS, config("zero1", accumulation=3)),
+    "ZeRO-1, bf16 on the wire, ep_size 2": case(
+        WEIGHTS, {**config("zero1", accumulation=2), "communication_data_type": "bf16"}, ep_size=2
+    ),
+    "ZeRO-1, bf16 sums": case(WEIGHTS, {**config("zero1", 100_000), "data_types": {}}),
     "offload, bf16 sums, accumulated": case(WEIGHTS, {**OFFLOAD_BF16, "gradient_accumulation_steps": 3}, ep_size=2),
     "Muon, ep_size 2": case(WEIGHTS, config("zero2_muon"), ep_size=2),
     "Muon, cut": case(UNEVEN, config("zero2_muon")),

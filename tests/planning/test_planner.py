@@ -65,7 +65,7 @@ def test_each_phase_of_a_data_schedule_is_planned_as_a_run_of_its_own(tmp_path):
 
 
 def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
-    ds = ds_config(2, zero_optimization={"stage": 1, "contiguous_gradients": False})
+    ds = ds_config(2, zero_optimization={"stage": 2, "reduce_bucket_size": 0})
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     code, out, problems = run(
         monkeypatch, capsys, "--gpus", 10, "--ep_size", 3, "--device", "h1000", "--seq_len", 4096,
@@ -74,7 +74,7 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     assert (code, out) == (2, "")
     sentences(problems)
     for parts in (
-        ("contiguous_gradients", "leave it out"),
+        ("reduce_bucket_size is 0", "at least 1"),
         ("ep_size is 3", "10 ranks", "divisor"),
         ("ep_size is 3", "8 experts", "divisor"),
         ("seq_len is 4096", "1024", "lower it"),

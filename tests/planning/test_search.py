@@ -30,8 +30,16 @@ def test_it_finds_what_trying_everything_finds(samples):
                 yield micro_batch, samples // (8 * micro_batch) if samples else SETUP.accumulation
 
     tried = [
-        replace(SETUP, ep_size=ep_size, micro_batch=micro_batch, accumulation=accumulation, recompute_blocks=blocks)
-        for ep_size, (micro_batch, accumulation), blocks in product((1, 2, 4, 8), batches(), range(5))
+        replace(
+            SETUP,
+            ep_size=ep_size,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            recompute_blocks=blocks,
+            zero_stage=stage,
+        )
+        for ep_size, (micro_batch, accumulation), blocks, stage in product((1, 2, 4, 8), batches(), range(5), (1, 2))
+        if stage == 2 or accumulation > 1
     ]
     fitting = [setup for setup in tried if memory(setup) <= (1 - kept_free(SETUP)) * SMALL.memory]
     assert len(fitting) < len(tried)

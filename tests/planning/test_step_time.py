@@ -92,7 +92,7 @@ def test_compiled_blocks_have_fewer_operators_and_calls_of_regions():
     assert phases(gated, rates=replace(IDEAL, region=1.0))["backward"].launches == 2 * 24 * 3
 
 
-def of_deepspeed(sums, wire, reduced):
+def of_deepspeed(sums, wire, reduced, stage):
     """Operators of a micro-batch, how many more with a third layer, and bytes for each element of a gradient beyond the
     model's own, of a rank whose gradients are `reduced`, here over itself alone, or not."""
     found = []
@@ -100,6 +100,7 @@ def of_deepspeed(sums, wire, reduced):
         config = load_preset("tiny").model_copy(update={"num_hidden_layers": layers, "intermediate_size": width})
         ds = {**ds_config(1), **shipped("zero2"), "train_micro_batch_size_per_gpu": 1}
         ds |= {"data_types": {"grad_accum_dtype": sums}, "communication_data_type": wire}
+        ds["zero_optimization"]["stage"] = stage
         train_step = build_train_step(config, recipe_of(ds))
         optimizer = train_step.engine.optimizer
         if reduced:
@@ -123,39 +124,44 @@ def of_deepspeed(sums, wire, reduced):
 
 
 @pytest.mark.parametrize(
-    ("sums", "wire", "reduced"),
+    ("sums", "wire", "reduced", "stage"),
     [
-        ("fp32", "fp32", True),
-        ("fp32", "bf16", True),
-        ("bf16", "bf16", True),
-        ("fp32", "fp32", False),
-        ("bf16", "bf16", False),
+        ("fp32", "fp32", True, 2),
+        ("fp32", "bf16", True, 2),
+        ("bf16", "bf16", True, 2),
+        ("fp32", "fp32", False, 2),
+        ("bf16", "bf16", False, 2),
+        ("fp32", "fp32", False, 1),
     ],
 )
-def test_what_deepspeed_does_with_a_gradient_is_counted(sums, wire, reduced):
-    ((whole, more, moved),) = run_ranks(1, of_deepspeed, sums, wire, reduced)
+def test_what_is_done_with_a_gradient_is_counted(sums, wire, reduced, stage):
+    ((whole, more, moved),) = run_ranks(1, of_deepspeed, sums, wire, reduced, stage)
     apart, wide = sums == "fp32", wire == "fp32"
     tiny = load_preset("tiny").model_copy(update={"num_hidden_layers": 2})
     setup = replace(
         FULL, model=tiny, micro_batch=1, seq_len=64, sum_bytes=4 if apart else 2, communication_bytes=4 if wide else 2
     )
-    setup = replace(setup, on_cpu=True)
+    setup = replace(setup, on_cpu=True, zero_stage=stage)
     of_phase = phases(setup, rates=replace(IDEAL, operator=1.0))
     planned = sum(of_phase[name].launches for name in ("forward", "head and loss", "backward"))
     if not reduced:
         assert whole == pytest.approx(planned, rel=0.015)
     of_block = sum(operators(setup, phase)[0][0] for phase in ("forward", "backward"))
     assert more == pytest.approx(of_block + 10 * gradient_operators(setup, reduced), abs=2)
+    if stage == 1:
+        assert moved == pytest.approx(gradient_bytes(setup, reduced, 1, 1) + 2, rel=0.01)  # what the zeros are like
+        return
     # The dispatcher shows the target of a copy twice, the memory of a copy, and an all-reduce, which is counted apart.
     copies = 1 + reduced + (not apart)
     shown_too = 2 * copies + (0 if apart else 2) + reduced * (2 + 8 if wide else 4)
     assert moved == pytest.approx(gradient_bytes(setup, reduced, 1, 1) + shown_too, rel=0.01)
 
 
-def test_zero_1_gathers_gradients_once_in_a_step():
-    once = phases(FULL)["backward"].device["copies"]
+def test_an_offloaded_zero_1_gathers_gradients_once_in_a_step():
+    offloaded = replace(FULL, offload=True)
+    once = phases(offloaded)["backward"].device["copies"]
     for stage, times in ((1, 1), (2, 4)):
-        setup = replace(FULL, accumulation=4, zero_stage=stage)
+        setup = replace(offloaded, accumulation=4, zero_stage=stage)
         assert phases(setup)["backward"].device["copies"] == pytest.approx(times * once)
         host = phases(setup, rates=replace(IDEAL, parameter=1.0))["backward"].launches
         assert host == times * (2 + 24 * 10)
@@ -221,9 +227,19 @@ def test_reducing_gradients_hides_behind_the_backward_pass():
         assert hidden(SETUP, device) == pytest.approx(min(reduced, backward))
 
 
-def test_zero_1_hides_what_it_reduces_behind_one_micro_batch_only():
-    setup = replace(SETUP, accumulation=4, zero_stage=1)
-    assert hidden(setup, SLOW) == pytest.approx(phases(setup, SLOW)["backward"].seconds / 4)
+def test_zero_1_hides_the_reduction_of_experts_behind_one_micro_batch_only():
+    setup, fast = replace(SETUP, ep_size=1, accumulation=4, zero_stage=1), replace(SLOW, inside=1e9, between=1e9)
+    for device, hides_all in ((fast, True), (SLOW, False)):
+        gradients = [one for one in collectives(setup) if one.kind == "reduce_scatter"]
+        experts, shared = (
+            sum(one.seconds(device, 8, GPU.links) for one in gradients if ("experts" in one.purpose) == is_experts)
+            for is_experts in (True, False)
+        )
+        backward = phases(setup, device)["backward"].seconds / 4
+        assert (experts < backward) == hides_all
+        assert phases(setup, device)["gradients, not hidden"].seconds == pytest.approx(
+            shared + max(experts - backward, 0)
+        )
 
 
 def test_the_host_waits_once_for_rows_and_for_each_looped_gemm():

@@ -100,7 +100,8 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
             "evaluation/scoring.py:score": 2,  # after the last, of both weights
             "evaluation/held_out.py:run": 2,
         }
-        assert all_reduces.pop("training/zero_step.py:allreduce_and_scatter") >= 5 * 2  # of gradients
+        if stage == 2:
+            assert all_reduces.pop("training/zero_step.py:allreduce_and_scatter") >= 5 * 2  # of gradients
         assert all_reduces == {
             "training/step_sums.py:sum_over_ranks": 5,
             "launch/distributed.py:on_any_rank": 1,

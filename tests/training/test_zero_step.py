@@ -11,7 +11,9 @@ from engines import make as make_engine
 from ranks import run_ranks
 from streams import Device
 
+from megamoe.config.recipe import Recipe
 from megamoe.data.batches import Batch
+from megamoe.training.reduce_once import ReduceOnceOptimizer
 from megamoe.training.step import TrainStep, balancer_of
 from megamoe.training.zero_step import GivenNormOptimizer, GuardedOptimizer, norm_of
 
@@ -44,8 +46,9 @@ def two_steps(changes, stage, accumulation, own):
 
     The first step has a learning rate of 0, so the second has the same weights.
     """
-    engine = make(2, stage, gradient_accumulation_steps=accumulation, **changes)
-    assert type(engine.optimizer) is GivenNormOptimizer
+    with patch.object(Recipe, "reduces_once", stage == 1 and not own):
+        engine = make(2, stage, gradient_accumulation_steps=accumulation, **changes)
+    assert type(engine.optimizer) is (GivenNormOptimizer if stage == 2 or own else ReduceOnceOptimizer)
     if own:
         engine.optimizer.__class__ = GuardedOptimizer  # without a spike to look for, DeepSpeed's own
     inner, given = engine.optimizer.optimizer, []
@@ -74,7 +77,6 @@ CASES = {
         1,
         {**FP16, **SUMS_APART, "communication_data_type": "fp32", "gradient_clipping": 0.01},
     ),
-    "ZeRO-1 without buffers": (1, {"zero_optimization": {"contiguous_gradients": False}}),
 }
 
 
@@ -203,7 +205,11 @@ def with_and_without_spike(stage, changes, accumulation):
 
 
 SPIKES = {
-    "bf16, ZeRO-1, accumulated, Muon": (1, {**BF16, "optimizer": {"type": "Muon", "params": {"muon_lr": 0.05}}}, 2),
+    "bf16, ZeRO-1, accumulated, Muon": (
+        1,
+        {**BF16, **SUMS_APART, "optimizer": {"type": "Muon", "params": {"muon_lr": 0.05}}},
+        2,
+    ),
     "fp16, growing scale": (2, {**GROWING, **SUMS_APART}, 1),
     "offloaded, bf16, accumulated": (2, {**OFFLOAD, **BF16}, 2),
 }

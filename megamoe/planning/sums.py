@@ -1,0 +1,55 @@
+"""Bytes of gradients that are summed on each rank and reduced once per step, as in `training/reduce_once.py`."""
+
+from __future__ import annotations
+
+from megamoe.planning.buckets import Ledger
+from megamoe.planning.sharding import Group, Setup
+
+SUMS, COPIES = "gradient sums", "reduction temporaries"
+
+
+class ReduceOnce:
+    """In the place of `buckets.Reduction`."""
+
+    def __init__(self, setup: Setup, groups: list[Group], ledger: Ledger):
+        self.setup, self.groups, self.ledger = setup, groups, ledger
+        self.group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
+        self.sums = setup.sum_bytes * sum(group.partition * group.ranks for group in groups)
+        self.awaited = [len(group.sizes) for group in groups]  # gradients, in the last backward pass of a step
+        self.boundary = False  # whether it is this one
+        self.partitions: dict[int, int] = {}  # bytes of what this rank owns of a group's gradients, once reduced
+
+    def start(self, first: bool, boundary: bool) -> None:
+        """A backward pass begins."""
+        self.boundary = boundary
+
+    def ready(self, name: str) -> None:
+        """The gradient of a parameter has come."""
+        ledger, number = self.ledger, self.group_of[name]
+        size = self.groups[number].sizes[name] * self.setup.weight_bytes
+        ledger.allocate("gradients", size)
+        if not ledger.held[SUMS]:
+            ledger.allocate(SUMS, self.sums)
+        ledger.free("gradients", size)
+        self.awaited[number] -= self.boundary
+        if self.setup.overlap and not self.awaited[number]:
+            self.reduce(number)
+
+    def reduce(self, number: int) -> None:
+        """A group is reduced."""
+        setup, group, ledger = self.setup, self.groups[number], self.ledger
+        owned = group.partition * (setup.sum_bytes if group.ranks == 1 else setup.communication_bytes)
+        if group.ranks == 1:  # the sum is the share
+            ledger.free(SUMS, owned)
+        elif setup.communication_bytes != setup.sum_bytes or setup.on_cpu:  # gloo reduces a copy
+            ledger.allocate(COPIES, group.ranks * owned)
+        self.partitions[number] = owned
+        ledger.allocate("gradient partition", owned)
+
+    def finish(self) -> None:
+        """Backward is over."""
+        if self.boundary:
+            for number in set(range(len(self.groups))) - self.partitions.keys():
+                self.reduce(number)
+            for kind in (SUMS, COPIES):
+                self.ledger.free(kind, self.ledger.held[kind])
