@@ -13,9 +13,8 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.phases import Phases
 from megamoe.config.run import HeldOutSource, RunConfig
 from megamoe.data.cache import Cache
-from megamoe.data.object_store import RemoteFolder
-from megamoe.data.source import DataSource, is_remote
-from megamoe.data.sources import open_corpus
+from megamoe.data.source import DataSource
+from megamoe.data.sources import Location, locate, open_corpus
 from megamoe.data.sources import open_source as open_data
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import end_of_text_of, load_tokenizer
@@ -59,25 +58,19 @@ def open_inputs(
 
     wanted = [(one.path, phase.seq_len) for phase in phases.all for one in phase.data] if phases else []
     wanted = wanted or [(one.path, seq_len) for one in run.data]
-    remotes = open_remotes(run, [*(path for path, _ in wanted), *(one.path for one in run.valid_data)])
-    folders = {path: str(remote.path) for path, remote in remotes.items()}
+    found = locations(run, [*(path for path, _ in wanted), *(one.path for one in run.valid_data)])
     opened = {
-        (path, length): problems.attempt(
-            open_data, path, length, model.vocab_size, scans, run.packing, remotes.get(path)
-        )
+        (path, length): problems.attempt(open_data, found[path], length, model.vocab_size, scans, run.packing)
         for path, length in dict.fromkeys(wanted)
     }
-    first = Path(folders.get(wanted[0][0], wanted[0][0]))
+    first = found[wanted[0][0]].path
     own = [HeldOutSource(name="valid", path=wanted[0][0])] if problems.attempt(has_split, first, "valid") else []
     sources = run.valid_data or own
     held_out = [
-        problems.attempt(open_corpus, one.path, "valid", seq_len, model.vocab_size, scans, remotes.get(one.path))
-        for one in sources
+        problems.attempt(open_corpus, found[one.path], "valid", seq_len, model.vocab_size, scans) for one in sources
     ]
-    tokenized = [
-        *(Path(folders.get(path, path)) for path, _ in opened),
-        *(corpus_prefix(folders.get(one.path, one.path), "valid").parent for one in sources),
-    ]
+    tokenized = [found[path].path for path, _ in opened]
+    tokenized += [corpus_prefix(str(found[one.path].path), "valid").parent for one in sources]
     wrong = tokenizer_problems(tokenized, initial_weights, model.vocab_size)
     problems += wrong
 
@@ -102,12 +95,12 @@ def tokenizer_files(tokenizer: Path | None, initial_weights: list[Path]) -> list
     return list(files.values())
 
 
-def open_remotes(run: RunConfig, paths: list[str]) -> dict[str, RemoteFolder]:
-    """Those of the paths that are on object stores. Raises one UserError for all of them, or PeerError."""
+def locations(run: RunConfig, paths: list[str]) -> dict[str, Location]:
+    """Where the paths lie. Raises one UserError for all of them, or PeerError."""
     cache, problems = Cache(run.cache_dir, int(run.cache_gib * 2**30)), Problems()
-    remotes = {path: problems.attempt(RemoteFolder, path, cache) for path in dict.fromkeys(paths) if is_remote(path)}
+    found = {path: problems.attempt(locate, path, cache) for path in dict.fromkeys(paths)}
     problems.refuse()
-    return remotes
+    return found
 
 
 def initial_problems(model: ModelConfig, initial_weights: list[Path]) -> list[str]:

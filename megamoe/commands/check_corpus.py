@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 from pathlib import Path
 
+import numpy as np
+
 from megamoe.config import cli
-from megamoe.data.corpus_record import ShardRecord, split_of
+from megamoe.data.corpus_record import ShardRecord, shard_record, split_of
 from megamoe.data.token_files import Shard, corpus_prefix, has_split, split_record
-from megamoe.utils.disk import file_sha256, replace_file
+from megamoe.utils.disk import replace_file
 from megamoe.utils.errors import Problems, UserError
 
 PIECE = 1 << 24  # tokens looked at by one thread at a time
@@ -24,26 +25,13 @@ PIECE = 1 << 24  # tokens looked at by one thread at a time
 def read_shard(prefix: Path) -> ShardRecord:
     """What a .bin/.idx pair holds. Raises UserError where they do not fit, or an id is negative."""
     shard = Shard(prefix, None)
-    tokens = shard.tokens
+    pieces = [shard.read(start, start + PIECE) for start in range(0, shard.index.num_tokens, PIECE)]
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        pieces = [tokens[start : start + PIECE] for start in range(0, len(tokens), PIECE)]
-        smallest, largest = reduce(
-            lambda one, other: (min(one[0], other[0]), max(one[1], other[1])),
-            threads.map(lambda piece: (int(piece.min()), int(piece.max())), pieces),
-        )
-        bin_hash, idx_hash = threads.map(file_sha256, (Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx")))
+        smallest, largest = min(threads.map(np.min, pieces)), max(threads.map(np.max, pieces))
     if smallest < 0:
         raise UserError(f"{prefix}.bin holds the id {smallest}; prepare the corpus again.")
-    sums = Path(f"{prefix}.sums")
-    return ShardRecord(
-        name=prefix.name,
-        documents=len(shard.index.starts(0, shard.index.num_tokens)),
-        tokens=shard.index.num_tokens,
-        largest_id=largest,
-        bin_sha256=bin_hash,
-        idx_sha256=idx_hash,
-        sums_sha256=file_sha256(sums) if sums.exists() else None,
-    )
+    documents = len(shard.index.starts(0, shard.index.num_tokens))
+    return shard_record(prefix, documents=documents, tokens=shard.index.num_tokens, largest_id=int(largest))
 
 
 def end_opens_next(prefix: Path) -> bool:
@@ -60,19 +48,14 @@ def check(prefix: Path) -> str:
     if record:
         damaged = Problems()
         for shard in record.shards:
-            found = damaged.attempt(read_shard, prefix.with_name(shard.name))
+            path = prefix.with_name(shard.name)
+            found = damaged.attempt(read_shard, path)
             if found and found != shard.model_copy(update={"bytes": None}):
-                damaged.append(f"{prefix.with_name(shard.name)} is not what its record says; prepare the corpus again.")
+                damaged.append(f"{path} is not what its record says; prepare the corpus again.")
         damaged.refuse()
     else:
         record = split_of([read_shard(prefix)], end_opens_next(prefix))
-        try:
-            replace_file(Path(f"{prefix}.json"), record.model_dump_json(indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{prefix}.json cannot be written ({error.strerror}); make links to both files in a folder of yours, "
-                "and check and train on these."
-            ) from None
+        replace_file(Path(f"{prefix}.json"), record.model_dump_json(indent=2) + "\n")
     return (
         f"{prefix}: {record.documents:,} documents, {record.tokens:,} tokens, ids up to "
         f"{max(shard.largest_id for shard in record.shards)}, fingerprint {record.fingerprint}"

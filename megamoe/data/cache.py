@@ -7,22 +7,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
 
 from megamoe.utils.errors import UserError
 
 TRIES = 4  # reads of what has a wrong hash
 LOCKS = 1024  # by hash of the path
 KEPT, LOOKS = 0.75, 64  # share of the limit that a look at the size leaves; looks while the whole limit is written
-
-
-class Entry(NamedTuple):
-    """A file of the cache."""
-
-    path: Path
-    origin: str  # for messages
-    read: Callable[[], bytes]  # from there
-    is_right: Callable[[bytes], bool]
 
 
 class Cache:
@@ -40,30 +30,32 @@ class Cache:
         self._locks = [Lock() for _ in range(LOCKS)]
         self._written = limit  # since the last look at the size; earlier runs may have filled it
 
-    def get(self, entry: Entry) -> bytes:
+    def get(self, path: Path, origin: str, read: Callable[[], bytes], is_right: Callable[[bytes], bool]) -> bytes:
         """The content of a file, fetched where it is absent. Raises what reading its origin raises, and UserError where
-        the content is never right."""
-        for _ in range(TRIES):
-            with self._locks[hash(entry.path) % LOCKS]:  # threads that need the same file
-                try:
-                    data = entry.path.read_bytes()
-                    os.utime(entry.path)
-                except FileNotFoundError:
-                    data = self._fetch(entry)
-            if entry.is_right(data):
-                return data
-            entry.path.unlink(missing_ok=True)
-        raise UserError(
-            f"{entry.origin} has another hash than corpus.json gives, in {TRIES} reads; upload the folder again."
-        )
+        the content is never right.
 
-    def _fetch(self, entry: Entry) -> bytes:
-        data = entry.read()
+        Args:
+            origin: for messages; `read` gives the content from there.
+        """
+        for _ in range(TRIES):
+            with self._locks[hash(path) % LOCKS]:  # threads that need the same file
+                try:
+                    data = path.read_bytes()
+                    os.utime(path)
+                except FileNotFoundError:
+                    data = read()
+                    self._write(path, data)
+            if is_right(data):
+                return data
+            path.unlink(missing_ok=True)
+        raise UserError(f"{origin} has another hash than corpus.json gives, in {TRIES} reads; upload the folder again.")
+
+    def _write(self, path: Path, data: bytes) -> None:
         try:
-            entry.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=entry.path.parent, delete=False) as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(data)
-            os.replace(file.name, entry.path)
+            os.replace(file.name, path)
         except OSError as error:
             why = error.strerror
             raise UserError(f"{self.folder} cannot be written ({why}); choose another --cache_dir.") from None
@@ -71,7 +63,6 @@ class Cache:
         if self._written > self._limit / LOOKS:
             self._written = 0
             self._remove_oldest()
-        return data
 
     def _remove_oldest(self) -> None:
         """Remove the least recently used files. Other processes may do so at the same time."""

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from megamoe.config.model import JsonModel, validate
 from megamoe.data.tokenizer import prefix_of
-from megamoe.utils.disk import replace_file
+from megamoe.utils.disk import file_sha256, replace_file
 from megamoe.utils.json_files import read_json
 
 NAME = "corpus.json"
@@ -81,15 +81,27 @@ class CorpusRecord(JsonModel):
     """Documents by their tokens, "256" for those from 256 on and below 512."""
 
 
+def shard_record(prefix: Path, **counts: Any) -> ShardRecord:
+    """The record of a pair, with the hashes of its files."""
+    files = {end: Path(f"{prefix}.{end}") for end in ("bin", "idx", "sums")}
+    hashes: dict[str, Any] = {f"{end}_sha256": file_sha256(file) for end, file in files.items() if file.exists()}
+    return ShardRecord(name=prefix.name, **counts, **hashes)
+
+
+def totals(shards: list[ShardRecord]) -> dict[str, Any]:
+    """What shards hold together."""
+    return {
+        "documents": sum(shard.documents for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "bytes": sum(shard.bytes or 0 for shard in shards),
+    }
+
+
 def split_of(shards: list[ShardRecord], end_opens_next: bool = False) -> SplitRecord:
     """The record of a split with these shards."""
-    return SplitRecord(
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        bytes=sum(shard.bytes or 0 for shard in shards) or None,
-        end_opens_next=end_opens_next,
-        shards=shards,
-    )
+    known = totals(shards)
+    known["bytes"] = known["bytes"] or None
+    return SplitRecord(**known, end_opens_next=end_opens_next, shards=shards)
 
 
 def read_record(folder: Path) -> CorpusRecord | None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from megamoe.data.file_formats import LINES, PACKED, TABLES, TEXT, is_text, open_table, readable
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import check_regular
@@ -27,8 +29,10 @@ class Part(NamedTuple):
 class Unit(NamedTuple):
     """What one worker turns into shards."""
 
+    number: int
     source: str
     parts: tuple[Part, ...]
+    mask: np.ndarray | None = None  # (documents,), which of those that are selected are no duplicates; None for all
 
     @property
     def name(self) -> str:
@@ -97,21 +101,27 @@ def units_of(sources: dict[str, list[Path]], columns: Iterable[str]) -> list[Uni
     Args:
         columns: that each table must have.
     """
-    problems, units = Problems(), []
+    problems = Problems()
+    units: list[Unit] = []
     for source, files in sources.items():
-        parts: list[Part] = []
-        size = 0
-        for part in [part for file in files for part in problems.attempt(parts_of, file, columns) or []]:
-            if parts and size + part.size > UNIT:
-                units.append(Unit(source, tuple(parts)))
-                parts, size = [], 0
-            size += part.size
-            before = parts[-1] if parts else None
-            if before and (before.file, before.stop) == (part.file, part.start):  # read in one go
-                parts[-1] = before._replace(stop=part.stop, size=before.size + part.size)
-            else:
-                parts.append(part)
-        if parts:
-            units.append(Unit(source, tuple(parts)))
+        parts = [part for file in files for part in problems.attempt(parts_of, file, columns) or []]
+        units += [Unit(number, source, one) for number, one in enumerate(_grouped(parts), len(units))]
     problems.refuse()
     return units
+
+
+def _grouped(parts: list[Part]) -> list[tuple[Part, ...]]:
+    """As many at a time as have UNIT bytes; neighbours in a file become one part, which is read in one go."""
+    groups: list[list[Part]] = []
+    size = 0
+    for part in parts:
+        if not groups or size + part.size > UNIT:
+            groups.append([])
+            size = 0
+        size += part.size
+        before = groups[-1][-1:]
+        if before and (before[0].file, before[0].stop) == (part.file, part.start):
+            groups[-1][-1] = before[0]._replace(stop=part.stop, size=before[0].size + part.size)
+        else:
+            groups[-1].append(part)
+    return [tuple(group) for group in groups]

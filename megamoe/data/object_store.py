@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megamoe.config.model import validate
-from megamoe.data.cache import Cache, Entry
+from megamoe.data.cache import Cache
 from megamoe.data.corpus_record import NAME, CorpusRecord, ShardRecord
 from megamoe.data.index_file import IndexFile
 from megamoe.data.shard_writer import BLOCK, HASH_SIZE, block_hash
@@ -50,16 +50,14 @@ class RemoteFolder:
         self._timeout = {"timeout": TIMEOUT} if self._system.async_impl else {}
         listed = ask(self.url, self._system.ls, self._root, detail=True, **self._timeout)
         self.sizes: dict[str, int] = {one["name"].rpartition("/")[2]: one["size"] for one in listed}
-        file = f"{self.url}/{NAME}"
         data = self.read(NAME)
-        record = validate(CorpusRecord, parse_json(data, file), file)
+        record = validate(CorpusRecord, parse_json(data, f"{self.url}/{NAME}"), f"{self.url}/{NAME}")
         self._check_complete(record)
-        # With another record it is another corpus.
-        name = f"{re.sub('[^A-Za-z0-9.-]+', '_', self.url)}-{hashlib.sha256(data).hexdigest()[:16]}"
-        self.path = cache.folder / name
-        cache.get(Entry(self.path / NAME, file, lambda: data, lambda found: found == data))
+        digest = hashlib.sha256(data).hexdigest()
+        self.path = cache.folder / digest[:32]  # with another record it is another corpus
+        cache.get(self.path / NAME, f"{self.url}/{NAME}", lambda: data, lambda found: found == data)
         if record.tokenizer_sha256:
-            cache.get(self.entry("tokenizer.json", record.tokenizer_sha256))
+            self.fetch("tokenizer.json", record.tokenizer_sha256)
 
     def _check_complete(self, record: CorpusRecord) -> None:
         shards = [shard for split in record.splits.values() for shard in split.shards]
@@ -71,14 +69,10 @@ class RemoteFolder:
             more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
             raise UserError(f"{self.url} lacks {', '.join(lacks[:3])}{more}; upload the whole folder again.")
 
-    def entry(self, name: str, sha256: str | None) -> Entry:
-        """A whole file in the cache."""
-        return Entry(
-            self.path / name,
-            f"{self.url}/{name}",
-            lambda: self.read(name),
-            lambda data: hashlib.sha256(data).hexdigest() == sha256,
-        )
+    def fetch(self, name: str, sha256: str | None) -> bytes:
+        """A whole file, which is in the cache as `path`/NAME then."""
+        read, place = partial(self.read, name), f"{self.url}/{name}"
+        return self.cache.get(self.path / name, place, read, lambda data: hashlib.sha256(data).hexdigest() == sha256)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """Bytes of a file on the store. Raises as `ask`."""
@@ -97,32 +91,34 @@ class RemoteShard(Shard):
     """A shard whose .bin is read in blocks, and whose other files are copied when they are first needed."""
 
     def __init__(self, prefix: Path, record: ShardRecord, folder: RemoteFolder):
-        self._folder, self._cache = folder, folder.cache
+        self._folder, self._record = folder, record
         self._bin = f"{record.name}.bin"
         self._size = folder.sizes[self._bin]
-        self._width = self._size // record.tokens  # bytes of a token
-        self._index = folder.entry(f"{record.name}.idx", record.idx_sha256)
-        self._sums = folder.entry(f"{record.name}.sums", record.sums_sha256)
         super().__init__(prefix, record)
 
     def _open_index(self) -> IndexFile:
-        self._cache.get(self._index)
-        return IndexFile(self._index.path, Path(self._bin), self._size)
+        name = f"{self._record.name}.idx"
+        self._folder.fetch(name, self._record.idx_sha256)
+        return IndexFile(self._folder.path / name, Path(self._bin), self._size)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """As of a local one. Raises UserError or PeerError where the store does not give it."""
-        numbers = range(start * self._width // BLOCK, -(-stop * self._width // BLOCK))
-        data = b"".join(self._cache.get(self._block(number)) for number in numbers)
-        return np.frombuffer(data, self.index.dtype, stop - start, start * self._width % BLOCK)
+        width = self._size // self._record.tokens  # bytes of a token
+        numbers = range(start * width // BLOCK, -(-stop * width // BLOCK))
+        data = b"".join(map(self._block, numbers))
+        return np.frombuffer(data, self.index.dtype, stop - start, start * width % BLOCK)
 
-    def _block(self, number: int) -> Entry:
+    def _block(self, number: int) -> bytes:
         start, stop = number * BLOCK, min((number + 1) * BLOCK, self._size)
-        return Entry(
+        return self._folder.cache.get(
             self.prefix / str(number),
             f"block {number} of {self._folder.url}/{self._bin}",
-            lambda: self._folder.read(self._bin, start, stop),
-            lambda data: block_hash(data) == self._cache.get(self._sums)[number * HASH_SIZE :][:HASH_SIZE],
+            partial(self._folder.read, self._bin, start, stop),
+            lambda data: block_hash(data) == self._sums()[number * HASH_SIZE :][:HASH_SIZE],
         )
+
+    def _sums(self) -> bytes:
+        return self._folder.fetch(f"{self._record.name}.sums", self._record.sums_sha256)
 
 
 def ask(url: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -10,19 +10,18 @@ import fcntl
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.config.model import JsonModel, validate
-from megamoe.data.corpus_record import CorpusRecord, ShardRecord, SourceRecord, write_corpus_record
+from megamoe.data.corpus_record import CorpusRecord, ShardRecord, SourceRecord, totals, write_corpus_record
 from megamoe.data.encoder import load_encoder
 from megamoe.data.inputs import Unit
-from megamoe.data.selection import SPLITS, Selection, split_documents
+from megamoe.data.selection import SPLITS, Selection
 from megamoe.data.shard_writer import ShardWriter
 from megamoe.utils.disk import PARTIAL, check_absent, flush, replace_file
 from megamoe.utils.errors import UserError
@@ -46,13 +45,14 @@ def partial_corpus(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     finished. Raises UserError for `out`, for other settings than it was begun with, or while another process writes."""
     check_absent(out)
     work = out.with_name(f".{out.name}{PARTIAL}")
+    folder = work / out.name
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out} is being written by another process; wait, or choose another output.") from None
-        folder = _begun(work, work / out.name, settings)
+        _begin(work, folder, settings)
         try:
             yield folder
             flush(folder)
@@ -67,7 +67,7 @@ def partial_corpus(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
                 shutil.rmtree(work)
 
 
-def _begun(work: Path, folder: Path, settings: dict[str, Any]) -> Path:
+def _begin(work: Path, folder: Path, settings: dict[str, Any]) -> None:
     file = work / "settings.json"
     if not folder.exists():  # nothing is begun, or a run was killed after it renamed the folder
         for path in work.glob("*.json"):
@@ -75,23 +75,19 @@ def _begun(work: Path, folder: Path, settings: dict[str, Any]) -> Path:
         replace_file(file, json.dumps(settings))
         folder.mkdir()
     found = read_json(file)
-    differing = [name for name, value in settings.items() if found.get(name) != value]
-    if differing:
+    if differing := [name for name, value in settings.items() if found.get(name) != value]:
         raise UserError(
             f"{work} holds an unfinished corpus of another {', '.join(differing)}; give the same again, or remove that "
             "folder."
         )
-    return folder
 
 
-def training_texts(
-    units: list[Unit], masks: list[np.ndarray | None], selection: Selection, valid_fraction: float
-) -> Iterator[str]:
+def training_texts(units: list[Unit], selection: Selection) -> Iterator[str]:
     """Documents of the training split to train a tokenizer on: all, or of more than SAMPLE the first of each unit."""
     share = SAMPLE / max(sum(unit.size for unit in units), 1)
-    for unit, mask in zip(units, masks, strict=True):
+    for unit in units:
         left = unit.size * share if share < 1 else float("inf")
-        for split, text in split_documents(selection.read(unit, mask), valid_fraction):
+        for split, text in selection.split(unit):
             if split == "train":
                 yield text
                 left -= len(text)
@@ -106,38 +102,32 @@ class UnitWriter(NamedTuple):
     tokenizer: str  # as JSON
     is_fast: bool
     end_id: int
-    valid_fraction: float
     selection: Selection
 
-    def write(self, number: int, unit: Unit, mask: np.ndarray | None) -> None:
-        """Write a unit's shards, then its record.
-
-        Args:
-            mask: (documents,), which of them are kept; None for all.
-        """
-        for left in self.folder.glob(f"*-{number:05}.*"):
+    def write(self, unit: Unit) -> None:
+        """Write a unit's shards, then its record."""
+        for left in self.folder.glob(f"*-{unit.number:05}.*"):
             left.unlink()
         encode = load_encoder(self.tokenizer, self.is_fast)
-        writers = {
-            split: ShardWriter(self.folder / f"{split}-{number:05}", encode, self.end_id, unit.name) for split in SPLITS
-        }
+        prefixes = {split: self.folder / f"{split}-{unit.number:05}" for split in SPLITS}
+        writers = {split: ShardWriter(prefix, encode, self.end_id, unit.name) for split, prefix in prefixes.items()}
         dropped: Counter[str] = Counter()
-        for split, document in split_documents(self.selection.read(unit, mask, dropped), self.valid_fraction):
+        for split, document in self.selection.split(unit, dropped):
             writers[split].add(document)
         shards = {split: shard for split, writer in writers.items() if (shard := writer.close())}
         lengths = Counter(str(1 << int(n).bit_length() - 1) for writer in writers.values() for n in writer.lengths)
         record = UnitRecord(source=unit.source, shards=shards, lengths=lengths, dropped=dropped)
         flush(self.folder)
-        replace_file(self.record_file(number), record.model_dump_json())
+        replace_file(self.record_file(unit), record.model_dump_json())
 
-    def record_file(self, number: int) -> Path:
-        """Of a unit; it is there if the unit is finished."""
-        return self.folder.with_name(f"{number}-record.json")
+    def record_file(self, unit: Unit) -> Path:
+        """It is there if the unit is finished."""
+        return self.folder.with_name(f"{unit.number}-record.json")
 
 
-def assemble(writer: UnitWriter, num_units: int, tokenizer: Tokenizer) -> CorpusRecord:
+def assemble(writer: UnitWriter, units: list[Unit]) -> CorpusRecord:
     """Write the record of the corpus, from those of its units. Raises UserError where there is no text."""
-    files = [writer.record_file(number) for number in range(num_units)]
+    files = [writer.record_file(unit) for unit in units]
     records = [validate(UnitRecord, read_json(file), str(file)) for file in files]
     sources = [_source(name, records) for name in dict.fromkeys(record.source for record in records)]
     shards = {split: [record.shards[split] for record in records if split in record.shards] for split in SPLITS}
@@ -146,18 +136,16 @@ def assemble(writer: UnitWriter, num_units: int, tokenizer: Tokenizer) -> Corpus
             file.unlink()
         why = ", ".join(f"{reason}: {count}" for source in sources for reason, count in source.dropped.items())
         raise UserError(f"the corpus is empty: no document is left (dropped: {why or 'none'}); give one with text.")
-    lengths = sum((Counter(record.lengths) for record in records), Counter())
+    lengths = _sum(record.lengths for record in records)
     report = {"sources": sources, "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0])))}
-    return write_corpus_record(writer.folder, tokenizer, writer.end_id, shards, **report)
+    return write_corpus_record(writer.folder, Tokenizer.from_str(writer.tokenizer), writer.end_id, shards, **report)
 
 
 def _source(name: str, records: list[UnitRecord]) -> SourceRecord:
     own = [record for record in records if record.source == name]
     shards = [shard for record in own for shard in record.shards.values()]
-    return SourceRecord(
-        name=name,
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        bytes=sum(shard.bytes or 0 for shard in shards),
-        dropped=sum((Counter(record.dropped) for record in own), Counter()),
-    )
+    return SourceRecord(name=name, **totals(shards), dropped=_sum(record.dropped for record in own))
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> Counter[str]:
+    return sum(map(Counter, counts), Counter())

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from megamoe.data.file_formats import is_text
 from megamoe.data.inputs import MAX_DOCUMENT, Unit, parts_of
@@ -43,42 +44,51 @@ class Condition(NamedTuple):
         try:
             return OPERATORS[self.operator](float(found), float(self.value))
         except (ValueError, TypeError, OverflowError):
-            where = shown(self.key + self.operator + self.value)
+            where = shown("".join(self))
             raise ValueError(f"has {shown(found)} under {shown(self.key)}; correct --where {where}") from None
 
 
 def parse_condition(text: str) -> Condition:
-    """KEY, an operator and a value, such as "score>=0.5". Raises UserError."""
+    """KEY, an operator and a value, such as "score>=0.5". Raises ValueError."""
     parts = re.fullmatch(r"([^<>=!]+)(>=|<=|!=|=|>|<)(.*)", text, re.DOTALL)
     if not parts:
-        raise UserError(f"--where {shown(text)} is no condition; give KEY=VALUE, or one with !=, >, >=, <, <=.")
+        raise ValueError(f"{shown(text)} is no condition; give KEY=VALUE, or one with !=, >, >=, <, <=.")
     return Condition(*(part.strip() for part in parts.groups()))
 
 
-class Selection(NamedTuple):
-    """Documents of units; the same ones in every process."""
+class Selection(BaseModel):
+    """Which documents of units are taken, and for which split; the same ones in every process."""
 
-    text_key: str = "text"
-    where: tuple[Condition, ...] = ()
-    min_chars: int = 1
-    max_chars: int | None = None
+    model_config = ConfigDict(frozen=True)
+
+    text_key: str = Field(default="text", description="key of the text in JSON lines, its column in tables")
+    where: list[Annotated[Condition, BeforeValidator(parse_condition)]] = Field(
+        default=[], description="take only documents with, such as 'score>=0.5' lang=en"
+    )
+    min_chars: int = Field(default=1, description="drop shorter documents")
+    max_chars: int | None = Field(default=None, description="drop longer documents")
+    valid_fraction: float = Field(
+        default=0.05,
+        ge=0,
+        le=0.5,
+        description="share F of the text that is held out: every round(1/F)-th document of each 64 MiB",
+    )
 
     @property
     def columns(self) -> list[str]:
         """Those that are read of tables, the text's first."""
         return list(dict.fromkeys([self.text_key, *(condition.key for condition in self.where)]))
 
-    def read(self, unit: Unit, mask: np.ndarray | None = None, dropped: Counter[str] | None = None) -> Iterator[str]:
+    def read(self, unit: Unit, dropped: Counter[str] | None = None) -> Iterator[str]:
         """The documents of a unit, in order. Raises UserError, naming file and place, for what cannot be read, is too
         long, or has no text.
 
         Args:
-            mask: (documents,), which of those that are selected are no duplicates; None for all.
             dropped: counts the others by reason.
         """
-        is_first = itertools.repeat(True) if mask is None else iter(mask)
+        is_first = itertools.repeat(True) if unit.mask is None else iter(unit.mask)
         for part in unit.parts:
-            where = () if is_text(part.file) else self.where  # a text has no other columns
+            where = [] if is_text(part.file) else self.where  # a text has no other columns
             for position, record in read_records(part, self.columns):
                 try:
                     reason = self._refusal(record, where)
@@ -89,12 +99,16 @@ class Selection(NamedTuple):
                 elif dropped is not None:
                     dropped[reason or "duplicate"] += 1
 
+    def split(self, unit: Unit, dropped: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
+        """("train" or "valid", document) pairs of what `read` gives."""
+        return split_documents(self.read(unit, dropped), self.valid_fraction)
+
     def hashes(self, unit: Unit) -> np.ndarray:
         """(documents,) uint64: of the text of each."""
         digests = [blake2b(text.encode(), digest_size=8).digest() for text in self.read(unit)]
         return np.frombuffer(b"".join(digests), np.uint64)
 
-    def _refusal(self, record: Any, where: tuple[Condition, ...]) -> str | None:
+    def _refusal(self, record: Any, where: list[Condition]) -> str | None:
         """Why a record is not taken, if it is not. Raises ValueError where that cannot be said."""
         if isinstance(record, dict) and not all(condition.holds(record) for condition in where):
             return "where"
@@ -120,15 +134,16 @@ class Selection(NamedTuple):
 def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
     """The non-empty documents in `files`. Raises UserError as `Selection.read`."""
     parts = (part for file in files for part in parts_of(file, [text_key]))
-    return Selection(text_key).read(Unit("", tuple(parts)))
+    return Selection(text_key=text_key).read(Unit(0, "", tuple(parts)))
 
 
-def first_occurrences(hashes: list[np.ndarray]) -> list[np.ndarray]:
-    """For each unit which of its documents (a mask) are the first with their hash, in the order of the units."""
+def without_duplicates(units: list[Unit], hashes: list[np.ndarray]) -> list[Unit]:
+    """Units with masks of the first documents with their hash, in the order of the units."""
     everything = np.concatenate(hashes)
     is_first = np.zeros(len(everything), bool)
     is_first[np.unique(everything, return_index=True)[1]] = True
-    return np.split(is_first, np.cumsum([len(one) for one in hashes])[:-1])
+    masks = np.split(is_first, np.cumsum([len(one) for one in hashes])[:-1])
+    return [unit._replace(mask=mask) for unit, mask in zip(units, masks, strict=True)]
 
 
 def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Writes one .bin/.idx pair: hashed, and its ids checked, while it is written."""
+"""Writes one .bin/.idx pair, whose ids are checked while they are written, and hashes it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megamoe.data.corpus_record import ShardRecord
+from megamoe.data.corpus_record import ShardRecord, shard_record
 from megamoe.data.encoder import Encoder
 from megamoe.data.index_file import write_index
 from megamoe.utils.disk import flush, write_file
@@ -38,7 +38,6 @@ class ShardWriter:
         self._between = [end_id, *encode.prefix]
         self._place = place
         self._file = open(f"{prefix}.bin", "xb")  # noqa: SIM115
-        self._hash = hashlib.sha256()
         self._batch: list[str] = []
         self._size = 0  # characters of the batch
         self._lengths = [np.zeros(0, np.int64)]
@@ -66,9 +65,7 @@ class ShardWriter:
         ids = np.roll(ids, added - 1)  # what stands after the last document stands before the first
         self._largest = max(self._largest, int(ids.max()))
         assert self._largest <= np.iinfo(self._encode.dtype).max
-        data = ids.astype(self._encode.dtype).tobytes()
-        self._file.write(data)
-        self._hash.update(data)
+        self._file.write(ids.astype(self._encode.dtype).tobytes())
         self._bytes += sum(len(text.encode()) for text in self._batch)
         self._lengths.append(counts + added)
         self._batch, self._size = [], 0
@@ -78,24 +75,16 @@ class ShardWriter:
         if self._batch:
             self._write()
         self._file.close()
+        data, index = Path(self._file.name), Path(f"{self._prefix}.idx")
         lengths = self.lengths
         if not len(lengths):
-            Path(self._file.name).unlink()
+            data.unlink()
             return None
-        index = Path(f"{self._prefix}.idx")
         write_index(index, self._encode.dtype, lengths)
-        with open(self._file.name, "rb") as file:
+        with open(data, "rb") as file:
             sums = b"".join(map(block_hash, iter(lambda: file.read(BLOCK), b"")))
         write_file(Path(f"{self._prefix}.sums"), sums)
-        for path in (index, Path(self._file.name)):
+        for path in (index, data):
             flush(path)
-        return ShardRecord(
-            name=self._prefix.name,
-            documents=len(lengths),
-            tokens=int(lengths.sum()),
-            bytes=self._bytes,
-            largest_id=self._largest,
-            bin_sha256=self._hash.hexdigest(),
-            idx_sha256=hashlib.sha256(index.read_bytes()).hexdigest(),
-            sums_sha256=hashlib.sha256(sums).hexdigest(),
-        )
+        counts = {"documents": len(lengths), "tokens": int(lengths.sum()), "bytes": self._bytes}
+        return shard_record(self._prefix, **counts, largest_id=self._largest)

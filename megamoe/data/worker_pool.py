@@ -13,35 +13,36 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megamoe.data.inputs import Unit
 from megamoe.utils.errors import UserError
 from megamoe.utils.interrupts import on_interrupt
 
 
-def run_all(do: Callable[..., Any], work: list[tuple[Any, ...]], sizes: list[int], what: str, processes: int) -> list:
-    """What `do(*one)` returns for each of `work`, in order; called here for one process or one piece of work. Raises
-    UserError where a process dies.
+def run_all(do: Callable[[Unit], Any], units: list[Unit], what: str, processes: int) -> list[Any]:
+    """What `do` returns for each unit, in order; called here for one process or one unit. Raises UserError where a
+    process dies.
 
     Args:
-        sizes: bytes of each, for the bar; `what` is written at it.
+        what: is written at the bar.
     """
-    results: list[Any] = [None] * len(work)
-    with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True) as bar:
-        for number, result in _results(do, work, min(processes, len(work))):
-            results[number] = result
-            bar.update(sizes[number])
-    return results
+    results = {}
+    with tqdm(total=sum(unit.size for unit in units), desc=what, unit="B", unit_scale=True) as bar:
+        for unit, result in _results(do, units, min(processes, len(units))):
+            results[unit.number] = result
+            bar.update(unit.size)
+    return [results[unit.number] for unit in units]
 
 
-def _results(do: Callable[..., Any], work: list[tuple[Any, ...]], processes: int) -> Iterator[tuple[int, Any]]:
+def _results(do: Callable[[Unit], Any], units: list[Unit], processes: int) -> Iterator[tuple[Unit, Any]]:
     if processes <= 1:
-        yield from ((number, do(*one)) for number, one in enumerate(work))
+        yield from ((unit, do(unit)) for unit in units)
         return
     others = multiprocessing.active_children()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin_worker)
     before = signal.getsignal(signal.SIGINT)
     on_interrupt(signal.SIG_IGN)  # inherited by the processes: Ctrl-C ends them through this one
     try:
-        futures = {pool.submit(do, *one): number for number, one in enumerate(work)}
+        futures = {pool.submit(do, unit): unit for unit in units}
     finally:
         signal.signal(signal.SIGINT, before)
     try:

@@ -10,12 +10,8 @@ from megamoe.data.index_file import write_index
 from megamoe.data.token_files import TokenCorpus
 
 
-@pytest.fixture
-def pair(tmp_path):
-    return build(tmp_path / "theirs", [*random_tokens(500, 50), 77], np.int32)
-
-
-def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(pair, call, run, monkeypatch):
+def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(tmp_path, call, run, monkeypatch):
+    pair = build(tmp_path / "theirs", [*random_tokens(500, 50), 77], np.int32)
     before = TokenCorpus(pair, 10, 78)
     monkeypatch.setattr(check_corpus, "PIECE", 64)
     (line,) = call(check_corpus, f"{pair}.bin")
@@ -27,11 +23,10 @@ def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(pair, ca
     assert after.sample(3).ids.tolist() == before.sample(3).ids.tolist()
     assert after.fingerprint in line
     assert call(check_corpus, f"{pair}.bin") == [line]
-    with open(f"{pair}.bin", "r+b") as file:
-        file.write(b"\x01")
-    code, said = run(check_corpus, pair)
+    build(tmp_path / "bad", [1, -3, 2], np.int32)
+    code, said = run(check_corpus, tmp_path / "bad")
     assert code == 2
-    has(said.err, str(pair), "not what its record says")
+    has(said.err, "bad.bin", "the id -3")
 
 
 def test_documents_of_a_pair_that_all_end_with_one_token_begin_at_the_one_before(tmp_path, call):
@@ -47,25 +42,11 @@ def test_documents_of_a_pair_that_all_end_with_one_token_begin_at_the_one_before
         assert TokenCorpus(tmp_path / name, 12, 10).sample(0).starts.tolist() == [n - opens for n in (4, 5, 10)]
 
 
-def test_negative_ids_and_a_folder_that_cannot_be_written_are_refused(pair, run, monkeypatch):
-    def fails(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(check_corpus, "replace_file", fails)
-    has(run(check_corpus, pair)[1].err, f"{pair}.json cannot be written", "links")
-    monkeypatch.undo()
-    build(pair.with_name("bad"), [1, -3, 2], np.int32)
-    code, said = run(check_corpus, pair.with_name("bad"))
-    assert code == 2
-    has(said.err, "bad.bin", "the id -3")
-
-
-def test_every_file_of_a_prepared_shard_is_compared_with_its_record(tmp_path, call, run):
+@pytest.mark.parametrize("suffix", ["bin", "idx", "sums"])
+def test_every_file_of_a_prepared_shard_is_compared_with_its_record(tmp_path, call, run, suffix):
     folder = prepared(tmp_path / "c", {"train": [[[1, 2, 3] * 9]]}).parent
     call(check_corpus, folder)
-    for suffix in ("bin", "idx", "sums"):
-        file = folder / f"train-00000.{suffix}"
-        content = file.read_bytes()
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert run(check_corpus, folder)[0] == 2
-        file.write_bytes(content)
+    with open(folder / f"train-00000.{suffix}", "r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x07")
+    assert run(check_corpus, folder)[0] == 2

@@ -15,9 +15,8 @@ from s3_server import S3Server, use
 
 from megamoe.data import object_store
 from megamoe.data.cache import Cache
-from megamoe.data.object_store import RemoteFolder
 from megamoe.data.shard_writer import BLOCK
-from megamoe.data.sources import open_corpus, open_source
+from megamoe.data.sources import Location, locate, open_corpus, open_source
 from megamoe.utils.errors import PeerError, Problems
 
 SEQ_LEN = 20_000
@@ -31,6 +30,11 @@ def local(tmp_path_factory):
     draw, shards = np.random.default_rng(0), ([3, 200_000, 250_000, 7], [900], [50_000, 100_000])
     documents = [[draw.integers(0, 50_000, length) for length in shard] for shard in shards]
     return prepared(tmp_path_factory.mktemp("local") / "mine", {"train": documents}, 50_000).parent
+
+
+@pytest.fixture(scope="module")
+def expected(local):
+    return samples(open_train(Location(local)))
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +61,17 @@ def url(server, local):
     return server.upload(local, next(buckets))
 
 
+def open_train(location):
+    return open_corpus(location, "train", SEQ_LEN, 50_000, True)
+
+
 def open_remote(url, cache, limit=GIB):
-    return open_corpus(url, "train", SEQ_LEN, 50_000, True, RemoteFolder(url, Cache(str(cache), limit)))
+    return open_train(locate(url, Cache(str(cache), limit)))
 
 
-def samples(corpus):
+def samples(source):
     with ThreadPoolExecutor(8) as threads:
-        found = threads.map(lambda index: corpus.sample(index, ahead=1), range(corpus.num_samples))
+        found = threads.map(lambda index: source.sample(index, ahead=1), range(source.num_samples))
         return [[part.tolist() for part in sample] for sample in found]
 
 
@@ -73,43 +81,33 @@ def read_twice(variables, url, cache, limit, expected):
     return all(samples(corpus) == expected for _ in range(2))
 
 
-FAULTS = ("slow", "500 Internal Server Error", "503 Slow Down", "half", "other", "gone")
-
-
-@pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_samples_are_those_of_the_local_folder_though_the_store_fails_now_and_then(
-    server, local, url, tmp_path, fault, monkeypatch
-):
-    expected = open_corpus(str(local), "train", SEQ_LEN, 50_000, True)
-    monkeypatch.setattr(object_store, "MAX_PAUSE", 0.2)
-    remote = open_remote(url, tmp_path)
+def test_samples_are_those_of_the_local_folder_and_a_later_run_reads_none_again(server, local, expected, url, tmp_path):
+    corpus, own = open_remote(url, tmp_path), open_train(Location(local))
     assert server.asked == ["corpus.json"]
-    server.fault = lambda number: fault if number % 3 == 1 or number in range(5, 15) else None
-    assert samples(remote) == samples(expected)
-    assert remote.fingerprint == expected.fingerprint
-    assert fault in (None, "slow") or len(server.asked) > 12
-
-
-def test_packed_samples_are_those_of_the_local_folder(local, url, tmp_path):
-    remote = RemoteFolder(url, Cache(str(tmp_path), GIB))
-    packed = open_source(url, SEQ_LEN, 50_000, False, "best_fit", remote)
-    assert samples(packed) == samples(open_source(str(local), SEQ_LEN, 50_000, False, "best_fit"))
-
-
-def test_only_the_files_and_blocks_of_the_samples_are_read_and_a_later_run_reads_none_of_them_again(
-    server, url, tmp_path
-):
-    first = open_remote(url, tmp_path).sample(13)
+    assert corpus.sample(13).ids.tolist() == own.sample(13).ids.tolist()
     named = ["corpus.json", "train-00000.bin", "train-00000.idx", "train-00000.sums"]
     assert sorted(server.asked) == sorted([*named, "train-00000.bin"])  # its two blocks
+    assert samples(corpus) == expected
+    assert corpus.fingerprint == own.fingerprint
+    places = locate(url, Cache(str(tmp_path), GIB)), Location(local)
+    packed = [samples(open_source(place, SEQ_LEN, 50_000, False, "best_fit")) for place in places]
+    assert packed[0] == packed[1]
     server.restart()
-    again = open_remote(url, tmp_path)
-    assert again.sample(13).ids.tolist() == first.ids.tolist()
+    assert samples(open_remote(url, tmp_path)) == expected
     assert server.asked == ["corpus.json"]
 
 
-def test_two_processes_share_a_cache_that_stays_below_its_bound(server, local, url, tmp_path):
-    expected, limit = samples(open_corpus(str(local), "train", SEQ_LEN, 50_000, True)), 6 * BLOCK
+@pytest.mark.parametrize("fault", ["slow", "500 Internal Server Error", "503 Slow Down", "half", "other", "gone"])
+def test_samples_are_right_though_the_store_fails_now_and_then(server, expected, url, tmp_path, fault, monkeypatch):
+    monkeypatch.setattr(object_store, "MAX_PAUSE", 0.2)
+    remote = open_remote(url, tmp_path)
+    server.fault = lambda number: fault if number % 3 == 1 or number in range(5, 15) else None
+    assert samples(remote) == expected
+    assert fault == "slow" or len(server.asked) > 12
+
+
+def test_two_processes_share_a_cache_that_stays_below_its_bound(server, expected, url, tmp_path):
+    limit = 6 * BLOCK
     assert all(run_ranks(2, read_twice, server.environment, url, tmp_path, limit, expected))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert 2 * BLOCK < sum(path.stat().st_size for path in files) < limit
@@ -118,12 +116,11 @@ def test_two_processes_share_a_cache_that_stays_below_its_bound(server, local, u
     assert 0 < server.asked.count("train-00000.bin") <= 4
 
 
-def test_what_is_damaged_in_the_cache_is_read_again(server, url, tmp_path):
-    before = samples(open_remote(url, tmp_path))
-    for path in tmp_path.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert samples(open_remote(url, tmp_path)) == before
+def test_what_is_damaged_in_the_cache_is_read_again(expected, url, tmp_path):
+    samples(open_remote(url, tmp_path))
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert samples(open_remote(url, tmp_path)) == expected
 
 
 def test_a_store_that_is_gone_for_good_ends_the_run_for_a_restart(server, url, tmp_path, monkeypatch):
@@ -131,30 +128,26 @@ def test_a_store_that_is_gone_for_good_ends_the_run_for_a_restart(server, url, t
     monkeypatch.setattr(object_store, "PATIENCE", 0.5)
     server.fault = lambda number: "gone"
     with pytest.raises(PeerError):
-        Problems().attempt(RemoteFolder, url, Cache(str(tmp_path), GIB))  # no problem of the configuration
+        Problems().attempt(open_remote, url, tmp_path)  # no problem of the configuration
     with pytest.raises(PeerError) as caught:
         corpus.sample(0)
     has(str(caught.value), f"{url}/train-00000", "could not be read", "start again")
 
 
-def test_a_file_that_is_not_the_recorded_one_is_named_with_its_block(server, local, url, tmp_path):
-    data = bytearray((local / "train-00000.bin").read_bytes())
-    data[BLOCK] ^= 1
-    with fsspec.open(f"{url}/train-00000.bin", "wb") as file:
-        file.write(data)
-    corpus = open_remote(url, tmp_path)
-    assert corpus.sample(0).ids.shape == (SEQ_LEN,)
-    has(refusal(corpus.sample, 7), f"block 1 of {url}/train-00000.bin", "hash", "upload the folder again")
-
-
-def test_what_the_user_can_change_is_said_at_the_start(server, url, tmp_path, monkeypatch):
+def test_what_the_user_can_change_is_said(server, local, url, tmp_path, monkeypatch):
     def said(path):
-        return refusal(RemoteFolder, path, Cache(str(tmp_path), GIB))
+        return refusal(open_remote, path, tmp_path)
 
     has(said("s3://no-such-bucket/mine"), "s3://no-such-bucket/mine", "bucket does not exist", "correct the path")
     has(said(url.replace("mine", "other")), f"{url.replace('mine', 'other')}", "tools/prepare_data.py")
     has(said("nothing://x/y"), "nothing://x/y", "nothing", "s3://")
     system = fsspec.filesystem("s3")
+    data = bytearray((local / "train-00000.bin").read_bytes())
+    data[BLOCK] ^= 1
+    system.pipe(f"{url}/train-00000.bin", bytes(data))
+    corpus = open_remote(url, tmp_path)
+    assert corpus.sample(0).ids.shape == (SEQ_LEN,)
+    has(refusal(corpus.sample, 7), f"block 1 of {url}/train-00000.bin", "hash", "upload the folder again")
     system.rm(f"{url}/train-00001.idx")
     system.pipe(f"{url}/train-00002.bin", b"odd")
     has(said(url), f"{url} lacks train-00001.idx, the end of train-00002.bin;", "upload")

@@ -11,7 +11,7 @@ from megamoe.commands.check_corpus import read_shard
 from megamoe.data import packing
 from megamoe.data.corpus_record import split_of
 from megamoe.data.index_file import write_index
-from megamoe.data.sources import open_source
+from megamoe.data.sources import Location, open_source
 
 LENGTHS = [5, 8, 0, 8, 9, 17, 1, 3, 2, 25, 4, 1, 6, 16, 7]  # with samples of 8: whole, just full, empty and cut ones
 
@@ -23,7 +23,7 @@ def packed(prefix, lengths=LENGTHS, writes=True, opens=False):
     write_index(prefix.with_suffix(".idx"), np.int32, lengths)
     if opens:
         Path(f"{prefix}.json").write_text(split_of([read_shard(prefix)], end_opens_next=True).model_dump_json())
-    return open_source(str(prefix), 8, 10_000, writes, "best_fit")
+    return open_source(Location(prefix), 8, 10_000, writes, "best_fit")
 
 
 def by_hand(lengths, capacity):
@@ -84,4 +84,4 @@ def test_the_samples_are_kept_in_a_file_next_to_the_corpus_until_it_changes(tmp_
 
 
 def test_a_source_of_the_users_own_is_not_packed():
-    has(refusal(open_source, "a:B", 8, 50, True, "best_fit"), "a:B", "best_fit", "leave --packing out")
+    has(refusal(open_source, Location(Path("a:B")), 8, 50, True, "best_fit"), "a:B", "best_fit", "leave --packing out")

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from refusals import has, refusal
 from toy import ds_config, losses, train_here, write_inputs
 
-from megamoe.data.sources import open_source
+from megamoe.data.sources import Location, open_source
 
 SOURCE = """
 import numpy as np
@@ -53,26 +53,27 @@ def own(tmp_path, monkeypatch):
     sys.modules.pop("own_source", None)
 
 
-def test_a_source_of_the_users_own_gives_its_samples(own):
-    source = open_source("own_source:Counting", 4, 50, scan=True)
+def test_a_source_of_the_users_own_gives_its_samples_if_a_model_can_read_them(own):
+    def opened(name, seq_len=4, vocab_size=50):
+        return open_source(Location(Path(name)), seq_len, vocab_size, scan=True)
+
+    source = opened("own_source:Counting")
     assert (source.num_samples, source.fingerprint) == (7, "counting, version 1")
     found = [part.tolist() for part in source.sample(3, ahead=1)]
     assert found == [[3, 4, 5, 6], [-100, 5, 6, 7, 8], [2]]
-
-
-def test_what_no_model_can_read_is_refused(own):
-    has(refusal(open_source, "no_such_module:Mine", 4, 50, True), "no_such_module", "PYTHONPATH")
-    has(refusal(open_source, "own_source:Mine", 4, 50, True), "own_source:Mine", "PYTHONPATH")
-    has(refusal(open_source, "own_source:Empty", 4, 50, True), "own_source:Empty", "a sample or more")
-    has(refusal(open_source, "own_source:nothing", 4, 50, True), "lacks", "fingerprint")
+    for name, *parts in (
+        ("no_such_module:Mine", "PYTHONPATH"),
+        ("own_source:Mine", "PYTHONPATH"),
+        ("own_source:Empty", "a sample or more"),
+        ("own_source:nothing", "lacks", "fingerprint"),
+        ("own_source:longer", "seq_len 4"),
+    ):
+        has(refusal(opened, name), name, *parts)
     for index, said in enumerate(("100 ids, where 1 to 4", "10 labels, where 0 to 1", "1 labels")):
-        has(refusal(open_source("own_source:Long", 4, 50, True).sample, index), f"sample {index}", said)
-    has(refusal(open_source("own_source:Counting", 4, 5, True).sample, 2), "from 0 to 4")
-    has(refusal(open_source, "own_source:longer", 4, 50, True), "own_source:longer", "seq_len 4")
+        has(refusal(opened("own_source:Long").sample, index), f"sample {index}", said)
+    has(refusal(opened("own_source:Counting", vocab_size=5).sample, 2), "from 0 to 4")
     for index in range(3):
-        has(
-            refusal(open_source("own_source:Borders", 5, 50, True).sample, index), f"sample {index}", "starts", "1 to 4"
-        )
+        has(refusal(opened("own_source:Borders", 5).sample, index), f"sample {index}", "starts", "1 to 4")
 
 
 def train_in(folder, run):
