@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from megamoe import __version__
 from megamoe.config import cli
@@ -126,7 +125,8 @@ def main() -> None:
             units = without_duplicates(units, hashes)
         file = folder.with_name("tokenizer.json")
         if not file.exists():
-            replace_file(file, (work.tokenizer or train(options, units)).to_str())
+            tokenizer = work.tokenizer or train_tokenizer(training_texts(units, options), options.vocab_size or 0)
+            replace_file(file, tokenizer.to_str())
         described = file.read_text()
         writer = UnitWriter(folder, described, can_be_fast(work, described), work.end_id, options)
         todo = [unit for unit in units if not writer.record_file(unit).exists()]
@@ -149,12 +149,6 @@ def settings_of(work: Work) -> dict[str, Any]:
         "tokenizer": work.tokenizer and sha256(work.tokenizer.to_str().encode()).hexdigest(),
         "end_of_text": work.end_id,
     }
-
-
-def train(options: Options, units: list[Unit]) -> Tokenizer:
-    assert options.vocab_size is not None
-    with tqdm(training_texts(units, options), desc="training the tokenizer", unit=" documents") as bar:
-        return train_tokenizer(bar, options.vocab_size)
 
 
 def by_source(work: Work) -> Iterator[tuple[list[Unit], Iterator[str]]]:

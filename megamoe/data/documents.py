@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megamoe.data.encoder import pieces_of
-from megamoe.data.file_formats import is_text
 from megamoe.data.inputs import input_files
+from megamoe.data.readers import is_text
 from megamoe.data.selection import read_documents
 from megamoe.data.token_files import TokenCorpus, corpus_prefix, has_split
 from megamoe.data.tokenizer import encode, load_tokenizer, prefix_of, tokenizer_file, vocabulary_of

@@ -9,21 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megamoe.data.file_formats import LINES, PACKED, TABLES, TEXT, is_text, open_table, readable
+from megamoe.data.readers import LINES, MAX_DOCUMENT, PACKED, TABLES, TEXT, Part, is_text, open_table, readable
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import check_regular
 
 UNIT = 64 << 20  # bytes of input in a unit of work, which becomes one shard of each split
-MAX_DOCUMENT = 1 << 30  # bytes; a document is held in memory several times
-
-
-class Part(NamedTuple):
-    """A range of one file."""
-
-    file: Path
-    start: int  # byte of plain JSON lines, row group of parquet; 0 for a file that is read whole
-    stop: int
-    size: int  # bytes on disk
 
 
 class Unit(NamedTuple):

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from megamoe.config.model import JsonModel, validate
 from megamoe.data.corpus_record import CorpusRecord, ShardRecord, SourceRecord, totals, write_corpus_record
 from megamoe.data.encoder import load_encoder
 from megamoe.data.inputs import Unit
-from megamoe.data.selection import SPLITS, Selection
+from megamoe.data.selection import SPLITS, Selection, split_documents
 from megamoe.data.shard_writer import ShardWriter
 from megamoe.utils.disk import PARTIAL, check_absent, flush, replace_file
 from megamoe.utils.errors import UserError
@@ -85,9 +86,9 @@ def _begin(work: Path, folder: Path, settings: dict[str, Any]) -> None:
 def training_texts(units: list[Unit], selection: Selection) -> Iterator[str]:
     """Documents of the training split to train a tokenizer on: all, or of more than SAMPLE the first of each unit."""
     share = SAMPLE / max(sum(unit.size for unit in units), 1)
-    for unit in units:
+    for unit in tqdm(units, desc="training the tokenizer", unit=" units"):
         left = unit.size * share if share < 1 else float("inf")
-        for split, text in selection.split(unit):
+        for split, text in split_documents(selection.read(unit), selection.valid_fraction):
             if split == "train":
                 yield text
                 left -= len(text)
@@ -112,7 +113,8 @@ class UnitWriter(NamedTuple):
         prefixes = {split: self.folder / f"{split}-{unit.number:05}" for split in SPLITS}
         writers = {split: ShardWriter(prefix, encode, self.end_id, unit.name) for split, prefix in prefixes.items()}
         dropped: Counter[str] = Counter()
-        for split, document in self.selection.split(unit, dropped):
+        documents = self.selection.read(unit, dropped)
+        for split, document in split_documents(documents, self.selection.valid_fraction):
             writers[split].add(document)
         shards = {split: shard for split, writer in writers.items() if (shard := writer.close())}
         lengths = Counter(str(1 << int(n).bit_length() - 1) for writer in writers.values() for n in writer.lengths)

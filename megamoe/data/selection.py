@@ -15,9 +15,8 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from megamoe.data.file_formats import is_text
-from megamoe.data.inputs import MAX_DOCUMENT, Unit, parts_of
-from megamoe.data.readers import place_of, read_records
+from megamoe.data.inputs import Unit, parts_of
+from megamoe.data.readers import is_text, place_of, read_records
 from megamoe.utils.errors import UserError, shown
 
 SPLITS = ("train", "valid")
@@ -80,8 +79,8 @@ class Selection(BaseModel):
         return list(dict.fromkeys([self.text_key, *(condition.key for condition in self.where)]))
 
     def read(self, unit: Unit, dropped: Counter[str] | None = None) -> Iterator[str]:
-        """The documents of a unit, in order. Raises UserError, naming file and place, for what cannot be read, is too
-        long, or has no text.
+        """The documents of a unit, in order. Raises UserError, naming file and place, for what cannot be read or has
+        no text.
 
         Args:
             dropped: counts the others by reason.
@@ -99,10 +98,6 @@ class Selection(BaseModel):
                 elif dropped is not None:
                     dropped[reason or "duplicate"] += 1
 
-    def split(self, unit: Unit, dropped: Counter[str] | None = None) -> Iterator[tuple[str, str]]:
-        """("train" or "valid", document) pairs of what `read` gives."""
-        return split_documents(self.read(unit, dropped), self.valid_fraction)
-
     def hashes(self, unit: Unit) -> np.ndarray:
         """(documents,) uint64: of the text of each."""
         digests = [blake2b(text.encode(), digest_size=8).digest() for text in self.read(unit)]
@@ -118,8 +113,6 @@ class Selection(BaseModel):
             raise ValueError(
                 f'has no text under "{key}"; name the key with --text_key, or leave it out with --where "{key}!=null"'
             )
-        if len(text) > MAX_DOCUMENT:
-            raise ValueError(f"is longer than {MAX_DOCUMENT:,} characters; cut it, or leave it out")
         try:
             text.encode()
         except UnicodeEncodeError:

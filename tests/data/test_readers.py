@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from refusals import has, refusal
 
-from megamoe.data import inputs, readers, selection
-from megamoe.data.file_formats import zstd
+from megamoe.data import inputs, readers
 from megamoe.data.inputs import input_files, parts_of, units_of
+from megamoe.data.readers import zstd
 from megamoe.data.selection import read_documents
 
 DOCUMENTS = [
@@ -173,12 +173,11 @@ def test_what_cannot_be_read_is_refused_with_file_and_place(tmp_path):
 
 
 def test_a_document_above_the_limit_is_refused(tmp_path, monkeypatch):
-    for module in (inputs, readers, selection):
+    for module in (inputs, readers):
         monkeypatch.setattr(module, "MAX_DOCUMENT", 40)
     for kind, *parts in (
         ("txt", "41 bytes", "limit of 40", "cut"),
         ("jsonl", "line 2 (byte 27)", "longer than 40", "cut"),
-        ("parquet", "row 2", "longer than 40", "cut"),
     ):
         long = "long" * 10 + "x"
         (tmp_path / f"a.{kind}").write_bytes(long.encode() if kind == "txt" else KINDS[kind](["short", long]))
