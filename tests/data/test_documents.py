@@ -48,9 +48,12 @@ def test_text_json_lines_and_prepared_corpora_hold_the_same_documents(tmp_path, 
 
 def test_what_holds_no_documents_of_this_tokenizer_is_refused(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text(" \n")
-    has(refusal(read, tmp_path / "empty.txt", tokenizer), "empty.txt", "no document")
-    has(refusal(read, tmp_path / "absent", tokenizer), "absent does not exist")
-    write_corpus([("train", text) for text in TEXTS], train_tokenizer(TEXTS, 280), tmp_path / "other")
-    has(refusal(read, tmp_path / "other" / "train", tokenizer), "numbers tokens otherwise", "tokenizer.json")
-    write_corpus([("train", text) for text in TEXTS], tokenizer, tmp_path / "unheld")
-    has(refusal(read, tmp_path / "unheld", tokenizer), "unheld has no held-out split", "--valid_fraction")
+    for name, other in (("other", train_tokenizer(TEXTS, 280)), ("unheld", tokenizer)):
+        write_corpus([("train", text) for text in TEXTS], other, tmp_path / name)
+    for name, *parts in (
+        ("empty.txt", "no document"),
+        ("absent", "absent does not exist"),
+        ("other/train", "numbers tokens otherwise", "tokenizer.json"),
+        ("unheld", "unheld has no held-out split", "--valid_fraction"),
+    ):
+        has(refusal(read, tmp_path / name, tokenizer), *parts)

@@ -21,36 +21,20 @@ END_OF_TEXT_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_
 TEXT = "the grey mouse reads a map; the owl sings of rivers, candles and slow mountains.\n"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([TEXT] * 20, 300)
-
-
-def roundtrip(tokenizer, text):
-    return tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def test_any_text_comes_back(tokenizer):
-    for text in ("", " ", TEXT, "  two before\r\n\n", "".join(map(chr, range(256))), "😀 👩‍👩‍👧‍👦 e\u0301 汉字 \ufffd"):
-        assert roundtrip(tokenizer, text) == text
-
-
-def test_end_of_text_is_id_0_and_no_text_gives_it(tokenizer):
+@pytest.mark.parametrize("size", [257, 300])
+def test_any_text_comes_back_and_none_gives_the_end_of_text(size):
+    tokenizer = train_tokenizer([TEXT] * 20, size)
+    assert sorted(tokenizer.get_vocab().values()) == list(range(size))
     assert end_of_text_id(tokenizer) == tokenizer.token_to_id(END_OF_TEXT) == 0
-    assert 0 not in tokenizer.encode(TEXT + "".join(map(chr, range(256)))).ids
-
-
-def test_the_vocabulary_has_the_size_asked_for(tokenizer):
-    assert sorted(tokenizer.get_vocab().values()) == list(range(300))
-
-
-def test_a_vocabulary_below_the_bytes_and_end_of_text_is_refused():
+    for text in ("", " ", TEXT, "  two before\r\n\n", "".join(map(chr, range(256))), "😀 👩‍👩‍👧‍👦 e\u0301 汉字 \ufffd"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        assert 0 not in ids
     for size in (256, 0, -1):
         has(refusal(train_tokenizer, [TEXT], size), f"vocab_size is {size}", "257", "raise it")
-    assert roundtrip(train_tokenizer([TEXT], 257), TEXT + "\0😀") == TEXT + "\0😀"
 
 
-def test_a_missing_or_broken_tokenizer_is_refused(tokenizer, tmp_path):
+def test_a_missing_or_broken_tokenizer_is_refused(tmp_path):
     for path in (tmp_path / "no.json", tmp_path):
         has(refusal(load_tokenizer, path), str(path), "tokenizer.json")
     path = tmp_path / "tokenizer.json"
@@ -59,23 +43,15 @@ def test_a_missing_or_broken_tokenizer_is_refused(tokenizer, tmp_path):
         has(refusal(load_tokenizer, path), str(path), "cannot be read")
 
 
-def with_ids(path, **ids):
-    Tokenizer(models.WordLevel({END_OF_TEXT: 0, **ids})).save(str(path))
-    return path
-
-
-def test_the_vocabulary_reaches_to_the_largest_id_though_some_have_no_token(tmp_path):
-    assert vocabulary_of(load_tokenizer(with_ids(tmp_path / "t.json", a=1, z=40_000))) == 40_001
+def test_the_vocabulary_reaches_to_the_largest_id_which_no_model_may_lack(tmp_path):
     assert vocabulary_of(Tokenizer(models.BPE())) == 0
-
-
-def test_ids_beyond_the_models_vocabulary_or_any_are_refused(tmp_path):
-    path = with_ids(tmp_path / "t.json", a=95, b=96)
-    assert load_tokenizer(path, 97)
-    has(refusal(load_tokenizer, path, 96), str(path), "id 96", "the model's vocabulary of 96", "vocab_size")
-    saved = json.loads(path.read_text())
-    saved["model"]["vocab"]["b"] = 2**32 - 1
-    path.write_text(json.dumps(saved))
+    path = tmp_path / "t.json"
+    for largest in (96, 40_000):  # some ids have no token
+        Tokenizer(models.WordLevel({END_OF_TEXT: 0, "a": 1, "b": largest})).save(str(path))
+        assert vocabulary_of(load_tokenizer(path, largest + 1)) == largest + 1
+        said = refusal(load_tokenizer, path, largest)
+        has(said, str(path), f"id {largest}", f"the model's vocabulary of {largest}", "vocab_size")
+    path.write_text(path.read_text().replace("40000", "4294967295"))
     has(refusal(load_tokenizer, path), "id 4294967295", "any model's vocabulary of 16777216")
 
 
@@ -113,8 +89,8 @@ def test_what_no_token_stands_for_is_refused_by_name_and_place(tokenizer, known,
     assert tokenizer.to_str() == before
 
 
-def test_half_of_a_surrogate_pair_is_refused(tokenizer):
-    has(refusal(encode, tokenizer, ["a\ud800"]), "no text", "UTF-8")
+def test_half_of_a_surrogate_pair_is_refused():
+    has(refusal(encode, train_tokenizer([TEXT], 257), ["a\ud800"]), "no text", "UTF-8")
 
 
 def test_bytes_stand_for_what_a_tokenizer_has_no_token_for():
@@ -124,14 +100,11 @@ def test_bytes_stand_for_what_a_tokenizer_has_no_token_for():
         assert encode(Tokenizer(model), ["a日"]) == [[256 + shift, *(byte + shift for byte in "日".encode())]]
 
 
-def test_the_end_of_text_can_be_named():
+def test_the_end_of_text_is_the_named_one_or_that_of_published_tokenizers():
     named = Tokenizer(models.WordLevel({"word": 0, "<stop>": 3, END_OF_TEXT: 5}))
     assert end_of_text_id(named, "<stop>") == 3
     assert end_of_text_id(named) == 5
     has(refusal(end_of_text_id, named, "<halt>"), '"<halt>"', "name one")
-
-
-def test_the_end_of_text_of_published_tokenizers_is_found():
     for name in END_OF_TEXT_NAMES:
         assert end_of_text_id(Tokenizer(models.WordLevel({"word": 0, name: 7}))) == 7
     problem = refusal(end_of_text_id, Tokenizer(models.WordLevel({"word": 0})))
