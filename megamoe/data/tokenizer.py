@@ -153,7 +153,7 @@ def _unknown_id(model: models.Model) -> int | None:
 def _refuse_lost(tokenizer: Tokenizer, texts: list[str]) -> None:
     """Raise UserError for the first part of the texts that no token stands for."""
     described = json.loads(tokenizer.to_str())
-    model, vocab, lost = described["model"], described["model"]["vocab"], vocabulary_of(tokenizer)
+    model, vocab, lost = described["model"], described["model"]["vocab"], MAX_SIZE  # which no added token has
     if isinstance(vocab, list):
         lost = model["unk_id"] = len(vocab)
         vocab.append([UNKNOWN, 0.0])

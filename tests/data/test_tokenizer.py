@@ -61,6 +61,12 @@ def without_byte_4():
     return Tokenizer.from_str(json.dumps(described))
 
 
+def with_added(name):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    tokenizer.add_tokens([name])
+    return tokenizer
+
+
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
 
 
@@ -70,6 +76,7 @@ BYTES = [f"<0x{number:02X}>" for number in range(256)]
         (without_byte_4(), "é日", "a\néa\x04 b", r"'\x04' (U+0004), character 3 of line 2"),
         (Tokenizer(models.BPE({"a": 0, "b": 1}, [])), "ab", "ab日b", "'日' (U+65E5), character 3 of line 1"),
         (Tokenizer(models.BPE({"a": 0, "u": 1}, [], unk_token="u", fuse_unk=True)), "a", "a日本", "'日' (U+65E5)"),
+        (with_added("<x>"), "a<x>", "a<x>日", "'日' (U+65E5), character 5 of line 1"),
         (Tokenizer(models.BPE()), "", "To be", "'T' (U+0054), character 1 of line 1"),
         (Tokenizer(models.WordLevel({"word": 0})), "word", "another", "'another', character 1 of line 1"),
         (Tokenizer(models.WordLevel({"a": 0, "u": 1}, unk_token="u")), "a u", "a\nno a", "'no', character 1 of line 2"),
