@@ -16,9 +16,11 @@ from torch import Tensor
 
 from megamoe.utils.device_reads import begin_read
 
-Kernel = Literal["grouped_mm", "triton", "loop"]
+Kernel = Literal["grouped_mm", "grouped_mm_zeroed", "triton", "loop"]
 DESCRIPTIONS: dict[Kernel, str] = {
     "grouped_mm": "one kernel for all experts (torch.nn.functional.grouped_mm)",
+    "grouped_mm_zeroed": "one kernel for all experts (torch.nn.functional.grouped_mm), and zeros for the gradients of "
+    "those without rows, which it leaves unwritten on this GPU",
     "triton": "one kernel for all experts (DeepSpeed's, in Triton)",
     "loop": "a loop over the experts, which waits for the device in every layer",
 }
@@ -34,12 +36,13 @@ def choose_kernel(capability: tuple[int, int] | None, dtype: torch.dtype, has_tr
 
     On GPUs `torch.nn.functional.grouped_mm` is one kernel for bf16 on sm_9x and sm_10x; else it is a loop that reads
     the device (aten/src/ATen/native/GroupedMMUtils.h). DeepSpeed's Triton kernel serves 16 bits from sm_80 on; in fp32
-    it would round its operands to TF32. The loop is exact in any dtype, and reads the device once per GEMM.
+    it would round its operands to TF32. The loop is exact in any dtype, and reads the device once per GEMM. On sm_10x
+    torch's kernel leaves the weight gradients of groups without rows unwritten (pytorch issues 172439, 193633).
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "loop"
     if capability is None or (capability[0] in (9, 10) and dtype == torch.bfloat16):
-        return "grouped_mm"
+        return "grouped_mm_zeroed" if capability and capability[0] == 10 else "grouped_mm"
     if has_triton and capability >= (8, 0) and dtype in (torch.bfloat16, torch.float16):
         return "triton"
     return "loop"
@@ -73,7 +76,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     width = math.gcd(*weight.shape[1:]) * rows.dtype.itemsize
     if not len(rows) or width % ROW_ALIGNMENT:
         kernel = "loop"
-    if kernel == "grouped_mm":
+    if kernel == "grouped_mm_zeroed" and weight.requires_grad:
+        is_empty = (ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None]
+        weight = weight.view_as(weight)  # whose hook sees this product's gradient alone
+        weight.register_hook(lambda grad: grad.masked_fill(is_empty, 0))
+    if kernel in ("grouped_mm", "grouped_mm_zeroed"):
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     if kernel == "triton":
         from deepspeed.ops.triton_ops.group_gemm_triton import group_gemm_triton

@@ -54,7 +54,7 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
         (document_attention, "attend_packed", of_documents),
         (FakeTensor if setup.on_cpu else Tensor, "tolist", to_list),
         (dist, "all_to_all_single", exchange),
-        (grouped_gemm, "kernel_for", lambda *_: "loop" if setup.kernel == "loop" else "grouped_mm"),
+        (grouped_gemm, "kernel_for", lambda *_: "grouped_mm" if setup.kernel == "triton" else setup.kernel),
     ]
     if not setup.on_cpu:
         replaced += [

@@ -1,9 +1,12 @@
 import itertools
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from devices import DEVICES, assert_near
 
+from megamoe.model import grouped_gemm
 from megamoe.model.grouped_gemm import choose_kernel, grouped_linear
 
 SIZES = [7, 0, 64, 3], [0, 0, 50, 0], [0, 0, 0, 0]
@@ -17,7 +20,8 @@ def test_the_gemm_of_all_experts_is_one_kernel_where_there_is_a_correct_one():
         (None, whole, False, "grouped_mm"),
         (None, torch.float64, False, "loop"),
         ((9, 0), torch.bfloat16, True, "grouped_mm"),  # H100
-        ((10, 0), torch.bfloat16, True, "grouped_mm"),
+        ((10, 0), torch.bfloat16, True, "grouped_mm_zeroed"),  # B200
+        ((10, 3), torch.bfloat16, True, "grouped_mm_zeroed"),
         ((11, 0), torch.bfloat16, True, "triton"),  # Thor, RTX 50xx: torch loops
         ((12, 0), torch.bfloat16, True, "triton"),
         ((9, 0), half, True, "triton"),
@@ -38,6 +42,9 @@ def test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradien
         rows, weight, grad = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
         low = [one.to(device).detach().requires_grad_() for one in (rows, weight)]
         result = grouped_linear(*low, torch.tensor(sizes, device=device).cumsum(0, dtype=torch.int32))
+        # What a kernel leaves unwritten shows, for its memory is that of these.
+        _ = [torch.full_like(low[1], math.nan) for _ in range(64)]
+        del _
         result.backward(grad.to(device))
 
         exact = [one.double().detach().requires_grad_() for one in (rows, weight)]
@@ -49,3 +56,35 @@ def test_rows_meet_their_experts_weight_and_each_weight_has_a_contiguous_gradien
             assert one.is_contiguous()
         for size, one in zip(sizes, low[1].grad, strict=True):
             assert size or not one.any()
+
+
+class _Unwritten(torch.autograd.Function):
+    """torch's kernel as on sm_10x: the weight gradient of a group without rows is what its memory held."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, ends):
+        ctx.save_for_backward(rows, weight, ends)
+        return torch.ops.aten._grouped_mm(rows, weight, ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, ends = ctx.saved_tensors
+        of_weight = torch.full_like(weight, math.nan)
+        bounds = [0, *ends.tolist()]
+        for one, (start, stop) in zip(of_weight, itertools.pairwise(bounds), strict=True):
+            if stop > start:
+                one.copy_(rows[start:stop].T @ grad[start:stop])
+        return torch.ops.aten._grouped_mm(grad, weight.transpose(-2, -1), ends), of_weight, None
+
+
+def test_experts_without_rows_have_gradients_of_zeros_where_the_kernel_leaves_them_unwritten(monkeypatch):
+    monkeypatch.setattr(F, "grouped_mm", lambda rows, weight, offs: _Unwritten.apply(rows, weight, offs))
+    monkeypatch.setattr(grouped_gemm, "kernel_for", lambda *_: choose_kernel((10, 0), torch.bfloat16, True))
+    torch.manual_seed(0)
+    rows, weight = torch.randn(50, FEATURES).bfloat16(), torch.randn(4, 24, FEATURES).bfloat16().requires_grad_()
+    for sizes in ([0, 20, 0, 30], [50, 0, 0, 0], [10, 10, 10, 20]):
+        ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+        (found,) = torch.autograd.grad(grouped_linear(rows, weight, ends).square().sum(), weight)
+        (expected,) = torch.autograd.grad(grouped_gemm._loop(rows, weight, ends).square().sum(), weight)
+        torch.testing.assert_close(found, expected)
+        assert found.is_contiguous()

@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys):
 def test_what_the_experts_gemms_are_is_said():
     for device, ds, kernel, said in (
         ("h100", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
-        ("b200", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),
+        ("b200", "zero2", "grouped_mm_zeroed", "torch.nn.functional.grouped_mm"),
         ("a100", "zero2", "triton", "Triton"),
         ("h100", "zero2_fp32", "loop", "waits for the device in every layer"),
     ):
