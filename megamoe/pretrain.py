@@ -43,6 +43,7 @@ from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, message_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
+from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
 from megamoe.resume import Changes, Start, check_changes, find_start
@@ -307,6 +308,9 @@ def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_avera
         checked.precision.describe(recipe),
         describe_initial(model, start.initial_weights),
         describe_experts_gemms(checked.device, recipe.torch_dtype),
+        describe_attention(
+            model, checked.device, recipe.torch_dtype, max(phase.seq_len for phase in checked.data.phases.all)
+        ),
     ]
     if start.is_resuming and not checkpoint:
         lines.append(f"{run.folder} holds no complete checkpoint, so the run begins again at step 0")

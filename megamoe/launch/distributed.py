@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
-from megamoe.launch import cpu
+from megamoe.launch import cpu, gpu
 from megamoe.launch.network import interface_towards
 from megamoe.launch.rank_info import find_rank_info
 from megamoe.launch.rendezvous import Rendezvous, join
@@ -51,10 +51,9 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
     configure_deepspeed()
     rank_info = find_rank_info(os.environ)
     os.environ.update(rank_info.environment())
+    on_cpu = is_on_cpu()
+    memory = cpu.share_cores() if on_cpu else gpu.use_expandable_segments()
     device, device_id = choose_device(rank_info.local_rank)
-    on_cpu = device.type == "cpu"
-    if on_cpu:
-        cores = cpu.share_cores()
     rendezvous = join(rank_info, device=device_id)
     if on_cpu and len(set(rendezvous.hosts)) > 1:
         # Gloo would take the address of the host's name, which on many systems is 127.0.1.1.
@@ -63,8 +62,8 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=NO_TIMEOUT)
-    if on_cpu and rank_info.rank == 0:
-        print(cores, flush=True)
+    if rank_info.rank == 0:
+        print(memory, flush=True)
     return rendezvous, device
 
 

@@ -8,7 +8,7 @@ H query heads, G key/value heads, d head_dim, v the width of a value.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -47,23 +47,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         mask: (B, 1, T, S) from `attention_mask`; None means causal, with T = S.
         scale: on the scores; None means 1 / sqrt(d).
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (query.is_cuda or query.is_meta) and (mask is not None or query.dtype == torch.float32):
+    groups, kernels = query.shape[1] // key.shape[1], kernel_order(query, value.shape[-1], mask is not None)
+    if groups > 1 and SDPBackend.FLASH_ATTENTION not in kernels and (query.is_cuda or query.is_meta):
         # The memory-efficient kernel, which these take, has no groups: each query head gets keys of its own. Without
         # values (meta) as on a GPU, for plans.
         key, value = (one.repeat_interleave(groups, dim=1) for one in (key, value))
-    with _kernels(query, mask):
+    with sdpa_kernel(kernels, set_priority=True) if query.is_cuda else nullcontext():
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
     return out.transpose(1, 2).flatten(2)
 
 
-def _kernels(query: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:
-    """With a mask on a GPU, not cuDNN's, whose backward gives NaN for some (pytorch issue 196678)."""
-    if mask is None or not query.is_cuda:
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+def kernel_order(query: Tensor, value_width: int, is_masked: bool) -> list[SDPBackend]:
+    """The kernels that a GPU may take, the one that we choose first; torch's own choice differs with GPU and version.
+
+    Flash attention takes 16 bits, heads of up to 256, values of the keys' width and no mask; cuDNN's takes narrower
+    values too, but does not repeat bit for bit, and with a mask its backward gives NaN for some (pytorch issue 196678).
+    """
+    fused = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if is_masked or query.dtype not in (torch.bfloat16, torch.float16):
+        return fused
+    takes_flash = value_width == query.shape[-1] <= 256
+    return [SDPBackend.FLASH_ATTENTION if takes_flash else SDPBackend.CUDNN_ATTENTION, *fused]
 
 
 class LayerCache:

@@ -93,7 +93,7 @@ class MultiHeadLatentAttention(nn.Module):
 
         By its sources (aten/src/ATen/native/transformers: sdp_utils_cpp.cpp, cuda/sdp_utils.cpp) flash takes values of
         the keys' width only, and a CPU has no other fused kernel. Of a GPU's, the memory-efficient one takes other
-        widths, and cuDNN's, where torch prefers it, keys of 192 with values of 128 that are contiguous.
+        widths, and cuDNN's, which `kernel_order` asks for first, keys of 192 with values of 128 that are contiguous.
         """
         width, missing = value.shape[-1], key.shape[-1] - value.shape[-1]
         if query.is_cuda or query.is_meta:  # without values as on a GPU, for plans

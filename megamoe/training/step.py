@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe
 from megamoe.data.batches import Batch
+from megamoe.launch.distributed import this_device
+from megamoe.model.attention_kernels import activate_flash_attention
 from megamoe.model.decoder import Decoder
 from megamoe.model.topology import ExpertTopology
 from megamoe.training.balancing import Balance, LoadBalancer
@@ -151,6 +153,7 @@ def build_train_step(
     model = Decoder(config, seed, topology, recompute_blocks)
     if compiled:
         model.compile_blocks()
+    activate_flash_attention(config, this_device())
     engine = build_engine(model, recipe)
     average = None if ema_decay is None else WeightAverage(engine, ema_decay)
     return TrainStep(engine, balancer_of(model), average)

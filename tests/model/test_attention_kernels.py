@@ -1,0 +1,118 @@
+"""The kernels that attention takes on a GPU: what is asked for shown without one, what is taken by `make gpu`."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from devices import DEVICES
+from model_parts import model_of
+from operators import Operators
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import _cur_sdpa_kernel_backends
+
+from megamoe.model import attention_kernels
+from megamoe.model.attention import attend
+from megamoe.model.attention_kernels import activate_flash_attention, describe_attention
+from megamoe.model.document_attention import DocumentMask
+from megamoe.model.document_attention import attend as attend_documents
+
+BF16, FP32 = torch.bfloat16, torch.float32
+OTHERS = ["EFFICIENT_ATTENTION", "MATH"]
+CASES = {  # dtype, heads of keys, widths of keys and of values, whether masked: the kernels in order
+    "causal": (BF16, 2, 64, 64, False, ["FLASH_ATTENTION", *OTHERS]),
+    "narrower values": (BF16, 4, 192, 128, False, ["CUDNN_ATTENTION", *OTHERS]),
+    "fp32": (FP32, 2, 64, 64, False, OTHERS),
+    "masked": (BF16, 2, 64, 64, True, OTHERS),
+}
+
+
+def tensors(dtype, groups, width, of_value, masked, device):
+    query, key, value = (
+        torch.randn(2, heads, 128, size, device=device).to(dtype)
+        for heads, size in ((4, width), (groups, width), (groups, of_value))
+    )
+    window = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device).tril().triu(1 - 16)
+    return query, key, value, window if masked else None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torch_is_asked_for_the_kernel_of_each_dtype_width_and_mask(case, monkeypatch):
+    *given, expected = CASES[case]
+    asked = []
+
+    def kernel(query, key, value, **_):
+        asked.append(([one.name for one in _cur_sdpa_kernel_backends(with_priority=True)], key.shape[1]))
+        return value.new_empty(*query.shape[:3], value.shape[-1])
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+    with FakeTensorMode():
+        attend(*tensors(*given, "cuda"))
+    assert asked == [(expected, given[1] if expected[0] != OTHERS[0] else 4)]  # that kernel has no groups
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+def test_that_kernel_is_taken(case, device):
+    *given, (first, *_) = CASES[case]
+    query, key, value, mask = tensors(*given, device)
+    if device == "cpu":  # which has one
+        value = F.pad(value, (0, key.shape[-1] - value.shape[-1]))
+        first = "flash_attention_for_cpu"
+    with Operators() as operators:
+        attend(query, key, value, mask)
+    assert operators.calls[f"_scaled_dot_product_{first.lower()}"] == 1
+
+
+@pytest.mark.gpu(1)
+def test_a_window_on_a_gpu_is_one_kernel_without_a_mask_and_equals_the_masked_one():
+    query, key, value, mask = tensors(BF16, 2, 64, 64, True, "cuda")
+    with Operators() as operators:
+        found = attend_documents(query, key, value, DocumentMask.of_rows(2, 128, torch.device("cuda"), 16))
+    assert not operators.calls["_scaled_dot_product_efficient_attention"]
+    torch.testing.assert_close(found, attend(query, key, value, mask), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "dtype", "said"),
+    [
+        ("plain_scores", {}, BF16, "FLASH_ATTENTION"),
+        ("plain_scores", {}, FP32, "EFFICIENT_ATTENTION"),
+        ("latent_tokens", {"document_attention": True}, BF16, "FLASH_ATTENTION for sequences of varying lengths"),
+        ("latent_tokens", {"document_attention": True}, FP32, "EFFICIENT_ATTENTION, called for each document"),
+        (
+            "sliding_multi_token",
+            {},
+            BF16,
+            "FLASH_ATTENTION for sequences of varying lengths in layers with a window of",
+        ),
+        ("sliding_multi_token", {}, FP32, "EFFICIENT_ATTENTION in layers with a window of"),
+    ],
+)
+def test_a_run_says_what_its_layers_take(part, changes, dtype, said):
+    line = describe_attention(model_of(part, **changes), torch.device("meta"), dtype, 64)
+    assert line.startswith("attention: ")
+    assert any(one.startswith(said) for one in line.removeprefix("attention: ").split(" (")[0].split("; "))
+    assert describe_attention(model_of(part), torch.device("cpu"), dtype, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("major", "width", "activated"),
+    [(9, 256, ["FA3"]), (9, 288, []), (10, 128, ["FA4"]), (10, 192, []), (8, 64, []), (12, 64, [])],
+)
+def test_flash_attentions_package_is_taken_on_the_gpus_and_for_the_heads_that_it_is_made_for(
+    major, width, activated, monkeypatch
+):
+    names = []
+
+    def activate(name):
+        names.append(name)
+        raise ModuleNotFoundError(name)  # which is no problem
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(attention_kernels, "activate_flash_attention_impl", activate)
+    activate_flash_attention(SimpleNamespace(head_dim=width, value_dim=64), torch.device("cuda"))
+    activate_flash_attention(SimpleNamespace(head_dim=width, value_dim=64), torch.device("cpu"))
+    assert names == activated
