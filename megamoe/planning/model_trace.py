@@ -57,7 +57,8 @@ class ModelTrace:
 def model_trace(setup: Setup) -> ModelTrace:
     """The trace of a setup's model on one rank, whose experts get equally many rows."""
     # A search varies these three, on which the trace does not depend.
-    return _traced(replace(setup, world_size=setup.ep_size, accumulation=1, recompute_blocks=0))
+    imbalance = setup.imbalance if setup.ep_size > 1 else 1.0
+    return _traced(replace(setup, world_size=setup.ep_size, accumulation=1, recompute_blocks=0, imbalance=imbalance))
 
 
 @lru_cache
@@ -67,7 +68,7 @@ def _traced(setup: Setup) -> ModelTrace:
         if setup.on_cpu:
             stack.enter_context(FakeTensorMode())
         stack.enter_context(torch.device("cpu" if setup.on_cpu else "meta"))
-        tracer = Tracer(setup.places - setup.rows)
+        tracer = Tracer(setup.places - setup.received)
         gap = partial(_Gap, tracer)
         with mock.patch.object(decoder, "Block", gap), mock.patch.object(multi_token, "Block", gap):
             whole = decoder.Decoder(model, seed=None, topology=topology)
@@ -92,7 +93,7 @@ def _documents(setup: Setup) -> Documents | None:
 
 
 def _block(setup: Setup, block: Block, shape: torch.Size, rotary: Rotary, mask: Mask) -> Trace:
-    anchor, tracer = torch.zeros((), requires_grad=True), Tracer(setup.places - setup.rows)
+    anchor, tracer = torch.zeros((), requires_grad=True), Tracer(setup.places - setup.received)
 
     def forward() -> Tensor:
         x = _Begin.apply(anchor, shape, DTYPES[setup.weight_bytes], tracer)

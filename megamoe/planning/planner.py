@@ -62,6 +62,12 @@ class PlanOptions(BaseModel):
     document_tokens: int | None = Field(
         default=None, gt=0, description="tokens of a document, within which attention stays; by default whole samples"
     )
+    imbalance: float = Field(
+        default=1.4,
+        ge=1,
+        description="rows at the experts of the fullest rank over the mean, for which memory is planned "
+        "(1 + MaxVio, of which a balanced run's log says less than 0.4)",
+    )
     efficiency: float | None = Field(
         default=None,
         gt=0,
@@ -167,7 +173,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
         model, recipe, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile,
         run.ema_decay is not None,
     )  # fmt: skip
-    setup = replace(setup, document_tokens=options.document_tokens)
+    setup = replace(setup, document_tokens=options.document_tokens, imbalance=options.imbalance)
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
     splits = _search(setup, device, per_node, rates, recipe) if options.best else []
     if splits:

@@ -66,8 +66,9 @@ def assumptions(plan: Plan) -> list[str]:
         f"The host needs {1e6 * rates.operator:g} us for an operator (--launch_us), {1e6 * rates.parameter:g} us more "
         f"for each gradient that DeepSpeed takes, and {1e6 * rates.wait:g} us after the device for what it waits for.",
         f"The experts' GEMMs are {DESCRIPTIONS[plan.setup.kernel]}.",
-        "Every expert gets equally many rows. Reducing gradients hides behind the backward pass where overlap_comm is "
-        "set; everything else waits.",
+        "Every expert gets equally many rows; but memory is that of a rank whose experts, where ranks share them, get "
+        f"{plan.setup.imbalance:g} times the mean (--imbalance).",
+        "Under overlap_comm the reduction of a bucket hides behind the gradients that fill the next; all else waits.",
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
         "fragments come on top.",
     ]

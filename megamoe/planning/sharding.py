@@ -51,6 +51,7 @@ class Setup:
     compiled: bool = False  # regions of a block as one kernel each
     average_bytes: int = 0  # of the average of a weight
     document_tokens: int | None = None  # of a document, where attention stays within one; None for whole samples
+    imbalance: float = 1.0  # rows that reach this rank's experts, where ranks share them, over those under balance
 
     @property
     def tokens(self) -> int:
@@ -61,6 +62,11 @@ class Setup:
     def rows(self) -> int:
         """Rows that a rank sends to experts in one forward pass and layer; under balance, as many arrive."""
         return self.tokens * self.model.num_experts_per_tok
+
+    @property
+    def received(self) -> int:
+        """Rows that arrive at this rank's experts in one forward pass and layer."""
+        return math.ceil(self.imbalance * self.rows) if self.ep_size > 1 else self.rows
 
     def topology(self, rank: int = 0) -> ExpertTopology:
         """The place of one rank."""
@@ -94,13 +100,13 @@ class Setup:
 
     @property
     def places(self) -> int:
-        """Places of rows at a layer's experts on this rank under balance, fill included."""
+        """Places of rows at a layer's experts on this rank, fill included."""
         experts = self.topology().experts_per_rank
         if not self.on_cpu:
-            return self.rows
+            return self.received
         if self.model.num_experts_per_tok == self.model.num_local_experts:
-            return math.ceil(self.rows / experts / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE * experts
-        return self.rows + (CPU_ROW_MULTIPLE - 1) // 2 * experts  # counts differ: the mean of the fill
+            return math.ceil(self.received / experts / CPU_ROW_MULTIPLE) * CPU_ROW_MULTIPLE * experts
+        return self.received + (CPU_ROW_MULTIPLE - 1) // 2 * experts  # counts differ: the mean of the fill
 
 
 def setup_problems(recipe: Recipe) -> list[str]:

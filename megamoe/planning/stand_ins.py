@@ -22,7 +22,8 @@ from megamoe.planning.tracer import Tracer
 
 @contextmanager
 def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
-    """Rows go evenly to ranks and experts. RMSNorm and dropout are one operator each way on a GPU, several on CPU."""
+    """Rows go evenly to experts and come evenly from ranks. RMSNorm and dropout are one operator each way on a GPU,
+    several on CPU."""
 
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, scale: Any = None, **_: Any
@@ -42,7 +43,7 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
     def to_list(values: Tensor) -> Any:
         tracer.work[tracer.phase].waits += 1
         if values.dim() == 2:  # rows sent and received
-            return [_even(setup.rows, values.shape[1])] * 2
+            return [_even(rows, values.shape[1]) for rows in (setup.rows, setup.received)]
         return list(accumulate(_even(setup.places, len(values))))  # where each expert's rows end
 
     def exchange(*_: Any, **__: Any) -> None:

@@ -12,9 +12,10 @@ from typing import Literal, get_args
 
 from megamoe.model.costs import train_flops_per_token
 from megamoe.planning.model_trace import Trace, model_trace
+from megamoe.planning.overlap import buckets, seconds_not_hidden
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, gemm_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
-from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
+from megamoe.planning.traffic import GRADIENTS_OF_EXPERTS, PhaseName, collectives, host_transfers, update_bytes
 from megamoe.planning.work import Gemm, Work
 from megamoe.training.matrix_share import Run
 from megamoe.training.muon import NEWTON_SCHULZ_STEPS
@@ -160,11 +161,15 @@ class _Step:
     def __init__(self, setup: Setup, device: Device, gpus_per_node: int, rates: Rates):
         self.setup, self.device, self.rates = setup, device, rates
         self.groups = parameter_groups(setup)
-        self.trace = model_trace(setup)
+        self.trace = model_trace(replace(setup, imbalance=1.0))
         self.blocks = list(self.trace.blocks.values())
         self.collectives = dict.fromkeys(get_args(PhaseName), 0.0)  # seconds
+        self.reductions = {False: 0.0, True: 0.0}  # of them, those of shared weights, and those of experts
         for one in collectives(setup):
-            self.collectives[one.phase] += one.seconds(device, gpus_per_node, rates.links)
+            seconds = one.seconds(device, gpus_per_node, rates.links)
+            self.collectives[one.phase] += seconds
+            if one.phase == "reduction":
+                self.reductions[one.purpose == GRADIENTS_OF_EXPERTS] += seconds
 
     def time(self) -> StepTime:
         setup = self.setup
@@ -226,9 +231,14 @@ class _Step:
     def reduction(self, backward: float) -> Phase:
         """What of the gradients' reduction does not hide behind the backward pass."""
         setup, seconds = self.setup, self.collectives["reduction"]
-        if setup.overlap:  # ZeRO-1 reduces during the last backward pass of a step alone
-            seconds -= backward / (setup.accumulation if setup.zero_stage == 1 else 1)
-        seconds = max(seconds, 0.0) + self.collectives["reduction at the end"]
+        if setup.overlap and setup.reduces_once:
+            seconds = max(seconds - backward / setup.accumulation, 0.0)  # in the last pass of a step alone
+        elif setup.overlap:
+            times = setup.accumulation if setup.zero_stage == 2 else 1  # ZeRO-1: in the last pass of a step alone
+            found = buckets(setup, self.groups, self.trace)
+            of_pass = {expert: of_all / times for expert, of_all in self.reductions.items()}
+            seconds = times * seconds_not_hidden(found, backward / setup.accumulation, of_pass)
+        seconds += self.collectives["reduction at the end"]
         return Phase("gradients, not hidden", 0.0, {"gradients": seconds})
 
     def update(self) -> Phase:

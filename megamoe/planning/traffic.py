@@ -21,6 +21,8 @@ from megamoe.utils.hardware import Device
 # usual for the smallest messages.
 LATENCY_INSIDE, LATENCY_BETWEEN = 15e-6, 40e-6
 
+GRADIENTS_OF_EXPERTS = "gradients of experts"
+
 PhaseName = Literal["forward", "backward", "reduction", "reduction at the end", "update"]
 
 
@@ -101,7 +103,7 @@ def _of_gradients(setup: Setup, groups: list[Group]) -> list[Collective]:
     found = []
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once per step.
     reductions = setup.accumulation if setup.zero_stage == 2 else 1
-    for whose, expert, ranks, stride in _split_over(setup):
+    for _, expert, ranks, stride in _split_over(setup):
         theirs = [group for group in groups if group.expert == expert]
         if setup.reduces_once:
             kind, calls, elements = "reduce_scatter", len(theirs), sum(group.partition * ranks for group in theirs)
@@ -113,8 +115,9 @@ def _of_gradients(setup: Setup, groups: list[Group]) -> list[Collective]:
         # Sums of experts are complete with their first block, those of the shared weights with the embedding.
         phase: PhaseName = "reduction at the end" if setup.reduces_once and not expert else "reduction"
         payload = reductions * elements * setup.communication_bytes
+        purpose = GRADIENTS_OF_EXPERTS if expert else "gradients of shared weights"
         if setup.reduces(ranks):
-            found.append(Collective(f"gradients of {whose}", kind, ranks, stride, calls, payload, phase))
+            found.append(Collective(purpose, kind, ranks, stride, calls, payload, phase))
     return found
 
 

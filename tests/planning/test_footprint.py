@@ -6,6 +6,7 @@ from functools import cache
 from unittest import mock
 
 import pytest
+import simulate
 import torch
 from devices import on_gpus
 from model_parts import PARTS
@@ -18,8 +19,12 @@ from megamoe.config.model import ModelConfig, load_preset
 from megamoe.launch.distributed import this_device
 from megamoe.model import grouped_gemm
 from megamoe.planning.footprint import footprint
+from megamoe.planning.rates import GPU
 from megamoe.planning.sharding import parameter_groups, read_setup
+from megamoe.planning.step_time import step_time
 from megamoe.planning.traffic import collectives
+from megamoe.training.step import build_train_step
+from megamoe.utils.hardware import DEVICES
 
 # Every token goes to every expert: how many rows travel does not depend on the routing.
 ALL = {**PRESET, "num_experts_per_tok": PRESET["num_local_experts"]}
@@ -166,6 +171,31 @@ def held_by_gloo(setup, peak):
     )
     rows = setup.weight_bytes * setup.places * setup.model.hidden_size
     return wire + (2 * rows if setup.ep_size > 1 else 0.02 * peak)
+
+
+def measure_with_all_rows_at_rank_0(*values):
+    def build(*args, **options):
+        train_step = build_train_step(*args, **options)
+        for router in train_step.model.routers():
+            router.selection_bias[: router.selection_bias.numel() // 2] += 100
+        return train_step
+
+    with mock.patch.object(simulate, "build_train_step", build):
+        return measure(*values)
+
+
+def test_the_fullest_rank_has_the_memory_of_its_imbalance():
+    model, recipe, ep_size, seq_len, *_ = values = case(SPARSE, config("zero2"), ep_size=2)
+    fullest, _ = run_ranks(2, measure_with_all_rows_at_rank_0, *values)
+    setup = read_setup(model, replace(recipe, world_size=2), ep_size, seq_len, True)
+    balanced, skewed = (footprint(replace(setup, imbalance=one)).peak.total() for one in (1.0, 2.0))
+    assert fullest.peak > 1.2 * balanced
+    assert fullest.peak == pytest.approx(skewed, rel=0.03)
+    alone = replace(setup, ep_size=1)
+    assert footprint(replace(alone, imbalance=2.0)) == footprint(alone)
+    assert step_time(replace(setup, imbalance=2.0), DEVICES["h100"], 8, GPU) == step_time(
+        setup, DEVICES["h100"], 8, GPU
+    )
 
 
 @pytest.mark.parametrize(("ranks", "name"), CASES)

@@ -184,6 +184,12 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys):
     assert planned(micro_batch=100, device="h200").fits
 
 
+def test_what_fits_under_balance_may_not_fit_the_fullest_rank():
+    assert planned(micro_batch=100, imbalance=1).fits
+    assert not planned(micro_batch=100, imbalance=4).fits
+    assert planned().setup.imbalance > 1
+
+
 def test_what_the_experts_gemms_are_is_said():
     for device, ds, kernel, said in (
         ("h100", "zero2", "grouped_mm", "torch.nn.functional.grouped_mm"),

@@ -212,21 +212,6 @@ def test_recomputed_blocks_cost_their_forward_pass_again():
     assert again["forward"] == plain["forward"]
 
 
-def hidden(setup, device):
-    """Seconds of reducing gradients that backward hides."""
-    shown = [phases(replace(setup, overlap=overlap), device)["gradients, not hidden"] for overlap in (True, False)]
-    return shown[1].seconds - shown[0].seconds
-
-
-def test_reducing_gradients_hides_behind_the_backward_pass():
-    fast = replace(SLOW, inside=1e9, between=1e9)
-    for device, hides_all in ((fast, True), (SLOW, False)):
-        reduced = sum(one.seconds(device, 8, GPU.links) for one in collectives(SETUP) if one.phase == "reduction")
-        backward = phases(SETUP, device)["backward"].seconds
-        assert (reduced < backward) == hides_all
-        assert hidden(SETUP, device) == pytest.approx(min(reduced, backward))
-
-
 def test_zero_1_hides_the_reduction_of_experts_behind_one_micro_batch_only():
     setup, fast = replace(SETUP, ep_size=1, accumulation=4, zero_stage=1), replace(SLOW, inside=1e9, between=1e9)
     for device, hides_all in ((fast, True), (SLOW, False)):

@@ -149,7 +149,7 @@ def one_rank_of(world_size: int) -> Iterator[None]:
 def simulate(setup: Setup, recipe: Recipe, ema_decay: float | None = None) -> dict[str, tuple[int, int]]:
     """(predicted, measured) bytes of rank 0 alone by phase, and its payload by kind of collective and ranks of its
     group. The process can join no other group afterwards."""
-    setup = replace(setup, on_cpu=True, kernel="grouped_mm")
+    setup = replace(setup, on_cpu=True, kernel="grouped_mm", imbalance=1.0)  # every peer sends what this rank sends
     recipe = parse_recipe(recipe.written, recipe.where, recipe.world_size, on_cpu=True, auto=recipe.auto)
     with one_rank_of(recipe.world_size):
         measured = measure(setup.model, recipe, setup.ep_size, setup.seq_len, setup.recompute_blocks, ema_decay)
