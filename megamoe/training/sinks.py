@@ -210,15 +210,17 @@ def open_sinks(run_dir: Path, first_step: int) -> SinkGroup:
 def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of RUN/log.jsonl by kind ("train", "valid"), without those that a resumed run left behind."""
     records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}}
+    newest = 0
     for line in (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # torn when the run was killed
         kind, step = record.pop("kind"), record["step"]
-        if kind == "train":  # steps only rise, until a resume goes back
+        if kind == "train" and step < newest:  # steps only rise, until a resume goes back
             for by_step in records.values():
                 for later in [logged for logged in by_step if logged > step]:
                     del by_step[later]
+        newest = step if kind == "train" else max(newest, step)
         records[kind][step] = {key: math.nan if value is None else value for key, value in record.items()}
     return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}

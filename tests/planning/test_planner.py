@@ -185,8 +185,8 @@ def test_what_does_not_fit_is_said(monkeypatch, capsys):
 
 
 def test_what_fits_under_balance_may_not_fit_the_fullest_rank():
-    assert planned(micro_batch=100, imbalance=1).fits
-    assert not planned(micro_batch=100, imbalance=4).fits
+    assert planned(micro_batch=64, imbalance=1).fits
+    assert not planned(micro_batch=64, imbalance=2).fits
     assert planned().setup.imbalance > 1
 
 

@@ -1,3 +1,6 @@
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from deepspeed.runtime import lr_schedules
@@ -21,6 +24,20 @@ SCHEDULE = {"peak": 1.5e-3, "warmup_steps": 1000, "decay": "linear", "decay_step
 
 def test_the_schedule_prints_as_logged():
     assert {step: f"{learning_rate(step, **SCHEDULE):.6g}" for step in LOGGED} == LOGGED
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "1-sqrt"])
+def test_a_rate_has_its_digits_at_the_last_of_a_million_steps_and_at_a_billion(decay):
+    for total in (10**6, 10**9):
+        for left in (1, 10, total // 3):
+            share = Fraction(left, total)
+            exact = {
+                "linear": float(share),
+                "cosine": math.sin(math.pi / 2 * float(share)) ** 2,
+                "1-sqrt": -math.expm1(0.5 * math.log1p(-float(share))),
+            }
+            schedule = {"peak": 3e-4, "warmup_steps": 0, "decay": decay, "decay_steps": total, "total_steps": total}
+            assert learning_rate(total - left, **schedule) == pytest.approx(3e-4 * exact[decay], rel=1e-6, abs=0)
 
 
 # --- each type of the DeepSpeed JSON, against its own scheduler or another's ---

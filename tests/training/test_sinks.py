@@ -108,6 +108,13 @@ def test_what_a_resumed_run_left_behind_is_not_read_back(tmp_path):
     rows = read_log(tmp_path)["train"]
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 10.964131), (15, 6.0), (20, 5.5), (40, 3.5)]
     assert math.isnan(rows[0]["max_vio"])  # of a step that was not balanced
+    sinks = open_sinks(tmp_path, 20)
+    log(sinks, "valid", {"step": 21, "loss": 2.0})
+    log(sinks, "train", record(30, loss=3.0))
+    sinks.close()
+    found = read_log(tmp_path)
+    assert [row["step"] for row in found["train"]] == [10, 15, 20, 30]
+    assert [row["step"] for row in found["valid"]] == [21]
 
 
 def test_a_log_torn_in_its_last_line_is_read_up_to_there_and_written_on_after_it(tmp_path):
