@@ -134,17 +134,27 @@ def contender_of(checkout: Path) -> Path | None:
     return next(checkout.glob(f"tools/**/{CONTENDER}"), None)
 
 
-def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str) -> list[Turn]:
+def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str, limit: int = 0) -> list[Turn]:
     """Start the entry's processes and wait for what they measured: a turn for each size for which memory suffices.
 
     Args:
         flags: `--pieces` and `--profile` of benchmark_contender.py.
+        limit: seconds after which the processes are ended; 0 for none.
 
     Raises ContenderFailed, after it has printed the output.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turn.json"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={entry.ranks}"]
+        launch = [
+            "timeout",
+            "--kill-after=30",
+            str(limit),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+        ]
+        launch.append(f"--nproc_per_node={entry.ranks}")
         words = [str(contender_of(entry.checkout)), entry.contender, str(out),
                  "--preset", entry.preset,
                  "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", *map(str, entry.samples),

@@ -1,6 +1,7 @@
-"""What only a GPU can show, in ten minutes: checks, speed and a profile.
+"""What only a GPU can show, in ten minutes: checks, speed and a profile. Needs no network.
 
-    make gpu            writes docs/results/gpu-NAME.json, and the README's table from it
+    make gpu                                       writes docs/results/gpu-NAME.json, and the README's table from it
+    python tools/dev/check_gpu.py --parts checks   one part, which ends after ten minutes with what it has
 
 The checks are the tests with the mark `gpu`; a check that needs more GPUs than there are is listed as not run. Then
 `tools/dev/benchmark.py` times steps of the full model on one GPU, by every contender, until memory ends.
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -37,7 +38,7 @@ from gpu_table import ROOT, write_table
 from megamoe.config import cli
 from megamoe.config.model import load_preset
 from megamoe.launch.versions import versions
-from megamoe.utils.errors import UserError
+from megamoe.utils.errors import UserError, first_line
 
 CONTENDERS = {  # with samples per step; fewer where each size is compiled for itself, which takes longer than its steps
     "megamoe:1": (2, 4, 8, 16, 32, 64),
@@ -46,6 +47,9 @@ CONTENDERS = {  # with samples per step; fewer where each size is compiled for i
     "mixtral:1": (2, 8, 32),
 }
 STEPS = 3  # timed, of each size
+CHECKS = "checks"
+PARTS = (CHECKS, *CONTENDERS)
+LIMIT = 9 * 60  # seconds of a part, and some to end
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,18 @@ def run_checks(*words: str) -> list[Check]:
     """Run the tests with the mark `gpu`, one after the other; `words` are further ones for pytest."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", "-o", "junit_family=xunit1"]
+        command = [
+            "timeout",
+            "--signal=INT",
+            "--kill-after=50",
+            str(LIMIT),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "gpu",
+        ]
+        command += [f"--junitxml={report}", "-o", "junit_family=xunit1"]  # written after an interrupt too
         done = subprocess.run([*command, *words], cwd=ROOT)
         checks = read_report(report.read_text()) if report.exists() else []
     if not checks:
@@ -81,31 +96,25 @@ def read_report(xml: str) -> list[Check]:
     return checks
 
 
-def measure_speed(preset: str, ds_config: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each contender's name with its turns, at which size memory ended, and what went wrong. A failure of one stops no
-    other."""
-    config = load_preset(preset)
-    for word, samples in CONTENDERS.items():
-        entry = entry_of(word, preset, samples, config)
-        failure = end = None
-        try:
-            turns = take_turn(entry, ds_config, STEPS, "--profile")
-            end = out_of_memory_at(entry, turns)
-        except ContenderFailed as error:
-            turns, failure = error.turns, str(error)
-        name = str(entry)
-        print(f"\n{table_of_sizes([name], [turns], [end])}\n\n{table_of_profiles([name], [turns])}\n", flush=True)
-        yield (
-            name,
-            {
-                "samples": samples,
-                "turns": [
-                    {**asdict(turn), "tokens_per_second": turn.tokens_per_second, "mfu": turn.mfu} for turn in turns
-                ],
-                "out_of_memory_at_tokens": end,
-                "failure": failure,
-            },
-        )
+def measure_speed(word: str, preset: str, ds_config: str) -> tuple[str, dict[str, Any]]:
+    """A contender's name, and its turns, at which size memory ended, and what went wrong. Raises UserError where it
+    cannot begin."""
+    entry = entry_of(word, preset, CONTENDERS[word], load_preset(preset))
+    failure = end = None
+    try:
+        turns = take_turn(entry, ds_config, STEPS, "--profile", limit=LIMIT)
+        end = out_of_memory_at(entry, turns)
+    except ContenderFailed as error:
+        turns, failure = error.turns, str(error)
+    name = str(entry)
+    print(f"\n{table_of_sizes([name], [turns], [end])}\n\n{table_of_profiles([name], [turns])}\n", flush=True)
+    measured = {
+        "samples": CONTENDERS[word],
+        "turns": [{**asdict(turn), "tokens_per_second": turn.tokens_per_second, "mfu": turn.mfu} for turn in turns],
+        "out_of_memory_at_tokens": end,
+        "failure": failure,
+    }
+    return name, measured
 
 
 def describe_device() -> dict[str, Any]:
@@ -156,50 +165,60 @@ def file_name(device: dict[str, Any]) -> str:
     return f"gpu-{words}-x{device['count']}.json"
 
 
-def run(results: Path, readme: Path) -> bool:
-    """Check and measure, write results as they come, then the table; returns whether all is well. Raises UserError
-    where it cannot begin."""
+def run(results: Path, readme: Path, parts: Sequence[str]) -> bool:
+    """Check and measure, write the results of each part when it has ended, then the table; returns whether all is well.
+    A part that fails is named, and the others run. Raises UserError where none can."""
     refuse_unusable_gpus()
-    started = time.monotonic()
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "device": describe_device(),
         "versions": {**versions(), "transformers": importlib.metadata.version("transformers")},
         "checks": [],
         "speed": {},
+        "failures": {},
     }
     results.mkdir(parents=True, exist_ok=True)
     file = results / file_name(result["device"])
-
-    def save() -> None:
-        result["seconds"] = round(time.monotonic() - started)
+    if file.exists() and len(parts) < len(PARTS):  # of other parts, if they ran on the same
+        before = json.loads(file.read_text())
+        if all(before.get(name) == result[name] for name in ("device", "versions")):
+            result |= {name: before[name] for name in ("checks", "speed", "failures") if name in before}
+    for part in parts:
+        started = time.monotonic()
+        result["failures"].pop(part, None)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if part == CHECKS:
+                    result["checks"] = [asdict(check) for check in run_checks()]
+                else:
+                    json_file = resolved_file(str(ROOT / "ds_configs/zero2.json"), Path(folder))
+                    name, measured = measure_speed(part, "moe-680m", json_file)
+                    result["speed"][name] = measured
+        except Exception as error:  # whatever it is, the other parts have their own
+            result["failures"][part] = first_line(error)
+        print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
         file.write_text(json.dumps(result, indent=2) + "\n")
-
-    result["checks"] = [asdict(check) for check in run_checks()]
-    save()
-    with tempfile.TemporaryDirectory() as folder:
-        for name, measured in measure_speed(
-            "moe-680m", resolved_file(str(ROOT / "ds_configs/zero2.json"), Path(folder))
-        ):
-            result["speed"][name] = measured
-            save()
     write_table(readme, results)
     return report(result, file)
 
 
 def report(result: dict[str, Any], file: Path) -> bool:
-    """Print what did not pass, and how long it took; returns whether nothing has failed."""
+    """Print what did not pass; returns whether nothing has failed."""
     for check in result["checks"]:
         if check["result"] != "passed":
             print(f"{check['result']}: {check['name']}")
-    failures = [f"{name}: {one['failure']}" for name, one in result["speed"].items() if one["failure"]]
-    print("\n".join([*failures, f"{file}, after {result['seconds']} s"]))
+    of_speed = {name: one["failure"] for name, one in result["speed"].items() if one["failure"]}
+    failures = {**result["failures"], **of_speed}
+    print("\n".join([*(f"{name}: {why}" for name, why in failures.items()), str(file)]))
     return not failures and all(check["result"] != "failed" for check in result["checks"])
 
 
 def main() -> None:
-    cli.Parser(description="Check and measure megamoe on the GPUs of this host.").parse()
-    sys.exit(0 if run(ROOT / "docs/results", ROOT / "README.md") else 1)
+    parser = cli.Parser(description="Check and measure megamoe on the GPUs of this host.")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="of the run; others keep their results"
+    )
+    sys.exit(0 if run(ROOT / "docs/results", ROOT / "README.md", parser.parse().parts) else 1)
 
 
 if __name__ == "__main__":

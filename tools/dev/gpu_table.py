@@ -39,7 +39,8 @@ def describe(result: dict[str, Any], name: str) -> str:
     checks = ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "not run") if counts[kind])
     speed = {name: one for name, one in result["speed"].items() if one["turns"]}
     facts = ", ".join(f"{key} {versions[key]}" for key in ("megamoe", "torch", "deepspeed"))
-    failures = "".join(f" {name} failed." for name, one in result["speed"].items() if one["failure"])
+    failed = [*result.get("failures", {}), *(name for name, one in result["speed"].items() if one["failure"])]
+    failures = "".join(f" {name} failed." for name in failed)
     parts = [
         f"**{device['count']} x {device['name']}**, driver {device['driver']}, CUDA {device['cuda']}, {facts}, "
         f"{result['date']}; checks: {checks}.{failures} All of it is in `docs/results/{name}`."
