@@ -145,16 +145,8 @@ def take_turn(entry: Entry, ds_config: str, steps: int, *flags: str, limit: int 
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "turn.json"
-        launch = [
-            "timeout",
-            "--kill-after=30",
-            str(limit),
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-        ]
-        launch.append(f"--nproc_per_node={entry.ranks}")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={entry.ranks}"]
+        launch = ["timeout", "--kill-after=30", str(limit), *launch]
         words = [str(contender_of(entry.checkout)), entry.contender, str(out),
                  "--preset", entry.preset,
                  "--ds_config", ds_config, "--ep_size", str(entry.ranks), "--samples", *map(str, entry.samples),
