@@ -16,17 +16,12 @@ def settings(environment):
     return line, {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
 
-def test_the_allocators_segments_grow_and_the_run_says_so():
-    line, found = run_alone(settings, {})
-    assert found == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    assert "expandable segments" in line
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_allocator_that_the_environment_sets_up_is_left_alone(name):
-    line, found = run_alone(settings, {name: "max_split_size_mb:128"})
-    assert found == {name: "max_split_size_mb:128"}
-    assert f"{name} sets it: max_split_size_mb:128" in line
+@pytest.mark.parametrize("name", [None, *SETTINGS])
+def test_the_allocators_segments_grow_unless_the_environment_sets_it_up_and_the_run_says_which(name):
+    given = {name: "max_split_size_mb:128"} if name else {}
+    line, found = run_alone(settings, given)
+    assert found == (given or {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+    assert (f"{name} sets it: max_split_size_mb:128" if name else "expandable segments") in line
 
 
 def settings_at_the_first_touch():
