@@ -13,7 +13,6 @@ import numpy as np
 from megamoe.data.source import Sample
 from megamoe.data.token_files import TokenCorpus
 from megamoe.utils.disk import flush
-from megamoe.utils.errors import UserError
 
 
 class PackedCorpus:
@@ -64,11 +63,6 @@ def _load_index(corpus: TokenCorpus, writes: bool) -> np.ndarray:
 
 
 def _make_index(corpus: TokenCorpus) -> np.ndarray:
-    if corpus.num_tokens * (corpus.seq_len + 1) >= 1 << 63:
-        raise UserError(
-            f"corpus {corpus.prefix} has {corpus.num_tokens} tokens, whose best-fit packing into samples of "
-            f"{corpus.seq_len} is beyond 64 bits; lower --seq_len, or leave --packing out."
-        )
     last = corpus.num_tokens - 1  # which is only a label
     bounds = np.concatenate([[0], corpus.starts(0, last), [last]])
     counts = -(-np.diff(bounds) // corpus.seq_len)  # pieces of each document

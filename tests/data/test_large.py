@@ -1,19 +1,15 @@
-"""Corpora beyond 2^32 tokens (in sparse files), orders of 10^12 samples, phases of 10^13 tokens, seeds beyond 2^32."""
-
-from types import SimpleNamespace
+"""Corpora beyond 2^32 tokens, in sparse files; seeds beyond 2^32."""
 
 import numpy as np
 import pytest
 import torch
 from model_parts import model_of
 
-from megamoe.config.phases import PhaseSettings, make_phases
 from megamoe.data.index_file import write_index
-from megamoe.data.order import SampleOrder, permute
-from megamoe.data.packing import PackedCorpus, _make_index
+from megamoe.data.order import permute
+from megamoe.data.packing import PackedCorpus
 from megamoe.data.token_files import TokenCorpus
 from megamoe.model.decoder import Decoder
-from megamoe.utils.errors import UserError
 
 LENGTHS = [2**31 - 1, 2**31 - 10, 30, 50]  # tokens of each document; the last two lie across 2^32 tokens
 TOKENS, SEQ_LEN = sum(LENGTHS), 20
@@ -43,22 +39,6 @@ def test_samples_and_documents_beyond_2_to_the_32_tokens_are_found(prefix):
     assert (pieces // (packed.seq_len + 1)).max() == borders[-1]
 
 
-def test_a_packing_that_its_index_cannot_hold_is_refused():
-    corpus = SimpleNamespace(num_tokens=10**13, seq_len=1 << 20, prefix="data/train")
-    with pytest.raises(UserError, match="10000000000000 tokens, whose best-fit"):
-        _make_index(corpus)
-
-
-@pytest.mark.parametrize("seed", [0, 2**63 - 1])
-def test_an_order_of_10_to_the_12_samples_repeats_none_and_reaches_all_parts(seed):
-    size = 10**12
-    found = [permute(index, size, seed) for index in (*range(1000), *range(size - 1000, size))]
-    assert len(set(found)) == 2000
-    assert {one * 16 // size for one in found} == set(range(16))
-    order = SampleOrder.of([size, 3], [0.9, 0.1], seed)
-    assert {source for source, _ in map(order.at, range(10**15, 10**15 + 100))} == {0, 1}
-
-
 def test_seeds_that_differ_beyond_32_bits_give_other_weights_and_orders():
     first, second = 7, 7 + 2**32
     weights = [Decoder(model_of("plain_scores"), seed).state_dict() for seed in (first, second)]
@@ -66,14 +46,3 @@ def test_seeds_that_differ_beyond_32_bits_give_other_weights_and_orders():
     assert len(drawn) > 5
     assert not any(torch.equal(weights[0][name], weights[1][name]) for name in drawn)
     assert permute(5, 10**12, first) != permute(5, 10**12, second)
-
-
-def test_phases_of_10_to_the_13_tokens_begin_where_their_tokens_say():
-    tokens, of_step = 10**13, 3 * 4099  # no power of 2, so that a float would round
-    phases = make_phases(
-        [PhaseSettings(tokens=tokens), PhaseSettings()], data=[], seq_len=4099, micro_batch=1, samples=3, world_size=1
-    )
-    steps = -(-tokens // of_step)
-    assert phases.all[1].first_step == steps + 1
-    assert phases.tokens_before(steps + 1) == steps * of_step
-    assert [phases.step_after(steps * of_step + more) for more in (0, 1)] == [steps, steps + 1]

@@ -1,5 +1,6 @@
 """The kernels that attention takes on a GPU: what is asked for shown without one, what is taken by `make gpu`."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -75,40 +76,28 @@ def test_a_window_on_a_gpu_is_one_kernel_without_a_mask_and_equals_the_masked_on
     torch.testing.assert_close(found, attend(query, key, value, mask), rtol=0.02, atol=0.02)
 
 
-VARYING = "FLASH_ATTENTION for sequences of varying lengths"
-
-
-@pytest.mark.parametrize(
-    ("part", "documents", "dtype", "said"),
-    [
-        ("plain_scores", False, FP32, "EFFICIENT_ATTENTION"),
-        ("plain_scores", True, BF16, VARYING),
+def test_a_run_says_what_its_layers_take():
+    varying = "FLASH_ATTENTION for sequences of varying lengths"
+    for part, documents, dtype, said in (
+        ("plain_scores", True, BF16, varying),
         ("plain_scores", True, FP32, "EFFICIENT_ATTENTION, called for each document"),
-        ("sliding_multi_token", False, BF16, f"{VARYING} in layers with a window of 7; FLASH_ATTENTION"),
-    ],
-)
-def test_a_run_says_what_its_layers_take(part, documents, dtype, said):
-    config = model_of(part, document_attention=documents)
-    line = describe_attention(config, torch.device("meta"), dtype, 64)
-    assert line == f"attention: {said} (flash attention is torch's own)"
-    assert describe_attention(config, torch.device("cpu"), dtype, 64) is None
+        ("sliding_multi_token", False, BF16, f"{varying} in layers with a window of 7; FLASH_ATTENTION"),
+    ):
+        config = model_of(part, document_attention=documents)
+        line = describe_attention(config, torch.device("meta"), dtype, 64)
+        assert line == f"attention: {said} (flash attention is torch's own)"
+        assert describe_attention(config, torch.device("cpu"), dtype, 64) is None
 
 
-@pytest.mark.parametrize(
-    ("major", "width", "activated"),
-    [(9, 256, ["FA3"]), (9, 288, []), (10, 128, ["FA4"]), (10, 192, []), (8, 64, []), (12, 64, [])],
-)
-def test_flash_attentions_package_is_taken_on_the_gpus_and_for_the_heads_that_it_is_made_for(
-    major, width, activated, monkeypatch
-):
-    names = []
+def test_flash_attentions_package_is_taken_on_the_gpus_and_for_the_heads_that_it_is_made_for(monkeypatch):
+    tried = []
 
     def activate(name):
-        names.append(name)
+        tried.append((name, major, width))
         raise ModuleNotFoundError(name)  # which is no problem
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(attention_kernels, "activate_flash_attention_impl", activate)
-    activate_flash_attention(SimpleNamespace(head_dim=width, value_dim=64), torch.device("cuda"))
-    activate_flash_attention(SimpleNamespace(head_dim=width, value_dim=64), torch.device("cpu"))
-    assert names == activated
+    for device, major, width in itertools.product(("cuda", "cpu"), (8, 9, 10, 12), (128, 256, 288)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, major=major: (major, 0))
+        activate_flash_attention(SimpleNamespace(head_dim=width, value_dim=64), torch.device(device))
+    assert tried == [("FA3", 9, 128), ("FA3", 9, 256), ("FA4", 10, 128)]

@@ -68,5 +68,3 @@ def test_a_step_waits_for_what_no_pass_hides(zero_stage):
     assert 0 < not_hidden(setup) < reduced
     passes = 4 if zero_stage == 2 else 1
     assert not_hidden(setup) == pytest.approx(passes * not_hidden(replace(setup, accumulation=1)), rel=1e-3)
-    whole = replace(setup, bucket=10**9)  # one bucket, which is reduced when backward is over
-    assert not_hidden(whole) == pytest.approx(not_hidden(replace(whole, overlap=False)))
