@@ -18,8 +18,9 @@ def settings_at_the_first_touch(environment):
     said, touch = use_expandable_segments(), mock.Mock(side_effect=InterruptedError)
     if not environment:
         del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
-    with mock.patch.multiple(distributed, is_on_cpu=lambda: False, choose_device=touch):
-        pytest.raises(InterruptedError, distributed.init_distributed)
+    patched = mock.patch.multiple(distributed, is_on_cpu=lambda: False, choose_device=touch)
+    with patched, pytest.raises(InterruptedError):
+        distributed.init_distributed()
     return said, {name: os.environ[name] for name in SETTINGS if name in os.environ}
 
 
