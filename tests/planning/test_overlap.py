@@ -35,6 +35,9 @@ def test_a_reduction_hides_behind_the_bucket_that_fills_meanwhile_alone(shared, 
     elements = [{False: 5}, {True: 3}, {True: 3, False: 5}]
     found = [Bucket(share, Counter(one)) for share, one in zip((0.6, 0.2, 0.2), elements, strict=True)]
     assert seconds_not_hidden(found, 10.0, {False: shared, True: experts}) == pytest.approx(expected)
+    # Waited for by the second bucket, for 7 s, and not hidden by the long third; then the last.
+    slow_first = [Bucket(share, Counter({False: size})) for share, size in ((0.1, 8), (0.1, 1), (0.8, 1))]
+    assert seconds_not_hidden(slow_first, 10.0, {False: 10.0, True: 0.0}) == pytest.approx(7 + 1)
 
 
 @pytest.mark.parametrize("bucket", [10**4, 10**6, 10**9])
