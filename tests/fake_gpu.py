@@ -14,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from model_parts import with_fp32_statistics
+from simulate import echo_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -23,7 +24,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from megamoe.config.model import ModelConfig
 from megamoe.launch.distributed import configure_deepspeed
-from megamoe.model import moe
+from megamoe.model import all_to_all
 from megamoe.model.decoder import Decoder
 from megamoe.model.topology import ExpertTopology
 
@@ -63,13 +64,14 @@ class HostReads:
 
 
 def join_fake_ranks(world_size: int) -> None:
-    """Become one of so many ranks, whose collectives move nothing."""
+    """Become one of so many ranks, whose collectives move nothing; every peer seems to send what this rank sends."""
     if not dist.is_initialized():
         env = {"WORLD_SIZE": str(world_size), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
         os.environ.update(env)
         configure_deepspeed()
         dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
         deepspeed.init_distributed(dist_backend="fake", verbose=False)
+        dist.all_to_all_single = echo_of(dist.all_to_all_single)
 
 
 def model_on_gpu(config: ModelConfig, ep_size: int = 1) -> Decoder:
@@ -90,5 +92,5 @@ def model_on_gpu(config: ModelConfig, ep_size: int = 1) -> Decoder:
 def count_reads(values: Any) -> HostReads:
     """Replace `begin_read` in the layer."""
     reads = HostReads(values)
-    moe.begin_read = reads  # type: ignore[assignment]
+    all_to_all.begin_read = reads  # type: ignore[assignment]
     return reads

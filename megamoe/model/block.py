@@ -64,8 +64,8 @@ class Block(nn.Module):
         rows = self.post_attention_layernorm(x)
         if self.is_dense:
             return x + self.mlp(rows), None
-        out, losses, _ = self.moe(rows, used)
-        return self.with_shared(x, rows) + out, losses
+        out, losses, _ = self.moe(rows, used, lambda: self.with_shared(x, rows))
+        return out, losses
 
     def with_shared(self, x: Tensor, rows: Tensor) -> Tensor:
         """x (B, S, D) and what the shared experts make of `rows` (B, S, D), if there are any."""

@@ -1,15 +1,14 @@
-"""Rows on their way to experts and back: laid out by expert, gathered, sent between ranks (all-to-all), combined.
+"""Rows on their way to experts and back: laid out by expert, gathered, combined.
 
-Shape legend: T tokens on this rank, D hidden_size, K choices, R slots (T * K) or received rows, P places, fill
-included, E experts of this rank, N ranks of the expert-parallel group.
+Shape legend: T tokens on this rank, D hidden_size, K choices, R rows, P places, fill included.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -51,115 +50,80 @@ def lay_out(group_ids: Tensor, counts: Tensor, multiple: int = 1) -> Layout:
     return Layout(filled, torch.empty_like(row).scatter_(0, row, place), ends)
 
 
-def lay_out_received(counts: Tensor, num_rows: int, multiple: int = 1) -> Layout:
-    """Lay out rows that have arrived by rank, and from each rank by expert, by expert and then by rank.
-
-    Args:
-        counts: (N, E), rows from each rank for each expert; they sum to `num_rows`.
-        multiple: as in `lay_out`.
-    """
-    ranks, experts = counts.shape
-    arrived = torch.arange(experts, device=counts.device).repeat(ranks)
-    return lay_out(arrived.repeat_interleave(counts.flatten(), output_size=num_rows), counts.sum(0), multiple)
-
-
-def gather_rows(x: Tensor, row: Tensor, place: Tensor, choices: int = 1) -> Tensor:
+def gather_rows(x: Tensor, row: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:
     """x (rows, D) -> (P, D), the row `row[p]` at each place p.
 
     Args:
-        place: (rows * K,), the K places of each row, one row after the other; the gradients of other places are left
-            out.
-        choices: K.
+        place: the places of each row, one row after the other; the gradients of other places are left out.
+        groups: how many of them each row has; or where those of each begin, (rows,).
     """
-    return _GatherRows.apply(x, row, place, choices)
+    return _GatherRows.apply(x, row, place, groups)
 
 
 class _GatherRows(torch.autograd.Function):
     """Backward gathers too, where torch's would add to rows in memory, one after the other."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, row: Tensor, place: Tensor, choices: int) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(place)
-        ctx.choices = choices
+    def forward(ctx, x: Tensor, row: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(place, groups if isinstance(groups, Tensor) else None)
+        ctx.groups = None if isinstance(groups, Tensor) else groups
         return x.index_select(0, row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (place,) = ctx.saved_tensors
-        grads = grad.index_select(0, place)
-        if ctx.choices > 1:
-            grads = grads.view(-1, ctx.choices, grad.shape[1]).sum(1)
-        return grads, None, None, None
+        place, starts = ctx.saved_tensors
+        return _sums(grad, place, ctx.groups if starts is None else starts), None, None, None
 
 
-def pick_rows(results: Tensor, place: Tensor) -> Tensor:
-    """results (P, D) -> (R, D), those at `place`; the gradients of the others, which are fill, are 0."""
-    return _PickRows.apply(results, place)
+def _sums(rows: Tensor, place: Tensor, groups: int | Tensor, factors: Tensor | None = None) -> Tensor:
+    """The sums of the rows at the places of each group, times their factors; `place` and `groups` as in
+    `gather_rows`."""
+    if isinstance(groups, Tensor):
+        return F.embedding_bag(place, rows, groups, mode="sum", per_sample_weights=factors)
+    rows = rows.index_select(0, place).view(-1, groups, rows.shape[1])
+    return (rows if factors is None else rows * factors.view(-1, groups, 1)).sum(1)
 
 
-class _PickRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, results: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(place)
-        ctx.places = len(results)
-        return results.index_select(0, place)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        (place,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.places, grad.shape[1]).index_copy_(0, place, grad), None
-
-
-def combine_rows(results: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
+def combine_rows(results: Tensor, weights: Tensor | None, token: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:
     """The weighted sum of each token's results, (T, D).
 
     Args:
         results: (P, D), of the experts.
-        weights: (T, K).
+        weights: of the results, in the order of `place`; None stands for 1.
         token: (P,), the token at each place.
-        place: (T * K,), the places of each token's results.
+        place: the places of each token's results, one token after the other; with weights, each once.
+        groups: as in `gather_rows`.
     """
-    return _CombineRows.apply(results, weights, token, place)
+    return _CombineRows.apply(results, weights, token, place, groups)
 
 
 class _CombineRows(torch.autograd.Function):
     """Keeps the results and the indices alone: neither the weighted rows nor the rows in the tokens' order."""
 
     @staticmethod
-    def forward(ctx, results: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:  # type: ignore[override]
-        factors = weights.to(results.dtype)
-        ctx.save_for_backward(results, factors, token, place)
-        ctx.weights_dtype = weights.dtype
-        rows = results.index_select(0, place).view(*weights.shape, results.shape[1])
-        return (rows * factors.unsqueeze(-1)).sum(1)
+    def forward(  # type: ignore[override]
+        ctx, results: Tensor, weights: Tensor | None, token: Tensor, place: Tensor, groups: int | Tensor
+    ) -> Tensor:
+        if weights is None:
+            ctx.save_for_backward(token)
+            return _sums(results, place, groups)
+        factors = weights.flatten().to(results.dtype)
+        ctx.save_for_backward(token, place, results, factors)
+        ctx.like = weights.shape, weights.dtype
+        return _sums(results, place, groups, factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        results, factors, token, place = ctx.saved_tensors
+        token, *weighted = ctx.saved_tensors
         grads = grad.index_select(0, token)
-        by_place = (grads * results).sum(-1, dtype=ctx.weights_dtype)
-        by_weight = by_place.index_select(0, place).view_as(factors)
+        if not weighted:
+            return grads, None, None, None, None
+        place, results, factors = weighted
+        shape, dtype = ctx.like
+        by_place = (grads * results).sum(-1, dtype=dtype)
+        by_weight = by_place.index_select(0, place).view(shape)
         # 0 at fill, so that its rows add nothing to the experts' gradients.
-        factor_at = grad.new_zeros(len(token)).index_copy_(0, place, factors.flatten())
-        return grads.mul_(factor_at.unsqueeze(-1)), by_weight, None, None
-
-
-def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """Rows to and from the ranks of a group, as many as the splits say. Collective."""
-    return _AllToAll.apply(rows, send, receive, group)
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:  # type: ignore[override]
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        received = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _AllToAll.apply(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+        factor_at = grad.new_zeros(len(token)).index_copy_(0, place, factors)
+        return grads.mul_(factor_at.unsqueeze(-1)), by_weight, None, None, None

@@ -20,19 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megamoe.model.dispatch import (
-    all_to_all,
-    combine_rows,
-    gather_rows,
-    lay_out,
-    lay_out_received,
-    pick_rows,
-    row_multiple,
-)
+from megamoe.model.all_to_all import AllToAll, Sends, exchange_counts, lay_out_received, lay_out_sends
+from megamoe.model.dispatch import combine_rows, gather_rows, lay_out, row_multiple
 from megamoe.model.router import Router
 from megamoe.model.router_losses import Padding
 from megamoe.model.topology import ExpertTopology
-from megamoe.utils.device_reads import begin_read
 
 Experts = Callable[[Tensor, Tensor], Tensor]  # (rows (P, D) by expert, ends (E,)) -> (P, D)
 
@@ -44,13 +36,6 @@ class Placed(NamedTuple):
     token: Tensor  # (P,): the token at each place
     place: Tensor  # (T * K,): the places of each token's rows
     ends: Tensor  # (E,) int32: where each expert's rows end, fill included
-
-
-class Incoming(NamedTuple):
-    """What the other ranks send."""
-
-    counts: Tensor  # (N, E / N), rows from each rank for each expert of this one
-    splits: Callable[[], Any]  # waits; the rows sent to each rank, and those received from each
 
 
 class DroplessDispatch(nn.Module):
@@ -74,20 +59,29 @@ class DroplessDispatch(nn.Module):
         self.ep_group = ep_group
 
     def forward(
-        self, x: Tensor, num_sequences: int = 1, padding: Padding | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(T, D) -> (the experts' weighted sum (T, D), the router's losses, tokens routed to each expert (E,) int64).
+        self,
+        x: Tensor,
+        num_sequences: int = 1,
+        padding: Padding | None = None,
+        alongside: Callable[[], Tensor | None] = lambda: None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """(T, D) -> (the experts' weighted sum (T, D), the router's losses, tokens routed to each expert (E,) int64,
+        what `alongside` gives).
 
         Args:
             num_sequences: that the tokens are of, and what `padding` they have, as for the router.
+            alongside: is called while rows are on their way.
         """
         weights, expert_ids, counts, losses, log_scores, margins = self.router(x, num_sequences, padding)
         self.count_for_balancing(counts, sum_of_entropies(log_scores) if self.training else None, margins)
         del log_scores  # as large as the scores
-        incoming = self.exchange_counts(counts)
-        placed = self.place(x, expert_ids, counts)  # while the counts are on their way
-        results = self.run_experts(placed, incoming, self.experts)
-        return combine_rows(results, weights, placed.token, placed.place), losses, counts
+        if self.topology.ep_size == 1:
+            placed = self.place(x, expert_ids, counts)
+            results = self.experts(placed.rows, placed.ends)
+            out = combine_rows(results, weights, placed.token, placed.place, weights.shape[1])
+            return out, losses, counts, alongside()
+        out, other = self.run_on_ranks(x, weights, counts, self.sends(expert_ids), self.experts, alongside)
+        return out, losses, counts, other
 
     def count_for_balancing(self, counts: Tensor, entropy: Tensor | None, margins: Tensor | None) -> None:
         """Add the slots of each expert, (E,), and in training the `sum_of_entropies`, and the `margin_histogram`, to
@@ -100,17 +94,6 @@ class DroplessDispatch(nn.Module):
                 assert self.router.step_margins is not None
                 self.router.step_margins += margins
 
-    def exchange_counts(self, counts: Tensor) -> Incoming | None:
-        """Tell the ranks that share experts how many slots (E,) this one has for each; None where each rank has all."""
-        if self.topology.ep_size == 1:
-            return None
-        send_counts = counts.view(self.topology.ep_size, self.topology.experts_per_rank)
-        # A fake process group may leave it as it is (torch's did before it copied): there, every peer seems to send
-        # what this rank sends.
-        receive_counts = send_counts.clone()
-        dist.all_to_all_single(receive_counts, send_counts, group=self.ep_group)
-        return Incoming(receive_counts, begin_read(torch.stack((send_counts, receive_counts)).sum(-1)))
-
     def place(self, x: Tensor, expert_ids: Tensor, counts: Tensor) -> Placed:
         """The rows of the tokens `x` (T, D) by expert, one for each choice.
 
@@ -118,24 +101,49 @@ class DroplessDispatch(nn.Module):
             expert_ids: (T, K).
             counts: (E,), slots of each expert.
         """
-        multiple = row_multiple(x.device) if self.topology.ep_size == 1 else 1  # or they are multiplied elsewhere
-        layout = lay_out(expert_ids.flatten(), counts, multiple)
-        token = layout.row // expert_ids.shape[1]
-        return Placed(gather_rows(x, token, layout.place, expert_ids.shape[1]), token, layout.place, layout.ends)
+        layout = lay_out(expert_ids.flatten(), counts, row_multiple(x.device))
+        choices = expert_ids.shape[1]
+        token = layout.row // choices
+        return Placed(gather_rows(x, token, layout.place, choices), token, layout.place, layout.ends)
 
-    def run_experts(self, placed: Placed, incoming: Incoming | None, experts: Experts) -> Tensor:
-        """What the experts make of the rows, each in its row's place, (P, D). Collective, with `incoming`."""
-        if incoming is None:
-            return experts(placed.rows, placed.ends)
-        send, receive = incoming.splits()  # the one wait of a layer
+    def sends(self, expert_ids: Tensor) -> Sends:
+        """What goes to the ranks that share the experts, of tokens with these experts, (T, K)."""
+        return lay_out_sends(expert_ids, self.topology.ep_size, self.topology.experts_per_rank)
 
+    def run_on_ranks(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        counts: Tensor,
+        sends: Sends,
+        experts: Experts,
+        alongside: Callable[[], Any],
+    ) -> tuple[Tensor, Any]:
+        """(The experts' weighted sum (T, D), what `alongside` gives), by the ranks that share the experts. Collective.
+
+        Args:
+            x: (T, D), with weights (T, K).
+            counts: (E,), slots of each expert.
+            alongside: is called while the rows of `x` are on their way, rather than those that come back: the host
+                has waited just before, so the device has nothing else to do until what follows is launched.
+        """
+        incoming = exchange_counts(counts, sends.rows, self.ep_group)
+        sent = weights.flatten().index_select(0, sends.slot)
+        sent = torch.stack((sent, sends.code.to(sent.dtype)), 1)  # small numbers, exact in any precision
+        slots, rows = incoming.ways()  # the one wait of a layer
+
+        back = AllToAll(rows.receive, rows.send, self.ep_group)
+        coming_slots = slots.begin(sent)
+        token, place = sends.token[: sum(rows.send)], sends.place[: sum(rows.send)]
         # One name for the rows on their way, so that none outlive their use.
-        rows = all_to_all(placed.rows, send, receive, self.ep_group)
-        here = lay_out_received(incoming.counts, len(rows), row_multiple(rows.device))
-        rows = gather_rows(rows, here.row, here.place)
-        rows = experts(rows, here.ends)
-        rows = pick_rows(rows, here.place)
-        return all_to_all(rows, receive, send, self.ep_group)
+        moved = rows.begin(gather_rows(x, token, place, sends.starts))
+        here = lay_out_received(slots.finish(coming_slots), incoming.counts, len(moved), row_multiple(x.device))
+        other = alongside()
+        moved = gather_rows(rows.finish(moved), here.row, here.layout.place, here.starts)
+        moved = experts(moved, here.layout.ends)
+        moved = combine_rows(moved, here.weights, here.row, here.layout.place, here.starts)
+        moved = back.finish(back.begin(moved))
+        return combine_rows(moved, None, token, place, sends.starts), other
 
 
 def sum_of_entropies(log_scores: Tensor) -> Tensor:
@@ -175,22 +183,26 @@ class MoE(deepspeed.moe.layer.MoE):
         """This rank's, in the order of `topology.expert_ids`."""
         return self.deepspeed_moe.experts
 
-    def forward(self, hidden_states: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        used: Tensor | None = None,
+        alongside: Callable[[], Tensor | None] = lambda: None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """DeepSpeed's contract: (..., D) -> (output (..., D), auxiliary losses, tokens per expert (E,)).
 
         Args:
             hidden_states: of equally long sequences where it is (B, S, D), of one otherwise.
             used: (U,) int64, rising, of the tokens of all sequences one after another; the others reach no expert, are
                 not counted, and give 0.
+            alongside: gives what is added to the output, (..., D); computed while rows are on their way.
 
         The losses are those of `Routing`.
         """
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         sequences = math.prod(hidden_states.shape[:-2])
-        if used is None:
-            out, losses, counts = self.deepspeed_moe(rows, sequences)
-        else:
-            padding = Padding(used, len(rows))
-            out, losses, counts = self.deepspeed_moe(rows.index_select(0, used), sequences, padding)
-            out = padding.with_zeros(out)
-        return out.view_as(hidden_states), losses, counts
+        padding = None if used is None else Padding(used, len(rows))
+        rows = rows if used is None else rows.index_select(0, used)
+        out, losses, counts, added = self.deepspeed_moe(rows, sequences, padding, alongside)
+        out = (out if padding is None else padding.with_zeros(out)).view_as(hidden_states)
+        return out if added is None else added + out, losses, counts

@@ -7,6 +7,7 @@ data-parallel replicas of them. Nothing else in megamoe computes with `ep_size`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -42,6 +43,11 @@ class ExpertTopology:
     def experts_per_rank(self) -> int:
         """Experts of each layer on this rank."""
         return self.num_experts // self.ep_size
+
+    def expected_ranks(self, choices: int) -> float:
+        """Ranks that hold the experts of a token, in the mean over all sets of so many of a layer's experts."""
+        elsewhere = math.comb(self.num_experts - self.experts_per_rank, choices)
+        return self.ep_size * (1 - elsewhere / math.comb(self.num_experts, choices))
 
     @property
     def first_expert(self) -> int:

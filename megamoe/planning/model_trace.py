@@ -41,6 +41,7 @@ class Trace:
     """Of one part of a model. Events of a backward pass have the names of the parameters whose gradients come."""
 
     work: dict[str, Work]  # by phase: forward, head (what follows the blocks), backward
+    meanwhile: dict[str, Work]  # of it, while ranks exchange rows
     events: dict[str, list[Event]]  # of forward and backward
     buffers: int  # bytes
     is_dense: bool = False  # of a block
@@ -131,7 +132,7 @@ def _run(
         if tracer.events["backward"][-1].name != END:
             tracer.mark(END)  # around the blocks, nothing marks it
     buffers = sum(buffer.nbytes for buffer in module.buffers())
-    return Trace(tracer.work, tracer.events, buffers, isinstance(module, Block) and module.is_dense)
+    return Trace(tracer.work, tracer.meanwhile, tracer.events, buffers, isinstance(module, Block) and module.is_dense)
 
 
 class _Gap(nn.Module):

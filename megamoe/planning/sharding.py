@@ -60,13 +60,23 @@ class Setup:
 
     @property
     def rows(self) -> int:
-        """Rows that a rank sends to experts in one forward pass and layer; under balance, as many arrive."""
+        """Rows that experts get from a rank in one forward pass and layer; under balance, its own get as many."""
         return self.tokens * self.model.num_experts_per_tok
 
     @property
+    def sent_rows(self) -> int:
+        """Rows that a rank sends to the ranks of its tokens' experts in one forward pass and layer, those that stay
+        included; as many arrive under balance, if every set of experts is as likely."""
+        return round(self.tokens * self.topology().expected_ranks(self.model.num_experts_per_tok))
+
+    @property
     def received(self) -> int:
-        """Rows that arrive at this rank's experts in one forward pass and layer."""
-        return math.ceil(self.imbalance * self.rows) if self.ep_size > 1 else self.rows
+        """Rows of this rank's experts in one forward pass and layer."""
+        return self.at_fullest(self.rows)
+
+    def at_fullest(self, count: int) -> int:
+        """How many come to this rank, of which so many would under balance."""
+        return math.ceil(self.imbalance * count) if self.ep_size > 1 else count
 
     def topology(self, rank: int = 0) -> ExpertTopology:
         """The place of one rank."""

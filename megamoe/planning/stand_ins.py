@@ -42,13 +42,19 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
 
     def to_list(values: Tensor) -> Any:
         tracer.work[tracer.phase].waits += 1
-        if values.dim() == 2:  # rows sent and received
-            return [_even(rows, values.shape[1]) for rows in (setup.rows, setup.received)]
+        if values.dim() == 3:  # slots for each expert and rows, sent to each rank and received
+            _, ranks, parts = values.shape
+            sent = setup.rows, setup.sent_rows
+            return [
+                [[*_even(some, parts - 1), more] for some, more in zip(_even(slots, ranks), _even(rows, ranks), strict=True)]
+                for slots, rows in (sent, map(setup.at_fullest, sent))
+            ]
         return list(accumulate(_even(setup.places, len(values))))  # where each expert's rows end
 
-    def exchange(*_: Any, **__: Any) -> None:
+    def exchange(*_: Any, async_op: bool = False, **__: Any) -> Any:
         with tracer.as_one():
             pass
+        return tracer.begin_exchange() if async_op else None
 
     replaced: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", attention),

@@ -167,6 +167,8 @@ class _Step:
         self.reductions = {False: 0.0, True: 0.0}  # of them, those of shared weights, and those of experts
         for one in collectives(setup):
             seconds = one.seconds(device, gpus_per_node, rates.links)
+            if one.is_hidden:
+                seconds = max(seconds - self.meanwhile(one.phase), 0.0)
             self.collectives[one.phase] += seconds
             if one.phase == "reduction":
                 self.reductions[one.purpose == GRADIENTS_OF_EXPERTS] += seconds
@@ -188,6 +190,14 @@ class _Step:
         waits = work.waits + self.work(self.recomputed, "forward").waits
         device = added(self.device_parts(work), {"exchange": self.collectives["forward"]})
         return self.phase("forward", work.operators, device, waits, self.regions(self.blocks))
+
+    def meanwhile(self, phase: str) -> float:
+        """Seconds of what the device computes while rows are exchanged; with the forward pass counts what it
+        recomputes. A CPU exchanges them itself."""
+        if self.setup.on_cpu:
+            return 0.0
+        blocks = [*self.blocks, *self.recomputed] if phase == "forward" else self.blocks
+        return sum(self.device_parts(sum((block.meanwhile[phase] for block in blocks), Work())).values())
 
     @property
     def recomputed(self) -> list[Trace]:

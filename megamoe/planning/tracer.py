@@ -33,6 +33,16 @@ class Event:
     level: Counter[str]  # now
 
 
+class Exchange:
+    """A handle of an exchange between ranks; in `all`, until it is waited for."""
+
+    def __init__(self, all: set[Exchange]):
+        self._all = all
+
+    def wait(self) -> None:
+        self._all.remove(self)
+
+
 class Tracer(LiveBytes):
     """What is dispatched while it is entered, by phase; it gives the operators that read or need values their results.
 
@@ -46,6 +56,8 @@ class Tracer(LiveBytes):
         self.fill = fill
         self.phase = "forward"  # of what is counted
         self.work: dict[str, Work] = defaultdict(Work)
+        self.meanwhile: dict[str, Work] = defaultdict(Work)  # of `work`, during exchanges between ranks
+        self._exchanges: set[Exchange] = set()  # not waited for
         self.events: dict[str, list[Event]] = {}  # by pass
         self._pass: list[Event] = []
         self._is_paused = False
@@ -75,6 +87,12 @@ class Tracer(LiveBytes):
 
             parameter.register_post_accumulate_grad_hook(came)
 
+    def begin_exchange(self) -> Exchange:
+        """Ranks exchange rows until the result is waited for."""
+        exchange = Exchange(self._exchanges)
+        self._exchanges.add(exchange)
+        return exchange
+
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """What runs inside only stands for other parts of the model."""
@@ -91,12 +109,12 @@ class Tracer(LiveBytes):
         written: list[Tensor] = []
         with self.uncounted():
             yield written
-        work = self.work[self.phase]
-        work.operators += 1
-        if flops is None:
-            work.bytes += _bytes((read, written))
-        else:
-            work.attention += flops
+        for work in self._counts():
+            work.operators += 1
+            if flops is None:
+                work.bytes += _bytes((read, written))
+            else:
+                work.attention += flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")
@@ -105,11 +123,16 @@ class Tracer(LiveBytes):
             return self.fill
         out = super().__torch_dispatch__(_grouped if name == "_grouped_mm" else func, types, args, kwargs)
         if namespace == "aten" and name not in VIEWS and not self._is_paused:
-            self._count(name, args, kwargs, out)
+            for work in self._counts():
+                self._count(work, name, args, kwargs, out)
         return out
 
-    def _count(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        work = self.work[self.phase]
+    def _counts(self) -> list[Work]:
+        """Where what runs now is counted."""
+        counts = [self.work[self.phase]]
+        return [*counts, self.meanwhile[self.phase]] if self._exchanges else counts
+
+    def _count(self, work: Work, name: str, args: Any, kwargs: Any, out: Any) -> None:
         work.operators += 1
         gemm = _gemm(name, args, out)
         if gemm:

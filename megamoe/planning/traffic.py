@@ -37,6 +37,7 @@ class Collective:
     calls: int
     payload: int  # bytes on this rank, all calls together
     phase: PhaseName  # of the step; a "reduction" may hide behind backward
+    is_hidden: bool = False  # behind what a layer computes meanwhile, where that takes as long
 
     def nodes(self, gpus_per_node: int) -> tuple[int, int]:
         """(members of the group in one node, nodes of the group)."""
@@ -77,18 +78,25 @@ def collectives(setup: Setup) -> list[Collective]:
 
 def _of_rows(setup: Setup) -> list[Collective]:
     m, passes = setup.model, setup.accumulation
-    rows = setup.weight_bytes * setup.rows * m.hidden_size
+    rows = setup.weight_bytes * setup.sent_rows * m.hidden_size
+    slots = 8 * setup.rows  # a weight in fp32 and a code
 
-    def exchange(purpose: str, blocks: int, calls: int, size: int, phase: PhaseName = "forward") -> Collective:
-        calls *= blocks * passes
-        return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size, phase)
+    def exchange(
+        purpose: str, blocks: int, size: int, phase: PhaseName = "forward", is_hidden: bool = False
+    ) -> Collective:
+        calls = blocks * passes
+        return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size, phase, is_hidden)
 
     blocks = len(m.sparse_blocks)
     forward_blocks = blocks + sum(block < setup.recompute_blocks for block in m.sparse_blocks)
     return [
-        exchange("rows per expert", forward_blocks, 1, 8 * m.num_local_experts),
-        exchange("rows to experts and back, forward", forward_blocks, 2, rows),
-        exchange("rows to experts and back, backward", blocks, 2, rows, "backward"),
+        exchange("rows per expert", forward_blocks, 8 * (m.num_local_experts + setup.ep_size)),
+        exchange("weights of rows, forward", forward_blocks, slots),
+        exchange("rows to experts, forward", forward_blocks, rows, is_hidden=True),
+        exchange("rows from experts, forward", forward_blocks, rows),
+        exchange("rows from experts, backward", blocks, rows, "backward"),
+        exchange("rows to experts, backward", blocks, rows, "backward", is_hidden=True),
+        exchange("weights of rows, backward", blocks, slots, "backward"),
     ]
 
 

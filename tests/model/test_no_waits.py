@@ -27,7 +27,7 @@ def reads_of_a_pass(part, ep_size, recompute_blocks, with_documents):
         model = model_on_gpu(config, ep_size)
         model.recompute_blocks = recompute_blocks
         rows = 2 * LENGTH * config.num_experts_per_tok
-        reads = count_reads([[rows // ep_size] * ep_size] * 2)
+        reads = count_reads([[[rows // ep_size, rows // ep_size]] * ep_size] * 2)
         ids = torch.empty(2, LENGTH + config.num_nextn_predict_layers, dtype=torch.int64, device=DEVICE)
         documents = Documents.of([np.array([5]), np.array([9, 20])], [LENGTH, 30], LENGTH) if with_documents else None
         documents = documents and documents.map(lambda one: torch.empty(one.shape, dtype=one.dtype, device=DEVICE))

@@ -1,0 +1,161 @@
+"""Rows between the ranks that share experts: one row for each rank that a token goes to, while other work goes on.
+
+A token with several experts on one rank is sent there once. A slot, one of its choices, travels apart, as a weight and
+an expert; the rank that holds the experts weighs their results, adds them up and sends one row back.
+
+Shape legend: T tokens on this rank, D hidden_size, K choices, R slots (T * K), U rows sent or received, N ranks of the
+expert-parallel group, L experts of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megamoe.model.dispatch import Layout, lay_out
+from megamoe.utils.device_reads import begin_read
+
+
+class Sends(NamedTuple):
+    """What a rank sends, by rank, and to each rank in the order of the tokens. Of U the host knows nothing yet."""
+
+    slot: Tensor  # (R,), in the order in which they are sent
+    code: Tensor  # (R,): of each sent slot, the expert's number on its rank, and L more at the first of a row
+    token: Tensor  # (R,): the token of each row; U are used
+    place: Tensor  # (R,): the rows of each token, one token after the other; U are used
+    starts: Tensor  # (T,): where those of each token begin
+    rows: Tensor  # (N,): rows for each rank
+
+
+def lay_out_sends(expert_ids: Tensor, ep_size: int, experts_per_rank: int) -> Sends:
+    """Lay out the slots of tokens by rank; `expert_ids` is (T, K)."""
+    tokens, choices = expert_ids.shape
+    owner, slot = (expert_ids // experts_per_rank).flatten().sort(stable=True)
+    token = slot // choices
+    key = torch.add(token, owner, alpha=tokens)
+    is_first = torch.ones_like(key)
+    is_first[1:] = key[1:] != key[:-1]
+    row = is_first.cumsum(0) - 1
+    # Of each row the first slot, by token: less than 0.
+    by_token, order = torch.sub(token, is_first, alpha=tokens).sort(stable=True)
+    expert = expert_ids.flatten().index_select(0, slot) % experts_per_rank
+    return Sends(
+        slot,
+        torch.add(expert, is_first, alpha=experts_per_rank),
+        torch.zeros_like(row).scatter_(0, row, token),
+        row.index_select(0, order),
+        torch.searchsorted(by_token, torch.arange(-tokens, 0, device=row.device)),
+        row.new_zeros(ep_size).scatter_add_(0, owner, is_first),
+    )
+
+
+class Arrived(NamedTuple):
+    """Received slots and rows, laid out by expert."""
+
+    weights: Tensor  # (R,), R and U being those received
+    layout: Layout  # of the slots
+    row: Tensor  # (P,): the row at each place
+    starts: Tensor  # (U,): where the slots of each row begin
+
+
+def lay_out_received(slots: Tensor, counts: Tensor, rows: int, multiple: int) -> Arrived:
+    """Lay out received slots by expert.
+
+    Args:
+        slots: (R, 2), their weights and codes, as in `Sends`.
+        counts: (L,), slots of each expert.
+        rows: U.
+        multiple: as in `lay_out`.
+    """
+    weights, code = slots.unbind(1)
+    code = code.detach().long()
+    layout = lay_out(code % len(counts), counts, multiple)
+    row = (code >= len(counts)).cumsum(0) - 1
+    starts = torch.searchsorted(row, torch.arange(rows, device=row.device))
+    return Arrived(weights, layout, row.index_select(0, layout.row), starts)
+
+
+class AllToAll:
+    """One all-to-all of rows, and of their gradients the other way: begun where they are there, and waited for where
+    they are used. Collective, each."""
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None):
+        """
+        Args:
+            send: rows for each rank of the group; `receive` likewise.
+        """
+        self.send, self.receive, self.group = send, receive, group
+        self._begun: tuple[Any, Tensor] | None = None  # a handle, and what it fills
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """Send rows (sum of `send`, ...); what is returned, (sum of `receive`, ...), is for `finish` alone."""
+        return _Begin.apply(rows, self)
+
+    def finish(self, received: Tensor) -> Tensor:
+        """The rows that have come. Autograd runs what was made later first: the gradients travel during the backward
+        pass of what was computed since `begin`."""
+        return _Finish.apply(received, self)
+
+    def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        work = dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group, async_op=True)
+        self._begun = work, received
+        return received
+
+    def wait(self) -> Tensor:
+        assert self._begun is not None
+        (work, received), self._begun = self._begun, None
+        work.wait()
+        return received
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, way: AllToAll) -> Tensor:  # type: ignore[override]
+        ctx.way = way
+        return way.start(rows, way.send, way.receive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, sent: Tensor):  # type: ignore[override]
+        return ctx.way.wait(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, received: Tensor, way: AllToAll) -> Tensor:  # type: ignore[override]
+        ctx.way = way
+        return way.wait().view_as(received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        ctx.way.start(grad, ctx.way.receive, ctx.way.send)
+        return grad, None  # of the shape that autograd asks for; `_Begin` takes what has come
+
+
+class Incoming(NamedTuple):
+    """What the other ranks send."""
+
+    counts: Tensor  # (L,), slots for each expert of this rank
+    read: Callable[[], Any]  # waits; (2, N, L + 1) to and from each rank: slots for each expert, and rows
+    group: dist.ProcessGroup | None
+
+    def ways(self) -> tuple[AllToAll, AllToAll]:
+        """Those of slots and of rows. Waits for the counts."""
+        both = self.read()
+        slots, rows = ([[sum(one[of]) for one in way] for way in both] for of in (slice(-1), slice(-1, None)))
+        return AllToAll(slots[0], slots[1], self.group), AllToAll(rows[0], rows[1], self.group)
+
+
+def exchange_counts(counts: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Incoming:
+    """Tell the other ranks how many slots for each expert, (N * L,), and rows, (N,), they get. Collective."""
+    send = torch.cat((counts.view(len(rows), -1), rows.unsqueeze(1)), 1)
+    receive = torch.empty_like(send)
+    dist.all_to_all_single(receive, send, group=group)
+    return Incoming(receive[:, :-1].sum(0), begin_read(torch.stack((send, receive))), group)

@@ -1,0 +1,160 @@
+"""What ranks send each other: each token once to each rank, while the shared experts are computed."""
+
+import functools
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from operators import Operators
+from ranks import run_ranks
+
+from megamoe.config.model import load_preset
+from megamoe.model.all_to_all import AllToAll, lay_out_received, lay_out_sends
+from megamoe.model.decoder import Decoder
+from megamoe.model.topology import ExpertTopology
+
+CHOICES, EXPERTS = 3, 8
+CONFIG = load_preset("tiny").model_copy(
+    update={"num_hidden_layers": 1, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOICES}
+)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+@pytest.mark.parametrize(("ranks", "experts"), [(2, 4), (8, 1), (1, 8)])
+def test_slots_and_rows_are_laid_out_by_rank_and_token(tokens, ranks, experts):
+    torch.manual_seed(tokens)
+    ids = torch.rand(tokens, ranks * experts).topk(CHOICES).indices
+    sends = lay_out_sends(ids, ranks, experts)
+    slots = sorted(
+        (int(ids[token, choice]) // experts, token, choice) for token in range(tokens) for choice in range(CHOICES)
+    )
+    rows = sorted({(rank, token) for rank, token, _ in slots})
+    assert sends.slot.tolist() == [token * CHOICES + choice for _, token, choice in slots]
+    assert (sends.code % experts).tolist() == [int(ids[token, choice]) % experts for _, token, choice in slots]
+    before = [None, *(slot[:2] for slot in slots)]
+    assert (sends.code >= experts).tolist() == [slot[:2] != last for slot, last in zip(slots, before, strict=False)]
+    assert sends.token[: len(rows)].tolist() == [token for _, token in rows]
+    assert sends.rows.tolist() == [sum(rank == row[0] for row in rows) for rank in range(ranks)]
+    bounds = [*sends.starts.tolist(), len(rows)]
+    for token in range(tokens):
+        place = sends.place[bounds[token] : bounds[token + 1]].tolist()
+        assert sorted(place) == [index for index, row in enumerate(rows) if row[1] == token]
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_slots_that_come_by_rank_are_laid_out_by_expert(multiple):
+    experts = 3
+    for of_rows in ([[0], [2, 1], [0, 1, 2], [1]], [[2]] * 3, []):  # the slots of each row that comes
+        ids = [expert for row in of_rows for expert in row]
+        codes = [expert + experts * (number == 0) for row in of_rows for number, expert in enumerate(row)]
+        weights = torch.rand(len(ids))
+        counts = torch.tensor([ids.count(expert) for expert in range(experts)])
+        slots = torch.stack((weights, torch.tensor(codes, dtype=weights.dtype)), 1)
+        here = lay_out_received(slots, counts, len(of_rows), multiple)
+        assert torch.equal(here.weights, weights)
+        places = here.layout.place.tolist()
+        ends = here.layout.ends.tolist()
+        bounds = [0, *ends]
+        assert all(bounds[expert] <= place < ends[expert] for expert, place in zip(ids, places, strict=True))
+        row_of_slot = [number for number, row in enumerate(of_rows) for _ in row]
+        assert here.row[here.layout.place].tolist() == row_of_slot
+        assert here.starts.tolist() == [row_of_slot.index(number) for number in range(len(of_rows))]
+
+
+def decoder(ep_size, **changes):
+    model = Decoder(CONFIG.model_copy(update=changes), 0, ExpertTopology(EXPERTS, ep_size, ep_size, dist.get_rank()))
+    for layer in model.moe_layers():
+        layer.set_deepspeed_parallelism()
+    return model
+
+
+def sent_in_a_step(ep_size):
+    """Of this rank: (bytes that each all-to-all sends, pairs of a token and a rank that has experts of it)."""
+    model, sent = decoder(ep_size), []
+    chosen = mock.Mock(wraps=lay_out_sends)
+    plain = dist.all_to_all_single
+
+    def counted(received, given, *args, **options):
+        sent.append(given.nbytes)
+        return plain(received, given, *args, **options)
+
+    torch.manual_seed(dist.get_rank())
+    ids = torch.randint(CONFIG.vocab_size, (2, 16))
+    with mock.patch.object(dist, "all_to_all_single", counted), mock.patch("megamoe.model.moe.lay_out_sends", chosen):
+        model(ids, ids).backward()
+    owners = (chosen.call_args.args[0] // (EXPERTS // ep_size)).tolist()
+    return sent, sum(len(set(one)) for one in owners)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_token_is_sent_once_to_each_rank_and_a_slot_has_8_bytes(ranks):
+    slots = 2 * 16 * CHOICES
+    of_ranks = run_ranks(ranks, sent_in_a_step, ranks)
+    for sent, pairs in of_ranks:
+        assert pairs < slots
+        rows, of_slots = 4 * pairs * CONFIG.hidden_size, 8 * slots
+        counts, weights, there, *_ = sent
+        assert (counts, weights, there) == (8 * (EXPERTS + ranks), of_slots, rows)
+    # What comes back, and the gradients of what came back, are the others' rows and this rank's again.
+    forward, back, of_back, of_rows, of_weights = (sum(sent[call] for sent, _ in of_ranks) for call in range(2, 7))
+    assert forward == back == of_back == of_rows
+    assert of_weights == ranks * of_slots
+
+
+class Log(Operators):
+    """The order of GEMMs of the shared experts, of what begins and waits for rows, and of the experts' GEMMs."""
+
+    def __init__(self, shared_size):
+        super().__init__()
+        self.shared_size, self.events = shared_size, []
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True
+
+    def _add(self, name, args, kwargs, out):
+        if name == "mm" and self.shared_size in (*args[0].shape, *args[1].shape):
+            self.events.append("shared")
+        elif name == "_grouped_mm":
+            self.events.append("experts")
+
+    def of(self, method, name):
+        def logged(way, *args):
+            self.events.append(name)
+            return method(way, *args)
+
+        return logged
+
+
+def orders_of_events(compiled):
+    """Of passes without and with recomputed activations."""
+    torch._dynamo.reset()
+    model = decoder(2, n_shared_experts=1, gated_mlp=True)
+    if compiled:
+        with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+            model.compile_blocks()
+    ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    model(ids, ids).backward()  # compiles
+    return [order_of_events(model, ids, recompute) for recompute in (0, 1)]
+
+
+def order_of_events(model, ids, recompute):
+    model.recompute_blocks, log = recompute, Log(model.config.shared_size)
+    start, wait = log.of(AllToAll.start, "begin"), log.of(AllToAll.wait, "wait")
+    with mock.patch.multiple(AllToAll, start=start, wait=wait), log:
+        loss = model(ids, ids)
+        log.events.append("backward")
+        loss.backward()
+    return log.events
+
+
+FORWARD = ["begin", "begin", "wait", "shared", "shared", "shared", "wait", "experts", "experts", "begin", "wait"]
+BACKWARD = ["begin", "wait", *["experts"] * 4, "begin", *["shared"] * 6, "begin", "wait", "wait"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_shared_experts_are_computed_while_rows_travel_both_ways(compiled):
+    for plain, recomputed in run_ranks(2, orders_of_events, compiled):
+        assert plain == [*FORWARD, "backward", *BACKWARD]
+        assert recomputed == [*FORWARD, "backward", *FORWARD, *BACKWARD]
