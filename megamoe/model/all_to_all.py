@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megamoe.model.dispatch import Layout, lay_out
+from megamoe.model.topology import ExpertTopology
 from megamoe.utils.device_reads import begin_read
 
 
@@ -32,10 +33,11 @@ class Sends(NamedTuple):
     rows: Tensor  # (N,): rows for each rank
 
 
-def lay_out_sends(expert_ids: Tensor, ep_size: int, experts_per_rank: int) -> Sends:
+def lay_out_sends(expert_ids: Tensor, topology: ExpertTopology) -> Sends:
     """Lay out the slots of tokens by rank; `expert_ids` is (T, K)."""
     tokens, choices = expert_ids.shape
-    owner, slot = (expert_ids // experts_per_rank).flatten().sort(stable=True)
+    experts = topology.experts_per_rank
+    owner, slot = (expert_ids // experts).flatten().sort(stable=True)
     token = slot // choices
     key = torch.add(token, owner, alpha=tokens)
     is_first = torch.ones_like(key)
@@ -43,14 +45,14 @@ def lay_out_sends(expert_ids: Tensor, ep_size: int, experts_per_rank: int) -> Se
     row = is_first.cumsum(0) - 1
     # Of each row the first slot, by token: less than 0.
     by_token, order = torch.sub(token, is_first, alpha=tokens).sort(stable=True)
-    expert = expert_ids.flatten().index_select(0, slot) % experts_per_rank
+    expert = expert_ids.flatten().index_select(0, slot) % experts
     return Sends(
         slot,
-        torch.add(expert, is_first, alpha=experts_per_rank),
+        torch.add(expert, is_first, alpha=experts),
         torch.zeros_like(row).scatter_(0, row, token),
         row.index_select(0, order),
         torch.searchsorted(by_token, torch.arange(-tokens, 0, device=row.device)),
-        row.new_zeros(ep_size).scatter_add_(0, owner, is_first),
+        row.new_zeros(topology.ep_size).scatter_add_(0, owner, is_first),
     )
 
 
@@ -81,14 +83,10 @@ def lay_out_received(slots: Tensor, counts: Tensor, rows: int, multiple: int) ->
 
 
 class AllToAll:
-    """One all-to-all of rows, and of their gradients the other way: begun where they are there, and waited for where
-    they are used. Collective, each."""
+    """One all-to-all of as many rows to and from each rank, and of their gradients the other way: begun where they are
+    there, and waited for where they are used. Collective, each."""
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None):
-        """
-        Args:
-            send: rows for each rank of the group; `receive` likewise.
-        """
         self.send, self.receive, self.group = send, receive, group
         self._begun: tuple[Any, Tensor] | None = None  # a handle, and what it fills
 
@@ -139,23 +137,22 @@ class _Finish(torch.autograd.Function):
         return grad, None  # of the shape that autograd asks for; `_Begin` takes what has come
 
 
-class Incoming(NamedTuple):
-    """What the other ranks send."""
+def exchange_counts(
+    counts: Tensor, rows: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Callable[[], tuple[AllToAll, AllToAll]]]:
+    """Tell the other ranks how many slots for each expert, (N * L,), and rows, (N,), they get. Collective.
 
-    counts: Tensor  # (L,), slots for each expert of this rank
-    read: Callable[[], Any]  # waits; (2, N, L + 1) to and from each rank: slots for each expert, and rows
-    group: dist.ProcessGroup | None
-
-    def ways(self) -> tuple[AllToAll, AllToAll]:
-        """Those of slots and of rows. Waits for the counts."""
-        both = self.read()
-        slots, rows = ([[sum(one[of]) for one in way] for way in both] for of in (slice(-1), slice(-1, None)))
-        return AllToAll(slots[0], slots[1], self.group), AllToAll(rows[0], rows[1], self.group)
-
-
-def exchange_counts(counts: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Incoming:
-    """Tell the other ranks how many slots for each expert, (N * L,), and rows, (N,), they get. Collective."""
+    Returns the slots for each expert of this rank, (L,), and what waits for the counts and gives the all-to-alls of
+    slots and of rows.
+    """
     send = torch.cat((counts.view(len(rows), -1), rows.unsqueeze(1)), 1)
     receive = torch.empty_like(send)
     dist.all_to_all_single(receive, send, group=group)
-    return Incoming(receive[:, :-1].sum(0), begin_read(torch.stack((send, receive))), group)
+    read = begin_read(torch.stack((send, receive)))
+
+    def ways() -> tuple[AllToAll, AllToAll]:
+        both = read()
+        slots, rows = ([[sum(one[of]) for one in way] for way in both] for of in (slice(-1), slice(-1, None)))
+        return AllToAll(slots[0], slots[1], group), AllToAll(rows[0], rows[1], group)
+
+    return receive[:, :-1].sum(0), ways

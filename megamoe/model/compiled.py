@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megamoe.model.all_to_all import lay_out_sends
 from megamoe.model.dispatch import combine_rows
 from megamoe.model.document_attention import DocumentMask, Mask
 from megamoe.model.experts import StackedExperts
-from megamoe.model.moe import Experts, sum_of_entropies
+from megamoe.model.moe import sum_of_entropies
 from megamoe.model.rope import Rotary
-from megamoe.model.router import Routing
 from megamoe.model.router_losses import Padding
 
 
@@ -39,7 +39,6 @@ class CompiledBlock:
         torch._dynamo.config.recompile_limit = 64
         self.whole = compile_region(whole, 3)
         self.before_experts = compile_region(before_experts, 3, 4)
-        self.before_sending = compile_region(before_sending, 3, 4)
         self.with_shared = compile_region(with_shared)
         self.activate = compile_region(StackedExperts.activate, 1)
         self.after_experts = compile_region(after_experts, 1, 2, 3, 5)
@@ -60,27 +59,18 @@ class CompiledBlock:
                 return dispatch.experts(rows, ends)
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        if dispatch.topology.ep_size > 1:
-            return self.run_on_ranks(block, x, given, mask, used, experts)
-        x, weights, losses, balancing, placed = self.before_experts(block, x, given, mask, used)
+        x, hidden, weights, losses, balancing, layout = self.before_experts(block, x, given, mask, used)
         dispatch.count_for_balancing(*balancing)
-        results = experts(placed.rows, placed.ends)
-        return self.after_experts(x, results, weights, placed.token, placed.place, used), losses
-
-    def run_on_ranks(
-        self, block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, used: Tensor | None, experts: Experts
-    ) -> tuple[Tensor, Tensor | None]:
-        """As the call of a block whose experts are on several ranks. What sends rows and takes them is eager."""
-        dispatch = block.moe.deepspeed_moe
-        x, hidden, weights, losses, balancing, sends = self.before_sending(block, x, rotary, mask, used)
-        dispatch.count_for_balancing(*balancing)
+        if hidden is None:
+            results = experts(layout.rows, layout.ends)
+            return self.after_experts(x, results, weights, layout.token, layout.place, used), losses
         rows = hidden.flatten(0, 1) if used is None else hidden.flatten(0, 1).index_select(0, used)
 
         def alongside() -> Tensor:
             return x if block.shared_mlp is None else self.with_shared(block, x, hidden)
 
-        out, x = dispatch.run_on_ranks(rows, weights, balancing[0], sends, experts, alongside)
-        return add_used(x, out, used), losses
+        out, added = dispatch.run_on_ranks(rows, weights, balancing[0], layout, experts, alongside)
+        return add_used(added, out, used), losses
 
 
 def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:
@@ -109,11 +99,11 @@ def whole(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask) -> Tensor:
     return x + block.mlp(block.post_attention_layernorm(x))
 
 
-def route(
-    block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, used: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Routing, tuple[Any, ...]]:
-    """x (B, S, D) with attention added, normed, its rows that are used, their routing, and what `count_for_balancing`
-    takes."""
+def before_experts(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, used: Tensor | None) -> tuple[Any, ...]:
+    """x (B, S, D) with attention and the shared experts added, None, the router's weights and losses, what
+    `count_for_balancing` takes, and the rows by expert. Nothing else is written to memory.
+
+    Where other ranks have experts: x without the shared ones, the same normed, ..., and what is sent of it."""
     if rotary is not None:
         x = x + block.self_attn(block.input_layernorm(x), rotary, mask)
     hidden = block.post_attention_layernorm(x)
@@ -121,26 +111,15 @@ def route(
     if used is not None:
         torch._check(len(used) > 0)  # every row of a batch has tokens
         rows, padding = rows.index_select(0, used), Padding(used, len(rows))
-    routing = block.moe.router(rows, len(hidden), padding)
-    return x, hidden, rows, routing, (routing.counts, sum_of_entropies(routing.log_scores), routing.margins)
-
-
-def before_experts(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, used: Tensor | None) -> tuple[Any, ...]:
-    """x (B, S, D) with attention and the shared experts added, the router's weights and losses, what
-    `count_for_balancing` takes, and the rows by expert. Nothing else is written to memory."""
-    x, hidden, rows, routing, balancing = route(block, x, rotary, mask, used)
+    dispatch, routing = block.moe.deepspeed_moe, block.moe.router(rows, len(hidden), padding)
+    balancing = routing.counts, sum_of_entropies(routing.log_scores), routing.margins
+    if dispatch.topology.ep_size > 1:
+        sends = lay_out_sends(routing.expert_ids, dispatch.topology)
+        return x, hidden, routing.weights, routing.losses, balancing, sends
     # On CPU the host reads how many rows are filled in.
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
-        placed = block.moe.deepspeed_moe.place(rows, routing.expert_ids, routing.counts)
-    return block.with_shared(x, hidden), routing.weights, routing.losses, balancing, placed
-
-
-def before_sending(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, used: Tensor | None) -> tuple[Any, ...]:
-    """x (B, S, D) with attention added, and normed, the router's weights and losses, what `count_for_balancing` takes,
-    and the `Sends`."""
-    x, hidden, _, routing, balancing = route(block, x, rotary, mask, used)
-    sends = block.moe.deepspeed_moe.sends(routing.expert_ids)
-    return x, hidden, routing.weights, routing.losses, balancing, sends
+        placed = dispatch.place(rows, routing.expert_ids, routing.counts)
+    return block.with_shared(x, hidden), None, routing.weights, routing.losses, balancing, placed
 
 
 def with_shared(block: Any, x: Tensor, hidden: Tensor) -> Tensor:

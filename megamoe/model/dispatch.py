@@ -85,14 +85,33 @@ def _sums(rows: Tensor, place: Tensor, groups: int | Tensor, factors: Tensor | N
     return (rows if factors is None else rows * factors.view(-1, groups, 1)).sum(1)
 
 
-def combine_rows(results: Tensor, weights: Tensor | None, token: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:
+def sum_rows(rows: Tensor, row: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:
+    """rows (P, D) -> (rows, D), the sums of those at each row's places: `gather_rows` the other way."""
+    return _SumRows.apply(rows, row, place, groups)
+
+
+class _SumRows(torch.autograd.Function):
+    """Saves no tensor: a block that is recomputed need not come as far as this then."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, row: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:  # type: ignore[override]
+        ctx.row = row
+        return _sums(rows, place, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad.index_select(0, ctx.row), None, None, None
+
+
+def combine_rows(results: Tensor, weights: Tensor, token: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:
     """The weighted sum of each token's results, (T, D).
 
     Args:
         results: (P, D), of the experts.
-        weights: of the results, in the order of `place`; None stands for 1.
+        weights: of each token's results, as many as in `place`.
         token: (P,), the token at each place.
-        place: the places of each token's results, one token after the other; with weights, each once.
+        place: the places of each token's results, one token after the other.
         groups: as in `gather_rows`.
     """
     return _CombineRows.apply(results, weights, token, place, groups)
@@ -103,25 +122,19 @@ class _CombineRows(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, results: Tensor, weights: Tensor | None, token: Tensor, place: Tensor, groups: int | Tensor
+        ctx, results: Tensor, weights: Tensor, token: Tensor, place: Tensor, groups: int | Tensor
     ) -> Tensor:
-        if weights is None:
-            ctx.save_for_backward(token)
-            return _sums(results, place, groups)
         factors = weights.flatten().to(results.dtype)
-        ctx.save_for_backward(token, place, results, factors)
+        ctx.save_for_backward(results, factors, token, place)
         ctx.like = weights.shape, weights.dtype
         return _sums(results, place, groups, factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        token, *weighted = ctx.saved_tensors
-        grads = grad.index_select(0, token)
-        if not weighted:
-            return grads, None, None, None, None
-        place, results, factors = weighted
+        results, factors, token, place = ctx.saved_tensors
         shape, dtype = ctx.like
+        grads = grad.index_select(0, token)
         by_place = (grads * results).sum(-1, dtype=dtype)
         by_weight = by_place.index_select(0, place).view(shape)
         # 0 at fill, so that its rows add nothing to the experts' gradients.

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.model.all_to_all import AllToAll, Sends, exchange_counts, lay_out_received, lay_out_sends
-from megamoe.model.dispatch import combine_rows, gather_rows, lay_out, row_multiple
+from megamoe.model.dispatch import combine_rows, gather_rows, lay_out, row_multiple, sum_rows
 from megamoe.model.router import Router
 from megamoe.model.router_losses import Padding
 from megamoe.model.topology import ExpertTopology
@@ -80,7 +80,8 @@ class DroplessDispatch(nn.Module):
             results = self.experts(placed.rows, placed.ends)
             out = combine_rows(results, weights, placed.token, placed.place, weights.shape[1])
             return out, losses, counts, alongside()
-        out, other = self.run_on_ranks(x, weights, counts, self.sends(expert_ids), self.experts, alongside)
+        sends = lay_out_sends(expert_ids, self.topology)
+        out, other = self.run_on_ranks(x, weights, counts, sends, self.experts, alongside)
         return out, losses, counts, other
 
     def count_for_balancing(self, counts: Tensor, entropy: Tensor | None, margins: Tensor | None) -> None:
@@ -106,18 +107,8 @@ class DroplessDispatch(nn.Module):
         token = layout.row // choices
         return Placed(gather_rows(x, token, layout.place, choices), token, layout.place, layout.ends)
 
-    def sends(self, expert_ids: Tensor) -> Sends:
-        """What goes to the ranks that share the experts, of tokens with these experts, (T, K)."""
-        return lay_out_sends(expert_ids, self.topology.ep_size, self.topology.experts_per_rank)
-
     def run_on_ranks(
-        self,
-        x: Tensor,
-        weights: Tensor,
-        counts: Tensor,
-        sends: Sends,
-        experts: Experts,
-        alongside: Callable[[], Any],
+        self, x: Tensor, weights: Tensor, counts: Tensor, sends: Sends, experts: Experts, alongside: Callable[[], Any]
     ) -> tuple[Tensor, Any]:
         """(The experts' weighted sum (T, D), what `alongside` gives), by the ranks that share the experts. Collective.
 
@@ -127,23 +118,23 @@ class DroplessDispatch(nn.Module):
             alongside: is called while the rows of `x` are on their way, rather than those that come back: the host
                 has waited just before, so the device has nothing else to do until what follows is launched.
         """
-        incoming = exchange_counts(counts, sends.rows, self.ep_group)
+        counts, ways = exchange_counts(counts, sends.rows, self.ep_group)
         sent = weights.flatten().index_select(0, sends.slot)
         sent = torch.stack((sent, sends.code.to(sent.dtype)), 1)  # small numbers, exact in any precision
-        slots, rows = incoming.ways()  # the one wait of a layer
+        slots, rows = ways()  # the one wait of a layer
 
         back = AllToAll(rows.receive, rows.send, self.ep_group)
         coming_slots = slots.begin(sent)
         token, place = sends.token[: sum(rows.send)], sends.place[: sum(rows.send)]
         # One name for the rows on their way, so that none outlive their use.
         moved = rows.begin(gather_rows(x, token, place, sends.starts))
-        here = lay_out_received(slots.finish(coming_slots), incoming.counts, len(moved), row_multiple(x.device))
+        here = lay_out_received(slots.finish(coming_slots), counts, len(moved), row_multiple(x.device))
         other = alongside()
         moved = gather_rows(rows.finish(moved), here.row, here.layout.place, here.starts)
         moved = experts(moved, here.layout.ends)
         moved = combine_rows(moved, here.weights, here.row, here.layout.place, here.starts)
         moved = back.finish(back.begin(moved))
-        return combine_rows(moved, None, token, place, sends.starts), other
+        return sum_rows(moved, token, place, sends.starts), other
 
 
 def sum_of_entropies(log_scores: Tensor) -> Tensor:
@@ -184,10 +175,7 @@ class MoE(deepspeed.moe.layer.MoE):
         return self.deepspeed_moe.experts
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        used: Tensor | None = None,
-        alongside: Callable[[], Tensor | None] = lambda: None,
+        self, hidden_states: Tensor, used: Tensor | None = None, alongside: Callable[[], Tensor | None] = lambda: None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """DeepSpeed's contract: (..., D) -> (output (..., D), auxiliary losses, tokens per expert (E,)).
 

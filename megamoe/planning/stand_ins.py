@@ -54,7 +54,7 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
     def exchange(*_: Any, async_op: bool = False, **__: Any) -> Any:
         with tracer.as_one():
             pass
-        return tracer.begin_exchange() if async_op else None
+        return _Exchange(tracer) if async_op else None
 
     replaced: list[tuple[Any, str, Any]] = [
         (F, "scaled_dot_product_attention", attention),
@@ -76,6 +76,17 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
 
 def _even(count: int, parts: int) -> list[int]:
     return [count * (number + 1) // parts - count * number // parts for number in range(parts)]
+
+
+class _Exchange:
+    """Handle of an exchange between ranks that has begun."""
+
+    def __init__(self, tracer: Tracer):
+        self.tracer = tracer
+        tracer.exchanges += 1
+
+    def wait(self) -> None:
+        self.tracer.exchanges -= 1
 
 
 class _Attention(torch.autograd.Function):

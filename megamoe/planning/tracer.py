@@ -33,16 +33,6 @@ class Event:
     level: Counter[str]  # now
 
 
-class Exchange:
-    """A handle of an exchange between ranks; in `all`, until it is waited for."""
-
-    def __init__(self, all: set[Exchange]):
-        self._all = all
-
-    def wait(self) -> None:
-        self._all.remove(self)
-
-
 class Tracer(LiveBytes):
     """What is dispatched while it is entered, by phase; it gives the operators that read or need values their results.
 
@@ -57,7 +47,7 @@ class Tracer(LiveBytes):
         self.phase = "forward"  # of what is counted
         self.work: dict[str, Work] = defaultdict(Work)
         self.meanwhile: dict[str, Work] = defaultdict(Work)  # of `work`, during exchanges between ranks
-        self._exchanges: set[Exchange] = set()  # not waited for
+        self.exchanges = 0  # that have begun and are not waited for
         self.events: dict[str, list[Event]] = {}  # by pass
         self._pass: list[Event] = []
         self._is_paused = False
@@ -86,12 +76,6 @@ class Tracer(LiveBytes):
                 self.mark(name)
 
             parameter.register_post_accumulate_grad_hook(came)
-
-    def begin_exchange(self) -> Exchange:
-        """Ranks exchange rows until the result is waited for."""
-        exchange = Exchange(self._exchanges)
-        self._exchanges.add(exchange)
-        return exchange
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -130,7 +114,7 @@ class Tracer(LiveBytes):
     def _counts(self) -> list[Work]:
         """Where what runs now is counted."""
         counts = [self.work[self.phase]]
-        return [*counts, self.meanwhile[self.phase]] if self._exchanges else counts
+        return [*counts, self.meanwhile[self.phase]] if self.exchanges else counts
 
     def _count(self, work: Work, name: str, args: Any, kwargs: Any, out: Any) -> None:
         work.operators += 1

@@ -93,7 +93,7 @@ def _of_rows(setup: Setup) -> list[Collective]:
         exchange("rows per expert", forward_blocks, 8 * (m.num_local_experts + setup.ep_size)),
         exchange("weights of rows, forward", forward_blocks, slots),
         exchange("rows to experts, forward", forward_blocks, rows, is_hidden=True),
-        exchange("rows from experts, forward", forward_blocks, rows),
+        exchange("rows from experts, forward", blocks, rows),  # nobody's backward pass needs them
         exchange("rows from experts, backward", blocks, rows, "backward"),
         exchange("rows to experts, backward", blocks, rows, "backward", is_hidden=True),
         exchange("weights of rows, backward", blocks, slots, "backward"),
