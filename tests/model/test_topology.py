@@ -1,5 +1,9 @@
 """Which experts a rank holds."""
 
+from itertools import combinations, product
+from statistics import mean
+
+import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 
@@ -31,3 +35,10 @@ def test_the_groups_are_those_that_deepspeed_makes():
             assert len(alike) == here.replicas
             assert len(alike) == 1 or alike[1] - alike[0] == here.replica_stride
             assert [expert for other in together for expert in others[other].expert_ids] == list(range(8))
+
+
+def test_the_expected_ranks_of_a_token_are_the_mean_over_all_sets_of_experts():
+    for ep_size, choices in product((1, 2, 4, 8), (1, 2, 5)):
+        here = ExpertTopology(8, ep_size)
+        owners = [{expert // here.experts_per_rank for expert in chosen} for chosen in combinations(range(8), choices)]
+        assert here.expected_ranks(choices) == pytest.approx(mean(map(len, owners)))

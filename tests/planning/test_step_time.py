@@ -227,6 +227,19 @@ def test_zero_1_hides_the_reduction_of_experts_behind_one_micro_batch_only():
         )
 
 
+def test_rows_travel_behind_the_shared_experts_and_not_behind_the_others():
+    shared = replace(SETUP, model=SETUP.model.model_copy(update={"n_shared_experts": 1}))
+    for setup, is_hidden in ((shared, True), (SETUP, False), (replace(shared, on_cpu=True), False)):
+        for phase in ("forward", "backward"):
+            ways = [one for one in collectives(setup) if one.phase == phase]
+            rows = [one.seconds(SLOW, 8, 1.0) for one in ways if one.purpose == f"rows to experts, {phase}"]
+            exchange = [
+                phases(setup, SLOW, replace(IDEAL, gemms=gemms))[phase].device["exchange"] for gemms in (math.inf, 1e-9)
+            ]
+            assert exchange[0] == pytest.approx(sum(one.seconds(SLOW, 8, 1.0) for one in ways))
+            assert exchange[0] - exchange[1] == pytest.approx(is_hidden * sum(rows))
+
+
 def test_the_host_waits_once_for_rows_and_for_each_looped_gemm():
     rates = replace(IDEAL, wait=1.0)
     waits = [

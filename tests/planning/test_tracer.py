@@ -21,6 +21,20 @@ def test_operators_gemms_and_the_bytes_of_the_others_are_counted():
     assert work.bytes == 3 * gemm.nbytes + index.nbytes + picked.nbytes
 
 
+def test_work_until_an_exchange_is_waited_for_is_counted_by_itself_too():
+    rows, tracer = torch.empty(6, 8, device="meta"), Tracer(fill=0)
+    with tracer:
+        tracer.begin("forward", "tensors")
+        _ = rows + rows, rows @ rows.T
+        for _ in range(2):
+            tracer.exchanges += 1
+            _, tracer.exchanges = rows @ rows.T, tracer.exchanges - 1
+            _ = rows * rows
+    assert tracer.work["forward"].operators == 6
+    assert tracer.meanwhile["forward"].gemms == {Gemm(rows=6, columns=6, inside=8): 2}
+    assert tracer.meanwhile["forward"].operators == 2
+
+
 def test_grouped_gemms_are_those_of_each_group_both_ways():
     rows = torch.empty(64, 16, device="meta", requires_grad=True)
     weight = torch.empty(4, 32, 16, device="meta", requires_grad=True)
