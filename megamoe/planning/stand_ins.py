@@ -44,10 +44,11 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
         tracer.work[tracer.phase].waits += 1
         if values.dim() == 3:  # slots for each expert and rows, sent to each rank and received
             _, ranks, parts = values.shape
-            sent = setup.rows, setup.sent_rows
+            sent = [_even(count, ranks) for count in (setup.rows, setup.sent_rows)]
+            received = [_even(setup.at_fullest(count), ranks) for count in (setup.rows, setup.sent_rows)]
             return [
-                [[*_even(some, parts - 1), more] for some, more in zip(_even(slots, ranks), _even(rows, ranks), strict=True)]
-                for slots, rows in (sent, map(setup.at_fullest, sent))
+                [[*_even(slots, parts - 1), rows] for slots, rows in zip(*counts, strict=True)]
+                for counts in (sent, received)
             ]
         return list(accumulate(_even(setup.places, len(values))))  # where each expert's rows end
 
