@@ -236,7 +236,7 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
     with stop.interrupting():  # there is nothing to save, and a compiler may run for minutes
         train_step = build_train_step(
             checked.model, recipe, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks,
-            compiled=config.compile, ema_decay=config.ema_decay,
+            recompute=config.recompute, compiled=config.compile, ema_decay=config.ema_decay,
         )  # fmt: skip
     position.at("restoring")
     checkpoint = restore(train_step, start.candidates, start.initial_weights)

@@ -1,7 +1,7 @@
 """Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
 
 Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted. With
---best, micro-batch, accumulation, ep_size, recompute_blocks and ZeRO stage are those with most tokens/s.
+--best, micro-batch, accumulation, ep_size, recompute_blocks, recompute and ZeRO stage are those with most tokens/s.
 """
 
 from __future__ import annotations
@@ -105,17 +105,19 @@ def print_time(plan: Plan) -> None:
 
 def print_splits(plan: Plan) -> None:
     print(f"\nbest predicted of {len(plan.splits)} splits that leave {kept_free(plan.setup):.0%} of the memory free")
-    print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>11s}{'ZeRO':>5s}{'memory':>14s}"
+    print(f"  {'micro-batch':>11s}{'accumulation':>13s}{'ep_size':>8s}{'recomputed':>14s}{'ZeRO':>5s}{'memory':>14s}"
           f"{'tokens/s':>13s}{'MFU':>7s}  limited by")  # fmt: skip
     for one in plan.splits[:BEST]:
         setup, time = one.setup, one.time
-        print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{setup.recompute_blocks:11d}"
+        recomputed = f"{setup.recompute_blocks} {setup.recompute if setup.recompute_blocks else ''}".strip()
+        print(f"  {setup.micro_batch:11d}{setup.accumulation:13d}{setup.ep_size:8d}{recomputed:>14s}"
               f"{setup.zero_stage:5d} {size(one.memory)}{time.tokens_per_second:13,.0f}{time.mfu:7.1%}  "
               f"{LIMITS[time.limit]}")  # fmt: skip
     keys = ", ".join(f'"{key}": {value}' for key, value in split_keys(plan.setup).items())
     samples = plan.setup.micro_batch * plan.setup.accumulation * plan.setup.world_size
+    selective = " --recompute selective" * (plan.setup.recompute == "selective")
     print(f"  set{' --compile' * plan.setup.compiled} --ep_size {plan.setup.ep_size} --recompute_blocks "
-          f"{plan.setup.recompute_blocks}, and in {plan.run.ds_config}: {keys}")  # fmt: skip
+          f"{plan.setup.recompute_blocks}{selective}, and in {plan.run.ds_config}: {keys}")  # fmt: skip
     print(f'  a step then has {samples:,} samples; with "train_batch_size" in the JSON the search keeps that number')
 
 

@@ -15,6 +15,8 @@ from megamoe.config import cli
 from megamoe.config.model import validate
 from megamoe.utils.errors import UserError
 
+Recompute = Literal["whole", "selective"]  # what of a block backward recomputes, see `model/recompute.py`
+
 
 class Corpus(BaseModel):
     """One source of training tokens: a prepared folder, or the prefix of a .bin/.idx pair, with its weight in a mix."""
@@ -127,6 +129,11 @@ class RunConfig(BaseModel):
     )
     recompute_blocks: int = Field(
         default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
+    )
+    recompute: Recompute = Field(
+        default="whole",
+        description="what of these blocks is recomputed: whole, or selective, which keeps the results of attention, of "
+        "experts' GEMMs no wider than what they multiply, and of the all-to-all of rows",
     )
     compile: bool = Field(
         default=False,

@@ -38,6 +38,8 @@ def _recomputed_blocks(m: Any) -> Iterator[str]:
             f"recompute_blocks is {m.run.recompute_blocks}, but {m.run.preset} has {m.model.num_hidden_layers} blocks; "
             "give at most that many."
         )
+    if m.run.recompute == "selective" and not m.run.recompute_blocks:
+        yield "recompute is 'selective', but recompute_blocks is 0; give the number of blocks, or leave it out."
 
 
 def _guard(m: Any) -> Iterator[str]:

@@ -12,19 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megamoe.config.model import ModelConfig
+from megamoe.config.run import Recompute
 from megamoe.data.document_bounds import Documents
 from megamoe.data.source import NO_LABEL
 from megamoe.model.attention import LayerCache, attention_mask
 from megamoe.model.block import Block
 from megamoe.model.compiled import CompiledBlock
 from megamoe.model.document_attention import DocumentMask, Mask, takes_lengths
-from megamoe.model.loss import TokenScores, chunked_head_loss, chunked_token_scores
+from megamoe.model.loss import OfLogits, TokenScores, chunked_head_loss, chunked_token_scores, losses_of_logits
 from megamoe.model.moe import MoE
 from megamoe.model.multi_token import MultiTokenPredictor
 from megamoe.model.names import expert_id, is_norm, is_residual_projection, layer_id, plain_parts
+from megamoe.model.recompute import run_recomputed
 from megamoe.model.rope import Rotary, rope_frequencies, rotary_table
 from megamoe.model.router import Router
 from megamoe.model.topology import ExpertTopology
@@ -56,19 +57,21 @@ class Decoder(nn.Module):
         seed: int | None = 0,
         topology: ExpertTopology | None = None,
         recompute_blocks: int = 0,
+        recompute: Recompute = "whole",
     ):
         """
         Args:
             seed: of the initial weights, which do not depend on the topology; None draws none, for a model whose
                 weights are loaded.
             topology: of this rank; None holds all experts.
-            recompute_blocks: number of blocks, from the first on, of which only the input is kept for the backward
-                pass, which recomputes the rest.
+            recompute_blocks: number of blocks, from the first on, that backward recomputes.
+            recompute: what of them: all, or the operators whose results cost little, see `recompute.py`.
         """
         super().__init__()
         self.config = config
         self.topology = topology or ExpertTopology(config.num_local_experts)
         self.recompute_blocks = recompute_blocks
+        self.recompute: Recompute = recompute
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, self.topology, config.is_dense(block)) for block in range(config.num_hidden_layers)
@@ -79,6 +82,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MultiTokenPredictor(config, self.topology) if config.num_nextn_predict_layers else None
         self.loss_parts = loss_parts(config)
+        self.of_logits: OfLogits = losses_of_logits  # what training computes losses by, see `compile_blocks`
         self.register_buffer("step_losses", torch.zeros(len(self.loss_parts), 2), persistent=False)
         if seed is not None:
             self._init_weights(seed)
@@ -105,10 +109,12 @@ class Decoder(nn.Module):
                     weight.normal_(0, residual_std if is_residual_projection(part.name) else std, generator=generator)
 
     def compile_blocks(self) -> None:
-        """Let all blocks train as one `CompiledBlock`, which compiles when the first batch comes."""
+        """Let all blocks train as one `CompiledBlock`, and compile the losses; both when the first batch comes."""
         compiled = CompiledBlock()
         for block in self.blocks():
             block.compiled = compiled
+        # For each number of rows, of which a run has few: with an unknown one, C++ copies all logits once more.
+        self.of_logits = torch.compile(losses_of_logits, fullgraph=True, dynamic=False)
 
     def blocks(self) -> list[Block]:
         """All blocks, first block first; that of multi-token prediction comes last."""
@@ -220,7 +226,7 @@ class Decoder(nn.Module):
             mask = masks[self.config.window(layer)]
             inputs = (hidden, rotary, mask, used, cache[layer] if cache else None)
             recompute = layer < self.recompute_blocks and torch.is_grad_enabled()
-            hidden, of_router = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            hidden, of_router = run_recomputed(block, self.recompute, *inputs) if recompute else block(*inputs)
             losses += [of_router] if of_router is not None else []
         return Stream(hidden, losses, rotary, masks[self.config.window(-1)], used)
 
@@ -251,7 +257,9 @@ class Decoder(nn.Module):
         """
         config, (batch, length, _) = self.config, hidden.shape
         following, router_losses = labels[:, :length], stream.router_losses
-        of_head = chunked_head_loss(hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef)
+        of_head = chunked_head_loss(
+            hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef, self.of_logits
+        )
         total, share = of_head.total, _share(following)
         parts = {"cross_entropy": (of_head.cross_entropy, share), "output_z": (of_head.z_loss, share)}
         if self.mtp:
@@ -261,7 +269,8 @@ class Decoder(nn.Module):
             if documents:  # what a document begins with says nothing of the next token of the one before
                 begins_next = F.pad(documents.positions[:, 1:] == 0, (0, 1))
                 beyond = beyond.masked_fill(begins_next, NO_LABEL)
-            of_mtp = chunked_head_loss(further.flatten(0, 1), self.head, beyond.flatten()).total
+            rows = further.flatten(0, 1)
+            of_mtp = chunked_head_loss(rows, self.head, beyond.flatten(), of_logits=self.of_logits).total
             parts["mtp"] = of_mtp, _share(beyond)
             total = total + config.mtp_loss_coef * of_mtp
             router_losses = [*router_losses, *([of_router] if of_router is not None else [])]

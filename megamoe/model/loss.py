@@ -6,6 +6,7 @@ Shape legend: N tokens, D hidden_size, V vocab_size, C tokens of a chunk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +62,48 @@ def _scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
     return TokenScores(nats, ~counts | (logits.argmax(1) == labels))
 
 
-def chunked_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float = 0.0) -> HeadLoss:
+def losses_of_logits(
+    logits: Tensor, target: Tensor, counts: Tensor, z_loss_coef: float, factor: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cross-entropy and z-loss (None with 0), sums over the rows that count, and the gradient of their weighted sum by
+    the target's logit (C, 1). The gradient by the other logits takes the place of `logits`.
+
+    Args:
+        logits: (C, V).
+        target: (C, 1), an id for each row.
+        counts: (C, 1) bool.
+        factor: of the gradient; with 0 none is computed.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        # Each pass has an expression of its own: what two of them share would be written to memory in `wide`.
+        log_powers = F.log_softmax(logits, 1, dtype=wide)
+        chosen = logits.gather(1, target).to(wide)
+        log_total = chosen - log_powers.gather(1, target)
+        powers, total = log_powers.exp(), torch.ones_like(log_total)
+    else:  # in place
+        powers = logits.to(wide)
+        chosen, highest = powers.gather(1, target), powers.amax(1, keepdim=True)
+        total = powers.sub_(highest).exp_().sum(1, keepdim=True)
+        log_total = highest + total.log()
+    cross_entropy = torch.where(counts, log_total - chosen, 0).sum()
+    z_loss = torch.where(counts, log_total.square(), 0).sum() if z_loss_coef else None
+    if not factor:
+        return cross_entropy, z_loss, None
+    of_target = of_row = counts * factor
+    if z_loss_coef:  # a logit's probability is also the derivative of log_total
+        of_row = of_target * (1 + 2 * z_loss_coef * log_total)
+    at_target = (chosen - log_total).exp() * of_row - of_target
+    logits.copy_(powers.mul_(of_row / total))
+    return cross_entropy, z_loss, at_target.to(logits.dtype)
+
+
+OfLogits = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor | None, Tensor | None]]
+
+
+def chunked_head_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float = 0.0, of_logits: OfLogits = losses_of_logits
+) -> HeadLoss:
     """The losses of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
 
     The cross-entropy is in nats; the z-loss the squared logarithm of the sum of the logits' exponentials (PaLM,
@@ -72,19 +114,26 @@ def chunked_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coe
         weight: (V, D), of the head.
         labels: (N,); NO_LABEL where none counts.
         z_loss_coef: of the z-loss in the total; with 0 none is computed, and it is 0.
+        of_logits: `losses_of_logits`, compiled or not.
 
     The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
     quarter of the head's FLOPs is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.) Both
     losses have one gradient, made in the same pass, which is why the coefficient has to be known here.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, needs_grad))
+    return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, needs_grad, of_logits))
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, needs_grad: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        z_loss_coef: float,
+        needs_grad: bool,
+        of_logits: OfLogits,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # The gradients of the sum: those of the mean could be lost to fp16 before its loss scale comes in backward.
@@ -95,7 +144,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
-            of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_loss_coef, grads)
+            of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_loss_coef, grads, of_logits)
             cross_entropy += of_chunk[0]
             if of_chunk[1] is not None:
                 z_loss += of_chunk[1]
@@ -113,7 +162,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         scale = grad / (count * _lift(grad_hidden.dtype))
         # In fp32, for a GPU would round the scale to the gradient's 16 bits.
         by_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
-        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None, None
+        return by_hidden, (grad_weight * scale).to(ctx.weight_dtype), None, None, None, None
 
 
 def _lift(dtype: torch.dtype) -> float:
@@ -126,30 +175,26 @@ def _lift(dtype: torch.dtype) -> float:
 
 
 def _sums_of_losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, grads: tuple[Tensor, Tensor] | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss_coef: float,
+    grads: tuple[Tensor, Tensor] | None,
+    of_logits: OfLogits,
 ) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy and z-loss (None with 0) of one chunk; the gradient of their weighted sum by `hidden` is written to
     the first of `grads`, that by `weight` added to the second, both times `_lift`.
 
-    A separate function, so that a chunk's logits are freed before the next chunk's are made; all is in place.
+    A separate function, so that a chunk's logits are freed before the next chunk's are made.
     """
     counts = (labels != NO_LABEL).unsqueeze(1)
     target = torch.where(counts, labels.unsqueeze(1), 0)
     logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen, highest = logits.gather(1, target), logits.amax(1, keepdim=True)
-    powers = logits.sub_(highest).exp_()
-    total = powers.sum(1, keepdim=True)
-    log_total = highest + total.log()
-    cross_entropy = torch.where(counts, log_total - chosen, 0).sum()
-    z_loss = torch.where(counts, log_total.square(), 0).sum() if z_loss_coef else None
+    factor = _lift(hidden.dtype) if grads else 0.0
+    cross_entropy, z_loss, at_target = of_logits(logits, target, counts, z_loss_coef, factor)
     if grads:
-        factor = counts * _lift(hidden.dtype)
-        # A logit's probability is also the derivative of log_total: by it, the z-loss is a further share.
-        share = factor * (1 + 2 * z_loss_coef * log_total) if z_loss_coef else factor
-        powers.mul_(share / total).scatter_add_(1, target, -factor.to(powers.dtype))
-        logits = powers.to(hidden.dtype)
-        del powers
+        assert at_target is not None
+        logits.scatter_(1, target, at_target)  # not in a compiled region, which would copy all logits for it
         torch.mm(logits, weight, out=grads[0])
         grads[1].add_(logits.T @ hidden)
     return cross_entropy, z_loss

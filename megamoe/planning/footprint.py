@@ -44,11 +44,11 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
-        _forward(setup, trace, ledger)
+        _forward(trace, ledger)
         forward = max(forward, ledger.peak, key=Counter.total)
         ledger.restart()
         reduction.start(first=micro == 0, boundary=micro == setup.accumulation - 1)
-        _backward(setup, trace, ledger, reduction)
+        _backward(trace, ledger, reduction)
         reduction.finish()
         backward = max(backward, ledger.peak, key=Counter.total)
     ledger.restart()
@@ -83,40 +83,23 @@ def _kept(setup: Setup, groups: list[Group], rank: int, trace: ModelTrace) -> tu
     return device, +host
 
 
-def _forward(setup: Setup, trace: ModelTrace, ledger: Ledger) -> None:
-    blocks = enumerate(trace.blocks.values())
+def _forward(trace: ModelTrace, ledger: Ledger) -> None:
+    blocks = iter(trace.blocks.values())
 
     def block() -> None:
-        number, traced = next(blocks)
-        kept = _block_forward(traced, ledger)
-        if number < setup.recompute_blocks:
-            ledger.free(ACTIVATIONS, kept - _stream_bytes(setup))
+        (passed,) = next(blocks).events["forward"]
+        kept = passed.level.total()
+        ledger.allocate(ACTIVATIONS, kept)
+        ledger.transient(TEMPORARIES, passed.peak.total() - kept)
 
     _replay(trace.around.events["forward"], ledger, Counter(), lambda _: block())
 
 
-def _stream_bytes(setup: Setup) -> int:
-    """Of a block's input, which stays where the block is recomputed."""
-    return setup.weight_bytes * setup.tokens * setup.model.hidden_size
-
-
-def _block_forward(block: Trace, ledger: Ledger) -> int:
-    """Bytes that a block keeps for backward; more come and go."""
-    (passed,) = block.events["forward"]
-    kept = passed.level.total()
-    ledger.allocate(ACTIVATIONS, kept)
-    ledger.transient(TEMPORARIES, passed.peak.total() - kept)
-    return kept
-
-
-def _backward(setup: Setup, trace: ModelTrace, ledger: Ledger, reduction: Reduction | ReduceOnce) -> None:
-    blocks = reversed(list(enumerate(trace.blocks.items())))
+def _backward(trace: ModelTrace, ledger: Ledger, reduction: Reduction | ReduceOnce) -> None:
+    blocks = reversed(trace.blocks.items())
 
     def block() -> None:
-        number, (prefix, traced) = next(blocks)
-        if number < setup.recompute_blocks:
-            ledger.free(ACTIVATIONS, _stream_bytes(setup))
-            _block_forward(traced, ledger)
+        prefix, traced = next(blocks)
         _part_backward(traced, ledger, lambda name: reduction.ready(f"{prefix}.{name}"))
 
     _part_backward(trace.around, ledger, reduction.ready, block)

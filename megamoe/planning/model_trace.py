@@ -20,14 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from megamoe.config.model import ModelConfig
+from megamoe.config.run import Recompute
 from megamoe.data.document_bounds import Documents
 from megamoe.model import decoder, multi_token
 from megamoe.model.block import Block, build_router_losses
 from megamoe.model.document_attention import Mask
+from megamoe.model.recompute import run_recomputed
 from megamoe.model.rope import Rotary
 from megamoe.model.topology import ExpertTopology
 from megamoe.planning.sharding import Setup
-from megamoe.planning.stand_ins import stand_ins
+from megamoe.planning.stand_ins import compiled_losses, stand_ins
 from megamoe.planning.tracer import Event, Tracer
 from megamoe.planning.work import Work
 
@@ -57,13 +59,19 @@ class ModelTrace:
 
 def model_trace(setup: Setup) -> ModelTrace:
     """The trace of a setup's model on one rank, whose experts get equally many rows."""
-    # A search varies these three, on which the trace does not depend.
+    # A search varies these five, on which the trace of a block depends only by whether it is recomputed, and how.
     imbalance = setup.imbalance if setup.ep_size > 1 else 1.0
-    return _traced(replace(setup, world_size=setup.ep_size, accumulation=1, recompute_blocks=0, imbalance=imbalance))
+    alike = replace(setup, world_size=setup.ep_size, accumulation=1, imbalance=imbalance)
+    alike = replace(alike, recompute_blocks=0, recompute="whole")
+    trace = _traced(alike, None)
+    if not setup.recompute_blocks:
+        return trace
+    recomputed = list(_traced(alike, setup.recompute).blocks.items())[: setup.recompute_blocks]
+    return replace(trace, blocks=trace.blocks | dict(recomputed))
 
 
 @lru_cache
-def _traced(setup: Setup) -> ModelTrace:
+def _traced(setup: Setup, recompute: Recompute | None) -> ModelTrace:
     model, topology = setup.model, setup.topology()
     with ExitStack() as stack:
         if setup.on_cpu:
@@ -73,6 +81,8 @@ def _traced(setup: Setup) -> ModelTrace:
         gap = partial(_Gap, tracer)
         with mock.patch.object(decoder, "Block", gap), mock.patch.object(multi_token, "Block", gap):
             whole = decoder.Decoder(model, seed=None, topology=topology)
+        if setup.compiled:
+            whole.of_logits = compiled_losses(setup, tracer)
         gaps = {name: module for name, module in whole.named_modules() if isinstance(module, _Gap)}
         lengths = setup.seq_len, setup.seq_len + model.num_nextn_predict_layers
         given = [torch.empty(setup.micro_batch, length, dtype=torch.int64) for length in lengths]
@@ -81,7 +91,7 @@ def _traced(setup: Setup) -> ModelTrace:
         of_kind: dict[Any, Trace] = {}
         for one in gaps.values():
             if one.kind not in of_kind:
-                of_kind[one.kind] = _block(setup, Block(model, topology, one.is_dense), *one.given)
+                of_kind[one.kind] = _block(setup, recompute, Block(model, topology, one.is_dense), *one.given)
     return ModelTrace(around, {name: of_kind[one.kind] for name, one in gaps.items()})
 
 
@@ -93,12 +103,15 @@ def _documents(setup: Setup) -> Documents | None:
     return documents and documents.map(lambda one: torch.empty(one.shape, dtype=one.dtype))
 
 
-def _block(setup: Setup, block: Block, shape: torch.Size, rotary: Rotary, mask: Mask) -> Trace:
+def _block(
+    setup: Setup, recompute: Recompute | None, block: Block, shape: torch.Size, rotary: Rotary, mask: Mask
+) -> Trace:
     anchor, tracer = torch.zeros((), requires_grad=True), Tracer(setup.places - setup.received)
 
     def forward() -> Tensor:
         x = _Begin.apply(anchor, shape, DTYPES[setup.weight_bytes], tracer)
-        return _End.apply(*block(x, rotary, mask, None, None), tracer)
+        run = partial(run_recomputed, block, recompute) if recompute else block
+        return _End.apply(*run(x, rotary, mask, None, None), tracer)
 
     given = [one for one in tree_iter((anchor, rotary, mask)) if isinstance(one, Tensor)]
     return _run(setup, block, tracer, forward, given, (ACTIVATIONS, TEMPORARIES))

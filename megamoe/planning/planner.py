@@ -38,6 +38,7 @@ RUN_OPTIONS = (
     "ep_size",
     "seq_len",
     "recompute_blocks",
+    "recompute",
     "compile",
     "ema_decay",
     "data_schedule",
@@ -85,8 +86,8 @@ class PlanOptions(BaseModel):
     )
     best: bool = Field(
         default=False,
-        description="search for the micro-batch, accumulation, ep_size, recompute_blocks and ZeRO stage with most "
-        "tokens/s",
+        description="search for the micro-batch, accumulation, ep_size, recompute_blocks, recompute and ZeRO stage "
+        "with most tokens/s",
     )
 
 
@@ -159,6 +160,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
         chosen = {
             "ep_size": run.ep_size > 1,
             "recompute_blocks": run.recompute_blocks,
+            "recompute": run.recompute != "whole",
             "micro_batch": options.micro_batch,
             "accumulation": options.accumulation,
         }
@@ -171,7 +173,7 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     kernel = choose_kernel(device.capability, recipe.torch_dtype, has_triton=True)
     setup = read_setup(
         model, recipe, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile,
-        run.ema_decay is not None,
+        run.ema_decay is not None, run.recompute,
     )  # fmt: skip
     setup = replace(setup, document_tokens=options.document_tokens, imbalance=options.imbalance)
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)

@@ -130,7 +130,7 @@ def time_as_json(time: StepTime) -> dict[str, Any]:
 def split_as_json(split: Split) -> dict[str, Any]:
     """A split as options and keys of the DeepSpeed JSON, with what is predicted of it."""
     return {
-        "options": {"ep_size": split.setup.ep_size, "recompute_blocks": split.setup.recompute_blocks},
+        "options": {name: getattr(split.setup, name) for name in ("ep_size", "recompute_blocks", "recompute")},
         "ds_config": split_keys(split.setup),
         "predicted": {
             "memory": split.memory,

@@ -1,4 +1,5 @@
-"""The split of a step that is predicted best: micro-batch, accumulation, `ep_size`, `recompute_blocks`, ZeRO stage."""
+"""The split of a step that is predicted best: micro-batch, accumulation, `ep_size`, `recompute_blocks`, `recompute`,
+ZeRO stage."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import get_args
 
+from megamoe.config.run import Recompute
 from megamoe.model.topology import ExpertTopology
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import Rates
@@ -48,11 +51,15 @@ def best_splits(
                 continue  # more memory for nothing that is saved
             split = replace(setup, ep_size=ep_size, micro_batch=micro_batch, accumulation=accumulation)
             split = replace(split, zero_stage=stage)
-            blocks = _fewest_recomputed(split, device)
-            if blocks is None:
+            fitting = [
+                replace(split, recompute=how, recompute_blocks=blocks)
+                for how in get_args(Recompute)
+                if (blocks := _fewest_recomputed(replace(split, recompute=how), device)) is not None
+            ]
+            if not fitting:
                 break  # nor do more samples fit
-            split = replace(split, recompute_blocks=blocks)
-            found.append(Split(split, _memory(split), step_time(split, device, gpus_per_node, rates)))
+            for one in fitting if fitting[0].recompute_blocks else fitting[:1]:
+                found.append(Split(one, _memory(one), step_time(one, device, gpus_per_node, rates)))
     return sorted(found, key=lambda split: split.time.tokens_per_second, reverse=True)
 
 

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import AVERAGE
 from megamoe.config.recipe import DTYPES, Recipe
+from megamoe.config.run import Recompute
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.grouped_gemm import Kernel
@@ -47,6 +48,7 @@ class Setup:
     check_overflow: bool  # an offloaded optimizer asks all ranks for overflows before each step
     on_cpu: bool
     recompute_blocks: int = 0  # blocks of which backward recomputes the activations
+    recompute: Recompute = "whole"  # what of them
     kernel: Kernel = "grouped_mm"  # of the experts' GEMMs
     compiled: bool = False  # regions of a block as one kernel each
     average_bytes: int = 0  # of the average of a weight
@@ -147,6 +149,7 @@ def read_setup(
     kernel: Kernel = "grouped_mm",
     compiled: bool = False,
     averages: bool = False,
+    recompute: Recompute = "whole",
 ) -> Setup:
     """The setup of a run; the arguments must have passed the checks of a run."""
     zero, optimizer = recipe.zero, recipe.optimizer
@@ -170,6 +173,7 @@ def read_setup(
         check_overflow=recipe.checks_overflow,
         on_cpu=on_cpu,
         recompute_blocks=recompute_blocks,
+        recompute=recompute,
         kernel=kernel,
         compiled=compiled,
         average_bytes=AVERAGE.dtype.itemsize if averages else 0,

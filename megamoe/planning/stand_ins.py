@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from megamoe.model import document_attention, grouped_gemm
 from megamoe.model.document_attention import DocumentMask
+from megamoe.model.loss import OfLogits
 from megamoe.planning.sharding import Setup
 from megamoe.planning.tracer import Tracer
 
@@ -52,9 +53,9 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
             ]
         return list(accumulate(_even(setup.places, len(values))))  # where each expert's rows end
 
-    def exchange(*_: Any, async_op: bool = False, **__: Any) -> Any:
+    def exchange(received: Tensor, *_: Any, async_op: bool = False, **__: Any) -> Any:
         with tracer.as_one():
-            pass
+            received.new_empty(0)
         return _Exchange(tracer) if async_op else None
 
     replaced: list[tuple[Any, str, Any]] = [
@@ -75,19 +76,36 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
         yield
 
 
+def compiled_losses(setup: Setup, tracer: Tracer) -> OfLogits:
+    """Stands for `losses_of_logits`, compiled: kernels that read the logits for the sums, and write the gradient in
+    their place; in Triton the largest logit and the sum are one pass."""
+
+    def of_logits(
+        logits: Tensor, _: Tensor, counts: Tensor, z_loss_coef: float, factor: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        with tracer.as_one(logits, *[logits] * setup.on_cpu):
+            cross_entropy = logits.new_zeros((), dtype=torch.float32)
+        with tracer.as_one(logits) as written:
+            at_target = torch.empty_like(counts, dtype=logits.dtype)
+            written.append(logits)
+        return cross_entropy, torch.zeros_like(cross_entropy) if z_loss_coef else None, at_target
+
+    return of_logits
+
+
 def _even(count: int, parts: int) -> list[int]:
     return [count * (number + 1) // parts - count * number // parts for number in range(parts)]
 
 
 class _Exchange:
-    """Handle of an exchange between ranks that has begun."""
+    """Handle of an exchange between ranks that has begun; of one whose rows were kept, there is nothing to wait for."""
 
     def __init__(self, tracer: Tracer):
-        self.tracer = tracer
-        tracer.exchanges += 1
+        self.tracer, self.count = tracer, int(tracer.ran)
+        tracer.exchanges += self.count
 
     def wait(self) -> None:
-        self.tracer.exchanges -= 1
+        self.tracer.exchanges -= self.count
 
 
 class _Attention(torch.autograd.Function):

@@ -6,11 +6,13 @@ A CPU is its own host, so there both add up.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megamoe.model.costs import train_flops_per_token
+from megamoe.model.loss import loss_chunk
 from megamoe.planning.model_trace import Trace, model_trace
 from megamoe.planning.overlap import buckets, seconds_not_hidden
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, gemm_seconds
@@ -165,13 +167,14 @@ class _Step:
         self.blocks = list(self.trace.blocks.values())
         self.collectives = dict.fromkeys(get_args(PhaseName), 0.0)  # seconds
         self.reductions = {False: 0.0, True: 0.0}  # of them, those of shared weights, and those of experts
+        hidden = dict.fromkeys(self.collectives, 0.0)
         for one in collectives(setup):
             seconds = one.seconds(device, gpus_per_node, rates.links)
-            if one.is_hidden:
-                seconds = max(seconds - self.meanwhile(one.phase), 0.0)
-            self.collectives[one.phase] += seconds
+            (hidden if one.is_hidden else self.collectives)[one.phase] += seconds
             if one.phase == "reduction":
                 self.reductions[one.purpose == GRADIENTS_OF_EXPERTS] += seconds
+        for phase, seconds in hidden.items():
+            self.collectives[phase] += max(seconds - self.meanwhile(phase), 0.0)
 
     def time(self) -> StepTime:
         setup = self.setup
@@ -187,21 +190,14 @@ class _Step:
     def forward(self) -> Phase:
         work = self.trace.around.work["forward"] + self.work(self.blocks, "forward")
         # The recomputed blocks' exchange is counted here too.
-        waits = work.waits + self.work(self.recomputed, "forward").waits
         device = added(self.device_parts(work), {"exchange": self.collectives["forward"]})
-        return self.phase("forward", work.operators, device, waits, self.regions(self.blocks))
+        return self.phase("forward", work.operators, device, work.waits, self.regions(self.blocks))
 
     def meanwhile(self, phase: str) -> float:
-        """Seconds of what the device computes while rows are exchanged; with the forward pass counts what it
-        recomputes. A CPU exchanges them itself."""
+        """Seconds of what the device computes while rows are exchanged. A CPU exchanges them itself."""
         if self.setup.on_cpu:
             return 0.0
-        blocks = [*self.blocks, *self.recomputed] if phase == "forward" else self.blocks
-        return sum(self.device_parts(sum((block.meanwhile[phase] for block in blocks), Work())).values())
-
-    @property
-    def recomputed(self) -> list[Trace]:
-        return self.blocks[: self.setup.recompute_blocks]
+        return sum(self.device_parts(sum((block.meanwhile[phase] for block in self.blocks), Work())).values())
 
     def work(self, blocks: list[Trace], phase: str) -> Work:
         """Of these blocks."""
@@ -219,13 +215,15 @@ class _Step:
 
     def loss(self) -> Phase:
         """What follows the blocks: head and loss, with their gradients; of multi-token prediction all but its block."""
-        work = self.trace.around.work["head"]
-        return self.phase("head and loss", work.operators, self.device_parts(work))
+        setup, work = self.setup, self.trace.around.work["head"]
+        chunk = loss_chunk(setup.tokens, setup.model.vocab_size, setup.on_cpu)
+        heads = 1 + setup.model.num_nextn_predict_layers
+        calls = setup.compiled * heads * math.ceil(setup.tokens / chunk)
+        return self.phase("head and loss", work.operators, self.device_parts(work), calls=calls)
 
     def backward(self) -> Phase:
         setup = self.setup
         work = self.trace.around.work["backward"] + self.work(self.blocks, "backward")
-        work += self.work(self.recomputed, "forward")
         gathered = setup.accumulation if setup.zero_stage == 2 or setup.reduces_once else 1  # times
         copied = launches = 0.0
         for group in self.groups:
@@ -234,8 +232,8 @@ class _Step:
             of_gradient = gradient_operators(setup, reduced) * self.rates.operator + self.rates.parameter
             launches += gathered * len(group.sizes) * of_gradient
         device = added(self.device_parts(work), {"copies": copied, "exchange": self.collectives["backward"]})
-        calls = self.regions([*self.blocks, *self.recomputed])
-        phase = self.phase("backward", work.operators + ENGINE_OPERATORS, device, calls=calls)
+        calls = self.regions([*self.blocks, *self.blocks[: setup.recompute_blocks]])
+        phase = self.phase("backward", work.operators + ENGINE_OPERATORS, device, work.waits, calls)
         return replace(phase, launches=phase.launches + launches)
 
     def reduction(self, backward: float) -> Phase:

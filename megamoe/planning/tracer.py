@@ -50,6 +50,7 @@ class Tracer(LiveBytes):
         self.exchanges = 0  # that have begun and are not waited for
         self.events: dict[str, list[Event]] = {}  # by pass
         self._pass: list[Event] = []
+        self.ran = True  # whether anything did in the last `as_one`
         self._is_paused = False
 
     def begin(self, name: str, kind: str) -> None:
@@ -89,10 +90,13 @@ class Tracer(LiveBytes):
     @contextmanager
     def as_one(self, *read: Tensor, flops: float | None = None) -> Iterator[list[Tensor]]:
         """Count what runs inside as one operator, which reads `read` and writes what is put into the list; of
-        attention, where it has `flops`."""
+        attention, where it has `flops`. Where all that it makes was kept from the forward pass, it does not run."""
         written: list[Tensor] = []
+        self.ran = False
         with self.uncounted():
             yield written
+        if not self.ran:
+            return
         for work in self._counts():
             work.operators += 1
             if flops is None:
@@ -106,9 +110,11 @@ class Tracer(LiveBytes):
             self.work[self.phase].operators += 1
             return self.fill
         out = super().__torch_dispatch__(_grouped if name == "_grouped_mm" else func, types, args, kwargs)
-        if namespace == "aten" and name not in VIEWS and not self._is_paused:
-            for work in self._counts():
-                self._count(work, name, args, kwargs, out)
+        if namespace == "aten" and name not in VIEWS:
+            self.ran = True
+            if not self._is_paused:
+                for work in self._counts():
+                    self._count(work, name, args, kwargs, out)
         return out
 
     def _counts(self) -> list[Work]:
@@ -123,6 +129,8 @@ class Tracer(LiveBytes):
             work.gemms[gemm] += 1
         elif name in PICKING:
             work.bytes += _bytes((args[1:], out if out is not args[0] else None))
+        elif name == "copy_":  # which does not read its first tensor
+            work.bytes += _bytes(args[:2])
         elif "empty" not in name:  # which writes nothing
             work.bytes += _bytes((args, kwargs, out))
 

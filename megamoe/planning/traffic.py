@@ -88,16 +88,19 @@ def _of_rows(setup: Setup) -> list[Collective]:
         return Collective(purpose, "all_to_all", setup.ep_size, 1, calls, calls * size, phase, is_hidden)
 
     blocks = len(m.sparse_blocks)
-    forward_blocks = blocks + sum(block < setup.recompute_blocks for block in m.sparse_blocks)
-    return [
-        exchange("rows per expert", forward_blocks, 8 * (m.num_local_experts + setup.ep_size)),
-        exchange("weights of rows, forward", forward_blocks, slots),
-        exchange("rows to experts, forward", forward_blocks, rows, is_hidden=True),
+    again = sum(block < setup.recompute_blocks for block in m.sparse_blocks)
+    of_rows = blocks + again * (setup.recompute == "whole")  # or the rows are kept
+    found = [
+        exchange("rows per expert", blocks + again, 8 * (m.num_local_experts + setup.ep_size)),
+        exchange("weights of rows, forward", of_rows, slots),
+        exchange("rows to experts, forward", blocks, rows, is_hidden=True),
         exchange("rows from experts, forward", blocks, rows),  # nobody's backward pass needs them
+        exchange("rows to experts, recomputed", of_rows - blocks, rows, "backward", is_hidden=True),
         exchange("rows from experts, backward", blocks, rows, "backward"),
         exchange("rows to experts, backward", blocks, rows, "backward", is_hidden=True),
         exchange("weights of rows, backward", blocks, slots, "backward"),
     ]
+    return [one for one in found if one.calls]
 
 
 def _split_over(setup: Setup) -> tuple[tuple[str, bool, int, int], ...]:

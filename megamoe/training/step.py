@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe
+from megamoe.config.run import Recompute
 from megamoe.data.batches import Batch
 from megamoe.launch.distributed import this_device
 from megamoe.model.attention_kernels import activate_flash_attention
@@ -138,6 +139,7 @@ def build_train_step(
     ep_size: int = 1,
     seed: int = 0,
     recompute_blocks: int = 0,
+    recompute: Recompute = "whole",
     compiled: bool = False,
     ema_decay: float | None = None,
 ) -> TrainStep:
@@ -145,12 +147,12 @@ def build_train_step(
 
     Args:
         seed: of the initial weights.
-        recompute_blocks: of the model's first blocks, see `Decoder`.
+        recompute_blocks: of the model's first blocks, and what of them, see `Decoder`.
         compiled: train by compiled blocks, see `Decoder.compile_blocks`.
         ema_decay: of the average of the weights, see `WeightAverage`; None keeps none.
     """
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
-    model = Decoder(config, seed, topology, recompute_blocks)
+    model = Decoder(config, seed, topology, recompute_blocks, recompute)
     if compiled:
         model.compile_blocks()
     activate_flash_attention(config, this_device())

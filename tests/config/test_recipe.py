@@ -257,6 +257,7 @@ MISFITS = [
     ({"ds": CONSTANT, "schedule_steps": 60}, ["schedule_steps is 60", "ds.json has no end", "--steps"]),
     ({"ds": UNCHECKED, "guard": "act"}, ['guard is "act"', '"check_grad_overflow"', "ds.json", "set it to true"]),
     ({"recompute_blocks": 3}, ["recompute_blocks is 3", "mine has 2 blocks", "at most"]),
+    ({"recompute": "selective"}, ["recompute is 'selective'", "recompute_blocks is 0", "leave it out"]),
 ]
 
 

@@ -45,13 +45,13 @@ def step_counts(model):
     return [router.step_counts.tolist() for router in model.routers()]
 
 
-@pytest.mark.parametrize("recompute_blocks", [0, 3])
+@pytest.mark.parametrize("recompute", [None, "whole", "selective"])
 @pytest.mark.parametrize("case", CASES)
-def test_rows_of_documents_give_logits_losses_gradients_and_counts_of_each_document_alone(case, recompute_blocks):
+def test_rows_of_documents_give_logits_losses_gradients_and_counts_of_each_document_alone(case, recompute):
     part, changes, tolerance = CASES[case]
     config = model_of(part, **NO_AUXILIARY, **changes)
     packed, alone = (random_decoder(config, std=0.3).double().train() for _ in range(2))
-    packed.recompute_blocks = recompute_blocks
+    packed.recompute_blocks, packed.recompute = 3 if recompute else 0, recompute
     ahead = config.num_nextn_predict_layers
     ids = torch.randint(101, (2, LENGTH + 1 + ahead), generator=torch.Generator().manual_seed(1))
     parts = list(documents_alone(ids, ahead))

@@ -1,13 +1,22 @@
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from devices import DEVICES
 from operators import NewTensors
+from torch._inductor.utils import run_and_get_code
 
 import megamoe.model.loss
-from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_head_loss, loss_chunk
+from megamoe.model.loss import CPU_LOGITS, GPU_LOGITS, chunked_head_loss, loss_chunk, losses_of_logits
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def of_logits(request):
+    torch._dynamo.reset()
+    is_compiled = request.param == "compiled"
+    return torch.compile(losses_of_logits, fullgraph=True, backend="aot_eager") if is_compiled else losses_of_logits
 
 
 def head(dtype, tokens=14, hidden=6, vocab=11, device="cpu"):
@@ -46,11 +55,11 @@ def plain_parts(hidden, weight, labels, coefficient, scale=1.0):
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
-def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, monkeypatch):
+def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, of_logits, monkeypatch):
     for chunk in (1, 5, 14, 512):
         monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_, chunk=chunk: chunk)
         hidden, weight, labels = head(torch.float64)
-        loss = chunked_head_loss(hidden, weight, labels, coefficient)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits)
         (loss.total * 3).backward()
         exact = plain_parts(hidden, weight, labels, coefficient, 3)
         found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
@@ -64,10 +73,10 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, monke
     ("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str
 )
 @pytest.mark.parametrize("device", DEVICES)
-def test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, dtype, rtol):
+def test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, of_logits, dtype, rtol):
     for coefficient in (0.0, 0.1):
         hidden, weight, labels = head(dtype, device=device)
-        loss = chunked_head_loss(hidden, weight, labels, coefficient)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits)
         loss.total.backward()
         assert [part.dtype for part in loss] == [torch.float32] * 3, coefficient
         assert hidden.grad.dtype == weight.grad.dtype == dtype, coefficient
@@ -86,20 +95,20 @@ def test_a_loss_scale_keeps_fp16_gradients_that_are_below_its_smallest_number():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_no_label_at_all_gives_losses_of_0_and_zero_gradients(device):
+def test_no_label_at_all_gives_losses_of_0_and_zero_gradients(device, of_logits):
     hidden, weight, labels = head(torch.float32, device=device)
-    loss = chunked_head_loss(hidden, weight, torch.full_like(labels, -100), 0.1)
+    loss = chunked_head_loss(hidden, weight, torch.full_like(labels, -100), 0.1, of_logits)
     loss.total.backward()
     assert [part.item() for part in loss] == [0, 0, 0]
     assert hidden.grad.abs().max() == weight.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.01])
-def test_fp16_keeps_the_small_gradients_of_a_large_vocabulary(coefficient):
+def test_fp16_keeps_the_small_gradients_of_a_large_vocabulary(coefficient, of_logits):
     hidden, weight, labels = head(torch.float16, tokens=10, vocab=50_000)
     with torch.no_grad():
         weight *= 0.1  # every entry near 1 / 50,000
-    (chunked_head_loss(hidden, weight, labels, coefficient).total * 2.0**12).backward()
+    (chunked_head_loss(hidden, weight, labels, coefficient, of_logits).total * 2.0**12).backward()
     exact = plain_parts(hidden, weight, labels, coefficient, 2.0**12)[3]
     unseen = torch.ones(50_000, dtype=torch.bool)
     unseen[labels[labels >= 0]] = False
@@ -123,3 +132,13 @@ def test_one_tensor_of_the_logits_of_a_chunk_is_made_and_none_larger_with_the_z_
     sizes = [numel for _, numel in tensors.made]
     assert max(sizes) == 4 * 64
     assert sizes.count(4 * 64) == 32 / 4
+
+
+def test_compiled_losses_make_nothing_of_the_size_of_the_logits_and_replace_them_by_the_gradient():
+    logits, target = torch.randn(24, 100, dtype=torch.bfloat16), torch.randint(100, (24, 1))
+    expected = logits.clone()
+    losses_of_logits(expected, target, target > 9, 0.1, 1.0)
+    compiled = torch.compile(losses_of_logits, fullgraph=True, dynamic=False)
+    _, (code,) = run_and_get_code(compiled, logits, target, target > 9, 0.1, 1.0)
+    assert set(re.findall(r"= empty_strided_cpu\(\((.*?)\)", code)) == {"24, 1", ""}
+    assert (logits - expected).norm() < 0.01 * expected.norm()

@@ -53,11 +53,11 @@ def config(name, bucket=200_000, accumulation=1, **zero):
     return ds
 
 
-def case(shape, ds, ep_size=1, recompute_blocks=0, ema_decay=None):
+def case(shape, ds, ep_size=1, recompute_blocks=0, ema_decay=None, recompute="whole"):
     """What is measured on every rank, and predicted: the shape's micro-batch goes into the JSON."""
     model, micro_batch, seq_len = shape
     ds = {**ds, "train_micro_batch_size_per_gpu": micro_batch}
-    return ModelConfig(**model), recipe_of(ds), ep_size, seq_len, recompute_blocks, ema_decay
+    return ModelConfig(**model), recipe_of(ds), ep_size, seq_len, recompute_blocks, ema_decay, recompute
 
 
 OFFLOAD = config("zero2_offload")
@@ -103,6 +103,7 @@ ON_ONE = {
     "embedding, offload, bf16 sums": case(EMBEDDING, OFFLOAD_BF16),
     "logits": case(LOGITS, config("zero2", 1_000_000)),
     "recomputed": case(DEEP, config("zero2"), recompute_blocks=4),
+    "selectively": case(DEEP, config("zero2"), recompute_blocks=4, recompute="selective"),
     "untied_multi_token, fp32": case(with_part("untied_multi_token"), config("zero2_fp32")),
     **{name: case(with_part(name), config("zero2")) for name in PARTS_ON_ONE},
 }
@@ -120,6 +121,7 @@ ON_TWO = {
     "Muon, cut": case(UNEVEN, config("zero2_muon")),
     "averaged weights": case(WEIGHTS, config("zero2"), ep_size=2, ema_decay=0.9),
     "recomputed": case(DEEP, config("zero2"), ep_size=2, recompute_blocks=4),
+    "selectively": case(DEEP, config("zero2"), ep_size=2, recompute_blocks=4, recompute="selective"),
     "gated GELU": case(
         activations(gated_mlp=True, hidden_act="gelu", intermediate_size=128, expert_dropout=0.1),
         config("zero2"),
@@ -157,10 +159,10 @@ def measured(ranks, name):
 
 
 def setup_of(ranks, name):
-    model, recipe, ep_size, seq_len, recompute_blocks, ema_decay = ON_RANKS[ranks][name]
+    model, recipe, ep_size, seq_len, recompute_blocks, ema_decay, recompute = ON_RANKS[ranks][name]
     averages = ema_decay is not None
     recipe = replace(recipe, world_size=ranks)
-    return read_setup(model, recipe, ep_size, seq_len, True, recompute_blocks, averages=averages)
+    return read_setup(model, recipe, ep_size, seq_len, True, recompute_blocks, averages=averages, recompute=recompute)
 
 
 def held_by_gloo(setup, peak):

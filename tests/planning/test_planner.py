@@ -94,9 +94,22 @@ def test_every_wrong_option_is_refused(monkeypatch, capsys):
         (("--gpus", 0, "--seq_len", 1), ("seq_len",), ("gpus", "greater than 0")),
         # What a search chooses.
         (
-            ("--gpus", 8, "--best", "--ep_size", 8, "--micro_batch", 2, "--recompute_blocks", 3),
+            (
+                "--gpus",
+                8,
+                "--best",
+                "--ep_size",
+                8,
+                "--micro_batch",
+                2,
+                "--recompute_blocks",
+                3,
+                "--recompute",
+                "selective",
+            ),
             ("--ep_size",),
             ("--recompute_blocks",),
+            ("--recompute out",),
             ("--micro_batch",),
         ),
     ):

@@ -1,13 +1,16 @@
 from dataclasses import replace
 from itertools import product
+from typing import get_args
 
 import pytest
 from toy import recipe_of, shipped
 
 from megamoe.config.model import load_preset
+from megamoe.config.run import Recompute
+from megamoe.planning import search
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import GPU
-from megamoe.planning.search import MICRO_BATCHES, best_splits, kept_free
+from megamoe.planning.search import best_splits, kept_free
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
 from megamoe.utils.hardware import DEVICES
@@ -19,13 +22,16 @@ def memory(setup):
     return footprint(setup).peak.total()
 
 
+HOW, TRIED = get_args(Recompute), (2, 6, 12, 32)
 SMALL = replace(DEVICES["h100"], memory=1.01 / (1 - kept_free(SETUP)) * memory(replace(SETUP, micro_batch=6)))
 
 
 @pytest.mark.parametrize("samples", [None, 96])
-def test_it_finds_what_trying_everything_finds(samples):
+def test_it_finds_what_trying_everything_finds(samples, monkeypatch):
+    monkeypatch.setattr(search, "MICRO_BATCHES", TRIED)
+
     def batches():
-        for micro_batch in MICRO_BATCHES:
+        for micro_batch in TRIED:
             if samples is None or samples % (8 * micro_batch) == 0:
                 yield micro_batch, samples // (8 * micro_batch) if samples else SETUP.accumulation
 
@@ -37,9 +43,12 @@ def test_it_finds_what_trying_everything_finds(samples):
             accumulation=accumulation,
             recompute_blocks=blocks,
             zero_stage=stage,
+            recompute=how,
         )
-        for ep_size, (micro_batch, accumulation), blocks, stage in product((1, 2, 4, 8), batches(), range(5), (1, 2))
-        if stage == 2 or accumulation > 1
+        for ep_size, (micro_batch, accumulation), blocks, stage, how in product(
+            (1, 2, 4, 8), batches(), range(5), (1, 2), HOW
+        )
+        if (stage == 2 or accumulation > 1) and (blocks or how == "whole")
     ]
     fitting = [setup for setup in tried if memory(setup) <= (1 - kept_free(SETUP)) * SMALL.memory]
     assert len(fitting) < len(tried)

@@ -31,6 +31,7 @@ from megamoe.commands.plan import parse
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe, parse_recipe
+from megamoe.config.run import Recompute
 from megamoe.data.batches import Batch
 from megamoe.launch.distributed import configure_deepspeed
 from megamoe.planning.footprint import footprint
@@ -103,6 +104,7 @@ def measure(
     seq_len: int,
     recompute_blocks: int = 0,
     ema_decay: float | None = None,
+    recompute: Recompute = "whole",
 ) -> Measured:
     """Train two steps on random tokens, the first of which makes the optimizer's state, and measure the second."""
     rank = dist.get_rank()
@@ -110,7 +112,7 @@ def measure(
     ahead = config.num_nextn_predict_layers
     with LiveBytes() as live:
         train_step = build_train_step(
-            config, recipe, ep_size=ep_size, recompute_blocks=recompute_blocks, ema_decay=ema_decay
+            config, recipe, ep_size=ep_size, recompute_blocks=recompute_blocks, recompute=recompute, ema_decay=ema_decay
         )
         ids, labels = (
             torch.randint(config.vocab_size, (recipe.micro_batch, length), generator=generator)
@@ -167,7 +169,8 @@ def simulate(setup: Setup, recipe: Recipe, ema_decay: float | None = None) -> di
     setup = replace(setup, on_cpu=True, kernel="grouped_mm", imbalance=1.0)  # every peer sends what this rank sends
     recipe = parse_recipe(recipe.written, recipe.where, recipe.world_size, on_cpu=True, auto=recipe.auto)
     with one_rank_of(recipe.world_size):
-        measured = measure(setup.model, recipe, setup.ep_size, setup.seq_len, setup.recompute_blocks, ema_decay)
+        recomputed = setup.recompute_blocks, ema_decay, setup.recompute
+        measured = measure(setup.model, recipe, setup.ep_size, setup.seq_len, *recomputed)
     sizes = {name: (size, getattr(measured, name)) for name, size in totals(footprint(setup)).items()}
     payload = payload_of(setup)
     kinds = sorted(payload.keys() | measured.payload.keys())
