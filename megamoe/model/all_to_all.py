@@ -86,8 +86,12 @@ class AllToAll:
     """One all-to-all of as many rows to and from each rank, and of their gradients the other way: begun where they are
     there, and waited for where they are used. Collective, each."""
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None):
-        self.send, self.receive, self.group = send, receive, group
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None, is_last: bool = False):
+        """
+        Args:
+            is_last: of its block, which keeps nothing for backward of what follows, and so is not recomputed that far.
+        """
+        self.send, self.receive, self.group, self.is_last = send, receive, group, is_last
         self._begun: tuple[Any, Tensor] | None = None  # a handle, and what it fills
 
     def begin(self, rows: Tensor) -> Tensor:
@@ -100,7 +104,9 @@ class AllToAll:
         return _Finish.apply(received, self)
 
     def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        size = sum(receive), *rows.shape[1:]
+        # What `new_empty` makes is kept where a block is recomputed selectively, and so is what comes into it.
+        received = torch.empty(size, dtype=rows.dtype, device=rows.device) if self.is_last else rows.new_empty(size)
         work = dist.all_to_all_single(received, rows.contiguous(), receive, send, group=self.group, async_op=True)
         self._begun = work, received
         return received

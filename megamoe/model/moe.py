@@ -123,7 +123,7 @@ class DroplessDispatch(nn.Module):
         sent = torch.stack((sent, sends.code.to(sent.dtype)), 1)  # small numbers, exact in any precision
         slots, rows = ways()  # the one wait of a layer
 
-        back = AllToAll(rows.receive, rows.send, self.ep_group)
+        back = AllToAll(rows.receive, rows.send, self.ep_group, is_last=True)
         coming_slots = slots.begin(sent)
         token, place = sends.token[: sum(rows.send)], sends.place[: sum(rows.send)]
         # One name for the rows on their way, so that none outlive their use.

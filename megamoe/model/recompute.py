@@ -29,8 +29,9 @@ def run_recomputed(block: Callable[..., Any], how: Recompute, *inputs: Any) -> A
 
 
 def _policy(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
-    """Kept: results of attention, of experts' GEMMs unless they are wider than what is multiplied, and of an all-to-all
-    of rows, with the memory it writes to; its counts are sent again.
+    """Kept: results of attention, of experts' GEMMs unless they are wider than what is multiplied, and the memory in
+    which rows arrive, with the all-to-all that writes it; counts are sent again. What is kept and not asked for stays
+    in memory for good, for the handle of an all-to-all holds its tensors.
 
     In compiled regions attention's alone is kept: the compiler may write over those of other operators.
     """
@@ -40,7 +41,7 @@ def _policy(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPoli
         inside, columns = args[1].shape[-2:]
         kept = columns <= inside
     elif name == "aten::new_empty":
-        kept = context.op_output.is_floating_point()
+        kept = context.op_output.is_kept = context.op_output.is_floating_point()
     elif name == "c10d::alltoall_base_":
-        kept = args[0].is_floating_point()
+        kept = getattr(args[0], "is_kept", False)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
