@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from itertools import product
 
@@ -66,9 +67,10 @@ def test_a_token_travels_once_to_each_rank_that_has_experts_of_it_and_results_co
     setup = replace(SETUP, ep_size=2, recompute_blocks=1)  # two of four experts on each rank, two of them a token's
     rows = setup.weight_bytes * setup.tokens * setup.model.hidden_size * 5 / 3  # one rank for 2 of 6 pairs of experts
     layers = len(setup.model.sparse_blocks)
-    assert payload(setup, "rows to experts, forward") == pytest.approx((layers + 1) * rows, rel=0.01)
-    for way in ("rows from experts, forward", "rows from experts, backward", "rows to experts, backward"):
-        assert payload(setup, way) == pytest.approx(layers * rows, rel=0.01)
+    assert payload(setup, "rows to experts, recomputed") == pytest.approx(rows, rel=0.01)
+    assert not payload(replace(setup, recompute="selective"), "recomputed")
+    for way in itertools.product(("rows to", "rows from"), ("forward", "backward")):
+        assert payload(setup, *way) == pytest.approx(layers * rows, rel=0.01)
 
 
 def test_without_expert_parallelism_no_rows_travel():
