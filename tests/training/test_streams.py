@@ -17,7 +17,7 @@ from megamoe.checkpoint import host_copy
 from megamoe.checkpoint.host_copy import HostCopy
 from megamoe.data.batches import Batch
 from megamoe.data.prefetch import Prefetcher
-from megamoe.model import moe
+from megamoe.model import all_to_all
 from megamoe.training import step_sums
 from megamoe.training.step import build_train_step
 from megamoe.utils.device_reads import begin_read
@@ -115,7 +115,7 @@ def races_of_steps(name, ep_size):
     """In three steps of two micro-batches from pinned memory, with averaged weights."""
     device = Device()
     with device.recorded(), ExitStack() as stack:
-        for module in (moe, step_sums):
+        for module in (all_to_all, step_sums):
             stack.enter_context(patch.object(module, "begin_read", read_from_gpu))
         prefetcher = stack.enter_context(Prefetcher(batches, GPU))
         train_step = train_step_of(name, ep_size, device)
