@@ -1,7 +1,7 @@
 """The table of optimizers: what DeepSpeed really keeps is what it says, and an entry is all that a new one needs."""
 
 import json
-from functools import cache
+from functools import cache, partial
 
 import pytest
 from engines import load_and_train, make, same_state, train, train_and_save
@@ -91,11 +91,7 @@ def test_what_an_optimizer_takes_is_accepted():
     assert problems_of(json_with("Muon", muon_lr=0.02, adam_lr=1e-2, momentum=0.9, betas=[0.9, 0.95], eps=1e-8)) == []
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def save_and_go_on(folder, ep_size, kwargs):
-    return train_and_save(folder, ep_size, further=3, **kwargs)[1]
+# --- checkpoints; in megamoe's own form they are in tests/checkpoint/test_restore.py --------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -107,37 +103,20 @@ def saved(tmp_path_factory):
     def run(name):
         ds, most = {"Lion": (LION, 1e-4), "Muon": (MUON, 1e-5)}[name]
         folder = tmp_path_factory.mktemp("saved")
-        losses, _ = run_ranks(2, save_and_go_on, folder, 2, ds)
+        _, losses = run_ranks(2, partial(train_and_save, further=3, **ds), folder, 2)[0]
         return ds, folder / "step_3", losses, most
 
     return run
 
 
-def go_on(checkpoint, ep_size, resave, kwargs, stage=2):
-    return load_and_train(checkpoint, ep_size, stage, steps=3, resave=resave, **kwargs)[1]
-
-
 @pytest.mark.parametrize("name", ["Lion", "Muon"])
-def test_it_resumes_to_the_bit(saved, tmp_path, name):
-    ds, checkpoint, losses, _ = saved(name)
-    assert run_ranks(2, go_on, checkpoint, 2, tmp_path, ds)[0] == losses
+def test_a_checkpoint_holds_the_states_of_the_table_and_goes_on_by_way_of_a_universal_one(saved, tmp_path, name):
+    ds, checkpoint, losses, most = saved(name)
     assert set(open_source(checkpoint).state_names) == {tensor.name for tensor in find_optimizer(name).state}
-    same_state(checkpoint, tmp_path / "step_3")
-
-
-@pytest.mark.parametrize(("name", "ranks", "ep_size", "stage"), [("Lion", 2, 1, 1), ("Muon", 4, 2, 2)])
-def test_it_goes_on_on_other_ranks(saved, tmp_path, name, ranks, ep_size, stage):
-    ds, checkpoint, losses, most = saved(name)
-    assert run_ranks(ranks, go_on, checkpoint, ep_size, tmp_path, ds, stage)[0] == pytest.approx(losses, abs=most)
-    same_state(checkpoint, tmp_path / "step_3")
-
-
-@pytest.mark.parametrize("name", ["Lion", "Muon"])
-def test_it_goes_on_from_its_universal_checkpoint(saved, tmp_path, name):
-    ds, checkpoint, losses, most = saved(name)
     write_universal(open_source(checkpoint), {}, tmp_path / "universal")
     same_state(checkpoint, tmp_path / "universal")
-    assert run_ranks(1, go_on, tmp_path / "universal", 1, None, ds)[0] == pytest.approx(losses, abs=most)
+    _, resumed = run_ranks(1, partial(load_and_train, steps=3, **ds), tmp_path / "universal", 1)[0]
+    assert resumed == pytest.approx(losses, abs=most)
 
 
 def go_on_by_deepspeed(folder, ds):
