@@ -36,6 +36,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}")
 
 
+@pytest.fixture
+def inputs(tmp_path):
+    """The fields of a RunConfig, whose files are in `tmp_path`."""
+    from toy import ds_config, write_inputs  # takes seconds, which few tests need
+
+    return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+
+
 @pytest.fixture(scope="session")
 def module_cache(tmp_path_factory):
     """transformers copies the code of a model into a cache; the tests of a session have one of their own."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from model_parts import model_of
 from ranks import run_alone, run_ranks
-from refusals import has, only, refusals
+from refusals import has, only, refusal, refusals
 from toy import PRESET, SHIPPED, ds_config, train_here, write_inputs
 
 import megamoe
@@ -64,7 +64,7 @@ def test_importing_the_package_imports_no_torch():
 
 def test_a_preset_may_be_changed_and_is_checked_again():
     assert megamoe.load_preset("tiny", num_hidden_layers=2).num_hidden_layers == 2
-    has(only(refusals(partial(megamoe.load_preset, "tiny", num_experts_per_tok=9))), "num_experts_per_tok is 9")
+    has(refusal(partial(megamoe.load_preset, "tiny", num_experts_per_tok=9)), "num_experts_per_tok is 9")
 
 
 def test_a_model_is_loaded_from_every_form_that_it_has(run_dir, tmp_path):
@@ -80,8 +80,10 @@ def test_a_model_is_loaded_from_every_form_that_it_has(run_dir, tmp_path):
         assert megamoe.load_tokenizer(form).get_vocab() == megamoe.load_tokenizer(run_dir).get_vocab()
     for file in (tmp_path / "w.pt", tmp_path / "w.safetensors"):
         assert torch.equal(megamoe.load_model(file, config)(ids), expected)
-        has(only(refusals(megamoe.load_tokenizer, file)), str(tmp_path / "tokenizer.json"), "does not exist")
-        has(only(refusals(megamoe.load_model, file)), str(file), "preset")
+        has(refusal(megamoe.load_tokenizer, file), str(tmp_path / "tokenizer.json"), "does not exist")
+        has(refusal(megamoe.load_model, file), str(file), "does not say what model", "preset")
+        other = config.model_copy(update={"vocab_size": 400})
+        has(refusal(megamoe.load_model, file, other), "embed_tokens.weight has the shape (300, 32), not (400, 32)")
     assert megamoe.load_model(run_dir, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
 
 
@@ -94,7 +96,7 @@ def test_the_tokenizer_of_a_model_is_that_of_its_folder_or_of_its_run_and_of_no_
     )
     shutil.copy(run_dir / "tokenizer.json", tmp_path)
     for path in (tmp_path / "a" / "b", tmp_path / "a"):
-        has(only(refusals(megamoe.load_tokenizer, path)), str(path / "tokenizer.json"), "does not exist")
+        has(refusal(megamoe.load_tokenizer, path), str(path / "tokenizer.json"), "does not exist")
     (tmp_path / "w.pt").write_bytes(b"not a tokenizer")
     assert megamoe.load_tokenizer(tmp_path / "w.pt").get_vocab_size() == 270
 
@@ -114,15 +116,15 @@ def test_every_token_of_a_text_is_predicted_once_behind_end_of_text():
     assert measured["tokens"] == len(ids)
     assert measured["loss"] == pytest.approx(nats / len(ids), rel=1e-6)
     assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(TEXT), rel=1e-6)
-    has(only(refusals(megamoe.evaluate, model, tokenizer, "")), "no tokens")
-    has(only(refusals(megamoe.evaluate, model, tokenizer, TEXT, -1)), "seq_len is -1", "at least 1")
-    has(only(refusals(megamoe.evaluate, model, tokenizer, TEXT, 7, 0)), "batch_size is 0", "at least 1")
+    has(refusal(megamoe.evaluate, model, tokenizer, ""), "no tokens")
+    has(refusal(megamoe.evaluate, model, tokenizer, TEXT, -1), "seq_len is -1", "at least 1")
+    has(refusal(megamoe.evaluate, model, tokenizer, TEXT, 7, 0), "batch_size is 0", "at least 1")
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
     model, tokenizer = megamoe.build_model(model_of("plain_scores")), train_tokenizer([TEXT], 270)
     for call in (partial(megamoe.evaluate, model, tokenizer, TEXT), partial(megamoe.generate, model, tokenizer, ["a"])):
-        has(only(refusals(call)), "token id 269", "101 entries", "give its own")
+        has(refusal(call), "token id 269", "101 entries", "give its own")
 
 
 # --- training ---
@@ -137,7 +139,7 @@ def losses_around_an_evaluation():
     losses = [megamoe.train_step(trainer, iter(batches)).loss for _ in range(10)]
     trainer.model.eval()
     after = megamoe.train_step(trainer, batches)
-    refused = [only(refusals(megamoe.train_step, trainer, given)) for given in (batches[:1], 3 * batches)]
+    refused = [refusal(megamoe.train_step, trainer, given) for given in (batches[:1], 3 * batches)]
     return [*losses, after.loss], after.balance.counts.sum().item(), refused
 
 
@@ -190,7 +192,7 @@ def problems_of_trainers(path):
 
 def test_what_a_trainer_cannot_be_built_from_is_said_in_sentences(tmp_path):
     config = megamoe.ModelConfig(**PRESET)
-    has(only(refusals(megamoe.build_trainer, config, ds_config(2))), "init_distributed")
+    has(refusal(megamoe.build_trainer, config, ds_config(2)), "init_distributed")
     (tmp_path / "mine.json").write_text(json.dumps(ds_config(2, zero_optimization={"stage": 3})))
     said, _ = run_ranks(2, problems_of_trainers, tmp_path / "mine.json")
     parts = ['"gradient_clipping" is -1', "the 2 ranks", "the 4 experts of the model", "hidden_size is 30"]

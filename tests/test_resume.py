@@ -2,31 +2,18 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from corpora import build, random_tokens
-from refusals import has, only, refusals
-from toy import PRECISION, begin, ds_config, write_inputs
+from refusals import has, refusal, refusals
+from toy import begin, check, ds_config
 
-from megamoe.config.run import RunConfig
 from megamoe.data.ledger import DataLedger
-from megamoe.pretrain import check_run
 
-
-def check(run):
-    return check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION)
-
-
-def problem(run):
-    return only(refusals(check, run))
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+problem = partial(refusal, check)
 
 
 def write_ds(folder, ds):

@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import native_models
 import pytest
 import torch
 from corpora import write_record
-from refusals import has, only, refusals
+from refusals import has, refusal, refusals
 from tokenizers import Tokenizer, models
-from toy import PRECISION, PRESET, ds_config, write_inputs
+from toy import PRECISION, PRESET, check
 
 from megamoe.config.run import RunConfig
 from megamoe.pretrain import check_run
@@ -18,17 +19,7 @@ from megamoe.pretrain import check_run
 CPU = torch.device("cpu")
 
 
-def check(run, world_size=1):
-    return check_run(RunConfig(**run), world_size, CPU, PRECISION)
-
-
-def problem(run, world_size=1):
-    return only(refusals(check, run, world_size))
-
-
-@pytest.fixture
-def inputs(tmp_path):
-    return {**write_inputs(tmp_path, ds_config(2)), "run_dir": str(tmp_path / "run")}
+problem = partial(refusal, check)
 
 
 def write_tokenizer(folder, size=96):
@@ -80,7 +71,7 @@ def test_a_directory_is_the_preset_and_the_weights_of_a_run(inputs, directory):
     run = {**inputs, "preset": str(directory), "init_from": str(directory), "seq_len": 16}
     assert check(run).model.router_score == "sigmoid"
     assert check(run).start.initial_weights == [directory]
-    has(problem({**run, "ep_size": 3}, world_size=3), "the 8 experts")
+    has(problem({**run, "ep_size": 3}, 3), "the 8 experts")
     changed = {**json.loads((directory / "config.json").read_text()), "architectures": ["GPT2LMHeadModel"]}
     (directory / "config.json").write_text(json.dumps(changed))
     has(problem(run), "GPT2LMHeadModel")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from corpora import build
 from torch.distributed import PrefixStore, Store
@@ -113,6 +114,11 @@ def new_store(purpose: str) -> Store:
     another."""
     store = _get_default_store()
     return PrefixStore(f"{purpose}/{store.add(f'{purpose}/{dist.get_rank()}', 1)}", store)
+
+
+def check(run: dict[str, Any], world_size: int = 1) -> Checked:
+    """The checks of pretrain.py for so many ranks, without ranks. Raises UserError."""
+    return check_run(RunConfig(**run), world_size, torch.device("cpu"), PRECISION)
 
 
 def check_here(run: dict[str, Any]) -> Checked:

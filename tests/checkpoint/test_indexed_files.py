@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from indexed import BIAS, KINDS, SHAPES, flip_bit, values, write
-from refusals import has, refusal
+from indexed import BIAS, KINDS, SHAPES, values, write
 
 from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
@@ -37,14 +36,3 @@ def test_any_range_of_any_kind_is_joined_from_the_ranks_that_hold_it(checkpoint)
                     found = source.read(name, kind, start, end - start)
                     assert found.dtype == torch.float32
                     assert torch.equal(found, whole[start:end]), (name, kind, start, end)
-
-
-def test_a_reader_needs_no_other_block_or_file_than_those_of_its_values(checkpoint):
-    piece = read_index(checkpoint).files[FIRST].slices[0]
-    assert piece.name == "model.a.weight"
-    flip_bit(checkpoint / FIRST, piece.tensors["exp_avg"].offset + 5)
-    (checkpoint / SECOND).unlink()
-    source = source_of(checkpoint)
-    assert torch.equal(source.read("model.a.weight", "fp32", 0, 23), values("model.a.weight", "fp32")[:23])
-    has(refusal(source.read, "model.a.weight", "exp_avg", 0, 1), str(checkpoint / FIRST), "SHA-256")
-    has(refusal(source.read, "model.a.weight", "fp32", 22, 2), str(checkpoint / SECOND), "is missing")

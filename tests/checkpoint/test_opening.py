@@ -7,10 +7,8 @@ from pathlib import Path
 import native_models
 import pytest
 import torch
-from engines import plain_state
-from indexed import flip_bit, write, write_both
+from indexed import write, write_both
 from refusals import has, refusal
-from safetensors.torch import save_file
 from toy import PRESET
 
 from megamoe.checkpoint.indexed_files import IndexedFiles
@@ -75,16 +73,6 @@ def test_a_folder_of_something_else_or_a_run_that_has_not_saved_yet_says_what_ca
     has(refusal(open_model, run), "holds no checkpoint yet")
 
 
-def test_a_runs_newest_checkpoint_is_found_whatever_latest_says_and_one_alone_is_not_passed_over(run_dir):
-    checkpoints = run_dir / "checkpoints"
-    (checkpoints / "latest").write_text("step_2")
-    assert find_checkpoint(run_dir).name == "step_4"
-    path = checkpoints / "step_4" / "rank_00001.safetensors"
-    flip_bit(path, path.stat().st_size - 1)
-    has(refusal(find_checkpoint, path.parent), str(path), "SHA-256")
-    has(refusal(find_checkpoint, run_dir / "none"), "does not exist")
-
-
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -102,15 +90,6 @@ def test_a_run_its_checkpoint_and_a_directory_say_what_they_are_of(run_dir, dire
     assert open_model(directory).tokenizer == directory / "tokenizer.json"
     native_models.add_mtp(directory)
     assert open_model(directory).config.num_nextn_predict_layers == 1
-
-
-def test_a_file_needs_a_configuration_and_fits_it(tmp_path, directory):
-    config, decoder = preset_of(directory), native_models.decoder_of(directory)
-    save_file({name: one.clone() for name, one in plain_state(decoder).items()}, tmp_path / "w.safetensors")
-    has(refusal(open_model, tmp_path / "w.safetensors"), "does not say what model", "preset")
-    assert open_model(tmp_path / "w.safetensors", config).dtype == torch.float32
-    other = config.model_copy(update={"vocab_size": 100})
-    has(refusal(open_model, tmp_path / "w.safetensors", other), "embed_tokens.weight", "shape (96, 32), not (100, 32)")
 
 
 def test_a_configuration_that_is_not_the_models_own_is_refused_and_one_for_training_is_not(directory, run_dir):

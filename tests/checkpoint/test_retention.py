@@ -54,20 +54,15 @@ def test_the_last_ones_stay_every_nth_and_the_newest_good_one_where_the_last_one
             assert sorted(map(folders.step_of, folder.iterdir())) == kept, (number, last, every)
 
 
-def test_what_a_run_has_gone_back_from_stays_after_a_resume_and_is_not_kept_for_good(folder):
+# Steps skipped before each checkpoint, and that to which the run might go back: what it has left stays, and the newest
+# that is good, or not later.
+@pytest.mark.parametrize(("skipped", "goes_back_to"), [((0, 2, 1), 13), ((0, 0, 0), 11)])
+def test_what_a_run_has_gone_back_from_stays_after_a_resume_and_what_it_may_go_back_to(folder, skipped, goes_back_to):
     retention = Retention(folder, 1, 0, folder / "step_13.1", LEDGER)
     assert names(retention.left_behind) == ["step_12", "step_13"]
-    for name, skipped in (("step_11", 0), ("step_12.1", 2), ("step_13.1", 1)):
-        retention.add(folder / name, skipped)
-    retention.prune(13)
-    assert names(folders.checkpoints(folder)) == ["step_11", "step_12", "step_13", "step_13.1"]
-
-
-def test_the_newest_checkpoint_that_the_run_might_go_back_to_stays(folder):
-    retention = Retention(folder, 1, 0, folder / "step_13.1", LEDGER)
-    for name in ("step_11", "step_12.1", "step_13.1"):
-        retention.add(folder / name, 0)
-    retention.prune(11)
+    for name, count in zip(("step_11", "step_12.1", "step_13.1"), skipped, strict=True):
+        retention.add(folder / name, count)
+    retention.prune(goes_back_to)
     assert names(folders.checkpoints(folder)) == ["step_11", "step_12", "step_13", "step_13.1"]
 
 

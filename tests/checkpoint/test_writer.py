@@ -198,16 +198,3 @@ def test_the_files_of_all_ranks_are_on_the_disk_before_the_index_says_that_they_
     files = {path.name for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors")}
     assert len(files) == 2
     assert [len(files & set(names)) for names in flushed] == [1, 1]
-
-
-def save_into_a_run_folder_that_is_gone(folder):
-    engine = make(1)
-    writer = writer_for(engine, folder)
-    folder.parent.rmdir()
-    writer.save(1, hold=True)
-    return writer.complete()
-
-
-def test_a_run_folder_that_was_removed_is_not_made_again(tmp_path, capfd):
-    assert run_ranks(1, save_into_a_run_folder_that_is_gone, tmp_path / "run" / "checkpoints") == [False]
-    assert not (tmp_path / "run").exists()

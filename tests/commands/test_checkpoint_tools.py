@@ -46,29 +46,21 @@ def run_dir(finished_run, tmp_path):
 # --- convert_checkpoint ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_a_folder_of_checkpoints_or_one_of_them_becomes_a_state_dict(call, run_dir, tmp_path):
-    for number, place in enumerate(("", "checkpoints", "checkpoints/step_2")):
-        out = tmp_path / f"{number}.pt"
-        (line,) = call(convert_checkpoint, run_dir / place, out)
-        step = "step_2" if place.endswith("2") else "step_4"
-        assert line.startswith(f"wrote {out} from {run_dir / 'checkpoints' / step} in ")
-        state = torch.load(out, weights_only=True)
-        assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-        assert state.keys() > parameter_shapes(CONFIG).keys()
-
-
-def test_the_ending_or_the_flag_chooses_the_form(call, run_dir, tmp_path):
-    masters = open_source(run_dir / "checkpoints" / "step_4")
-    for words, form in (
-        (["w.safetensors"], {"w.safetensors"}),
-        (["half", "--to", "safetensors", "--dtype", "fp16"], {"model.safetensors"}),
+def test_the_ending_or_the_flag_chooses_the_form_of_a_run_of_a_folder_of_checkpoints_or_of_one(call, run_dir, tmp_path):
+    for place, words, form in (
+        ("", ["w.pt"], {"w.pt"}),
+        ("checkpoints", ["w.safetensors"], {"w.safetensors"}),
+        ("checkpoints/step_2", ["half", "--to", "safetensors", "--dtype", "fp16"], {"model.safetensors"}),
         (
+            "",
             ["w", "--max_shard_gb", "0.0001", "--tokenizer", str(run_dir)],
             {"config.json", "model.safetensors.index.json", "tokenizer.json"},
         ),
     ):
-        out = tmp_path / words[0]
-        call(convert_checkpoint, run_dir, out, *words[1:])
+        out, step = tmp_path / words[0], "step_2" if place.endswith("2") else "step_4"
+        said = call(convert_checkpoint, run_dir / place, out, *words[1:])
+        assert said[-1].startswith(f"wrote {out} from {run_dir / 'checkpoints' / step} in ")
+        masters = open_source(run_dir / "checkpoints" / step)
         assert form <= {path.name for path in (out.iterdir() if out.is_dir() else [out])}
         dtype, source = torch.float16 if "fp16" in words else torch.float32, open_source(out)
         for name, shape in masters.shapes.items():

@@ -36,12 +36,6 @@ def table(*steps, valid=()):
     return [row.split() for row in rows]
 
 
-def test_the_loss_table_shows_every_number_of_a_row():
-    plain, with_valid = table(10, 20, valid=[20])
-    assert plain == ["10", "9.9000", "1.5e-05", "0.46", "5000"]
-    assert with_valid == ["20", "9.8000", "7.7778", "2.2222", "3e-05", "0.46", "5000"]
-
-
 def test_the_loss_table_is_short_even_and_has_the_last_step():
     for count in (1, 2, 15, 16, 17, 31, 32, 33, 100, 1001):
         steps = [int(row[0]) for row in table(*range(10, 10 * count + 1, 10))]

@@ -8,17 +8,14 @@ import torch
 from corpora import write_corpus
 from harness_tasks import ANSWER, CHOICE, QUESTIONS, ROLLING, WORDS, write_task
 from ranks import run_ranks
-from refusals import has, only, refusals
-from toy import PRECISION, ds_config, train_here, write_inputs
+from refusals import has, only, refusal, refusals
+from toy import check, ds_config, train_here, write_inputs
 
 import megamoe
 from megamoe.checkpoint.opening import find_checkpoint, open_model, open_source
-from megamoe.config.run import RunConfig, parse_run
+from megamoe.config.run import parse_run
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.evaluation.scoring import Share
-from megamoe.evaluation.tasks import TaskEvaluator
 from megamoe.formats.export import write_huggingface
-from megamoe.pretrain import check_run
 
 TEXTS = [f"To be, or not to be: that is question {number}; to sleep, perchance to dream.\n" * 9 for number in range(8)]
 # Not the texts above: where two windows of a document hold the same tokens, the harness's adapter (0.4.13) takes one's
@@ -58,10 +55,6 @@ def inputs(tmp_path):
     return write_all(tmp_path)
 
 
-def problems(run):
-    return refusals(lambda: check_run(RunConfig(**run), 1, torch.device("cpu"), PRECISION))
-
-
 def test_every_set_and_task_is_logged_at_its_own_interval(done):
     _, valid = done
     sets = {"loss", "tokens", "bits_per_byte", "source_loss", "source_bits_per_byte"}
@@ -97,32 +90,23 @@ def test_the_live_model_scores_as_the_harness_scores_its_export(done, tmp_path, 
         assert valid[-1][value] == pytest.approx(found[task][f"{metric},none"], rel=1e-5), value
 
 
-def test_an_error_in_a_tasks_own_code_is_said_and_the_run_goes_on(capsys):
-    class Broken:
-        def evaluate(self, shared):
-            raise ZeroDivisionError("no documents")
-
-    assert TaskEvaluator(Broken()).run(None, Share(1), torch.device("cpu")) == {}
-    has(capsys.readouterr().err, "warning: ", "no documents")
-
-
 def test_what_keeps_tasks_from_being_evaluated_is_said_before_the_run(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("megamoe.evaluation.lm_eval_model.TaskManager", own_tasks_only)
     (tmp_path / "tasks" / "broken.yaml").write_text("task: broken\ndataset_path: json\ntest_split: test\n")
-    said = only(problems({**inputs, "lm_eval_tasks": ["broken"]}))
+    said = refusal(check, {**inputs, "lm_eval_tasks": ["broken"]})
     has(said, "task broken of lm-evaluation-harness cannot be loaded")
-    has(only(problems({**inputs, "lm_eval_folder": "nowhere"})), "nowhere is no folder of tasks")
+    has(refusal(check, {**inputs, "lm_eval_folder": "nowhere"}), "nowhere is no folder of tasks")
     own = f"rolling={tmp_path / 'code'}"
-    has(only(problems({**inputs, "valid_data": [own]})), "have the name rolling")
-    has(only(problems({**inputs, "lm_eval_tasks": []})), "lm_eval_interval and lm_eval_folder", "--lm_eval_tasks")
-    said = problems({**inputs, "lm_eval_tasks": ["chioce", "rolling", "zzzzzz"]})
+    has(refusal(check, {**inputs, "valid_data": [own]}), "have the name rolling")
+    has(refusal(check, {**inputs, "lm_eval_tasks": []}), "lm_eval_interval and lm_eval_folder", "--lm_eval_tasks")
+    said = refusals(check, {**inputs, "lm_eval_tasks": ["chioce", "rolling", "zzzzzz"]})
     has(said[0], 'knows no task "chioce"', 'did you mean "choice"?')
     has(said[1], 'knows no task "zzzzzz"', "lm-eval ls tasks")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "megamoe.evaluation.lm_eval_model")
-    has(only(problems(inputs)), "need the package lm_eval", "pip install")
+    has(refusal(check, inputs), "need the package lm_eval", "pip install")
     (tmp_path / "corpus" / "tokenizer.json").unlink()
-    has(only(problems(inputs)), "lm_eval_tasks need a tokenizer", "tokenizer.json")
+    has(refusal(check, inputs), "lm_eval_tasks need a tokenizer", "tokenizer.json")
 
 
 def own_tasks_only(include_path=None, include_defaults=True):
@@ -137,8 +121,8 @@ def test_the_corpora_of_all_sets_are_checked_at_once(inputs, tmp_path):
     train_tokenizer(TEXTS, 280).save(str(tmp_path / "plays" / "tokenizer.json"))
     train_tokenizer(TEXTS, 285).save(str(tmp_path / "code" / "tokenizer.json"))
     for number, name in enumerate(("plays", "code")):
-        has(problems(inputs)[number], str(tmp_path / name / "tokenizer.json"), "differ")
-    said = problems({**inputs, "valid_data": ["a=nowhere", f"b={tmp_path / 'code'}", "elsewhere"]})
+        has(refusals(check, inputs)[number], str(tmp_path / name / "tokenizer.json"), "differ")
+    said = refusals(check, {**inputs, "valid_data": ["a=nowhere", f"b={tmp_path / 'code'}", "elsewhere"]})
     assert len(said) == 3
     has(" ".join(said), "nowhere.bin", "elsewhere.bin", str(tmp_path / "code" / "tokenizer.json"))
 

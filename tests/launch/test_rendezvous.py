@@ -44,20 +44,12 @@ def infos(ranks, world_size, port=None):
     return [RankInfo(rank, world_size, rank, world_size, "127.0.0.1", port, "torch") for rank in ranks]
 
 
-def test_ranks_that_have_joined_know_each_other_and_share_a_store():
-    joined = join_all(infos([0, 1, 2], 3))
-    assert [one.hosts for one in joined] == [[socket.gethostname()] * 3] * 3
-    assert joined[1].neighbors == {0: os.getpid(), 2: os.getpid()}
-    joined[0].store.set("key", "value")
-    assert joined[2].store.get("key") == b"value"
-
-
 def pretend_hosts(monkeypatch, host_of):
     """Let `host_of` say on which host each rank is."""
     monkeypatch.setattr(socket, "gethostname", lambda: host_of(int(threading.current_thread().name)))
 
 
-def test_ranks_know_the_host_of_each_and_the_processes_of_their_own(monkeypatch):
+def test_ranks_share_a_store_and_know_the_host_of_each_and_the_processes_of_their_own(monkeypatch):
     pretend_hosts(monkeypatch, lambda rank: f"h{rank % 2}")
     ranks = infos(range(4), 4)
     pids = iter(range(100, 104))
@@ -67,6 +59,8 @@ def test_ranks_know_the_host_of_each_and_the_processes_of_their_own(monkeypatch)
     assert [one.hosts for one in joined] == [["h0", "h1", "h0", "h1"]] * 4
     assert [sorted(one.neighbors) for one in joined] == [[], [3], [], [1]]  # rank 2 has process ids of its own
     assert len({*joined[1].neighbors.values(), *joined[3].neighbors.values()}) == 2
+    joined[0].store.set("key", "value")
+    assert joined[2].store.get("key") == b"value"
 
 
 def test_requests_of_a_rank_do_not_grow_with_the_ranks_and_bytes_only_with_the_hosts(monkeypatch):

@@ -28,12 +28,3 @@ def test_a_second_ctrl_c_ends_a_run_that_cannot_save(run):
     assert run.wait() == INTERRUPTED, run.said
     ranks[0].resume()
     run.assert_none_left()
-
-
-def test_deepspeed_killed_below_the_script_leaves_no_orphan_and_a_checkpoint(run):
-    (launcher,) = run.processes("-m deepspeed.launcher.launch")
-    launcher.parent().kill()
-    code = run.wait()
-    run.assert_none_left()
-    assert code == 128 + signal.SIGKILL
-    run.assert_saved_at_the_last_step()
