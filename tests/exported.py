@@ -4,6 +4,7 @@ import torch
 from engines import plain_state
 
 from megamoe.formats.export import write_huggingface
+from megamoe.formats.source import WeightsAlone
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import is_buffer
 
@@ -21,16 +22,20 @@ def random_decoder(config, std=0.2):
     return decoder
 
 
-class Weights:
-    """A decoder's weights as a source of the export."""
+class Weights(WeightsAlone):
+    """A decoder's weights as a source."""
 
     def __init__(self, decoder):
-        self.tensors = plain_state(decoder)
+        self.tensors = {name: tensor.clone() for name, tensor in plain_state(decoder).items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items() if not is_buffer(name)}
         self.buffers = {name: tensor for name, tensor in self.tensors.items() if is_buffer(name)}
 
     def read(self, name, kind, start, count):
         return self.tensors[name].flatten()[start : start + count]
+
+
+def random_source(config):
+    return Weights(random_decoder(config))
 
 
 def export(decoder, folder, tokenizer=None, dtype=torch.float32, **options):

@@ -34,6 +34,13 @@ YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 0.4,
 }
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 PARTS = {
     "latent_tokens": {"num_latent_tokens": 5},
     "gated_narrow_experts": {"gated_mlp": True, "moe_intermediate_size": 16},

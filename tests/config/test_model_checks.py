@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from model_parts import LLAMA_3
 from refusals import has, only, refusals
 from toy import PRESET
 
@@ -19,10 +20,6 @@ LATENT = {
     "v_head_dim": 6,
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}  # fmt: skip
 MISFITS = [
     ({"mlp_only_layers": [1, 5]}, ["mlp_only_layers has 5", "0 to 1", "remove it"]),
     ({"mlp_only_layers": [-1]}, ["mlp_only_layers has -1", "0 to 1"]),
@@ -69,8 +66,8 @@ MISFITS = [
     ),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2, "factr": 2}}, ['"factr"', 'did you mean "factor"?']),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, ["beta_fast is 3", '"linear" does not']),
-    ({"rope_scaling": {**LLAMA3, "attention_factor": 1}}, ["attention_factor is 1", '"llama3" does not read']),
-    ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, ["low_freq_factor is 4, not below high_freq_factor 4.0"]),
+    ({"rope_scaling": {**LLAMA_3, "attention_factor": 1}}, ["attention_factor is 1", '"llama3" does not read']),
+    ({"rope_scaling": {**LLAMA_3, "low_freq_factor": 4}}, ["low_freq_factor is 4, not below high_freq_factor 4.0"]),
     (
         {"partial_rotary_factor": 0.25, "rope_scaling": {"rope_type": "dynamic", "factor": 2}},
         ['"dynamic" needs 4 or more rotated dimensions of a head, not 2'],
@@ -112,7 +109,7 @@ def test_what_fits_is_accepted():
     for changes in (
         {"num_hidden_layers": 126},
         {"num_hidden_layers": 61, "num_local_experts": 2048},
-        {"rope_scaling": LLAMA3},
+        {"rope_scaling": LLAMA_3},
         *({"rope_scaling": {"rope_type": kind, "factor": 2.5}} for kind in ("linear", "dynamic", "yarn")),
     ):
         config = validate(ModelConfig, {**PRESET, **changes}, "my.json")

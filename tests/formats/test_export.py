@@ -8,8 +8,7 @@ import pytest
 import torch
 from devices import assert_near
 from engines import CONFIG, GATED, make, plain_state, save, train
-from exported import load
-from random_source import RandomSource
+from exported import load, random_source
 from ranks import run_ranks
 from refusals import has, refusal
 from safetensors.torch import load_file
@@ -148,7 +147,7 @@ def test_shards_hold_every_tensor_once_and_none_is_larger_than_asked_unless_one_
 
 
 def test_values_beyond_fp16_are_refused_and_nothing_is_left(tmp_path):
-    source = RandomSource(CONFIG)
+    source = random_source(CONFIG)
     name = "model.layers.1.self_attn.o_proj.weight"
     source.tensors[name][0, 0] = 1e5
     for convert_to, out in ((write_state_dict, "w.pt"), (write_safetensors, "w.safetensors")):
@@ -159,7 +158,7 @@ def test_values_beyond_fp16_are_refused_and_nothing_is_left(tmp_path):
 
 
 def test_a_shard_is_on_the_disk_before_the_next_is_read(tmp_path):
-    source = RandomSource(CONFIG)
+    source = random_source(CONFIG)
     read, written = source.read, []
 
     def counted(*args):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from exported import cache_of, export, load, random_decoder
-from model_parts import LATENT_ATTENTION, SHAPE
+from model_parts import LATENT_ATTENTION, LLAMA_3, SHAPE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +17,6 @@ from megamoe.model.names import MTP
 
 pytestmark = pytest.mark.usefixtures("module_cache")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA_3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONFIGURATIONS = {
     "latent tokens, full norm, gated shared experts": {
         "num_latent_tokens": 5,

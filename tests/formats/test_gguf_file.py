@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from exported import Weights, random_decoder, random_source
 from gguf import GGUFReader
 from llama_cpp import LlamaCpp
-from random_source import RandomSource
+from model_parts import LLAMA_3
 
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.formats.gguf_file import gguf_entries, write_gguf
-from megamoe.formats.source import load_weights
-from megamoe.model.decoder import Decoder
 
 SHAPE = dict(
     vocab_size=300, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=3,
@@ -21,13 +20,6 @@ UNTIED = {"tie_word_embeddings": False}
 GROUPS = {"n_group": 4, "topk_group": 2}
 BIASES = {"attention_bias": True}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 LLAMA = {"router_bias": False}
 OLMOE = {"router_bias": False, "norm_topk_prob": False, "qk_norm": "full", "head_dim": 16, "num_key_value_heads": 4}
 QWEN_3 = {"router_bias": False, "qk_norm": "head"}
@@ -89,12 +81,6 @@ def preset(changes):
     return ModelConfig(**{**SHAPE, **changes})
 
 
-def decoder(source, config):
-    model = Decoder(config).eval()
-    load_weights(model, source, torch.float32)
-    return model
-
-
 @torch.no_grad()
 def log_probs(model, ids):
     return model(torch.tensor([ids])).log_softmax(-1)[0]
@@ -118,31 +104,30 @@ def greedy(model, ids, count):
 
 @pytest.mark.parametrize(("name", "changes"), [*PUBLISHED.items(), *OTHERWISE.items()])
 def test_llama_cpp_computes_the_decoders_probabilities_and_its_greedy_text(name, changes, tokenizer, tmp_path):
-    config = preset(changes)
-    source = RandomSource(config)
-    assert write_gguf(source, tmp_path / "m.gguf", torch.float32, config, tokenizer) == name
-    llama, model = LlamaCpp(tmp_path / "m.gguf"), decoder(source, config)
+    model = random_decoder(preset(changes))
+    assert write_gguf(Weights(model), tmp_path / "m.gguf", torch.float32, model.config, tokenizer) == name
+    llama = LlamaCpp(tmp_path / "m.gguf")
     assert largest_difference(llama, model) < 1e-4
     assert llama.greedy(IDS, 12) == greedy(model, IDS, 12)
 
 
 @pytest.mark.parametrize(("dtype", "kind", "most"), [(torch.float16, "F16", 0.02), (torch.bfloat16, "BF16", 0.06)])
 def test_matrices_have_the_dtype_and_vectors_router_and_bias_are_fp32(dtype, kind, most, tokenizer, tmp_path):
-    config = preset(PUBLISHED["glm4moe"])
-    source = RandomSource(config)
-    write_gguf(source, tmp_path / "m.gguf", dtype, config, tokenizer)
+    model = random_decoder(preset(PUBLISHED["glm4moe"]), std=0.1)
+    source = Weights(model)
+    write_gguf(source, tmp_path / "m.gguf", dtype, model.config, tokenizer)
     found = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert found == {
-        entry.name: kind if entry.dtype == dtype else "F32" for entry in gguf_entries(source, dtype, config)
+        entry.name: kind if entry.dtype == dtype else "F32" for entry in gguf_entries(source, dtype, model.config)
     }
     assert found["blk.1.ffn_gate_inp.weight"] == found["blk.1.exp_probs_b.bias"] == found["blk.1.attn_q.bias"] == "F32"
     assert found["blk.1.ffn_up_exps.weight"] == found["token_embd.weight"] == kind
-    assert 1e-4 < largest_difference(LlamaCpp(tmp_path / "m.gguf"), decoder(source, config)) < most
+    assert 1e-4 < largest_difference(LlamaCpp(tmp_path / "m.gguf"), model) < most
 
 
 def test_one_parameter_is_in_memory_at_a_time(tokenizer, tmp_path):
     config = preset(PUBLISHED["qwen3moe"])
-    source = RandomSource(config)
+    source = random_source(config)
     read, largest = source.read, max(tensor.numel() for tensor in source.tensors.values())
     written = []
 

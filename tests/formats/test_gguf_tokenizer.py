@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from exported import random_source
 from gguf import GGUFReader, TokenType
 from llama_cpp import LlamaCpp
-from random_source import RandomSource
 from refusals import has, refusal
 from test_gguf_file import PUBLISHED, preset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -42,7 +42,7 @@ def written(tokenizer, tmp_path, changes=None):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(tokenizer.to_str()), **(changes or {})}))
     config = preset(PRESET)
-    write_gguf(RandomSource(config), tmp_path / "m.gguf", torch.float32, config, path)
+    write_gguf(random_source(config), tmp_path / "m.gguf", torch.float32, config, path)
     return tmp_path / "m.gguf"
 
 

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from engines import plain_state
+from exported import random_source
 from indexed import Malicious
-from random_source import RandomSource
 from refusals import has, refusal
 from safetensors.torch import save_file
 from toy import PRESET
@@ -24,7 +24,7 @@ CONFIG = ModelConfig(**PRESET)
 
 @pytest.fixture(scope="module")
 def state():
-    source = RandomSource(CONFIG)
+    source = random_source(CONFIG)
     return source.tensors | source.buffers
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engines import plain_state
-from random_source import RandomSource
+from exported import random_source
 from refusals import has, only
 from toy import PRESET
 
@@ -41,21 +41,21 @@ OTHER_MODELS = [
 
 @pytest.mark.parametrize(("made", "wanted", "fields"), OTHER_MODELS)
 def test_weights_of_another_model_are_refused_with_what_differs(made, wanted, fields):
-    problems = model_problems(RandomSource(changed(router_bias=False, **made)), changed(**wanted), "it")
+    problems = model_problems(random_source(changed(router_bias=False, **made)), changed(**wanted), "it")
     assert len(problems) == len(fields)
     for problem, field in zip(problems, fields, strict=True):
         has(problem, field, "use the")
 
 
 def test_a_head_that_equals_the_embedding_fits_a_model_that_ties_it_and_one_that_does_not():
-    source = RandomSource(changed(tie_word_embeddings=False))
+    source = random_source(changed(tie_word_embeddings=False))
     source.tensors[HEAD] = source.tensors[EMBEDDING]
     for tied in (False, True):
         assert model_problems(source, changed(tie_word_embeddings=tied), "it") == []
 
 
 def test_a_balancing_bias_that_the_model_has_no_place_for_is_refused_unless_it_is_zero():
-    source, without = RandomSource(CONFIG), changed(router_bias=False)
+    source, without = random_source(CONFIG), changed(router_bias=False)
     has(only(model_problems(source, without, "it")), "balancing bias", "router_bias is false")
     for bias in source.buffers.values():
         bias.zero_()
@@ -63,7 +63,7 @@ def test_a_balancing_bias_that_the_model_has_no_place_for_is_refused_unless_it_i
 
 
 def test_weights_load_in_the_dtype_asked_for_and_router_statistics_in_fp32():
-    source, model = RandomSource(CONFIG), Decoder(CONFIG)
+    source, model = random_source(CONFIG), Decoder(CONFIG)
     load_weights(model, source, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     for router in model.routers():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from corpora import write_corpus
+from exported import random_source
 from llama_cpp import LlamaCpp
-from random_source import RandomSource
 from test_gguf_file import PUBLISHED, preset
 from test_gguf_tokenizer import trained
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -172,7 +172,7 @@ def test_a_published_form_gives_the_same_ids_everywhere_before_a_run_and_after_i
         assert place == folder or theirs.eos_token == form.end
         assert theirs.chat_template == form.settings.get("chat_template")
     if name in ("gpt2", "llama3", "qwen3"):
-        write_gguf(RandomSource(CONFIG), tmp_path / "m.gguf", torch.float32, CONFIG, run)
+        write_gguf(random_source(CONFIG), tmp_path / "m.gguf", torch.float32, CONFIG, run)
         assert LlamaCpp(tmp_path / "m.gguf").tokenize(TEXT) == ids
 
 

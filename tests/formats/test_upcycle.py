@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from model_parts import LLAMA_3
 from refusals import has, only, refusal, refusals
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -22,17 +23,10 @@ SHAPE = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, rope_theta=5000.0, rms_norm_eps=3e-5,
 )  # fmt: skip
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "rope_theta": 7000.0,
-}
+SCALED = {"rope_parameters": {**LLAMA_3, "rope_theta": 7000.0}, "tie_word_embeddings": True}
 DENSE = {
     "Llama": (transformers.LlamaConfig, {}),
-    "Llama, scaled and tied": (transformers.LlamaConfig, {"rope_parameters": LLAMA_3, "tie_word_embeddings": True}),
+    "Llama, scaled and tied": (transformers.LlamaConfig, SCALED),
     "Qwen3": (transformers.Qwen3Config, {"head_dim": 12}),
     "Qwen3, biased and tied": (
         transformers.Qwen3Config,
