@@ -133,6 +133,13 @@ def test_one_flipped_bit_is_found_by_who_reads_its_block_and_others_read_on(larg
         flip_bit(path, at, 6)
 
 
+def test_a_file_whose_header_claims_any_length_is_a_sentence(tmp_path):
+    path = tmp_path / "x"
+    header, _ = write_tensors(path, small(), METADATA)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    has(refusal(SliceFile, path, path.stat().st_size, header), str(path), "its header has changed")
+
+
 def test_a_file_that_shrinks_while_it_is_open_is_a_sentence_and_no_trace(tmp_path):
     records, file = write(tmp_path / "x", small())
     os.truncate(tmp_path / "x", records["kind/float16"].offset + 3)
