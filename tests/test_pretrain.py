@@ -37,9 +37,6 @@ def run_and_hear(ranks, function, run):
     return list(results), "".join(said)
 
 
-# --- the checks ---
-
-
 def test_problems_of_all_owners_come_together(inputs, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(ds_config(2, zero_optimization={"stage": 3})))
     wrong = {"ep_size": 3, "data": ["nowhere"], "resume": True, "seq_len": 17, "steps": 41}
@@ -66,9 +63,6 @@ def test_compiling_without_a_compiler_is_refused(inputs):
 
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
         has(refusal(check, {**inputs, "compile": True}), "--compile needs a C++ compiler")
-
-
-# --- whole runs ---
 
 
 def done_here(run):

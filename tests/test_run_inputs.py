@@ -8,7 +8,6 @@ from pathlib import Path
 import native_models
 import pytest
 import torch
-from corpora import write_record
 from refusals import has, refusal, refusals
 from tokenizers import Tokenizer, models
 from toy import PRECISION, PRESET, check
@@ -51,13 +50,6 @@ def test_a_tokenizer_with_ids_beyond_the_model_or_that_is_none_is_refused(inputs
     has(problem(inputs), "tokenizer.json has token id 96, beyond the model's vocabulary of 96")
     (tmp_path / "corpus" / "tokenizer.json").write_text("{}")
     has(problem(inputs), "tokenizer.json cannot be read")
-
-
-def test_held_out_tokens_of_any_form_have_their_bits_per_byte(inputs, tmp_path):
-    write_record(tmp_path / "corpus" / "valid", 600, 1800)
-    for form in ("", "/valid", "/valid.bin"):
-        (held_out,) = check({**inputs, "valid_data": [f"{tmp_path / 'corpus'}{form}"]}).inputs.held_out
-        assert held_out.tokens_per_byte == pytest.approx(1 / 3)
 
 
 @pytest.fixture

@@ -29,9 +29,6 @@ def names(paths):
     return [path.name for path in paths]
 
 
-# --- names and order ------------------------------------------------------------------------------------------------
-
-
 def test_a_name_says_step_and_generation_and_nothing_else_is_one(tmp_path):
     for age, name in ((Age(0, 0), "step_0"), (Age(0, 2000), "step_2000"), (Age(3, 1000), "step_1000.3")):
         assert folders.name_of(age) == name
@@ -65,9 +62,6 @@ def test_what_is_found_at_a_path_is_a_runs_checkpoints_a_folder_of_them_or_the_p
         assert names(folders.found_at(path)) == ["step_3", "step_2", "step_1"]
     for path in (tmp_path / "checkpoints" / "step_1", tmp_path / "none"):
         assert folders.found_at(path) == [path]
-
-
-# --- removing -------------------------------------------------------------------------------------------------------
 
 
 def test_cleaning_removes_what_a_save_has_left_and_nothing_else(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from indexed import KINDS, rewrite_index, write
@@ -28,9 +29,6 @@ def checkpoint(saved, tmp_path):
     return shutil.copytree(saved[0], tmp_path / "step_3")
 
 
-# --- complete or none -----------------------------------------------------------------------------------------------
-
-
 def test_an_index_that_exists_is_not_overwritten(checkpoint, saved):
     with pytest.raises(FileExistsError):
         write_index(checkpoint, saved[1])
@@ -52,9 +50,6 @@ def test_an_index_of_which_a_part_is_written_or_something_else_is_none(checkpoin
 def test_an_index_of_a_later_version_says_what_to_do(checkpoint):
     rewrite_index(checkpoint, lambda body: {**body, "version": 3, "more": 1})
     has(refusal(read_index, checkpoint), "has version 3", "reads 2", "use a newer megamoe")
-
-
-# --- without contradictions -----------------------------------------------------------------------------------------
 
 
 def first_slice(body):
@@ -126,15 +121,7 @@ def test_a_malformed_index_is_refused_in_sentences_whatever_is_wrong_with_it(che
 
 def test_an_index_whose_flush_fails_is_none(tmp_path, saved, monkeypatch):
     (tmp_path / "step_3").mkdir()
-    real, calls = disk.flush, []
-
-    def fail_at_last(path):
-        calls.append(path)
-        if len(calls) == 3:
-            raise OSError(5, "Input/output error")
-        real(path)
-
-    monkeypatch.setattr(disk, "flush", fail_at_last)
+    monkeypatch.setattr(disk, "flush", Mock(side_effect=[None, None, OSError(5, "Input/output error")]))
     with pytest.raises(OSError, match="Input/output error"):
         write_index(tmp_path / "step_3", saved[1])
     assert not folders.is_complete(tmp_path / "step_3")
@@ -145,9 +132,6 @@ def test_a_number_that_no_reader_takes_is_not_written(tmp_path, saved):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_index(tmp_path / "step_3", saved[1].model_copy(update={"run": {"rate": float("nan")}}))
     assert list((tmp_path / "step_3").iterdir()) == []
-
-
-# --- its parts ------------------------------------------------------------------------------------------------------
 
 
 def test_the_shares_have_every_tensor_of_the_kinds_once_and_no_file_without_one(saved):

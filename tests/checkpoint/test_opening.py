@@ -44,9 +44,6 @@ def directory(tmp_path):
     return tmp_path / "hf"
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
-
-
 def test_each_form_is_opened_by_its_reader_and_says_of_which_run_it_is(run_dir, tmp_path):
     forms = write_both(tmp_path)
     assert isinstance(open_source(forms["own"]), IndexedFiles)
@@ -71,9 +68,6 @@ def test_a_folder_of_something_else_or_a_run_that_has_not_saved_yet_says_what_ca
     (run / "run.json").write_text("{}")
     has(refusal(open_source, find_checkpoint(run)), str(run), "holds no checkpoint and no weights")
     has(refusal(open_model, run), "holds no checkpoint yet")
-
-
-# --- models ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_its_checkpoint_and_a_directory_say_what_they_are_of(run_dir, directory):

@@ -56,9 +56,6 @@ def large(small_blocks, tmp_path_factory):
     return path, header, records, {"fp32/x": values[0].numpy(), "exp_avg/x": tensors["exp_avg/x"].float().numpy()}
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 def test_the_safetensors_library_finds_the_values_by_kind_and_name_and_the_metadata(tmp_path):
     tensors = small()
     write(tmp_path / "x.safetensors", tensors)
@@ -88,9 +85,6 @@ def test_a_record_says_where_the_bytes_are_and_their_hash_block_by_block(large):
     assert end == len(data)
     on_disk = np.frombuffer(data, np.float32, LENGTH, records["fp32/x"].offset)
     assert np.array_equal(on_disk, values["fp32/x"])
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def ranges(per_block):

@@ -66,8 +66,6 @@ def test_the_universal_layout_goes_on_at_any_ep_size(universal, ranks, ep_size):
     torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
 
 
-# --- DeepSpeed's own loader -----------------------------------------------------------------------------------------
-
 SPLIT = "megamoe.training.engine.split_params_into_different_moe_groups_for_optimizer"
 
 
@@ -108,9 +106,6 @@ def test_deepspeeds_own_universal_loader_gives_every_rank_its_experts_to_the_bit
         assert rates == pytest.approx([0.0075] * len(rates))  # 3/4 of the way up to 1e-2
         torch.testing.assert_close(resumed, losses, atol=1e-5, rtol=0)
     assert losses[0] - losses[-1] > 0.1  # it learns, so the losses can tell
-
-
-# --- without an engine ----------------------------------------------------------------------------------------------
 
 
 def test_a_dynamic_loss_scale_goes_along_and_deepspeeds_scaler_can_go_on_with_it(tmp_path):

@@ -63,9 +63,6 @@ def test_what_lies_under_the_name_of_another_step_is_found(checkpoint):
     assert verify.problems(checkpoint.rename(checkpoint.with_name("step_3.1"))) == []
 
 
-# --- without index and manifest -------------------------------------------------------------------------------------
-
-
 def test_a_folder_without_index_or_manifest_was_not_saved_completely_if_megamoe_has_written_it(tmp_path):
     has(only_problem(tmp_path / "x"), f"{tmp_path / 'x'} does not exist")
     checkpoint = tmp_path / "run" / "checkpoints" / "step_3"

@@ -1,11 +1,12 @@
 """Saving over real ranks: alongside training, and into trouble."""
 
 import threading
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch.distributed as dist
-from engines import make, same_state, save, train, train_and_save, writer_for
+from engines import make, same_state, save, train, writer_for
 from ranks import run_ranks
 from toy import new_store
 
@@ -20,18 +21,19 @@ LONG = 300  # seconds, after which a hang ends
 
 def train_while_saving(folder):
     """Save after steps 2 and 4: once while nothing else happens; once training on at once, with a copy that takes
-    longer than a step's forward and backward pass; once without a copy."""
+    longer than a step's forward and backward pass; once where memory has no room for a copy."""
     engine = make(2)
     for step in (2, 4):
         train(engine, 2, step - 2)
         save(engine, folder / f"alone {step}", step)
     waits = threading.Event()  # set once training waits for the copy, or without one for the file
-    for background in (True, False):
+    for has_room in (True, False):
         engine = make(2)
-        writer = writer_for(engine, folder / f"background {background}", background=background, waiting=waits.set)
-        late, name = (HostCopy, "take") if background else (writer_module.CheckpointWriter, "_write_file")
-        real = getattr(late, name)
+        writer = writer_for(engine, folder / f"with room {has_room}", waiting=waits.set)
+        late, name = (HostCopy, "take") if has_room else (writer_module.CheckpointWriter, "_write_file")
+        real, memory = getattr(late, name), psutil.virtual_memory()._replace(available=10**12 if has_room else 1000)
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
             patch.setattr(late, name, lambda *args, real=real: (waits.wait(LONG), real(*args))[1])
             for step in (2, 4):
                 train(engine, 2, step - 2, writer)
@@ -47,47 +49,12 @@ def train_while_saving(folder):
 def test_a_checkpoint_holds_the_state_at_its_step_though_training_went_on(tmp_path):
     run_ranks(2, train_while_saving, tmp_path)
     for step in (2, 4):
-        for background in (True, False):
-            found = tmp_path / f"background {background}" / f"step_{step}"
+        for has_room in (True, False):
+            found = tmp_path / f"with room {has_room}" / f"step_{step}"
             same_state(tmp_path / f"alone {step}" / f"step_{step}", found)
 
 
-def save_without_room(folder):
-    """Whether the thread that saves was done when training went on: it may not read what the next step changes."""
-    engine = make(1)
-    train(engine, 1)
-    memory = psutil.virtual_memory()._replace(available=1000)
-    writer = writer_for(engine, folder)
-    real_write, written, waited = writer._write_file, [], threading.Event()
-    writer._write_file = lambda *work: (waited.wait(LONG), real_write(*work), written.append(True))[1]
-    writer._waiting = waited.set
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(psutil, "virtual_memory", lambda: memory)
-        writer.save(1)
-        writer.before_update()
-        thread_is_done = bool(written)
-        waited.set()
-        train(engine, 1, 1)
-        assert writer.complete()
-    return thread_is_done
-
-
-def test_where_memory_has_no_room_for_a_copy_the_save_is_waited_for(tmp_path):
-    assert run_ranks(1, save_without_room, tmp_path / "a") == [True]
-    run_ranks(1, train_and_save, tmp_path / "b", 1, 2, 1)
-    same_state(tmp_path / "b" / "step_1", tmp_path / "a" / "step_1")
-
-
-def fail(*args, **kwargs):
-    raise OSError(30, "Read-only file system")
-
-
-def fail_without_words(*args, **kwargs):
-    raise MemoryError
-
-
-def full(*args):
-    raise OSError(28, "No space left on device")
+fail = Mock(side_effect=OSError(30, "Read-only file system"))
 
 
 def as_a_stranger(self, checkpoint, save_id, *rest):
@@ -101,11 +68,11 @@ REAL_WRITE = writer_module.CheckpointWriter._write_file
 TROUBLE = [
     (writer_module, "write_index", 0, fail, False),
     (folders, "clean", 0, fail, True),
-    (writer_module, "write_slices", 1, fail_without_words, False),
+    (writer_module, "write_slices", 1, Mock(side_effect=MemoryError), False),
     (folders, "discard", 0, fail, True),
     (HostCopy, "take", 1, fail, False),
     (writer_module, "_add_script", 0, fail, False),
-    (slice_file, "_header", 1, full, False),
+    (slice_file, "_header", 1, Mock(side_effect=OSError(28, "No space left on device")), False),
     (writer_module.CheckpointWriter, "_write_file", 1, as_a_stranger, False),
 ]
 
@@ -198,3 +165,16 @@ def test_the_files_of_all_ranks_are_on_the_disk_before_the_index_says_that_they_
     files = {path.name for path in (tmp_path / "checkpoints/step_1").glob("*.safetensors")}
     assert len(files) == 2
     assert [len(files & set(names)) for names in flushed] == [1, 1]
+
+
+def save_into_a_run_folder_that_is_gone(folder):
+    engine = make(1)
+    writer = writer_for(engine, folder)
+    folder.parent.rmdir()
+    writer.save(1, hold=True)
+    return writer.complete()
+
+
+def test_a_run_folder_that_was_removed_is_not_made_again(tmp_path, capfd):
+    assert run_ranks(1, save_into_a_run_folder_that_is_gone, tmp_path / "run" / "checkpoints") == [False]
+    assert not (tmp_path / "run").exists()

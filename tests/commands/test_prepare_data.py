@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -235,12 +236,9 @@ def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, t
 def test_what_is_finished_stays_on_a_full_disk_and_the_error_names_the_output(
     tmp_path, texts, prepare, refused, monkeypatch
 ):
-    def write(*args, **options):
-        raise OSError(28, "No space left on device")
-
     call = (*texts, "--out", tmp_path / "out", "--processes", 1)
     with monkeypatch.context() as full:
-        full.setattr(preparation, "write_corpus_record", write)
+        full.setattr(preparation, "write_corpus_record", Mock(side_effect=OSError(28, "No space left on device")))
         has(only(refused(*call)), str(tmp_path / "out"), "No space left")
     units = number_of_units(texts)
     has(prepare(*call), f"{units} of {units} units are finished already")

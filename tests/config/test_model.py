@@ -20,9 +20,6 @@ def shape_refusals(**changes):
     return refusals(validate, ModelConfig, shape(**changes), "my.json")
 
 
-# --- what is shipped ---
-
-
 def test_every_shipped_preset_has_its_name_and_loads_with_what_its_file_says():
     paths = list(PRESET_DIR.glob("*.json"))
     assert preset_names() == sorted(path.stem for path in paths)
@@ -30,9 +27,6 @@ def test_every_shipped_preset_has_its_name_and_loads_with_what_its_file_says():
         config, said = load_preset(path.stem).model_dump(), json.loads(path.read_text())
         assert {key: config[key] for key in said} == said
         assert load_preset(str(path)).model_dump() == config
-
-
-# --- the model ---
 
 
 def test_margins_are_counted_for_a_bias_that_needs_them():
@@ -77,9 +71,6 @@ def test_sizes_far_above_any_real_model_are_refused_before_anything_is_made():
         has(found, "less than or equal to", "change it")
 
 
-# --- the run ---
-
-
 def test_the_run_folder_has_the_name_of_the_preset_by_default(tmp_path, monkeypatch):
     (tmp_path / "above" / "here.2").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "above" / "here.2")
@@ -104,9 +95,6 @@ def test_data_is_a_path_or_a_path_with_its_weight():
 def test_a_time_limit_is_written_as_slurm_writes_it():
     for words, seconds in {"90": 5400, "0.5": 30, "0:00:25": 25, "1:30:00": 5400, "2-12:00:00": 216_000}.items():
         assert validate(RunConfig, {"ds_config": "x", "time_limit": words}, "command line").time_limit == seconds
-
-
-# --- the command line ---------------------------------------------------------------------------------------------
 
 
 def test_the_command_line_has_an_option_for_every_field_and_its_defaults():

@@ -28,9 +28,6 @@ def transformers_config(name, **values):
     return getattr(transformers, f"{name}Config")(**values)
 
 
-# --- the table against transformers -----------------------------------------------------------------------------------
-
-
 def test_a_missing_key_has_the_value_that_transformers_gives_it():
     for name in NAMES:
         architecture, theirs = ARCHITECTURES[f"{name}ForCausalLM"], transformers_config(name)
@@ -48,9 +45,6 @@ def test_a_missing_key_has_the_value_that_transformers_gives_it():
             assert theirs.rope_parameters.get("partial_rotary_factor", 1.0) == architecture.rotary_default
 
 
-# --- the same in both directions --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_reads_as_the_same_model_and_fits_one_class(name, tmp_path):
     native_models.new_model(name).save_pretrained(tmp_path)
@@ -58,9 +52,6 @@ def test_what_is_written_reads_as_the_same_model_and_fits_one_class(name, tmp_pa
     assert [one.name for one in ARCHITECTURES.values() if not misfits(one, config)] == [f"{name}ForCausalLM"]
     written = write_config(ARCHITECTURES[f"{name}ForCausalLM"], config)
     assert read_config(ARCHITECTURES[f"{name}ForCausalLM"], written, "config.json") == config
-
-
-# --- other forms ------------------------------------------------------------------------------------------------------
 
 
 def test_the_export_that_carries_its_code_is_read_back_but_for_training(tmp_path):

@@ -44,9 +44,6 @@ def write(source, config, out, dtype=torch.float32, **options):
     return out
 
 
-# --- which class ------------------------------------------------------------------------------------------------------
-
-
 def test_fields_without_a_place_are_named(model_of):
     for name, changes, field in (
         ("Mixtral", {"hidden_act": "relu", "n_shared_experts": 1}, "n_shared_experts 1"),
@@ -82,9 +79,6 @@ def test_dense_layers_are_said_as_each_class_says_them(model_of, tmp_path):
     assert native_models.distance(theirs, native_models.run_ours(model, *batch)) < 1e-4
 
 
-# --- what is in the files ---------------------------------------------------------------------------------------------
-
-
 def test_biases_are_fp32_in_a_bf16_file_and_a_model_without_them_has_zeros(model_of, tmp_path):
     for name, bias in (("MiniMaxM2", True), ("Glm4Moe", True), ("DeepseekV3", True), ("DeepseekV3", False)):
         model, source, config = model_of(name, 0.1 * bias, router_bias=bias)
@@ -96,9 +90,6 @@ def test_biases_are_fp32_in_a_bf16_file_and_a_model_without_them_has_zeros(model
         assert len(biases) == len(model.routers())
         expected = [router.selection_bias for router in model.routers()] if bias else len(biases) * [torch.zeros(8)]
         assert all(torch.equal(one, two) for one, two in zip(biases.values(), expected, strict=True))
-
-
-# --- multi-token prediction -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

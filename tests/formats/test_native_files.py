@@ -28,9 +28,6 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-# --- forms ------------------------------------------------------------------------------------------------------------
-
-
 def test_shards_and_the_stacked_experts_of_transformers_5_hold_the_same_model(tmp_path):
     for name in native_models.CLASSES:
         model, folder = native_models.new_model(name), tmp_path / name
@@ -77,9 +74,6 @@ def test_a_bias_that_is_missing_is_left_to_begin_at_zero(directory):
     assert BIAS not in source.buffers
     assert len(source.buffers) == 2
     assert native_models.decoder_of(directory).routers()[0].selection_bias.abs().max() == 0
-
-
-# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 REFUSED = [

@@ -53,9 +53,6 @@ def test_a_kernel_whose_tuning_may_come_out_differently_is_left_out(is_determini
     assert products.kernel_for.__wrapped__(torch.device("cuda"), torch.bfloat16) == kernel
 
 
-# --- what a GPU would run -------------------------------------------------------------------------------------------
-
-
 class Dtypes(Operators):
     """Operators by name and the dtype of their first tensor."""
 

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import deepspeed
 import pytest
@@ -21,37 +22,18 @@ from megamoe.launch import distributed
 from megamoe.launch.distributed import NO_TIMEOUT, choose_device, configure_deepspeed
 from megamoe.training.step import build_train_step
 
-# --- devices --------------------------------------------------------------------------------------------------------
-
-
-class Gpus:
-    """An accelerator of DeepSpeed's that sees `count` devices."""
-
-    def __init__(self, count):
-        self.count = count
-        self.current = None
-
-    def device_count(self):
-        return self.count
-
-    def set_device(self, index):
-        assert 0 <= index < self.count, "invalid device ordinal"
-        self.current = index
-
-    def device_name(self, index=None):
-        return "cuda" if index is None else f"cuda:{index}"
-
 
 @pytest.mark.parametrize(("visible", "local_rank", "index"), [(8, 7, 7), (1, 7, 0), (2, 5, 1)], ids=str)
 def test_a_rank_and_deepspeeds_engine_take_one_device_however_many_the_rank_sees(
     visible, local_rank, index, monkeypatch
 ):
-    gpus = Gpus(visible)
+    names = {None: "cuda", index: f"cuda:{index}"}
+    gpus = Mock(device_count=lambda: visible, device_name=lambda index=None: names[index])
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr(distributed, "get_accelerator", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device}"))
     assert choose_device(local_rank) == (torch.device("cuda", index), f"GPU-cuda:{index}")
-    assert gpus.current == index
+    assert gpus.set_device.call_args == call(index)
 
     engine = SimpleNamespace()
     monkeypatch.setattr(deepspeed.runtime.engine, "get_accelerator", lambda: gpus)
@@ -59,9 +41,6 @@ def test_a_rank_and_deepspeeds_engine_take_one_device_however_many_the_rank_sees
     deepspeed.DeepSpeedEngine._configure_with_arguments(engine, None, None)
     deepspeed.DeepSpeedEngine._set_distributed_vars(engine, None)
     assert engine.device == torch.device("cuda", index)
-
-
-# --- process groups -------------------------------------------------------------------------------------------------
 
 
 def timeouts():
