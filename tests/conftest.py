@@ -4,6 +4,7 @@ programs share the cores."""
 import gc
 import os
 import signal
+import sys
 import tempfile
 
 import pytest
@@ -34,6 +35,34 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     needed = max((mark.args[0] for mark in item.iter_markers("gpu")), default=0)
     if needed and needed > torch.cuda.device_count():
         pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Calls a program's `main`; returns the lines that it prints."""
+
+    def call(tool, *words):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+        tool.main()
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a program to its exit; returns its exit code, and what it says as `out` and `err`."""
+    from megamoe.config import cli  # of which tests of the processes themselves have no need
+
+    def run(tool, *words):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(tool.main)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        return caught.value.code, said
+
+    return run
 
 
 @pytest.fixture

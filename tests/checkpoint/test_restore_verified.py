@@ -101,7 +101,6 @@ def copy_of_another_run(folder):
 # What happens to the checkpoints; what the first line or problem says of it; what is found, None if nothing.
 TROUBLE = {
     "nothing": (lambda folder: (folder / "latest").write_text("step_3"), "", "step_6"),  # which no reader goes by
-    "exp_avg": (flip_in("exp_avg"), f"step_6/{FILE} has not the SHA-256", "step_3"),
     "exp_avg_sq": (flip_in("exp_avg_sq"), f"step_6/{FILE} has not the SHA-256", "step_3"),
     "fp32": (flip_in("fp32"), f"step_6/{FILE} has not the SHA-256", "step_3"),
     "script": (append_to_script, "step_6/zero_to_fp32.py", "step_3"),

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from refusals import has, refusal
 from safetensors.torch import load_file
 
-from megamoe.checkpoint.opening import open_source, run_record
+from megamoe.checkpoint.opening import open_model, open_source, run_record
 from megamoe.config.model import ModelConfig
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.formats.export import (
@@ -24,8 +24,6 @@ from megamoe.formats.export import (
     write_safetensors,
     write_state_dict,
 )
-from megamoe.formats.source import load_weights
-from megamoe.model.decoder import Decoder
 from megamoe.model.names import is_buffer
 
 pytestmark = pytest.mark.usefixtures("module_cache")
@@ -56,12 +54,6 @@ def config_of(checkpoint):
     return ModelConfig(**run_record(checkpoint)["model"])
 
 
-def decoder_of(path, config):
-    model = Decoder(config)
-    load_weights(model, open_source(path), FP32)
-    return model.eval()
-
-
 def huggingface(checkpoint, out, dtype=FP32, tokenizer=None, config=None, shard_bytes=10**9):
     source = open_source(checkpoint)
     write_huggingface(source, out, dtype, shard_bytes, config or config_of(checkpoint), tokenizer)
@@ -90,8 +82,8 @@ def test_a_model_saved_again_by_transformers_comes_back(trained, tmp_path):
     load(huggingface(checkpoint, tmp_path / "hf")).save_pretrained(tmp_path / "again")
     config = config_of(checkpoint)
     assert differences(config, preset_of(tmp_path / "again")) == []
+    decoder = open_model(tmp_path / "again").load(FP32, torch.device("cpu"))
     with torch.no_grad():
-        decoder = decoder_of(tmp_path / "again", config)
         torch.testing.assert_close(decoder(IDS), logits, atol=1e-6, rtol=0)
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from exported import cache_of, export, load, random_decoder
-from model_parts import LATENT_ATTENTION, LLAMA_3, SHAPE
+from model_parts import LLAMA_3, PARTS, SHAPE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,46 +19,34 @@ pytestmark = pytest.mark.usefixtures("module_cache")
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CONFIGURATIONS = {
     "latent tokens, full norm, gated shared experts": {
-        "num_latent_tokens": 5,
-        "qk_norm": "full",
-        "attention_out_bias": True,
+        **PARTS["latent_tokens"],
+        **PARTS["full_norm_out_bias"],
+        **PARTS["gated_shared_experts"],
+        **PARTS["plain_scores"],
         "rope_scaling": YARN,
         "rope_theta": 500.0,
         "hidden_act": "gelu",
-        "n_shared_experts": 2,
-        "shared_expert_gate": True,
-        "norm_topk_prob": False,
-        "router_bias": False,
         "expert_dropout": 0.1,
         "router_jitter_noise": 0.1,
         "rms_norm_eps": 1e-2,
     },
     "head norm, partial rotary, windows in some layers, dense layers, untied": {
-        "qk_norm": "head",
-        "attention_bias": True,
-        "partial_rotary_factor": 0.5,
+        **PARTS["head_norm_partial_rope"],
+        **PARTS["sliding_multi_token"],
+        **PARTS["dense_layers"],
+        **PARTS["gated_narrow_experts"],
         "rope_interleaved": True,
         "rope_scaling": {"rope_type": "linear", "factor": 2.0},
-        "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "gated_mlp": True,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "mlp_only_layers": [2],
         "tie_word_embeddings": False,
-        "num_nextn_predict_layers": 1,
         "initializer_range": 0.1,
     },
-    "windows in all layers": {"sliding_window": 7, "n_shared_experts": 1, "rope_scaling": LLAMA_3},
+    "windows in all layers": {"sliding_window": 7, "n_shared_experts": 2, "rope_scaling": LLAMA_3},
     "latent attention, sigmoid, groups": {
-        **LATENT_ATTENTION,
+        **PARTS["latent_attention"],
+        **PARTS["sigmoid_groups"],
         "q_lora_rank": 14,
         "attention_bias": True,
         "rope_scaling": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5},
-        "router_score": "sigmoid",
-        "n_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 2.5,
         "gated_mlp": True,
     },
 }

@@ -10,6 +10,7 @@ from model_parts import LLAMA_3
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.formats.gguf_file import gguf_entries, write_gguf
+from megamoe.model.generation import generate
 
 SHAPE = dict(
     vocab_size=300, hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=3,
@@ -68,6 +69,7 @@ OTHERWISE = {
 }
 IDS = torch.randint(1, 300, (24,), generator=torch.Generator().manual_seed(1)).tolist()
 LENGTHS = (1, 2, 7, 24)
+END_OF_TEXT = 0
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +93,14 @@ def largest_difference(llama, model):
     return max((llama.log_probs(IDS[:length], 300) - ours[length - 1]).abs().max().item() for length in LENGTHS)
 
 
-END_OF_TEXT = 0
-
-
-def greedy(model, ids, count):
-    ids = list(ids)
-    for _ in range(count):
-        ids.append(log_probs(model, ids)[-1].argmax().item())
-    new = ids[-count:]
-    return new[: new.index(END_OF_TEXT) + 1] if END_OF_TEXT in new else new  # where llama.cpp ends
-
-
 @pytest.mark.parametrize(("name", "changes"), [*PUBLISHED.items(), *OTHERWISE.items()])
 def test_llama_cpp_computes_the_decoders_probabilities_and_its_greedy_text(name, changes, tokenizer, tmp_path):
     model = random_decoder(preset(changes))
     assert write_gguf(Weights(model), tmp_path / "m.gguf", torch.float32, model.config, tokenizer) == name
     llama = LlamaCpp(tmp_path / "m.gguf")
     assert largest_difference(llama, model) < 1e-4
-    assert llama.greedy(IDS, 12) == greedy(model, IDS, 12)
+    (text,) = generate(model, [IDS], 12, temperature=0, end_of_text=END_OF_TEXT)
+    assert [token for token in llama.greedy(IDS, 12) if token != END_OF_TEXT] == text
 
 
 @pytest.mark.parametrize(("dtype", "kind", "most"), [(torch.float16, "F16", 0.02), (torch.bfloat16, "BF16", 0.06)])

@@ -3,16 +3,15 @@
 import native_models
 import pytest
 import torch
-from engines import plain_state
+from exported import Weights
 from refusals import has
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from megamoe.checkpoint.opening import open_source
+from megamoe.checkpoint.opening import open_model
 from megamoe.config.model import ModelConfig
 from megamoe.formats.architectures import ARCHITECTURES, AUX_LOSS
 from megamoe.formats.config_json import preset_of
 from megamoe.formats.export import native_class, write_huggingface
-from megamoe.formats.source import load_weights
 from megamoe.model.decoder import Decoder
 
 BIAS = "router.selection_bias"
@@ -30,9 +29,7 @@ def model_of(tmp_path):
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith(BIAS):
                 buffer.normal_(0, bias, generator=torch.Generator().manual_seed(0)) if bias else buffer.zero_()
-        path = tmp_path / "plain.safetensors"
-        save_file({name: tensor.clone() for name, tensor in plain_state(model).items()}, path)
-        return model, open_source(path), config
+        return model, Weights(model), config
 
     return model_of
 
@@ -104,8 +101,7 @@ def test_multi_token_prediction_is_left_out_unless_it_is_kept(model_of, tmp_path
     assert native_models.load(without).config.num_nextn_predict_layers == 0
 
     out = write(source, config, tmp_path / "with", keep_mtp=True)
-    again = Decoder(config).eval()
-    load_weights(again, open_source(out), torch.float32)
+    again = open_model(out).load(torch.float32, torch.device("cpu"))
     assert all(torch.equal(one, two) for one, two in zip(again.parameters(), model.parameters(), strict=True))
 
     # transformers takes them at the depths of published models only.

@@ -1,7 +1,5 @@
 """A model made by transformers goes through megamoe and comes back: the same logits, hidden states and experts."""
 
-import sys
-
 import native_models
 import pytest
 import torch
@@ -50,7 +48,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", native_models.CLASSES)
-def test_import_train_reshard_export_gives_transformers_the_same_model(trained, tmp_path, name, monkeypatch, capsys):
+def test_import_train_reshard_export_gives_transformers_the_same_model(trained, tmp_path, name, call):
     folder, losses = trained
     batch = first_batch()
     with torch.no_grad():
@@ -59,9 +57,8 @@ def test_import_train_reshard_export_gives_transformers_the_same_model(trained, 
     assert losses[name][0] == pytest.approx(begins_at, rel=1e-4)
     assert losses[name][-1] < losses[name][0] - 0.5  # it has learnt
 
-    monkeypatch.setattr(sys, "argv", ["tool", str(folder / f"{name}_resharded"), str(tmp_path / "out")])
-    convert_checkpoint.main()
-    assert f"of transformers: {name}ForCausalLM" in capsys.readouterr().out
+    said = call(convert_checkpoint, folder / f"{name}_resharded", tmp_path / "out")
+    assert f"of transformers: {name}ForCausalLM" in said[0]
 
     ours, theirs = native_models.decoder_of(tmp_path / "out"), native_models.load(tmp_path / "out")
     assert preset_of(tmp_path / "out") == preset_of(folder / name)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import native_models
 import pytest
 import torch
 import transformers
@@ -12,12 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
-from megamoe.checkpoint.opening import open_source
 from megamoe.commands import upcycle as tool
-from megamoe.formats.config_json import preset_of
-from megamoe.formats.source import load_weights
 from megamoe.formats.upcycle import Upcycling, read_dense, upcycle
-from megamoe.model.decoder import Decoder
 
 SHAPE = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -76,8 +73,7 @@ def test_the_sparse_model_computes_what_the_dense_one_does_in_transformers_and_i
     assert type(sparse).__name__ == made == {"L": "MixtralForCausalLM", "Q": "Qwen3MoeForCausalLM"}[name[0]]
     assert (sparse.config.num_local_experts, sparse.config.num_experts_per_tok) == (4 * split, 2 * split)
     assert loss(sparse) == pytest.approx(loss(model), abs=2e-6)
-    ours = Decoder(preset_of(tmp_path / "sparse")).eval()
-    load_weights(ours, open_source(tmp_path / "sparse"), torch.float32)
+    ours = native_models.decoder_of(tmp_path / "sparse")
     with torch.no_grad():
         expected = model(IDS).logits
         torch.testing.assert_close(sparse(IDS).logits, expected, atol=1e-5, rtol=1e-5)
@@ -181,14 +177,11 @@ def test_all_wrong_numbers_are_named_at_once(dense, tmp_path):
     has(only(refusals(upcycle, dense, tmp_path / "sparse", Upcycling(0, 0), 10**9)[:1]), "--experts is 0")
 
 
-def test_the_tool_says_what_it_made_and_overwrites_nothing(dense, tmp_path, monkeypatch, capsys):
-    words = ["upcycle.py", str(dense), str(tmp_path / "sparse"), "--experts", "4", "--top_k", "2", "--split", "2"]
-    monkeypatch.setattr("sys.argv", words)
-    tool.main()
-    first, second = capsys.readouterr().out.splitlines()
+def test_the_tool_says_what_it_made_and_overwrites_nothing(dense, tmp_path, call):
+    words = (tool, dense, tmp_path / "sparse", "--experts", 4, "--top_k", 2, "--split", 2)
+    first, second = call(*words)
     assert first == "MixtralForCausalLM with 8 experts per layer, 4 per token"
     has(second, f"wrote {tmp_path / 'sparse'} from {dense} in ")
-    has(refusal(tool.main), "sparse exists already")
+    has(refusal(call, *words), "sparse exists already")
     shutil.rmtree(tmp_path / "sparse")
-    monkeypatch.setattr("sys.argv", [*words, "--max_shard_gb", "0"])
-    has(refusal(tool.main), "--max_shard_gb is 0.0")
+    has(refusal(call, *words, "--max_shard_gb", 0), "--max_shard_gb is 0.0")
