@@ -3,6 +3,7 @@ defaults wherever it has any; and what runs in it: chosen experts, logits."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,12 @@ def new_model(name: str) -> Any:
             if buffer_name.endswith("e_score_correction_bias"):
                 one.normal_(0, 0.2, generator=generator)
     return model
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Give config.json other values."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def add_mtp(directory: Path) -> None:

@@ -42,9 +42,6 @@ def run_dir(tmp_path_factory):
     return folder / "run"
 
 
-# --- names ---
-
-
 def test_every_name_that_the_package_documents_is_there_and_no_other():
     documented = set(re.findall(r"^    (\w[\w, ]*?)  ", megamoe.__doc__, re.MULTILINE))
     names = {name for line in documented for name in line.split(", ")}
@@ -57,9 +54,6 @@ def test_every_name_that_the_package_documents_is_there_and_no_other():
 def test_importing_the_package_imports_no_torch():
     code = "import sys, megamoe; megamoe.UserError; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-# --- models ---
 
 
 def test_a_preset_may_be_changed_and_is_checked_again():
@@ -101,9 +95,6 @@ def test_the_tokenizer_of_a_model_is_that_of_its_folder_or_of_its_run_and_of_no_
     assert megamoe.load_tokenizer(tmp_path / "w.pt").get_vocab_size() == 270
 
 
-# --- text ---
-
-
 def test_every_token_of_a_text_is_predicted_once_behind_end_of_text():
     model = megamoe.build_model(model_of("plain_scores", vocab_size=300), seed=1)
     tokenizer = train_tokenizer([TEXT], 270)
@@ -125,9 +116,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused():
     model, tokenizer = megamoe.build_model(model_of("plain_scores")), train_tokenizer([TEXT], 270)
     for call in (partial(megamoe.evaluate, model, tokenizer, TEXT), partial(megamoe.generate, model, tokenizer, ["a"])):
         has(refusal(call), "token id 269", "101 entries", "give its own")
-
-
-# --- training ---
 
 
 def losses_around_an_evaluation():

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from corpora import prepared
+from indexed import flip_bit
 from ranks import run_ranks
 from refusals import has, refusal, refusals
 from s3_server import S3Server, use
@@ -98,9 +99,7 @@ def test_a_run_whose_last_checkpoint_is_verified_is_done(copied):
 
 def test_a_flipped_bit_in_the_newest_checkpoint_is_not_done_on_any_rank(copied, tmp_path):
     path = tmp_path / "run" / "checkpoints" / "step_4" / "rank_00001.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-10] ^= 1
-    path.write_bytes(data)
+    flip_bit(path, path.stat().st_size - 10)
     results, said = run_and_hear(2, done_here, copied)
     assert results == [False, False]
     assert "passed over" in said

@@ -40,9 +40,6 @@ def started(run, **changes):
     return {**run, "resume": True}
 
 
-# --- the start ---
-
-
 def test_a_folder_that_the_run_cannot_have_is_refused_and_left_alone(inputs, tmp_path):
     has(problem({**inputs, "resume": True}), "holds no run to resume")
     (tmp_path / "run").mkdir()
@@ -85,9 +82,6 @@ def test_a_run_without_a_checkpoint_resumes_from_the_weights_it_was_started_with
     again = {**inputs, "auto_resume": True}
     has(problem(again), 'init_from "old.pt", not null; give the same again')
     assert "old.pt" in problem({**again, "init_from": "old.pt"})  # is looked for
-
-
-# --- what may change ---
 
 
 def test_resuming_with_what_decides_the_losses_changed_is_refused_with_what_differs(inputs):
@@ -252,9 +246,6 @@ def test_other_data_is_welcome_where_it_is_allowed(inputs, tmp_path):
     change_record(run, **record)
     complete(run, 4)
     assert check(run).record["replaced_data"] == record["replaced_data"]
-
-
-# --- records ---
 
 
 def test_how_a_run_began_is_never_overwritten_and_each_resume_appends_its_record(inputs, tmp_path):

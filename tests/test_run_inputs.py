@@ -64,8 +64,7 @@ def test_a_directory_is_the_preset_and_the_weights_of_a_run(inputs, directory):
     assert check(run).model.router_score == "sigmoid"
     assert check(run).start.initial_weights == [directory]
     has(problem({**run, "ep_size": 3}, 3), "the 8 experts")
-    changed = {**json.loads((directory / "config.json").read_text()), "architectures": ["GPT2LMHeadModel"]}
-    (directory / "config.json").write_text(json.dumps(changed))
+    native_models.edit_config(directory, architectures=["GPT2LMHeadModel"])
     has(problem(run), "GPT2LMHeadModel")
     assert not Path(inputs["run_dir"]).exists()
 

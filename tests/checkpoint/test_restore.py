@@ -224,14 +224,11 @@ def test_after_skipped_steps_the_schedule_that_stayed_behind_is_restored(tmp_pat
 def open_counted(checkpoint, ep_size):
     """Names of the files that this rank opens, of those that hold its slices, and how often it reads an index."""
     engine = make(ep_size, seed=99)
-    opened, indexes = [], []
-    real_init, real_read = SliceFile.__init__, read_index
-    with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(
-            SliceFile, "__init__", lambda self, path, *args: (opened.append(path.name), real_init(self, path, *args))[1]
-        )
-        patching.setattr(restore, "read_index", lambda path: (indexes.append(path), real_read(path))[1])
-        patching.setattr(restore, "open_source", None)  # that of other forms reads the index too
+    with (
+        patch.object(SliceFile, "__init__", autospec=True, side_effect=SliceFile.__init__) as opens,
+        patch.object(restore, "read_index", side_effect=read_index) as reads,
+        patch.object(restore, "open_source", None),  # that of other forms reads the index too
+    ):
         assert restore_first_verified(engine, [checkpoint])
     stretches = [(one.name, one.start, one.count) for group in rank_state(engine) for one in group.stretches]
     holding = {
@@ -241,7 +238,7 @@ def open_counted(checkpoint, ep_size):
         for name, start, count in stretches
         if name == piece.name and start < piece.start + piece.count and piece.start < start + count
     }
-    return sorted(opened), sorted(holding), len(indexes)
+    return sorted(call.args[1].name for call in opens.call_args_list), sorted(holding), reads.call_count
 
 
 @pytest.mark.parametrize(("ranks", "ep_size"), [(4, 4), (2, 1)])

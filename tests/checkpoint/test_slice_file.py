@@ -130,8 +130,10 @@ def test_one_flipped_bit_is_found_by_who_reads_its_block_and_others_read_on(larg
 def test_a_file_whose_header_claims_any_length_is_a_sentence(tmp_path):
     path = tmp_path / "x"
     header, _ = write_tensors(path, small(), METADATA)
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    has(refusal(SliceFile, path, path.stat().st_size, header), str(path), "its header has changed")
+    size = path.stat().st_size
+    for content, says in ((b"", "has 0 bytes, not the"), (b"\xff" * size, "its header has changed")):
+        path.write_bytes(content)
+        has(refusal(SliceFile, path, size, header), str(path), says, "use an older checkpoint")
 
 
 def test_a_file_that_shrinks_while_it_is_open_is_a_sentence_and_no_trace(tmp_path):

@@ -13,11 +13,6 @@ PLAY = r"""
 
 ### SCENE I. A quiet library; night.
 
-_Enter MOUSE, with a candle_
-
-**MOUSE**  
-Who left the window open to the rain?  
-
 **FIRST OWL**  
 _\[Aside]_  
 Not I. _\[To MOUSE]_ Look for the **large** one on the shelf.
@@ -35,11 +30,6 @@ _[Exeunt]_
 PLAIN = """The Lost Map
 
 SCENE I. A quiet library; night.
-
-[Enter MOUSE, with a candle]
-
-MOUSE:
-Who left the window open to the rain?
 
 FIRST OWL:
 [Aside]

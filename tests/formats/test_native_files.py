@@ -51,12 +51,6 @@ def tensors(directory):
     return load_file(directory / "model.safetensors")
 
 
-def rewrite(directory, **changes):
-    """Give config.json other values."""
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def test_16_bits_are_read_as_fp32_and_biases_too(directory):
     held = tensors(directory)
     save_file({name: tensor.bfloat16() for name, tensor in held.items()}, directory / "model.safetensors")
@@ -97,7 +91,7 @@ def test_a_configuration_that_does_not_fit_is_one_sentence(directory):
     whole = path.read_text()
     for changes, parts in REFUSED:
         path.write_text(whole)
-        rewrite(directory, **changes)
+        native_models.edit_config(directory, **changes)
         has(refusal(open_source, directory), str(directory), *parts)
     values = json.loads(whole)
     del values["hidden_size"]
@@ -129,7 +123,7 @@ def test_no_pickle_is_opened_and_no_code_run(directory, tmp_path):
     index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
     (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (directory / "modeling_x.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
-    rewrite(directory, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    native_models.edit_config(directory, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     assert isinstance(open_source(directory), NativeFiles)
     (directory / "model.safetensors").unlink()
     has(refusal(open_source, directory), "pytorch_model.bin", "pickle", "safetensors")

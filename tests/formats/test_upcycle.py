@@ -111,7 +111,7 @@ def test_noise_is_of_the_size_asked_for_and_differs_between_experts(dense, tmp_p
 
 def test_the_files_have_the_dense_models_dtype_and_size_and_its_tokenizer(tmp_path):
     write_dense(tmp_path / "dense", "Qwen3", torch.bfloat16)
-    edit(tmp_path / "dense", bos_token_id=1)
+    native_models.edit_config(tmp_path / "dense", bos_token_id=1)
     upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(4, 2), 20_000)
     files = sorted((tmp_path / "sparse").glob("model-*.safetensors"))
     assert len(files) > 3
@@ -139,11 +139,6 @@ def refused(dense):
     return refusal(upcycle, dense, dense.parent / "sparse", Upcycling(4, 2), 10**9)
 
 
-def edit(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 REFUSED = [
     ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM, Qwen3ForCausalLM"]),
     ({"attention_bias": True}, ["attention_bias is true", "MixtralForCausalLM has no place"]),
@@ -159,13 +154,13 @@ def test_a_dense_model_that_has_no_sparse_form_is_refused(dense, tmp_path):
     whole = (dense / "config.json").read_text()
     for changes, words in REFUSED:
         (dense / "config.json").write_text(whole)
-        edit(dense, **changes)
+        native_models.edit_config(dense, **changes)
         has(refused(dense), *words)
     sorted(dense.glob("*.safetensors"))[1].write_bytes(b"damaged")
     (dense / "config.json").write_text(whole)
     has(refused(dense), "cannot be read")
     write_dense(tmp_path / "qwen", "Qwen3")
-    edit(tmp_path / "qwen", use_sliding_window=True)
+    native_models.edit_config(tmp_path / "qwen", use_sliding_window=True)
     has(refused(tmp_path / "qwen"), "use_sliding_window is true")
     assert not list(tmp_path.glob("sparse*"))
 

@@ -31,10 +31,3 @@ def test_processes_that_draw_at_once_and_end_before_they_listen_have_different_p
         drawn.append(free_port())
         network._kept.clear()
     assert len(set(drawn)) == 50
-
-
-def test_a_port_that_another_process_keeps_is_not_drawn(monkeypatch):
-    monkeypatch.setattr(os, "getpid", lambda: 70_100)
-    taken = free_port()
-    monkeypatch.setattr(network, "_kept", network._kept.copy())  # which another process has not
-    assert free_port() != taken
