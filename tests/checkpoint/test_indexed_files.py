@@ -2,28 +2,14 @@
 
 import math
 
-import pytest
 import torch
 from indexed import BIAS, KINDS, SHAPES, values, write
 
-from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.indexed_files import IndexedFiles
 
-FIRST, SECOND = "rank_00000.safetensors", "rank_00001.safetensors"
 
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    write(tmp_path / "step_3")
-    return tmp_path / "step_3"
-
-
-def source_of(checkpoint):
-    return IndexedFiles(checkpoint, read_index(checkpoint))
-
-
-def test_any_range_of_any_kind_is_joined_from_the_ranks_that_hold_it(checkpoint):
-    source = source_of(checkpoint)
+def test_any_range_of_any_kind_is_joined_from_the_ranks_that_hold_it(tmp_path):
+    source = IndexedFiles(tmp_path / "step_3", write(tmp_path / "step_3"))
     assert source.shapes == SHAPES
     assert source.state_names == KINDS[1:]
     assert torch.equal(source.buffers[BIAS], values(BIAS, "buffer"))

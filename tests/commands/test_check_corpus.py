@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 from corpora import build, prepared, random_tokens
-from refusals import has
+from refusals import has, refusal, refusals
 
 from megamoe.commands import check_corpus
 from megamoe.data.index_file import write_index
 from megamoe.data.token_files import TokenCorpus
 
 
-def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(tmp_path, call, run, monkeypatch):
+def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(tmp_path, call, monkeypatch):
     pair = build(tmp_path / "theirs", [*random_tokens(500, 50), 77], np.int32)
     before = TokenCorpus(pair, 10, 78)
     monkeypatch.setattr(check_corpus, "PIECE", 64)
@@ -24,9 +24,7 @@ def test_a_pair_made_elsewhere_is_read_once_and_a_run_trusts_its_record(tmp_path
     assert after.fingerprint in line
     assert call(check_corpus, f"{pair}.bin") == [line]
     build(tmp_path / "bad", [1, -3, 2], np.int32)
-    code, said = run(check_corpus, tmp_path / "bad")
-    assert code == 2
-    has(said.err, "bad.bin", "the id -3")
+    has(refusal(call, check_corpus, tmp_path / "bad"), "bad.bin", "the id -3")
 
 
 def test_documents_of_a_pair_that_all_end_with_one_token_begin_at_the_one_before(tmp_path, call):
@@ -43,10 +41,10 @@ def test_documents_of_a_pair_that_all_end_with_one_token_begin_at_the_one_before
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx", "sums"])
-def test_every_file_of_a_prepared_shard_is_compared_with_its_record(tmp_path, call, run, suffix):
+def test_every_file_of_a_prepared_shard_is_compared_with_its_record(tmp_path, call, suffix):
     folder = prepared(tmp_path / "c", {"train": [[[1, 2, 3] * 9]]}).parent
     call(check_corpus, folder)
     with open(folder / f"train-00000.{suffix}", "r+b") as file:
         file.seek(-2, 2)
         file.write(b"\x07")
-    assert run(check_corpus, folder)[0] == 2
+    assert refusals(call, check_corpus, folder)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,7 +17,7 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
-from refusals import has, only
+from refusals import has, only, refusals
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -69,16 +70,10 @@ def prepare(run, monkeypatch):
 
 
 @pytest.fixture
-def refused(run, monkeypatch):
+def refused(call, monkeypatch):
     """The problems that a call with small units ends with."""
     monkeypatch.setattr(inputs, "UNIT", 4500)
-
-    def refused(*words):
-        code, said = run(prepare_data, *words)
-        assert code == 2
-        return [line for line in said.err.splitlines() if line.startswith("error: ")]
-
-    return refused
+    return partial(refusals, call, prepare_data)
 
 
 def content(folder):
@@ -237,9 +232,10 @@ def test_what_is_finished_stays_on_a_full_disk_and_the_error_names_the_output(
     tmp_path, texts, prepare, refused, monkeypatch
 ):
     call = (*texts, "--out", tmp_path / "out", "--processes", 1)
-    with monkeypatch.context() as full:
-        full.setattr(preparation, "write_corpus_record", Mock(side_effect=OSError(28, "No space left on device")))
-        has(only(refused(*call)), str(tmp_path / "out"), "No space left")
+    no_room = Mock(side_effect=OSError(28, "No space left on device"))
+    with monkeypatch.context() as full, pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/out'"):
+        full.setattr(preparation, "write_corpus_record", no_room)
+        refused(*call)
     units = number_of_units(texts)
     has(prepare(*call), f"{units} of {units} units are finished already")
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 
-from refusals import has
+from refusals import has, refusal
 
 from megamoe.commands import report
 
@@ -68,14 +68,10 @@ def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_pat
     assert (tmp_path / "a picture").read_bytes() == (tmp_path / "loss_lr.png").read_bytes()
 
 
-def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, run):
-    code, said = run(report, tmp_path)
-    assert code == 2
-    assert said.err == f"error: {tmp_path} holds no log.jsonl; give the folder of a run.\n"
+def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, call):
+    has(refusal(call, report, tmp_path), f"{tmp_path} holds no log.jsonl; give the folder of a run.")
     write_log(tmp_path)
-    code, said = run(report, tmp_path)
-    assert code == 2
-    has(said.err, "error: ", str(tmp_path), "no step yet", "wait")
+    has(refusal(call, report, tmp_path), str(tmp_path), "no step yet", "wait")
     assert not (tmp_path / "loss_lr.png").exists()
 
 

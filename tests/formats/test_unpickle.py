@@ -28,16 +28,13 @@ def test_a_planted_pickle_is_refused_by_name_and_does_not_run(tmp_path, zipped):
     assert mark.exists()
 
 
-def dynamic_scaler():
-    return DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, dtype=torch.half)
-
-
 def test_of_objects_of_deepspeed_the_attributes_come_back_without_their_class(tmp_path):
-    torch.save({"a": [LossScaler(128.0), (dynamic_scaler(), 1)], "stage": ZeroStageEnum(2)}, tmp_path / "x.pt")
+    dynamic = DynamicLossScaler(2.0**16, 1000, 1.0, 2, False, dtype=torch.half)
+    torch.save({"a": [LossScaler(128.0), (dynamic, 1)], "stage": ZeroStageEnum(2)}, tmp_path / "x.pt")
     found = safe_load(tmp_path / "x.pt")
     assert type(found["a"][0]) is SimpleNamespace
     assert vars(found["a"][0]) == vars(LossScaler(128.0))
-    assert vars(found["a"][1][0]) == vars(dynamic_scaler())
+    assert vars(found["a"][1][0]) == vars(dynamic)
     assert found["stage"] == 2
     has(refusal(safe_load, tmp_path / "none.pt"), str(tmp_path / "none.pt"), "is missing")
 
