@@ -10,7 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -228,13 +228,10 @@ def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, t
     prepare(*call)
 
 
-def test_what_is_finished_stays_on_a_full_disk_and_the_error_names_the_output(
-    tmp_path, texts, prepare, refused, monkeypatch
-):
+def test_what_is_finished_stays_on_a_full_disk_and_the_error_names_the_output(tmp_path, texts, prepare, refused):
     call = (*texts, "--out", tmp_path / "out", "--processes", 1)
-    no_room = Mock(side_effect=OSError(28, "No space left on device"))
-    with monkeypatch.context() as full, pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/out'"):
-        full.setattr(preparation, "write_corpus_record", no_room)
+    no_room = patch.object(preparation, "write_corpus_record", side_effect=OSError(28, "No space left on device"))
+    with no_room, pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/out'"):
         refused(*call)
     units = number_of_units(texts)
     has(prepare(*call), f"{units} of {units} units are finished already")

@@ -30,9 +30,6 @@ def problems_of(ds, on_cpu=False):
     return complaints(parse_recipe, ds, "ds.json", 1, on_cpu, "bf16")
 
 
-# --- the table and DeepSpeed ----------------------------------------------------------------------------------------
-
-
 def state_of(kwargs):
     """Names, types and shapes of what the optimizer keeps on this rank after a step, by name."""
     engine = make(1, **kwargs)
@@ -55,9 +52,6 @@ def test_deepspeed_keeps_the_state_that_the_table_says():
         spec = find_optimizer(name)
         expected = {tensor.name: (tensor.dtype, True) for tensor in spec.state}
         assert kept == {**expected, **({"step": "step"} if spec.counts_steps else {})}
-
-
-# --- the checks -----------------------------------------------------------------------------------------------------
 
 
 NO_OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "none"}}

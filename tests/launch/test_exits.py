@@ -225,9 +225,6 @@ def test_process_groups_that_never_end_hold_no_rank(fault, code, tmp_path):
     assert output.read_text().count("KeyError: 'a bug'") == bool(code)
 
 
-# --- before the ranks watch each other -------------------------------------------------------------------------------
-
-
 def launch_wrongly():
     del os.environ["MASTER_PORT"]
 

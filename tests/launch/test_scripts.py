@@ -113,8 +113,6 @@ def test_ranks_get_the_devices_made_visible_and_deepspeed_no_folder_of_path_that
     assert (tmp_path / "given").read_text().startswith(expected)
 
 
-# --- what the code of the ranks makes a script do -------------------------------------------------------------------
-
 COUNTED = """#!/bin/sh
 echo start >> {folder}/starts
 {note}
