@@ -54,8 +54,7 @@ def test_the_last_ones_stay_every_nth_and_the_newest_good_one_where_the_last_one
             assert sorted(map(folders.step_of, folder.iterdir())) == kept, (number, last, every)
 
 
-# Steps skipped before each checkpoint, and that to which the run might go back: what it has left stays, and the newest
-# that is good, or not later.
+# Steps skipped before each checkpoint, and the last step to which the run might go back.
 @pytest.mark.parametrize(("skipped", "goes_back_to"), [((0, 2, 1), 13), ((0, 0, 0), 11)])
 def test_what_a_run_has_gone_back_from_stays_after_a_resume_and_what_it_may_go_back_to(folder, skipped, goes_back_to):
     retention = Retention(folder, 1, 0, folder / "step_13.1", LEDGER)
