@@ -2,7 +2,8 @@
 
 Before DeepSpeed reduces a bucket on its own stream, the compute stream waits for the reduction before (`average_tensor`
 in stage_1_and_2.py; DeepSpeed issue 8364). So a reduction hides behind the gradients that fill the next bucket, and the
-last, which has the embedding, behind nothing.
+last, which has the embedding, behind nothing. What is reduced once (`training/reduce_once.py`) goes by flat groups,
+each when its last gradient has come; backward waits for none, and the next begins when the one before has ended.
 """
 
 from __future__ import annotations
@@ -16,24 +17,30 @@ from megamoe.planning.sharding import Group, Setup
 
 
 class Bucket(NamedTuple):
-    """Gradients that are reduced together, which is where one comes that does not fit."""
+    """Gradients that are reduced together."""
 
-    share: float  # of the backward pass, while it fills
+    share: float  # of the backward pass, since the bucket before
     elements: Counter[bool]  # of shared weights (False) and of experts (True)
 
 
 def buckets(setup: Setup, groups: list[Group], trace: ModelTrace) -> list[Bucket]:
     """Those of one backward pass, of which every block takes an equal part."""
-    of_name = {name: (size, group.expert) for group in groups for name, size in group.sizes.items()}
+    group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
+    order = list(_gradients(trace, {name: size for group in groups for name, size in group.sizes.items()}))
+    last = {group_of[name]: name for name, _ in order}  # of each group
     found = []
     share, elements = 0.0, Counter[bool]()
-    for name, part in _gradients(trace, {name: size for name, (size, _) in of_name.items()}):
-        size, expert = of_name[name]
-        if elements and elements.total() + size > setup.bucket:
+    for name, part in order:
+        group = groups[group_of[name]]
+        if elements and not setup.reduces_once and elements.total() + group.sizes[name] > setup.bucket:
             found.append(Bucket(share, elements))
             share, elements = 0.0, Counter()
         share += part
-        elements[expert] += size
+        if not setup.reduces_once:
+            elements[group.expert] += group.sizes[name]
+        elif name == last[group_of[name]]:
+            found.append(Bucket(share, Counter({group.expert: sum(group.sizes.values())})))
+            share = 0.0
     return [*found, Bucket(share, elements)]
 
 
@@ -50,17 +57,20 @@ def _gradients(trace: ModelTrace, sizes: dict[str, int]) -> Iterator[tuple[str, 
             yield event.name, 0.0
 
 
-def seconds_not_hidden(found: list[Bucket], backward: float, reductions: dict[bool, float]) -> float:
+def seconds_not_hidden(found: list[Bucket], backward: float, reductions: dict[bool, float], waits: bool) -> float:
     """By how much the reductions prolong a backward pass.
 
     Args:
         backward: seconds of the pass.
         reductions: seconds of reducing the gradients of all shared weights (False), and those of all experts (True).
+        waits: whether backward waits for each before the next begins.
     """
     whole = sum((bucket.elements for bucket in found), Counter[bool]())
     now = reduced = 0.0
     for bucket in found:
-        now = max(now + bucket.share * backward, reduced)
+        now += bucket.share * backward
+        if waits:
+            now = max(now, reduced)
         parts = (reductions[expert] * size / whole[expert] for expert, size in bucket.elements.items())
-        reduced = now + sum(parts)
-    return max(now, reduced) - backward
+        reduced = max(now, reduced) + sum(parts)
+    return reduced - backward

@@ -17,7 +17,7 @@ from megamoe.planning.model_trace import Trace, model_trace
 from megamoe.planning.overlap import buckets, seconds_not_hidden
 from megamoe.planning.rates import KERNEL, Rates, attention_seconds, gemm_seconds
 from megamoe.planning.sharding import Setup, parameter_groups
-from megamoe.planning.traffic import GRADIENTS_OF_EXPERTS, PhaseName, collectives, host_transfers, update_bytes
+from megamoe.planning.traffic import PhaseName, collectives, host_transfers, update_bytes
 from megamoe.planning.work import Gemm, Work
 from megamoe.training.matrix_share import Run
 from megamoe.training.muon import NEWTON_SCHULZ_STEPS
@@ -166,13 +166,10 @@ class _Step:
         self.trace = model_trace(replace(setup, imbalance=1.0))
         self.blocks = list(self.trace.blocks.values())
         self.collectives = dict.fromkeys(get_args(PhaseName), 0.0)  # seconds
-        self.reductions = {False: 0.0, True: 0.0}  # of them, those of shared weights, and those of experts
         hidden = dict.fromkeys(self.collectives, 0.0)
         for one in collectives(setup):
             seconds = one.seconds(device, gpus_per_node, rates.links)
             (hidden if one.is_hidden else self.collectives)[one.phase] += seconds
-            if one.phase == "reduction":
-                self.reductions[one.purpose == GRADIENTS_OF_EXPERTS] += seconds
         for phase, seconds in hidden.items():
             self.collectives[phase] += max(seconds - self.meanwhile(phase), 0.0)
 
@@ -238,16 +235,14 @@ class _Step:
 
     def reduction(self, backward: float) -> Phase:
         """What of the gradients' reduction does not hide behind the backward pass."""
-        setup, seconds = self.setup, self.collectives["reduction"]
-        if setup.overlap and setup.reduces_once:
-            seconds = max(seconds - backward / setup.accumulation, 0.0)  # in the last pass of a step alone
-        elif setup.overlap:
-            times = setup.accumulation if setup.zero_stage == 2 else 1  # ZeRO-1: in the last pass of a step alone
+        setup = self.setup
+        times = setup.accumulation if setup.zero_stage == 2 else 1  # ZeRO-1: in the last pass of a step alone
+        of_pass = {False: self.collectives["reduction"] / times, True: self.collectives["reduction of experts"] / times}
+        seconds = sum(of_pass.values())
+        if setup.overlap:
             found = buckets(setup, self.groups, self.trace)
-            of_pass = {expert: of_all / times for expert, of_all in self.reductions.items()}
-            seconds = times * seconds_not_hidden(found, backward / setup.accumulation, of_pass)
-        seconds += self.collectives["reduction at the end"]
-        return Phase("gradients, not hidden", 0.0, {"gradients": seconds})
+            seconds = seconds_not_hidden(found, backward / setup.accumulation, of_pass, not setup.reduces_once)
+        return Phase("gradients, not hidden", 0.0, {"gradients": times * seconds})
 
     def update(self) -> Phase:
         setup, rates = self.setup, self.rates

@@ -21,9 +21,7 @@ from megamoe.utils.hardware import Device
 # usual for the smallest messages.
 LATENCY_INSIDE, LATENCY_BETWEEN = 15e-6, 40e-6
 
-GRADIENTS_OF_EXPERTS = "gradients of experts"
-
-PhaseName = Literal["forward", "backward", "reduction", "reduction at the end", "update"]
+PhaseName = Literal["forward", "backward", "reduction", "reduction of experts", "update"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def _of_gradients(setup: Setup, groups: list[Group]) -> list[Collective]:
     found = []
     # ZeRO-2 reduces after every backward pass, ZeRO-1 once per step.
     reductions = setup.accumulation if setup.zero_stage == 2 else 1
-    for _, expert, ranks, stride in _split_over(setup):
+    for whose, expert, ranks, stride in _split_over(setup):
         theirs = [group for group in groups if group.expert == expert]
         if setup.reduces_once:
             kind, calls, elements = "reduce_scatter", len(theirs), sum(group.partition * ranks for group in theirs)
@@ -123,12 +121,10 @@ def _of_gradients(setup: Setup, groups: list[Group]) -> list[Collective]:
             calls = reductions * math.ceil(elements / setup.bucket)
             if not setup.all_reduce:
                 kind, calls = "reduce", calls + reductions * (ranks - 1)
-        # Sums of experts are complete with their first block, those of the shared weights with the embedding.
-        phase: PhaseName = "reduction at the end" if setup.reduces_once and not expert else "reduction"
         payload = reductions * elements * setup.communication_bytes
-        purpose = GRADIENTS_OF_EXPERTS if expert else "gradients of shared weights"
         if setup.reduces(ranks):
-            found.append(Collective(purpose, kind, ranks, stride, calls, payload, phase))
+            phase: PhaseName = "reduction of experts" if expert else "reduction"
+            found.append(Collective(f"gradients of {whose}", kind, ranks, stride, calls, payload, phase))
     return found
 
 

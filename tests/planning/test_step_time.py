@@ -226,21 +226,6 @@ def test_recomputed_blocks_cost_their_forward_pass_again_up_to_what_was_kept_las
     assert again["forward"] == selective["forward"] == plain["forward"]
 
 
-def test_zero_1_hides_the_reduction_of_experts_behind_one_micro_batch_only():
-    setup, fast = replace(SETUP, ep_size=1, accumulation=4, zero_stage=1), replace(SLOW, inside=1e9, between=1e9)
-    for device, hides_all in ((fast, True), (SLOW, False)):
-        gradients = [one for one in collectives(setup) if one.kind == "reduce_scatter"]
-        experts, shared = (
-            sum(one.seconds(device, 8, GPU.links) for one in gradients if ("experts" in one.purpose) == is_experts)
-            for is_experts in (True, False)
-        )
-        backward = phases(setup, device)["backward"].seconds / 4
-        assert (experts < backward) == hides_all
-        assert phases(setup, device)["gradients, not hidden"].seconds == pytest.approx(
-            shared + max(experts - backward, 0)
-        )
-
-
 def test_rows_travel_behind_the_shared_experts_and_not_behind_the_others():
     shared = replace(SETUP, model=SETUP.model.model_copy(update={"n_shared_experts": 1}))
     for setup, is_hidden in ((shared, True), (SETUP, False), (replace(shared, on_cpu=True), False)):
