@@ -10,12 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# They make no kernel.
-VIEWS = {
-    "_unsafe_view", "alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "promote_types", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
-    "_reshape_alias",
-}  # fmt: skip
+from megamoe.planning.tracer import VIEWS
 
 
 class Operators(TorchDispatchMode):

@@ -32,11 +32,8 @@ ALL = {**PRESET, "num_experts_per_tok": PRESET["num_local_experts"]}
 WEIGHTS = {**ALL, "vocab_size": 1000, "hidden_size": 96, "intermediate_size": 512}, 1, 8
 ACTIVATIONS = {**ALL, "vocab_size": 16, "max_position_embeddings": 256}, 2, 256
 EMBEDDING = {**ALL, "vocab_size": 20_000, "num_hidden_layers": 1}, 1, 8
-LOGITS = (
-    {**EMBEDDING[0], "hidden_size": 16, "max_position_embeddings": 1301},
-    1,
-    1301,
-)  # two chunks, one of them a token longer
+# Two chunks, one of them a token longer.
+LOGITS = {**EMBEDDING[0], "hidden_size": 16, "max_position_embeddings": 1301}, 1, 1301
 # A dense block and seven experts, gated: half of the shared and of the experts' matrices end within one.
 UNEVEN = (
     {**WEIGHTS[0], "num_local_experts": 7, "num_experts_per_tok": 7, "first_k_dense_replace": 1, "gated_mlp": True},

@@ -35,20 +35,11 @@ def test_it_finds_what_trying_everything_finds(samples, monkeypatch):
             if samples is None or samples % (8 * micro_batch) == 0:
                 yield micro_batch, samples // (8 * micro_batch) if samples else SETUP.accumulation
 
+    names = "ep_size", "zero_stage", "recompute_blocks", "recompute", "micro_batch", "accumulation"
     tried = [
-        replace(
-            SETUP,
-            ep_size=ep_size,
-            micro_batch=micro_batch,
-            accumulation=accumulation,
-            recompute_blocks=blocks,
-            zero_stage=stage,
-            recompute=how,
-        )
-        for ep_size, (micro_batch, accumulation), blocks, stage, how in product(
-            (1, 2, 4, 8), batches(), range(5), (1, 2), HOW
-        )
-        if (stage == 2 or accumulation > 1) and (blocks or how == "whole")
+        replace(SETUP, **dict(zip(names, (ep_size, stage, blocks, how, *batch), strict=True)))
+        for ep_size, stage, blocks, how, batch in product((1, 2, 4, 8), (1, 2), range(5), HOW, batches())
+        if (stage == 2 or batch[1] > 1) and (blocks or how == "whole")
     ]
     fitting = [setup for setup in tried if memory(setup) <= (1 - kept_free(SETUP)) * SMALL.memory]
     assert len(fitting) < len(tried)
