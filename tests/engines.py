@@ -65,6 +65,21 @@ def make(ep_size, stage=2, seed=0, config=CONFIG, unchecked=None, **ds_changes):
     return build_train_step(config, recipe, ep_size=ep_size, seed=seed).engine
 
 
+def batches(seed, *shape):
+    """Micro-batches that depend on the seed alone, of `shape` (micro-batches, samples)."""
+    ids = torch.randint(4, (*shape, 17), generator=torch.Generator().manual_seed(seed)).cumsum(-1) % CONFIG.vocab_size
+    return [Batch(one[:, :-1], one[:, 1:]) for one in ids]
+
+
+def gradients_given(engine):
+    """A list to which go the gradients of each group that the optimizer is given, step by step."""
+    inner, given = engine.optimizer.optimizer, []
+    inner.register_step_pre_hook(
+        lambda *_: given.extend(group["params"][0].grad.clone() for group in inner.param_groups)
+    )
+    return given
+
+
 def train(engine, steps, first=0, writer=None, average=None):
     """Train on this rank's share of batches that depend on the step alone; returns the mean losses over all ranks."""
     train_step = TrainStep(engine, balancer_of(engine.module), average)

@@ -24,6 +24,7 @@ from megamoe.pretrain import Checked, check_run
 from megamoe.pretrain import run as pretrain
 from megamoe.training.sinks import read_log
 from megamoe.utils.errors import Problems
+from megamoe.utils.hardware import Device
 
 PRESET = {
     "vocab_size": 96,
@@ -41,6 +42,7 @@ PRESET = {
 # Of a device that "auto" computes in bf16 on, whatever this one is.
 PRECISION = by_rates(1e12, 1e12)
 SHIPPED = Path(__file__).parent.parent / "ds_configs"
+SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 
 
 def shipped(name: str) -> dict[str, Any]:

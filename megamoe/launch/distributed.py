@@ -52,7 +52,7 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
     rank_info = find_rank_info(os.environ)
     os.environ.update(rank_info.environment())
     on_cpu = is_on_cpu()
-    memory = cpu.share_cores() if on_cpu else gpu.use_expandable_segments()
+    resources = cpu.share_cores() if on_cpu else gpu.use_expandable_segments()
     device, device_id = choose_device(rank_info.local_rank)
     rendezvous = join(rank_info, device=device_id)
     if on_cpu and len(set(rendezvous.hosts)) > 1:
@@ -63,7 +63,7 @@ def init_distributed() -> tuple[Rendezvous, torch.device]:
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=NO_TIMEOUT)
     if rank_info.rank == 0:
-        print(memory, flush=True)
+        print(resources, flush=True)
     return rendezvous, device
 
 

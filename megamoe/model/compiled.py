@@ -39,7 +39,7 @@ class CompiledBlock:
         torch._dynamo.config.recompile_limit = 64
         self.whole = compile_region(whole, 3)
         self.before_experts = compile_region(before_experts, 3, 4)
-        self.with_shared = compile_region(with_shared)
+        self.with_shared = compile_region(lambda block, *inputs: block.with_shared(*inputs))
         self.activate = compile_region(StackedExperts.activate, 1)
         self.after_experts = compile_region(after_experts, 1, 2, 3, 5)
 
@@ -120,11 +120,6 @@ def before_experts(block: Any, x: Tensor, rotary: Rotary | None, mask: Mask, use
     with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):
         placed = dispatch.place(rows, routing.expert_ids, routing.counts)
     return block.with_shared(x, hidden), None, routing.weights, routing.losses, balancing, placed
-
-
-def with_shared(block: Any, x: Tensor, hidden: Tensor) -> Tensor:
-    """x (B, S, D) with the shared experts added."""
-    return block.with_shared(x, hidden)
 
 
 def after_experts(

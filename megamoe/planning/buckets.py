@@ -58,7 +58,7 @@ class Reduction:
         self.is_first = True  # whether it is the first one
         self.has_begun = False  # whether a gradient of it has come
         self.sums = False  # whether gradients are added to those of the pass before
-        self.partitions: dict[int, int] = {}  # bytes of the sums in fp32 of what this rank owns, by group
+        self.partitions: dict[int, int] = {}  # bytes of what this rank owns of sums, apart from gradients, by group
         self.whole = setup.weight_bytes * elements_touched(setup, groups, rank)
         self.kept = 0  # bytes of whole gradients, of this backward pass
         self.kept_before = 0  # and of those before it
@@ -80,7 +80,7 @@ class Reduction:
         setup = self.setup
         keeps_buckets = setup.zero_stage == 1 and not self.is_first  # empty, until it reduces
         if not self.has_begun and not keeps_buckets:
-            self.ledger.allocate("reduction buckets", (2 if setup.overlap else 1) * setup.bucket * setup.weight_bytes)
+            self.ledger.allocate("reduction buckets", (1 + setup.overlap) * setup.bucket * setup.weight_bytes)
         self.has_begun = True
         size = self.size(name) * setup.weight_bytes
         self.ledger.allocate("gradients", size)

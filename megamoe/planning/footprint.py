@@ -40,7 +40,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     groups, trace = parameter_groups(setup), model_trace(setup)
     between, host = _kept(setup, groups, rank, trace)
     ledger = Ledger(between)
-    reduction = ReduceOnce(setup, groups, ledger) if setup.reduces_once else Reduction(setup, groups, rank, ledger)
+    reduction = (ReduceOnce if setup.reduces_once else Reduction)(setup, groups, rank, ledger)
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
@@ -95,7 +95,7 @@ def _forward(trace: ModelTrace, ledger: Ledger) -> None:
     _replay(trace.around.events["forward"], ledger, Counter(), lambda _: block())
 
 
-def _backward(trace: ModelTrace, ledger: Ledger, reduction: Reduction | ReduceOnce) -> None:
+def _backward(trace: ModelTrace, ledger: Ledger, reduction: Reduction) -> None:
     blocks = reversed(trace.blocks.items())
 
     def block() -> None:
@@ -134,7 +134,7 @@ def _replay(events: list[Event], ledger: Ledger, held: Counter[str], happens: Ca
     return held
 
 
-def _step(setup: Setup, reduction: Reduction | ReduceOnce, rank: int) -> None:
+def _step(setup: Setup, reduction: Reduction, rank: int) -> None:
     ledger = reduction.ledger
     for number, group in enumerate(reduction.groups):
         owned, share = reduction.partitions.get(number, 0), 4 * group.partition  # in fp32, scaled

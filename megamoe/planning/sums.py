@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from megamoe.planning.buckets import Ledger
+from megamoe.planning.buckets import Ledger, Reduction
 from megamoe.planning.sharding import Group, Setup
 
 SUMS, COPIES = "gradient sums", "reduction temporaries"
 
 
-class ReduceOnce:
-    """In the place of `buckets.Reduction`."""
+class ReduceOnce(Reduction):
+    """In the place of DeepSpeed's buckets."""
 
-    def __init__(self, setup: Setup, groups: list[Group], ledger: Ledger):
-        self.setup, self.groups, self.ledger = setup, groups, ledger
-        self.group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
-        self.sums = setup.sum_bytes * sum(group.partition * group.ranks for group in groups)
+    def __init__(self, setup: Setup, groups: list[Group], rank: int, ledger: Ledger):
+        super().__init__(setup, groups, rank, ledger)
+        self.bytes_of_sums = setup.sum_bytes * sum(group.partition * group.ranks for group in groups)
         self.awaited = [len(group.sizes) for group in groups]  # gradients, in the last backward pass of a step
-        self.boundary = False  # whether it is this one
-        self.partitions: dict[int, int] = {}  # bytes of what this rank owns of a group's gradients, once reduced
-
-    def start(self, first: bool, boundary: bool) -> None:
-        """A backward pass begins."""
-        self.boundary = boundary
 
     def ready(self, name: str) -> None:
         """The gradient of a parameter has come."""
         ledger, number = self.ledger, self.group_of[name]
-        size = self.groups[number].sizes[name] * self.setup.weight_bytes
+        size = self.size(name) * self.setup.weight_bytes
         ledger.allocate("gradients", size)
         if not ledger.held[SUMS]:
-            ledger.allocate(SUMS, self.sums)
+            ledger.allocate(SUMS, self.bytes_of_sums)
         ledger.free("gradients", size)
         self.awaited[number] -= self.boundary
         if self.setup.overlap and not self.awaited[number]:

@@ -1,4 +1,5 @@
-"""What ranks send each other: each token once to each rank, while the shared experts are computed."""
+"""What ranks send each other: each token once to each rank, while the shared experts are computed. That it is right is
+in test_expert_parallel.py."""
 
 import functools
 from unittest import mock
@@ -10,7 +11,7 @@ from operators import Operators
 from ranks import run_ranks
 
 from megamoe.config.model import load_preset
-from megamoe.model.all_to_all import AllToAll, lay_out_received, lay_out_sends
+from megamoe.model.all_to_all import AllToAll, lay_out_sends
 from megamoe.model.decoder import Decoder
 from megamoe.model.topology import ExpertTopology
 
@@ -18,48 +19,6 @@ CHOICES, EXPERTS = 3, 8
 CONFIG = load_preset("tiny").model_copy(
     update={"num_hidden_layers": 1, "num_local_experts": EXPERTS, "num_experts_per_tok": CHOICES}
 )
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 40])
-@pytest.mark.parametrize(("ranks", "experts"), [(2, 4), (8, 1), (1, 8)])
-def test_slots_and_rows_are_laid_out_by_rank_and_token(tokens, ranks, experts):
-    torch.manual_seed(tokens)
-    ids = torch.rand(tokens, ranks * experts).topk(CHOICES).indices
-    sends = lay_out_sends(ids, ExpertTopology(ranks * experts, ranks, ranks))
-    slots = sorted(
-        (int(ids[token, choice]) // experts, token, choice) for token in range(tokens) for choice in range(CHOICES)
-    )
-    rows = sorted({(rank, token) for rank, token, _ in slots})
-    assert sends.slot.tolist() == [token * CHOICES + choice for _, token, choice in slots]
-    assert (sends.code % experts).tolist() == [int(ids[token, choice]) % experts for _, token, choice in slots]
-    before = [None, *(slot[:2] for slot in slots)]
-    assert (sends.code >= experts).tolist() == [slot[:2] != last for slot, last in zip(slots, before, strict=False)]
-    assert sends.token[: len(rows)].tolist() == [token for _, token in rows]
-    assert sends.rows.tolist() == [sum(rank == row[0] for row in rows) for rank in range(ranks)]
-    bounds = [*sends.starts.tolist(), len(rows)]
-    for token in range(tokens):
-        place = sends.place[bounds[token] : bounds[token + 1]].tolist()
-        assert sorted(place) == [index for index, row in enumerate(rows) if row[1] == token]
-
-
-@pytest.mark.parametrize("multiple", [1, 64])
-def test_slots_that_come_by_rank_are_laid_out_by_expert(multiple):
-    experts = 3
-    for of_rows in ([[0], [2, 1], [0, 1, 2], [1]], [[2]] * 3, []):  # the slots of each row that comes
-        ids = [expert for row in of_rows for expert in row]
-        codes = [expert + experts * (number == 0) for row in of_rows for number, expert in enumerate(row)]
-        weights = torch.rand(len(ids))
-        counts = torch.tensor([ids.count(expert) for expert in range(experts)])
-        slots = torch.stack((weights, torch.tensor(codes, dtype=weights.dtype)), 1)
-        here = lay_out_received(slots, counts, len(of_rows), multiple)
-        assert torch.equal(here.weights, weights)
-        places = here.layout.place.tolist()
-        ends = here.layout.ends.tolist()
-        bounds = [0, *ends]
-        assert all(bounds[expert] <= place < ends[expert] for expert, place in zip(ids, places, strict=True))
-        row_of_slot = [number for number, row in enumerate(of_rows) for _ in row]
-        assert here.row[here.layout.place].tolist() == row_of_slot
-        assert here.starts.tolist() == [row_of_slot.index(number) for number in range(len(of_rows))]
 
 
 def decoder(ep_size, **changes):

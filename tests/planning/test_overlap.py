@@ -5,7 +5,7 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-from toy import recipe_of, shipped
+from toy import SLOW, recipe_of, shipped
 
 from megamoe.config.model import load_preset
 from megamoe.planning import sharding
@@ -18,10 +18,8 @@ from megamoe.planning.sharding import parameter_groups, read_setup
 from megamoe.planning.step_time import step_time
 from megamoe.planning.sums import ReduceOnce
 from megamoe.planning.traffic import collectives
-from megamoe.utils.hardware import Device
 
 SETUP = read_setup(load_preset("tiny"), recipe_of(shipped("zero2"), 16), 4, 256, False)
-SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from operators import Operators
 from ranks import run_ranks
-from toy import PRESET, ds_config, recipe_of, shipped
+from toy import PRESET, SLOW, ds_config, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.data.batches import Batch
@@ -30,11 +30,10 @@ from megamoe.planning.traffic import collectives
 from megamoe.training.matrix_share import MatrixShare
 from megamoe.training.muon import orthogonalize_share
 from megamoe.training.step import build_train_step
-from megamoe.utils.hardware import DEVICES, Device
+from megamoe.utils.hardware import DEVICES
 
 SETUP = read_setup(ModelConfig(**PRESET), recipe_of(ds_config(2), 16), 4, 16, False)
 FULL = read_setup(load_preset("moe-680m"), recipe_of(shipped("zero2")), 1, 1024, False)
-SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 # Only what a test changes takes time.
 IDEAL = Rates(math.inf, math.inf, math.inf, links=1.0, operator=0.0, region=0.0, parameter=0.0, wait=0.0)
 

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from toy import PRESET, ds_config, recipe_of
+from toy import PRESET, SLOW, ds_config, recipe_of
 
 from megamoe.config.model import ModelConfig
 from megamoe.model.costs import parameter_count
@@ -13,11 +13,8 @@ from megamoe.planning.sharding import read_setup
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, collectives, host_transfers
 from megamoe.training.step import balancer_of
 from megamoe.training.step_sums import NO_FLAGS, sum_over_ranks
-from megamoe.utils.hardware import Device
 
 SETUP = read_setup(ModelConfig(**PRESET), recipe_of(ds_config(2), 16), 4, 16, False)
-
-SLOW = Device("slow", 1e12, 1e12, 1e9, 1e9, inside=1e5, between=1e5, host=1e6, host_memory_rate=1e8)
 
 
 def sent_by_counting(kind, ranks, stride, payload, gpus_per_node):

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.distributed as dist
-from engines import CONFIG, GATED, make, train
+from engines import CONFIG, GATED, gradients_given, make, train
 from ranks import run_ranks
 
 from megamoe.checkpoint.engine_state import stretches_by_group
@@ -34,15 +34,8 @@ def steps_of(config, ep_size, stage, changes):
     """(masters before, for each step the gradients that the optimizer gets, masters after), and the learning rate of
     each step, as `by_name` has it."""
     engine = make(ep_size, stage, config=config, **JSON, **changes)
-    zero, inner = engine.optimizer, engine.optimizer.optimizer
-    masters = [one.detach() for one in zero.single_partition_of_fp32_groups]
-    seen, rates, given, plain = [by_name(engine, masters)], [], [], inner.step
-
-    def step():
-        given.extend(group["params"][0].grad.clone() for group in inner.param_groups)
-        plain()
-
-    inner.step = step
+    masters = [one.detach() for one in engine.optimizer.single_partition_of_fp32_groups]
+    seen, rates, given = [by_name(engine, masters)], [], gradients_given(engine)
     for number in range(STEPS):
         rates.append(engine.get_lr()[0])
         train(engine, 1, number)

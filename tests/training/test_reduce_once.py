@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 import torch
-from engines import CONFIG, make
+import torch.distributed as dist
+from engines import batches, gradients_given, make
 from ranks import run_ranks
 from simulate import Collectives
 
-from megamoe.data.batches import Batch
 from megamoe.training.step import TrainStep, balancer_of
 
 MICRO_BATCHES = 3, 2  # of the steps
@@ -19,12 +19,6 @@ PRECISIONS = {
 }
 
 
-def batches(step):
-    generator = torch.Generator().manual_seed(10 * step + torch.distributed.get_rank())
-    ids = torch.randint(4, (MICRO_BATCHES[step], 2, 17), generator=generator).cumsum(-1) % CONFIG.vocab_size
-    return [Batch(one[:, :-1], one[:, 1:]) for one in ids]
-
-
 def steps_of(ep_size, stage, changes, zero):
     """Of two steps of the same weights, for the first has a learning rate of 0: losses and norms, the gradients that
     the optimizer was given, the payload of the gradients' reductions before the last backward pass, at its end and
@@ -32,24 +26,19 @@ def steps_of(ep_size, stage, changes, zero):
     ours = {"reduce_bucket_size": 5000} if stage == 2 else {"contiguous_gradients": False}  # it has no buckets
     zero = {"stage": stage, **ours, **zero}
     engine = make(ep_size, stage, gradient_accumulation_steps=MICRO_BATCHES[0], zero_optimization=zero, **changes)
-    inner, given, plain = engine.optimizer.optimizer, [], engine.optimizer.optimizer.step
+    given = gradients_given(engine)
     end, passes, collectives = engine.optimizer.independent_gradient_partition_epilogue, [], Collectives()
-
-    def step():
-        given.extend(group["params"][0].grad.clone() for group in inner.param_groups)
-        plain()
 
     def note(_=None):
         passes.append({key: size for key, size in collectives.payload.items() if "reduce" in key[0]})
 
-    inner.step = step
     engine.optimizer.independent_gradient_partition_epilogue = lambda: (note(), end())
     train_step, values, payloads = TrainStep(engine, balancer_of(engine.module)), [], []
     for number, micro_batches in enumerate(MICRO_BATCHES):
         train_step.accumulate(micro_batches)
         collectives.payload.clear()
         with collectives:
-            train_step.forward_backward(batches(number), note)
+            train_step.forward_backward(batches(10 * number + dist.get_rank(), micro_batches, 2), note)
         result = train_step.update()
         assert result.applied
         values.append((result.loss, result.grad_norm))

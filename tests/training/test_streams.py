@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from engines import CONFIG, make, train, writer_for
+from engines import CONFIG, batches, make, train, writer_for
 from ranks import run_ranks
 from streams import Device, Recorder
 from torch.utils._python_dispatch import _disable_current_modes
@@ -15,7 +15,6 @@ from toy import SHIPPED, recipe_of, shipped
 
 from megamoe.checkpoint import host_copy
 from megamoe.checkpoint.host_copy import HostCopy
-from megamoe.data.batches import Batch
 from megamoe.data.prefetch import Prefetcher
 from megamoe.model import all_to_all
 from megamoe.training import step_sums
@@ -86,13 +85,6 @@ def test_what_is_read_before_an_asynchronous_collective_is_waited_for_is_a_race(
     assert run_ranks(1, races_of_a_collective, waits) == [not waits]
 
 
-def batches(step):
-    """Two."""
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(4, (2, 1, 17), generator=generator).cumsum(-1) % CONFIG.vocab_size
-    return [Batch(one[:, :-1], one[:, 1:]) for one in ids]
-
-
 def train_step_of(name, ep_size, device):
     ds = shipped(name)
     ds.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=2)
@@ -117,7 +109,7 @@ def races_of_steps(name, ep_size):
     with device.recorded(), ExitStack() as stack:
         for module in (all_to_all, step_sums):
             stack.enter_context(patch.object(module, "begin_read", read_from_gpu))
-        prefetcher = stack.enter_context(Prefetcher(batches, GPU))
+        prefetcher = stack.enter_context(Prefetcher(lambda step: batches(step, 2, 1), GPU))
         train_step = train_step_of(name, ep_size, device)
         for number in range(3):
             train_step.forward_backward(prefetcher.step(number))

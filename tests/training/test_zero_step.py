@@ -6,13 +6,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from engines import BATCH, CONFIG
+from engines import BATCH, batches, gradients_given
 from engines import make as make_engine
 from ranks import run_ranks
 from streams import Device
 
 from megamoe.config.recipe import Recipe
-from megamoe.data.batches import Batch
 from megamoe.training.reduce_once import ReduceOnceOptimizer
 from megamoe.training.step import TrainStep, balancer_of
 from megamoe.training.zero_step import GivenNormOptimizer, GuardedOptimizer, norm_of
@@ -23,11 +22,9 @@ GROWING = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 7, 
 SUMS_APART = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
-def batches(step, accumulation=1):
-    generator = torch.Generator().manual_seed(100 * step + torch.distributed.get_rank())
-    shape = accumulation, BATCH // torch.distributed.get_world_size(), 17
-    ids = torch.randint(4, shape, generator=generator).cumsum(-1) % CONFIG.vocab_size
-    return [Batch(one[:, :-1], one[:, 1:]) for one in ids]
+def own_batches(step, accumulation=1):
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return batches(100 * step + rank, accumulation, BATCH // ranks)
 
 
 def make(*args, **changes):
@@ -51,17 +48,10 @@ def two_steps(changes, stage, accumulation, own):
     assert type(engine.optimizer) is (GivenNormOptimizer if stage == 2 or own else ReduceOnceOptimizer)
     if own:
         engine.optimizer.__class__ = GuardedOptimizer  # without a spike to look for, DeepSpeed's own
-    inner, given = engine.optimizer.optimizer, []
-    plain = inner.step
-
-    def step():
-        given.extend(group["params"][0].grad.clone() for group in inner.param_groups)
-        plain()
-
-    inner.step = step
+    given = gradients_given(engine)
     train_step, values = train_step_of(engine), []
     for number in range(2):
-        train_step.forward_backward(batches(number, accumulation))
+        train_step.forward_backward(own_batches(number, accumulation))
         result = train_step.update()
         assert result.applied
         values.append((result.loss, result.grad_norm))
@@ -132,7 +122,7 @@ def factor_of_one_rank(cases):
         engine = make(2, stage, **changes)
         before = [part.detach().clone() for part in engine.optimizer.single_partition_of_fp32_groups]
         train_step = train_step_of(engine)
-        (batch,) = batches(0)
+        (batch,) = own_batches(0)
         factor = factor if torch.distributed.get_rank() == 0 else 1.0
         engine.backward(engine(batch.input_ids, batch.labels) * factor)
         result = train_step.update()
@@ -180,7 +170,7 @@ def with_and_without_spike(stage, changes, accumulation):
     """The states (before, after) of a step that is a spike, those of the next step with and without it, and results."""
 
     def one_step(train_step, number, factor=1.0):
-        for batch in batches(number, accumulation):
+        for batch in own_batches(number, accumulation):
             engine = train_step.engine
             loss = engine(batch.input_ids, batch.labels)
             engine.backward(loss * (factor if torch.distributed.get_rank() == 1 else 1.0))
