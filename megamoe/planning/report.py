@@ -68,8 +68,8 @@ def assumptions(plan: Plan) -> list[str]:
         f"The experts' GEMMs are {DESCRIPTIONS[plan.setup.kernel]}.",
         "Every expert gets equally many rows; but memory is that of a rank whose experts, where ranks share them, get "
         f"{plan.setup.imbalance:g} times the mean (--imbalance).",
-        "Under overlap_comm the reduction of a bucket hides behind the gradients that fill the next, under ZeRO-1 that of "
-        "a group behind what follows it in the last pass; rows on a GPU behind shared experts; all else waits.",
+        "Under overlap_comm the reduction of a bucket hides behind the gradients that fill the next, under ZeRO-1 that "
+        "of a group behind the rest of the last pass; on a GPU rows hide behind shared experts; all else waits.",
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "
         "fragments come on top.",
     ]
