@@ -56,17 +56,9 @@ def lay_out_sends(expert_ids: Tensor, topology: ExpertTopology) -> Sends:
     )
 
 
-class Arrived(NamedTuple):
-    """Received slots and rows, laid out by expert."""
-
-    weights: Tensor  # (R,), R and U being those received
-    layout: Layout  # of the slots
-    row: Tensor  # (P,): the row at each place
-    starts: Tensor  # (U,): where the slots of each row begin
-
-
-def lay_out_received(slots: Tensor, counts: Tensor, rows: int, multiple: int) -> Arrived:
-    """Lay out received slots by expert.
+def lay_out_received(slots: Tensor, counts: Tensor, rows: int, multiple: int) -> tuple[Tensor, Layout, Tensor]:
+    """Lay out received slots by expert. Returns their weights (R,), how they lie, by received row, and where the slots
+    of each row begin, (U,).
 
     Args:
         slots: (R, 2), their weights and codes, as in `Sends`.
@@ -79,7 +71,7 @@ def lay_out_received(slots: Tensor, counts: Tensor, rows: int, multiple: int) ->
     layout = lay_out(code % len(counts), counts, multiple)
     row = (code >= len(counts)).cumsum(0) - 1
     starts = torch.searchsorted(row, torch.arange(rows, device=row.device))
-    return Arrived(weights, layout, row.index_select(0, layout.row), starts)
+    return weights, layout._replace(row=row.index_select(0, layout.row)), starts
 
 
 class AllToAll:

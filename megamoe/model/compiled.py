@@ -59,17 +59,17 @@ class CompiledBlock:
                 return dispatch.experts(rows, ends)
             return dispatch.experts(rows, ends, lambda inside: self.activate(dispatch.experts, inside))
 
-        x, hidden, weights, losses, balancing, layout = self.before_experts(block, x, given, mask, used)
+        x, hidden, weights, losses, balancing, placed = self.before_experts(block, x, given, mask, used)
         dispatch.count_for_balancing(*balancing)
         if hidden is None:
-            results = experts(layout.rows, layout.ends)
-            return self.after_experts(x, results, weights, layout.token, layout.place, used), losses
+            rows, layout = placed
+            return self.after_experts(x, experts(rows, layout.ends), weights, layout.row, layout.place, used), losses
         rows = hidden.flatten(0, 1) if used is None else hidden.flatten(0, 1).index_select(0, used)
 
         def alongside() -> Tensor:
             return x if block.shared_mlp is None else self.with_shared(block, x, hidden)
 
-        out, added = dispatch.run_on_ranks(rows, weights, balancing[0], layout, experts, alongside)
+        out, added = dispatch.run_on_ranks(rows, weights, balancing[0], placed, experts, alongside)
         return add_used(added, out, used), losses
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed.moe.layer
 import torch
@@ -21,21 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.model.all_to_all import AllToAll, Sends, exchange_counts, lay_out_received, lay_out_sends
-from megamoe.model.dispatch import combine_rows, gather_rows, lay_out, row_multiple, sum_rows
+from megamoe.model.dispatch import Layout, combine_rows, gather_rows, lay_out, row_multiple, sum_rows
 from megamoe.model.router import Router
 from megamoe.model.router_losses import Padding
 from megamoe.model.topology import ExpertTopology
 
 Experts = Callable[[Tensor, Tensor], Tensor]  # (rows (P, D) by expert, ends (E,)) -> (P, D)
-
-
-class Placed(NamedTuple):
-    """The rows of this rank's tokens, by expert."""
-
-    rows: Tensor  # (P, D)
-    token: Tensor  # (P,): the token at each place
-    place: Tensor  # (T * K,): the places of each token's rows
-    ends: Tensor  # (E,) int32: where each expert's rows end, fill included
 
 
 class DroplessDispatch(nn.Module):
@@ -76,9 +67,9 @@ class DroplessDispatch(nn.Module):
         self.count_for_balancing(counts, sum_of_entropies(log_scores) if self.training else None, margins)
         del log_scores  # as large as the scores
         if self.topology.ep_size == 1:
-            placed = self.place(x, expert_ids, counts)
-            results = self.experts(placed.rows, placed.ends)
-            out = combine_rows(results, weights, placed.token, placed.place, weights.shape[1])
+            rows, layout = self.place(x, expert_ids, counts)
+            results = self.experts(rows, layout.ends)
+            out = combine_rows(results, weights, layout.row, layout.place, weights.shape[1])
             return out, losses, counts, alongside()
         sends = lay_out_sends(expert_ids, self.topology)
         out, other = self.run_on_ranks(x, weights, counts, sends, self.experts, alongside)
@@ -95,17 +86,16 @@ class DroplessDispatch(nn.Module):
                 assert self.router.step_margins is not None
                 self.router.step_margins += margins
 
-    def place(self, x: Tensor, expert_ids: Tensor, counts: Tensor) -> Placed:
-        """The rows of the tokens `x` (T, D) by expert, one for each choice.
+    def place(self, x: Tensor, expert_ids: Tensor, counts: Tensor) -> tuple[Tensor, Layout]:
+        """The rows (P, D) of the tokens `x` (T, D) by expert, one for each choice, and how they lie, by token.
 
         Args:
             expert_ids: (T, K).
             counts: (E,), slots of each expert.
         """
-        layout = lay_out(expert_ids.flatten(), counts, row_multiple(x.device))
-        choices = expert_ids.shape[1]
-        token = layout.row // choices
-        return Placed(gather_rows(x, token, layout.place, choices), token, layout.place, layout.ends)
+        layout, choices = lay_out(expert_ids.flatten(), counts, row_multiple(x.device)), expert_ids.shape[1]
+        layout = layout._replace(row=layout.row // choices)
+        return gather_rows(x, layout.row, layout.place, choices), layout
 
     def run_on_ranks(
         self, x: Tensor, weights: Tensor, counts: Tensor, sends: Sends, experts: Experts, alongside: Callable[[], Any]
@@ -128,11 +118,13 @@ class DroplessDispatch(nn.Module):
         token, place = sends.token[: sum(rows.send)], sends.place[: sum(rows.send)]
         # One name for the rows on their way, so that none outlive their use.
         moved = rows.begin(gather_rows(x, token, place, sends.starts))
-        here = lay_out_received(slots.finish(coming_slots), counts, len(moved), row_multiple(x.device))
+        factors, layout, starts = lay_out_received(
+            slots.finish(coming_slots), counts, len(moved), row_multiple(x.device)
+        )
         other = alongside()
-        moved = gather_rows(rows.finish(moved), here.row, here.layout.place, here.starts)
-        moved = experts(moved, here.layout.ends)
-        moved = combine_rows(moved, here.weights, here.row, here.layout.place, here.starts)
+        moved = gather_rows(rows.finish(moved), layout.row, layout.place, starts)
+        moved = experts(moved, layout.ends)
+        moved = combine_rows(moved, factors, layout.row, layout.place, starts)
         moved = back.finish(back.begin(moved))
         return sum_rows(moved, token, place, sends.starts), other
 

@@ -171,11 +171,9 @@ def make_plan(run: RunConfig, options: PlanOptions) -> Plan:
     seq_len = run.seq_len or model.max_position_embeddings
     # torch for CUDA comes with Triton.
     kernel = choose_kernel(device.capability, recipe.torch_dtype, has_triton=True)
-    setup = read_setup(
-        model, recipe, run.ep_size, seq_len, on_cpu, run.recompute_blocks, kernel, run.compile,
-        run.ema_decay is not None, run.recompute,
-    )  # fmt: skip
-    setup = replace(setup, document_tokens=options.document_tokens, imbalance=options.imbalance)
+    setup = read_setup(model, recipe, run.ep_size, seq_len, on_cpu, run.ema_decay is not None)
+    setup = replace(setup, recompute_blocks=run.recompute_blocks, recompute=run.recompute, compiled=run.compile)
+    setup = replace(setup, kernel=kernel, document_tokens=options.document_tokens, imbalance=options.imbalance)
     per_node, rates = ranks if on_cpu else options.gpus_per_node, rates_of(options)
     splits = _search(setup, device, per_node, rates, recipe) if options.best else []
     if splits:

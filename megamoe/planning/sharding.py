@@ -145,13 +145,9 @@ def read_setup(
     ep_size: int,
     seq_len: int,
     on_cpu: bool,
-    recompute_blocks: int = 0,
-    kernel: Kernel = "grouped_mm",
-    compiled: bool = False,
     averages: bool = False,
-    recompute: Recompute = "whole",
 ) -> Setup:
-    """The setup of a run; the arguments must have passed the checks of a run."""
+    """The setup of a run, by blocks as they are; the arguments must have passed the checks of a run."""
     zero, optimizer = recipe.zero, recipe.optimizer
     return Setup(
         model=model,
@@ -172,10 +168,6 @@ def read_setup(
         offload=zero.offloads_optimizer,
         check_overflow=recipe.checks_overflow,
         on_cpu=on_cpu,
-        recompute_blocks=recompute_blocks,
-        recompute=recompute,
-        kernel=kernel,
-        compiled=compiled,
         average_bytes=AVERAGE.dtype.itemsize if averages else 0,
     )
 

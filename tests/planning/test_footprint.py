@@ -159,7 +159,8 @@ def setup_of(ranks, name):
     model, recipe, ep_size, seq_len, recompute_blocks, ema_decay, recompute = ON_RANKS[ranks][name]
     averages = ema_decay is not None
     recipe = replace(recipe, world_size=ranks)
-    return read_setup(model, recipe, ep_size, seq_len, True, recompute_blocks, averages=averages, recompute=recompute)
+    setup = read_setup(model, recipe, ep_size, seq_len, True, averages)
+    return replace(setup, recompute_blocks=recompute_blocks, recompute=recompute)
 
 
 def held_by_gloo(setup, peak):
@@ -224,7 +225,7 @@ def test_a_loop_over_the_experts_joins_the_gradients_of_each():
     values = case(layer, config("zero2_fp32"))
     (real,) = run_ranks(1, measure_with_a_loop, values)
     model, recipe, ep_size, seq_len, *_ = values
-    setup = read_setup(model, recipe, ep_size, seq_len, True, kernel="loop")
+    setup = replace(read_setup(model, recipe, ep_size, seq_len, True), kernel="loop")
     assert footprint(setup).peak.total() == pytest.approx(real.peak, rel=0.002)
     assert footprint(setup).peak.total() > 1.02 * footprint(replace(setup, kernel="grouped_mm")).peak.total()
 
@@ -244,7 +245,8 @@ def test_a_step_of_a_shipped_preset_takes_the_planned_memory_to_5_percent(device
     seq_len = model.max_position_embeddings
     (real,) = run_new_ranks(1, peak_of_a_step, model, recipe, 1, seq_len, device=device)
     kernel = grouped_gemm.kernel_for(torch.device(device), torch.bfloat16)
-    planned = footprint(read_setup(model, recipe, 1, seq_len, device == "cpu", kernel=kernel)).peak.total()
+    setup = read_setup(model, recipe, 1, seq_len, device == "cpu")
+    planned = footprint(replace(setup, kernel=kernel)).peak.total()
     record_property("planned GiB", round(planned / 2**30, 2))
     record_property("measured GiB", round(real / 2**30, 2))
     assert planned == pytest.approx(real, rel=0.05)
