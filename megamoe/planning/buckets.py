@@ -62,6 +62,7 @@ class Reduction:
         self.whole = setup.weight_bytes * elements_touched(setup, groups, rank)
         self.kept = 0  # bytes of whole gradients, of this backward pass
         self.kept_before = 0  # and of those before it
+        self.reduced: list[Counter[bool]] = []  # of each reduction, elements of shared weights (False) and of experts
         self.waiting: list[str] = []  # parameters whose gradients are in the bucket
         self.filled = 0  # elements of the bucket
         self.left = 0  # bytes of gradients that were reduced where they are, and are still referred to
@@ -112,7 +113,9 @@ class Reduction:
             if setup.reduces(ranks):
                 ledger.transient("reduction temporaries", self.copies(slices))
         self.end_reduction()
+        elements = Counter[bool]()
         for name in self.waiting:
+            elements[name in experts] += self.size(name)
             if setup.offload:
                 self.send_to_host(name)
             if self.size(name) > setup.bucket:
@@ -121,6 +124,7 @@ class Reduction:
                 # One buffer for all, at the first parameter of which this rank owns a part (copy_grads_in_partition).
                 self.kept = self.whole
                 ledger.allocate("gradients owned", self.kept)
+        self.reduced += [elements] * bool(self.waiting)
         self.waiting, self.filled = [], 0
 
     def leave(self, name: str) -> None:

@@ -40,7 +40,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
     groups, trace = parameter_groups(setup), model_trace(setup)
     between, host = _kept(setup, groups, rank, trace)
     ledger = Ledger(between)
-    reduction = (ReduceOnce if setup.reduces_once else Reduction)(setup, groups, rank, ledger)
+    reduction = reduction_of(setup, groups, rank, ledger)
     forward = backward = Counter[str]()
     for micro in range(setup.accumulation):
         ledger.restart()
@@ -48,7 +48,7 @@ def footprint(setup: Setup, rank: int = 0) -> Footprint:
         forward = max(forward, ledger.peak, key=Counter.total)
         ledger.restart()
         reduction.start(first=micro == 0, boundary=micro == setup.accumulation - 1)
-        _backward(trace, ledger, reduction)
+        replay_backward(trace, ledger, reduction.ready)
         reduction.finish()
         backward = max(backward, ledger.peak, key=Counter.total)
     ledger.restart()
@@ -95,14 +95,19 @@ def _forward(trace: ModelTrace, ledger: Ledger) -> None:
     _replay(trace.around.events["forward"], ledger, Counter(), lambda _: block())
 
 
-def _backward(trace: ModelTrace, ledger: Ledger, reduction: Reduction) -> None:
+def reduction_of(setup: Setup, groups: list[Group], rank: int, ledger: Ledger) -> Reduction:
+    return (ReduceOnce if setup.reduces_once else Reduction)(setup, groups, rank, ledger)
+
+
+def replay_backward(trace: ModelTrace, ledger: Ledger, ready: Callable[[str], None]) -> None:
+    """Allocate and free what a backward pass does; `ready` is called with the name of each gradient that comes."""
     blocks = reversed(trace.blocks.items())
 
     def block() -> None:
         prefix, traced = next(blocks)
-        _part_backward(traced, ledger, lambda name: reduction.ready(f"{prefix}.{name}"))
+        _part_backward(traced, ledger, lambda name: ready(f"{prefix}.{name}"))
 
-    _part_backward(trace.around, ledger, reduction.ready, block)
+    _part_backward(trace.around, ledger, ready, block)
 
 
 def _part_backward(

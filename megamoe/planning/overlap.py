@@ -9,10 +9,11 @@ each when its last gradient has come; backward waits for none, and the next begi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from megamoe.planning.model_trace import BLOCK, END, ModelTrace
+from megamoe.planning.buckets import Ledger
+from megamoe.planning.footprint import reduction_of, replay_backward
+from megamoe.planning.model_trace import END, ModelTrace
 from megamoe.planning.sharding import Group, Setup
 
 
@@ -24,37 +25,34 @@ class Bucket(NamedTuple):
 
 
 def buckets(setup: Setup, groups: list[Group], trace: ModelTrace) -> list[Bucket]:
-    """Those of one backward pass, of which every block takes an equal part."""
-    group_of = {name: number for number, group in enumerate(groups) for name in group.sizes}
-    order = list(_gradients(trace, {name: size for group in groups for name, size in group.sizes.items()}))
-    last = {group_of[name]: name for name, _ in order}  # of each group
-    found = []
-    share, elements = 0.0, Counter[bool]()
-    for name, part in order:
-        group = groups[group_of[name]]
-        if elements and not setup.reduces_once and elements.total() + group.sizes[name] > setup.bucket:
+    """Those of the last backward pass of a step, of which every block takes an equal part, and in it every gradient one
+    by its size."""
+    ledger, shares = Ledger(Counter()), dict[str, float]()
+    sizes = {name: size for group in groups for name, size in group.sizes.items()}
+    for prefix, block in trace.blocks.items():
+        names = [f"{prefix}.{one.name}" for one in block.events["backward"] if one.name != END]
+        whole = len(trace.blocks) * sum(sizes[name] for name in names)
+        shares |= {name: sizes[name] / whole for name in names}
+    reduction = reduction_of(setup, groups, 0, ledger)
+    found, share = list[Bucket](), 0.0
+
+    def note() -> None:
+        nonlocal share
+        for elements in reduction.reduced[len(found) :]:
             found.append(Bucket(share, elements))
-            share, elements = 0.0, Counter()
-        share += part
-        if not setup.reduces_once:
-            elements[group.expert] += group.sizes[name]
-        elif name == last[group_of[name]]:
-            found.append(Bucket(share, Counter({group.expert: sum(group.sizes.values())})))
             share = 0.0
-    return [*found, Bucket(share, elements)]
 
+    def ready(name: str) -> None:
+        nonlocal share
+        share += shares.get(name, 0.0)
+        reduction.ready(name)
+        note()
 
-def _gradients(trace: ModelTrace, sizes: dict[str, int]) -> Iterator[tuple[str, float]]:
-    """Names in the order of backward, with the share of the pass that each takes; within a block, by its size."""
-    blocks = reversed(list(trace.blocks.items()))
-    for event in trace.around.events["backward"]:
-        if event.name == BLOCK:
-            prefix, block = next(blocks)
-            names = [f"{prefix}.{one.name}" for one in block.events["backward"] if one.name != END]
-            whole = len(trace.blocks) * sum(sizes[name] for name in names)
-            yield from ((name, sizes[name] / whole) for name in names)
-        elif event.name != END:
-            yield event.name, 0.0
+    reduction.start(first=True, boundary=True)
+    replay_backward(trace, ledger, ready)
+    reduction.finish()
+    note()
+    return found
 
 
 def seconds_not_hidden(found: list[Bucket], backward: float, reductions: dict[bool, float], waits: bool) -> float:

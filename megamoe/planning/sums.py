@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from megamoe.planning.buckets import Ledger, Reduction
 from megamoe.planning.sharding import Group, Setup
 
@@ -37,6 +39,7 @@ class ReduceOnce(Reduction):
         elif setup.communication_bytes != setup.sum_bytes or setup.on_cpu:  # gloo reduces a copy
             ledger.allocate(COPIES, group.ranks * owned)
         self.partitions[number] = owned
+        self.reduced.append(Counter({group.expert: sum(group.sizes.values())}))
         ledger.allocate("gradient partition", owned)
 
     def finish(self) -> None:

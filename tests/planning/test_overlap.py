@@ -1,22 +1,19 @@
-"""What backward hides of the reductions, against timelines by hand, and the buckets against those of the memory."""
+"""What backward hides of the reductions, against timelines by hand, and what is reduced together."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 from toy import SLOW, recipe_of, shipped
 
 from megamoe.config.model import load_preset
 from megamoe.planning import sharding
-from megamoe.planning.buckets import Reduction
-from megamoe.planning.footprint import footprint
 from megamoe.planning.model_trace import model_trace
 from megamoe.planning.overlap import Bucket, buckets, seconds_not_hidden
 from megamoe.planning.rates import GPU
 from megamoe.planning.sharding import parameter_groups, read_setup
 from megamoe.planning.step_time import step_time
-from megamoe.planning.sums import ReduceOnce
 from megamoe.planning.traffic import collectives
 
 SETUP = read_setup(load_preset("tiny"), recipe_of(shipped("zero2"), 16), 4, 256, False)
@@ -43,35 +40,27 @@ def test_a_reduction_hides_behind_the_bucket_that_fills_meanwhile_alone(shared, 
 
 
 @pytest.mark.parametrize("bucket", [10**4, 10**6, 10**9])
-def test_buckets_are_those_of_the_memory(bucket):
-    setup, flushed, flush = replace(SETUP, bucket=bucket), [], Reduction.flush
-
-    def recorded(reduction):
-        groups = [reduction.groups[reduction.group_of[name]] for name in reduction.waiting]
-        flushed.append(Counter())
-        for name, group in zip(reduction.waiting, groups, strict=True):
-            flushed[-1][group.expert] += group.sizes[name]
-        return flush(reduction)
-
-    with mock.patch.object(Reduction, "flush", recorded):
-        footprint(setup)
-    found = buckets(setup, parameter_groups(setup), model_trace(setup))
-    assert [one.elements for one in found] == [elements for elements in flushed if elements]
+def test_buckets_hold_each_gradient_once_and_are_reduced_when_the_next_does_not_fit(bucket):
+    setup = replace(SETUP, bucket=bucket)
+    groups = parameter_groups(setup)
+    found = buckets(setup, groups, model_trace(setup))
+    largest = max(size for group in groups for size in group.sizes.values())
+    assert max(one.elements.total() for one in found) <= max(bucket, largest)
+    assert all(one.elements.total() + other.elements.total() > bucket for one, other in itertools.pairwise(found))
+    whole = sum((one.elements for one in found), Counter())
+    assert whole[True] == sum(sum(group.sizes.values()) for group in groups if group.expert)
+    assert whole.total() == sum(sum(group.sizes.values()) for group in groups)
     assert sum(one.share for one in found) == pytest.approx(1)
 
 
 def test_what_is_reduced_once_goes_by_groups_when_their_first_block_is_done(monkeypatch):
     monkeypatch.setattr(sharding, "EXPERT_GROUP", 2**20)  # two of four blocks, on a rank with all experts
-    setup, begun, reduce = replace(SETUP, zero_stage=1, ep_size=1), [], ReduceOnce.reduce
-    monkeypatch.setattr(ReduceOnce, "reduce", lambda self, number: begun.append(number) or reduce(self, number))
-    footprint(setup)
-    groups = parameter_groups(setup)
-    found = buckets(setup, groups, model_trace(setup))
-    assert [one.elements for one in found if one.elements] == [
-        {groups[number].expert: sum(groups[number].sizes.values())} for number in begun
-    ]
-    assert [one.elements.keys() for one in found[:2]] == [{True}] * 2
+    setup = replace(SETUP, zero_stage=1, ep_size=1)
+    found = buckets(setup, parameter_groups(setup), model_trace(setup))
+    assert [one.elements.keys() for one in found] == [{True}, {True}, {False}, {False}]
+    assert [one.elements[True] for one in found[:2]] == [2**20] * 2
     assert [one.share for one in found[:2]] == pytest.approx([0.5, 0.5], abs=0.03)  # attention's come last in a block
+    assert sum(one.share for one in found) == pytest.approx(1)
 
 
 def not_hidden(setup):
