@@ -1,9 +1,10 @@
 """What of reducing gradients the backward pass hides, bucket by bucket.
 
 Before DeepSpeed reduces a bucket on its own stream, the compute stream waits for the reduction before (`average_tensor`
-in stage_1_and_2.py; DeepSpeed issue 8364). So a reduction hides behind the gradients that fill the next bucket, and the
-last, which has the embedding, behind nothing. What is reduced once (`training/reduce_once.py`) goes by flat groups,
-each when its last gradient has come; backward waits for none, and the next begins when the one before has ended.
+in stage_1_and_2.py; DeepSpeed issue 8364). So a reduction, which begins when a gradient has come that does not fit,
+hides behind those that come until the next one begins, and the last, which has the embedding, behind nothing. What is
+reduced once (`training/reduce_once.py`) goes by flat groups, each when its last gradient has come; backward waits for
+none, and the next begins when the one before has ended.
 """
 
 from __future__ import annotations
