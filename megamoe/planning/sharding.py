@@ -147,7 +147,7 @@ def read_setup(
     on_cpu: bool,
     averages: bool = False,
 ) -> Setup:
-    """The setup of a run, by blocks as they are; the arguments must have passed the checks of a run."""
+    """The setup of a run without recomputed or compiled blocks; its arguments must have passed the checks of a run."""
     zero, optimizer = recipe.zero, recipe.optimizer
     return Setup(
         model=model,
