@@ -67,7 +67,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"for each gradient that DeepSpeed takes, and {1e6 * rates.wait:g} us after the device for what it waits for.",
         f"The experts' GEMMs are {DESCRIPTIONS[plan.setup.kernel]}.",
         "Every expert gets equally many rows; but memory is that of a rank whose experts, where ranks share them, get "
-        f"{plan.setup.imbalance:g} times the mean (--imbalance).",
+        f"{plan.setup.imbalance:g} times the mean (--imbalance), or all that there are, if these are fewer.",
         "Under overlap_comm the reduction of a bucket hides behind the gradients that fill the next, under ZeRO-1 that "
         "of a group behind the rest of the last pass; on a GPU rows hide behind shared experts; all else waits.",
         "Bytes are those of tensors: the device's context, buffers of the communication library and an allocator's "

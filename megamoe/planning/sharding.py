@@ -74,11 +74,18 @@ class Setup:
     @property
     def received(self) -> int:
         """Rows of this rank's experts in one forward pass and layer."""
-        return self.at_fullest(self.rows)
+        return self._at_fullest(self.rows, min(self.model.num_experts_per_tok, self.topology().experts_per_rank))
 
-    def at_fullest(self, count: int) -> int:
-        """How many come to this rank, of which so many would under balance."""
-        return math.ceil(self.imbalance * count) if self.ep_size > 1 else count
+    @property
+    def received_tokens(self) -> int:
+        """Rows that reach this rank in one forward pass and layer, each for all of its experts that a token chose."""
+        return self._at_fullest(self.sent_rows, 1)
+
+    def _at_fullest(self, balanced: int, per_token: int) -> int:
+        """How many come to this rank, if none of the ranks' tokens gives it more than `per_token`."""
+        if self.ep_size == 1:
+            return balanced
+        return math.ceil(min(self.imbalance * balanced, self.ep_size * self.tokens * per_token))
 
     def topology(self, rank: int = 0) -> ExpertTopology:
         """The place of one rank."""

@@ -46,7 +46,7 @@ def stand_ins(setup: Setup, tracer: Tracer) -> Iterator[None]:
         if values.dim() == 3:  # slots for each expert and rows, sent to each rank and received
             _, ranks, parts = values.shape
             sent = [_even(count, ranks) for count in (setup.rows, setup.sent_rows)]
-            received = [_even(setup.at_fullest(count), ranks) for count in (setup.rows, setup.sent_rows)]
+            received = [_even(count, ranks) for count in (setup.received, setup.received_tokens)]
             return [
                 [[*_even(slots, parts - 1), rows] for slots, rows in zip(*counts, strict=True)]
                 for counts in (sent, received)

@@ -1,6 +1,7 @@
 """Predicted bytes and payloads against a real engine's step, measured operation by operation."""
 
 import gc
+import math
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -191,6 +192,7 @@ def test_the_fullest_rank_has_the_memory_of_its_imbalance():
     balanced, skewed = (footprint(replace(setup, imbalance=one)).peak.total() for one in (1.0, 2.0))
     assert fullest.peak > 1.2 * balanced
     assert fullest.peak == pytest.approx(skewed, rel=0.03)
+    assert footprint(replace(setup, imbalance=math.inf)).peak.total() == skewed  # two ranks have no more rows
     alone = replace(setup, ep_size=1)
     assert footprint(replace(alone, imbalance=2.0)) == footprint(alone)
     assert step_time(replace(setup, imbalance=2.0), DEVICES["h100"], 8, GPU) == step_time(
