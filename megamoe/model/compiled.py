@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megamoe.model.all_to_all import lay_out_sends
-from megamoe.model.dispatch import combine_rows
+from megamoe.model.dispatch import combine_rows, spread_rows
 from megamoe.model.document_attention import DocumentMask, Mask
 from megamoe.model.experts import StackedExperts
 from megamoe.model.moe import sum_of_entropies
@@ -70,7 +70,8 @@ class CompiledBlock:
             return x if block.shared_mlp is None else self.with_shared(block, x, hidden)
 
         out, added = dispatch.run_on_ranks(rows, weights, balancing[0], placed, experts, alongside)
-        return add_used(added, out, used), losses
+        out = out if used is None else spread_rows(out, used, hidden[..., 0].numel())
+        return added + out.view_as(added), losses
 
 
 def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..., Any]:

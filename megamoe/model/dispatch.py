@@ -104,6 +104,26 @@ class _SumRows(torch.autograd.Function):
         return grad.index_select(0, ctx.row), None, None, None
 
 
+def spread_rows(rows: Tensor, place: Tensor, size: int) -> Tensor:
+    """rows (U, D) -> (size, D), each at its place, and 0 elsewhere."""
+    return _SpreadRows.apply(rows, place, size)
+
+
+class _SpreadRows(torch.autograd.Function):
+    """Saves no tensor, as `_SumRows`: else a rank with padding would recompute as far as here, and one without would
+    not; their collectives would differ."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, place: Tensor, size: int) -> Tensor:  # type: ignore[override]
+        ctx.place = place
+        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, place, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad.index_select(0, ctx.place), None, None
+
+
 def combine_rows(results: Tensor, weights: Tensor, token: Tensor, place: Tensor, groups: int | Tensor) -> Tensor:
     """The weighted sum of each token's results, (T, D).
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamoe.model.all_to_all import AllToAll, Sends, exchange_counts, lay_out_received, lay_out_sends
-from megamoe.model.dispatch import Layout, combine_rows, gather_rows, lay_out, row_multiple, sum_rows
+from megamoe.model.dispatch import Layout, combine_rows, gather_rows, lay_out, row_multiple, spread_rows, sum_rows
 from megamoe.model.router import Router
 from megamoe.model.router_losses import Padding
 from megamoe.model.topology import ExpertTopology
@@ -184,5 +184,5 @@ class MoE(deepspeed.moe.layer.MoE):
         padding = None if used is None else Padding(used, len(rows))
         rows = rows if used is None else rows.index_select(0, used)
         out, losses, counts, added = self.deepspeed_moe(rows, sequences, padding, alongside)
-        out = (out if padding is None else padding.with_zeros(out)).view_as(hidden_states)
+        out = (out if padding is None else spread_rows(out, *padding)).view_as(hidden_states)
         return out if added is None else added + out, losses, counts
