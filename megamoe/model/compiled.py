@@ -70,7 +70,7 @@ class CompiledBlock:
             return x if block.shared_mlp is None else self.with_shared(block, x, hidden)
 
         out, added = dispatch.run_on_ranks(rows, weights, balancing[0], placed, experts, alongside)
-        out = out if used is None else spread_rows(out, used, hidden[..., 0].numel())
+        out = out if used is None else spread_rows(out, used, hidden.shape[:2].numel())
         return added + out.view_as(added), losses
 
 
