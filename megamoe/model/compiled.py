@@ -26,6 +26,9 @@ from megamoe.model.moe import sum_of_entropies
 from megamoe.model.rope import Rotary
 from megamoe.model.router_losses import Padding
 
+# Each kind of mask is compiled by itself, with and without padding, and once more for other lengths of samples.
+RECOMPILES = 64
+
 
 class CompiledBlock:
     """Runs the blocks of one model in training. A region is compiled at its first call, which takes seconds, and serves
@@ -35,8 +38,6 @@ class CompiledBlock:
     """
 
     def __init__(self) -> None:
-        # Each kind of mask is compiled by itself, with and without padding, and once more for other lengths of samples.
-        torch._dynamo.config.recompile_limit = 64
         self.whole = compile_region(whole, 3)
         self.before_experts = compile_region(before_experts, 3, 4)
         self.with_shared = compile_region(lambda block, *inputs: block.with_shared(*inputs))
@@ -84,6 +85,8 @@ def compile_region(function: Callable[..., Any], *with_rows: int) -> Callable[..
     region = torch.compile(function, fullgraph=True)
 
     def call(*args: Any) -> Any:
+        if torch._dynamo.config.recompile_limit != RECOMPILES:  # is this thread's own; backward on a GPU has another
+            torch._dynamo.config.recompile_limit = RECOMPILES
         for argument in map(args.__getitem__, with_rows):
             for one in argument if isinstance(argument, DocumentMask) else [argument]:
                 if isinstance(one, Tensor) and one.dim() < 4:
