@@ -130,11 +130,7 @@ def after_experts(
     x: Tensor, results: Tensor, weights: Tensor, token: Tensor, place: Tensor, used: Tensor | None
 ) -> Tensor:
     """x (B, S, D) with the weighted results (P, D) added; the other arguments as in `combine_rows`."""
-    return add_used(x, combine_rows(results, weights, token, place, weights.shape[1]), used)
-
-
-def add_used(x: Tensor, out: Tensor, used: Tensor | None) -> Tensor:
-    """x (B, S, D) with `out` added, to its positions that are `used`."""
+    out = combine_rows(results, weights, token, place, weights.shape[1])
     return x + out.view_as(x) if used is None else x.flatten(0, 1).index_add(0, used, out).view_as(x)
 
 

@@ -59,10 +59,10 @@ class ModelTrace:
 
 def model_trace(setup: Setup) -> ModelTrace:
     """The trace of a setup's model on one rank, whose experts get equally many rows."""
-    # A search varies these five, on which the trace of a block depends only by whether it is recomputed, and how.
+    # A plan varies these, on which the trace of a block depends only by whether it is recomputed, and how.
     imbalance = setup.imbalance if setup.ep_size > 1 else 1.0
     alike = replace(setup, world_size=setup.ep_size, accumulation=1, imbalance=imbalance)
-    alike = replace(alike, recompute_blocks=0, recompute="whole")
+    alike = replace(alike, recompute_blocks=0, recompute="whole", zero_stage=0, bucket=0)
     trace = _traced(alike, None)
     if not setup.recompute_blocks:
         return trace
