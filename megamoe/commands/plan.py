@@ -1,49 +1,38 @@
-"""Plan a run on many GPUs: `python tools/plan.py --gpus 1024 --ep_size 8 --ds_config ds_configs/zero2.json`.
+"""Plan a run on many GPUs: the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted.
 
-Prints the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted. With
---best, micro-batch, accumulation, ep_size, recompute_blocks, recompute and ZeRO stage are those with most tokens/s.
+With --best, micro-batch, accumulation, ep_size, what is recomputed and ZeRO stage are those with most tokens/s.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from operator import itemgetter
 from pathlib import Path
+from typing import Annotated
 
-from megamoe.config import cli
-from megamoe.config.model import validate
+from cyclopts import Parameter
+from pydantic import Field, field_validator
+
 from megamoe.config.phases import Phase, phases_of
-from megamoe.config.run import RunConfig
+from megamoe.config.run import RunConfig, RunShape
 from megamoe.model.costs import parameter_count
-from megamoe.planning.planner import GIB, RUN_OPTIONS, Plan, PlanOptions, make_plan, split_keys
+from megamoe.planning.planner import GIB, Plan, PlanOptions, make_plan, split_keys
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, totals
 from megamoe.planning.search import kept_free
 from megamoe.training.sinks import duration
-from megamoe.utils.errors import Problems
 
 
-def parse() -> tuple[RunConfig, PlanOptions, Path | None]:
-    """The command line: the run, the plan's options, and where to write it as JSON. Raises UserError."""
-    parser = cli.Parser(description="Plan a run on many GPUs: memory, communication, time.")
-    cli.add_fields(parser, RunConfig, RUN_OPTIONS)
-    cli.add_fields(parser, PlanOptions)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
-    return parser.parse(check=check)
+class PlanCommand(RunShape, PlanOptions):
+    json_file: Annotated[Path | None, Parameter(name="--json")] = Field(
+        default=None, description="also write the plan there"
+    )
 
-
-def check(args: argparse.Namespace) -> tuple[RunConfig, PlanOptions, Path | None]:
-    values = vars(args)
-    problems = Problems()
-    file = values.pop("json")
-    if file and not file.parent.is_dir():
-        problems.append(f"--json is {file}, whose folder does not exist; make it first.")
-    given = {name: value for name, value in values.items() if value is not None}
-    of_run = {name: given.pop(name) for name in RUN_OPTIONS if name in given}
-    run = problems.attempt(validate, RunConfig, of_run, "command line")
-    options = problems.attempt(validate, PlanOptions, given, "command line")
-    problems.refuse()
-    return run, options, file
+    @field_validator("json_file")
+    @classmethod
+    def _check_folder(cls, file: Path | None) -> Path | None:
+        if file and not file.parent.is_dir():
+            raise ValueError(f"the folder of {file} does not exist; make it first.")
+        return file
 
 
 UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
@@ -152,12 +141,16 @@ def print_phases(phases: list[tuple[Phase, int | None, Plan]]) -> None:
         )
 
 
-def main() -> None:
-    run, options, file = parse()
-    plan = make_plan(run, options)
+def plan(options: PlanCommand) -> None:
+    run = RunConfig(**options.model_dump(include=set(RunShape.model_fields)))
+    of_plan = PlanOptions(**options.model_dump(include=set(PlanOptions.model_fields)))
+    print_plan(make_plan(run, of_plan), options.json_file)
+
+
+def print_plan(plan: Plan, file: Path | None) -> None:
     phases, setup = plan_phases(plan), plan.setup
     print(
-        f"{run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
+        f"{plan.run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
         f"rank{'s' * (setup.world_size > 1)} on {plan.device.name}, {plan.recipe.dtype}, ep_size {setup.ep_size}, "
         f"ZeRO-{setup.zero_stage}; "
         f"{setup.micro_batch} x {setup.accumulation} samples of {setup.seq_len} tokens per rank and step"

@@ -1,89 +1,120 @@
-"""Command lines for users: one sentence per problem and exit code 2, no stack trace, no option twice."""
+"""Command lines: classes of options, one sentence for each problem, exit code 2, no stack trace.
+
+A command is a function of one or more `Options`, whose fields are its options. cyclopts reads the words and prints the
+help; pydantic checks the values.
+"""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import signal
+import functools
 import sys
-from collections.abc import Callable, Iterable
-from importlib import import_module
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel
+from cyclopts import App, Group, Parameter
+from cyclopts.exceptions import CycloptsError, RepeatArgumentError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megamoe.config.model import sentences
 from megamoe.utils.errors import PeerError, Problems, UserError, unknown_key
-from megamoe.utils.interrupts import on_interrupt
 
 
-class _Once(argparse.Action):
-    """Stores a value, and refuses a second, different one."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        given = parser.given
-        if self.dest in given and given[self.dest] != values:
-            parser.problems.append(
-                f"{option} is given twice, as {_shown(given[self.dest])} and as {_shown(values)}; keep one."
-            )
-        given[self.dest] = values
-        setattr(namespace, self.dest, values)
+def _shown_default(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _shown(values: Any) -> str:
-    return " ".join(map(str, values)) if isinstance(values, list) else str(values)
+T = TypeVar("T")
+titled = functools.cache(functools.partial(Group.create_ordered, sort_key=0))  # in the order of their classes
+LAST = Group.create_ordered("Other", sort_key=1)
+POSITIONAL = Parameter()  # marks a field
+Positional = Annotated[T, POSITIONAL]
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose problems are UserErrors, with the nearest option for an unknown one."""
+@Parameter(name="*")
+class Options(BaseModel):
+    """The options of a command: a field is an option, its description the help. Those of a class with `group` stand
+    together in the help, under this title."""
 
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
-        self.register("action", None, _Once)
-        self.register("action", "store", _Once)
-        self.given: dict[str, Any] = {}
-        self.problems = Problems()
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; see --help.")
+    verbose: Annotated[bool, Parameter(group=LAST, show_default=False)] = Field(
+        default=False, kw_only=True, description="print what DeepSpeed says while it is loaded, too"
+    )
 
-    def parse(
-        self, arguments: list[str] | None = None, check: Callable[[argparse.Namespace], Any] | None = None
-    ) -> Any:
-        """Parse `arguments` (default: the command line). Raises one UserError with all problems.
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # which `object`'s would not take
+        super().__init_subclass__()
 
-        Args:
-            check: raises UserError for what is wrong with the values; what it returns is returned instead of them.
-        """
-        words = sys.argv[1:] if arguments is None else arguments
-        self.problems = Problems(self._unknown_options(words))
-        values, rest = self.problems.attempt(self.parse_known_args, words) or (None, [])
-        if rest and not self.problems:
-            self.problems.append(f"command line: {rest[0]!r} belongs to no option; see --help.")
-        result = self.problems.attempt(check, values) if values and check else values
-        self.problems.refuse()
-        return result
-
-    def _unknown_options(self, words: list[str]) -> list[str]:
-        known = self._option_string_actions
-        options = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
-        shown = [option for option in known if option.startswith("--")]
-        return [unknown_key("command line", option, shown, "option") for option in options if option not in known]
+    @classmethod
+    def __pydantic_init_subclass__(cls, group: str | None = None, **kwargs: Any) -> None:
+        for name in cls.__annotations__:
+            field = cls.model_fields[name]
+            field.kw_only = POSITIONAL not in field.metadata
+            says_nothing = field.default is None or field.default is False or field.default == []
+            field.metadata.append(Parameter(show_default=False if says_nothing else _shown_default))
+            if group:
+                field.metadata.append(Parameter(group=titled(group)))
+        # Those of a base class come after.
+        cls.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda one: bool(one[1].kw_only)))
 
 
-def add_fields(
-    parser: argparse.ArgumentParser, model: type[BaseModel], names: Iterable[str] = (), **special: dict[str, Any]
-) -> None:
-    """Give `parser` an option for each field of `model`, with its description as the help.
+# Options are named as the fields, and a list takes all words up to the next option.
+AS_FIELDS = Parameter(name_transform=str, negative=(), consume_multiple=(1, None), allow_repeating=False)
 
-    Args:
-        names: of the fields; by default all.
-        special: further settings of an option, by field.
+
+def make_app(name: str, **settings: Any) -> App:
+    """The app of a program; `settings` are those of cyclopts."""
+    return App(name=name, default_parameter=AS_FIELDS, help_format="plaintext", **settings)
+
+
+def parse(app: App, words: list[str]) -> Callable[[], Any]:
+    """The command of `app` that `words` ask for, with its options. Raises one UserError with all problems.
+
+    For --help and the like, it is what prints that.
     """
-    for name in names or model.model_fields:
-        field = model.model_fields[name]
-        options: dict[str, Any] = {"help": field.description, "default": None if field.is_required() else field.default}
-        options |= {"action": "store_true"} if field.annotation is bool else {"metavar": name.upper()}
-        parser.add_argument(f"--{name}", **{**options, **special.get(name, {})})
+    problems = Problems()
+    verbs, flags = [name for name in app if not name.startswith("-")], {*app.help_flags, *app.version_flags}
+    if verbs and words and words[0] not in {*verbs, *flags}:
+        raise UserError(unknown_key("command line", words[0], verbs, "command"))
+    if not flags & {*words} and (words or not verbs):
+        arguments = app.parse_commands(words)[1][-1].assemble_argument_collection(default_parameter=AS_FIELDS)
+        known = [name for argument in arguments for name in argument.names]
+        for option in [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]:
+            if option not in {*known, *flags}:
+                problems.append(unknown_key("command line", option, known, "option"))
+                words = _without(words, option)[0]
+    while True:
+        try:
+            command, given, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+            break
+        except RepeatArgumentError as error:
+            option = error.token.keyword
+            first = _without(_without(words, option)[0], option)[1]
+            words, last = _without(words, option)
+            if first != last:
+                problems.append(f"{option} is given twice, as {' '.join(first)} and as {' '.join(last)}; keep one.")
+        except UserError as error:  # of a class of options
+            problems += [f"command line: {problem}" for problem in error.problems]
+            break
+        except CycloptsError as error:
+            cause = error.__cause__
+            if isinstance(cause, ValidationError):
+                problems += sentences(cause, "command line", [])
+            else:
+                error.verbose = False
+                problems.append(f"command line: {str(error).strip()} See --help.")
+            break
+    problems.refuse()
+    return lambda: command(*given.args, **given.kwargs)
+
+
+def _without(words: list[str], option: str) -> tuple[list[str], list[str]]:
+    """`words` without the last use of an option, and the values that it has there."""
+    start = max(place for place, word in enumerate(words) if word.split("=")[0] == option)
+    end = start + 1
+    while end < len(words) and not words[end].startswith("--"):
+        end += 1
+    return words[:start] + words[end:], [*words[start].split("=", 1)[1:], *words[start + 1 : end]]
 
 
 class Console:
@@ -122,11 +153,3 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error.filename or 'output'}: {error.strerror}; fix it and try again.", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
-
-
-def run_command(name: str) -> NoReturn:
-    """`run` the module of that name in `commands/`. Ctrl-C while that is imported ends the process as quietly."""
-    on_interrupt(signal.SIG_DFL)
-    command = import_module(f"megamoe.commands.{name}")
-    on_interrupt(signal.default_int_handler)
-    run(command.main)

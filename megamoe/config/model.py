@@ -241,19 +241,28 @@ def validate(model: type[Any], values: Any, where: str) -> Any:
     """Build a pydantic `model` from `values`; every problem becomes one sentence of a single UserError."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: is {shown(values)} where an object of settings is needed; change it.")
-    known = list(model.model_fields)
     try:
         return model(**values)
     except UserError as error:
         raise UserError(*(f"{where}: {problem}" for problem in error.problems)) from None
     except ValidationError as error:
-        problems = [_sentence(detail, where, known) for detail in error.errors()]
+        problems = sentences(error, where, list(model.model_fields))
         if model is ModelConfig:
             wrong = {detail["loc"][0] for detail in error.errors()}
             defaults = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
             sound = {name: _whole(value) for name, value in {**defaults, **values}.items() if name not in wrong}
             problems += [f"{where}: {problem}" for problem in broken_rules(RULES, SoundFields(**sound))]
         raise UserError(*problems) from None
+
+
+def sentences(error: ValidationError, where: str, known: list[str]) -> list[str]:
+    """What pydantic has found, one sentence for each problem.
+
+    Args:
+        where: the values are from.
+        known: names of values.
+    """
+    return [_sentence(detail, where, known) for detail in error.errors()]
 
 
 def _sentence(detail: Any, where: str, known: list[str]) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from megamoe.config import cli
-from megamoe.config.model import validate
+from megamoe.config.cli import LAST, Options, make_app, parse
 from megamoe.utils.errors import UserError
 
 Recompute = Literal["whole", "selective"]  # what of a block backward recomputes, see `model/recompute.py`
@@ -25,6 +25,9 @@ class Corpus(BaseModel):
 
     path: str
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    def __str__(self) -> str:
+        return self.path if self.weight == 1 else f"{self.path}={self.weight:g}"
 
 
 def _from_text(parse: Callable[[str], Any]) -> BeforeValidator:
@@ -77,39 +80,54 @@ def parse_duration(value: str) -> float:
     return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
 
 
-class RunConfig(BaseModel):
-    """What the command line of pretrain.py owns. Each field is one option; its description is the option's help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class Essentials(Options):
     ds_config: str = Field(description="path of the DeepSpeed JSON")
     preset: str = Field(
         default="moe-680m", description="name of a shipped preset, or path of its JSON or of a Hugging Face directory"
     )
-    data: list[CorpusOption] = Field(
-        default=[Corpus(path="data/shakespeare-2048")],
-        min_length=1,
-        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, a path or "
-        "s3://, gs://; the prefix of .bin/.idx; or MODULE:NAME, a source of your own, see docs/data.md",
+
+
+class Speed(Options, group="Speed and memory"):
+    ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
+    recompute_blocks: int = Field(
+        default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
     )
-    valid_data: list[Annotated[HeldOutSource, _from_text(parse_held_out)]] = Field(
-        default=[],
-        description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
-        "folder",
+    recompute: Recompute = Field(
+        default="whole",
+        description="what of these blocks is recomputed: whole, or selective, which keeps the results of attention, of "
+        "experts' GEMMs no wider than what they multiply, and of the all-to-all of rows",
     )
-    packing: Literal["cut", "best_fit"] = Field(
-        default="cut",
-        description="how documents become samples: cut where a sample ends, or best_fit, which cuts none that fits "
-        "into a sample, see docs/data.md",
+    compile: bool = Field(
+        default=False,
+        description="compile what lies around the experts' GEMMs in each block: faster steps, a later first one",
     )
-    cache_dir: str | None = Field(
-        default=None, description="folder on local disk to cache object stores in; by default that of your caches"
+
+
+class Schedule(Options, group="Length and schedule"):
+    seq_len: int | None = Field(
+        default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
     )
-    cache_gib: float = Field(default=32, ge=1, description="most GiB of that cache, which the ranks of a host share")
-    run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
-    resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
-    auto_resume: bool = Field(
-        default=False, description="resume if the run folder holds a run, else begin: one command for both"
+    data_schedule: str | None = Field(
+        default=None,
+        description="path of a JSON file of phases with other data, lengths or batches, see docs/schedules.md",
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="keep an average of the weights, of which so much stays at each step (0.999); by default none",
+    )
+
+
+class RunShape(Essentials, Speed, Schedule):
+    """What a plan of a run depends on, too."""
+
+
+class Length(Options, group="Length and schedule"):
+    schedule_steps: int | None = Field(
+        default=None,
+        gt=0,
+        description="end of the schedule, in place of the DeepSpeed JSON's total_num_steps",
     )
     time_limit: Annotated[float | None, _from_text(parse_duration)] = Field(
         default=None,
@@ -123,50 +141,38 @@ class RunConfig(BaseModel):
         lt=86_400,  # the timeout of the process groups, in launch/distributed.py
         description="seconds without progress of any rank, after which all exit and say where each is",
     )
-    ep_size: int = Field(default=1, gt=0, description="ranks that share one set of experts (expert parallel size)")
-    seq_len: int | None = Field(
-        default=None, gt=1, description="tokens per sample; by default the preset's max_position_embeddings"
+
+
+class Data(Options, group="Data"):
+    valid_data: Annotated[
+        list[Annotated[HeldOutSource, _from_text(parse_held_out)]],
+        Parameter(metavar="[NAME=]PATH...", accepts_keys=False),
+    ] = Field(
+        default=[],
+        description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
+        "folder",
     )
-    recompute_blocks: int = Field(
-        default=0, ge=0, description="number of blocks, from the first on, whose activations backward recomputes"
+    packing: Literal["cut", "best_fit"] = Field(
+        default="cut",
+        description="how documents become samples: cut where a sample ends, or best_fit, which cuts none that fits "
+        "into a sample, see docs/data.md",
     )
-    recompute: Recompute = Field(
-        default="whole",
-        description="what of these blocks is recomputed: whole, or selective, which keeps the results of attention, of "
-        "experts' GEMMs no wider than what they multiply, and of the all-to-all of rows",
+    cache_dir: str | None = Field(
+        default=None, description="folder on local disk to cache object stores in; by default that of your caches"
     )
-    compile: bool = Field(
-        default=False,
-        description="compile what lies around the experts' GEMMs in each block: faster steps, a later first one",
-    )
-    steps: int | None = Field(
-        default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps, if it has one"
-    )
-    schedule_steps: int | None = Field(
-        default=None,
-        gt=0,
-        description="end of the schedule, in place of the DeepSpeed JSON's total_num_steps",
-    )
-    data_schedule: str | None = Field(
-        default=None,
-        description="path of a JSON file of phases with other data, lengths or batches, see docs/schedules.md",
-    )
+    cache_gib: float = Field(default=32, ge=1, description="most GiB of that cache, which the ranks of a host share")
     allow_changed_data: bool = Field(
         default=False, description="resume although data or tokenizer are not those that the run was trained on"
     )
-    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
-    ema_decay: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="keep an average of the weights, of which so much stays at each step (0.999); by default none",
-    )
+
+
+class Evaluation(Options, group="Log and evaluation"):
     log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
     eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
     eval_samples: int = Field(
         default=256, gt=0, description="samples of each held-out set used by an evaluation, at most"
     )
-    lm_eval_tasks: list[str] = Field(
+    lm_eval_tasks: Annotated[list[str], Parameter(metavar="TASK...")] = Field(
         default=[], description="tasks of lm-evaluation-harness to evaluate (pip install 'megamoe[eval]')"
     )
     lm_eval_interval: int = Field(
@@ -175,15 +181,18 @@ class RunConfig(BaseModel):
     lm_eval_folder: str | None = Field(
         default=None, description="folder of your own tasks (YAML), found before those of lm-evaluation-harness"
     )
+
+
+class Checkpoints(Options, group="Checkpoints"):
     save_interval: int = Field(default=1000, ge=0, description="steps between two checkpoints; 0: only at the end")
     keep_last: int = Field(default=0, ge=0, description="newest checkpoints to keep; 0 keeps all")
     keep_every: int = Field(default=0, ge=0, description="keep checkpoints at multiples of this many steps as well")
-    deterministic: bool = Field(
-        default=False, description="on GPUs, repeat a run bit for bit, at the cost of speed; on CPU it always does"
-    )
     foreground_save: bool = Field(
         default=False, description="hold training while a checkpoint is written, instead of copying the state first"
     )
+
+
+class Guarding(Options, group="Guard against spikes"):
     guard: Literal["off", "warn", "act"] = Field(
         default="warn", description="what is done about spikes of the loss or the gradient norm, see docs/guard.md"
     )
@@ -203,9 +212,32 @@ class RunConfig(BaseModel):
     guard_rollbacks: int = Field(
         default=3, ge=0, description="with --guard act, times that the run goes back to a checkpoint before it ends"
     )
+
+
+class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
+    """What the command line of a run owns. Each field is one option; its description is the option's help."""
+
+    data: Annotated[list[CorpusOption], Parameter(metavar="PATH[=WEIGHT]...", accepts_keys=False)] = Field(
+        default=[Corpus(path="data/shakespeare-2048")],
+        min_length=1,
+        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, a path or "
+        "s3://, gs://; the prefix of .bin/.idx; or MODULE:NAME, a source of your own, see docs/data.md",
+    )
+    run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
+    resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")
+    auto_resume: bool = Field(
+        default=False, description="resume if the run folder holds a run, else begin: one command for both"
+    )
+    steps: int | None = Field(
+        default=None, gt=0, description="stop after this step; by default the schedule's total_num_steps, if it has one"
+    )
     init_from: str | None = Field(
         default=None,
         description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
+    )
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
+    deterministic: bool = Field(
+        default=False, description="on GPUs, repeat a run bit for bit, at the cost of speed; on CPU it always does"
     )
 
     @model_validator(mode="after")
@@ -234,21 +266,13 @@ class RunConfig(BaseModel):
         return Path(self.run_dir or Path("runs") / preset.name.removesuffix(".json"))
 
 
-def parse_run(arguments: list[str] | None = None) -> RunConfig:
-    """The command line as a RunConfig. Raises UserError."""
-    parser = cli.Parser(prog="pretrain.py", description="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
-    default = [corpus.path for corpus in RunConfig.model_fields["data"].default]
-    cli.add_fields(
-        parser,
-        RunConfig,
-        data={"nargs": "+", "metavar": "PATH[=WEIGHT]", "default": default},
-        valid_data={"nargs": "+", "metavar": "[NAME=]PATH"},
-        lm_eval_tasks={"nargs": "+", "metavar": "TASK"},
-    )
-    parser.add_argument("--local_rank", help="given by the launcher; not used")
-    return parser.parse(arguments, _run_of)
+def parse_run(words: list[str] | None = None) -> RunConfig:
+    """A run of the command line, by default this process's; --help is printed, and gives none. Raises UserError."""
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")] if words is None else words
+    app = make_app("pretrain.py", group_commands=LAST, help="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
 
+    @app.default
+    def run(options: RunConfig) -> RunConfig:
+        return options
 
-def _run_of(values: argparse.Namespace) -> RunConfig:
-    given = {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
-    return validate(RunConfig, given, "command line")
+    return parse(app, words)()

@@ -9,8 +9,9 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from megamoe.config.cli import Options
 from megamoe.config.model import ModelConfig
 from megamoe.config.precision import faster_of
 from megamoe.config.recipe import Recipe, parse_recipe
@@ -32,37 +33,7 @@ from megamoe.utils.json_files import read_json
 GIB = 2**30
 
 
-RUN_OPTIONS = (
-    "ds_config",
-    "preset",
-    "ep_size",
-    "seq_len",
-    "recompute_blocks",
-    "recompute",
-    "compile",
-    "ema_decay",
-    "data_schedule",
-)  # of a run that its plan depends on
-
-
-class PlanOptions(BaseModel):
-    """What only a plan has, beyond the run's own configuration. Each field is one option of tools/plan.py; its
-    description is the option's help."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    gpus: int = Field(gt=0, description="ranks, over all nodes")
-    device: str = Field(default="h100", description=f"{', '.join(DEVICES)}, or cpu: this machine, all ranks on it")
-    micro_batch: int | None = Field(
-        default=None, gt=0, description="samples per rank and forward pass; by default the DeepSpeed JSON's"
-    )
-    accumulation: int | None = Field(
-        default=None, gt=0, description="forward passes per step and rank; by default the DeepSpeed JSON's"
-    )
-    gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
-    document_tokens: int | None = Field(
-        default=None, gt=0, description="tokens of a document, within which attention stays; by default whole samples"
-    )
+class Assumptions(Options, group="Assumptions"):
     imbalance: float = Field(
         default=1.4,
         ge=1,
@@ -83,6 +54,23 @@ class PlanOptions(BaseModel):
         gt=0,
         description="microseconds that the host needs for an operator "
         f"(assumed: {1e6 * GPU.operator:g} for a GPU, {1e6 * CPU.operator:g} with the operator itself on CPU)",
+    )
+    document_tokens: int | None = Field(
+        default=None, gt=0, description="tokens of a document, within which attention stays; by default whole samples"
+    )
+
+
+class PlanOptions(Assumptions):
+    """What only a plan has, beyond the run's own configuration."""
+
+    gpus: int = Field(gt=0, description="ranks, over all nodes")
+    device: str = Field(default="h100", description=f"{', '.join(DEVICES)}, or cpu: this machine, all ranks on it")
+    gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
+    micro_batch: int | None = Field(
+        default=None, gt=0, description="samples per rank and forward pass; by default the DeepSpeed JSON's"
+    )
+    accumulation: int | None = Field(
+        default=None, gt=0, description="forward passes per step and rank; by default the DeepSpeed JSON's"
     )
     best: bool = Field(
         default=False,

@@ -13,10 +13,10 @@ from toy import PRESET, SHIPPED, ds_config, shipped
 from megamoe.commands import plan as tool
 from megamoe.config import cli
 from megamoe.config.model import load_preset
-from megamoe.config.run import RunConfig
+from megamoe.config.run import RunConfig, RunShape
 from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
-from megamoe.planning.planner import RUN_OPTIONS, PlanOptions, make_plan, rates_of, this_machine
+from megamoe.planning.planner import PlanOptions, make_plan, rates_of, this_machine
 from megamoe.planning.rates import CPU, GPU
 from megamoe.planning.report import ADVICE, LIMITS, advice, assumptions
 from megamoe.planning.step_time import Part, step_time
@@ -27,7 +27,7 @@ ZERO2 = str(SHIPPED / "zero2.json")
 
 def planned(**changes):
     values = {"gpus": 16, "ds_config": ZERO2, "ep_size": 8, **changes}
-    run = {name: values.pop(name) for name in RUN_OPTIONS if name in values}
+    run = {name: values.pop(name) for name in RunShape.model_fields if name in values}
     return make_plan(RunConfig(**run), PlanOptions(**values))
 
 

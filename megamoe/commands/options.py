@@ -1,0 +1,25 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from megamoe.config.cli import Options, Positional
+
+
+class ModelOptions(Options):
+    model: Positional[Path] = Field(description="a run, a checkpoint, a Hugging Face directory, or a file")
+    preset: str | None = Field(default=None, description="of weights that do not say what model they are of")
+    ema: bool = Field(default=False, description="take the averaged weights of a run with --ema_decay")
+    tokenizer: Path | None = Field(default=None, description="tokenizer.json; by default the model's own")
+
+
+class Sampling(Options, group="Sampling"):
+    max_new_tokens: int = Field(default=120, ge=1, description="tokens to add")
+    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False, description="0: the likeliest each time")
+    top_k: int | None = Field(default=None, ge=1, description="sample from the K most likely tokens only")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="sample from the smallest set so probable")
+    seed: int = Field(default=0, description="the same seed gives the same text")
+    end_of_text: str | None = Field(default=None, description="token to stop at; by default the tokenizer's own")
