@@ -42,6 +42,7 @@ class CompiledBlock:
         self.before_experts = compile_region(before_experts, 3, 4)
         self.with_shared = compile_region(lambda block, *inputs: block.with_shared(*inputs))
         self.activate = compile_region(StackedExperts.activate, 1)
+        self.combine = compile_region(combine_rows, 0, 1, 2, 3, 4)
         self.after_experts = compile_region(after_experts, 1, 2, 3, 5)
 
     def __call__(
@@ -70,7 +71,7 @@ class CompiledBlock:
         def alongside() -> Tensor:
             return x if block.shared_mlp is None else self.with_shared(block, x, hidden)
 
-        out, added = dispatch.run_on_ranks(rows, weights, balancing[0], placed, experts, alongside)
+        out, added = dispatch.run_on_ranks(rows, weights, balancing[0], placed, experts, alongside, self.combine)
         out = out if used is None else spread_rows(out, used, hidden.shape[:2].numel())
         return added + out.view_as(added), losses
 

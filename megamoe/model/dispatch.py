@@ -134,6 +134,9 @@ def combine_rows(results: Tensor, weights: Tensor, token: Tensor, place: Tensor,
         place: the places of each token's results, one token after the other.
         groups: as in `gather_rows`.
     """
+    if isinstance(groups, Tensor):  # what a compiler does not see
+        torch._check(weights.numel() == place.numel())
+        torch._check(token.shape[0] == results.shape[0])
     return _CombineRows.apply(results, weights, token, place, groups)
 
 

@@ -98,7 +98,14 @@ class DroplessDispatch(nn.Module):
         return gather_rows(x, layout.row, layout.place, choices), layout
 
     def run_on_ranks(
-        self, x: Tensor, weights: Tensor, counts: Tensor, sends: Sends, experts: Experts, alongside: Callable[[], Any]
+        self,
+        x: Tensor,
+        weights: Tensor,
+        counts: Tensor,
+        sends: Sends,
+        experts: Experts,
+        alongside: Callable[[], Any],
+        combine: Callable[..., Tensor] = combine_rows,
     ) -> tuple[Tensor, Any]:
         """(The experts' weighted sum (T, D), what `alongside` gives), by the ranks that share the experts. Collective.
 
@@ -107,6 +114,7 @@ class DroplessDispatch(nn.Module):
             counts: (E,), slots of each expert.
             alongside: is called while the rows of `x` are on their way, rather than those that come back: the host
                 has waited just before, so the device has nothing else to do until what follows is launched.
+            combine: `combine_rows`, which weighs and sums results where the experts are.
         """
         counts, ways = exchange_counts(counts, sends.rows, self.ep_group)
         sent = weights.flatten().index_select(0, sends.slot)
@@ -124,7 +132,7 @@ class DroplessDispatch(nn.Module):
         other = alongside()
         moved = gather_rows(rows.finish(moved), layout.row, layout.place, starts)
         moved = experts(moved, layout.ends)
-        moved = combine_rows(moved, factors, layout.row, layout.place, starts)
+        moved = combine(moved, factors, layout.row, layout.place, starts)
         moved = back.finish(back.begin(moved))
         return sum_rows(moved, token, place, sends.starts), other
 

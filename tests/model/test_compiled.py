@@ -4,6 +4,7 @@ Kernels are built for one model; where it is the regions that matter, they are t
 """
 
 import functools
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -19,6 +20,7 @@ from model_parts import PARTS, with_fp32_statistics
 from operators import Operators
 from ranks import run_new_ranks, run_ranks
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_fw_bw_and_get_code
 from torch.nn.attention import varlen
 from toy import PRESET, ds_config, recipe_of, train_here, write_inputs
 
@@ -28,6 +30,7 @@ from megamoe.data.batches import Batch
 from megamoe.data.document_bounds import Documents
 from megamoe.model import decoder as model_decoder
 from megamoe.model import dispatch
+from megamoe.model.compiled import compile_region
 from megamoe.model.decoder import Decoder
 from megamoe.model.generation import generate
 from megamoe.training.step import balancer_of, build_train_step
@@ -241,6 +244,25 @@ def test_windows_documents_and_padding_with_other_lengths_of_samples_are_within_
     assert 9 < counters["stats"]["unique_graphs"] < 30
 
 
+def test_the_weighted_sum_where_the_experts_are_goes_backward_in_one_kernel(monkeypatch):
+    torch.manual_seed(0)
+    slots = torch.tensor([1, 3, 2, 1, 2] * 8)  # of each row
+    expert = torch.randint(4, (int(slots.sum()),))
+    layout = dispatch.lay_out(expert, expert.bincount(minlength=4))
+    place, starts = layout.place, slots.cumsum(0) - slots
+    row = torch.repeat_interleave(torch.arange(len(slots)), slots).index_select(0, layout.row)
+    results, weights = torch.randn(len(row), 16, requires_grad=True), torch.rand(len(row), requires_grad=True)
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    combine = compile_region(dispatch.combine_rows, 0, 1, 2, 3, 4)
+    found, codes = run_fw_bw_and_get_code(lambda: combine(results, weights, row, place, starts))
+    assert [len(re.findall(r"^ +cpp_fused\w+\(", code, re.M)) for code in codes] == [1, 1]  # forward: places' weights
+    got = results.grad, weights.grad
+    weight_at = torch.zeros(len(row)).index_copy(0, place, weights)
+    sums = torch.zeros(len(slots), 16).index_add(0, row, results * weight_at[:, None])
+    torch.testing.assert_close(found, sums)
+    torch.testing.assert_close(got, torch.autograd.grad(sums.sum(), (results, weights)))
+
+
 # --- in the engine --------------------------------------------------------------------------------------------------
 
 EXPERTS = {"gated_mlp": True, "expert_dropout": 0.1, "router_jitter_noise": 0.01}
@@ -282,7 +304,7 @@ def test_a_compiled_run_among_ranks_has_the_eager_losses_and_resumes_to_the_bit(
         assert losses == pytest.approx(expected, rel=1e-5)
         assert len(set(expected)) == 6
         assert resumed == losses[3:]
-        assert stats["unique_graphs"] == 3  # two of a block: rows are exchanged, and summed, outside; and of the losses
+        assert stats["unique_graphs"] == 4  # three of a block, between which rows are exchanged, and of the losses
 
 
 def compiled_models(runs):
