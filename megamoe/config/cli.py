@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from cyclopts import App, Group, Parameter
-from cyclopts.exceptions import CycloptsError, RepeatArgumentError
+from cyclopts import App, Argument, Group, Parameter
+from cyclopts.exceptions import CycloptsError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megamoe.config.model import sentences
@@ -59,7 +59,7 @@ class Options(BaseModel):
 
 
 # Options are named as the fields, and a list takes all words up to the next option.
-AS_FIELDS = Parameter(name_transform=str, negative=(), consume_multiple=(1, None), allow_repeating=False)
+AS_FIELDS = Parameter(name_transform=str, negative=(), consume_multiple=(1, None))
 
 
 def make_app(name: str, **settings: Any) -> App:
@@ -72,49 +72,51 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
 
     For --help and the like, it is what prints that.
     """
-    problems = Problems()
     verbs, flags = [name for name in app if not name.startswith("-")], {*app.help_flags, *app.version_flags}
     if verbs and words and words[0] not in {*verbs, *flags}:
         raise UserError(unknown_key("command line", words[0], verbs, "command"))
+    problems = Problems()
     if not flags & {*words} and (words or not verbs):
-        arguments = app.parse_commands(words)[1][-1].assemble_argument_collection(default_parameter=AS_FIELDS)
-        known = [name for argument in arguments for name in argument.names]
-        for option in [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]:
-            if option not in {*known, *flags}:
-                problems.append(unknown_key("command line", option, known, "option"))
-                words = _without(words, option)[0]
-    while True:
-        try:
-            command, given, _ = app.parse_args(words, exit_on_error=False, print_error=False)
-            break
-        except RepeatArgumentError as error:
-            option = error.token.keyword
-            first = _without(_without(words, option)[0], option)[1]
-            words, last = _without(words, option)
-            if first != last:
-                problems.append(f"{option} is given twice, as {' '.join(first)} and as {' '.join(last)}; keep one.")
-        except UserError as error:  # of a class of options
-            problems += [f"command line: {problem}" for problem in error.problems]
-            break
-        except CycloptsError as error:
-            cause = error.__cause__
-            if isinstance(cause, ValidationError):
-                problems += sentences(cause, "command line", [])
-            else:
-                error.verbose = False
-                problems.append(f"command line: {str(error).strip()} See --help.")
-            break
+        of_command = app.parse_commands(words)[1][-1].assemble_argument_collection(default_parameter=AS_FIELDS)
+        words = _each_once(words, {name: argument for argument in of_command for name in argument.names}, problems)
+    try:
+        command, given, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    except UserError as error:  # of a class of options
+        problems += [f"command line: {problem}" for problem in error.problems]
+    except CycloptsError as error:
+        if isinstance(error.__cause__, ValidationError):
+            problems += sentences(error.__cause__, "command line", [])
+        else:
+            error.verbose = False
+            problems.append(f"command line: {str(error).strip()} See --help.")
     problems.refuse()
     return lambda: command(*given.args, **given.kwargs)
 
 
-def _without(words: list[str], option: str) -> tuple[list[str], list[str]]:
-    """`words` without the last use of an option, and the values that it has there."""
-    start = max(place for place, word in enumerate(words) if word.split("=")[0] == option)
-    end = start + 1
-    while end < len(words) and not words[end].startswith("--"):
-        end += 1
-    return words[:start] + words[end:], [*words[start].split("=", 1)[1:], *words[start + 1 : end]]
+def _each_once(words: list[str], known: dict[str, Argument], problems: Problems) -> list[str]:
+    """`words` without unknown options and repeated ones, which are among the `problems` unless the values are equal."""
+    kept, given = [], dict[str, list[str]]()
+    place = 0
+    while place < len(words):
+        option, has_value, value = words[place].partition("=")
+        start, place = place, place + 1
+        if not option.startswith("--"):
+            kept.append(words[start])
+            continue
+        count, is_list = known[option].token_count() if option in known else (0, True)
+        while not has_value and place < len(words) and not words[place].startswith("--"):
+            if not is_list and place - start > count:
+                break
+            place += 1
+        values = [value] if has_value else words[start + 1 : place]
+        if option not in known:
+            problems.append(unknown_key("command line", option, known, "option"))
+        elif given.setdefault(option, values) != values:
+            first, last = " ".join(given[option]), " ".join(values)
+            problems.append(f"{option} is given twice, as {first} and as {last}; keep one.")
+        elif given[option] is values:
+            kept += words[start:place]
+    return kept
 
 
 class Console:

@@ -80,6 +80,10 @@ def parse_duration(value: str) -> float:
     return ((24 * int(days or 0) + int(hours)) * 60 + int(minutes)) * 60 + int(seconds)
 
 
+HeldOutOption = Annotated[HeldOutSource, _from_text(parse_held_out)]
+ONE_WORD_EACH = Parameter(accepts_keys=False, n_tokens=1)
+
+
 class Essentials(Options):
     ds_config: str = Field(description="path of the DeepSpeed JSON")
     preset: str = Field(
@@ -144,10 +148,7 @@ class Length(Options, group="Length and schedule"):
 
 
 class Data(Options, group="Data"):
-    valid_data: Annotated[
-        list[Annotated[HeldOutSource, _from_text(parse_held_out)]],
-        Parameter(metavar="[NAME=]PATH...", accepts_keys=False),
-    ] = Field(
+    valid_data: Annotated[list[HeldOutOption], ONE_WORD_EACH] = Field(
         default=[],
         description="held-out sets, one or more PATH or NAME=PATH; by default the held-out split of the first --data "
         "folder",
@@ -172,7 +173,7 @@ class Evaluation(Options, group="Log and evaluation"):
     eval_samples: int = Field(
         default=256, gt=0, description="samples of each held-out set used by an evaluation, at most"
     )
-    lm_eval_tasks: Annotated[list[str], Parameter(metavar="TASK...")] = Field(
+    lm_eval_tasks: list[str] = Field(
         default=[], description="tasks of lm-evaluation-harness to evaluate (pip install 'megamoe[eval]')"
     )
     lm_eval_interval: int = Field(
@@ -217,7 +218,7 @@ class Guarding(Options, group="Guard against spikes"):
 class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
     """What the command line of a run owns. Each field is one option; its description is the option's help."""
 
-    data: Annotated[list[CorpusOption], Parameter(metavar="PATH[=WEIGHT]...", accepts_keys=False)] = Field(
+    data: Annotated[list[CorpusOption], ONE_WORD_EACH] = Field(
         default=[Corpus(path="data/shakespeare-2048")],
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, a path or "
