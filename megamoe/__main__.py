@@ -22,6 +22,20 @@ VERBS = {
         "continue prompts with a trained model",
         'megamoe generate runs/mine --prompt "In a quiet library," --temperature 0.8',
     ),
+    "evaluate": ("measure a model on texts, or on tasks", "megamoe evaluate runs/mine data/plays --json plays.json"),
+    "convert": ("write a model in the form of another program", "megamoe convert runs/mine model.gguf --dtype fp16"),
+    "inspect": ("show what a checkpoint holds, and whether it is damaged", "megamoe inspect runs/mine"),
+    "upcycle": (
+        "make a Mixture-of-Experts model of a dense one",
+        "megamoe upcycle dense_model/ sparse_model/ --experts 8 --top_k 2",
+    ),
+    "report": ("print and draw what runs have done", "megamoe report runs/mine"),
+    "reshard": ("fit a checkpoint to any number of ranks in advance", "megamoe reshard runs/mine runs/anew"),
+    "check": ("check token files once, so that no run has to", "megamoe check data/mine data/theirs.bin"),
+    "preflight": (
+        "check the hosts of a job before ranks are started on them",
+        "megamoe preflight hostfile HOSTFILE -- --ds_config ds_configs/zero2.json",
+    ),
 }
 
 

@@ -4,7 +4,6 @@ programs share the cores."""
 import gc
 import os
 import signal
-import sys
 import tempfile
 
 import pytest
@@ -38,29 +37,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Calls a program's `main`; returns the lines that it prints."""
+def call(capsys):
+    """Calls `megamoe VERB ...`; returns the lines that it prints."""
+    from megamoe.__main__ import run  # of which tests of the processes themselves have no need
 
-    def call(tool, *words):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
-        tool.main()
+    def call(*words):
+        run([*map(str, words)])
         return capsys.readouterr().out.splitlines()
 
     return call
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a program to its exit; returns its exit code, and what it says as `out` and `err`."""
-    from megamoe.config import cli  # of which tests of the processes themselves have no need
+def run(capsys):
+    """Runs `megamoe VERB ...` to its exit; returns its exit code, what it prints, and the lines of stderr."""
+    from megamoe.__main__ import run as run_verb
+    from megamoe.config import cli
 
-    def run(tool, *words):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+    def run(*words):
         with pytest.raises(SystemExit) as caught:
-            cli.run(tool.main)
+            cli.run(lambda: run_verb([*map(str, words)]))
         said = capsys.readouterr()
         assert "Traceback" not in said.err
-        return caught.value.code, said
+        return caught.value.code, said.out, said.err.splitlines()
 
     return run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset import MMapIndexedDatasetBuilder
 
-from megamoe.commands.check_corpus import read_shard
+from megamoe.commands.check import read_shard
 from megamoe.config.phases import PhaseSettings, make_phases
 from megamoe.config.run import Corpus
 from megamoe.data.batches import TrainData

@@ -26,7 +26,7 @@ LAYERS = [
     {"training"},
     {"planning"},
     {"library", "resume", "run_inputs", "run_record"},
-    {"commands", "pretrain"},
+    {"commands", "pretrain", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 UNRELATED = ("checkpoint", "planning")  # neither imports the other

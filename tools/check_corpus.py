@@ -1,4 +1,4 @@
-from megamoe.config import cli
+from megamoe.__main__ import main
 
 if __name__ == "__main__":
-    cli.run_command("check_corpus")
+    main("check")

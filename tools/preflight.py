@@ -15,6 +15,6 @@ if __name__ == "__main__":
         why = f"{socket.gethostname()} has no {', '.join(absent)} for {sys.executable}"
         print(f"error: {why}; install megamoe there, or activate its environment.", file=sys.stderr)
         sys.exit(2)
-    from megamoe.config import cli
+    from megamoe.__main__ import main
 
-    cli.run_command("preflight")
+    main("preflight")

@@ -4,7 +4,7 @@
     python zero_to_fp32.py OTHER_CHECKPOINT OUT.pt
 
 megamoe writes it into every checkpoint; DeepSpeed's script of that name stops at the first expert. It needs megamoe
-installed. tools/convert_checkpoint.py does more: other dtypes, safetensors, Hugging Face.
+installed. megamoe convert does more: other dtypes, safetensors, Hugging Face.
 """
 
 from __future__ import annotations

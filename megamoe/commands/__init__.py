@@ -1,1 +1,1 @@
-"""What tools/ start: each module has the `main` of the program of its name."""
+"""What `megamoe VERB` does: the module of a verb's name has the function of that name."""

@@ -1,23 +1,21 @@
-"""Evaluate a model on texts, `python tools/evaluate.py runs/tiny data/plays`, or on tasks, `... --tasks arc_easy`.
+"""Evaluate a model on texts, or on tasks of lm-evaluation-harness.
 
-MODEL is a run (its newest checkpoint), a checkpoint, a Hugging Face directory, or a file of weights; TEXT is a text
-file, a folder of them, JSON lines, or a prepared corpus (a folder, for its held-out split, or a prefix). Each document
-stands behind an end-of-text token, and each of its tokens is predicted once. `deepspeed --num_gpus N tools/evaluate.py
-...` shares the work between N ranks and gives the same numbers.
+Each document stands behind an end-of-text token, and each of its tokens is predicted once. `deepspeed --num_gpus N
+tools/evaluate.py ...` shares the work between N ranks and gives the same numbers.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 
 from megamoe.checkpoint.opening import OpenModel, open_model, tokenizer_of
-from megamoe.config import cli
+from megamoe.commands.options import JsonFile, ModelOptions
+from megamoe.config.cli import Positional
 from megamoe.config.recipe import DTYPES
 from megamoe.data.documents import Document, read_set
 from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, start_id, tokenizer_file
@@ -25,62 +23,50 @@ from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.evaluation.tasks import TaskEvaluator, Tasks, load_tasks
 from megamoe.formats.config_json import find_preset
 from megamoe.launch.distributed import init_distributed, raise_on_any_rank
-from megamoe.launch.exits import end_groups, leave
+from megamoe.launch.exits import end_groups
 from megamoe.model.decoder import Decoder
-from megamoe.utils.errors import Problems
+from megamoe.utils.errors import Problems, UserError
 
 SHOWN = 50  # documents of a text that are printed
 NO_TASK_VALUES = "the tasks gave no values; see the warning above."
 
 
-def parse() -> argparse.Namespace:
-    parser = cli.Parser(description="Nats per token and bits per byte of a model on texts, or its scores on tasks.")
-    parser.add_argument("model", type=Path, help="a run, a checkpoint, a Hugging Face directory, or a file")
-    parser.add_argument(
-        "texts", type=Path, nargs="*", metavar="TEXT", help="text file, folder, JSON lines, or prepared corpus"
+class Evaluate(ModelOptions, JsonFile):
+    texts: Positional[list[Path]] = Field(
+        default=[],
+        description="text files, folders of them, JSON lines, or prepared corpora (a folder, for its held-out split, "
+        "or a prefix)",
     )
-    parser.add_argument("--preset", help="of weights that do not say what model they are of")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a run with --ema_decay")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; by default the model's own")
-    parser.add_argument("--end_of_text", metavar="TOKEN", help="token before a document; by default its own")
-    parser.add_argument("--text_key", default="text", help="key of the text in JSON lines")
-    parser.add_argument("--seq_len", type=int, help="tokens of a window; by default max_position_embeddings")
-    parser.add_argument(
-        "--stride", type=int, help="tokens from one window to the next; by default a window, so that none overlap"
+    end_of_text: str | None = Field(default=None, description="token before a document; by default its own")
+    text_key: str = Field(default="text", description="key of the text in JSON lines")
+    seq_len: int | None = Field(
+        default=None, ge=1, description="tokens of a window; by default max_position_embeddings"
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per rank and forward pass")
-    parser.add_argument(
-        "--dtype", default="fp32", help="fp32, bf16 or fp16; in the last two, numbers vary with the batch's shape"
+    stride: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens from one window to the next; by default a window, so that none overlap",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", default=[], help="tasks of lm-evaluation-harness")
-    parser.add_argument("--task_folder", help="folder of your own tasks (YAML), found first")
-    parser.add_argument("--json", type=Path, help="file to write all numbers to")
-    parser.add_argument("--local_rank", help="given by the launcher; not used")
-    return parser.parse(check=check)
+    batch_size: int = Field(default=8, ge=1, description="windows per rank and forward pass")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="in bf16 and fp16, numbers vary with the batch's shape"
+    )
+    tasks: list[str] = Field(default=[], description="tasks of lm-evaluation-harness")
+    task_folder: str | None = Field(default=None, description="folder of your own tasks (YAML), found first")
 
-
-def check(args: argparse.Namespace) -> argparse.Namespace:
-    problems = Problems()
-    if not args.texts and not args.tasks:
-        problems.append("there is nothing to evaluate on; give a TEXT, or --tasks.")
-    if args.task_folder and not args.tasks:
-        problems.append(f"--task_folder is {args.task_folder}, but no task is asked for; add --tasks.")
-    if args.dtype not in DTYPES:
-        problems.append(f"--dtype is {args.dtype}; use one of {', '.join(DTYPES)}.")
-    for name in ("seq_len", "stride", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name} is {value}; give at least 1.")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        problems.append(f"--json is {args.json}; give the path of a file, in a folder that exists.")
-    problems.refuse()
-    return args
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        if not self.texts and not self.tasks:
+            raise UserError("there is nothing to evaluate on; give a TEXT, or --tasks.")
+        if self.task_folder and not self.tasks:
+            raise UserError(f"--task_folder is {self.task_folder}, but no task is asked for; add --tasks.")
+        return self
 
 
 class Inputs:
     """What is evaluated, read and checked."""
 
-    def __init__(self, args: argparse.Namespace, leads: bool):
+    def __init__(self, options: Evaluate, leads: bool):
         """Raises one UserError with all problems.
 
         Args:
@@ -88,26 +74,26 @@ class Inputs:
         """
         problems = Problems()
         self.model: OpenModel = problems.attempt(
-            lambda: open_model(args.model, find_preset(args.preset) if args.preset else None, ema=args.ema)
+            lambda: open_model(options.model, find_preset(options.preset) if options.preset else None, ema=options.ema)
         )
         problems.refuse()
         longest = self.model.config.max_position_embeddings
-        self.seq_len: int = args.seq_len or longest
-        self.stride: int = args.stride or self.seq_len
+        self.seq_len: int = options.seq_len or longest
+        self.stride: int = options.stride or self.seq_len
         if self.stride > self.seq_len:
             problems.append(f"--stride is {self.stride}, above the window of {self.seq_len} tokens; lower it.")
-        file = tokenizer_file(args.tokenizer or tokenizer_of(args.model))
+        file = tokenizer_file(options.tokenizer or tokenizer_of(options.model))
         tokenizer = problems.attempt(load_tokenizer, file, self.model.config.vocab_size)
         problems.refuse()
-        end_of_text = problems.attempt(end_of_text_id, tokenizer, args.end_of_text)
+        end_of_text = problems.attempt(end_of_text_id, tokenizer, options.end_of_text)
         problems.refuse()
-        self.start: int = start_id(tokenizer, args.end_of_text)
+        self.start: int = start_id(tokenizer, options.end_of_text)
         self.sets: dict[Path, list[Document]] = {
-            path: problems.attempt(read_set, path, tokenizer, end_of_text, args.text_key) for path in args.texts
+            path: problems.attempt(read_set, path, tokenizer, end_of_text, options.text_key) for path in options.texts
         }
         self.tasks: Tasks | None = None
-        if args.tasks and leads:
-            self.tasks = problems.attempt(load_tasks, args.tasks, args.task_folder, tokenizer, longest)
+        if options.tasks and leads:
+            self.tasks = problems.attempt(load_tasks, options.tasks, options.task_folder, tokenizer, longest)
         problems.refuse()
 
 
@@ -149,39 +135,28 @@ def _line(values: dict[str, Any], name: str) -> str:
     return f"{values['loss']:>10.4f} {values['bits_per_byte']:>9.4f} {counts}  {name}"
 
 
-def main() -> None:
-    args = parse()
+def evaluate(options: Evaluate) -> None:
     rendezvous, device = init_distributed()
     rank = rendezvous.rank_info.rank
     problems = Problems()
-    inputs: Inputs = problems.attempt(Inputs, args, rank == 0)
+    inputs: Inputs = problems.attempt(Inputs, options, rank == 0)
     raise_on_any_rank(problems)
-    share = Share(args.batch_size, rank, rendezvous.rank_info.world_size)
-    model = inputs.model.load(DTYPES[args.dtype], device)
+    share = Share(options.batch_size, rank, rendezvous.rank_info.world_size)
+    model = inputs.model.load(DTYPES[options.dtype], device)
     found: dict[str, Any] = {
-        "model": str(inputs.model.path), "ema": args.ema, "dtype": args.dtype, "seq_len": inputs.seq_len,
+        "model": str(inputs.model.path), "ema": options.ema, "dtype": options.dtype, "seq_len": inputs.seq_len,
         "stride": inputs.stride, "sets": {},
     }  # fmt: skip
     for path, documents in inputs.sets.items():
         result = found["sets"][str(path)] = evaluate_set(model, documents, inputs, share, device)
         if rank == 0:
             show(str(path), result)
-    if args.tasks:
+    if options.tasks:
         found["tasks"] = TaskEvaluator(inputs.tasks).run(model, share, device)
         for name, value in found["tasks"].items():  # empty but on rank 0
             print(f"{name}: {value:.4f}")
-    if rank == 0 and args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    if rank == 0 and options.json_file:
+        options.json_file.write_text(json.dumps(found, indent=2) + "\n")
     # Rank 0 alone has them. The warning has said why there are none.
-    raise_on_any_rank([NO_TASK_VALUES] if rank == 0 and args.tasks and not found["tasks"] else [])
+    raise_on_any_rank([NO_TASK_VALUES] if rank == 0 and options.tasks and not found["tasks"] else [])
     end_groups()
-
-
-def run() -> NoReturn:
-    """Run `main`, and leave with an exit code that launch_scripts/single_node.sh reads."""
-    try:
-        cli.run(main)
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        leave(int(end.code or 0))

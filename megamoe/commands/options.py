@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
+from cyclopts import Parameter
+from pydantic import Field, field_validator
 
 from megamoe.config.cli import Options, Positional
 
@@ -14,6 +16,27 @@ class ModelOptions(Options):
     preset: str | None = Field(default=None, description="of weights that do not say what model they are of")
     ema: bool = Field(default=False, description="take the averaged weights of a run with --ema_decay")
     tokenizer: Path | None = Field(default=None, description="tokenizer.json; by default the model's own")
+
+
+class Shards(Options):
+    max_shard_gb: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="largest safetensors file, in GB")
+
+    @property
+    def shard_bytes(self) -> int:
+        return int(self.max_shard_gb * 1e9)
+
+
+class JsonFile(Options):
+    json_file: Annotated[Path | None, Parameter(name="--json")] = Field(
+        default=None, description="file to write all numbers to"
+    )
+
+    @field_validator("json_file")
+    @classmethod
+    def _check_folder(cls, file: Path | None) -> Path | None:
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            raise ValueError(f"{file} is no file of a folder that exists; give the path of one.")
+        return file
 
 
 class Sampling(Options, group="Sampling"):

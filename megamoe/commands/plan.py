@@ -8,11 +8,8 @@ from __future__ import annotations
 import json
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter
-from pydantic import Field, field_validator
-
+from megamoe.commands.options import JsonFile
 from megamoe.config.phases import Phase, phases_of
 from megamoe.config.run import RunConfig, RunShape
 from megamoe.model.costs import parameter_count
@@ -22,17 +19,8 @@ from megamoe.planning.search import kept_free
 from megamoe.training.sinks import duration
 
 
-class PlanCommand(RunShape, PlanOptions):
-    json_file: Annotated[Path | None, Parameter(name="--json")] = Field(
-        default=None, description="also write the plan there"
-    )
-
-    @field_validator("json_file")
-    @classmethod
-    def _check_folder(cls, file: Path | None) -> Path | None:
-        if file and not file.parent.is_dir():
-            raise ValueError(f"the folder of {file} does not exist; make it first.")
-        return file
+class PlanCommand(JsonFile, RunShape, PlanOptions):
+    pass
 
 
 UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
@@ -142,9 +130,13 @@ def print_phases(phases: list[tuple[Phase, int | None, Plan]]) -> None:
 
 
 def plan(options: PlanCommand) -> None:
+    print_plan(plan_of(options), options.json_file)
+
+
+def plan_of(options: PlanCommand) -> Plan:
     run = RunConfig(**options.model_dump(include=set(RunShape.model_fields)))
     of_plan = PlanOptions(**options.model_dump(include=set(PlanOptions.model_fields)))
-    print_plan(make_plan(run, of_plan), options.json_file)
+    return make_plan(run, of_plan)
 
 
 def print_plan(plan: Plan, file: Path | None) -> None:

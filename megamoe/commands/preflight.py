@@ -11,16 +11,17 @@ for endpoint, the address and port where torchrun's agents join, this host's add
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
-from megamoe.config import cli
+from pydantic import Field
+
+from megamoe.config.cli import Options, Positional
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.launch.endpoint import Endpoint, join
 from megamoe.launch.preflight import marker_next_to, problems, report
@@ -29,33 +30,24 @@ from megamoe.launch.remote import ask_by_srun, ask_by_ssh
 from megamoe.utils.errors import Problems, UserError
 
 
-def parse(words: list[str]) -> argparse.Namespace:
-    parser = cli.Parser(prog="preflight.py", description="Check the hosts of a job before ranks are started on them.")
-    parser.add_argument("launcher", choices=CHECKS)
-    parser.add_argument(
-        "where", nargs="?", help="the hostfile; HOST:PORT, where torchrun's hosts join; or another host"
+class Preflight(Options):
+    launcher: Positional[Literal["hostfile", "slurm", "endpoint", "report"]] = Field(description="what is asked")
+    words: Positional[list[str]] = Field(
+        default=[],
+        description="the hostfile; HOST:PORT, where torchrun's hosts join; or another host; then -- and the options of "
+        "the run",
     )
-    port, number = whole_number("MASTER_PORT", 65535), whole_number("MIN_HOSTS", 10**6)
-    parser.add_argument("--port", type=port, help="to be used on the first host; by default a free one")
-    parser.add_argument("--min_hosts", type=number, help="leave out hosts that do not answer, if so many do")
-    parser.add_argument("--usable", type=Path, help="hostfile to write, with the hosts that answer")
-    parser.add_argument("--hosts", default="1", help="for endpoint: how many join, or MIN:MAX")
-    parser.add_argument("--ranks", type=whole_number("RANKS", 10**6), help="for endpoint: ranks of each host")
-    seconds = whole_number("JOIN_TIMEOUT", 10**6)
-    parser.add_argument("--seconds", type=seconds, default=300, help="for endpoint: how long to wait for the hosts")
-    parser.add_argument("--marker", type=Path, help="for report: a file that this host should see")
-    return parser.parse(words)
-
-
-def whole_number(variable: str, most: int) -> Callable[[str], int]:
-    """Reads what was given to a launch script by this variable. Raises UserError."""
-
-    def read(given: str) -> int:
-        if not given.isdecimal() or not 1 <= int(given) <= most:
-            raise UserError(f"{variable} is {given!r}; give a whole number from 1 to {most}.")
-        return int(given)
-
-    return read
+    port: int | None = Field(
+        default=None, ge=1, le=65535, description="MASTER_PORT, to be used on the first host; by default a free one"
+    )
+    min_hosts: int | None = Field(
+        default=None, ge=1, description="leave out hosts that do not answer, if so many (MIN_HOSTS) do"
+    )
+    usable: Path | None = Field(default=None, description="hostfile to write, with the hosts that answer")
+    hosts: str = Field(default="1", description="for endpoint: how many join, or MIN:MAX")
+    ranks: int | None = Field(default=None, ge=1, description="for endpoint: ranks of each host")
+    seconds: int = Field(default=300, ge=1, description="for endpoint: how long to wait for the hosts (JOIN_TIMEOUT)")
+    marker: Path | None = Field(default=None, description="for report: a file that this host should see")
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -75,63 +67,65 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def command_of_report(args: argparse.Namespace, peer: str, marker: Path, words: list[str]) -> list[str]:
-    command = [sys.executable, str(Path(sys.argv[0]).resolve()), "report", peer, "--marker", str(marker)]
-    return [*command, *(["--port", str(args.port)] if args.port else []), "--", *words]
+def command_of_report(options: Preflight, peer: str, marker: Path, words: list[str]) -> list[str]:
+    program = Path(sys.argv[0]).resolve()
+    own = [str(program)] if program.name == "preflight.py" else ["-m", "megamoe", "preflight"]
+    command = [sys.executable, *own, "report", peer, "--marker", str(marker)]
+    return [*command, *(["--port", str(options.port)] if options.port else []), "--", *words]
 
 
-def check_hostfile(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
-    slots = read_hostfile(Path(args.where))
+def check_hostfile(options: Preflight, where: str, run: RunConfig, words: list[str]) -> None:
+    slots = read_hostfile(Path(where))
     hosts = list(slots)
     with marker_next_to(run.folder) as marker:
         # The last host's route to itself does not matter: only the first host's counts.
-        reports, silent = ask_by_ssh(hosts, command_of_report(args, hosts[-1], marker, words))
-    if silent and len(reports) < (args.min_hosts or len(hosts)):
+        reports, silent = ask_by_ssh(hosts, command_of_report(options, hosts[-1], marker, words))
+    if silent and len(reports) < (options.min_hosts or len(hosts)):
         raise UserError(*silent)
     for problem in silent:
         print(f"continuing without a host: {problem}", file=sys.stderr)
     if hosts[-1] not in reports:  # so no host can find a route to it
         reports = {host: replace(one, address=one.address or host) for host, one in reports.items()}
     Problems(problems(list(reports.values()), run)).refuse()
-    if args.usable:
-        args.usable.write_text("".join(f"{host} slots={slots[host]}\n" for host in reports))
+    if options.usable:
+        options.usable.write_text("".join(f"{host} slots={slots[host]}\n" for host in reports))
     first = next(iter(reports))
     print(first, reports[first].address or first, reports[first].port, run.folder)
 
 
-def check_slurm(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
+def check_slurm(options: Preflight, run: RunConfig, words: list[str]) -> None:
     if "SLURM_JOB_NODELIST" not in os.environ:
         raise UserError("this is not a Slurm job; start it by sbatch launch_scripts/slurm.sbatch.")
     hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
     with marker_next_to(run.folder) as marker:
-        reports = ask_by_srun(len(hosts), command_of_report(args, hosts[-1], marker, words))
+        reports = ask_by_srun(len(hosts), command_of_report(options, hosts[-1], marker, words))
     reports.sort(key=lambda one: one.node)
     Problems(problems(reports, run)).refuse()
     print(reports[0].host, reports[0].address or hosts[0], reports[0].port, run.folder)
 
 
-def check_endpoint(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
-    host, _, port = (args.where or "").rpartition(":")
-    least, _, most = args.hosts.partition(":")
+def check_endpoint(options: Preflight, where: str, run: RunConfig, words: list[str]) -> None:
+    host, _, port = where.rpartition(":")
+    least, _, most = options.hosts.partition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"ENDPOINT is {args.where!r}; write HOST:PORT of one of the hosts.")
+        raise UserError(f"ENDPOINT is {where!r}; write HOST:PORT of one of the hosts.")
     if not least.isdigit() or not (most or least).isdigit() or not 0 < int(least) <= int(most or least):
-        raise UserError(f"HOSTS is {args.hosts!r}; write a number of hosts, or MIN:MAX.")
-    at = Endpoint(host, int(port), int(least), int(most or least), args.seconds)
-    started = f"HOSTS={args.hosts} RANKS={args.ranks} {shlex.join(words)}"
-    where, address, is_host = join(lambda marker: report(run, started, host, marker, None), run, at)
-    print(where, address, str(is_host).lower())
+        raise UserError(f"HOSTS is {options.hosts!r}; write a number of hosts, or MIN:MAX.")
+    at = Endpoint(host, int(port), int(least), int(most or least), options.seconds)
+    started = f"HOSTS={options.hosts} RANKS={options.ranks} {shlex.join(words)}"
+    join_at, address, is_host = join(lambda marker: report(run, started, host, marker, None), run, at)
+    print(join_at, address, str(is_host).lower())
 
 
-def print_report(args: argparse.Namespace, run: RunConfig, words: list[str]) -> None:
-    print(json.dumps(asdict(report(run, shlex.join(words), args.where, args.marker, args.port))))
+def print_report(options: Preflight, peer: str, run: RunConfig, words: list[str]) -> None:
+    print(json.dumps(asdict(report(run, shlex.join(words), peer, options.marker, options.port))))
 
 
-CHECKS = {"hostfile": check_hostfile, "slurm": check_slurm, "endpoint": check_endpoint, "report": print_report}
-
-
-def main() -> None:
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    args, options = parse(words[:split]), words[split + 1 :]
-    CHECKS[args.launcher](args, parse_run(options), options)
+def preflight(options: Preflight) -> None:
+    words = list(options.words)
+    if options.launcher == "slurm":
+        check_slurm(options, parse_run(words), words)
+        return
+    where = words.pop(0) if words else ""
+    check = {"hostfile": check_hostfile, "endpoint": check_endpoint, "report": print_report}[options.launcher]
+    check(options, where, parse_run(words), words)

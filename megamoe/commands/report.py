@@ -1,4 +1,4 @@
-"""Show what a run has done: `python tools/report.py runs/tiny` prints its losses and draws RUN/loss_lr.png."""
+"""Show what runs have done: their losses, and a picture of each."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from pydantic import Field
 
-from megamoe.config import cli
+from megamoe.config.cli import Options, Positional
 from megamoe.training.sinks import read_log
-from megamoe.utils.errors import UserError
+from megamoe.utils.errors import Problems, UserError
 
 ROWS = 16  # of the loss table, at most
+
+
+class Report(Options):
+    runs: Positional[list[Path]] = Field(description="folders of runs")
+    out: Path | None = Field(default=None, description="PNG to draw, of one run; by default RUN/loss_lr.png")
 
 
 def read_run(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
@@ -152,9 +158,11 @@ def show(run_dir: Path, log: dict[str, list[dict[str, Any]]], picture: Path) -> 
         print(f"{what:>14}: {place}")
 
 
-def main() -> None:
-    parser = cli.Parser(description="Print a run's losses and draw them.")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, help="PNG to draw; by default RUN/loss_lr.png")
-    args = parser.parse()
-    show(args.run_dir, read_run(args.run_dir), args.out or args.run_dir / "loss_lr.png")
+def report(options: Report) -> None:
+    problems = Problems()
+    if options.out and len(options.runs) > 1:
+        problems.append(f"--out is given with {len(options.runs)} runs; give one run, or leave it out.")
+    logs = {run_dir: problems.attempt(read_run, run_dir) for run_dir in options.runs}
+    problems.refuse()
+    for run_dir, log in logs.items():
+        show(run_dir, log, options.out or run_dir / "loss_lr.png")

@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from cyclopts import App, Argument, Group, Parameter
-from cyclopts.exceptions import CycloptsError
+from cyclopts import App, Argument, ArgumentCollection, Group, Parameter
+from cyclopts.exceptions import CycloptsError, MissingArgumentError, UnusedCliTokensError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megamoe.config.model import sentences
-from megamoe.utils.errors import PeerError, Problems, UserError, unknown_key
+from megamoe.utils.errors import PeerError, Problems, UserError, shown, unknown_key
 
 
 def _shown_default(value: Any) -> str:
@@ -75,22 +75,36 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
     verbs, flags = [name for name in app if not name.startswith("-")], {*app.help_flags, *app.version_flags}
     if verbs and words and words[0] not in {*verbs, *flags}:
         raise UserError(unknown_key("command line", words[0], verbs, "command"))
-    problems = Problems()
+    problems, of_command = Problems(), ArgumentCollection()
+    end = words.index("--") if "--" in words else len(words)
+    # DeepSpeed's launcher gives each rank its number; the environment says it, too.
+    words, rest = [word for word in words[:end] if not word.startswith("--local_rank=")], words[end:]
     if not flags & {*words} and (words or not verbs):
         of_command = app.parse_commands(words)[1][-1].assemble_argument_collection(default_parameter=AS_FIELDS)
         words = _each_once(words, {name: argument for argument in of_command for name in argument.names}, problems)
     try:
-        command, given, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+        command, given, _ = app.parse_args([*words, *rest], exit_on_error=False, print_error=False)
     except UserError as error:  # of a class of options
         problems += [f"command line: {problem}" for problem in error.problems]
     except CycloptsError as error:
-        if isinstance(error.__cause__, ValidationError):
-            problems += sentences(error.__cause__, "command line", [])
-        else:
-            error.verbose = False
-            problems.append(f"command line: {str(error).strip()} See --help.")
+        problems += _sentences(error, of_command)
     problems.refuse()
     return lambda: command(*given.args, **given.kwargs)
+
+
+def _sentences(error: CycloptsError, of_command: ArgumentCollection) -> list[str]:
+    """What cyclopts, or pydantic for it, has found."""
+    if isinstance(error.__cause__, ValidationError):
+        return sentences(error.__cause__, "command line", [])
+    if isinstance(error, MissingArgumentError) and error.keyword:
+        return [f"command line: {error.keyword} has no value; give one."]
+    if isinstance(error, MissingArgumentError):  # nothing is given at all
+        missing = [argument.field_info.name for argument in of_command if argument.required and not argument.children]
+        return [f'command line: "{name}" is missing; add it.' for name in missing]
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return [f"command line: {shown(error.unused_tokens[0])} belongs to no option; see --help."]
+    error.verbose = False
+    return [f"command line: {str(error).strip().rstrip('.')}; see --help."]
 
 
 def _each_once(words: list[str], known: dict[str, Argument], problems: Problems) -> list[str]:

@@ -125,7 +125,7 @@ LOGS = "megamoe always writes losses and MaxVio to tensorboard/ and log.jsonl in
 # Sections that would do nothing here, or half of what they say, and what to use instead.
 REFUSED = {
     **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), LOGS),
-    "comms_logger": "nothing prints its summary; tools/plan.py says what each collective sends: leave it out",
+    "comms_logger": "nothing prints its summary; megamoe plan says what each collective sends: leave it out",
     "activation_checkpointing": "--recompute_blocks N says which blocks recompute theirs: leave it out",
 }
 

@@ -221,7 +221,7 @@ class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
     data: Annotated[list[CorpusOption], ONE_WORD_EACH] = Field(
         default=[Corpus(path="data/shakespeare-2048")],
         min_length=1,
-        description="one or more PATH or PATH=WEIGHT: a folder of tools/prepare_data.py, a path or "
+        description="one or more PATH or PATH=WEIGHT: a folder of megamoe prepare, a path or "
         "s3://, gs://; the prefix of .bin/.idx; or MODULE:NAME, a source of your own, see docs/data.md",
     )
     run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
@@ -269,11 +269,10 @@ class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
 
 def parse_run(words: list[str] | None = None) -> RunConfig:
     """A run of the command line, by default this process's; --help is printed, and gives none. Raises UserError."""
-    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")] if words is None else words
     app = make_app("pretrain.py", group_commands=LAST, help="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
 
     @app.default
     def run(options: RunConfig) -> RunConfig:
         return options
 
-    return parse(app, words)()
+    return parse(app, sys.argv[1:] if words is None else words)()

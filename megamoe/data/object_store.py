@@ -27,7 +27,7 @@ TIMEOUT = 30.0  # seconds of a request
 MAX_PAUSE = 15.0  # seconds
 PART = 8 << 20  # bytes of a request
 REMEDIES = {  # by the names of errors that waiting does not cure
-    "FileNotFoundError": "upload a folder that tools/prepare_data.py has made, or correct the path",
+    "FileNotFoundError": "upload a folder that megamoe prepare has made, or correct the path",
     "PermissionError": "set credentials that may read it",
     "NoCredentialsError": "set them as for the store's own tools",
     "DefaultCredentialsError": "set them as for the store's own tools",

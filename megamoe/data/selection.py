@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from megamoe.config.cli import Options
+from megamoe.config.run import ONE_WORD_EACH
 from megamoe.data.inputs import Unit, parts_of
 from megamoe.data.readers import is_text, place_of, read_records
 from megamoe.utils.errors import UserError, shown
@@ -55,13 +57,11 @@ def parse_condition(text: str) -> Condition:
     return Condition(*(part.strip() for part in parts.groups()))
 
 
-class Selection(BaseModel):
+class Selection(Options, group="Documents"):
     """Which documents of units are taken, and for which split; the same ones in every process."""
 
-    model_config = ConfigDict(frozen=True)
-
     text_key: str = Field(default="text", description="key of the text in JSON lines, its column in tables")
-    where: list[Annotated[Condition, BeforeValidator(parse_condition)]] = Field(
+    where: Annotated[list[Annotated[Condition, BeforeValidator(parse_condition)]], ONE_WORD_EACH] = Field(
         default=[], description="take only documents with, such as 'score>=0.5' lang=en"
     )
     min_chars: int = Field(default=1, description="drop shorter documents")

@@ -44,7 +44,7 @@ class Shard:
         missing = [str(path) for path in (bin_path, idx_path) if not path.exists()]
         if missing:
             raise UserError(
-                f"there is no {' and no '.join(missing)}; give a folder that tools/prepare_data.py has made, or the "
+                f"there is no {' and no '.join(missing)}; give a folder that megamoe prepare has made, or the "
                 "prefix of a .bin/.idx pair."
             )
         return IndexFile(idx_path, bin_path, check_regular(bin_path, "a .bin/.idx pair"))
@@ -190,7 +190,7 @@ def files_of(prefix: Path) -> list[Path]:
 
 
 def split_record(prefix: Path) -> SplitRecord | None:
-    """That of a split of a prepared folder, or of a pair that `tools/check_corpus.py` has read; None where there is
+    """That of a split of a prepared folder, or of a pair that `megamoe check` has read; None where there is
     none. Raises UserError."""
     own = Path(f"{prefix}.json")
     if own.exists():

@@ -19,7 +19,7 @@ DECODED = 256  # samples decoded at a time; a character may be torn where one en
 
 
 def tokens_per_byte(corpus: TokenCorpus, limit: int) -> float | None:
-    """Tokens of held-out text over its bytes: those that tools/prepare_data.py has counted, else those that the
+    """Tokens of held-out text over its bytes: those that megamoe prepare has counted, else those that the
     tokenizer beside the corpus decodes its first `limit` samples to; None where there is neither. Raises UserError."""
     if corpus.record and corpus.record.bytes:
         return corpus.record.tokens / corpus.record.bytes

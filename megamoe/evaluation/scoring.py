@@ -1,6 +1,6 @@
 """The arithmetic of every evaluation: what a model gives the tokens of windows, summed over ranks.
 
-Held-out sets in training, `megamoe.evaluate`, tools/evaluate.py and lm-evaluation-harness score by `score` here.
+Held-out sets in training, `megamoe.evaluate`, `megamoe evaluate` and lm-evaluation-harness score by `score` here.
 """
 
 from __future__ import annotations

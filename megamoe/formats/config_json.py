@@ -56,7 +56,7 @@ def preset_of(directory: Path) -> ModelConfig:
 def read_directory(directory: Path) -> tuple[Architecture, ModelConfig]:
     """Architecture and model of a directory of a class in the table. Raises UserError with all problems."""
     path = directory / "config.json"
-    name, values = class_of(path, ARCHITECTURES, " (tools/upcycle.py makes one of a dense Llama or Qwen3)")
+    name, values = class_of(path, ARCHITECTURES, " (megamoe upcycle makes one of a dense Llama or Qwen3)")
     return ARCHITECTURES[name], read_config(ARCHITECTURES[name], values, str(path))
 
 

@@ -89,13 +89,6 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return found
 
 
-def bytes_of_shard(gigabytes: float) -> int:
-    """The option --max_shard_gb in bytes. Raises UserError."""
-    if not 0 < gigabytes < math.inf:
-        raise UserError(f"--max_shard_gb is {gigabytes}; give a finite size above 0.")
-    return int(gigabytes * 1e9)
-
-
 def write_state_dict(source: Source, out: Path, dtype: torch.dtype) -> None:
     """One file that torch.load opens with weights_only; all of it is in memory before it is written."""
     with output(out) as partial:

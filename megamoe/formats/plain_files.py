@@ -99,7 +99,7 @@ def open_unquantised(files: list[Path], directory: Path) -> dict[str, Stored]:
 def _state_dict(file: Path) -> dict[str, Stored]:
     state = safe_load(file)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{file} is no state_dict: not a dict of tensors; give one of tools/convert_checkpoint.py.")
+        raise UserError(f"{file} is no state_dict: not a dict of tensors; give one of megamoe convert.")
     return {name: Stored(tuple(tensor.shape), str(tensor.dtype), tensor.detach) for name, tensor in state.items()}
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from megamoe.config.cli import Options
 from megamoe.config.model import ModelConfig
 from megamoe.formats.architectures import MIXTRAL, QWEN3_MOE, ROUTER, Architecture
 from megamoe.formats.config_json import class_of, read_config
@@ -62,34 +64,29 @@ PAIRS = {
 }
 
 
-@dataclass(frozen=True)
-class Upcycling:
+class Upcycling(Options):
     """What is made of each MLP."""
 
-    copies: int
-    top_k: int
-    """Copies that a token is sent to."""
-    split: int = 1
-    """Experts that each copy is split into."""
-    noise: float = 0.0
-    """Normal noise on an expert's matrices, in their standard deviations."""
-    seed: int = 0
+    experts: int = Field(default=8, ge=1, description="copies of each MLP")
+    top_k: int = Field(default=2, ge=1, description="copies that a token is sent to")
+    split: int = Field(default=1, ge=1, description="narrower experts that each copy is split into")
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="normal noise on the copies, in standard deviations of a matrix",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the router and the noise")
 
     def problems(self, intermediate_size: int) -> list[str]:
         """What does not fit, one sentence each."""
-        checks = (
-            (self.copies >= 1, f"--experts is {self.copies}; give 1 or more."),
-            (self.top_k >= 1, f"--top_k is {self.top_k}; give 1 or more."),
-            (self.top_k <= self.copies, f"--top_k is {self.top_k}, above --experts {self.copies}; lower it."),
-            (self.split >= 1, f"--split is {self.split}; give 1 or more."),
-            (
-                self.split < 1 or intermediate_size % self.split == 0,
-                f"--split is {self.split}, which does not divide intermediate_size {intermediate_size}; use a divisor.",
-            ),
-            (0 <= self.noise < float("inf"), f"--noise is {self.noise}; give a finite number, 0 or more."),
-            (0 <= self.seed < 2**63, f"--seed is {self.seed}; give a number from 0 to 2^63 - 1."),
-        )
-        return [problem for holds, problem in checks if not holds]
+        problems = []
+        if self.top_k > self.experts:
+            problems.append(f"--top_k is {self.top_k}, above --experts {self.experts}; lower it.")
+        if intermediate_size % self.split:
+            limit = f"which does not divide intermediate_size {intermediate_size}"
+            problems.append(f"--split is {self.split}, {limit}; use a divisor.")
+        return problems
 
 
 def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> str:
@@ -106,7 +103,7 @@ def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> 
         raise UserError(*problems)
     config = dense.model_copy(
         update={
-            "num_local_experts": recipe.copies * recipe.split,
+            "num_local_experts": recipe.experts * recipe.split,
             "num_experts_per_tok": recipe.top_k * recipe.split,
             "moe_intermediate_size": dense.intermediate_size // recipe.split,
         }
@@ -171,7 +168,7 @@ class Upcycled(WeightsAlone):
     def _router(self, name: str) -> Tensor:
         """Rows are equal for the parts of a copy."""
         recipe, generator = self._recipe, _generator(self._recipe.seed, layer_id(name) or 0)
-        rows = torch.randn(recipe.copies, self.shapes[name][1], generator=generator)
+        rows = torch.randn(recipe.experts, self.shapes[name][1], generator=generator)
         return (ROUTER_STD * rows).repeat_interleave(recipe.split, 0)
 
 

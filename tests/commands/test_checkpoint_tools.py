@@ -16,7 +16,7 @@ from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint import verify
 from megamoe.checkpoint.opening import OpenModel, open_source
-from megamoe.commands import convert_checkpoint, generate, inspect_checkpoint, reshard_checkpoint
+from megamoe.commands import generate, inspect
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.formats.export import write_state_dict
@@ -43,7 +43,7 @@ def run_dir(finished_run, tmp_path):
     return Path(shutil.copytree(finished_run[0], tmp_path / "run"))
 
 
-# --- convert_checkpoint ---------------------------------------------------------------------------------------------
+# --- convert --------------------------------------------------------------------------------------------------------
 
 
 def test_the_ending_or_the_flag_chooses_the_form_of_a_run_of_a_folder_of_checkpoints_or_of_one(call, run_dir, tmp_path):
@@ -58,7 +58,7 @@ def test_the_ending_or_the_flag_chooses_the_form_of_a_run_of_a_folder_of_checkpo
         ),
     ):
         out, step = tmp_path / words[0], "step_2" if place.endswith("2") else "step_4"
-        said = call(convert_checkpoint, run_dir / place, out, *words[1:])
+        said = call("convert", run_dir / place, out, *words[1:])
         assert said[-1].startswith(f"wrote {out} from {run_dir / 'checkpoints' / step} in ")
         masters = open_source(run_dir / "checkpoints" / step)
         assert form <= {path.name for path in (out.iterdir() if out.is_dir() else [out])}
@@ -69,7 +69,7 @@ def test_the_ending_or_the_flag_chooses_the_form_of_a_run_of_a_folder_of_checkpo
 
 
 def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, run_dir, tmp_path):
-    lines = call(convert_checkpoint, run_dir, tmp_path / "w", "--dry-run", "--dtype", "bf16", "--max_shard_gb", "2e-5")
+    lines = call("convert", run_dir, tmp_path / "w", "--dry-run", "--dtype", "bf16", "--max_shard_gb", "2e-5")
     said, *lines = lines
     has(said, "no class of transformers holds the model: Mixtral", "num_latent_tokens 3", "gated_mlp false")
     tensors = [line for line in lines if not line.startswith("file ")]
@@ -84,11 +84,11 @@ def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, ru
 
 def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tmp_path):
     for words, parts in (
-        (["w.pt", "--dtype", "int8"], ["--dtype is int8", "bf16"]),
-        (["w.pt", "--to", "onnx"], ["--to is onnx", "huggingface"]),
+        (["w.pt", "--dtype", "int8"], ['"dtype" is "int8"', "bf16"]),
+        (["w.pt", "--to", "onnx"], ['"to" is "onnx"', "huggingface"]),
         (["w.pt", "--to", "safetensors"], ["ends in .pt"]),
         (["w", "--to", "state_dict"], ["w.pt"]),
-        (["w", "--max_shard_gb", "0"], ["--max_shard_gb is 0.0"]),
+        (["w", "--max_shard_gb", "0"], ['"max_shard_gb" is "0"', "greater than 0"]),
         (["w.pt", "--preset", "tiny"], ["--preset", "form state_dict", "leave it out"]),
         (["w.safetensors", "--tokenizer", "/nowhere"], ["--tokenizer", "form safetensors"]),
         (["w.pt", "--max_shard_gb", "1"], ["--max_shard_gb", "form state_dict"]),
@@ -97,7 +97,7 @@ def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tm
         (["run"], ["exists already"]),
         (["w", "--tokenizer", "none.json"], ["none.json does not exist"]),
     ):
-        has(refusal(call, convert_checkpoint, run_dir, tmp_path / words[0], *words[1:]), *parts)
+        has(refusal(call, "convert", run_dir, tmp_path / words[0], *words[1:]), *parts)
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -105,7 +105,7 @@ def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tm
 
 
 def test_the_script_in_every_checkpoint_makes_the_state_dict_that_the_tool_makes(call, run_dir, tmp_path):
-    call(convert_checkpoint, run_dir, tmp_path / "tool.pt")
+    call("convert", run_dir, tmp_path / "tool.pt")
     script = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
     for words, code in (["a.pt"], 0), (["folder"], 2):
         done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
@@ -124,11 +124,11 @@ def test_the_script_says_what_it_needs_where_megamoe_is_not_installed(run_dir):
     has(only(done.stderr.splitlines()), "error: No module named 'megamoe'", "install megamoe")
 
 
-# --- reshard_checkpoint ---------------------------------------------------------------------------------------------
+# --- reshard --------------------------------------------------------------------------------------------------------
 
 
 def test_a_resharded_run_goes_on_where_the_old_one_would(call, finished_run, run_dir, tmp_path):
-    (line,) = call(reshard_checkpoint, run_dir, tmp_path / "new")
+    (line,) = call("reshard", run_dir, tmp_path / "new")
     has(line, "saved by 2 ranks at ep_size 2")
     _, run = finished_run
     more = {**run, "steps": 8, "resume": True}
@@ -136,16 +136,16 @@ def test_a_resharded_run_goes_on_where_the_old_one_would(call, finished_run, run
     new = run_ranks(2, train_here, {**more, "run_dir": str(tmp_path / "new")})[0]
     assert [record["loss"] for record in new["train"]] == [record["loss"] for record in old["train"][4:]]
     assert (tmp_path / "new" / "checkpoints" / "latest_universal").read_text() == "step_4"
-    has(refusal(call, reshard_checkpoint, run_dir, tmp_path / "new"), "exists already")
+    has(refusal(call, "reshard", run_dir, tmp_path / "new"), "exists already")
     again = tmp_path / "new" / "checkpoints" / "step_4"
-    has(refusal(call, reshard_checkpoint, again, tmp_path / "newer"), "nothing to reshard")
+    has(refusal(call, "reshard", again, tmp_path / "newer"), "nothing to reshard")
 
 
-# --- inspect_checkpoint ---------------------------------------------------------------------------------------------
+# --- inspect --------------------------------------------------------------------------------------------------------
 
 
 def test_inspecting_says_topology_step_sizes_verification_and_the_norm_of_each_expert(call, run_dir, tmp_path):
-    lines = call(inspect_checkpoint, run_dir)
+    lines = call("inspect", run_dir)
     text = "\n".join(lines)
     checkpoint = run_dir / "checkpoints" / "step_4"
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
@@ -166,7 +166,7 @@ def test_inspecting_lists_what_each_step_read_after_the_data_was_replaced_too(ca
         return {"first_step": first, "samples_per_step": 4, "seq_len": 8, "data": [corpus]}
 
     before = {"last_step": 6, "phases": [phase(1, "a"), phase(5, "b"), phase(7, "never")]}
-    inspect_checkpoint.print_history({"replaced_data": [before], "phases": [phase(1, "c"), phase(9, "d")]})
+    inspect.print_history({"replaced_data": [before], "phases": [phase(1, "c"), phase(9, "d")]})
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         f"data from step {step} on, 4 x 8: {path}, f" for step, path in ((1, "a"), (5, "b"), (7, "c"), (9, "d"))
@@ -176,19 +176,19 @@ def test_inspecting_lists_what_each_step_read_after_the_data_was_replaced_too(ca
 def test_inspecting_a_damaged_checkpoint_says_so_first(call, run_dir, capsys):
     path = run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py"
     path.write_text("import os")
-    has(refusal(call, inspect_checkpoint, run_dir), str(path), "has not the bytes")
+    has(refusal(call, "inspect", run_dir), str(path), "has not the bytes")
     assert "files: DAMAGED" in capsys.readouterr().out
-    has(refusal(call, inspect_checkpoint, run_dir / "none"), "none does not exist")
+    has(refusal(call, "inspect", run_dir / "none"), "none does not exist")
 
 
 def test_inspecting_takes_plain_weights_and_the_universal_layout_and_finds_code_in_any_file_of_it(
     call, run_dir, tmp_path
 ):
     write_state_dict(open_source(run_dir / "checkpoints" / "step_4"), tmp_path / "w.pt", torch.float32)
-    call(reshard_checkpoint, run_dir, tmp_path / "new")
-    whole = call(inspect_checkpoint, run_dir)
+    call("reshard", run_dir, tmp_path / "new")
+    whole = call("inspect", run_dir)
     for path, says in ((tmp_path / "w.pt", "weights alone"), (tmp_path / "new", "Universal layout")):
-        lines = call(inspect_checkpoint, path)
+        lines = call("inspect", path)
         has("\n".join(lines), says)
         assert "size: 0 bytes" not in lines
         assert [line for line in lines if "experts  " in line] == [line for line in whole if "experts  " in line]
@@ -196,23 +196,23 @@ def test_inspecting_takes_plain_weights_and_the_universal_layout_and_finds_code_
     (checkpoint / "manifest.json").unlink()
     (checkpoint / "run.json").unlink()
     (tmp_path / "new" / "run.json").unlink()  # as DeepSpeed alone leaves one
-    lines = call(inspect_checkpoint, tmp_path / "new")
+    lines = call("inspect", tmp_path / "new")
     has("\n".join(lines), "files: safe to open; nothing says what bytes they should have")
     pieces = [sorted(checkpoint.glob(f"zero/*/{name}.pt"))[-1] for name in ("fp32", "exp_avg", "step")]
     for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("zero/*.pt"), *pieces]:
         clean = path.read_bytes()
         torch.save({"param": torch.zeros(1), "more": Malicious(tmp_path / "mark")}, path)
-        has(refusal(call, inspect_checkpoint, checkpoint), str(path), "system", "do not open it")
+        has(refusal(call, "inspect", checkpoint), str(path), "system", "do not open it")
         assert not (tmp_path / "mark").exists()
         path.write_bytes(clean)
-    has(refusal(call, convert_checkpoint, checkpoint, tmp_path / "hf"), "does not say what model", "preset")
+    has(refusal(call, "convert", checkpoint, tmp_path / "hf"), "does not say what model", "preset")
 
 
 # --- generate -------------------------------------------------------------------------------------------------------
 
 
 def test_generation_uses_the_newest_checkpoint_that_holds(call, run_dir):
-    words = (generate, run_dir, "--prompt", "to be", "--max_new_tokens", "4")
+    words = ("generate", run_dir, "--prompt", "to be", "--max_new_tokens", "4")
     text = call(*words)
     assert len(text) >= 2
     (run_dir / "checkpoints" / "step_4" / "zero_to_fp32.py").write_text("")
@@ -225,15 +225,15 @@ def test_generation_computes_in_the_dtype_that_is_chosen_for_the_saved_one(call,
     choices = {torch.float32: torch.bfloat16}  # a choice that nothing else would make
     monkeypatch.setattr(generate, "dtype_to_compute_in", lambda saved, device: choices[saved])
     seen = []
-    monkeypatch.setattr(generate, "generate", lambda model, ids, *_, **__: seen.append(model) or ids)
-    call(generate, run_dir, "--prompt", "to be")
+    monkeypatch.setattr(generate, "continue_ids", lambda model, ids, *_, **__: seen.append(model) or ids)
+    call("generate", run_dir, "--prompt", "to be")
     assert only(seen).embed_tokens.weight.dtype == torch.bfloat16
 
 
 def test_wrong_options_of_generate_come_at_once(call, run_dir):
-    problems = refusals(call, generate, run_dir, "--num_samples", "0", "--top_p", "2", "--promt", "a")
+    problems = refusals(call, "generate", run_dir, "--num_samples", "0", "--top_p", "2", "--promt", "a")
     assert len(problems) == 3
-    has("\n".join(problems), "num_samples is 0", "top_p is 2", 'unknown option "--promt"')
+    has("\n".join(problems), '"num_samples" is "0"', '"top_p" is "2"', 'unknown option "--promt"')
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused_before_the_model_is_built(
@@ -244,5 +244,5 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused_before_the_model_is_
     large = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     large.add_tokens([f"word{number}" for number in range(60)])
     large.save(str(tmp_path / "tokenizer.json"))
-    has(refusal(call, generate, run_dir, "--tokenizer", tmp_path), "tokenizer.json", "the model's vocabulary of 300")
-    has(refusal(call, generate, run_dir, "--end_of_text", "<halt>"), '"<halt>"')
+    has(refusal(call, "generate", run_dir, "--tokenizer", tmp_path), "tokenizer.json", "the model's vocabulary of 300")
+    has(refusal(call, "generate", run_dir, "--end_of_text", "<halt>"), '"<halt>"')

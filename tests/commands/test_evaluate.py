@@ -1,4 +1,4 @@
-"""tools/evaluate.py: numbers of each document and of all, as transformers' logits give them, at any number of ranks."""
+"""megamoe evaluate: numbers of each document and of all, as transformers' logits give them, at any number of ranks."""
 
 import json
 import math
@@ -14,6 +14,7 @@ from refusals import has, only, refusals
 from transformers import AutoModelForCausalLM
 
 import megamoe
+from megamoe.__main__ import run
 from megamoe.commands import evaluate
 from megamoe.config import cli
 
@@ -40,11 +41,10 @@ def folder(tmp_path_factory):
 
 def run_here(words, said):
     """What the tool exits with on this rank, which prints to the file `said`."""
-    sys.argv = ["evaluate.py", *map(str, words)]
     with open(said, "w") as sys.stdout:
         sys.stderr = sys.stdout
         try:
-            cli.run(evaluate.main)
+            cli.run(lambda: run(["evaluate", *map(str, words)]))
         except SystemExit as end:
             return end.code
 
@@ -118,19 +118,17 @@ def test_tasks_that_give_no_values_are_an_error(folder):
     has(said.read_text(), "warning: the tasks have failed", f"error: {evaluate.NO_TASK_VALUES}")
 
 
-def test_problems_come_together(folder, monkeypatch):
+def test_problems_come_together(folder, call):
     def refused(*words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        return refusals(lambda: evaluate.Inputs(evaluate.parse(), leads=True))
+        return refusals(call, "evaluate", *words)
 
-    said = refused(folder / "hf", "--batch_size", 0, "--dtype", "int8", "--task_folder", "x")
-    for problem, part in zip(
-        said, ("a TEXT, or --tasks", "--task_folder", "--dtype is int8", "batch_size"), strict=True
-    ):
+    said = refused(folder / "hf", "--batch_size", 0, "--dtype", "int8", "--json", folder)
+    for problem, part in zip(said, ("is no file", '"batch_size" is "0"', '"dtype" is "int8"'), strict=True):
         has(problem, part)
+    has(only(refused(folder / "hf")), "a TEXT, or --tasks")
+    has(only(refused(folder / "hf", folder / "texts", "--task_folder", "x")), "--task_folder", "add --tasks")
     words = ("absent", folder / "hf" / "model.safetensors", "--tasks", "x", "--task_folder", "nowhere")
     for problem, part in zip(refused(folder / "hf", *words), ("absent does", "UTF-8", "nowhere is no"), strict=True):
         has(problem, part)
-    has(only(refused(folder / "hf", folder / "texts", "--json", folder)), "--json is", "the path of a file")
     has(only(refused(folder / "hf", folder / "texts", "--stride", WINDOW + 1)), "--stride is 25", "lower it")
     has(only(refused(folder / "none", folder / "texts")), str(folder / "none"), "does not exist")

@@ -10,7 +10,6 @@ from refusals import has, refusal, refusals
 from toy import ds_config, train_here, write_inputs
 
 from megamoe.checkpoint.opening import open_model
-from megamoe.commands import convert_checkpoint, generate_gguf
 from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
 from megamoe.model.generation import generate
 
@@ -38,7 +37,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def convert(call):
-    return partial(call, convert_checkpoint)
+    return partial(call, "convert")
 
 
 def greedy(run, count):
@@ -67,17 +66,17 @@ def test_what_gguf_needs_is_said_the_package_included(run, convert, tmp_path, mo
     has(refusal(convert, run, tmp_path / "m.gguf"), "needs the package gguf", "pip install")
 
 
-def test_generate_gguf_continues_prompts_and_refuses_what_is_no_model(run, call, convert, tmp_path):
+def test_generate_continues_prompts_with_a_gguf_and_refuses_what_is_no_model(run, call, convert, tmp_path):
     convert(run, tmp_path / "m.gguf")
 
-    continued = partial(call, generate_gguf)
+    continued = partial(call, "generate")
     words = (tmp_path / "m.gguf", "--prompt", PROMPT, "--max_new_tokens", 4, "--temperature", 0)
     model = open_model(run)
     expected = load_tokenizer(model.tokenizer).decode(greedy(run, 4))
     has("\n".join(continued(*words)), f"{PROMPT}{expected}")
     has(refusal(continued, tmp_path / "m.gguf", "--prompt", "to be " * 3000), "llama.cpp does not continue", "shorter")
-    wrong = ("--max_new_tokens", -3, "--temperature", -1)
-    has("\n".join(refusals(continued, tmp_path / "m.gguf", *wrong)), "max_new_tokens is -3", "temperature is -1")
+    wrong = "\n".join(refusals(continued, tmp_path / "m.gguf", "--max_new_tokens", -3, "--temperature", -1))
+    has(wrong, '"max_new_tokens" is "-3"', '"temperature" is "-1"')
     (tmp_path / "junk.gguf").write_bytes(b"junk")
     has(refusal(continued, tmp_path / "junk.gguf"), "junk.gguf", "cannot read")
     has(refusal(continued, tmp_path / "none.gguf"), "none.gguf", "is no file")

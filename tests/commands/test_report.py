@@ -58,20 +58,20 @@ def is_png(path):
 
 def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_path, run):
     write_log(tmp_path, *(train_row(step) for step in range(10, 310, 10)), valid_row(150), valid_row(300))
-    code, said = run(report, tmp_path)
-    assert (code, said.err) == (0, "")
+    code, out, problems = run("report", tmp_path)
+    assert (code, problems) == (0, [])
     assert is_png(tmp_path / "loss_lr.png")
-    assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in said.out
+    assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in out
     for place in ("checkpoints", "loss_lr.png", "log.jsonl", "tensorboard", "run.json"):
-        assert str(tmp_path / place) in said.out
-    run(report, tmp_path, "--out", tmp_path / "a picture")
+        assert str(tmp_path / place) in out
+    run("report", tmp_path, "--out", tmp_path / "a picture")
     assert (tmp_path / "a picture").read_bytes() == (tmp_path / "loss_lr.png").read_bytes()
 
 
 def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, call):
-    has(refusal(call, report, tmp_path), f"{tmp_path} holds no log.jsonl; give the folder of a run.")
+    has(refusal(call, "report", tmp_path), f"{tmp_path} holds no log.jsonl; give the folder of a run.")
     write_log(tmp_path)
-    has(refusal(call, report, tmp_path), str(tmp_path), "no step yet", "wait")
+    has(refusal(call, "report", tmp_path), str(tmp_path), "no step yet", "wait")
     assert not (tmp_path / "loss_lr.png").exists()
 
 
@@ -91,15 +91,15 @@ def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, mo
     further = {"code_loss": 1.25, "code_bits_per_byte": 0.5, "arc_acc": 0.75}
     tasks_alone = {"kind": "valid", "step": 30, "arc_acc": 0.875}
     write_log(tmp_path, *(train_row(step) for step in (10, 20, 30)), {**valid_row(20), **further}, tasks_alone)
-    code, said = run(report, tmp_path)
-    assert (code, said.err) == (0, "")
-    head, first, second, *_ = said.out.splitlines()
+    code, out, problems = run("report", tmp_path)
+    assert (code, problems) == (0, [])
+    head, first, second, *_ = out.splitlines()
     assert head.split() == ["step", "loss", "valid", "bits/byte", "code", "lr", "MaxVio", "tok/s"]
     assert first.split() == ["10", "9.9000", "1.5e-05", "0.46", "5000"]
     assert second.split() == ["20", "9.8000", "7.7778", "2.2222", "1.2500", "3e-05", "0.46", "5000"]
-    assert "validation at step 20: 7.7778 nats per token, 2.2222 bits per byte\n" in said.out
-    assert "validation on code at step 20: 1.2500 nats per token, 0.5000 bits per byte\n" in said.out
-    assert "arc_acc at step 30: 0.8750\n" in said.out
+    assert "validation at step 20: 7.7778 nats per token, 2.2222 bits per byte\n" in out
+    assert "validation on code at step 20: 1.2500 nats per token, 0.5000 bits per byte\n" in out
+    assert "arc_acc at step 30: 0.8750\n" in out
     loss, _, _, tasks = figures[0].axes
     assert [line.get_label() for line in loss.lines] == ["training", "held out", "held out on code"]
     assert [((*line.get_xdata(),), (*line.get_ydata(),)) for line in tasks.lines] == [((20, 30), (0.75, 0.875))]

@@ -4,57 +4,91 @@ import errno
 import os
 
 import pytest
-from refusals import has, refusal, refusals
+from pydantic import Field
+from refusals import has, refusals
 
 from megamoe.config import cli
+from megamoe.config.cli import Options, Positional
 from megamoe.utils.errors import PeerError, UserError
 
 
-def parser():
-    made = cli.Parser(prog="program")
-    made.add_argument("--steps", type=int, default=7)
-    made.add_argument("--seed", action="store")
-    made.add_argument("--data", nargs="+")
-    made.add_argument("--resume", action="store_true")
-    return made
+class Lengths(Options, group="Length"):
+    steps: int = Field(default=7, gt=0, description="how far")
+    data: list[str] = Field(default=[], description="what of")
+
+
+class Toy(Lengths):
+    model: Positional[str] = Field(description="which")
+    seed: int = Field(description="of all that is drawn")
+    resume: bool = Field(default=False, description="go on")
+
+
+class Wrapper(Toy):
+    words: Positional[list[str]] = Field(description="to hand on")
+
+
+def parsed(*words, kind=Toy):
+    app = cli.make_app("program")
+
+    @app.default
+    def program(options: kind):
+        return options
+
+    return cli.parse(app, list(words))()
+
+
+def test_options_have_the_names_of_the_fields_and_their_types():
+    values = parsed("m", "--seed", "-3", "--data", "a", "b", "--resume", "--local_rank=1", "--verbose")
+    assert values == Toy(model="m", seed=-3, data=["a", "b"], resume=True, verbose=True)
+
+
+def test_words_after_two_dashes_are_handed_on():
+    values = parsed("m", "w", "--seed", "1", "--steps=3", "--", "--steps", "4", "--sede", "-x", kind=Wrapper)
+    assert values == Wrapper(model="m", words=["w", "--steps", "4", "--sede", "-x"], seed=1, steps=3)
 
 
 def test_an_option_given_twice_with_the_same_value_is_fine():
     words = ["--steps", "3", "--data", "a", "b", "--steps=3", "--data", "a", "b", "--resume", "--resume"]
-    values = parser().parse(words)
-    assert (values.steps, values.data, values.resume) == (3, ["a", "b"], True)
+    assert parsed("m", "--seed=1", *words) == Toy(model="m", seed=1, steps=3, data=["a", "b"], resume=True)
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ("--steps 3 --steps=4", ["--steps is given twice, as 3 and as 4; keep one."]),
-        ("--data a b --data c", ["--data is given twice, as a b and as c"]),
-        ("--steps 3 --steps 7", ["--steps is given twice, as 3 and as 7"]),  # the default
-        ("--sede=3", ['unknown option "--sede"; did you mean "--seed"?']),
-        ("--step 3", ['unknown option "--step"', "did you mean"]),  # not taken by its beginning
-        ("--zzz", ['"--zzz"', "--steps", "--seed", "--data", "--resume"]),
-        ("--seed 3 stray", ["'stray'", "--help"]),
-        ("--steps many", ["--steps", "int", "'many'", "--help"]),
-        ("--seed", ["--seed", "expected one argument", "--help"]),
+        ("m --seed 1 --steps 3 --steps=4", ["--steps is given twice, as 3 and as 4; keep one."]),
+        ("m --seed 1 --data a b --data c", ["--data is given twice, as a b and as c; keep one."]),
+        ("m --seed 1 --steps 3 --steps 7", ["--steps is given twice, as 3 and as 7"]),  # the default
+        ("m --seed 1 --sede=3", ['unknown option "--sede"; did you mean "--seed"?']),
+        ("m --seed 1 --step 3", ['unknown option "--step"', "did you mean"]),  # not taken by its beginning
+        ("m --seed 1 --zzz", ['"--zzz"', "--steps", "--seed", "--data", "--resume"]),
+        ("m --seed 1 -x", ["-x", "see --help."]),
+        ("m --seed 1 --resume stray", ['"stray" belongs to no option; see --help.']),
+        ("m --seed 1 --steps many", ['"steps"', '"many"', "integer", "change it"]),
+        ("m --seed 1 --steps 0", ['"steps" is "0"', "greater than 0"]),
+        ("m --seed", ["--seed has no value; give one."]),
+        ("m --seed 1 --data", ["--data has no value; give one."]),
+        ("m", ['"seed" is missing; add it.']),
+        ("", ['"model" is missing; add it.', '"seed" is missing; add it.']),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_the_option_and_the_remedy(words, parts):
-    has(refusal(parser().parse, words.split()), *parts)
+    has("\n".join(refusals(parsed, *words.split())), *parts)
 
 
 def test_all_problems_of_a_command_line_come_at_once():
-    problems = refusals(parser().parse, ["--stepps", "3", "--sede=3", "--seed", "1", "--seed", "2", "--data"])
-    assert len(problems) == 4
-    has(" ".join(problems), '"--stepps"', '"--sede"', "--seed is given twice", "--data: expected at least one")
+    words = ["--stepps", "3", "--sede=3", "--seed", "x", "--steps", "0", "--data", "a", "--data", "b"]
+    parts = ('"--stepps"', '"--sede"', "--data is given twice", '"steps" is "0"', '"model" is missing', '"seed" is "x"')
+    for problem, part in zip(refusals(parsed, *words), parts, strict=True):
+        has(problem, part)
 
-    def check(values):
-        raise UserError(f"steps is {values.steps}; raise it.", "the name is missing; give one.")
 
-    assert parser().parse(["--steps", "3"], lambda values: values.steps + 1) == 4
-    problems = refusals(parser().parse, ["--sede", "3", "--steps", "0"], check)
-    assert len(problems) == 3
-    has(" ".join(problems), 'unknown option "--sede"', "steps is 0", "the name is missing")
+def test_help_shows_groups_and_defaults_as_values(capsys):
+    assert parsed("m", "--help") is None
+    before, after = capsys.readouterr().out.split(" Length ")
+    has(before, "program --seed INT [OPTIONS] MODEL", "which", "[required]", "--resume", "go on")
+    has(after, "--steps", "how far [default: 7]", "--data", " Other ", "--verbose")
+    assert "False" not in before + after
+    assert "[]" not in before + after
 
 
 ENDS = [  # what ends a program, its exit code, and what it says

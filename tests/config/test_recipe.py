@@ -135,7 +135,7 @@ REFUSED = [
     ({"gradient_clipping": "1.0"}, ['gradient_clipping" is "1.0"', "in quotes", "number"]),
     ({"communication_data_type": "foo"}, ['communication_data_type" is "foo"', "bf16"]),
     ({"optimizer": {"type": "Muon", "params": 5}}, ["params", "5"]),
-    ({"comms_logger": {"enabled": True}}, ['"comms_logger"', "tools/plan.py", "leave it out"]),
+    ({"comms_logger": {"enabled": True}}, ['"comms_logger"', "megamoe plan", "leave it out"]),
     ({"activation_checkpointing": {"x": True}}, ['"activation_checkpointing"', "--recompute_blocks", "leave it out"]),
     *(({"wandb": section}, ['"wandb"', "log.jsonl", "leave it out"]) for section in ({"enabled": True}, {}, None)),
     ({"train_micro_batch_size_per_gpu": ...}, ['add "train_micro_batch_size_per_gpu"']),

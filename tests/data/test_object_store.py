@@ -139,7 +139,7 @@ def test_what_the_user_can_change_is_said(server, local, url, tmp_path, monkeypa
         return refusal(open_remote, path, tmp_path)
 
     has(said("s3://no-such-bucket/mine"), "s3://no-such-bucket/mine", "bucket does not exist", "correct the path")
-    has(said(url.replace("mine", "other")), f"{url.replace('mine', 'other')}", "tools/prepare_data.py")
+    has(said(url.replace("mine", "other")), f"{url.replace('mine', 'other')}", "megamoe prepare")
     has(said("nothing://x/y"), "nothing://x/y", "nothing", "s3://")
     system = fsspec.filesystem("s3")
     data = bytearray((local / "train-00000.bin").read_bytes())

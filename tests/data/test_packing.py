@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from refusals import has, refusal
 
-from megamoe.commands.check_corpus import read_shard
+from megamoe.commands.check import read_shard
 from megamoe.data import packing
 from megamoe.data.corpus_record import split_of
 from megamoe.data.index_file import write_index

@@ -70,7 +70,7 @@ def test_exactly_one_sample_is_enough_and_one_token_less_is_refused(tmp_path):
 def test_missing_files_are_named(tmp_path):
     prefix = build(tmp_path / "c", range(20))
     problem = refusal(TokenCorpus, tmp_path / "no", 10, 50)
-    has(problem, f"{tmp_path}/no.bin", f"{tmp_path}/no.idx", "there is no", "tools/prepare_data.py")
+    has(problem, f"{tmp_path}/no.bin", f"{tmp_path}/no.idx", "there is no", "megamoe prepare")
     (tmp_path / "c.idx").rename(tmp_path / "kept.idx")
     problem = refusal(TokenCorpus, prefix, 10, 50)
     has(problem, f"{prefix}.idx", "there is no")

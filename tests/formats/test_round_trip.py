@@ -8,7 +8,6 @@ from engines import BATCH, make, save, train
 from ranks import run_ranks
 
 from megamoe.checkpoint.restore import restore_first_verified
-from megamoe.commands import convert_checkpoint
 from megamoe.formats.architectures import ARCHITECTURES
 from megamoe.formats.config_json import preset_of
 from megamoe.model.generation import generate
@@ -57,7 +56,7 @@ def test_import_train_reshard_export_gives_transformers_the_same_model(trained, 
     assert losses[name][0] == pytest.approx(begins_at, rel=1e-4)
     assert losses[name][-1] < losses[name][0] - 0.5  # it has learnt
 
-    said = call(convert_checkpoint, folder / f"{name}_resharded", tmp_path / "out")
+    said = call("convert", folder / f"{name}_resharded", tmp_path / "out")
     assert f"of transformers: {name}ForCausalLM" in said[0]
 
     ours, theirs = native_models.decoder_of(tmp_path / "out"), native_models.load(tmp_path / "out")

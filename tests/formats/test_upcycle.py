@@ -8,12 +8,11 @@ import pytest
 import torch
 import transformers
 from model_parts import LLAMA_3
-from refusals import has, only, refusal, refusals
+from refusals import has, refusal, refusals
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
-from megamoe.commands import upcycle as tool
 from megamoe.formats.upcycle import Upcycling, read_dense, upcycle
 
 SHAPE = dict(
@@ -68,7 +67,7 @@ def load(folder):
 @pytest.mark.parametrize(("name", "split"), zip(DENSE, (1, 3, 2, 3), strict=True))
 def test_the_sparse_model_computes_what_the_dense_one_does_in_transformers_and_in_megamoe(name, split, tmp_path):
     model = write_dense(tmp_path / "dense", name)
-    made = upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(copies=4, top_k=2, split=split), 20_000)
+    made = upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(experts=4, top_k=2, split=split), 20_000)
     sparse = load(tmp_path / "sparse")
     assert type(sparse).__name__ == made == {"L": "MixtralForCausalLM", "Q": "Qwen3MoeForCausalLM"}[name[0]]
     assert (sparse.config.num_local_experts, sparse.config.num_experts_per_tok) == (4 * split, 2 * split)
@@ -86,8 +85,8 @@ def gates(folder):
 
 
 def test_the_router_is_drawn_from_the_seed_and_equal_for_the_parts_of_a_copy(dense, tmp_path):
-    for name, recipe in {"a": Upcycling(16, 2), "b": Upcycling(16, 2, seed=1), "c": Upcycling(16, 2, split=2)}.items():
-        upcycle(dense, tmp_path / name, recipe, 10**9)
+    for name, changes in {"a": {}, "b": {"seed": 1}, "c": {"split": 2}}.items():
+        upcycle(dense, tmp_path / name, Upcycling(experts=16, top_k=2, **changes), 10**9)
     (first, _), (other, _), (split, _) = (gates(tmp_path / name) for name in "abc")
     assert len(first) == 2
     for name, weight in first.items():
@@ -98,8 +97,8 @@ def test_the_router_is_drawn_from_the_seed_and_equal_for_the_parts_of_a_copy(den
 
 
 def test_noise_is_of_the_size_asked_for_and_differs_between_experts(dense, tmp_path):
-    upcycle(dense, tmp_path / "plain", Upcycling(3, 2), 10**9)
-    upcycle(dense, tmp_path / "noisy", Upcycling(3, 2, noise=0.25), 10**9)
+    upcycle(dense, tmp_path / "plain", Upcycling(experts=3, top_k=2), 10**9)
+    upcycle(dense, tmp_path / "noisy", Upcycling(experts=3, top_k=2, noise=0.25), 10**9)
     (_, plain), (_, noisy) = gates(tmp_path / "plain"), gates(tmp_path / "noisy")
     experts = [name for name in plain if ".experts." in name]
     assert len(experts) == 2 * 3 * 3
@@ -112,7 +111,7 @@ def test_noise_is_of_the_size_asked_for_and_differs_between_experts(dense, tmp_p
 def test_the_files_have_the_dense_models_dtype_and_size_and_its_tokenizer(tmp_path):
     write_dense(tmp_path / "dense", "Qwen3", torch.bfloat16)
     native_models.edit_config(tmp_path / "dense", bos_token_id=1)
-    upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(4, 2), 20_000)
+    upcycle(tmp_path / "dense", tmp_path / "sparse", Upcycling(experts=4, top_k=2), 20_000)
     files = sorted((tmp_path / "sparse").glob("model-*.safetensors"))
     assert len(files) > 3
     for file in files:
@@ -136,7 +135,7 @@ def test_a_missing_key_has_the_dense_classs_value(tmp_path):
 
 
 def refused(dense):
-    return refusal(upcycle, dense, dense.parent / "sparse", Upcycling(4, 2), 10**9)
+    return refusal(upcycle, dense, dense.parent / "sparse", Upcycling(experts=4, top_k=2), 10**9)
 
 
 REFUSED = [
@@ -165,18 +164,21 @@ def test_a_dense_model_that_has_no_sparse_form_is_refused(dense, tmp_path):
     assert not list(tmp_path.glob("sparse*"))
 
 
-def test_all_wrong_numbers_are_named_at_once(dense, tmp_path):
-    said = refusals(upcycle, dense, tmp_path / "sparse", Upcycling(2, 3, split=5, noise=-1.0, seed=-1), 10**9)
-    has("\n".join(said), "--top_k is 3, above --experts 2", "--split is 5", "--noise is -1.0", "--seed is -1")
-    assert len(said) == 4
-    has(only(refusals(upcycle, dense, tmp_path / "sparse", Upcycling(0, 0), 10**9)[:1]), "--experts is 0")
+def test_all_wrong_numbers_are_named_at_once(dense, tmp_path, call):
+    words = (call, "upcycle", dense, tmp_path / "sparse")
+    said = refusals(*words, "--experts", 2, "--top_k", 3, "--split", 5)
+    has("\n".join(said), "--top_k is 3, above --experts 2", "--split is 5")
+    assert len(said) == 2
+    said = refusals(*words, "--experts", 0, "--noise", -1, "--seed", -1)
+    has("\n".join(said), '"experts" is "0"', '"noise" is "-1"', '"seed" is "-1"')
+    assert len(said) == 3
 
 
 def test_the_tool_says_what_it_made_and_overwrites_nothing(dense, tmp_path, call):
-    words = (tool, dense, tmp_path / "sparse", "--experts", 4, "--top_k", 2, "--split", 2)
+    words = ("upcycle", dense, tmp_path / "sparse", "--experts", 4, "--top_k", 2, "--split", 2)
     first, second = call(*words)
     assert first == "MixtralForCausalLM with 8 experts per layer, 4 per token"
     has(second, f"wrote {tmp_path / 'sparse'} from {dense} in ")
     has(refusal(call, *words), "sparse exists already")
     shutil.rmtree(tmp_path / "sparse")
-    has(refusal(call, *words, "--max_shard_gb", 0), "--max_shard_gb is 0.0")
+    has(refusal(call, *words, "--max_shard_gb", 0), '"max_shard_gb" is "0"')

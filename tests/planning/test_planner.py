@@ -1,6 +1,5 @@
 import itertools
 import json
-import sys
 from dataclasses import replace
 from typing import get_args
 
@@ -11,7 +10,6 @@ from refusals import has, only, sentences
 from toy import PRESET, SHIPPED, ds_config, shipped
 
 from megamoe.commands import plan as tool
-from megamoe.config import cli
 from megamoe.config.model import load_preset
 from megamoe.config.run import RunConfig, RunShape
 from megamoe.planning import planner
@@ -29,16 +27,6 @@ def planned(**changes):
     values = {"gpus": 16, "ds_config": ZERO2, "ep_size": 8, **changes}
     run = {name: values.pop(name) for name in RunShape.model_fields if name in values}
     return make_plan(RunConfig(**run), PlanOptions(**values))
-
-
-def run(monkeypatch, capsys, *options):
-    """(exit code, stdout, problems on stderr) of the tool."""
-    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, options)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(tool.main)
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err
-    return caught.value.code, said.out, said.err.splitlines()
 
 
 def test_a_micro_batch_of_the_command_line_stands_in_place_of_that_of_the_json(tmp_path):
@@ -64,13 +52,11 @@ def test_each_phase_of_a_data_schedule_is_planned_as_a_run_of_its_own(tmp_path):
         tool.plan_phases(plan)
 
 
-def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
+def test_all_problems_are_said_at_once(tmp_path, run):
     ds = ds_config(2, zero_optimization={"stage": 2, "reduce_bucket_size": 0})
     (tmp_path / "ds.json").write_text(json.dumps(ds))
-    code, out, problems = run(
-        monkeypatch, capsys, "--gpus", 10, "--ep_size", 3, "--device", "h1000", "--seq_len", 4096,
-        "--ds_config", tmp_path / "ds.json",
-    )  # fmt: skip
+    options = ("--gpus", 10, "--ep_size", 3, "--device", "h1000", "--seq_len", 4096)
+    code, out, problems = run("plan", *options, "--ds_config", tmp_path / "ds.json")
     assert (code, out) == (2, "")
     sentences(problems)
     for parts in (
@@ -84,29 +70,29 @@ def test_all_problems_are_said_at_once(tmp_path, monkeypatch, capsys):
     assert len(problems) == 5
 
 
-def test_every_wrong_option_is_refused(monkeypatch, capsys):
+def test_every_wrong_option_is_refused(run):
     for options, *expected in (
         ("--gpus 8 --efficiency 1.5", ("efficiency", "1.5")),
         ("--gpus 8 --micro_batch two", ("micro_batch", "two")),
         ("--gpus 8 --ep_sise 2", ("--ep_sise", "--ep_size")),
         ("", ("gpus", "missing")),
         ("--gpus 8 --ep_size 0", ("ep_size", "greater than 0")),
-        ("--gpus 0 --seq_len 1", ("seq_len",), ("gpus", "greater than 0")),
+        ("--gpus 0 --seq_len 1", ("gpus", "greater than 0"), ("seq_len",)),
         (  # what a search chooses
             "--gpus 8 --best --ep_size 8 --micro_batch 2 --recompute_blocks 3 --recompute selective",
             *(("--ep_size",), ("--recompute_blocks",), ("--recompute out",), ("--micro_batch",)),
         ),
     ):
-        code, out, problems = run(monkeypatch, capsys, "--ds_config", ZERO2, *options.split())
+        code, out, problems = run("plan", "--ds_config", ZERO2, *options.split())
         assert (code, out) == (2, ""), options
         for problem, parts in zip(sentences(problems), expected, strict=True):
             has(problem, *parts)
 
 
-def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
+def test_the_json_has_what_is_printed(tmp_path, run):
     file = tmp_path / "plan.json"
     options = ("--gpus", 1024, "--ep_size", 8, "--ds_config", ZERO2, "--json", file)
-    code, out, problems = run(monkeypatch, capsys, *options)
+    code, out, problems = run("plan", *options)
     assert (code, problems) == (0, [])
     record = json.loads(file.read_text())
     memory, time = record["predicted"]["memory"], record["predicted"]["time"]
@@ -126,10 +112,10 @@ def test_the_json_has_what_is_printed(tmp_path, monkeypatch, capsys):
         assert sentence in out
 
 
-def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeypatch, capsys):
+def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, run):
     offload = str(SHIPPED / "zero2_offload.json")
     options = ("--gpus", 16, "--ep_size", 8, "--json", tmp_path / "plan.json")
-    code, out, problems = run(monkeypatch, capsys, "--ds_config", offload, *options)
+    code, out, problems = run("plan", "--ds_config", offload, *options)
     assert (code, problems) == (0, [])
     on_device, on_host = planned(), planned(ds_config=offload)
     for kind in ("fp32 masters", "optimizer state"):
@@ -147,7 +133,7 @@ def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, monkeyp
     assert "64 GB/s each way between device and host" in out
 
 
-def test_a_larger_bucket_is_advised_where_it_lowers_the_peak(tmp_path, monkeypatch, capsys):
+def test_a_larger_bucket_is_advised_where_it_lowers_the_peak(tmp_path, run):
     stack = 8 * 768 * 2048  # of experts, all of them on each rank
     plans = []
     for bucket in (stack - 1, stack):
@@ -158,19 +144,19 @@ def test_a_larger_bucket_is_advised_where_it_lowers_the_peak(tmp_path, monkeypat
         options["ds_config"] = str(tmp_path / "ds.json")
         plans.append(planned(**options))
         given = itertools.chain(*((f"--{name}", value) for name, value in options.items()))
-        assert (f"set reduce_bucket_size to {stack}" in run(monkeypatch, capsys, *given)[1]) == (bucket < stack)
+        assert (f"set reduce_bucket_size to {stack}" in run("plan", *given)[1]) == (bucket < stack)
     small, large = plans
     assert small.larger_bucket == (stack, large.footprint.peak.total())
     assert large.footprint.peak.total() < small.footprint.peak.total()
     assert large.larger_bucket is None
 
 
-def test_what_does_not_fit_is_said(monkeypatch, capsys):
+def test_what_does_not_fit_is_said(run):
     assert planned().fits
     options = ("--gpus", 16, "--ep_size", 8, "--ds_config", ZERO2)
-    assert "DOES NOT FIT" not in run(monkeypatch, capsys, *options)[1]
+    assert "DOES NOT FIT" not in run("plan", *options)[1]
     assert not planned(micro_batch=200).fits
-    assert "DOES NOT FIT in 79.6 GiB" in run(monkeypatch, capsys, *options, "--micro_batch", 200)[1]
+    assert "DOES NOT FIT in 79.6 GiB" in run("plan", *options, "--micro_batch", 200)[1]
     assert planned(micro_batch=100, device="h200").fits
     assert planned(micro_batch=64, imbalance=1).fits
     assert not planned(micro_batch=64, imbalance=2).fits
@@ -209,14 +195,14 @@ def test_on_this_machine_all_ranks_share_its_memory_and_its_rate(monkeypatch):
 
 
 @pytest.mark.parametrize(("half", "dtype", "weight_bytes"), [(0.56e9, "fp32", 4), (1000e9, "bf16", 2)])
-def test_auto_is_planned_in_what_this_machine_is_the_faster_in(monkeypatch, capsys, half, dtype, weight_bytes):
+def test_auto_is_planned_in_what_this_machine_is_the_faster_in(monkeypatch, run, half, dtype, weight_bytes):
     monkeypatch.setattr(planner, "measured_flops", lambda _, dtype: half if dtype == torch.bfloat16 else 46e9)
     monkeypatch.setattr(planner, "measured_bandwidth", lambda device: 1e10)
     plan = planned(device="cpu", preset="tiny", gpus=2, ep_size=1)
     assert plan.recipe.dtype == dtype
     assert plan.setup.weight_bytes == weight_bytes
     options = ("--device", "cpu", "--preset", "tiny", "--gpus", 2, "--ds_config", ZERO2)
-    assert f"2 ranks on CPU, {dtype}, ep_size 1" in run(monkeypatch, capsys, *options)[1]
+    assert f"2 ranks on CPU, {dtype}, ep_size 1" in run("plan", *options)[1]
 
 
 def test_options_take_the_place_of_what_is_assumed():
@@ -237,9 +223,9 @@ def test_every_limit_is_said_with_what_to_change():
     assert set(LIMITS) == set(ADVICE) == set(get_args(Part))
 
 
-def test_the_best_split_is_planned_and_said(tmp_path, monkeypatch, capsys):
+def test_the_best_split_is_planned_and_said(tmp_path, run):
     options = ("--gpus", 8, "--best", "--ds_config", ZERO2, "--json", tmp_path / "plan.json")
-    code, out, problems = run(monkeypatch, capsys, *options)
+    code, out, problems = run("plan", *options)
     assert (code, problems) == (0, [])
     record = json.loads((tmp_path / "plan.json").read_text())
     best, plan = record["best"][0], record["predicted"]

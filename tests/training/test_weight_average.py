@@ -5,7 +5,7 @@ import io
 import json
 import math
 import shutil
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +22,6 @@ from megamoe.checkpoint.index import read_index
 from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.restore import restore_first_verified
 from megamoe.checkpoint.universal import write_universal
-from megamoe.commands import convert_checkpoint
 from megamoe.model.names import is_buffer
 from megamoe.training.weight_average import WeightAverage
 
@@ -214,13 +213,11 @@ def test_a_resumed_run_goes_on_with_the_average_to_the_bit_and_says_when_it_begi
 # --- use ------------------------------------------------------------------------------------------------------------
 
 
-def test_tools_and_library_take_the_average_and_say_where_there_is_none(runs, tmp_path, monkeypatch):
+def test_tools_and_library_take_the_average_and_say_where_there_is_none(runs, tmp_path, call):
     folder, _, _ = runs
     source = open_source(folder / "averaged" / "checkpoints" / "step_4")
 
-    def convert(*words):
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words), "--ema"])
-        convert_checkpoint.main()
+    convert = partial(call, "convert", "--ema")
 
     convert(folder / "averaged", tmp_path / "averaged.pt")
     convert(folder / "averaged", tmp_path / "hf")

@@ -291,7 +291,10 @@ def _key_of(line: dict[str, Any]) -> str:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = cli.Parser(description="Train every change of a table with every seed, and compare them.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train every change of a table with every seed, and compare them.",
+    )
     parser.add_argument("table", type=Path, help="JSON with a preset, a DeepSpeed JSON and changes of them")
     parser.add_argument("--steps", type=int, help="of a run, in place of the schedule's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="SEED", help="seeds to train with")
@@ -300,7 +303,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time; they share this host's cores")
     parser.add_argument("--out", type=Path, help="JSON lines to append to; by default TABLE.jsonl")
     parser.add_argument("--work", type=Path, default=Path("runs/ablations"), help="folder of the runs")
-    return parser.parse(check=check)
+    return check(parser.parse_args())
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:

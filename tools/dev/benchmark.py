@@ -88,11 +88,7 @@ def cases_of(args: argparse.Namespace, given: Collection[str], config: ModelConf
         for number in numbers
         if number < 1
     )
-    problems += [
-        f"--growth chooses its own {name}; leave --{name} out."
-        for name in ("contenders", "samples")
-        if args.growth and name in given
-    ]
+    problems += [f"--growth chooses its own {name}; leave --{name} out." for name in given if args.growth]
     problems.attempt(read_json, Path(args.ds_config))
     if args.json and not args.json.parent.is_dir():
         problems.append(f"--json is {args.json}, whose folder is not there; make it first.")
@@ -348,7 +344,10 @@ def resolved_file(ds_config: str, folder: Path) -> str:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Time a training step against DeepSpeed's MoE layer and transformers' Mixtral.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Time a training step against DeepSpeed's MoE layer and transformers' Mixtral.",
+    )
     parser.add_argument("--preset", default="moe-680m", help="the model")
     parser.add_argument("--ds_config", default=str(ROOT / "ds_configs" / "zero2.json"), help="DeepSpeed JSON")
     parser.add_argument(
@@ -368,10 +367,11 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="profile one more step of the smallest size")
     parser.add_argument("--growth", action="store_true", help="measure how a step grows instead")
     parser.add_argument("--json", type=Path, help="file to write all measurements to")
-    args = parser.parse()
+    args = parser.parse_args()
+    given = [name for name in ("contenders", "samples") if getattr(args, name) is not parser.get_default(name)]
     config = load_preset(args.preset)
     with tempfile.TemporaryDirectory() as folder:
-        cases = cases_of(args, parser.given, config, Path(folder))
+        cases = cases_of(args, given, config, Path(folder))
         ds_config = resolved_file(args.ds_config, Path(folder))
         one_size = not args.growth and len(args.samples) == 1
         turns = take_turns(cases, ds_config, args.rounds, args.steps, pieces=one_size, profile=args.profile)

@@ -9,6 +9,7 @@ megamoe's own does; before a load, the files are dropped from the page cache.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import statistics
@@ -144,7 +145,10 @@ class Bench:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Time checkpoints against a bare torch.save of the same bytes.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Time checkpoints against a bare torch.save of the same bytes.",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; is made and removed again")
     parser.add_argument("--preset", default="moe-680m", help="model to save")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
@@ -153,7 +157,7 @@ def main() -> None:
     parser.add_argument("--background", action="store_true", help="measure saves alongside training steps as well")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a training step")
     parser.add_argument("--local_rank", help="given by the launcher; not used")
-    args = parser.parse()
+    args = parser.parse_args()
     if args.out.exists():
         raise UserError(f"{args.out} exists already; give a folder that can be made and removed.")
     bench = Bench(args.preset, args.ds_config, args.ep_size, args.out, args.tokens)

@@ -131,11 +131,14 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Time tokenising, reading samples, and starting a run.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Time tokenising, reading samples, and starting a run.",
+    )
     parser.add_argument("text", type=Path, help="text, as prepare_data.py takes it")
     parser.add_argument("corpus", help="folder that prepare_data.py has made of it")
     parser.add_argument("--rounds", type=int, default=3, help="starts that are timed, on 1 and on 2 ranks in turns")
-    args = parser.parse(check=check)
+    args = check(parser.parse_args())
     tokenizer = Path(args.corpus) / "tokenizer.json"
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     for line in tokenising(args.text, tokenizer):

@@ -8,6 +8,7 @@ random. Prints bytes and seconds to write, to read and to send the index, and fi
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import statistics
@@ -137,7 +138,10 @@ def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Measure the index of a checkpoint of any number of ranks.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure the index of a checkpoint of any number of ranks.",
+    )
     parser.add_argument("--preset", default="moe-680m", help="model")
     parser.add_argument("--experts", type=int, default=128, help="experts of a layer, instead of the preset's")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON")
@@ -145,7 +149,7 @@ def main() -> None:
     parser.add_argument("--ep_size", type=int, default=64, help="ranks that share one set of experts")
     parser.add_argument("--resume_on", type=int, help="ranks that resume; by default as many")
     parser.add_argument("--resume_ep_size", type=int, help="their ep_size; by default the same")
-    args = parser.parse()
+    args = parser.parse_args()
     model: ModelConfig = load_preset(args.preset).model_copy(update={"num_local_experts": args.experts})
     recipe = read_recipe(args.ds_config, args.ranks, on_cpu=False, auto="bf16")
     again, again_ep = args.resume_on or args.ranks, args.resume_ep_size or args.ep_size

@@ -160,11 +160,14 @@ def ratios(steps: dict[str, list[float]], over: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Check the planner's arithmetic on this host's CPU.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Check the planner's arithmetic on this host's CPU.",
+    )
     parser.add_argument("--ds_config", default=str(ROOT / "ds_configs/zero2.json"), help="DeepSpeed JSON")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each model")
     parser.add_argument("--json", type=Path, help="file to write all measurements and predictions to")
-    args = parser.parse(check=check)
+    args = check(parser.parse_args())
     recipe = read_recipe(args.ds_config, 1, on_cpu=True, auto=precision_of(torch.device("cpu")).choice)
     fitted, predicted = cases()
     every = {**fitted, **predicted}

@@ -216,9 +216,12 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Measure what it costs that ranks join and watch each other.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure what it costs that ranks join and watch each other.",
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256, 1024], help="numbers of ranks")
-    args = parser.parse(check=check)
+    args = check(parser.parse_args())
     for ranks in args.ranks:
         last = ranks - 1
         deaths = [Death(last), Death(last, is_alone=True, breaks_collective=True), Death(0)]

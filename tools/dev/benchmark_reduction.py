@@ -9,6 +9,7 @@ pairs, as a tree does. Prints the error of the sum relative to its norm, and how
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Iterator
 
@@ -49,12 +50,15 @@ def compare(total: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Measure what summing gradients in 16 bits costs in accuracy.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Measure what summing gradients in 16 bits costs in accuracy.",
+    )
     parser.add_argument("--elements", type=int, default=2**16, help="numbers in a gradient")
     parser.add_argument(
         "--shared", type=float, default=1.0, help="what all ranks share, over what each has of its own; 0: noise alone"
     )
-    args = parser.parse()
+    args = parser.parse_args()
     if args.elements < 1:
         raise UserError(f"--elements is {args.elements}; give at least 1.")
     print("ranks  order     dtype     error  share")

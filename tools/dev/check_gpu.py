@@ -9,6 +9,7 @@ The checks are the tests with the mark `gpu`; a check that needs more GPUs than 
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import re
@@ -207,9 +208,12 @@ def report(result: dict[str, Any], file: Path) -> bool:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Check and measure megamoe on the GPUs of this host.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Check and measure megamoe on the GPUs of this host.",
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run; the rest is kept")
-    sys.exit(0 if run(ROOT / "docs/results", ROOT / "README.md", parser.parse().parts) else 1)
+    sys.exit(0 if run(ROOT / "docs/results", ROOT / "README.md", parser.parse_args().parts) else 1)
 
 
 if __name__ == "__main__":

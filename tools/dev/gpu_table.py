@@ -5,6 +5,7 @@ python tools/dev/gpu_table.py                 from docs/results/gpu-*.json; `mak
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import Counter
 from pathlib import Path
@@ -53,10 +54,13 @@ def describe(result: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    parser = cli.Parser(description="Write the results of make gpu into the README.")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Write the results of make gpu into the README.",
+    )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the two marks")
     parser.add_argument("--results", type=Path, default=ROOT / "docs/results", help="folder with gpu-*.json")
-    args = parser.parse()
+    args = parser.parse_args()
     write_table(args.readme, args.results)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
-from megamoe.commands.plan import parse
+from megamoe.commands.plan import PlanCommand, plan_of
 from megamoe.config import cli
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe, parse_recipe
@@ -36,7 +36,6 @@ from megamoe.data.batches import Batch
 from megamoe.launch.distributed import configure_deepspeed
 from megamoe.planning.footprint import footprint
 from megamoe.planning.meter import LiveBytes
-from megamoe.planning.planner import make_plan
 from megamoe.planning.report import totals
 from megamoe.planning.sharding import Setup
 from megamoe.planning.traffic import collectives
@@ -187,11 +186,10 @@ def payload_of(setup: Setup) -> Counter[tuple[str, int]]:
     return payload
 
 
-def main() -> None:
-    run, options, _ = parse()
-    plan = make_plan(run, options)
+def main(options: PlanCommand) -> None:
+    plan = plan_of(options)
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints as it starts
-        found = simulate(plan.setup, plan.recipe, run.ema_decay)
+        found = simulate(plan.setup, plan.recipe, plan.run.ema_decay)
     print(f"rank 0 of {plan.setup.world_size}, run alone on this CPU")
     print(f"  {'bytes; on CPU, activations differ':38s}{'predicted':>16s}{'measured':>16s}")
     for name, (predicted, measured) in found.items():
@@ -200,4 +198,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    app = cli.make_app("simulate.py")
+    app.default(main)
+    cli.run(lambda: cli.parse(app, sys.argv[1:])())

@@ -1,7 +1,7 @@
-"""Reshard a checkpoint for any number of ranks in advance: `python tools/reshard_checkpoint.py runs/a runs/b`.
+"""Reshard a checkpoint for any number of ranks in advance.
 
-runs/b is a run folder with the newest checkpoint of runs/a in DeepSpeed's Universal layout. `pretrain.py --run_dir
-runs/b --resume` resumes from it, and DeepSpeed's own loader reads it. A plain --resume reshards by itself.
+OUT is a run folder with the newest checkpoint in DeepSpeed's Universal layout. `megamoe train --run_dir OUT --resume`
+resumes from it, and DeepSpeed's own loader reads it. A plain --resume reshards by itself.
 """
 
 from __future__ import annotations
@@ -9,27 +9,30 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from pydantic import Field
+
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import find_checkpoint, open_source, run_record
 from megamoe.checkpoint.universal import write_universal
-from megamoe.config import cli
+from megamoe.config.cli import Options, Positional
 from megamoe.utils import disk
 from megamoe.utils.errors import UserError
 from megamoe.utils.run_folder import TOKENIZER_FILES
 
 
-def main() -> None:
-    parser = cli.Parser(description="Reshard a checkpoint for any number of ranks.")
-    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
-    parser.add_argument("out", type=Path, help="run folder to make")
-    args = parser.parse()
-    checkpoint = find_checkpoint(args.checkpoint)
+class Reshard(Options):
+    checkpoint: Positional[Path] = Field(description="folder of a run, or of one checkpoint")
+    out: Positional[Path] = Field(description="run folder to make")
+
+
+def reshard(options: Reshard) -> None:
+    checkpoint = find_checkpoint(options.checkpoint)
     source = open_source(checkpoint)
     if not isinstance(source, IndexedFiles):
         raise UserError(f"{checkpoint} fits any number of ranks as it is; there is nothing to reshard.")
     saved_on, name = source.index.topology, f"step_{source.index.step}"
     run_dir = checkpoint.parent.parent
-    with disk.output(args.out) as partial:
+    with disk.output(options.out) as partial:
         folder = partial / "checkpoints"
         folder.mkdir(parents=True)
         write_universal(source, run_record(checkpoint), folder / name)
@@ -38,7 +41,7 @@ def main() -> None:
         for file in ("run.json", "resumes.jsonl", *TOKENIZER_FILES):
             if (run_dir / file).is_file():
                 shutil.copyfile(run_dir / file, partial / file)
-    folder = args.out / "checkpoints"
+    folder = options.out / "checkpoints"
     print(
         f"wrote {folder / name} from {checkpoint}, saved by {saved_on.world_size} ranks at ep_size {saved_on.ep_size}"
     )

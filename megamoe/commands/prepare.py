@@ -1,14 +1,7 @@
-"""Turn text into tokens: `python tools/prepare_data.py web=crawl/ books='books/*.parquet' --out data/mine
---vocab_size 16384`.
-
-Inputs are text files, JSON lines (plain, .gz or .zst), parquet, what `datasets` saves, folders of these, and globs.
-With --tokenizer an existing tokenizer.json is used, with --vocab_size one is trained on the training split first. A
-call that was stopped goes on when it is made again. See docs/data.md.
-"""
+"""Turn text into tokens. A call that was stopped goes on when it is made again. See docs/data.md."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,8 +16,7 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from megamoe import __version__
-from megamoe.config import cli
-from megamoe.config.model import validate
+from megamoe.config.cli import Positional
 from megamoe.data.corpus_record import CorpusRecord
 from megamoe.data.encoder import Encoder, compare
 from megamoe.data.inputs import Unit, input_files, units_of
@@ -46,17 +38,17 @@ SAMPLE = 1 << 20  # characters of each source on which the fast tokenizer is com
 SHOWN = 3  # documents of a source that a dry run prints
 
 
-class Options(Selection):
-    """The command line. Each field is one option; its description is the option's help."""
-
-    inputs: list[str] = Field(
-        description="file, folder or glob of .txt, .md, .text, .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow; "
-        "corpus.json counts by NAME"
+class Prepare(Selection):
+    inputs: Positional[list[str]] = Field(
+        description="PATH or NAME=PATH: a file, folder or glob of .txt, .md, .text, .jsonl, .jsonl.gz, .jsonl.zst, "
+        ".parquet or .arrow; corpus.json counts by NAME"
     )
     out: Path = Field(description="folder to make")
     tokenizer: Path | None = Field(default=None, description="tokenizer.json to use, or a folder that holds one")
     end_of_text: str | None = Field(default=None, description="its token that ends a document; by default its own")
-    vocab_size: int | None = Field(default=None, description="train a tokenizer of this many entries instead")
+    vocab_size: int | None = Field(
+        default=None, description="train a tokenizer of this many entries on the training split instead"
+    )
     drop_duplicates: bool = Field(default=False, description="keep the first of documents with the same text")
     processes: int = Field(default=len(os.sched_getaffinity(0)), ge=1, description="that read and encode")
     dry_run: bool = Field(default=False, description="show the first documents and their tokens, write nothing")
@@ -65,36 +57,25 @@ class Options(Selection):
 class Work(NamedTuple):
     """A call whose input has been looked at."""
 
-    options: Options
+    options: Prepare
     units: list[Unit]
     tokenizer: Tokenizer | None  # that is given
     end_id: int
 
 
-def parse() -> Work:
-    """The command line. Raises one UserError with all problems."""
-    parser = cli.Parser(description="Turn text into tokens that pretrain.py reads.")
-    fields = dict(Options.model_fields)
-    parser.add_argument("inputs", nargs="+", metavar="[NAME=]PATH", help=fields.pop("inputs").description)
-    cli.add_fields(parser, Options, fields, where={"nargs": "+", "metavar": "CONDITION"})
-    return parser.parse(check=check)
-
-
-def check(args: argparse.Namespace) -> Work:
-    given = {name: value for name, value in vars(args).items() if value is not None}
+def check(options: Prepare) -> Work:
+    """Raises one UserError with all problems."""
     problems, tokenizer, end_id = Problems(), None, 0  # the one that a trained tokenizer has
-    options = problems.attempt(validate, Options, given, "command line")
-    if (args.tokenizer is None) == (args.vocab_size is None):
+    if (options.tokenizer is None) == (options.vocab_size is None):
         problems.append("give either --tokenizer FILE or --vocab_size N.")
-    elif args.tokenizer:
-        tokenizer = problems.attempt(load_tokenizer, tokenizer_file(Path(args.tokenizer)))
-        end_id = tokenizer and problems.attempt(end_of_text_id, tokenizer, args.end_of_text)
-    elif args.end_of_text is not None:
+    elif options.tokenizer:
+        tokenizer = problems.attempt(load_tokenizer, tokenizer_file(options.tokenizer))
+        end_id = tokenizer and problems.attempt(end_of_text_id, tokenizer, options.end_of_text)
+    elif options.end_of_text is not None:
         problems.append("--end_of_text names a token of --tokenizer; leave it out with --vocab_size.")
-    if args.out:
-        problems.attempt(check_absent, Path(args.out))
+    problems.attempt(check_absent, options.out)
     sources: dict[str, dict[Path, None]] = {}
-    for word in args.inputs:
+    for word in options.inputs:
         name, path = source_of(word)
         sources.setdefault(name, {}).update(dict.fromkeys(problems.attempt(input_files, path) or []))
     problems.refuse()
@@ -113,9 +94,9 @@ def source_of(word: str) -> tuple[str, Path]:
     return str(path.with_name(f"*{path.suffix}")) if path.is_file() else word, path
 
 
-def main() -> None:
-    work = parse()
-    options, units = work.options, work.units
+def prepare(options: Prepare) -> None:
+    work = check(options)
+    units = work.units
     if options.dry_run:
         show(work)
         return
@@ -143,7 +124,7 @@ def settings_of(work: Work) -> dict[str, Any]:
     files = [(part, part.file.stat()) for unit in work.units for part in unit.parts]
     read = [(*map(str, part), status.st_size, status.st_mtime_ns) for part, status in files]
     return {
-        **work.options.model_dump(mode="json", exclude={"inputs", "out", "processes", "dry_run"}),
+        **work.options.model_dump(mode="json", exclude={"inputs", "out", "processes", "dry_run", "verbose"}),
         "input": sha256(json.dumps([read, work.options.inputs]).encode()).hexdigest(),
         "version": __version__,  # another may cut units otherwise
         "tokenizer": work.tokenizer and sha256(work.tokenizer.to_str().encode()).hexdigest(),

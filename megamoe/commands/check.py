@@ -1,4 +1,4 @@
-"""Check token files once, so that no run has to: `python tools/check_corpus.py data/mine data/theirs.bin`.
+"""Check token files once, so that no run has to.
 
 Of a prepared folder, every shard is compared with the hashes in corpus.json. A .bin/.idx pair made elsewhere is read
 once, in parallel, and gets a record, PREFIX.json, with hashes and its largest id. A run trusts both.
@@ -6,20 +6,24 @@ once, in parallel, and gets a record, PREFIX.json, with hashes and its largest i
 
 from __future__ import annotations
 
-import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
-from megamoe.config import cli
+from megamoe.config.cli import Options, Positional
 from megamoe.data.corpus_record import ShardRecord, shard_record, split_of
 from megamoe.data.token_files import Shard, corpus_prefix, has_split, split_record
 from megamoe.utils.disk import replace_file
 from megamoe.utils.errors import Problems, UserError
 
 PIECE = 1 << 24  # tokens looked at by one thread at a time
+
+
+class Check(Options):
+    corpus: Positional[list[Path]] = Field(description="prepared folders, or prefixes of .bin/.idx pairs")
 
 
 def read_shard(prefix: Path) -> ShardRecord:
@@ -42,7 +46,7 @@ def end_opens_next(prefix: Path) -> bool:
     return bool((lasts == lasts[0]).all() and (firsts != firsts[0]).any())
 
 
-def check(prefix: Path) -> str:
+def check_split(prefix: Path) -> str:
     """What was found, in a line. Raises UserError for damage."""
     record = split_record(prefix)
     if record:
@@ -62,15 +66,12 @@ def check(prefix: Path) -> str:
     )
 
 
-def main() -> None:
-    parser = cli.Parser(description="Check token files, and leave a record next to those made elsewhere.")
-    parser.add_argument("corpus", type=Path, nargs="+", help="prepared folder, or prefix of a .bin/.idx pair")
-    args: argparse.Namespace = parser.parse()
+def check(options: Check) -> None:
     problems = Problems()
-    for path in args.corpus:
+    for path in options.corpus:
         splits = [one for one in ("train", "valid") if path.is_dir() and has_split(path, one)] or ["train"]
         for split in splits:
-            line = problems.attempt(check, corpus_prefix(str(path), split))
+            line = problems.attempt(check_split, corpus_prefix(str(path), split))
             if line:
                 print(line, flush=True)
     problems.refuse()

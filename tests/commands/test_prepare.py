@@ -21,7 +21,7 @@ from refusals import has, only, refusals
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from megamoe.commands import prepare_data
+from megamoe.commands import prepare as command
 from megamoe.data import inputs, preparation
 from megamoe.data.corpus_record import read_record
 from megamoe.data.token_files import TokenCorpus
@@ -29,12 +29,11 @@ from megamoe.data.tokenizer import load_tokenizer, train_tokenizer
 
 PROGRAM = """
 if __name__ == "__main__":
-    from megamoe.commands import prepare_data
-    from megamoe.config import cli
+    from megamoe.__main__ import main
     from megamoe.data import inputs
 
     inputs.UNIT = 2000
-    cli.run(prepare_data.main)
+    main("prepare")
 """
 
 
@@ -62,9 +61,9 @@ def prepare(run, monkeypatch):
     monkeypatch.setattr(inputs, "UNIT", 4500)
 
     def prepare(*words):
-        code, said = run(prepare_data, *words)
-        assert code == 0, said.err
-        return said.out
+        code, out, problems = run("prepare", *words)
+        assert code == 0, problems
+        return out
 
     return prepare
 
@@ -73,7 +72,7 @@ def prepare(run, monkeypatch):
 def refused(call, monkeypatch):
     """The problems that a call with small units ends with."""
     monkeypatch.setattr(inputs, "UNIT", 4500)
-    return partial(refusals, call, prepare_data)
+    return partial(refusals, call, "prepare")
 
 
 def content(folder):
@@ -174,10 +173,12 @@ def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, text
     ]:
         has(only(refused(*words)), *parts)
         assert sorted(tmp_path.iterdir()) == before
-    problems = refused(none, "--out", tmp_path, "--valid_fraction", 2, "--vocab_sise", 300)
-    parts = ('unknown option "--vocab_sise"', "give either", '"valid_fraction" is "2"', "exists already", "not exist")
-    assert len(problems) == len(parts)
-    has(" ".join(problems), *parts)
+    for words, parts in (
+        (("--valid_fraction", 2, "--vocab_sise", 300), ('unknown option "--vocab_sise"', '"valid_fraction" is "2"')),
+        ((), ("give either", "exists already", "not exist")),
+    ):
+        for problem, part in zip(refused(none, "--out", tmp_path, *words), parts, strict=True):
+            has(problem, part)
     for problem, name in zip(refused(tmp_path / "b*.parquet", *trained), ("b", "body"), strict=True):
         has(problem, f"{name}.parquet", "no column text", "--text_key")
 
@@ -212,7 +213,7 @@ def test_a_corpus_is_byte_equal_after_kills_at_random_moments(tmp_path, texts, p
 
 
 def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, texts, prepare, refused, monkeypatch):
-    monkeypatch.setattr(prepare_data, "SAMPLE", 100)  # so that the bad document is met after others
+    monkeypatch.setattr(command, "SAMPLE", 100)  # so that the bad document is met after others
     bad = tmp_path / "books/99.txt"
     bad.write_bytes(b"caf\xe9")
     call = (*texts, "--out", tmp_path / "out", "--processes", 1)
@@ -220,7 +221,7 @@ def test_an_unfinished_corpus_refuses_other_settings_and_other_input(tmp_path, t
     for change, what, *words in (
         (lambda: None, "min_chars, valid_fraction", "--min_chars", 9, "--valid_fraction", 0.5),
         (lambda: bad.write_text("fixed"), "input"),
-        (lambda: monkeypatch.setattr(prepare_data, "__version__", "9"), "input, version"),
+        (lambda: monkeypatch.setattr(command, "__version__", "9"), "input, version"),
     ):
         change()
         has(only(refused(*call, *words)), str(tmp_path / ".out.partial"), f"another {what};", "remove that folder")
@@ -289,5 +290,5 @@ def test_a_character_that_the_tokenizer_does_not_know_is_named_with_its_files(tm
 
 def test_input_that_cannot_be_read_ends_the_call_and_is_not_laid_to_fastokens(tmp_path, texts, run):
     (tmp_path / "books/00.txt").write_bytes(b"\0")
-    _, said = run(prepare_data, *texts, "--out", tmp_path / "out")
-    has(only(said.err.splitlines()), "error: ", "00.txt", "not UTF-8")
+    _, _, problems = run("prepare", *texts, "--out", tmp_path / "out")
+    has(only(problems), "error: ", "00.txt", "not UTF-8")

@@ -1,4 +1,4 @@
-"""Look into a checkpoint: `python tools/inspect_checkpoint.py runs/tiny`.
+"""Look into a checkpoint.
 
 Prints where it comes from, its size, whether every byte is what was saved, and the norm of each expert's weights. Of a
 run, the newest checkpoint is looked at. Exits with code 2 if it is damaged.
@@ -13,15 +13,21 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import open_source, run_record
-from megamoe.config import cli
+from megamoe.config.cli import Options, Positional
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS
 from megamoe.formats.source import Source, read_whole
 from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import split_expert
 from megamoe.utils.errors import Problems, UserError
+
+
+class Inspect(Options):
+    checkpoint: Positional[Path] = Field(description="folder of a run, or of one checkpoint")
 
 
 def print_files(checkpoint: Path) -> None:
@@ -94,11 +100,8 @@ def print_norms(source: Source) -> None:
         print(f"  {layer:24s}" + "".join(f"{squares[layer][expert] ** 0.5:9.3f}" for expert in sorted(squares[layer])))
 
 
-def main() -> None:
-    parser = cli.Parser(description="Look into a checkpoint.")
-    parser.add_argument("checkpoint", type=Path, help="folder of a run, or of one checkpoint")
-    args = parser.parse()
-    found = folders.found_at(args.checkpoint)
+def inspect(options: Inspect) -> None:
+    found = folders.found_at(options.checkpoint)
     checkpoint = next(filter(folders.is_complete, found), found[0])
     for newer in found[: found.index(checkpoint)]:
         print(folders.passed_over(newer, verify.problems(newer)))

@@ -1,0 +1,41 @@
+"""The command megamoe."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from refusals import has, refusal
+
+import megamoe
+from megamoe.__main__ import VERBS, main
+
+
+def test_every_command_has_its_verb():
+    modules = {path.stem for path in (Path(megamoe.__file__).parent / "commands").glob("[!_]*.py")}
+    assert VERBS.keys() == modules - {"options"}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_says_what_it_does_with_an_example(verb, call):
+    text = " ".join(" ".join(call(verb, "--help")).split())
+    has(text, f"Usage: megamoe {verb} ", *VERBS[verb], "--verbose")
+
+
+def test_an_unknown_verb_is_refused_with_the_nearest(call):
+    has(refusal(call, "evalute"), 'unknown command "evalute"', 'did you mean "evaluate"?')
+    text = "\n".join(call("--help"))
+    has(text, *VERBS)
+    assert "\n".join(call()) == text
+
+
+@pytest.mark.parametrize("options", [[], ["--verbose"]])
+def test_deepspeeds_warnings_are_shown_on_demand_only(options, monkeypatch, tmp_path):
+    logger = logging.getLogger("DeepSpeed")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(sys, "argv", ["megamoe", "report", str(tmp_path), *options])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    for level, is_shown in ((logging.WARNING, bool(options)), (logging.ERROR, True)):
+        assert bool(logger.filter(logger.makeRecord("", level, "", 0, "", (), None))) == is_shown
