@@ -19,12 +19,11 @@ import torch
 from cyclopts import Parameter
 from pydantic import Field
 
-from megamoe.checkpoint.opening import OpenModel, find_checkpoint, open_model, open_source
+from megamoe.checkpoint.opening import OpenModel, find_checkpoint, open_source
 from megamoe.commands.options import ModelOptions, Shards
 from megamoe.config.cli import Positional
 from megamoe.config.recipe import DTYPES
 from megamoe.data.tokenizer import tokenizer_file
-from megamoe.formats.config_json import find_preset
 from megamoe.formats.export import (
     Entry,
     entries,
@@ -61,11 +60,8 @@ class Convert(ModelOptions, Shards):
 
 def choose_format(out: Path, to: Form | None) -> Form:
     """What to write, from the ending of `out` and --to. Raises UserError if they disagree."""
-    endings: dict[str, Form] = {
-        **dict.fromkeys(STATE_DICT_ENDINGS, "state_dict"),
-        ".safetensors": "safetensors",
-        ".gguf": "gguf",
-    }
+    endings: dict[str, Form] = {".safetensors": "safetensors", ".gguf": "gguf"}
+    endings |= dict.fromkeys(STATE_DICT_ENDINGS, "state_dict")
     ending = endings.get(out.suffix)
     if to is not None and (ending or to) != to:
         raise UserError(f"--to is {to}, but {out} ends in {out.suffix}; drop one of the two.")
@@ -150,7 +146,7 @@ def convert(options: Convert) -> None:
     if form in ("state_dict", "safetensors"):
         path = convert_weights(options, form)
     else:
-        model = open_model(options.model, find_preset(options.preset) if options.preset else None, ema=options.ema)
+        model = options.open()
         path = model.path
         (convert_to_gguf if form == "gguf" else convert_to_directory)(model, options)
     if not options.dry_run:

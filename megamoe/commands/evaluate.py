@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from megamoe.checkpoint.opening import OpenModel, open_model, tokenizer_of
+from megamoe.checkpoint.opening import tokenizer_of
 from megamoe.commands.options import JsonFile, ModelOptions
 from megamoe.config.cli import Positional
 from megamoe.config.recipe import DTYPES
@@ -21,7 +21,6 @@ from megamoe.data.documents import Document, read_set
 from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, start_id, tokenizer_file
 from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.evaluation.tasks import TaskEvaluator, Tasks, load_tasks
-from megamoe.formats.config_json import find_preset
 from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import end_groups
 from megamoe.model.decoder import Decoder
@@ -34,23 +33,14 @@ NO_TASK_VALUES = "the tasks gave no values; see the warning above."
 class Evaluate(ModelOptions, JsonFile):
     texts: Positional[list[Path]] = Field(
         default=[],
-        description="text files, folders of them, JSON lines, or prepared corpora (a folder, for its held-out split, "
-        "or a prefix)",
+        description="text files, folders, JSON lines, prepared corpora (their held-out split) or prefixes",
     )
     end_of_text: str | None = Field(default=None, description="token before a document; by default its own")
     text_key: str = Field(default="text", description="key of the text in JSON lines")
-    seq_len: int | None = Field(
-        default=None, ge=1, description="tokens of a window; by default max_position_embeddings"
-    )
-    stride: int | None = Field(
-        default=None,
-        ge=1,
-        description="tokens from one window to the next; by default a window, so that none overlap",
-    )
+    seq_len: int | None = Field(default=None, ge=1, description="tokens of a window; by default the model's most")
+    stride: int | None = Field(default=None, ge=1, description="tokens from a window to the next; by default a window")
     batch_size: int = Field(default=8, ge=1, description="windows per rank and forward pass")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="in bf16 and fp16, numbers vary with the batch's shape"
-    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="16 bits vary with the batch's shape")
     tasks: list[str] = Field(default=[], description="tasks of lm-evaluation-harness")
     task_folder: str | None = Field(default=None, description="folder of your own tasks (YAML), found first")
 
@@ -73,10 +63,7 @@ class Inputs:
             leads: this rank loads the tasks, for all.
         """
         problems = Problems()
-        self.model: OpenModel = problems.attempt(
-            lambda: open_model(options.model, find_preset(options.preset) if options.preset else None, ema=options.ema)
-        )
-        problems.refuse()
+        self.model = options.open()
         longest = self.model.config.max_position_embeddings
         self.seq_len: int = options.seq_len or longest
         self.stride: int = options.stride or self.seq_len
@@ -85,8 +72,7 @@ class Inputs:
         file = tokenizer_file(options.tokenizer or tokenizer_of(options.model))
         tokenizer = problems.attempt(load_tokenizer, file, self.model.config.vocab_size)
         problems.refuse()
-        end_of_text = problems.attempt(end_of_text_id, tokenizer, options.end_of_text)
-        problems.refuse()
+        end_of_text = end_of_text_id(tokenizer, options.end_of_text)
         self.start: int = start_id(tokenizer, options.end_of_text)
         self.sets: dict[Path, list[Document]] = {
             path: problems.attempt(read_set, path, tokenizer, end_of_text, options.text_key) for path in options.texts

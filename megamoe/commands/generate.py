@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from megamoe.checkpoint.opening import open_model, tokenizer_of
+from megamoe.checkpoint.opening import tokenizer_of
 from megamoe.commands.options import ModelOptions, Sampling
 from megamoe.config.precision import dtype_to_compute_in
 from megamoe.data.tokenizer import decode_continuation, encode_prompts, end_of_text_id, load_tokenizer, tokenizer_file
-from megamoe.formats.config_json import find_preset
 from megamoe.model.generation import generate as continue_ids
 from megamoe.utils.errors import UserError
 
@@ -33,7 +32,7 @@ def generate(options: Generate) -> None:
 
 def continued(options: Generate, prompts: list[str]) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = open_model(options.model, find_preset(options.preset) if options.preset else None, ema=options.ema)
+    model = options.open()
     file = tokenizer_file(options.tokenizer or tokenizer_of(options.model))
     tokenizer = load_tokenizer(file, model.config.vocab_size)
     end_of_text = end_of_text_id(tokenizer, options.end_of_text)

@@ -8,7 +8,9 @@ from typing import Annotated
 from cyclopts import Parameter
 from pydantic import Field, field_validator
 
+from megamoe.checkpoint.opening import OpenModel, open_model
 from megamoe.config.cli import Options, Positional
+from megamoe.formats.config_json import find_preset
 
 
 class ModelOptions(Options):
@@ -16,6 +18,9 @@ class ModelOptions(Options):
     preset: str | None = Field(default=None, description="of weights that do not say what model they are of")
     ema: bool = Field(default=False, description="take the averaged weights of a run with --ema_decay")
     tokenizer: Path | None = Field(default=None, description="tokenizer.json; by default the model's own")
+
+    def open(self) -> OpenModel:
+        return open_model(self.model, find_preset(self.preset) if self.preset else None, ema=self.ema)
 
 
 class Shards(Options):

@@ -33,20 +33,14 @@ from megamoe.utils.errors import Problems, UserError
 class Preflight(Options):
     launcher: Positional[Literal["hostfile", "slurm", "endpoint", "report"]] = Field(description="what is asked")
     words: Positional[list[str]] = Field(
-        default=[],
-        description="the hostfile; HOST:PORT, where torchrun's hosts join; or another host; then -- and the options of "
-        "the run",
+        default=[], description="the hostfile, HOST:PORT where hosts join, or a host; then -- and the run's options"
     )
-    port: int | None = Field(
-        default=None, ge=1, le=65535, description="MASTER_PORT, to be used on the first host; by default a free one"
-    )
-    min_hosts: int | None = Field(
-        default=None, ge=1, description="leave out hosts that do not answer, if so many (MIN_HOSTS) do"
-    )
+    port: int | None = Field(default=None, ge=1, le=65535, description="MASTER_PORT; by default a free one")
+    min_hosts: int | None = Field(default=None, ge=1, description="continue if so many answer; by default all must")
     usable: Path | None = Field(default=None, description="hostfile to write, with the hosts that answer")
     hosts: str = Field(default="1", description="for endpoint: how many join, or MIN:MAX")
     ranks: int | None = Field(default=None, ge=1, description="for endpoint: ranks of each host")
-    seconds: int = Field(default=300, ge=1, description="for endpoint: how long to wait for the hosts (JOIN_TIMEOUT)")
+    seconds: int = Field(default=300, ge=1, description="for endpoint: JOIN_TIMEOUT, how long to wait for the hosts")
     marker: Path | None = Field(default=None, description="for report: a file that this host should see")
 
 
@@ -93,7 +87,7 @@ def check_hostfile(options: Preflight, where: str, run: RunConfig, words: list[s
     print(first, reports[first].address or first, reports[first].port, run.folder)
 
 
-def check_slurm(options: Preflight, run: RunConfig, words: list[str]) -> None:
+def check_slurm(options: Preflight, _: str, run: RunConfig, words: list[str]) -> None:
     if "SLURM_JOB_NODELIST" not in os.environ:
         raise UserError("this is not a Slurm job; start it by sbatch launch_scripts/slurm.sbatch.")
     hosts = hosts_of(os.environ["SLURM_JOB_NODELIST"])
@@ -121,11 +115,10 @@ def print_report(options: Preflight, peer: str, run: RunConfig, words: list[str]
     print(json.dumps(asdict(report(run, shlex.join(words), peer, options.marker, options.port))))
 
 
+CHECKS = {"hostfile": check_hostfile, "slurm": check_slurm, "endpoint": check_endpoint, "report": print_report}
+
+
 def preflight(options: Preflight) -> None:
     words = list(options.words)
-    if options.launcher == "slurm":
-        check_slurm(options, parse_run(words), words)
-        return
-    where = words.pop(0) if words else ""
-    check = {"hostfile": check_hostfile, "endpoint": check_endpoint, "report": print_report}[options.launcher]
-    check(options, where, parse_run(words), words)
+    where = words.pop(0) if options.launcher != "slurm" and words else ""
+    CHECKS[options.launcher](options, where, parse_run(words), words)

@@ -26,7 +26,7 @@ from megamoe.formats.native_files import NativeFiles
 from megamoe.formats.source import WeightsAlone, read_whole
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.names import ExpertName, layer_id, split_expert
-from megamoe.utils.errors import UserError, shown
+from megamoe.utils.errors import Problems, UserError, shown
 
 ROUTER_STD = 0.02
 PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")  # their places number the draws of noise
@@ -71,22 +71,9 @@ class Upcycling(Options):
     top_k: int = Field(default=2, ge=1, description="copies that a token is sent to")
     split: int = Field(default=1, ge=1, description="narrower experts that each copy is split into")
     noise: float = Field(
-        default=0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="normal noise on the copies, in standard deviations of a matrix",
+        default=0.0, ge=0, allow_inf_nan=False, description="noise on the copies, in a matrix's standard deviations"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the router and the noise")
-
-    def problems(self, intermediate_size: int) -> list[str]:
-        """What does not fit, one sentence each."""
-        problems = []
-        if self.top_k > self.experts:
-            problems.append(f"--top_k is {self.top_k}, above --experts {self.experts}; lower it.")
-        if intermediate_size % self.split:
-            limit = f"which does not divide intermediate_size {intermediate_size}"
-            problems.append(f"--split is {self.split}, {limit}; use a divisor.")
-        return problems
 
 
 def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> str:
@@ -98,9 +85,13 @@ def upcycle(directory: Path, out: Path, recipe: Upcycling, shard_bytes: int) -> 
     experts: dict[str, Any] = {keys["num_local_experts"]: 1, keys["num_experts_per_tok"]: 1}
     experts[keys["moe_intermediate_size"]] = values.get("intermediate_size")
     dense = read_config(sparse, values | experts, str(path))
-    problems = recipe.problems(dense.intermediate_size)
-    if problems:
-        raise UserError(*problems)
+    problems = Problems()
+    if recipe.top_k > recipe.experts:
+        problems.append(f"--top_k is {recipe.top_k}, above --experts {recipe.experts}; lower it.")
+    if dense.intermediate_size % recipe.split:
+        limit = f"which does not divide intermediate_size {dense.intermediate_size}"
+        problems.append(f"--split is {recipe.split}, {limit}; use a divisor.")
+    problems.refuse()
     config = dense.model_copy(
         update={
             "num_local_experts": recipe.experts * recipe.split,

