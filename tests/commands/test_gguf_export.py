@@ -56,7 +56,6 @@ def test_a_dry_run_lists_what_llama_cpp_will_find_and_writes_nothing(run, conver
 
 def test_what_gguf_needs_is_said_the_package_included(run, convert, tmp_path, monkeypatch):
     has(refusal(convert, run, tmp_path / "out", "--to", "gguf"), "--to is gguf", f"call it {tmp_path / 'out'}.gguf")
-    has(refusal(convert, run, tmp_path / "m.gguf", "--to", "huggingface"), "ends in .gguf")
     missing = refusal(convert, run, tmp_path / "m.gguf", "--tokenizer", tmp_path / "none.json")
     has(missing, "none.json does not exist", "tokenizer.json")
     assert list(tmp_path.iterdir()) == []

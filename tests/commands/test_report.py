@@ -3,7 +3,7 @@
 import itertools
 import json
 
-from refusals import has, refusal
+from refusals import has, refusal, refusals
 
 from megamoe.commands import report
 
@@ -72,6 +72,7 @@ def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, call):
     has(refusal(call, "report", tmp_path), f"{tmp_path} holds no log.jsonl; give the folder of a run.")
     write_log(tmp_path)
     has(refusal(call, "report", tmp_path), str(tmp_path), "no step yet", "wait")
+    assert len(refusals(call, "report", tmp_path, tmp_path / "none", "--out", "x.png")) == 3
     assert not (tmp_path / "loss_lr.png").exists()
 
 

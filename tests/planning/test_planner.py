@@ -70,18 +70,13 @@ def test_all_problems_are_said_at_once(tmp_path, run):
     assert len(problems) == 5
 
 
-def test_every_wrong_option_is_refused(run):
-    for options, *expected in (
-        ("--gpus 0 --seq_len 1", ("gpus", "greater than 0"), ("seq_len",)),
-        (  # what a search chooses
-            "--gpus 8 --best --ep_size 8 --micro_batch 2 --recompute_blocks 3 --recompute selective",
-            *(("--ep_size",), ("--recompute_blocks",), ("--recompute out",), ("--micro_batch",)),
-        ),
-    ):
-        code, out, problems = run("plan", "--ds_config", ZERO2, *options.split())
-        assert (code, out) == (2, ""), options
-        for problem, parts in zip(sentences(problems), expected, strict=True):
-            has(problem, *parts)
+def test_what_a_search_chooses_is_not_given(run):
+    options = "--gpus 8 --best --ep_size 8 --micro_batch 2 --recompute_blocks 3 --recompute selective"
+    code, out, problems = run("plan", "--ds_config", ZERO2, *options.split())
+    assert (code, out) == (2, "")
+    refused = ("--ep_size", "--recompute_blocks", "--recompute out", "--micro_batch")
+    for problem, part in zip(sentences(problems), refused, strict=True):
+        has(problem, part)
 
 
 def test_the_json_has_what_is_printed(tmp_path, run):
