@@ -99,7 +99,7 @@ def _sentences(error: CycloptsError, of_command: ArgumentCollection) -> list[str
     if isinstance(error, MissingArgumentError) and error.keyword:
         return [f"command line: {error.keyword} has no value; give one."]
     if isinstance(error, MissingArgumentError):  # nothing is given at all
-        missing = [argument.field_info.name for argument in of_command if argument.required]
+        missing = [argument.field_info.name for argument in of_command if argument.required and not argument.children]
         return [f'command line: "{name}" is missing; add it.' for name in missing]
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return [f"command line: {shown(error.unused_tokens[0])} belongs to no option; see --help."]
