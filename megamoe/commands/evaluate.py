@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from megamoe.checkpoint.opening import tokenizer_of
 from megamoe.commands.options import JsonFile, ModelOptions
-from megamoe.config.cli import Positional
+from megamoe.config.cli import Options, Positional
 from megamoe.config.recipe import DTYPES
 from megamoe.data.documents import Document, read_set
 from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, start_id, tokenizer_file
@@ -30,17 +30,22 @@ SHOWN = 50  # documents of a text that are printed
 NO_TASK_VALUES = "the tasks gave no values; see the warning above."
 
 
-class Evaluate(ModelOptions, JsonFile):
+class Windows(Options, group="Windows of text"):
+    seq_len: int | None = Field(default=None, ge=1, description="tokens of a window; by default the model's most")
+    stride: int | None = Field(default=None, ge=1, description="tokens from a window to the next; by default a window")
+    batch_size: int = Field(default=8, ge=1, description="windows per rank and forward pass")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="in bf16 and fp16, numbers vary with the batch's shape"
+    )
+
+
+class Evaluate(ModelOptions, JsonFile, Windows):
     texts: Positional[list[Path]] = Field(
         default=[],
         description="text files, folders, JSON lines, prepared corpora (their held-out split) or prefixes",
     )
     end_of_text: str | None = Field(default=None, description="token before a document; by default its own")
     text_key: str = Field(default="text", description="key of the text in JSON lines")
-    seq_len: int | None = Field(default=None, ge=1, description="tokens of a window; by default the model's most")
-    stride: int | None = Field(default=None, ge=1, description="tokens from a window to the next; by default a window")
-    batch_size: int = Field(default=8, ge=1, description="windows per rank and forward pass")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="16 bits vary with the batch's shape")
     tasks: list[str] = Field(default=[], description="tasks of lm-evaluation-harness")
     task_folder: str | None = Field(default=None, description="folder of your own tasks (YAML), found first")
 

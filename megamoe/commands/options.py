@@ -13,11 +13,14 @@ from megamoe.config.cli import Options, Positional
 from megamoe.formats.config_json import find_preset
 
 
-class ModelOptions(Options):
-    model: Positional[Path] = Field(description="a run, a checkpoint, a Hugging Face directory, or a file")
+class Weights(Options, group="Model"):
     preset: str | None = Field(default=None, description="of weights that do not say what model they are of")
     ema: bool = Field(default=False, description="take the averaged weights of a run with --ema_decay")
     tokenizer: Path | None = Field(default=None, description="tokenizer.json; by default the model's own")
+
+
+class ModelOptions(Weights):
+    model: Positional[Path] = Field(description="a run, a checkpoint, a Hugging Face directory, or a file")
 
     def open(self) -> OpenModel:
         return open_model(self.model, find_preset(self.preset) if self.preset else None, ema=self.ema)

@@ -84,7 +84,6 @@ def test_a_dry_run_lists_every_tensor_with_its_bytes_and_writes_nothing(call, ru
 
 def test_a_wrong_call_of_convert_is_refused_and_writes_nothing(call, run_dir, tmp_path):
     for words, parts in (
-        (["w.pt", "--dtype", "int8"], ['"dtype" is "int8"', "bf16"]),
         (["w.pt", "--to", "safetensors"], ["ends in .pt"]),
         (["w", "--to", "state_dict"], ["w.pt"]),
         (["w.pt", "--preset", "tiny"], ["--preset", "form state_dict", "leave it out"]),

@@ -155,7 +155,6 @@ def test_a_wrong_call_is_refused_with_one_line_and_leaves_nothing(tmp_path, text
         ((books, *trained, "--tokenizer", none), "--tokenizer", "--vocab_size"),
         ((books, *out, "--tokenizer", none), str(none), "does not exist"),
         ((books, *out, "--vocab_size", 256), "256", "257"),
-        ((books, *trained, "--valid_fraction", "nan"), "nan", "less than or equal to 0.5"),
         ((books, *trained, "--where", "score"), '"score" is no condition', "give KEY=VALUE"),
         ((books, *trained, "--min_chars", 5000), "the corpus is empty", "short: 60", "give"),
         ((none, *trained), str(none), "does not exist"),
