@@ -30,7 +30,7 @@ VERBS = {
         "megamoe upcycle dense_model/ sparse_model/ --experts 8 --top_k 2",
     ),
     "report": ("print and draw what runs have done", "megamoe report runs/mine"),
-    "reshard": ("fit a checkpoint to any number of ranks in advance", "megamoe reshard runs/mine runs/anew"),
+    "reshard": ("fit a checkpoint to any number of ranks in advance", "megamoe reshard runs/mine runs/resharded"),
     "check": ("check token files once, so that no run has to", "megamoe check data/mine data/theirs.bin"),
     "preflight": (
         "check the hosts of a job before ranks are started on them",
