@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NoReturn
 
 from megamoe import __version__
+from megamoe.commands import options
 from megamoe.config import cli
 from megamoe.utils.interrupts import on_interrupt
 from megamoe.utils.quiet import quiet_deepspeed
 
-# What each does, and an example; its module is imported when it is called.
+# What each does, and an example.
 VERBS = {
     "prepare": ("turn text into tokens", "megamoe prepare my_texts/ --out data/mine --vocab_size 16384"),
     "plan": (
         "predict memory, traffic and time of a run",
         "megamoe plan --gpus 64 --preset moonlight-16b-a3b --ep_size 8 --ds_config ds_configs/zero2.json",
     ),
+    "status": ("say what a run is doing, or where it ended and how to go on", "megamoe status runs/mine"),
     "generate": (
         "continue prompts with a trained model",
         'megamoe generate runs/mine --prompt "In a quiet library," --temperature 0.8',
     ),
+    "chat": ("continue what you type, in a terminal", "megamoe chat runs/mine --temperature 0.8"),
     "evaluate": ("measure a model on texts, or on tasks", "megamoe evaluate runs/mine data/plays --json plays.json"),
     "convert": ("write a model in the form of another program", "megamoe convert runs/mine model.gguf --dtype fp16"),
     "inspect": ("show what a checkpoint holds, and whether it is damaged", "megamoe inspect runs/mine"),
@@ -44,9 +49,24 @@ def make_app() -> cli.App:
         "megamoe", version=__version__, help="Pretrain Mixture-of-Experts language models with DeepSpeed."
     )
     for verb, (help, example) in VERBS.items():
-        app.command(f"megamoe.commands.{verb}:{verb}", name=verb, help=f"{help}\n\n  {example}")
-    app.register_install_completion_command()
+        app.command(command_of(verb), name=verb, help=f"{help}\n\n  {example}")
+    app.register_install_completion_command(name="--install_completion")
     return app
+
+
+def command_of(verb: str) -> Callable[..., None] | str:
+    """The function of a verb, whose module is imported when its options are known: from `commands/options.py`, or else
+    from that module."""
+    module = f"megamoe.commands.{verb}"
+    of_verb = getattr(options, verb.capitalize(), None)
+    if of_verb is None:
+        return f"{module}:{verb}"
+
+    def command(options: Any) -> None:
+        getattr(import_module(module), verb)(options)
+
+    command.__annotations__["options"] = of_verb
+    return command
 
 
 def main(*verb: str) -> NoReturn:

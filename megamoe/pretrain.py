@@ -175,6 +175,7 @@ def check_run(
     assert phases
     data = TrainData(phases, inputs.sources, run.seed, model.document_attention)
     record = make_record(run, model, recipe, data, inputs, start.folder.run_id() if start.folder else None)
+    record["last_step"] = last_step
     changes = check_changes(run, start, record)
     record |= {"replaced_data": changes.replaced} if changes.replaced else {}
     return Checked(run, model, recipe, precision, device, last_step, inputs, data, start, changes, record)

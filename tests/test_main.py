@@ -1,7 +1,10 @@
 """The command megamoe."""
 
 import logging
+import os
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from megamoe.__main__ import VERBS, main
 
 def test_every_command_has_its_verb():
     modules = {path.stem for path in (Path(megamoe.__file__).parent / "commands").glob("[!_]*.py")}
-    assert VERBS.keys() == modules - {"options"}
+    assert VERBS.keys() == modules - {"options", "models"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -38,3 +41,21 @@ def test_deepspeeds_warnings_are_shown_on_demand_only(options, monkeypatch, tmp_
         main()
     for level, is_shown in ((logging.WARNING, bool(options)), (logging.ERROR, True)):
         assert bool(logger.filter(logger.makeRecord("", level, "", 0, "", (), None))) == is_shown
+
+
+@pytest.mark.parametrize("verb", ["plan", "status", "generate", "chat", "evaluate", "convert", "inspect"])
+def test_help_and_wrong_options_do_not_wait_for_torch(verb, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = partial(subprocess.run, capture_output=True, text=True, env=env)
+    words = [sys.executable, "-m", "megamoe", verb]
+    assert run([*words, "--help"]).stdout.startswith(f"Usage: megamoe {verb} ")
+    assert 'unknown option "--unknown"' in run([*words, "--unknown"]).stderr
+
+
+def test_bash_completes_verbs_and_options(call, tmp_path):
+    call("--install_completion", "--shell", "bash", "--output", tmp_path / "script")
+    ask = 'source $0; COMP_WORDS=(megamoe "$@"); COMP_CWORD=$#; _megamoe; echo "${COMPREPLY[@]}"'
+    for words, found in (("gen", "generate"), ("--inst", "--install_completion"), ("chat --top", "--top_k --top_p")):
+        command = ["bash", "-c", ask, tmp_path / "script", *words.split()]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == f"{found}\n"

@@ -23,8 +23,8 @@ from megamoe.launch.watch import Position
 from megamoe.pretrain import Checked, check_run
 from megamoe.pretrain import run as pretrain
 from megamoe.training.sinks import read_log
+from megamoe.utils.data_sheets import Device
 from megamoe.utils.errors import Problems
-from megamoe.utils.hardware import Device
 
 PRESET = {
     "vocab_size": 96,

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from cyclopts import Parameter
-from pydantic import Field
 
 from megamoe.checkpoint.opening import OpenModel, find_checkpoint, open_source
-from megamoe.commands.options import ModelOptions, Shards
-from megamoe.config.cli import Positional
+from megamoe.commands.models import open_given
+from megamoe.commands.options import Convert, Form
 from megamoe.config.recipe import DTYPES
 from megamoe.data.tokenizer import tokenizer_file
 from megamoe.formats.export import (
@@ -39,23 +36,12 @@ from megamoe.utils.disk import check_absent
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.hardware import memory_gib
 
-Form = Literal["state_dict", "safetensors", "huggingface", "gguf"]
 FORMS_OF_OPTIONS: dict[str, tuple[Form, ...]] = {  # the forms for which an option says something
     "preset": ("huggingface", "gguf"),
     "tokenizer": ("huggingface", "gguf"),
     "keep_mtp": ("huggingface",),
     "max_shard_gb": ("safetensors", "huggingface"),
 }
-
-
-class Convert(ModelOptions, Shards):
-    out: Positional[Path] = Field(description="file or folder to write")
-    to: Form | None = Field(default=None, description="form of OUT; by default from its ending")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp32: the masters as they are")
-    keep_mtp: bool = Field(default=False, description="write multi-token prediction, which is left out else")
-    dry_run: Annotated[bool, Parameter(alias="--dry-run")] = Field(
-        default=False, description="list names, shapes and bytes, write nothing"
-    )
 
 
 def choose_format(out: Path, to: Form | None) -> Form:
@@ -146,7 +132,7 @@ def convert(options: Convert) -> None:
     if form in ("state_dict", "safetensors"):
         path = convert_weights(options, form)
     else:
-        model = options.open()
+        model = open_given(options)
         path = model.path
         (convert_to_gguf if form == "gguf" else convert_to_directory)(model, options)
     if not options.dry_run:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 
 from megamoe.checkpoint.opening import tokenizer_of
-from megamoe.commands.options import JsonFile, ModelOptions
-from megamoe.config.cli import Options, Positional
+from megamoe.commands.models import open_given
+from megamoe.commands.options import Evaluate
 from megamoe.config.recipe import DTYPES
 from megamoe.data.documents import Document, read_set
 from megamoe.data.tokenizer import end_of_text_id, load_tokenizer, start_id, tokenizer_file
@@ -24,38 +23,10 @@ from megamoe.evaluation.tasks import TaskEvaluator, Tasks, load_tasks
 from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import end_groups
 from megamoe.model.decoder import Decoder
-from megamoe.utils.errors import Problems, UserError
+from megamoe.utils.errors import Problems
 
 SHOWN = 50  # documents of a text that are printed
 NO_TASK_VALUES = "the tasks gave no values; see the warning above."
-
-
-class Windows(Options, group="Windows of text"):
-    seq_len: int | None = Field(default=None, ge=1, description="tokens of a window; by default the model's most")
-    stride: int | None = Field(default=None, ge=1, description="tokens from a window to the next; by default a window")
-    batch_size: int = Field(default=8, ge=1, description="windows per rank and forward pass")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="in bf16 and fp16, numbers vary with the batch's shape"
-    )
-
-
-class Evaluate(ModelOptions, JsonFile, Windows):
-    texts: Positional[list[Path]] = Field(
-        default=[],
-        description="text files, folders, JSON lines, prepared corpora (their held-out split) or prefixes",
-    )
-    end_of_text: str | None = Field(default=None, description="token before a document; by default its own")
-    text_key: str = Field(default="text", description="key of the text in JSON lines")
-    tasks: list[str] = Field(default=[], description="tasks of lm-evaluation-harness")
-    task_folder: str | None = Field(default=None, description="folder of your own tasks (YAML), found first")
-
-    @model_validator(mode="after")
-    def _check(self) -> Evaluate:
-        if not self.texts and not self.tasks:
-            raise UserError("there is nothing to evaluate on; give a TEXT, or --tasks.")
-        if self.task_folder and not self.tasks:
-            raise UserError(f"--task_folder is {self.task_folder}, but no task is asked for; add --tasks.")
-        return self
 
 
 class Inputs:
@@ -68,7 +39,7 @@ class Inputs:
             leads: this rank loads the tasks, for all.
         """
         problems = Problems()
-        self.model = options.open()
+        self.model = open_given(options)
         longest = self.model.config.max_position_embeddings
         self.seq_len: int = options.seq_len or longest
         self.stride: int = options.stride or self.seq_len

@@ -7,20 +7,11 @@ fp32 where the processor is slow in that one, so its text may differ from that o
 
 from __future__ import annotations
 
-import torch
-from pydantic import Field
-
-from megamoe.checkpoint.opening import tokenizer_of
-from megamoe.commands.options import ModelOptions, Sampling
-from megamoe.config.precision import dtype_to_compute_in
-from megamoe.data.tokenizer import decode_continuation, encode_prompts, end_of_text_id, load_tokenizer, tokenizer_file
+from megamoe.commands.models import load
+from megamoe.commands.options import Generate
+from megamoe.data.tokenizer import decode_continuation, encode_prompts
 from megamoe.model.generation import generate as continue_ids
 from megamoe.utils.errors import UserError
-
-
-class Generate(ModelOptions, Sampling):
-    prompt: list[str] = Field(default=["In a quiet library,"], description="one or more texts to continue")
-    num_samples: int = Field(default=1, ge=1, description="continuations of each prompt")
 
 
 def generate(options: Generate) -> None:
@@ -31,22 +22,9 @@ def generate(options: Generate) -> None:
 
 
 def continued(options: Generate, prompts: list[str]) -> list[str]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = options.open()
-    file = tokenizer_file(options.tokenizer or tokenizer_of(options.model))
-    tokenizer = load_tokenizer(file, model.config.vocab_size)
-    end_of_text = end_of_text_id(tokenizer, options.end_of_text)
+    model, tokenizer, sampling = load(options)
     ids = encode_prompts(tokenizer, prompts)
-    continuations = continue_ids(
-        model.load(dtype_to_compute_in(model.dtype, device), device),
-        ids,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        end_of_text=end_of_text,
-    )
+    continuations = continue_ids(model, ids, options.max_new_tokens, **sampling, seed=options.seed)
     return [decode_continuation(tokenizer, *one) for one in zip(ids, continuations, strict=True)]
 
 

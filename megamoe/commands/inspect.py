@@ -13,21 +13,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from megamoe.checkpoint import folders, verify
 from megamoe.checkpoint.indexed_files import IndexedFiles
 from megamoe.checkpoint.opening import open_source, run_record
-from megamoe.config.cli import Options, Positional
+from megamoe.commands.options import Inspect
 from megamoe.formats.plain_files import STATE_DICT_ENDINGS
 from megamoe.formats.source import Source, read_whole
 from megamoe.formats.unpickle import safe_load
 from megamoe.model.names import split_expert
 from megamoe.utils.errors import Problems, UserError
-
-
-class Inspect(Options):
-    checkpoint: Positional[Path] = Field(description="folder of a run, or of one checkpoint")
 
 
 def print_files(checkpoint: Path) -> None:

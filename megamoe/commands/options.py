@@ -1,16 +1,20 @@
-"""Options that several commands have."""
+"""The options of the verbs whose functions need torch, and those that several verbs have. Imports no torch, which takes
+seconds: --help and what is wrong with a command line come at once."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from megamoe.checkpoint.opening import OpenModel, open_model
 from megamoe.config.cli import Options, Positional
-from megamoe.formats.config_json import find_preset
+from megamoe.config.run import RunShape
+from megamoe.planning.options import PlanOptions
+from megamoe.utils.errors import UserError
+
+Form = Literal["state_dict", "safetensors", "huggingface", "gguf"]
 
 
 class Weights(Options, group="Model"):
@@ -21,9 +25,6 @@ class Weights(Options, group="Model"):
 
 class ModelOptions(Weights):
     model: Positional[Path] = Field(description="a run, a checkpoint, a Hugging Face directory, or a file")
-
-    def open(self) -> OpenModel:
-        return open_model(self.model, find_preset(self.preset) if self.preset else None, ema=self.ema)
 
 
 class Shards(Options):
@@ -54,3 +55,58 @@ class Sampling(Options, group="Sampling"):
     top_p: float | None = Field(default=None, gt=0, le=1, description="sample from the smallest set so probable")
     seed: int = Field(default=0, description="the same seed gives the same text")
     end_of_text: str | None = Field(default=None, description="token to stop at; by default the tokenizer's own")
+
+
+class Chat(ModelOptions, Sampling):
+    pass
+
+
+class Generate(Chat):
+    prompt: list[str] = Field(default=["In a quiet library,"], description="one or more texts to continue")
+    num_samples: int = Field(default=1, ge=1, description="continuations of each prompt")
+
+
+class Windows(Options, group="Windows of text"):
+    seq_len: int | None = Field(default=None, ge=1, description="tokens of a window; by default the model's most")
+    stride: int | None = Field(default=None, ge=1, description="tokens from a window to the next; by default a window")
+    batch_size: int = Field(default=8, ge=1, description="windows per rank and forward pass")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="in bf16 and fp16, numbers vary with the batch's shape"
+    )
+
+
+class Evaluate(ModelOptions, JsonFile, Windows):
+    texts: Positional[list[Path]] = Field(
+        default=[],
+        description="text files, folders, JSON lines, prepared corpora (their held-out split) or prefixes",
+    )
+    end_of_text: str | None = Field(default=None, description="token before a document; by default its own")
+    text_key: str = Field(default="text", description="key of the text in JSON lines")
+    tasks: list[str] = Field(default=[], description="tasks of lm-evaluation-harness")
+    task_folder: str | None = Field(default=None, description="folder of your own tasks (YAML), found first")
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        if not self.texts and not self.tasks:
+            raise UserError("there is nothing to evaluate on; give a TEXT, or --tasks.")
+        if self.task_folder and not self.tasks:
+            raise UserError(f"--task_folder is {self.task_folder}, but no task is asked for; add --tasks.")
+        return self
+
+
+class Convert(ModelOptions, Shards):
+    out: Positional[Path] = Field(description="file or folder to write")
+    to: Form | None = Field(default=None, description="form of OUT; by default from its ending")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="fp32: the masters as they are")
+    keep_mtp: bool = Field(default=False, description="write multi-token prediction, which is left out else")
+    dry_run: Annotated[bool, Parameter(alias="--dry-run")] = Field(
+        default=False, description="list names, shapes and bytes, write nothing"
+    )
+
+
+class Inspect(Options):
+    checkpoint: Positional[Path] = Field(description="folder of a run, or of one checkpoint")
+
+
+class Plan(JsonFile, RunShape, PlanOptions):
+    pass

@@ -9,19 +9,15 @@ import json
 from operator import itemgetter
 from pathlib import Path
 
-from megamoe.commands.options import JsonFile
+from megamoe.commands.options import Plan as PlanCommand
 from megamoe.config.phases import Phase, phases_of
 from megamoe.config.run import RunConfig, RunShape
 from megamoe.model.costs import parameter_count
-from megamoe.planning.planner import GIB, Plan, PlanOptions, make_plan, split_keys
+from megamoe.planning.options import PlanOptions
+from megamoe.planning.planner import GIB, Plan, make_plan, split_keys
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, totals
 from megamoe.planning.search import kept_free
 from megamoe.training.sinks import duration
-
-
-class PlanCommand(JsonFile, RunShape, PlanOptions):
-    pass
-
 
 UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
 BEST = 5  # splits that --best prints

@@ -73,15 +73,17 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
     For --help and the like, it is what prints that.
     """
     verbs, flags = [name for name in app if not name.startswith("-")], {*app.help_flags, *app.version_flags}
-    if verbs and words and words[0] not in {*verbs, *flags}:
+    if verbs and words and words[0] not in {*app, *flags}:
         raise UserError(unknown_key("command line", words[0], verbs, "command"))
     problems, of_command = Problems(), ArgumentCollection()
     end = words.index("--") if "--" in words else len(words)
     # DeepSpeed's launcher gives each rank its number; the environment says it, too.
     words, rest = [word for word in words[:end] if not word.startswith("--local_rank=")], words[end:]
     if not flags & {*words} and (words or not verbs):
-        of_command = app.parse_commands(words)[1][-1].assemble_argument_collection(default_parameter=AS_FIELDS)
-        words = _each_once(words, {name: argument for argument in of_command for name in argument.names}, problems)
+        verb, apps, words = app.parse_commands(words)
+        of_command = apps[-1].assemble_argument_collection(default_parameter=AS_FIELDS)
+        known = {name: argument for argument in of_command for name in argument.names if name.startswith("-")}
+        words = [*verb, *_each_once(words, known, problems)]
     try:
         command, given, _ = app.parse_args([*words, *rest], exit_on_error=False, print_error=False)
     except UserError as error:  # of a class of options

@@ -6,7 +6,8 @@ Shape legend: B prompts, T length of the longest, V vocab_size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,23 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     return torch.multinomial(probabilities, 1, generator=seed).squeeze(1)
 
 
-@torch.inference_mode()
 def generate(
+    model: Decoder,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    end_of_text: int | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Continue each prompt; returns the new token ids of each, without `end_of_text`. Arguments are those of `stream`,
+    and so are errors."""
+    new = list(stream(model, prompts, max_new_tokens, end_of_text=end_of_text, **options))
+    rows = torch.stack(new, dim=1).tolist()
+    return [row[: row.index(end_of_text)] if end_of_text in row else row for row in rows]
+
+
+@torch.inference_mode()
+def stream(
     model: Decoder,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -51,12 +67,12 @@ def generate(
     seed: int = 0,
     end_of_text: int | None = None,
     all_done: Callable[[bool], bool] = bool,
-) -> list[list[int]]:
-    """Continue each prompt; returns the new token ids of each, without `end_of_text`. Leaves the model in eval mode.
+) -> Iterator[Tensor]:
+    """Continue each prompt; yields the next token id of all, (B,), one after the other. Leaves the model in eval mode.
 
     Args:
         prompts: token ids, at least one each; lengths may differ.
-        end_of_text: a row stops at this id.
+        end_of_text: a row is done at this id, and what follows in it means nothing.
         all_done: whether all are done, by whether these prompts are; ranks that share experts go on together.
 
     Raises UserError for a value that cannot be, and if a prompt is empty or prompt and continuation exceed
@@ -70,18 +86,17 @@ def generate(
     real = torch.tensor([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     cache = model.new_cache(longest + max_new_tokens)
-    new: list[Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    while len(new) < max_new_tokens and not all_done(bool(done.all())):
+    for _ in range(max_new_tokens):
+        if all_done(bool(done.all())):
+            return
         logits = model(ids, attention_mask=real, cache=cache)[:, -1]
         chosen = sample(logits, temperature, top_k, top_p, generator)
         if end_of_text is not None:
             done |= chosen == end_of_text
-        new.append(chosen)
+        yield chosen
         ids = chosen.unsqueeze(1)
         real = torch.cat((real, torch.ones_like(ids, dtype=torch.bool)), dim=1)
-    rows = torch.stack(new, dim=1).tolist()
-    return [row[: row.index(end_of_text)] if end_of_text in row else row for row in rows]
 
 
 def sampling_problems(temperature: float, top_k: int | None, top_p: float | None) -> list[str]:

@@ -9,9 +9,7 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import Field
 
-from megamoe.config.cli import Options
 from megamoe.config.model import ModelConfig
 from megamoe.config.precision import faster_of
 from megamoe.config.recipe import Recipe, parse_recipe
@@ -21,62 +19,18 @@ from megamoe.formats.config_json import find_preset
 from megamoe.model.grouped_gemm import choose_kernel
 from megamoe.model.placement import placement_problems
 from megamoe.planning.footprint import Footprint, footprint
+from megamoe.planning.options import PlanOptions
 from megamoe.planning.rates import CPU, GPU, Rates
 from megamoe.planning.search import Split, best_splits, kept_free
 from megamoe.planning.sharding import Setup, parameter_groups, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
+from megamoe.utils.data_sheets import DEVICES, Device
 from megamoe.utils.errors import Problems, UserError
-from megamoe.utils.hardware import DEVICES, Device, measured_bandwidth, measured_flops
+from megamoe.utils.hardware import measured_bandwidth, measured_flops
 from megamoe.utils.json_files import read_json
 
 GIB = 2**30
-
-
-class Assumptions(Options, group="Assumptions"):
-    imbalance: float = Field(
-        default=1.4,
-        ge=1,
-        description="rows at the experts of the fullest rank over the mean, for which memory is planned "
-        "(1 + MaxVio, of which a balanced run's log says less than 0.4)",
-    )
-    efficiency: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description=f"share of the peak FLOP/s that the largest GEMMs reach (assumed: {GPU.gemms:g} on a GPU)",
-    )
-    link_efficiency: float = Field(
-        default=GPU.links, gt=0, le=1, description="share of the links' rates that collectives reach (assumed)"
-    )
-    launch_us: float | None = Field(
-        default=None,
-        gt=0,
-        description="microseconds that the host needs for an operator "
-        f"(assumed: {1e6 * GPU.operator:g} for a GPU, {1e6 * CPU.operator:g} with the operator itself on CPU)",
-    )
-    document_tokens: int | None = Field(
-        default=None, gt=0, description="tokens of a document, within which attention stays; by default whole samples"
-    )
-
-
-class PlanOptions(Assumptions):
-    """What only a plan has, beyond the run's own configuration."""
-
-    gpus: int = Field(gt=0, description="ranks, over all nodes")
-    device: str = Field(default="h100", description=f"{', '.join(DEVICES)}, or cpu: this machine, all ranks on it")
-    gpus_per_node: int = Field(default=8, gt=0, description="ranks whose links are those inside a node")
-    micro_batch: int | None = Field(
-        default=None, gt=0, description="samples per rank and forward pass; by default the DeepSpeed JSON's"
-    )
-    accumulation: int | None = Field(
-        default=None, gt=0, description="forward passes per step and rank; by default the DeepSpeed JSON's"
-    )
-    best: bool = Field(
-        default=False,
-        description="search for the micro-batch, accumulation, ep_size, recompute_blocks, recompute and ZeRO stage "
-        "with most tokens/s",
-    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megamoe.planning.work import Gemm
-from megamoe.utils.hardware import Device
+from megamoe.utils.data_sheets import Device
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import Rates
 from megamoe.planning.sharding import Setup
 from megamoe.planning.step_time import StepTime, step_time
-from megamoe.utils.hardware import Device
+from megamoe.utils.data_sheets import Device
 
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 

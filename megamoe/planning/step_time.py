@@ -21,7 +21,7 @@ from megamoe.planning.traffic import PhaseName, collectives, host_transfers, upd
 from megamoe.planning.work import Gemm, Work
 from megamoe.training.matrix_share import Run
 from megamoe.training.muon import NEWTON_SCHULZ_STEPS
-from megamoe.utils.hardware import Device
+from megamoe.utils.data_sheets import Device
 
 Part = Literal[
     "launches",

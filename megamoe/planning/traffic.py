@@ -15,7 +15,7 @@ from megamoe.model.decoder import loss_parts
 from megamoe.model.margins import BINS
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
 from megamoe.training.step_sums import SCALARS
-from megamoe.utils.hardware import Device
+from megamoe.utils.data_sheets import Device
 
 # Seconds that a collective takes whatever its size, inside a node and over several: assumed, of the order that is
 # usual for the smallest messages.

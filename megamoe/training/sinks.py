@@ -12,10 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # `megamoe status` reads a log without it
+    from torch import Tensor
 
 
 class Sink:
@@ -137,17 +137,16 @@ class TensorBoardSink(Sink):
 
     def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
         limits = [expert + 0.5 for expert in range(counts.shape[1])]
-        for layer, row in zip(blocks, counts.cpu().double(), strict=True):
-            ids = torch.arange(len(row), dtype=torch.float64)
+        for layer, row in zip(blocks, counts.tolist(), strict=True):
             self._board.add_histogram_raw(
                 f"expert_load/layer_{layer:02d}",
                 min=0.0,
                 max=float(len(row) - 1),
-                num=float(row.sum()),
-                sum=float((row * ids).sum()),
-                sum_squares=float((row * ids**2).sum()),
+                num=float(sum(row)),
+                sum=float(sum(expert * load for expert, load in enumerate(row))),
+                sum_squares=float(sum(expert**2 * load for expert, load in enumerate(row))),
                 bucket_limits=limits,
-                bucket_counts=row.tolist(),
+                bucket_counts=row,
                 global_step=step,
             )
 

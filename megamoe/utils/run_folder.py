@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import sys
 import time
 import uuid
@@ -128,6 +129,18 @@ def last_record(folder: Path) -> dict[str, Any] | None:
     if not content.endswith(b"\n"):
         lines = lines[:-1]  # torn when the run was killed
     return _checked(parse_json(lines[-1], path), path) if lines else beginning(folder)
+
+
+def holder_of(folder: Path) -> str | None:
+    """Which process trains in a folder, as it says itself; None where nobody does. Takes no lock, at which a run that
+    starts now would be refused."""
+    try:
+        with open(folder / LOCK, encoding="utf-8") as file:
+            asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+            (kind,) = struct.unpack_from("h", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            return None if kind == fcntl.F_UNLCK else file.read().strip() or "another process"
+    except OSError:  # there is none, or the file system knows no locks
+        return None
 
 
 def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from toy import PRESET, ds_config, train_here, write_inputs
 
 from megamoe.checkpoint import verify
 from megamoe.checkpoint.opening import OpenModel, open_source
-from megamoe.commands import generate, inspect
+from megamoe.commands import generate, inspect, models
 from megamoe.config.model import ModelConfig
 from megamoe.data.tokenizer import train_tokenizer
 from megamoe.formats.export import write_state_dict
@@ -220,7 +220,7 @@ def test_generation_uses_the_newest_checkpoint_that_holds(call, run_dir):
 
 def test_generation_computes_in_the_dtype_that_is_chosen_for_the_saved_one(call, run_dir, monkeypatch):
     choices = {torch.float32: torch.bfloat16}  # a choice that nothing else would make
-    monkeypatch.setattr(generate, "dtype_to_compute_in", lambda saved, device: choices[saved])
+    monkeypatch.setattr(models, "dtype_to_compute_in", lambda saved, device: choices[saved])
     seen = []
     monkeypatch.setattr(generate, "continue_ids", lambda model, ids, *_, **__: seen.append(model) or ids)
     call("generate", run_dir, "--prompt", "to be")

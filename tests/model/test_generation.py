@@ -3,7 +3,7 @@ import torch
 from exported import random_decoder
 from model_parts import model_of
 
-from megamoe.model.generation import filter_logits, generate, sample
+from megamoe.model.generation import filter_logits, generate, sample, stream
 from megamoe.utils.errors import UserError
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6], [5, 3, 5, 8, 9, 7, 9, 3]]
@@ -109,6 +109,16 @@ def test_nothing_is_computed_after_every_row_has_stopped_on_all_ranks():
         assert generate(model, PROMPTS[:1], 12, temperature=0, end_of_text=end, all_done=all_done) == [[]]
         assert len(passes) == count
     assert asked == [False, True, True, True, True, True]
+
+
+def test_tokens_come_one_by_one_each_after_one_pass():
+    model, passes = small_model(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    rows = []
+    for count, tokens in enumerate(stream(model, PROMPTS, 5, temperature=0), start=1):
+        rows.append(tokens.tolist())
+        assert len(passes) == count
+    assert [list(row) for row in zip(*rows, strict=True)] == generate(model, PROMPTS, 5, temperature=0)
 
 
 def test_a_text_may_be_as_long_as_the_model_and_no_longer():

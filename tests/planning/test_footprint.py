@@ -25,7 +25,7 @@ from megamoe.planning.sharding import parameter_groups, read_setup
 from megamoe.planning.step_time import step_time
 from megamoe.planning.traffic import collectives
 from megamoe.training.step import build_train_step
-from megamoe.utils.hardware import DEVICES
+from megamoe.utils.data_sheets import DEVICES
 
 # Every token goes to every expert: how many rows travel does not depend on the routing.
 ALL = {**PRESET, "num_experts_per_tok": PRESET["num_local_experts"]}

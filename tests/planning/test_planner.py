@@ -14,7 +14,8 @@ from megamoe.config.model import load_preset
 from megamoe.config.run import RunConfig, RunShape
 from megamoe.planning import planner
 from megamoe.planning.footprint import footprint
-from megamoe.planning.planner import PlanOptions, make_plan, rates_of, this_machine
+from megamoe.planning.options import PlanOptions
+from megamoe.planning.planner import make_plan, rates_of, this_machine
 from megamoe.planning.rates import CPU, GPU
 from megamoe.planning.report import ADVICE, LIMITS, advice, assumptions
 from megamoe.planning.step_time import Part, step_time

@@ -4,7 +4,7 @@ import pytest
 
 from megamoe.planning.rates import GPU, GROUP, KERNEL, PACKING, gemm_seconds
 from megamoe.planning.work import Gemm
-from megamoe.utils.hardware import DEVICES, Device
+from megamoe.utils.data_sheets import DEVICES, Device
 
 H100 = DEVICES["h100"]
 TILE = 128 * 256

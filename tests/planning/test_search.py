@@ -13,7 +13,7 @@ from megamoe.planning.rates import GPU
 from megamoe.planning.search import best_splits, kept_free
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
-from megamoe.utils.hardware import DEVICES
+from megamoe.utils.data_sheets import DEVICES
 
 SETUP = read_setup(load_preset("tiny"), recipe_of(shipped("zero2"), 8), 1, 256, False)
 

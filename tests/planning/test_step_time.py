@@ -30,7 +30,7 @@ from megamoe.planning.traffic import collectives
 from megamoe.training.matrix_share import MatrixShare
 from megamoe.training.muon import orthogonalize_share
 from megamoe.training.step import build_train_step
-from megamoe.utils.hardware import DEVICES
+from megamoe.utils.data_sheets import DEVICES
 
 SETUP = read_setup(ModelConfig(**PRESET), recipe_of(ds_config(2), 16), 4, 16, False)
 FULL = read_setup(load_preset("moe-680m"), recipe_of(shipped("zero2")), 1, 1024, False)

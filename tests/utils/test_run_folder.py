@@ -11,7 +11,7 @@ import pytest
 
 from megamoe.utils import run_folder
 from megamoe.utils.errors import UserError
-from megamoe.utils.run_folder import RunFolder, last_record
+from megamoe.utils.run_folder import RunFolder, holder_of, last_record
 
 HOLDER = """
 import sys
@@ -41,8 +41,10 @@ def test_a_second_run_in_a_folder_is_refused_with_the_name_of_the_first_until_th
     with pytest.raises(UserError) as caught:
         RunFolder(tmp_path)
     assert f"in use by process {holder.pid} on {socket.gethostname()}, since 20" in str(caught.value)
+    assert str(holder_of(tmp_path)) in str(caught.value)
     holder.kill()
     holder.wait()
+    assert holder_of(tmp_path) is None
     assert RunFolder(tmp_path).began is not None
 
 

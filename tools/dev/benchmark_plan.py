@@ -38,8 +38,8 @@ from megamoe.planning.rates import CPU, Rates
 from megamoe.planning.sharding import Setup, read_setup
 from megamoe.planning.step_time import step_time
 from megamoe.training.step import TrainStep, build_train_step
+from megamoe.utils.data_sheets import Device
 from megamoe.utils.errors import Problems, UserError
-from megamoe.utils.hardware import Device
 
 ROOT = Path(__file__).parents[2]
 WARM_UP = 2  # steps in which kernels are chosen, memory and moments are made

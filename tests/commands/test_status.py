@@ -1,0 +1,74 @@
+"""What a run's files say of it."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from refusals import has, refusal
+from toy import begin, check, train_here
+
+from megamoe.checkpoint.opening import open_source
+from megamoe.commands.status import Status, status
+from megamoe.utils.run_folder import RunFolder
+
+
+@pytest.fixture
+def said(capsys):
+    def said(folder):
+        status(Status(run=folder))
+        return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+    return said
+
+
+def test_the_last_values_of_a_run_are_said_and_whether_it_is_done_or_can_be_resumed(inputs, tmp_path, said):
+    run_ranks(2, train_here, {**inputs, "steps": 3, "save_interval": 2})
+    folder = Path(shutil.copytree(inputs["run_dir"], tmp_path / "a run"))  # the ranks go on, and hold the lock
+    *_, train, valid = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    found, source = said(folder), open_source(folder / "checkpoints/step_3")
+    parameters = sum(math.prod(shape) for shape in source.shapes.values())
+    assert found["model"] == f"{inputs['preset']}, {parameters:,} parameters on 2 ranks, ep_size 1"
+    assert found["state"] == "done"
+    assert found["step"].startswith("3 of 3, logged 0:0")
+    assert found["loss"] == f"{train['loss']:.4f}; held out {valid['loss']:.4f} after step 3"
+    assert found["MaxVio"] == f"{train['max_vio']:.2f}, running {train['running_max_vio']:.2f}"
+    assert found["speed"] == f"{train['tokens_per_second']:,.0f} tokens/s"
+    has(found["checkpoint"], "step_3, complete, saved 0:0")
+    assert found["next"] == f"megamoe chat '{folder}'"
+
+    (folder / "checkpoints/step_3/index.json").unlink()  # as if the save had been interrupted
+    found = said(folder)
+    assert found["state"] == "not running"
+    has(found["checkpoint"], "step_2, complete")
+    assert found["go"].endswith(f" --run_dir '{folder}' --resume")
+
+
+def test_a_run_that_has_just_begun_is_told_from_one_that_was_killed_before_its_first_step(inputs, said, monkeypatch):
+    words = ["--ds_config", inputs["ds_config"], "--preset", inputs["preset"], "--steps", "4"]
+    monkeypatch.setattr("sys.argv", ["megamoe/pretrain.py", "--local_rank=1", *words])
+    checked = check({**inputs, "steps": 4})
+    begin(checked)
+    command = [sys.executable, "-m", "megamoe", "status", inputs["run_dir"]]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    has(lines, f"running: process {os.getpid()} on {socket.gethostname()}", "none is logged yet, of 4", "none yet")
+    assert "go on" not in lines
+    del checked  # which holds the lock
+    found = said(Path(inputs["run_dir"]))
+    assert (found["state"], found["checkpoint"]) == ("not running", "none yet")
+    again = ["megamoe", "train", "--ranks", "1", *words, "--run_dir", inputs["run_dir"], "--auto_resume"]
+    assert shlex.split(found["go"]) == ["on", *again]
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    universal = tmp_path / "step_3"  # with the record of its run
+    RunFolder(universal).enter({}, [])
+    for path in (tmp_path, tmp_path / "none", universal):
+        has(refusal(status, Status(run=path)), f"{path} holds no run", "give a run folder")
