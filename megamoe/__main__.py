@@ -21,6 +21,7 @@ VERBS = {
         "predict memory, traffic and time of a run",
         "megamoe plan --gpus 64 --preset moonlight-16b-a3b --ep_size 8 --ds_config ds_configs/zero2.json",
     ),
+    "train": ("train a model with the GPUs of this host, or on its CPU", "megamoe train --text my.txt"),
     "status": ("say what a run is doing, or where it ended and how to go on", "megamoe status runs/mine"),
     "generate": (
         "continue prompts with a trained model",

@@ -1,4 +1,4 @@
-"""Pretrain a model: `deepspeed --num_gpus 8 megamoe/pretrain.py --ds_config ds_configs/zero2.json`.
+"""Pretrain a model, as one of the ranks that `megamoe train`, `deepspeed`, torchrun or srun starts.
 
 Join the other ranks, check everything at once, build, restore, train, close. `--help` lists the options; each is a
 field of RunConfig.
@@ -7,15 +7,18 @@ field of RunConfig.
 from __future__ import annotations
 
 import signal
+import sys
 
 from megamoe.utils.interrupts import on_interrupt
+from megamoe.utils.quiet import quiet_deepspeed
 
 if __name__ == "__main__":  # while the rest is loaded
     on_interrupt(signal.SIG_DFL)
+    if "--verbose" not in sys.argv:
+        quiet_deepspeed()
 
 import contextlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +41,10 @@ from megamoe.data.batches import TrainData
 from megamoe.evaluation.held_out import Evaluator
 from megamoe.evaluation.tasks import TaskEvaluator
 from megamoe.formats.config_json import find_preset
+from megamoe.launch.codes import STOPPED
 from megamoe.launch.determinism import make_deterministic
 from megamoe.launch.distributed import init_distributed, raise_on_any_rank
-from megamoe.launch.exits import STOPPED, code_of, end_groups, leave, message_of
+from megamoe.launch.exits import code_of, end_groups, leave, message_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
 from megamoe.model.attention_kernels import describe_attention

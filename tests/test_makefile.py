@@ -1,7 +1,6 @@
 """What make and tools/install.sh refuse on machines that lack something, before they install anything."""
 
 import os
-import re
 import shutil
 import stat
 import subprocess
@@ -25,7 +24,7 @@ def checkout(tmp_path):
     """A folder, with a space in its path, that has what make reads."""
     folder = tmp_path / "a checkout"
     folder.mkdir()
-    for name in ("megamoe", "ds_configs", "launch_scripts", "pyproject.toml"):
+    for name in ("megamoe", "pyproject.toml"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "Makefile", folder)  # a lock on it is this test's alone
     (folder / "tools").mkdir()
@@ -41,40 +40,12 @@ def make(folder, *words, path=os.environ["PATH"]):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("TEXT=my text.txt", "TEXT is 'my text.txt'; give one path, without spaces; a link will do: ln -s"),
-        ("TEXT=none.txt", "TEXT is none.txt, which does not exist; give a text file"),
-        ("RUN=", "RUN is ''; give the path of a run folder, without spaces"),
-        ("RUN=runs/my run", "RUN is 'runs/my run'; give the path of a run folder, without spaces"),
-    ],
-)
-def test_a_text_or_run_folder_that_make_cannot_take_is_refused_by_name(word, said, checkout):
-    (checkout / "my text.txt").touch()
-    code, output = make(checkout, "-n", "train", word)
-    assert code == 2
-    has(output, said)
-
-
-def test_a_text_is_prepared_once_and_again_when_it_has_changed(checkout):
-    text, venv = checkout / "my.txt", checkout / ".venv"
-    text.touch()
-    venv.mkdir()
-    (venv / ".train").write_text(f"{checkout}\n")
-
-    def prepares():
-        code, said = make(checkout, "-n", "train", f"TEXT={text.name}")
-        assert code == 0, said
-        return re.findall(r"prepare_data.py my.txt --out (\S+)", said)
-
-    (tokens,) = prepares()
-    (checkout / tokens).mkdir(parents=True)
-    (checkout / tokens / "corpus.json").touch()
-    assert prepares() == []
-    later = (checkout / tokens / "corpus.json").stat().st_mtime + 1
-    os.utime(text, (later, later))
-    assert prepares() == [tokens]
+def test_options_of_make_are_those_of_megamoe_train_and_paths_may_have_spaces(checkout):
+    code, said = make(checkout, "-n", "train", "TEXT=my text.txt", "RUN=runs/my run", "STEPS=60", "PRESET=tiny")
+    assert code == 0, said
+    has(said, "megamoe train --text 'my text.txt' --preset tiny --schedule_steps 60 --run_dir 'runs/my run'\n")
+    assert "fetch_corpus" not in said
+    has(make(checkout, "-n", "train")[1], "fetch_corpus.py --out data/plays\n", "megamoe train --text 'data/plays'")
 
 
 def test_a_checkout_that_was_moved_with_its_environment_is_refused(checkout):
@@ -90,7 +61,7 @@ def test_a_checkout_that_was_moved_with_its_environment_is_refused(checkout):
 def programs(folder, **texts):
     """A PATH with these programs in place of the host's Python."""
     folder.mkdir()
-    for name in ("sh", "make", "cat", "sed", "date", "rm", "ln", "mkdir", "find", "test", "flock"):
+    for name in ("sh", "make", "cat", "rm", "ln", "mkdir", "find", "test", "flock"):
         (folder / name).symlink_to(shutil.which(name))
     for name, text in texts.items():
         (folder / name).write_text(text.format(python=sys.executable))

@@ -1,12 +1,14 @@
 """Evaluate a model on texts, or on tasks of lm-evaluation-harness.
 
-Each document stands behind an end-of-text token, and each of its tokens is predicted once. `deepspeed --num_gpus N
-tools/evaluate.py ...` shares the work between N ranks and gives the same numbers.
+Each document stands behind an end-of-text token, and each of its tokens is predicted once. With --ranks N, N ranks
+share the work and give the same numbers.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from megamoe.evaluation.scoring import Share, bits_per_byte, score, windows_of
 from megamoe.evaluation.tasks import TaskEvaluator, Tasks, load_tasks
 from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import end_groups
+from megamoe.launch.local import run_ranks
 from megamoe.model.decoder import Decoder
 from megamoe.utils.errors import Problems
 
@@ -98,6 +101,8 @@ def _line(values: dict[str, Any], name: str) -> str:
 
 
 def evaluate(options: Evaluate) -> None:
+    if options.ranks and "RANK" not in os.environ:
+        sys.exit(run_ranks(sys.orig_argv[1:], options.ranks))  # this command line, which each of them reads again
     rendezvous, device = init_distributed()
     rank = rendezvous.rank_info.rank
     problems = Problems()

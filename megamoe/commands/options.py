@@ -84,6 +84,7 @@ class Evaluate(ModelOptions, JsonFile, Windows):
     text_key: str = Field(default="text", description="key of the text in JSON lines")
     tasks: list[str] = Field(default=[], description="tasks of lm-evaluation-harness")
     task_folder: str | None = Field(default=None, description="folder of your own tasks (YAML), found first")
+    ranks: int | None = Field(default=None, ge=1, description="ranks to start on this host, which share the work")
 
     @model_validator(mode="after")
     def _check(self) -> Evaluate:

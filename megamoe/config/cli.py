@@ -50,7 +50,7 @@ class Options(BaseModel):
         for name in cls.__annotations__:
             field = cls.model_fields[name]
             field.kw_only = POSITIONAL not in field.metadata
-            says_nothing = field.default is None or field.default is False or field.default == []
+            says_nothing = field.default is None or field.default is False or field.default in ([], "")
             field.metadata.append(Parameter(show_default=False if says_nothing else _shown_default))
             if group:
                 field.metadata.append(Parameter(group=titled(group)))

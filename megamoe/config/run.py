@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from megamoe.config.cli import LAST, Options, make_app, parse
+from megamoe.config.model import load_preset
 from megamoe.utils.errors import UserError
 
 Recompute = Literal["whole", "selective"]  # what of a block backward recomputes, see `model/recompute.py`
@@ -84,11 +85,44 @@ HeldOutOption = Annotated[HeldOutSource, _from_text(parse_held_out)]
 ONE_WORD_EACH = Parameter(accepts_keys=False, n_tokens=1)
 
 
+RECIPE_DIR = Path(__file__).parent / "recipes"
+RECIPES = {  # by preset
+    **dict.fromkeys(("tiny", "tiny-glm", "tiny-deepseek"), "tiny"),
+    "tiny-plus": "tiny_plus",
+    **dict.fromkeys(("small", "moe-680m", "moe-680m-plus"), "zero2"),
+}
+
+
+def find_recipe(name: str, preset: str) -> str:
+    """Path of a DeepSpeed JSON: a shipped one by its name, or else `name` itself; for "" that of a shipped preset.
+    Raises ValueError, or UserError where the preset does not exist."""
+    shipped = {path.stem: str(path) for path in RECIPE_DIR.glob("*.json")}
+    remedy = f"give the path of a DeepSpeed JSON, or one of {', '.join(sorted(shipped))}."
+    if not name:
+        if not Path(preset).exists():
+            load_preset(preset)  # says that there is none
+        if preset not in RECIPES:
+            raise ValueError(f"no recipe is shipped for the preset {preset}; {remedy}")
+        name = RECIPES[preset]
+    elif name not in shipped and not name.endswith(".json") and not Path(name).exists():
+        raise ValueError(f"{name} is neither a file nor the name of a shipped recipe; {remedy}")
+    return shipped.get(name, name)
+
+
 class Essentials(Options):
-    ds_config: str = Field(description="path of the DeepSpeed JSON")
     preset: str = Field(
         default="moe-680m", description="name of a shipped preset, or path of its JSON or of a Hugging Face directory"
     )
+    ds_config: str = Field(
+        default="",
+        validate_default=True,
+        description="path of the DeepSpeed JSON, or the name of a shipped one; by default that of the preset",
+    )
+
+    @field_validator("ds_config")
+    @classmethod
+    def _find_recipe(cls, value: str, given: ValidationInfo) -> str:
+        return find_recipe(value, given.data.get("preset", ""))
 
 
 class Speed(Options, group="Speed and memory"):
@@ -219,7 +253,7 @@ class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
     """What the command line of a run owns. Each field is one option; its description is the option's help."""
 
     data: Annotated[list[CorpusOption], ONE_WORD_EACH] = Field(
-        default=[Corpus(path="data/shakespeare-2048")],
+        default=[Corpus(path="data/plays-2048")],
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of megamoe prepare, a path or "
         "s3://, gs://; the prefix of .bin/.idx; or MODULE:NAME, a source of your own, see docs/data.md",
@@ -267,12 +301,15 @@ class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
         return Path(self.run_dir or Path("runs") / preset.name.removesuffix(".json"))
 
 
+DEFAULTS = RunConfig()
+
+
 def parse_run(words: list[str] | None = None) -> RunConfig:
     """A run of the command line, by default this process's; --help is printed, and gives none. Raises UserError."""
     app = make_app("pretrain.py", group_commands=LAST, help="Pretrain a Mixture-of-Experts decoder with DeepSpeed.")
 
     @app.default
-    def run(options: RunConfig) -> RunConfig:
+    def run(options: RunConfig = DEFAULTS) -> RunConfig:
         return options
 
     return parse(app, sys.argv[1:] if words is None else words)()

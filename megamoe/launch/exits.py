@@ -1,10 +1,9 @@
-"""The exit codes of a run, and how a rank leaves with one."""
+"""How a rank leaves, with which exit code."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 import traceback
@@ -16,19 +15,11 @@ import torch.distributed as dist
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _abort_process_group
 
+from megamoe.launch.codes import FAILED, INTERRUPTED, REFUSED, STOPPED, Stopped
 from megamoe.launch.rank_info import RANK_ON_HOST
 from megamoe.utils.errors import PeerError, UserError, first_line
 
-FAILED = 1  # an error of the program, or of what it runs on: disk, network
-REFUSED = 2  # what the user must change
-STOPPED = 75  # saved and left early: EX_TEMPFAIL of sysexits.h
-LOST = 76  # another rank died, or no rank makes progress
-INTERRUPTED = 128 + signal.SIGINT
 END_SECONDS = 5  # for the process groups to end
-
-
-class Stopped(Exception):
-    """The run was asked to stop before there was anything to save."""
 
 
 def code_of(error: BaseException) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from megamoe.launch.exits import INTERRUPTED, Stopped
+from megamoe.launch.codes import INTERRUPTED, Stopped
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_INTERRUPT_SECONDS = 0.5  # a launcher may forward the Ctrl-C that the terminal has sent to all

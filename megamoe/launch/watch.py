@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
+from megamoe.launch.codes import LOST, Stopped
 from megamoe.launch.exchange import wait_for_keys
-from megamoe.launch.exits import LOST, Stopped, code_of, end_groups, leave, message_of
+from megamoe.launch.exits import code_of, end_groups, leave, message_of
 from megamoe.launch.holders import Holders, find_process, is_alive
 from megamoe.launch.rendezvous import Rendezvous
 from megamoe.utils.errors import UserError, first_line

@@ -19,8 +19,8 @@ from megamoe.data.prefetch import Prefetcher
 from megamoe.evaluation.held_out import Evaluator
 from megamoe.evaluation.scoring import Share
 from megamoe.evaluation.tasks import TaskEvaluator
+from megamoe.launch.codes import FAILED, REFUSED
 from megamoe.launch.distributed import on_any_rank
-from megamoe.launch.exits import FAILED, REFUSED
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position
 from megamoe.training.balancing import Balance

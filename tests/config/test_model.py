@@ -83,32 +83,49 @@ def test_the_run_folder_has_the_name_of_the_preset_by_default(tmp_path, monkeypa
         ".": "here.2",
         "..": "above",
     }.items():
-        assert RunConfig(ds_config="x", preset=preset).folder == Path("runs") / folder
-        assert RunConfig(ds_config="x", preset=preset, run_dir="mine").folder == Path("mine")
+        assert RunConfig(ds_config="x.json", preset=preset).folder == Path("runs") / folder
+        assert RunConfig(ds_config="x.json", preset=preset, run_dir="mine").folder == Path("mine")
 
 
 def test_data_is_a_path_or_a_path_with_its_weight():
-    run = validate(RunConfig, {"ds_config": "x", "data": ["a", "b=2.5", "c=d=1"]}, "command line")
+    run = validate(RunConfig, {"data": ["a", "b=2.5", "c=d=1"]}, "command line")
     assert run.data == [Corpus(path="a"), Corpus(path="b", weight=2.5), Corpus(path="c=d", weight=1)]
 
 
 def test_a_time_limit_is_written_as_slurm_writes_it():
     for words, seconds in {"90": 5400, "0.5": 30, "0:00:25": 25, "1:30:00": 5400, "2-12:00:00": 216_000}.items():
-        assert validate(RunConfig, {"ds_config": "x", "time_limit": words}, "command line").time_limit == seconds
+        assert validate(RunConfig, {"time_limit": words}, "command line").time_limit == seconds
 
 
 def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
     run = parse_run(["--ds_config", "ds.json"])
     assert run == RunConfig(ds_config="ds.json")
-    run = parse_run(["--ds_config", "a", "--data", "x=0.7", "y=0.3", "--steps", "5", "--resume", "--local_rank=1"])
+    run = parse_run(["--data", "x=0.7", "y=0.3", "--steps", "5", "--resume", "--local_rank=1"])
     assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
     assert run.steps == 5
     assert run.resume
 
 
 @pytest.mark.parametrize(
+    ("words", "recipe"),
+    [("", "zero2"), ("--preset moe-680m-plus", "zero2"), ("--preset small", "zero2"), ("--preset tiny", "tiny"),
+     ("--preset tiny-plus", "tiny_plus"), ("--preset tiny-glm", "tiny"),
+     ("--preset mine.json --ds_config zero1", "zero1")],
+)  # fmt: skip
+def test_without_a_file_the_recipe_is_the_shipped_one_of_that_name_or_of_the_preset(words, recipe):
+    given, shipped = Path(parse_run(words.split()).ds_config), Path(__file__).parents[2] / "ds_configs"
+    assert given.samefile(shipped / f"{recipe}.json")
+
+
+@pytest.mark.parametrize(
     ("words", "parts"),
     [
+        (
+            "--preset olmoe-7b-a1b",
+            ["no recipe is shipped for the preset olmoe-7b-a1b; give the path", "zero2, zero2_fp"],
+        ),
+        ("--preset tiny_plus", ["preset 'tiny_plus' does not exist; use one of ", "tiny-plus"]),
+        ("--ds_config zero9", ["zero9 is neither a file nor the name of a shipped recipe", "one of tiny, tiny_plus"]),
         ("--ep_size 0", ['"ep_size" is "0"', "greater than 0"]),
         ("--data x=much", ["'x=much'", "PATH=WEIGHT"]),
         *((f"--data x={weight}", ["weight"]) for weight in ("0", "inf")),
@@ -116,4 +133,4 @@ def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
     ],
 )
 def test_a_bad_command_line_is_refused_with_the_value_and_the_remedy(words, parts):
-    has(only(refusals(parse_run, ["--ds_config", "a", *words.split()])), *parts)
+    has(only(refusals(parse_run, words.split())), *parts)

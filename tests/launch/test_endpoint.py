@@ -6,8 +6,9 @@ from dataclasses import asdict
 import pytest
 
 from megamoe.config.run import RunConfig
+from megamoe.launch.codes import FAILED, REFUSED
 from megamoe.launch.endpoint import Endpoint, _check, join
-from megamoe.launch.exits import FAILED, REFUSED, code_of
+from megamoe.launch.exits import code_of
 from megamoe.launch.network import free_port
 from megamoe.launch.preflight import Report
 from megamoe.utils.errors import UserError

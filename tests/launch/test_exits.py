@@ -21,7 +21,8 @@ from toy import ds_config, write_inputs
 
 from megamoe import pretrain
 from megamoe.launch import exits
-from megamoe.launch.exits import FAILED, INTERRUPTED, LOST, REFUSED, STOPPED, leave
+from megamoe.launch.codes import FAILED, INTERRUPTED, LOST, REFUSED, STOPPED
+from megamoe.launch.exits import leave
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RANK_ON_HOST
 from megamoe.launch.watch import Intervals, Watch
@@ -101,7 +102,7 @@ def plant_in_step(fault, step):
 
 def words_for(folder, *more, engine=False, steps=4):
     """A command line; its files are there for a rank with an engine."""
-    run = write_inputs(folder, ds_config(2)) if engine else {"ds_config": "", "preset": "", "data": [""]}
+    run = write_inputs(folder, ds_config(2)) if engine else {"ds_config": "ds.json", "preset": "", "data": [""]}
     return ["--ds_config", run["ds_config"], "--preset", run["preset"], "--data", *run["data"],
             "--run_dir", str(folder / "run"), "--steps", str(steps), "--eval_interval", "0", *more]  # fmt: skip
 

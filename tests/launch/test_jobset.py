@@ -6,7 +6,7 @@ import yaml
 
 from megamoe.config.model import load_preset
 from megamoe.config.run import parse_run
-from megamoe.launch.exits import REFUSED
+from megamoe.launch.codes import REFUSED
 
 ROOT = Path(__file__).parent.parent.parent
 MANIFEST = yaml.safe_load((ROOT / "launch_scripts" / "jobset.yaml").read_text())

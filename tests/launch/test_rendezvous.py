@@ -13,8 +13,9 @@ from benchmark_ranks import CountedStore
 from ranks import DEADLINE
 
 from megamoe.launch import rendezvous
+from megamoe.launch.codes import FAILED, REFUSED
 from megamoe.launch.exchange import open_store
-from megamoe.launch.exits import FAILED, REFUSED, code_of
+from megamoe.launch.exits import code_of
 from megamoe.launch.network import free_port
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import join

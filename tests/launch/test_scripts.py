@@ -10,31 +10,24 @@ from pathlib import Path
 import pytest
 from ranks import DEADLINE
 
-from megamoe.launch.network import free_port
-
 SCRIPTS = Path(__file__).parent.parent.parent / "launch_scripts"
 
-# python -m deepspeed.launcher.runner starts launch.py, whose command line the scripts look for, and that starts ranks.
-RUNNER = """#!/usr/bin/env bash
-exec -a "/home/a user/python -u -m deepspeed.launcher.launch --master_port=$6" bash "$0.ranks" &
-wait $!
+TORCHRUN = "multi_node_torchrun.sh"
+JOINED = "#!/bin/sh\necho h1:29400 10.0.0.1 true\n"  # preflight.py endpoint
+# torchrun's agent, whose command line the script looks for, starts ranks.
+AGENT = """#!/usr/bin/env bash
+exec -a "/home/a user/python --rdzv-endpoint=h1:29400" bash "$0.ranks"
 """
 RANKS = """
 rank() {
-  trap 'exit 75' USR1
+  trap 'echo 75 > "$MEGAMOE_EXIT_NOTE"; exit 75' USR1
   echo ready
   while :; do sleep 0.02; done
 }
 rank & rank &
 wait -n
 """
-
-
-TORCHRUN = "multi_node_torchrun.sh"
 REFUSED = [  # variables, the script and its words, and what it says
-    ("single_node.sh", "the number of ranks is ''; start launch_scripts/single_node.sh RANKS"),
-    ("CUDA_VISIBLE_DEVICES=GPU-1 single_node.sh 2", "CUDA_VISIBLE_DEVICES is 'GPU-1'; deepspeed"),
-    ("CUDA_VISIBLE_DEVICES=3 single_node.sh 2", "CUDA_VISIBLE_DEVICES is '3', for 2 ranks; name"),
     ("multi_node_pdsh.sh --steps 5", "the hostfile is '--steps'; start"),
     ("MAX_RESTARTS=x multi_node_pdsh.sh f", "MAX_RESTARTS is 'x'; give a whole number."),
     (f"HOSTS=2 {TORCHRUN}", "HOSTS is '2', RANKS '', ENDPOINT ''; set all three:"),
@@ -65,18 +58,14 @@ def test_a_hostfile_is_refused_in_a_folder_with_a_space(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_code(tmp_path, number):
-    for name, text in {"python": RUNNER, "pgrep": "#!/bin/sh\nexit 127\n"}.items():  # which slim containers lack
+    programs = {"torchrun": AGENT, "python": JOINED, "pgrep": "#!/bin/sh\nexit 127\n"}  # which slim containers lack
+    for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(stat.S_IRWXU)
-    (tmp_path / "python.ranks").write_text(RANKS)
-
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": str(free_port())}
+    (tmp_path / "torchrun.ranks").write_text(RANKS)
+    settings = {"HOSTS": "1", "RANKS": "2", "ENDPOINT": "h1:29400", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with subprocess.Popen(
-        [SCRIPTS / "single_node.sh", "2"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        [SCRIPTS / TORCHRUN], env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as script:
         assert [script.stdout.readline(), script.stdout.readline()] == ["ready\n", "ready\n"]
         script.send_signal(number)
@@ -100,17 +89,6 @@ def test_a_signal_is_handed_to_the_ranks_of_another_host_and_does_not_interrupt_
         assert script.stdout.readline() == "ready\n"
         script.send_signal(signal.SIGTERM)
         assert script.wait(DEADLINE) == 75
-
-
-@pytest.mark.parametrize(("visible", "words"), [("", "--num_gpus 2"), ("5,3,1", "--include localhost:5,3")])
-def test_ranks_get_the_devices_made_visible_and_deepspeed_no_folder_of_path_that_cannot_be_entered(
-    tmp_path, visible, words
-):
-    programs = {"python": f'#!/bin/sh\necho "$PATH $@" > {tmp_path}/given\n'}
-    path = f"{tmp_path}:/none/bin:/usr/bin:/bin"
-    run_script(tmp_path, programs, SCRIPTS / "single_node.sh", "2", CUDA_VISIBLE_DEVICES=visible, PATH=path)
-    expected = f"{tmp_path}:/usr/bin:/bin -m deepspeed.launcher.runner {words} --master_port "
-    assert (tmp_path / "given").read_text().startswith(expected)
 
 
 COUNTED = """#!/bin/sh
@@ -164,14 +142,8 @@ def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(lau
     }
     pdsh = [str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile"]
     assert run_script(tmp_path, programs, *pdsh, MAX_RESTARTS="1")[:2] == (code, 1 + restarted)
-    programs["python"] = f'#!/bin/sh\n[ "$1" = -m ] || {{ echo 1234; exit; }}\nexec {tmp_path}/deepspeed\n'
-    single = [str(SCRIPTS / "single_node.sh"), "2"]
-    end, _, said = run_script(tmp_path, programs, *single)
-    assert end == code
-    line = f"error: the ranks exited with code {code}; if no line above says why, they were killed (out of memory?); "
-    assert (f"{line}resume with --resume.\n" in said) == restarted
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".exit")] == []
-    programs = {"torchrun": programs["deepspeed"], "python": "#!/bin/sh\necho h1:29400 10.0.0.1 true\n"}
+    programs = {"torchrun": programs["deepspeed"], "python": JOINED}
     settings = {"HOSTS": "1", "RANKS": "2", "ENDPOINT": "h1:29400"}
     if (launcher, note) == (0, "75"):
         code = 75  # its ranks leave with 0 when they were asked to stop
@@ -184,13 +156,15 @@ def test_what_libraries_read_from_the_environment_is_forwarded_to_the_other_host
         "FI_PROVIDER": "efa", "LD_PRELOAD": "", "NCCL_DEBUG": "WARN", "PYTORCH_CUDA_ALLOC_CONF": "a:True,b:2",
         "TORCH_CUDA_ARCH_LIST": "8.0 9.0", "TORCHINDUCTOR_CACHE_DIR": "/a", "TRITON_CACHE_DIR": "/b",
     }  # fmt: skip
+    read["PATH"] = f"{tmp_path}:/usr/bin:/bin"
     of_this_host = {"CUDA_VISIBLE_DEVICES": "1", "HOSTNAME": "h0", "SECRET": "x"}
     programs = {
         "deepspeed": f'#!/bin/sh\ncp "$DS_ENV_FILE" {tmp_path}/forwarded\necho 0 > "$MEGAMOE_EXIT_NOTE"\n',
         "python": f'#!/bin/sh\necho h1 slots=2 > "$5"\necho h1 127.0.0.1 1234 {tmp_path}/runs/mine\n',
     }
     words = [str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile"]
-    assert run_script(tmp_path, programs, *words, **read, **of_this_host)[0] == 0
+    given = {**read, **of_this_host, "PATH": f"/none:{read['PATH']}"}  # DeepSpeed ends at a folder that it cannot enter
+    assert run_script(tmp_path, programs, *words, **given)[0] == 0
     lines = (tmp_path / "forwarded").read_text().splitlines()
     forwarded = dict(line.split("=", 1) for line in lines)
     assert read.items() <= forwarded.items()

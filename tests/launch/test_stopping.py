@@ -13,7 +13,7 @@ import pytest
 from ranks import DEADLINE, start_processes
 
 from megamoe.launch import stopping
-from megamoe.launch.exits import INTERRUPTED, Stopped
+from megamoe.launch.codes import INTERRUPTED, Stopped
 from megamoe.launch.holders import is_alive
 from megamoe.launch.stopping import Deadline, StopRequest
 

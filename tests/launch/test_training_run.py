@@ -1,5 +1,5 @@
-"""single_node.sh with all that it starts: DeepSpeed's launcher, and ranks that train. Other ends are in test_exits.py
-and, under every launcher, in tests/launchers."""
+"""single_node.sh with all that it starts: `megamoe train`, and ranks that train. Other ends are in test_local.py and
+test_exits.py and, under every launcher, in tests/launchers."""
 
 import os
 import re
@@ -13,7 +13,6 @@ from ranks import DEADLINE, run_ranks
 from toy import ds_config, train_here, write_inputs
 
 SCRIPT = Path(__file__).parent.parent.parent / "launch_scripts" / "single_node.sh"
-NO_GPU = "Setting accelerator to CPU. If you have GPU or other"  # which DeepSpeed prints in every process
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_resumes(tmp_path):
@@ -40,7 +39,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_resumes(tmp_path):
     logged = [line for line in said if re.search(r"step=\d+ avg_loss=\d\.\d{4} lr=\S+ tok/s=\d+ mfu=\d+\.\d% ", line)]
     last = len(logged)  # only one rank prints
     assert any(f"stopped by a signal after step {last};" in line for line in said), "".join(said)
-    assert {line for line in said if said.count(line) > 1 and NO_GPU not in line} == set()
+    assert {line for line in said if said.count(line) > 1 or "WARNING" in line} == set()
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == f"step_{last}"
     resumed = run_ranks(2, train_here, {**run, "steps": last + 2, "auto_resume": True})[0]
     assert [record["step"] for record in resumed["train"]] == list(range(1, last + 3))

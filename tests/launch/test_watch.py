@@ -13,7 +13,7 @@ from torch.distributed import DistError, HashStore
 from toy import PRESET
 
 from megamoe.config.model import ModelConfig
-from megamoe.launch.exits import LOST
+from megamoe.launch.codes import LOST
 from megamoe.launch.rank_info import RankInfo
 from megamoe.launch.rendezvous import Rendezvous
 from megamoe.launch.watch import MAX_SECONDS_BETWEEN_CHECKS, Intervals, Position, StallTimer, Watch

@@ -1,16 +1,15 @@
-"""pretrain.py under DeepSpeed's own launcher on one host, without a script and below single_node.sh: how it ends before
-its last step. On a CPU it ends without an engine; with one, below the script, in tests/launch/test_training_run.py."""
+"""pretrain.py under DeepSpeed's own launcher on one host: how it ends before its last step. On a CPU it ends without an
+engine; with one, below `megamoe train`, in tests/launch/test_training_run.py."""
 
 import os
 import re
 import signal
-import time
 
 import psutil
 import pytest
 from cluster import BIN, DEADLINE, ROOT, ThisHost
 from devices import on_gpus
-from runs import INTERRUPTED, LOST, Run, inputs
+from runs import LOST, Run, inputs
 
 from megamoe.launch.network import free_port
 
@@ -73,17 +72,3 @@ def test_stalled_ranks_end_and_print_where_each_of_them_is(launch, device):
     assert re.match(rf"error: no rank has made progress for 5 s: ({both}|{each}); resume from", error)
     second.resume()
     assert run.wait() == LOST, run.said
-
-
-def test_a_second_ctrl_c_to_the_script_ends_a_run_that_cannot_save(stub, tmp_path, runs):
-    words = [str(stub / "launch_scripts" / "single_node.sh"), "2", *inputs(tmp_path, 100_000, "--ep_size", "2")]
-    runs.append(run := Run(ThisHost(DS_ACCELERATOR="cpu"), tmp_path, words))
-    run.await_text("step=5 ")
-    ranks = run.ranks()
-    ranks[0].suspend()  # so the other waits for it
-    os.killpg(run.process.pid, signal.SIGINT)
-    time.sleep(1.5)
-    os.killpg(run.process.pid, signal.SIGINT)
-    assert run.wait() == INTERRUPTED, run.said
-    ranks[0].resume()
-    run.assert_none_left()

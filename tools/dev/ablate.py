@@ -3,7 +3,7 @@
 TABLE.json names a preset, a DeepSpeed JSON and changes of them:
 
     {"preset": "tiny", "ds_config": "ds_configs/tiny.json",
-     "options": {"data": "data/shakespeare-1024", "eval_samples": 1000},
+     "options": {"data": "data/plays-1024", "eval_samples": 1000},
      "changes": {"qk-norm": {"preset": {"qk_norm": "head"}},
                  "beta2": {"ds_config": {"optimizer.params.betas": [0.9, 0.99]}},
                  "long": {"steps": 400, "options": {"seq_len": 512}}}}

@@ -1,6 +1,6 @@
 """What surrounds the training step: tokenising, reading samples, and starting.
 
-    python tools/dev/benchmark_data.py data/plays data/shakespeare-1024       text and the corpus made of it
+    python tools/dev/benchmark_data.py data/plays data/plays-1024       text and the corpus made of it
 
 Prints bytes per second of tokenising with the corpus' tokenizer, by `tokenizers` and `fastokens`; the time to read one
 sample; the time that a rank of a small or a large run takes for a step's batch, for one corpus and for a mix; the time

@@ -1,0 +1,99 @@
+"""megamoe train: the words that its ranks get, and from a text to samples. Its signals and exit codes are in
+tests/launch/test_local.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import DEADLINE
+from refusals import has, refusal
+from toy import PRESET, ds_config
+
+from megamoe import __main__ as program
+from megamoe.commands import train as command
+from megamoe.commands.train import prepare_text
+from megamoe.utils.json_files import read_json
+
+TEXT = "The quick brown fox jumps over the lazy dog, and it sleeps on. " * 600
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text(json.dumps(ds_config(2)))
+    Path("preset.json").write_text(json.dumps({**PRESET, "vocab_size": 300, "max_position_embeddings": 256}))
+    Path("my text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def test_a_text_becomes_samples_of_a_model_and_its_losses(folder):
+    words = ["--text", "my text.txt", "--preset", "preset.json", "--ds_config", "ds.json", "--steps=4", "--ranks=1"]
+    root = Path(program.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "megamoe", "train", *words], capture_output=True, text=True, timeout=DEADLINE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run,) = Path("runs").iterdir()
+    assert run.name.startswith("my_text-2")
+    has(done.stdout, "[sample 5] prompt:", "validation at step 4:", f"checkpoints: {run}/checkpoints")
+    assert "DeepSpeed" not in done.stdout + done.stderr
+    assert "accelerator" not in done.stdout + done.stderr
+    data = read_json(run / "run.json")
+    assert "data/my_text-300" in json.dumps(data)
+
+
+def test_a_text_is_prepared_once_and_again_when_it_or_its_place_has_changed(folder, monkeypatch, capsys):
+    text = Path("my text.txt")
+
+    def is_prepared():
+        assert prepare_text(text, "preset.json") == Path("data/my_text-300")
+        return "corpus in data/my_text-300" in capsys.readouterr().out
+
+    assert is_prepared()
+    assert not is_prepared()
+    text.write_text(TEXT * 2)
+    assert is_prepared()
+    Path("other").mkdir()
+    text = text.rename("other/my text.txt")
+    assert is_prepared()
+    Path("data/my_text-300/text.json").unlink()  # as one of megamoe prepare
+    has(refusal(prepare_text, text, "preset.json"), "data/my_text-300")
+    assert Path("data/my_text-300/corpus.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "of_ranks", "number"),
+    [
+        ("--ranks 3 --preset tiny --verbose", "--preset tiny --verbose", 3),
+        ("--steps=5 --ranks=1 --data a b=2 --time_limit 1:00:00", "--steps=5 --data a b=2 --time_limit 1:00:00", 1),
+        (
+            "--text my.txt --steps 5 --ranks 2",
+            "--steps 5 --preset tiny-plus --data data/my --run_dir runs/my-now --eval_interval 100 --auto_resume",
+            2,
+        ),
+        (
+            "--ranks 2 --run_dir r --text=my.txt --preset tiny --eval_interval 0",
+            "--run_dir r --preset tiny --eval_interval 0 --data data/my --auto_resume",
+            2,
+        ),
+    ],
+)
+def test_ranks_get_the_words_but_for_those_of_train_alone_and_with_what_a_text_implies(
+    words, of_ranks, number, monkeypatch, capsys
+):
+    given = []
+    monkeypatch.setattr(command, "run_ranks", lambda *call: given.append(call) or 75)
+    monkeypatch.setattr(command, "prepare_text", lambda text, preset: f"data/{text.stem}")
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    monkeypatch.setattr(sys, "argv", ["megamoe", "train", *words.split()])
+    with pytest.raises(SystemExit) as caught:
+        program.main()
+    assert caught.value.code == 75
+    (((rank, *rest), ranks),) = given
+    assert (Path(rank).name, rest, ranks) == ("pretrain.py", of_ranks.split(), number)
+    again = f"to continue: megamoe train {words} --run_dir runs/my-now\n"
+    assert capsys.readouterr().err == (again if "runs/my-now" in of_ranks else "")
