@@ -7,7 +7,8 @@
 # make test               every test that needs one host, no GPU and no root
 # make test-cluster       the launchers on two hosts in namespaces: needs root on Debian, installs sshd, pdsh and Slurm
 # make gpu                checks and speed on the GPUs of this host: ten minutes on one H100 (predicted)
-# make check              formatting, lint, types and the number of lines
+# make check              formatting, lint, types, the number of lines and the docs
+# make docs               the site of README and docs/ in build/site; a broken link is an error
 # make bench              the training step compared with DeepSpeed's MoE layer and Mixtral: 20 minutes, 17 GiB
 # make bench-short        a tiny model compared with DeepSpeed's MoE layer: a minute
 
@@ -25,7 +26,7 @@ ifneq ($(or $(PYTHON),$(if $(realpath .venv/bin/python),,gone)),)
 .PHONY: .venv/.train # tools/install.sh looks whether its Python is the one that is asked for, or is gone
 endif
 
-.PHONY: train ready test test-cluster gpu check bench bench-short
+.PHONY: train ready test test-cluster gpu check docs bench bench-short
 train:
 	@flock --nonblock Makefile true || echo "waiting for another 'make train' here to prepare its data" >&2
 	@flock --no-fork Makefile $(MAKE) --no-print-directory ready
@@ -60,6 +61,10 @@ check: .venv/.test
 	python -m ruff check .
 	python -m mypy
 	python tools/dev/check_lines.py
+	python tools/dev/build_docs.py
+
+docs: .venv/.test
+	python tools/dev/build_docs.py
 
 data/plays: | .venv/.train
 	rm -rf data/.plays-*

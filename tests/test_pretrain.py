@@ -123,7 +123,7 @@ def test_a_decay_branches_from_a_middle_checkpoint_of_a_constant_run_in_a_folder
     assert result == 2
     assert "is at step 8 already and the run ends at 8; to train on, raise --steps" in said
 
-    (tmp_path / "branch" / "checkpoints").mkdir(parents=True)  # as docs/schedules.md has it
+    (tmp_path / "branch" / "checkpoints").mkdir(parents=True)  # as docs/reference/schedules.md has it
     for file in (tmp_path / "stable").glob("*.json*"):
         shutil.copy(file, tmp_path / "branch")
     shutil.copytree(tmp_path / "stable" / "checkpoints" / "step_4", tmp_path / "branch" / "checkpoints" / "step_4")

@@ -1,4 +1,4 @@
-"""Turn text into tokens. A call that was stopped goes on when it is made again. See docs/data.md."""
+"""Turn text into tokens. A call that was stopped goes on when it is made again. See docs/reference/data.md."""
 
 from __future__ import annotations
 

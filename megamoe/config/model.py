@@ -22,7 +22,9 @@ PRESET_DIR = Path(__file__).parent / "presets"
 class JsonModel(BaseModel):
     """Settings of a JSON file: a number in quotes is none, and 1e4 is a whole number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -147,7 +147,7 @@ class Schedule(Options, group="Length and schedule"):
     )
     data_schedule: str | None = Field(
         default=None,
-        description="path of a JSON file of phases with other data, lengths or batches, see docs/schedules.md",
+        description="path of a JSON file of phases with other data, lengths or batches",
     )
     ema_decay: float | None = Field(
         default=None,
@@ -190,7 +190,7 @@ class Data(Options, group="Data"):
     packing: Literal["cut", "best_fit"] = Field(
         default="cut",
         description="how documents become samples: cut where a sample ends, or best_fit, which cuts none that fits "
-        "into a sample, see docs/data.md",
+        "into a sample",
     )
     cache_dir: str | None = Field(
         default=None, description="folder on local disk to cache object stores in; by default that of your caches"
@@ -229,7 +229,7 @@ class Checkpoints(Options, group="Checkpoints"):
 
 class Guarding(Options, group="Guard against spikes"):
     guard: Literal["off", "warn", "act"] = Field(
-        default="warn", description="what is done about spikes of the loss or the gradient norm, see docs/guard.md"
+        default="warn", description="what is done about spikes of the loss or the gradient norm"
     )
     guard_deviations: float = Field(
         default=6.0,
@@ -256,7 +256,7 @@ class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
         default=[Corpus(path="data/plays-2048")],
         min_length=1,
         description="one or more PATH or PATH=WEIGHT: a folder of megamoe prepare, a path or "
-        "s3://, gs://; the prefix of .bin/.idx; or MODULE:NAME, a source of your own, see docs/data.md",
+        "s3://, gs://; the prefix of .bin/.idx; or MODULE:NAME, a source of your own",
     )
     run_dir: str | None = Field(default=None, description="folder of this run; by default runs/PRESET")
     resume: bool = Field(default=False, description="resume from the newest checkpoint in the run folder")

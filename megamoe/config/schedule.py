@@ -15,19 +15,15 @@ from megamoe.config.model import JsonModel, validate
 from megamoe.utils.errors import Problems, UserError, shown
 
 Decay = Literal["linear", "cosine", "1-sqrt"]
-Peak = Annotated[float, Field(gt=0)]
-"""Learning rate at the end of the warm-up."""
-Initial = Annotated[float, Field(ge=0)]
-"""Learning rate at step 0."""
-WarmupSteps = Annotated[int, Field(ge=0)]
-"""Steps of linear warm-up."""
-TotalSteps = Annotated[int, Field(gt=0)]
-"""Step at which the decay ends, and the last that a run may take."""
-Ratio = Annotated[float, Field(ge=0, le=1)]
-"""A share of the peak."""
-
-Linear = Literal["linear"]
-"""Shape of the warm-up. It must be given, for DeepSpeed's own default is "log"."""
+Peak = Annotated[float, Field(gt=0, description="Learning rate at the end of the warm-up.")]
+Initial = Annotated[float, Field(ge=0, description="Learning rate at step 0.")]
+WarmupSteps = Annotated[int, Field(ge=0, description="Steps of linear warm-up.")]
+TotalSteps = Annotated[int, Field(gt=0, description="Step at which the decay ends, and the last that a run may take.")]
+Ratio = Annotated[float, Field(ge=0, le=1)]  # of the peak
+Linear = Annotated[
+    Literal["linear"],
+    Field(description='Shape of the warm-up. It must be given, for DeepSpeed\'s own default is "log".'),
+]
 
 
 @dataclass(frozen=True)

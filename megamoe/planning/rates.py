@@ -1,5 +1,5 @@
 """What is reached of a device's data sheet, and how long a GEMM of any shape takes. All of it is assumed for GPUs
-until one is measured; docs/scale.md says what each number rests on."""
+until one is measured; docs/results/scale.md says what each number rests on."""
 
 from __future__ import annotations
 

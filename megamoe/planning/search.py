@@ -22,7 +22,7 @@ MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 def kept_free(setup: Setup) -> float:
     """Share of a device's memory that is left to its context, the communication library and the allocator's fragments:
-    on CPU the heap's gaps, as docs/scale.md has measured them."""
+    on CPU the heap's gaps, as docs/results/scale.md has measured them."""
     return 0.25 if setup.on_cpu else 0.1
 
 

@@ -48,8 +48,8 @@ def added(*parts: Parts) -> Parts:
 
 
 # What is left of a block's operators where it is compiled, which a trace does not show: in `moe-680m` 66 of 97, with an
-# exchange 95 of 130 (docs/performance.md). And of their bytes, where each compiled region reads its inputs once and
-# writes its results once: derived by hand, not counted yet.
+# all-to-all 95 of 130 (docs/results/performance.md counts layers). And of their bytes, where each compiled region reads
+# its inputs once and writes its results once: derived by hand, not counted yet.
 COMPILED_OPERATORS, COMPILED_BYTES = {"forward": 0.65, "backward": 0.78}, 0.5
 
 ENGINE_OPERATORS = 11  # of DeepSpeed in a micro-batch besides those of each gradient

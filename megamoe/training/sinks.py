@@ -46,7 +46,7 @@ class Sink:
         """
 
     def log_event(self, values: dict[str, Any]) -> None:
-        """What the guard has met: "event", "step" and what belongs to it, see docs/guard.md."""
+        """What the guard has met: "event", "step" and what belongs to it, see docs/reference/guard.md."""
 
     def close(self) -> None:
         """Write what is left."""

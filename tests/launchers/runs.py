@@ -15,7 +15,7 @@ from toy import write_inputs
 from megamoe.training.sinks import read_log
 from megamoe.utils.json_files import read_json
 
-STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as in docs/launch.md
+STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as in docs/reference/exit_codes.md
 
 
 def inputs(folder: Path, steps: int, *more: str) -> list[str]:

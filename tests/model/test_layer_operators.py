@@ -79,7 +79,7 @@ def test_expert_parallelism_adds_at_most_so_many():
         assert sum(calls.values()) <= most, (experts, calls)
 
 
-# Operators that a part adds to a layer, both ways (docs/models.md has each way).
+# Operators that a part adds to a layer, both ways.
 MORE = {
     "latent_tokens": 2,
     "gated_narrow_experts": 4,
@@ -123,7 +123,7 @@ def test_the_bytes_that_a_token_moves_are_so_many_passes_over_its_rows(experts, 
     shape |= {"head_dim": 32, "num_latent_tokens": 0, "num_local_experts": experts}
     config = TINY.model_copy(update=shape)
     top_k, hidden = config.num_experts_per_tok, config.hidden_size
-    # Each reading and each writing of a row in bf16 is 2 bytes per number (docs/performance.md has the passes).
+    # Each reading and each writing of a row in bf16 is 2 bytes per number (docs/results/performance.md has the sum).
     most = 2 * (
         84 * hidden  # the residual stream: two norms, the router in fp32, projections, residual sums
         + 36 * top_k * hidden  # gathered, dropped out, combined

@@ -17,12 +17,12 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(check_gpu, "resolved_file", lambda *_: "ds.json")
     measured = {"turns": [], "failure": None}
     monkeypatch.setattr(check_gpu, "measure_speed", lambda word, *_: (word, measured))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- begin of tools/dev/gpu_table.py --><!-- end of tools/dev/gpu_table.py -->")
+    page = tmp_path / "performance.md"
+    page.write_text("<!-- begin of tools/dev/gpu_table.py --><!-- end of tools/dev/gpu_table.py -->")
 
     def call(*parts):
-        is_well = check_gpu.run(tmp_path, readme, parts)
-        return is_well, json.loads((tmp_path / "gpu-gpu-x1.json").read_text()), readme.read_text()
+        is_well = check_gpu.run(tmp_path, page, parts)
+        return is_well, json.loads((tmp_path / "gpu-gpu-x1.json").read_text()), page.read_text()
 
     return call
 

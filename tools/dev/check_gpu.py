@@ -1,6 +1,6 @@
 """What only a GPU can show, in ten minutes: checks, speed and a profile. Needs no network.
 
-    make gpu                                       writes docs/results/gpu-NAME.json, and the README's table from it
+    make gpu                                       writes docs/results/gpu-NAME.json, the table of performance.md
     python tools/dev/check_gpu.py --parts checks   one part, which ends after ten minutes with what it has
 
 The checks are the tests with the mark `gpu`; a check that needs more GPUs than there are is listed as not run. Then
@@ -159,7 +159,7 @@ def file_name(device: dict[str, Any]) -> str:
     return f"gpu-{words}-x{device['count']}.json"
 
 
-def run(results: Path, readme: Path, parts: Sequence[str]) -> bool:
+def run(results: Path, page: Path, parts: Sequence[str]) -> bool:
     """Check and measure, write the results of each part when it has ended, then the table; returns whether all is well.
     A part that fails is named, and the others run. Raises UserError where none can."""
     refuse_unusable_gpus()
@@ -192,7 +192,7 @@ def run(results: Path, readme: Path, parts: Sequence[str]) -> bool:
             result["failures"][part] = first_line(error)
         print(f"{part}: {time.monotonic() - started:.0f} s", flush=True)
         file.write_text(json.dumps(result, indent=2) + "\n")
-    write_table(readme, results)
+    write_table(page, results)
     return report(result, file)
 
 
@@ -213,7 +213,7 @@ def main() -> None:
         description="Check and measure megamoe on the GPUs of this host.",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to run; the rest is kept")
-    sys.exit(0 if run(ROOT / "docs/results", ROOT / "README.md", parser.parse_args().parts) else 1)
+    sys.exit(0 if run(ROOT / "docs/results", ROOT / "docs/results/performance.md", parser.parse_args().parts) else 1)
 
 
 if __name__ == "__main__":

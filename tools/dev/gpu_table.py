@@ -1,4 +1,4 @@
-"""Write what `make gpu` has measured into the README, between its two marks.
+"""Write what `make gpu` has measured into docs/results/performance.md, between its two marks.
 
 python tools/dev/gpu_table.py                 from docs/results/gpu-*.json; `make gpu` calls it at its end
 """
@@ -18,19 +18,20 @@ from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/results/performance.md"
 BEGIN, END = "<!-- begin of tools/dev/gpu_table.py -->", "<!-- end of tools/dev/gpu_table.py -->"
 NOTHING = "Not yet measured: `make gpu`."
 
 
-def write_table(readme: Path, results: Path) -> None:
+def write_table(page: Path, results: Path) -> None:
     """Replace what stands between the marks. Raises UserError where they are missing."""
-    text = readme.read_text()
+    text = page.read_text()
     if not re.search(f"{BEGIN}.*{END}", text, re.DOTALL):
-        raise UserError(f"{readme} has no lines {BEGIN} and {END}; put them where the table shall be.")
+        raise UserError(f"{page} has no lines {BEGIN} and {END}; put them where the table shall be.")
     files = sorted(results.glob("gpu-*.json"))
     tables = [f"{describe(read_json(file), file.name)}\n" for file in files] or [f"{NOTHING}\n"]
     head, tail = text.partition(BEGIN)[0], text.partition(END)[2]
-    readme.write_text("\n".join([f"{head}{BEGIN}", *tables, f"{END}{tail}"]))
+    page.write_text("\n".join([f"{head}{BEGIN}", *tables, f"{END}{tail}"]))
 
 
 def describe(result: dict[str, Any], name: str) -> str:
@@ -56,12 +57,12 @@ def describe(result: dict[str, Any], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Write the results of make gpu into the README.",
+        description="Write the results of make gpu into docs/results/performance.md.",
     )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the two marks")
+    parser.add_argument("--page", type=Path, default=PAGE, help="file with the two marks")
     parser.add_argument("--results", type=Path, default=ROOT / "docs/results", help="folder with gpu-*.json")
     args = parser.parse_args()
-    write_table(args.readme, args.results)
+    write_table(args.page, args.results)
 
 
 if __name__ == "__main__":
