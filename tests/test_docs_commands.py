@@ -45,8 +45,8 @@ def parse_args_only(parser, parse_args=argparse.ArgumentParser.parse_args):
 
 def commands(text):
     """The words of each command in the shell blocks of a page."""
-    for block in re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        if block.startswith("# needs: "):
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if kind not in ("", "bash", "sh", "console") or block.startswith("# needs: "):
             continue
         block = re.sub(r"^python3? - <<'END'$.*?^END$", "", block, flags=re.MULTILINE | re.DOTALL)
         for line in re.sub(r"\$\{?[a-z]+\}?", "1024", block.replace("\\\n", " ")).splitlines():
