@@ -118,6 +118,14 @@ def test_tasks_that_give_no_values_are_an_error(folder):
     has(said.read_text(), "warning: the tasks have failed", f"error: {evaluate.NO_TASK_VALUES}")
 
 
+def test_with_ranks_each_of_them_gets_the_same_command_line(folder, run, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluate, "run_ranks", lambda *started: given.append(started) or 75)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "megamoe", "evaluate", "hf", "--ranks", "2"])
+    assert run("evaluate", folder / "hf", folder / "texts", "--ranks", 2)[0] == 75
+    assert given == [(["-m", "megamoe", "evaluate", "hf", "--ranks", "2"], 2)]
+
+
 def test_problems_come_together(folder, call):
     def refused(*texts, model="hf", **options):
         options = evaluate.Evaluate(model=folder / model, texts=texts, **options)
