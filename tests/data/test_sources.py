@@ -84,7 +84,7 @@ def train_in(folder, run):
 
 
 def test_the_example_of_the_docs_trains(tmp_path, monkeypatch):
-    docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    docs = (Path(__file__).parents[2] / "docs/reference/data.md").read_text()
     (code,) = re.findall(r"```python\n(import sqlite3\n.*?)```", docs, re.DOTALL)
     assert len(code.splitlines()) <= 32
     (tmp_path / "my_source.py").write_text(code)

@@ -6,6 +6,7 @@ It copies the pages to build/pages, writes the generated parts of docs/reference
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import math
 import re
@@ -117,4 +118,5 @@ def write_pages() -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Build the site of README and docs/; a broken link is an error.").parse_args()
     sys.exit("\n".join(write_pages()) or subprocess.run(["zensical", "build", "--strict"], cwd=ROOT).returncode)
