@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
 import re
 import shutil
@@ -51,7 +52,13 @@ def fields(kind: type[BaseModel]) -> str:
     """What each field of a class takes, its default and its description."""
     rows, schemas = [], kind.model_json_schema()["properties"]
     for name, field in kind.model_fields.items():
-        default = "must be given" if field.is_required() else "" if field.default is None else f"`{field.default}`"
+        default = (
+            "must be given"
+            if field.is_required()
+            else ""
+            if field.default is None
+            else f"`{json.dumps(field.default)}`"
+        )
         is_section = name == "scheduler" or any(path.split(".")[-1] == name for path in SECTIONS)
         if takes := "a section" if is_section else what_it_takes(schemas[name]):
             rows.append((f"`{name}`", takes, default, " ".join((field.description or "").split())))
