@@ -52,13 +52,7 @@ def fields(kind: type[BaseModel]) -> str:
     """What each field of a class takes, its default and its description."""
     rows, schemas = [], kind.model_json_schema()["properties"]
     for name, field in kind.model_fields.items():
-        default = (
-            "must be given"
-            if field.is_required()
-            else ""
-            if field.default is None
-            else f"`{json.dumps(field.default)}`"
-        )
+        default = "must be given" if field.is_required() else f"`{json.dumps(field.default)}`".replace("`null`", "")
         is_section = name == "scheduler" or any(path.split(".")[-1] == name for path in SECTIONS)
         if takes := "a section" if is_section else what_it_takes(schemas[name]):
             rows.append((f"`{name}`", takes, default, " ".join((field.description or "").split())))
