@@ -6,13 +6,14 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megamoe import __version__
-from megamoe.commands import options
-from megamoe.config import cli
 from megamoe.utils.interrupts import on_interrupt
 from megamoe.utils.quiet import quiet_deepspeed
+
+if TYPE_CHECKING:  # what takes a while to import waits for `main`, so that Ctrl-C shows no stack trace
+    from megamoe.config.cli import App
 
 # What each does, and an example.
 VERBS = {
@@ -45,7 +46,9 @@ VERBS = {
 }
 
 
-def make_app() -> cli.App:
+def make_app() -> App:
+    from megamoe.config import cli
+
     app = cli.make_app(
         "megamoe", version=__version__, help="Pretrain Mixture-of-Experts language models with DeepSpeed."
     )
@@ -58,6 +61,8 @@ def make_app() -> cli.App:
 def command_of(verb: str) -> Callable[..., None] | str:
     """The function of a verb, whose module is imported when its options are known: from `commands/options.py`, or else
     from that module."""
+    from megamoe.commands import options
+
     module = f"megamoe.commands.{verb}"
     of_verb = getattr(options, verb.capitalize(), None)
     if of_verb is None:
@@ -76,10 +81,14 @@ def main(*verb: str) -> NoReturn:
     words = [*verb, *sys.argv[1:]]
     if "--verbose" not in words:
         quiet_deepspeed()
+    from megamoe.config import cli
+
     cli.run(lambda: run(words))
 
 
 def run(words: list[str]) -> None:
+    from megamoe.config import cli
+
     command = cli.parse(make_app(), words)
     on_interrupt(signal.default_int_handler)
     command()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -51,6 +52,14 @@ def test_help_and_wrong_options_do_not_wait_for_torch(verb, tmp_path):
     words = [sys.executable, "-m", "megamoe", verb]
     assert run([*words, "--help"]).stdout.startswith(f"Usage: megamoe {verb} ")
     assert 'unknown option "--unknown"' in run([*words, "--unknown"]).stderr
+
+
+@pytest.mark.parametrize("program", [["-m", "megamoe"], [Path(megamoe.__file__).parents[1] / "tools/plan.py"]])
+def test_an_interrupt_while_the_command_line_is_loaded_shows_no_stack_trace(program, tmp_path):
+    (tmp_path / "cyclopts.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, env=env)
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, "")
 
 
 def test_bash_completes_verbs_and_options(call, tmp_path):

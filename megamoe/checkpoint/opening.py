@@ -138,6 +138,8 @@ def open_model(path: Path, config: ModelConfig | None = None, ema: bool = False)
         has_mtp = any(name.startswith(MTP) for name in source.shapes)  # which a config.json need not say
         own = preset_of(path).model_copy(update={"num_nextn_predict_layers": int(has_mtp)})
         return _checked(path, source, _agreed(config, own, path), _saved_in(path))
+    if path.suffix == ".gguf":
+        raise UserError(f"{path} is for llama.cpp and megamoe generate alone; give the model that it was made of.")
     if path.is_file():
         if config is None:
             raise UserError(f"{path} does not say what model it is of; give its preset.")

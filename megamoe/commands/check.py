@@ -1,8 +1,4 @@
-"""Check token files once, so that no run has to.
-
-Of a prepared folder, every shard is compared with the hashes in corpus.json. A .bin/.idx pair made elsewhere is read
-once, in parallel, and gets a record, PREFIX.json, with hashes and its largest id. A run trusts both.
-"""
+"""Check token files once, so that no run has to: it trusts the hashes and the largest id in their record."""
 
 from __future__ import annotations
 

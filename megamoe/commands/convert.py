@@ -1,13 +1,4 @@
-"""Convert a model to the form of another program.
-
-    OUT.pt            a plain state_dict
-    OUT.safetensors   the same tensors in one file
-    OUT.gguf          a file for llama.cpp, where one of its architectures holds the model
-    OUT               a Hugging Face directory, of a class of transformers where one holds the model; with --to
-                      safetensors, shards and their index alone
-
-Of a run, the newest checkpoint that is verified is taken. `megamoe train --init_from OUT` goes the way back.
-"""
+"""Convert a model to the form of another program, which the ending of OUT says."""
 
 from __future__ import annotations
 

@@ -1,12 +1,7 @@
-"""Evaluate a model on texts, or on tasks of lm-evaluation-harness.
-
-Each document stands behind an end-of-text token, and each of its tokens is predicted once. With --ranks N, N ranks
-share the work and give the same numbers.
-"""
+"""Evaluate a model on texts, or on tasks of lm-evaluation-harness. Any number of ranks gives the same numbers."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -27,6 +22,7 @@ from megamoe.launch.exits import end_groups
 from megamoe.launch.local import run_ranks
 from megamoe.model.decoder import Decoder
 from megamoe.utils.errors import Problems
+from megamoe.utils.json_files import write_json
 
 SHOWN = 50  # documents of a text that are printed
 NO_TASK_VALUES = "the tasks gave no values; see the warning above."
@@ -123,7 +119,7 @@ def evaluate(options: Evaluate) -> None:
         for name, value in found["tasks"].items():  # empty but on rank 0
             print(f"{name}: {value:.4f}")
     if rank == 0 and options.json_file:
-        options.json_file.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(options.json_file, found)
     # Rank 0 alone has them. The warning has said why there are none.
     raise_on_any_rank([NO_TASK_VALUES] if rank == 0 and options.tasks and not found["tasks"] else [])
     end_groups()

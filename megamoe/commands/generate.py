@@ -1,9 +1,4 @@
-"""Continue prompts with a trained model.
-
-The model is a run (its newest checkpoint that is verified), a checkpoint, an export, a directory of an open model, or a
-.gguf for llama.cpp. Several prompts are continued in one batch. A run computes in the dtype that it trained in, or in
-fp32 where the processor is slow in that one, so its text may differ from that of an export.
-"""
+"""Continue prompts with a trained model, all of them in one batch; a .gguf by llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Look into a checkpoint.
-
-Prints where it comes from, its size, whether every byte is what was saved, and the norm of each expert's weights. Of a
-run, the newest checkpoint is looked at. Exits with code 2 if it is damaged.
-"""
+"""Look into a checkpoint: its origin, its size, whether it is damaged, and the norm of each expert's weights."""
 
 from __future__ import annotations
 

@@ -1,13 +1,8 @@
-"""Plan a run on many GPUs: the bytes that a rank needs, what it sends to whom, and the time of a step, all predicted.
-
-With --best, micro-batch, accumulation, ep_size, what is recomputed and ZeRO stage are those with most tokens/s.
-"""
+"""Predict of a run on many GPUs the bytes that a rank needs, what it sends to whom, and the time of a step."""
 
 from __future__ import annotations
 
-import json
 from operator import itemgetter
-from pathlib import Path
 
 from megamoe.commands.options import Plan as PlanCommand
 from megamoe.config.phases import Phase, phases_of
@@ -18,6 +13,7 @@ from megamoe.planning.planner import GIB, Plan, make_plan, split_keys
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, totals
 from megamoe.planning.search import kept_free
 from megamoe.training.sinks import duration
+from megamoe.utils.json_files import write_json
 
 UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
 BEST = 5  # splits that --best prints
@@ -125,17 +121,14 @@ def print_phases(phases: list[tuple[Phase, int | None, Plan]]) -> None:
         )
 
 
-def plan(options: PlanCommand) -> None:
-    print_plan(plan_of(options), options.json_file)
-
-
 def plan_of(options: PlanCommand) -> Plan:
     run = RunConfig(**options.model_dump(include=set(RunShape.model_fields)))
     of_plan = PlanOptions(**options.model_dump(include=set(PlanOptions.model_fields)))
     return make_plan(run, of_plan)
 
 
-def print_plan(plan: Plan, file: Path | None) -> None:
+def plan(options: PlanCommand) -> None:
+    plan = plan_of(options)
     phases, setup = plan_phases(plan), plan.setup
     print(
         f"{plan.run.preset}: {parameter_count(setup.model):,} parameters, {setup.world_size} "
@@ -153,5 +146,5 @@ def print_plan(plan: Plan, file: Path | None) -> None:
     print("\nassumed")
     for sentence in assumptions(plan):
         print(f"  {sentence}")
-    if file:
-        file.write_text(json.dumps(as_json(plan), indent=2) + "\n")
+    if options.json_file:
+        write_json(options.json_file, as_json(plan))

@@ -1,8 +1,4 @@
-"""Reshard a checkpoint for any number of ranks in advance.
-
-OUT is a run folder with the newest checkpoint in DeepSpeed's Universal layout. `megamoe train --run_dir OUT --resume`
-resumes from it, and DeepSpeed's own loader reads it. A plain --resume reshards by itself.
-"""
+"""Reshard a checkpoint for any number of ranks in advance: a run folder in DeepSpeed's Universal layout."""
 
 from __future__ import annotations
 

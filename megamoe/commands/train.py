@@ -6,9 +6,9 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -88,20 +88,24 @@ def name_of(text: Path) -> str:
 
 
 def prepare_text(text: Path, preset: str) -> Path:
-    """The folder of the tokens of a text, by a tokenizer of its own; made again when the text has changed."""
+    """The folder of the tokens of a text, by a tokenizer of its own: another one when the text has changed, so that a
+    run goes on with what it has read."""
     from megamoe.commands.prepare import Prepare, prepare
     from megamoe.data.inputs import input_files
     from megamoe.formats.config_json import find_preset
 
     vocab_size = find_preset(preset).vocab_size
-    folder = Path("data") / f"{name_of(text)}-{vocab_size}"
     files = [(file, file.stat()) for file in input_files(text.resolve())]
     described = json.dumps([[str(file), status.st_size, status.st_mtime_ns] for file, status in files])
-    made_of = folder / "text.json"  # a folder without it is the user's, and not removed
-    if made_of.exists():
-        if made_of.read_text() == described:
-            return folder
-        shutil.rmtree(folder)
-    prepare(Prepare(inputs=[str(text)], out=folder, vocab_size=vocab_size))
-    made_of.write_text(described)
+    folder = Path("data") / f"{name_of(text)}-{vocab_size}"
+    if folder.exists() and not is_made_of(folder, described):
+        folder = folder.with_name(f"{folder.name}-{sha256(described.encode()).hexdigest()[:8]}")
+    if not folder.exists():
+        prepare(Prepare(inputs=[str(text)], out=folder, vocab_size=vocab_size))
+        (folder / "text.json").write_text(described)
     return folder
+
+
+def is_made_of(folder: Path, described: str) -> bool:
+    file = folder / "text.json"  # a folder without it is the user's own
+    return file.exists() and file.read_text() == described

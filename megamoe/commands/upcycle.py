@@ -1,8 +1,4 @@
-"""Make a Mixture-of-Experts model of a dense one.
-
-Llama becomes Mixtral, and Qwen3 becomes Qwen3-MoE. Each MLP is copied; without noise the new model computes what the
-dense one does. OUT loads in transformers, and `megamoe train --preset OUT --init_from OUT` trains it on.
-"""
+"""Make a Mixture-of-Experts model of a dense one; without noise it computes what the dense one does."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn, TypeVar
 
-from cyclopts import App, Argument, ArgumentCollection, Group, Parameter
+from cyclopts import App, Argument, Group, Parameter
 from cyclopts.exceptions import CycloptsError, MissingArgumentError, UnusedCliTokensError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -75,7 +75,7 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
     verbs, flags = [name for name in app if not name.startswith("-")], {*app.help_flags, *app.version_flags}
     if verbs and words and words[0] not in {*app, *flags}:
         raise UserError(unknown_key("command line", words[0], verbs, "command"))
-    problems, of_command = Problems(), ArgumentCollection()
+    problems, required = Problems(), list[str]()
     end = words.index("--") if "--" in words else len(words)
     # DeepSpeed's launcher gives each rank its number; the environment says it, too.
     words, rest = [word for word in words[:end] if not word.startswith("--local_rank=")], words[end:]
@@ -83,26 +83,34 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
         verb, apps, words = app.parse_commands(words)
         of_command = apps[-1].assemble_argument_collection(default_parameter=AS_FIELDS)
         known = {name: argument for argument in of_command for name in argument.names if name.startswith("-")}
+        # The words after an unknown option are its values, or the positional ones that would be missing.
+        are_known = all(word.partition("=")[0] in known for word in words if word.startswith("--"))
+        fields = [argument.field_info for argument in of_command if argument.required and not argument.children]
+        required = [field.name for field in fields if are_known or not field.is_positional]
         words = [*verb, *_each_once(words, known, problems)]
     try:
         command, given, _ = app.parse_args([*words, *rest], exit_on_error=False, print_error=False)
     except UserError as error:  # of a class of options
         problems += [f"command line: {problem}" for problem in error.problems]
     except CycloptsError as error:
-        problems += _sentences(error, of_command)
+        problems += _sentences(error, required)
     problems.refuse()
     return lambda: command(*given.args, **given.kwargs)
 
 
-def _sentences(error: CycloptsError, of_command: ArgumentCollection) -> list[str]:
-    """What cyclopts, or pydantic for it, has found."""
+def _sentences(error: CycloptsError, required: list[str]) -> list[str]:
+    """What cyclopts, or pydantic for it, has found.
+
+    Args:
+        required: options of which it is said that they are missing.
+    """
     if isinstance(error.__cause__, ValidationError):
-        return sentences(error.__cause__, "command line", [])
+        found = [one for one in error.__cause__.errors() if one["type"] != "missing" or one["loc"][0] in required]
+        return sentences(found, "command line", [])
     if isinstance(error, MissingArgumentError) and error.keyword:
-        return [f"command line: {error.keyword} has no value; give one."]
+        return [f'command line: {error.keyword} has no value; give one, after "=" where it begins with "-".']
     if isinstance(error, MissingArgumentError):  # nothing is given at all
-        missing = [argument.field_info.name for argument in of_command if argument.required and not argument.children]
-        return [f'command line: "{name}" is missing; add it.' for name in missing]
+        return [f'command line: "{name}" is missing; add it.' for name in required]
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return [f"command line: {shown(error.unused_tokens[0])} belongs to no option; see --help."]
     error.verbose = False
@@ -124,7 +132,7 @@ def _each_once(words: list[str], known: dict[str, Argument], problems: Problems)
             if not is_list and place - start > count:
                 break
             place += 1
-        values = [value] if has_value else words[start + 1 : place]
+        values = [value] if has_value else words[start + 1 : place] or ["true"]
         if option not in known:
             problems.append(unknown_key("command line", option, known, "option"))
         elif given.setdefault(option, values) != values:

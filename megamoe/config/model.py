@@ -248,7 +248,7 @@ def validate(model: type[Any], values: Any, where: str) -> Any:
     except UserError as error:
         raise UserError(*(f"{where}: {problem}" for problem in error.problems)) from None
     except ValidationError as error:
-        problems = sentences(error, where, list(model.model_fields))
+        problems = sentences(error.errors(), where, list(model.model_fields))
         if model is ModelConfig:
             wrong = {detail["loc"][0] for detail in error.errors()}
             defaults = {name: field.default for name, field in model.model_fields.items() if not field.is_required()}
@@ -257,14 +257,15 @@ def validate(model: type[Any], values: Any, where: str) -> Any:
         raise UserError(*problems) from None
 
 
-def sentences(error: ValidationError, where: str, known: list[str]) -> list[str]:
+def sentences(details: list[Any], where: str, known: list[str]) -> list[str]:
     """What pydantic has found, one sentence for each problem.
 
     Args:
+        details: the `errors()` of a ValidationError.
         where: the values are from.
         known: names of values.
     """
-    return [_sentence(detail, where, known) for detail in error.errors()]
+    return [_sentence(detail, where, known) for detail in details]
 
 
 def _sentence(detail: Any, where: str, known: list[str]) -> str:

@@ -144,8 +144,10 @@ def holder_of(folder: Path) -> str | None:
 
 
 def _checked(record: dict[str, Any], path: Path) -> dict[str, Any]:
-    for key, kind in (("model", dict), ("run", dict), ("deepspeed", dict), ("versions", dict), ("data", list)):
-        if not isinstance(record.get(key, kind()), kind):
+    kinds: dict[str, Any] = dict.fromkeys(("model", "run", "deepspeed", "versions"), dict)
+    kinds |= dict.fromkeys(("data", "command"), list) | dict.fromkeys(("parameters", "world_size"), int)
+    for key, kind in {**kinds, "last_step": int | None}.items():
+        if key in record and not isinstance(record[key], kind):
             raise UserError(
                 f"{path}: {key} is {shown(record[key])}, which no run has written; bring the file back, or choose "
                 "another --run_dir."

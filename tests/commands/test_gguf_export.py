@@ -74,6 +74,8 @@ def test_generate_continues_prompts_with_a_gguf_and_refuses_what_is_no_model(run
     expected = load_tokenizer(model.tokenizer).decode(greedy(run, 4))
     has("\n".join(continued(*words)), f"{PROMPT}{expected}")
     has(refusal(continued, tmp_path / "m.gguf", "--prompt", "to be " * 3000), "llama.cpp does not continue", "shorter")
+    for words in (("chat",), ("convert", tmp_path / "hf")):
+        has(refusal(call, words[0], tmp_path / "m.gguf", *words[1:]), "m.gguf is for llama.cpp", "megamoe generate")
     (tmp_path / "junk.gguf").write_bytes(b"junk")
     has(refusal(continued, tmp_path / "junk.gguf"), "junk.gguf", "cannot read")
     has(refusal(continued, tmp_path / "none.gguf"), "none.gguf", "is no file")

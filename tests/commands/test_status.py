@@ -72,3 +72,5 @@ def test_what_is_no_run_is_refused(tmp_path):
     RunFolder(universal).enter({}, [])
     for path in (tmp_path, tmp_path / "none", universal):
         has(refusal(status, Status(run=path)), f"{path} holds no run", "give a run folder")
+    (tmp_path / "run.json").write_text('{"last_step": "3"}')
+    has(refusal(status, Status(run=tmp_path)), f'{tmp_path}/run.json: last_step is "3", which no run has written')

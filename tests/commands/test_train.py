@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from ranks import DEADLINE
-from refusals import has, refusal
+from refusals import has
 from toy import PRESET, ds_config
 
 from megamoe import __main__ as program
 from megamoe.commands import train as command
 from megamoe.commands.train import prepare_text
-from megamoe.utils.json_files import read_json
 
 TEXT = "The quick brown fox jumps over the lazy dog, and it sleeps on. " * 600
 
@@ -42,27 +41,25 @@ def test_a_text_becomes_samples_of_a_model_and_its_losses(folder):
     has(done.stdout, "[sample 5] prompt:", "validation at step 4:", f"checkpoints: {run}/checkpoints")
     assert "DeepSpeed" not in done.stdout + done.stderr
     assert "accelerator" not in done.stdout + done.stderr
-    data = read_json(run / "run.json")
-    assert "data/my_text-300" in json.dumps(data)
+    assert 'data/my_text-300"' in (run / "run.json").read_text()
 
 
-def test_a_text_is_prepared_once_and_again_when_it_or_its_place_has_changed(folder, monkeypatch, capsys):
-    text = Path("my text.txt")
+def test_a_text_is_prepared_once_and_in_another_folder_when_it_or_its_place_has_changed(folder):
+    def prepared(text):
+        return prepare_text(text, "preset.json")
 
-    def is_prepared():
-        assert prepare_text(text, "preset.json") == Path("data/my_text-300")
-        return "corpus in data/my_text-300" in capsys.readouterr().out
-
-    assert is_prepared()
-    assert not is_prepared()
+    text, other = Path("my text.txt"), Path("other/my text.txt")
+    first = prepared(text)
+    assert first == Path("data/my_text-300")
+    made = (first / "corpus.json").stat().st_mtime_ns
+    assert prepared(text) == first
+    assert (first / "corpus.json").stat().st_mtime_ns == made
     text.write_text(TEXT * 2)
-    assert is_prepared()
-    Path("other").mkdir()
-    text = text.rename("other/my text.txt")
-    assert is_prepared()
-    Path("data/my_text-300/text.json").unlink()  # as one of megamoe prepare
-    has(refusal(prepare_text, text, "preset.json"), "data/my_text-300")
-    assert Path("data/my_text-300/corpus.json").exists()
+    other.parent.mkdir()
+    other.write_text(TEXT * 2)
+    tokens = [(one / "train-00000.bin").stat().st_size for one in (first, prepared(text), prepared(other))]
+    assert tokens[0] < tokens[1] == tokens[2]
+    assert len(list(Path("data").iterdir())) == 3
 
 
 @pytest.mark.parametrize(

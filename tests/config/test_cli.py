@@ -43,7 +43,7 @@ def test_words_after_two_dashes_are_handed_on():
 
 
 def test_an_option_given_twice_with_the_same_value_is_fine():
-    words = "m --steps 3 --seed -1 --data a b --steps=3 --resume --data a b --local_rank=1 --resume"
+    words = "m --steps 3 --seed -1 --data a b --steps=3 --resume --data a b --local_rank=1 --resume=true"
     assert parsed(*words.split()) == Toy(model="m", seed=-1, steps=3, data=["a", "b"], resume=True)
 
 
@@ -53,14 +53,16 @@ def test_an_option_given_twice_with_the_same_value_is_fine():
         ("m --seed 1 --steps 3 --steps=4", ["--steps is given twice, as 3 and as 4; keep one."]),
         ("m --seed 1 --data a b --data c", ["--data is given twice, as a b and as c; keep one."]),
         ("m --seed 1 --steps 3 --steps 7", ["--steps is given twice, as 3 and as 7"]),  # the default
+        ("m --seed 1 --resume --resume=false", ["--resume is given twice, as true and as false; keep one."]),
         ("m --seed 1 --sede=3", ['unknown option "--sede"; did you mean "--seed"?']),
         ("m --seed 1 --step 3", ['unknown option "--step"', "did you mean"]),  # not taken by its beginning
         ("m --seed 1 --zzz", ['"--zzz"', "--steps", "--seed", "--data", "--resume"]),
+        ("--zzz m --seed 1", ['"--zzz"']),
         ("m --seed 1 -x", ["-x", "see --help."]),
         ("m --seed 1 --resume stray", ['"stray" belongs to no option; see --help.']),
         ("m --seed 1 --steps many", ['"steps"', '"many"', "integer", "change it"]),
-        ("m --seed", ["--seed has no value; give one."]),
-        ("m --seed 1 --data", ["--data has no value; give one."]),
+        ("m --seed", ["--seed has no value; give one, after"]),
+        ("m --seed 1 --data -x", ['--data has no value; give one, after "=" where it begins with "-".']),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_the_option_and_the_remedy(words, parts):
@@ -69,8 +71,10 @@ def test_a_wrong_command_line_is_refused_with_the_option_and_the_remedy(words, p
 
 def test_all_problems_of_a_command_line_come_at_once():
     assert refusals(parsed) == [f'command line: "{name}" is missing; add it.' for name in ("model", "seed")]
+    assert len(refusals(parsed, "--zzz", "m")) == 2  # that and the seed
     words = ["--stepps", "3", "--sede=3", "--seed", "x", "--steps", "0", "--data", "a", "--data", "b"]
-    parts = ('"--stepps"', '"--sede"', "--data is given twice", '"steps" is "0"', '"model" is missing', '"seed" is "x"')
+    # Not that a model is missing, which "3" may have been.
+    parts = ('"--stepps"', '"--sede"', "--data is given twice", '"steps" is "0"', '"seed" is "x"')
     for problem, part in zip(refusals(parsed, *words), parts, strict=True):
         has(problem, part)
 

@@ -87,23 +87,15 @@ def test_the_run_folder_has_the_name_of_the_preset_by_default(tmp_path, monkeypa
         assert RunConfig(ds_config="x.json", preset=preset, run_dir="mine").folder == Path("mine")
 
 
-def test_data_is_a_path_or_a_path_with_its_weight():
-    run = validate(RunConfig, {"data": ["a", "b=2.5", "c=d=1"]}, "command line")
+def test_data_is_a_path_or_a_path_with_its_weight_or_name():
+    run = parse_run(["--data", "a", "b=2.5", "c=d=1", "--valid_data", "mine=e", "f/valid"])
+    assert [(one.name, one.path) for one in run.valid_data] == [("mine", "e"), ("f", "f/valid")]
     assert run.data == [Corpus(path="a"), Corpus(path="b", weight=2.5), Corpus(path="c=d", weight=1)]
 
 
 def test_a_time_limit_is_written_as_slurm_writes_it():
     for words, seconds in {"90": 5400, "0.5": 30, "0:00:25": 25, "1:30:00": 5400, "2-12:00:00": 216_000}.items():
         assert validate(RunConfig, {"time_limit": words}, "command line").time_limit == seconds
-
-
-def test_the_command_line_has_an_option_for_every_field_and_its_defaults():
-    run = parse_run(["--ds_config", "ds.json"])
-    assert run == RunConfig(ds_config="ds.json")
-    run = parse_run(["--data", "x=0.7", "y=0.3", "--steps", "5", "--resume", "--local_rank=1"])
-    assert [(corpus.path, corpus.weight) for corpus in run.data] == [("x", 0.7), ("y", 0.3)]
-    assert run.steps == 5
-    assert run.resume
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import sys
 
 import pytest
 from ranks import DEADLINE
+from refusals import has, refusal
 
 from megamoe.launch import local
 from megamoe.launch.holders import pid_space
 from megamoe.launch.local import default_ranks, run_ranks
+from megamoe.launch.rank_info import RankInfo
 
 END = """
 import os, signal, sys
@@ -30,7 +32,7 @@ def test_the_code_is_that_of_the_ranks_and_an_error_is_said_where_they_may_not_h
     assert run_ranks(["-c", END, *map(str, ends)], 2) == code
     said = capfd.readouterr().err
     line = f"error: the ranks exited with code {code}; if no line above says why, they were killed (out of memory?); "
-    assert said == ("" if code in (0, 2, 75, 130) else f"{line}resume with --resume.\n")
+    assert said == ("" if code in (0, 2, 75, 130) else f"{line}start again, a run with --resume.\n")
 
 
 TELL = """
@@ -48,6 +50,8 @@ def test_a_rank_is_told_who_it_is_and_what_holds_it_and_reads_no_terminal(port, 
     if port:
         monkeypatch.setenv("MASTER_PORT", port)
     assert run_ranks(["-c", TELL, str(tmp_path)], 2) == 0
+    monkeypatch.setenv("MASTER_PORT", "1x")
+    has(refusal(run_ranks, [], 1), "MASTER_PORT is '1x'; give")
     told = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
     shared = int(port) if port else told[0][0][5]
     holder = f"{os.getpid()},{pid_space()}"
@@ -88,10 +92,14 @@ def test_each_signal_asks_the_ranks_to_stop_and_may_arrive_twice(number):
         assert process.wait(DEADLINE) == 75
 
 
-def test_ranks_that_are_still_loading_python_end_at_once():
-    with started("", DEADLINE) as process:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(DEADLINE) == 130
+def test_a_signal_while_ranks_are_started_ends_all_that_are_loading_python(monkeypatch):
+    def rank_info(rank, *rest):
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return RankInfo(rank, *rest)
+
+    monkeypatch.setattr(local, "RankInfo", rank_info)
+    assert run_ranks(["-c", WAIT.format("")], 2) == 130
 
 
 def test_a_second_signal_ends_ranks_that_cannot_save_and_all_that_they_have_started():
