@@ -30,7 +30,7 @@ from megamoe.formats.source import Source, View, load_weights
 from megamoe.formats.source_checks import model_problems
 from megamoe.model.decoder import Decoder
 from megamoe.model.names import MTP
-from megamoe.utils.errors import UserError
+from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.json_files import read_json
 
 
@@ -195,8 +195,6 @@ def _saved_in(directory: Path) -> torch.dtype:
 
 
 def _checked(path: Path, source: Source, config: ModelConfig, dtype: torch.dtype) -> OpenModel:
-    problems = model_problems(source, config, str(path))
-    if problems:
-        raise UserError(*problems)
+    Problems(model_problems(source, config, str(path))).refuse()
     tokenizer = tokenizer_of(path)
     return OpenModel(path, config, source, tokenizer if tokenizer.is_file() else None, dtype)

@@ -25,7 +25,7 @@ from megamoe.checkpoint.opening import open_source
 from megamoe.checkpoint.slice_file import DamagedError
 from megamoe.config.optimizers import AVERAGE, MASTERS
 from megamoe.formats.source import Source, load_buffers
-from megamoe.utils.errors import UserError
+from megamoe.utils.errors import Problems, UserError
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ def _first(checkpoints: list[Path], attempt: Callable[[Path], Found]) -> Path | 
             return checkpoint
         if dist.get_rank() == 0 and len(shared[0]) > 1:
             print(folders.passed_over(checkpoint, damage), flush=True)
-    if damage:
-        raise UserError(*damage)
+    Problems(damage).refuse()
     return None
 
 

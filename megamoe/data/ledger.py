@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from megamoe.config.model import validate
+from megamoe.config.model import JsonModel, validate
 from megamoe.utils import disk
 from megamoe.utils.json_files import read_json
 
 NAME = "data_ledger.json"
 
 
-class Entry(BaseModel):
+class Entry(JsonModel):
     """One return of a run to an older checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     after_step: int = Field(ge=0)
     """Step of the checkpoint."""
@@ -30,14 +28,12 @@ class Entry(BaseModel):
     """Of the checkpoints since, see `checkpoint/folders.py`: those of lower ones behind `after_step` are left."""
 
 
-class DataLedger(BaseModel):
+class DataLedger(JsonModel):
     """The returns of a run that still count, by their steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rollbacks: int = Field(default=0, ge=0)
     """All of them."""
-    entries: list[Entry] = []
+    entries: list[Entry] = Field(default=[])
 
     def data_step(self, step: int) -> int:
         """The step whose data `step` reads."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from megamoe.config.model import ModelConfig, load_preset, preset_names, validate
 from megamoe.formats.architectures import ARCHITECTURES, IGNORED, REQUIRED, Architecture, Key
-from megamoe.utils.errors import UserError, shown
+from megamoe.utils.errors import Problems, UserError, shown
 from megamoe.utils.json_files import read_json
 
 OWN = "MegaMoeForCausalLM"  # of the export that carries its own code
@@ -84,17 +84,14 @@ def class_of(path: Path, known: Collection[str], hint: str = "") -> tuple[str, d
 def read_config(architecture: Architecture, values: dict[str, Any], where: str) -> ModelConfig:
     """The model of a config.json. Raises UserError for keys that are unknown, missing, or have a value that the class
     or megamoe has no place for."""
-    problems = [
-        *_unknown_keys(architecture, values, where),
-        *_unfit_keys(architecture, values, where),
-        *(
-            f'{where}: "{name}" is missing; add it.'
-            for name, key in architecture.keys.items()
-            if _value_of(name, key, values) is REQUIRED
-        ),
-    ]
-    if problems:
-        raise UserError(*problems)
+    missing = [name for name, key in architecture.keys.items() if _value_of(name, key, values) is REQUIRED]
+    Problems(
+        [
+            *_unknown_keys(architecture, values, where),
+            *_unfit_keys(architecture, values, where),
+            *(f'{where}: "{name}" is missing; add it.' for name in missing),
+        ]
+    ).refuse()
     return validate(ModelConfig, _fields(architecture, values), where)
 
 
@@ -207,9 +204,7 @@ def _rope_fields(architecture: Architecture, values: dict[str, Any], fields: dic
 def _read_own(values: dict[str, Any], where: str) -> ModelConfig:
     """Of the export that carries its own code: config.json has the fields themselves. What only training needs has its
     default."""
-    problems = rope_problems(values, where)
-    if problems:
-        raise UserError(*problems)
+    Problems(rope_problems(values, where)).refuse()
     fields = {name: values[name] for name in ModelConfig.model_fields if name in values}
     rope = _rope_values(values)
     fields["partial_rotary_factor"] = rope.pop("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))

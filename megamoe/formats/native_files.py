@@ -16,7 +16,7 @@ from megamoe.formats.config_json import OWN
 from megamoe.formats.plain_files import FLOATS, Stored, StoredWeights, open_unquantised, weight_files
 from megamoe.formats.tensor_names import Place, mtp_copies, places, plain_shapes
 from megamoe.model.names import EMBEDDING, HEAD, is_buffer
-from megamoe.utils.errors import UserError, shown
+from megamoe.utils.errors import Problems, UserError, shown
 from megamoe.utils.json_files import read_json
 
 
@@ -86,6 +86,5 @@ def _find(
             f"{directory} has {shown(strangers[0])}, for which the model of its config.json has "
             "no place; give a directory as it was published."
         )
-    if problems:
-        raise UserError(*problems.values())
+    Problems(problems.values()).refuse()
     return found

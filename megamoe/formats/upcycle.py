@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -25,8 +24,9 @@ from megamoe.formats.export import write_huggingface
 from megamoe.formats.native_files import NativeFiles
 from megamoe.formats.source import WeightsAlone, read_whole
 from megamoe.model.costs import parameter_shapes
+from megamoe.model.decoder import seeded_generator
 from megamoe.model.names import ExpertName, layer_id, split_expert
-from megamoe.utils.errors import Problems, UserError, shown
+from megamoe.utils.errors import Problems, shown
 
 ROUTER_STD = 0.02
 PROJECTIONS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")  # their places number the draws of noise
@@ -111,14 +111,12 @@ def read_dense(path: Path) -> tuple[Pair, dict[str, Any]]:
     UserError."""
     name, values = class_of(path, PAIRS)
     pair = PAIRS[name]
-    problems = [
+    Problems(
         f"{path}: {key} is {shown(values[key])}, which {pair.sparse.name} has no place for; give a model with "
         f"{' or '.join(map(shown, allowed))}."
         for key, allowed in pair.only.items()
         if values.get(key, allowed[0]) not in allowed
-    ]
-    if problems:
-        raise UserError(*problems)
+    ).refuse()
     values = {key: value for key, value in values.items() if key not in pair.dropped}
     return pair, {**DEFAULTS, **pair.defaults, **values, **pair.stated}
 
@@ -151,19 +149,13 @@ class Upcycled(WeightsAlone):
             weight = values[part * rows : (part + 1) * rows]
         if recipe.noise:
             projection = PROJECTIONS.index(expert.parameter)
-            generator = _generator(recipe.seed, layer_id(name) or 0, expert.expert, projection)
+            generator = seeded_generator(recipe.seed, layer_id(name) or 0, expert.expert, projection)
             noise = torch.randn(weight.shape, generator=generator)
             weight = weight + recipe.noise * weight.std() * noise  # not in place: it may be a view of the mapped file
         return weight
 
     def _router(self, name: str) -> Tensor:
         """Rows are equal for the parts of a copy."""
-        recipe, generator = self._recipe, _generator(self._recipe.seed, layer_id(name) or 0)
+        recipe, generator = self._recipe, seeded_generator(self._recipe.seed, layer_id(name) or 0)
         rows = torch.randn(recipe.experts, self.shapes[name][1], generator=generator)
         return (ROUTER_STD * rows).repeat_interleave(recipe.split, 0)
-
-
-def _generator(seed: int, *key: int) -> torch.Generator:
-    """A generator for each (seed, *key)."""
-    sequence = np.random.SeedSequence(seed, spawn_key=key)
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

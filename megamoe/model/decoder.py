@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
 
-        shared = _generator(seed)
+        shared = seeded_generator(seed)
         own: dict[tuple[int, int], torch.Generator] = {}  # an expert's, for its projections one after the other
         for name, parameter in self.named_parameters():
             for part in plain_parts(name, parameter.shape, self.topology.first_expert):
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
                     generator = shared
                 else:
                     key = (self.config.num_hidden_layers if layer is None else layer, expert)
-                    generator = own[key] = own.get(key) or _generator(seed, *key)
+                    generator = own[key] = own.get(key) or seeded_generator(seed, *key)
                 if part.name.endswith(".bias"):
                     weight.zero_()
                 elif not is_norm(part.name):
@@ -291,7 +291,7 @@ class Decoder(nn.Module):
         return rotary_table(positions, frequencies, factor, dtype, config.rope_interleaved, num_latents)
 
 
-def _generator(seed: int, *key: int) -> torch.Generator:
+def seeded_generator(seed: int, *key: int) -> torch.Generator:
     """A generator for each (seed, *key), no two of which share a stream."""
     sequence = np.random.SeedSequence(seed, spawn_key=key)  # not (seed, *key): (0,) and (0, 0, 0) are one seed there
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
