@@ -49,16 +49,6 @@ def megatron_corpus(prefix, documents, code, dtype):
     return prefix
 
 
-def test_a_uint16_corpus_of_megatron_loads_as_it_is(tmp_path):
-    for documents in (1, 4):
-        tokens = np.append(random_tokens(40 * documents, 65536), 65535)
-        prefix = megatron_corpus(tmp_path / f"{documents}", np.array_split(tokens, documents), 8, np.uint16)
-        corpus = TokenCorpus(prefix, 40, 65536)
-        assert corpus.num_samples == documents
-        labels = [corpus.sample(index).labels for index in range(documents)]
-        assert np.concatenate(labels).tolist() == tokens[1:].tolist()
-
-
 def test_exactly_one_sample_is_enough_and_one_token_less_is_refused(tmp_path):
     tokens = random_tokens(11, 50)
     corpus = TokenCorpus(build(tmp_path / "c", tokens), 10, 50)

@@ -25,14 +25,6 @@ def test_the_number_of_parameters_of_a_preset_is_the_published_one():
     assert {preset: parameter_count(load_preset(preset)) for preset in published} == published
 
 
-def test_flops_of_a_token_by_hand():
-    # Per layer: q and o 768 x 768, k and v 768 x 256; two experts of two 768 x 2048; the router 768 x 8; keys and
-    # values of 512 + 8 positions on average. The head 768 x 49,152. Two per weight forward, four backward.
-    attention = 2 * 768 * 768 + 2 * 768 * 256 + 2 * 520 * 768
-    experts = 2 * 2 * 768 * 2048 + 768 * 8
-    assert train_flops_per_token(load_preset("moe-680m"), 1024) == 6 * (24 * (attention + experts) + 768 * 49_152)
-
-
 def grouped_flops(left, right, *_, **__):
     """Of rows by their groups' weights, and of rows by rows, one product for each group; torch counts neither."""
     return 2 * math.prod(left) * right[-1]

@@ -15,15 +15,6 @@ def histogram_of(scores, edges):
     return margin_histogram(scores, scores.topk(K + 1, dim=-1).values, edges)
 
 
-def test_the_bins_above_zero_have_the_tokens_that_chose_an_expert_and_all_bins_have_all_tokens():
-    scores, edges = scores_of(1.0), bin_edges().double()
-    histogram = histogram_of(scores, edges)
-    slots = torch.bincount(scores.topk(K, dim=-1).indices.flatten(), minlength=E)
-    assert histogram.shape == (BINS, E)
-    assert torch.equal(histogram[BINS // 2 :].sum(0), slots)
-    assert histogram.sum(0).tolist() == [T] * E
-
-
 def test_the_shift_is_the_quantile_of_the_margins_but_for_the_width_of_a_bin():
     for sharpness in (0.1, 1.0, 3.0):
         scores, edges = scores_of(sharpness), bin_edges().double()

@@ -153,36 +153,3 @@ def test_statistics_are_fp32_and_identical_on_all_ranks_and_every_slot_is_counte
         means = [reported[step][1] for _, _, reported in results]
         assert balance.entropies == pytest.approx([sum(all_) / 4 for all_ in zip(*means, strict=True)], rel=1e-6)
         assert 0.5 < min(balance.entropies) < max(balance.entropies) < math.log(PRESET["num_local_experts"])
-
-
-def counted_by(engine):
-    routers = engine.module.routers()
-    return sum(int(router.step_counts.sum() + router.step_margins.sum()) for router in routers)
-
-
-def evaluate_and_skip(ds):
-    train_step = build_train_step(QUANTILE, recipe_of(ds), ep_size=2)
-    engine = train_step.engine
-    before = statistics(engine)
-    engine.eval()
-    with torch.no_grad():
-        engine(tokens(0), tokens(1))
-    engine.train()
-    counted_in_evaluation = counted_by(engine)
-    engine.backward(engine(tokens(0), tokens(1)) * (torch.inf if torch.distributed.get_rank() == 0 else 1.0))
-    balance = train_step.update().balance
-    left = counted_by(engine)
-    return before, statistics(engine), counted_in_evaluation, balance, left, engine.skipped_steps, engine.get_lr()[0]
-
-
-def test_evaluation_and_a_step_skipped_for_one_ranks_infinity_move_nothing_anywhere():
-    for result in run_ranks(2, evaluate_and_skip, shipped("zero2")):
-        before, after, counted_in_evaluation, balance, left, skipped, lr = result
-        for old, new in zip(before, after, strict=True):
-            assert torch.equal(old[0], new[0])
-            assert torch.equal(old[1], new[1])
-        assert counted_in_evaluation == 0
-        assert balance is None
-        assert left == 0
-        assert skipped == 1
-        assert lr == 0  # the schedule did not move either
