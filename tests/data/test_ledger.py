@@ -36,11 +36,6 @@ def test_no_data_is_read_twice_or_left_out_and_each_step_of_the_run_keeps_its_da
     assert read_ledger(tmp_path) == ledger
 
 
-def test_a_run_that_never_went_back_has_no_file_and_reads_its_own_steps(tmp_path):
-    assert read_ledger(tmp_path) == DataLedger()
-    assert [DataLedger().data_step(step) for step in (1, 7)] == [1, 7]
-
-
 def test_a_ledger_that_no_run_has_written_is_refused_with_its_path(tmp_path):
     (tmp_path / NAME).write_text('{"rollbacks": 1, "entries": [{"after_step": -1, "offset": 0, "generation": 0}]}')
     with pytest.raises(UserError, match=r"data_ledger.json.*after_step"):
