@@ -20,7 +20,7 @@ VERBS = {
     "prepare": ("turn text into tokens", "megamoe prepare my_texts/ --out data/mine --vocab_size 16384"),
     "plan": (
         "predict memory, traffic and time of a run",
-        "megamoe plan --gpus 64 --preset moonlight-16b-a3b --ep_size 8 --ds_config ds_configs/zero2.json",
+        "megamoe plan --gpus 64 --preset moonlight-16b-a3b --ep_size 8 --ds_config zero2",
     ),
     "train": ("train a model with the GPUs of this host, or on its CPU", "megamoe train --text my.txt"),
     "status": ("say what a run is doing, or where it ended and how to go on", "megamoe status runs/mine"),
@@ -29,8 +29,8 @@ VERBS = {
         'megamoe generate runs/mine --prompt "In a quiet library," --temperature 0.8',
     ),
     "chat": ("continue what you type, in a terminal", "megamoe chat runs/mine --temperature 0.8"),
-    "evaluate": ("measure a model on texts, or on tasks", "megamoe evaluate runs/mine data/plays --json plays.json"),
-    "convert": ("write a model in the form of another program", "megamoe convert runs/mine model.gguf --dtype fp16"),
+    "evaluate": ("measure a model on texts, or on tasks", "megamoe evaluate runs/mine my_texts/ --json mine.json"),
+    "convert": ("write a model in the form of another program", "megamoe convert runs/mine hf_mine"),
     "inspect": ("show what a checkpoint holds, and whether it is damaged", "megamoe inspect runs/mine"),
     "upcycle": (
         "make a Mixture-of-Experts model of a dense one",
@@ -41,7 +41,7 @@ VERBS = {
     "check": ("check token files once, so that no run has to", "megamoe check data/mine data/theirs.bin"),
     "preflight": (
         "check the hosts of a job before ranks are started on them",
-        "megamoe preflight hostfile HOSTFILE -- --ds_config ds_configs/zero2.json",
+        "megamoe preflight hostfile HOSTFILE -- --ds_config zero2",
     ),
 }
 
@@ -50,10 +50,14 @@ def make_app() -> App:
     from megamoe.config import cli
 
     app = cli.make_app(
-        "megamoe", version=__version__, help="Pretrain Mixture-of-Experts language models with DeepSpeed."
+        "megamoe",
+        version=__version__,
+        help="Pretrain Mixture-of-Experts language models with DeepSpeed. To begin, with a text of 1 MB or so:\n\n"
+        "  megamoe train --text my.txt",
+        help_epilogue="megamoe COMMAND --help shows the options of a command.",
     )
-    for verb, (help, example) in VERBS.items():
-        app.command(command_of(verb), name=verb, help=f"{help}\n\n  {example}")
+    for place, (verb, (help, example)) in enumerate(VERBS.items()):
+        app.command(command_of(verb), name=verb, help=f"{help}\n\n  {example}", sort_key=place, help_epilogue="")
     app.register_install_completion_command(name="--install_completion")
     return app
 

@@ -93,7 +93,7 @@ def convert_to_gguf(model: OpenModel, options: Convert) -> None:
     try:
         from megamoe.formats.gguf_file import gguf_entries, write_gguf
     except ModuleNotFoundError as error:
-        raise UserError(f"--to gguf needs the package {error.name}; pip install -e '.[gguf]'.") from None
+        raise UserError(f"--to gguf needs the package {error.name}; pip install 'megamoe[gguf]'.") from None
     if options.dry_run:
         print_plan([gguf_entries(model.source, DTYPES[options.dtype], model.config)])
         return

@@ -149,7 +149,7 @@ def can_be_fast(work: Work, tokenizer: str) -> bool:
             left -= len(text)
     why = compare(Tokenizer.from_str(tokenizer), documents)
     if why:
-        print(f"encoding the slow way, with tokenizers: {why}", file=sys.stderr, flush=True)
+        print(f"encoding with tokenizers: {why}", file=sys.stderr, flush=True)
     return why is None
 
 

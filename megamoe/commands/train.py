@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+from glob import glob
 from hashlib import sha256
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def train(options: Train = DEFAULTS) -> None:
     number = options.ranks or default_ranks()
     words = without(sys.argv[2:], "--ranks", "--text")
     if not options.text:
+        if not options.model_fields_set & {"data", "data_schedule"} and not glob(f"{options.data[0].path}*"):
+            raise UserError("there is nothing to train on; give a text by --text, or a prepared folder by --data.")
         sys.exit(run_ranks([RANK, *words], number))
     preset = options.preset if "preset" in options.model_fields_set else PRESET
     data = prepare_text(options.text, preset)
@@ -59,8 +62,8 @@ def train(options: Train = DEFAULTS) -> None:
     for option, value in own.items():
         words += [] if option in options.model_fields_set else [f"--{option}", value]
     code = run_ranks([RANK, *words, "--auto_resume"], number)
-    if code not in (0, REFUSED) and not options.run_dir:
-        again = shlex.join(["megamoe", *sys.argv[1:], "--run_dir", run_dir])
+    if code not in (0, REFUSED):
+        again = shlex.join(["megamoe", *sys.argv[1:], *([] if options.run_dir else ["--run_dir", run_dir])])
         print(f"to continue: {again}", file=sys.stderr)
     if code:
         sys.exit(code)

@@ -74,8 +74,8 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
     """
     verbs, flags = [name for name in app if not name.startswith("-")], {*app.help_flags, *app.version_flags}
     if verbs and words and words[0] not in {*app, *flags}:
-        raise UserError(unknown_key("command line", words[0], verbs, "command"))
-    problems, required = Problems(), list[str]()
+        raise UserError(unknown_key("command line", words[0], verbs, "command", "see --help"))
+    problems, required = Problems(), dict[str, str]()
     end = words.index("--") if "--" in words else len(words)
     # DeepSpeed's launcher gives each rank its number; the environment says it, too.
     words, rest = [word for word in words[:end] if not word.startswith("--local_rank=")], words[end:]
@@ -86,7 +86,11 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
         # The words after an unknown option are its values, or the positional ones that would be missing.
         are_known = all(word.partition("=")[0] in known for word in words if word.startswith("--"))
         fields = [argument.field_info for argument in of_command if argument.required and not argument.children]
-        required = [field.name for field in fields if are_known or not field.is_positional]
+        required = {
+            field.name: field.name.upper() if field.is_positional else f"--{field.name}"
+            for field in fields
+            if are_known or not field.is_positional
+        }
         words = [*verb, *_each_once(words, known, problems)]
     try:
         command, given, _ = app.parse_args([*words, *rest], exit_on_error=False, print_error=False)
@@ -98,11 +102,11 @@ def parse(app: App, words: list[str]) -> Callable[[], Any]:
     return lambda: command(*given.args, **given.kwargs)
 
 
-def _sentences(error: CycloptsError, required: list[str]) -> list[str]:
+def _sentences(error: CycloptsError, required: dict[str, str]) -> list[str]:
     """What cyclopts, or pydantic for it, has found.
 
     Args:
-        required: options of which it is said that they are missing.
+        required: options of which it is said that they are missing, with their names in the help.
     """
     if isinstance(error.__cause__, ValidationError):
         found = [one for one in error.__cause__.errors() if one["type"] != "missing" or one["loc"][0] in required]
@@ -110,7 +114,7 @@ def _sentences(error: CycloptsError, required: list[str]) -> list[str]:
     if isinstance(error, MissingArgumentError) and error.keyword:
         return [f'command line: {error.keyword} has no value; give one, after "=" where it begins with "-".']
     if isinstance(error, MissingArgumentError):  # nothing is given at all
-        return [f'command line: "{name}" is missing; add it.' for name in required]
+        return [f"command line: {name} is missing; add it, see --help." for name in required.values()]
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return [f"command line: {shown(error.unused_tokens[0])} belongs to no option; see --help."]
     error.verbose = False
@@ -134,7 +138,7 @@ def _each_once(words: list[str], known: dict[str, Argument], problems: Problems)
             place += 1
         values = [value] if has_value else words[start + 1 : place] or ["true"]
         if option not in known:
-            problems.append(unknown_key("command line", option, known, "option"))
+            problems.append(unknown_key("command line", option, known, "option", "see --help"))
         elif given.setdefault(option, values) != values:
             first, last = " ".join(given[option]), " ".join(values)
             problems.append(f"{option} is given twice, as {first} and as {last}; keep one.")

@@ -125,7 +125,7 @@ def architecture_of(config: ModelConfig, biased: bool) -> GgufArchitecture:
     if misfits:
         raise UserError(
             *(
-                f"{misfit}; no architecture of llama.cpp is nearer, so use --to huggingface instead."
+                f"{misfit}; no architecture of llama.cpp is nearer, so give a folder, for transformers, instead."
                 for misfit in misfits
             )
         )

@@ -73,15 +73,22 @@ def shown(value: Any, limit: int = 100) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def unknown_key(where: str, key: str, known: Iterable[str], kind: str = "key") -> str:
-    """Say that `key` is unknown in `where`, and so without effect, with the nearest known one where there is one.
+def unknown_key(
+    where: str,
+    key: str,
+    known: Iterable[str],
+    kind: str = "key",
+    remedy: str = "it has no effect here, so leave it out",
+) -> str:
+    """Say that `key` is unknown in `where`, with the nearest known one where there is one.
 
     Args:
         kind: what it is called.
+        remedy: what to do where the nearest one is not meant.
     """
     near = difflib.get_close_matches(key[:100], list(known), n=1, cutoff=0.5)
     return f"{where}: unknown {kind} {shown(key)}" + (
-        f'; did you mean "{near[0]}"? If not, leave it out: it has no effect here.'
+        f'; did you mean "{near[0]}"? If not, {remedy}.'
         if near
-        else f"; it has no effect here, so leave it out; known {kind}s are {', '.join(sorted(known))}."
+        else f"; {remedy}; known {kind}s are {', '.join(sorted(known))}."
     )

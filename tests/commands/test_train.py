@@ -65,7 +65,7 @@ def test_a_text_is_prepared_once_and_in_another_folder_when_it_or_its_place_has_
 @pytest.mark.parametrize(
     ("words", "of_ranks", "number"),
     [
-        ("--ranks 3 --preset tiny --verbose", "--preset tiny --verbose", 3),
+        ("--ranks 3 --data a --verbose", "--data a --verbose", 3),
         ("--steps=5 --ranks=1 --data a b=2 --time_limit 1:00:00", "--steps=5 --data a b=2 --time_limit 1:00:00", 1),
         (
             "--text my.txt --steps 5 --ranks 2",
@@ -92,5 +92,12 @@ def test_ranks_get_the_words_but_for_those_of_train_alone_and_with_what_a_text_i
     assert caught.value.code == 75
     (((rank, *rest), ranks),) = given
     assert (Path(rank).name, rest, ranks) == ("pretrain.py", of_ranks.split(), number)
-    again = f"to continue: megamoe train {words} --run_dir runs/my-now\n"
-    assert capsys.readouterr().err == (again if "runs/my-now" in of_ranks else "")
+    own = " --run_dir runs/my-now" if "runs/my-now" in of_ranks else ""
+    assert capsys.readouterr().err == (f"to continue: megamoe train {words}{own}\n" if "--text" in words else "")
+
+
+def test_without_text_or_data_train_says_how_to_give_them(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megamoe", "train", "--preset", "tiny"])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    has(capsys.readouterr().err, "error: there is nothing to train on;", "--text", "--data")

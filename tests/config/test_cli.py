@@ -70,7 +70,7 @@ def test_a_wrong_command_line_is_refused_with_the_option_and_the_remedy(words, p
 
 
 def test_all_problems_of_a_command_line_come_at_once():
-    assert refusals(parsed) == [f'command line: "{name}" is missing; add it.' for name in ("model", "seed")]
+    assert refusals(parsed) == [f"command line: {name} is missing; add it, see --help." for name in ("MODEL", "--seed")]
     assert len(refusals(parsed, "--zzz", "m")) == 2  # that and the seed
     words = ["--stepps", "3", "--sede=3", "--seed", "x", "--steps", "0", "--data", "a", "--data", "b"]
     # Not that a model is missing, which "3" may have been.

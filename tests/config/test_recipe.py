@@ -124,7 +124,7 @@ REFUSED = [
     ({"zero_optimization.reduce_scatter": False}, ["reduce_scatter is false", "set it to true"]),
     ({"zero_optimization.round_robin_gradients": True}, ["round_robin_gradients is true", "leave it out"]),
     ({"zero_optimization.cpu_offload": True}, ['unknown key "cpu_offload"', '"offload_optimizer"']),
-    ({"zero_optimization.stage3_prefetch_bucket_size": 1}, ["stage3_prefetch", "leave it out: it has no effect here"]),
+    ({"zero_optimization.stage3_prefetch_bucket_size": 1}, ["stage3_prefetch", "no effect here, so leave it out"]),
     ({"aio": {"block_size": 1}}, ['unknown key "aio"', "it has no effect here, so leave it out"]),
     ({"zero_optimization.reduce_bucket_size": 0.5}, ['"reduce_bucket_size" is 0.5', "integer"]),
     ({"optimizer.type": "Lion", "zero_optimization.offload_optimizer": 5}, ["offload_optimizer", "5", "object"]),

@@ -70,4 +70,4 @@ def test_a_window_beyond_the_longest_sequence_and_all_groups_are_no_limit():
 
 def test_a_model_that_fits_none_hears_every_field_of_the_nearest():
     said = refusals(architecture_of, load_preset("moe-680m"), True)
-    has("\n".join(said), "num_latent_tokens", "gated_mlp", "router_bias", "--to huggingface")
+    has("\n".join(said), "num_latent_tokens", "gated_mlp", "router_bias", "a folder, for transformers")
