@@ -52,7 +52,7 @@ from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
 from megamoe.resume import Changes, Start, check_changes, find_start
 from megamoe.run_inputs import RunInputs, open_inputs
-from megamoe.run_record import describe_experts_gemms, describe_initial, describe_run, make_record
+from megamoe.run_record import describe_experts_gemms, describe_initial, describe_repeats, describe_run, make_record
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.guard import Guard
 from megamoe.training.loop import Trainer
@@ -309,6 +309,7 @@ def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_avera
     run, model, recipe, start = checked.run, checked.model, checked.recipe, checked.start
     lines: list[str | None] = [
         describe_run(run, model, recipe, checked.data, checked.inputs, first, checked.last_step),
+        describe_repeats(checked.data, checked.last_step),
         f"resumed from {checkpoint}" if checkpoint else None,
         checked.precision.describe(recipe),
         describe_initial(model, start.initial_weights),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,8 @@ from megamoe.formats.config_json import differences, preset_of
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
 from megamoe.run_inputs import RunInputs
+
+REPEATS = 4  # of a corpus, which are nearly worth as much new text
 
 
 def make_record(
@@ -83,6 +86,19 @@ def _describe_packing(source: Any) -> str:
     if not isinstance(source, PackedCorpus):
         return ""
     return f" (best-fit packing: {source.num_samples:,} samples, {source.unused:.1%} of positions unused)"
+
+
+def describe_repeats(data: TrainData, last: int) -> str | None:
+    """Which corpora are read so often by step `last` that they teach little new (Muennighoff et al., 2023)."""
+    read, phases = Counter[str](), data.phases.all
+    for phase, end in zip(phases, [*(one.first_step for one in phases[1:]), last + 1], strict=True):
+        samples = max(min(end, last + 1) - phase.first_step, 0) * phase.samples
+        weights = sum(one.weight for one in phase.data)
+        for one in phase.data:
+            read[one.path] += samples * one.weight / weights / data.sources[one.path, phase.seq_len].num_samples
+    often = [f"{path} {times:.0f} times" for path, times in read.items() if times > REPEATS]
+    advice = f"from about {REPEATS} times on, more text serves a model better, or fewer steps (--schedule_steps)"
+    return f"reads {', '.join(often)}: {advice}" if often else None
 
 
 def _describe_held_out(inputs: RunInputs) -> str:

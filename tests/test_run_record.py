@@ -1,6 +1,7 @@
 """What the log of a run says of it before its first step."""
 
 import json
+import re
 
 import native_models
 import torch
@@ -35,6 +36,14 @@ def test_the_record_names_the_token_that_ends_a_document(inputs, tmp_path):
 def test_best_fit_packing_says_what_it_wastes(inputs):
     assert "best-fit" not in lines(inputs)[0]
     assert "(best-fit packing: 375 samples, 0.0% of positions unused)" in lines(inputs, packing="best_fit")[0]
+
+
+def test_a_corpus_that_is_read_more_than_four_times_is_said(inputs):
+    samples = int(re.search(r"(\d+) x 16 tokens per step", lines(inputs)[0])[1])
+    once = 375 / samples  # steps
+    assert len(lines(inputs, schedule_steps=int(3.9 * once))) == 1
+    (said,) = lines(inputs, schedule_steps=int(13 * once))[1:]
+    assert said.startswith(f"reads {inputs['data'][0]} 13 times: ")
 
 
 def test_experts_gemms_other_than_torchs_one_kernel_are_said(monkeypatch):
