@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -90,7 +90,7 @@ def _describe_packing(source: Any) -> str:
 
 def describe_repeats(data: TrainData, last: int) -> str | None:
     """Which corpora are read so often by step `last` that they teach little new (Muennighoff et al., 2023)."""
-    read, phases = Counter[str](), data.phases.all
+    read, phases = defaultdict[str, float](float), data.phases.all
     for phase, end in zip(phases, [*(one.first_step for one in phases[1:]), last + 1], strict=True):
         samples = max(min(end, last + 1) - phase.first_step, 0) * phase.samples
         weights = sum(one.weight for one in phase.data)
