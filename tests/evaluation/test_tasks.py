@@ -92,6 +92,7 @@ def test_the_live_model_scores_as_the_harness_scores_its_export(done, tmp_path, 
 
 def test_what_keeps_tasks_from_being_evaluated_is_said_before_the_run(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("megamoe.evaluation.lm_eval_model.TaskManager", own_tasks_only)
+    monkeypatch.chdir(tmp_path)  # where `datasets` looks through all folders for the data of the broken task
     (tmp_path / "tasks" / "broken.yaml").write_text("task: broken\ndataset_path: json\ntest_split: test\n")
     said = refusal(check, {**inputs, "lm_eval_tasks": ["broken"]})
     has(said, "task broken of lm-evaluation-harness cannot be loaded")
