@@ -50,6 +50,7 @@ from megamoe.launch.watch import Position, Watch
 from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
+from megamoe.monitoring.sinks import open_sinks
 from megamoe.resume import Changes, Start, check_changes, find_start
 from megamoe.run_inputs import RunInputs, open_inputs
 from megamoe.run_record import describe_experts_gemms, describe_initial, describe_repeats, describe_run, make_record
@@ -57,7 +58,6 @@ from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.guard import Guard
 from megamoe.training.loop import Trainer
 from megamoe.training.rollback import saved_guard
-from megamoe.training.sinks import open_sinks
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
 from megamoe.utils.errors import Problems
@@ -254,10 +254,10 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
     sinks = None
     if start.folder:
         has_average = bool(train_step.average and train_step.average.has_begun)
-        start.folder.enter(
-            {"step": first, "checkpoint": checkpoint and checkpoint.name, **checked.record}, inputs.tokenizer_files
-        )
-        sinks = open_sinks(config.folder, first)
+        of_start = {"checkpoint": checkpoint and checkpoint.name}
+        start.folder.enter({"step": first, **of_start, **checked.record}, inputs.tokenizer_files)
+        sinks = open_sinks(config.folder, first, checked.record)
+        sinks.log_event("resume" if start.is_resuming else "start", first, of_start)
         for line in first_lines(checked, first, checkpoint, has_average):
             sinks.log_text(first, line)
     writer = CheckpointWriter(
@@ -271,6 +271,7 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         resumed=checkpoint,
         ledger=ledger[0],
         waiting=lambda: position.at("saving"),
+        saved=lambda step, values: sinks.log_event("save", step, values) if sinks else None,
     )
     trainer = Trainer(
         train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,

@@ -13,10 +13,10 @@ from megamoe.config import model as config
 from megamoe.config import optimizers
 from megamoe.config.model import load_preset, preset_names
 from megamoe.config.optimizers import OptimizerSpec, Params, StateTensor
+from megamoe.monitoring import sinks
+from megamoe.monitoring.sink import Sink
 from megamoe.planning.footprint import footprint
 from megamoe.planning.sharding import read_setup
-from megamoe.training import sinks
-from megamoe.training.sinks import Sink
 
 
 class SgdParams(Params):
@@ -39,7 +39,7 @@ SGD_JSON = {
 class FileSink(Sink):
     """A line for each call."""
 
-    def open(self, run_dir, first_step):
+    def open(self, run_dir, first_step, record):
         self.path = run_dir / "mine.txt"
 
     def log_scalars(self, kind, step, values):

@@ -23,6 +23,7 @@ LAYERS = [
     {"formats"},
     {"checkpoint"},
     {"evaluation"},
+    {"monitoring"},
     {"training"},
     {"planning"},
     {"library", "resume", "run_inputs", "run_record"},

@@ -17,9 +17,9 @@ from toy import check, check_here, ds_config, losses, new_store, train_here, wri
 from megamoe.checkpoint.index import read_index
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
+from megamoe.monitoring.console import ConsoleSink
 from megamoe.pretrain import is_done
 from megamoe.pretrain import run as pretrain
-from megamoe.training.sinks import ConsoleSink
 
 
 def heard(function, *args):

@@ -20,9 +20,9 @@ from megamoe.launch.determinism import make_deterministic
 from megamoe.launch.distributed import raise_on_any_rank, this_device
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
+from megamoe.monitoring.log_files import read_log
 from megamoe.pretrain import Checked, check_run
 from megamoe.pretrain import run as pretrain
-from megamoe.training.sinks import read_log
 from megamoe.utils.data_sheets import Device
 from megamoe.utils.errors import Problems
 

@@ -70,6 +70,7 @@ class CheckpointWriter:
         resumed: Path | None = None,
         ledger: DataLedger | None = None,
         waiting: Callable[[], None] = lambda: None,
+        saved: Callable[[int, dict[str, Any]], None] = lambda step, values: None,
     ):
         """
         Args:
@@ -80,6 +81,7 @@ class CheckpointWriter:
             resumed: the checkpoint that the run resumes from.
             ledger: of the run; None for one that has never gone back.
             waiting: called repeatedly while training waits for files, so that the rank does not count as stalled.
+            saved: called on rank 0, by a thread, with the step of a save that is a checkpoint now and what it took.
         """
         self.engine = engine
         self.folder = folder
@@ -87,6 +89,7 @@ class CheckpointWriter:
         self.rank = dist.get_rank()
         self._resumed = resumed
         self._waiting = waiting
+        self._saved = saved
         self._ranks = range(dist.get_world_size())
         store = store or HashStore()
         # The same number on every rank, for each makes the same writers.
@@ -308,11 +311,14 @@ class CheckpointWriter:
     def _report(self, save: _Save) -> None:
         checkpoint = self._checkpoint(save.step)
         if self._failure is None:
+            waited = self._last_seconds if save.is_held else self._waited
             print(
                 f"saved {checkpoint}: {self._size / 1e9:.3f} GB in {self._last_seconds:.1f} s, of which training "
-                f"waited {self._last_seconds if save.is_held else self._waited:.2f} s",
+                f"waited {waited:.2f} s",
                 flush=True,
             )
+            took = {"bytes": self._size, "seconds": self._last_seconds, "waited_seconds": waited}
+            self._saved(save.step, {"checkpoint": checkpoint.name, **took})
             return
         older = None
         with contextlib.suppress(OSError):  # of a file system in trouble

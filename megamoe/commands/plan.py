@@ -12,8 +12,8 @@ from megamoe.planning.options import PlanOptions
 from megamoe.planning.planner import GIB, Plan, make_plan, split_keys
 from megamoe.planning.report import LIMITS, advice, as_json, assumptions, totals
 from megamoe.planning.search import kept_free
-from megamoe.training.sinks import duration
 from megamoe.utils.json_files import write_json
+from megamoe.utils.text import duration
 
 UNITS = {"GiB": GIB, "MiB": 2**20, "KiB": 2**10}
 BEST = 5  # splits that --best prints

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from megamoe.config.cli import Options, Positional
-from megamoe.training.sinks import read_log
+from megamoe.monitoring.log_files import read_log
 from megamoe.utils.errors import Problems, UserError
 
 ROWS = 16  # of the loss table, at most

@@ -14,9 +14,10 @@ from pydantic import Field
 from megamoe.checkpoint import folders
 from megamoe.config.cli import Options, Positional
 from megamoe.data.ledger import read_ledger
-from megamoe.training.sinks import duration, read_log
+from megamoe.monitoring.log_files import read_log
 from megamoe.utils.errors import UserError
 from megamoe.utils.run_folder import holder_of, last_record
+from megamoe.utils.text import duration
 
 
 class Status(Options):

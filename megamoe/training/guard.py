@@ -160,7 +160,6 @@ class Guard:
     def _values(self, step: int, result: StepResult, reason: str) -> dict[str, Any]:
         """Of a step that is in neither window."""
         return {
-            "step": step,
             "reason": reason,
             "loss": result.loss,
             "norm": result.grad_norm,

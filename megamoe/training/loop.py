@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from psutil import Process
 
 from megamoe.checkpoint.writer import CheckpointWriter
 from megamoe.data.batches import TrainData
@@ -23,12 +24,12 @@ from megamoe.launch.codes import FAILED, REFUSED
 from megamoe.launch.distributed import on_any_rank
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position
+from megamoe.monitoring.sinks import SinkGroup
 from megamoe.training.balancing import Balance
 from megamoe.training.guard import Guard, Return
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.rollback import go_back
 from megamoe.training.router_health import RouterHealth
-from megamoe.training.sinks import SinkGroup
 from megamoe.training.skipped import SkippedSteps
 from megamoe.training.step import StepResult, TrainStep
 from megamoe.training.step_sums import Flags
@@ -99,6 +100,8 @@ class Trainer:
                 phase = self.data.phases.at(self.ledger.data_step(step))
                 self.metrics.add(result, phase, time.perf_counter() - started)
 
+                if step == first + 1 and self.sinks:
+                    self.sinks.log_event("first_step", step, {"seconds": time.time() - Process().create_time()})
                 self._watch(step, last, result)
                 final = step == last or asked or out_of_time
                 if logs or final:
@@ -161,7 +164,7 @@ class Trainer:
         if event and self.sinks:
             data_step = self.ledger.data_step(step)
             samples = self.data.step_samples(data_step)
-            self.sinks.log_event({"event": event.kind, **event.values, "data_step": data_step, "samples": samples})
+            self.sinks.log_event(event.kind, step, {**event.values, "data_step": data_step, "samples": samples})
             self._say(step, event.line)
         if self.sinks and self.guard.watches and result.balance:
             for line in self.health.warnings(step, last, result.balance):
@@ -181,7 +184,7 @@ class Trainer:
         self.metrics.restart(to_step)
         if self.sinks:
             self.sinks.go_back(to_step)
-            self.sinks.log_event(event)
+            self.sinks.log_event("rollback", step, event)
             self._say(to_step, line)
         return to_step
 

@@ -41,13 +41,13 @@ def go_back(
     if ledger.rollbacks >= most:
         raise UserError(
             f"{why.reason}, and the run has gone back {ledger.rollbacks} times already, with --guard_rollbacks {most}: "
-            "training has diverged; lower the peak learning rate, or look at the data that guard.jsonl names"
+            "training has diverged; lower the peak learning rate, or look at the data that events.jsonl names"
         )
     checkpoint = restore_first_verified(writer.engine, _good(why, writer, ledger))
     if checkpoint is None:
         raise UserError(
             f"{why.reason}, and {writer.folder} holds no checkpoint of step {why.until} or before to go back to; lower "
-            "--save_interval, or look at the data that guard.jsonl names, and start again"
+            "--save_interval, or look at the data that events.jsonl names, and start again"
         )
     to_step = folders.step_of(checkpoint) or 0
     guard.restore(saved_guard(checkpoint), to_step)
@@ -63,8 +63,6 @@ def go_back(
         f"data of step {next_data}: rollback {ledger.rollbacks} of {most}"
     )
     event = {
-        "event": "rollback",
-        "step": step,
         "reason": why.reason,
         "to_step": to_step,
         "checkpoint": checkpoint.name,

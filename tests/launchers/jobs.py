@@ -9,7 +9,7 @@ import psutil
 from cluster import DEADLINE, ROOT, Cluster, wait_for
 from runs import inputs, processes_of, ranks_of
 
-from megamoe.training.sinks import read_log
+from megamoe.monitoring.log_files import read_log
 
 
 class Job:

@@ -12,7 +12,7 @@ import psutil
 from cluster import DEADLINE, ROOT, ThisHost, wait_for
 from toy import write_inputs
 
-from megamoe.training.sinks import read_log
+from megamoe.monitoring.log_files import read_log
 from megamoe.utils.json_files import read_json
 
 STOPPED, LOST, INTERRUPTED = 75, 76, 130  # as in docs/reference/exit_codes.md

@@ -20,9 +20,9 @@ from megamoe.data.prefetch import THREAD
 from megamoe.launch import stopping
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
+from megamoe.monitoring.log_files import read_log
 from megamoe.pretrain import check_run
 from megamoe.pretrain import run as pretrain
-from megamoe.training.sinks import read_log
 from megamoe.utils.errors import UserError
 
 STEPS = 12

@@ -46,8 +46,8 @@ from megamoe.config.recipe import Recipe, read_recipe
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.formats.config_json import find_preset
 from megamoe.model.costs import parameter_count, train_flops_per_token
+from megamoe.monitoring.log_files import read_log
 from megamoe.pretrain import check_run
-from megamoe.training.sinks import read_log
 from megamoe.utils.errors import Problems, UserError, unknown_key
 from megamoe.utils.json_files import read_json, write_json
 

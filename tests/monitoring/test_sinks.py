@@ -7,7 +7,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from megamoe.training.sinks import SinkGroup, open_sinks, read_log
+from megamoe.monitoring.log_files import read_log
+from megamoe.monitoring.sinks import SinkGroup, open_sinks
 
 
 def record(step=10, **changes):
@@ -33,7 +34,7 @@ def log(sinks, kind, values):
 
 
 def logged(folder, *records):
-    sinks = open_sinks(folder, 0)
+    sinks = open_sinks(folder, 0, {})
     for one in records:
         log(sinks, "train", one)
     sinks.close()
@@ -64,7 +65,7 @@ def test_the_console_line_is_that_of_a_step_with_what_it_has_of_parts_and_skippe
 
 
 def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path, capsys):
-    sinks = open_sinks(tmp_path, 0)
+    sinks = open_sinks(tmp_path, 0, {})
     log(sinks, "valid", {"step": 500, "loss": 2.34567, "tokens": 4096, "bits_per_byte": 1.23456})
     log(sinks, "valid", {"step": 600, "loss": 2.1, "tokens": 4096})
     log(sinks, "valid", {"step": 700, "loss": 2.1, "tokens": 4096, "code_loss": 1.5, "arc_acc": 0.25})
@@ -79,15 +80,19 @@ def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path,
 
 
 def test_the_log_and_tensorboard_hold_every_number_unrounded_and_lines_about_the_run_apart(tmp_path, capsys):
-    sinks = open_sinks(tmp_path, 0)
+    sinks = open_sinks(tmp_path, 0, {})
     valid = {"step": 20, "loss": 2.3456789, "tokens": 4096, "bits_per_byte": 1.25}
     sinks.log_text(0, "tiny: 5 parameters")
     log(sinks, "train", record())
     log(sinks, "valid", valid)
-    assert read_log(tmp_path) == {"train": [record()], "valid": [valid]}  # on disk before the run ends
+    assert read_log(tmp_path) == {"train": [record()], "valid": [valid], "samples": []}  # on disk before the run ends
     log(sinks, "train", record(step=20, loss=9.5, **PARTS))
     sinks.close()
-    assert read_log(tmp_path) == {"train": [record(), record(step=20, loss=9.5, **PARTS)], "valid": [valid]}
+    assert read_log(tmp_path) == {
+        "train": [record(), record(step=20, loss=9.5, **PARTS)],
+        "valid": [valid],
+        "samples": [],
+    }
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert kinds == ["train", "valid", "train"]
     assert capsys.readouterr().out.startswith("tiny: 5 parameters\nstep=10 ")
@@ -108,7 +113,7 @@ def test_what_a_resumed_run_left_behind_is_not_read_back(tmp_path):
     rows = read_log(tmp_path)["train"]
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 10.964131), (15, 6.0), (20, 5.5), (40, 3.5)]
     assert math.isnan(rows[0]["max_vio"])  # of a step that was not balanced
-    sinks = open_sinks(tmp_path, 20)
+    sinks = open_sinks(tmp_path, 20, {})
     log(sinks, "valid", {"step": 21, "loss": 2.0})
     log(sinks, "train", record(30, loss=3.0))
     sinks.close()
@@ -128,7 +133,7 @@ def test_a_log_torn_in_its_last_line_is_read_up_to_there_and_written_on_after_it
 
 def test_tensorboard_holds_the_load_of_every_expert_in_every_layer(tmp_path):
     counts = torch.tensor([[4, 0, 12, 8], [6, 6, 6, 6], [0, 0, 0, 24]])
-    sinks = open_sinks(tmp_path, 0)
+    sinks = open_sinks(tmp_path, 0, {})
     blocks = [1, 2, 12]  # block 0 is dense
     sinks.log_expert_loads(10, blocks, counts)
     sinks.log_expert_loads(20, blocks, counts.flip(1))
@@ -151,7 +156,7 @@ def test_a_sink_that_fails_is_named_once_and_the_others_go_on(tmp_path, capsys, 
     broken, kept = Mock(), Mock()
     getattr(broken, at).side_effect = OSError(28, "No space left on device")
     sinks = SinkGroup([broken, kept])
-    sinks.open(tmp_path, 0)
+    sinks.open(tmp_path, 0, {})
     for step in (10, 20):
         log(sinks, "train", record(step))
         sinks.log_text(step, "a line")

@@ -1,0 +1,79 @@
+"""A run's values and events as JSON lines, and how they are read back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megamoe.monitoring.sink import Sample, Sink
+
+EVENTS = "events.jsonl"
+
+
+class LogFilesSink(Sink):
+    """RUN/log.jsonl, every number unrounded, and RUN/events.jsonl, appended only: a record per line. `read_log` and
+    `read_events` read them back."""
+
+    def open(self, run_dir: Path, first_step: int, record: dict[str, Any]) -> None:
+        self._run_dir = run_dir
+
+    def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        _append(self._run_dir / "log.jsonl", {"kind": kind, "step": step, **values})
+
+    def log_samples(self, step: int, samples: list[Sample]) -> None:
+        texts = [sample._asdict() for sample in samples]
+        _append(self._run_dir / "log.jsonl", {"kind": "samples", "step": step, "samples": texts})
+
+    def log_event(self, event: str, step: int, values: dict[str, Any]) -> None:
+        write_event(self._run_dir, event, step, values)
+
+
+def write_event(run_dir: Path, event: str, step: int, values: dict[str, Any]) -> None:
+    """Append to RUN/events.jsonl, from any rank."""
+    _append(run_dir / EVENTS, {"time": time.time(), "event": event, "step": step, **values})
+
+
+def _append(path: Path, values: dict[str, Any]) -> None:
+    # JSON has no NaN and no infinity, which a skipped step brings.
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+              for key, value in values.items()}  # fmt: skip
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")  # a run that was killed while it wrote has left half a line
+        file.write(json.dumps(finite).encode() + b"\n")
+
+
+def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of RUN/log.jsonl by kind ("train", "valid", "samples"), without those that a resumed run left
+    behind."""
+    records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}, "samples": {}}
+    newest = 0
+    for record in _read(run_dir / "log.jsonl"):
+        kind, step = record.pop("kind"), record["step"]
+        if kind == "train" and step < newest:  # steps only rise, until a resume goes back
+            for by_step in records.values():
+                for later in [logged for logged in by_step if logged > step]:
+                    del by_step[later]
+        newest = step if kind == "train" else max(newest, step)
+        records[kind][step] = {key: math.nan if value is None else value for key, value in record.items()}
+    return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of RUN/events.jsonl as they were written; none where there is no file."""
+    path = run_dir / EVENTS
+    return list(_read(path)) if path.is_file() else []
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # torn when the run was killed
+            yield json.loads(line)
