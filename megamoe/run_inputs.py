@@ -21,6 +21,7 @@ from megamoe.data.tokenizer import end_of_text_of, load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
 from megamoe.evaluation.tasks import Tasks, load_tasks
 from megamoe.formats.source_checks import model_problems
+from megamoe.training.samples import Prompts, encode_for_sampling
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.run_folder import TOKENIZER_FILES
 
@@ -35,6 +36,7 @@ class RunInputs:
     end_of_text: str | None  # the token that ends its documents; on the leading rank
     tokenizer_files: list[Path]  # for the run folder
     tasks: Tasks | None  # on the leading rank
+    prompts: Prompts | None  # of samples; on the leading rank
 
 
 def open_inputs(
@@ -51,7 +53,7 @@ def open_inputs(
     Args:
         seq_len: of held-out samples, and of the others where there are no `phases`.
         initial_weights: that it starts from, in the order to try them.
-        leads: this rank counts bytes and loads tasks, for all ranks.
+        leads: this rank counts bytes, loads tasks and encodes prompts, for all ranks.
         scans: this rank checks the tokens of the corpora, for all ranks of its host.
     """
     problems = Problems(initial_problems(model, initial_weights))
@@ -80,11 +82,12 @@ def open_inputs(
 
     sets = [HeldOut(one.name, corpus, density(corpus)) for one, corpus in zip(sources, held_out, strict=True)]
     tokenizer = first / "tokenizer.json" if (first / "tokenizer.json").is_file() else None
-    loads = leads and run.lm_eval_tasks and not wrong
-    tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
+    length, loads = model.max_position_embeddings, leads and not wrong
+    tasks = problems.attempt(_load_tasks, run, tokenizer, length) if loads and run.lm_eval_tasks else None
+    prompts = problems.attempt(_load_prompts, run, tokenizer, length) if loads and run.sample_interval else None
     problems.refuse()
     end_of_text = end_of_text_of(load_tokenizer(tokenizer)) if tokenizer and leads else None
-    return RunInputs(opened, sets, tokenizer, end_of_text, tokenizer_files(tokenizer, initial_weights), tasks)
+    return RunInputs(opened, sets, tokenizer, end_of_text, tokenizer_files(tokenizer, initial_weights), tasks, prompts)
 
 
 def tokenizer_files(tokenizer: Path | None, initial_weights: list[Path]) -> list[Path]:
@@ -137,3 +140,12 @@ def _load_tasks(run: RunConfig, tokenizer: Path | None, max_length: int) -> Task
         raise UserError("lm_eval_tasks need a tokenizer, but the first corpus has no tokenizer.json; put it there.")
     loaded: Tokenizer = load_tokenizer(tokenizer)
     return load_tasks(run.lm_eval_tasks, run.lm_eval_folder, loaded, max_length)
+
+
+def _load_prompts(run: RunConfig, tokenizer: Path | None, max_length: int) -> Prompts:
+    if not tokenizer:
+        raise UserError(
+            f"sample_interval is {run.sample_interval}, but the first corpus has no tokenizer.json for the "
+            "prompts; put it there, or leave sample_interval out."
+        )
+    return encode_for_sampling(load_tokenizer(tokenizer), run.sample_prompts, max_length)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from megamoe.config.cli import Options, Positional
-from megamoe.config.run import RunShape
+from megamoe.config.run import PROMPT, RunShape
 from megamoe.planning.options import PlanOptions
 from megamoe.utils.errors import UserError
 
@@ -62,7 +62,7 @@ class Chat(ModelOptions, Sampling):
 
 
 class Generate(Chat):
-    prompt: list[str] = Field(default=["In a quiet library,"], description="one or more texts to continue")
+    prompt: list[str] = Field(default=[PROMPT], description="one or more texts to continue")
     num_samples: int = Field(default=1, ge=1, description="continuations of each prompt")
 
 

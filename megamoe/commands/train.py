@@ -58,7 +58,9 @@ def train(options: Train = DEFAULTS) -> None:
     preset = options.preset if "preset" in options.model_fields_set else PRESET
     data = prepare_text(options.text, preset)
     run_dir = options.run_dir or f"runs/{name_of(options.text)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    own = {"preset": preset, "data": str(data), "run_dir": run_dir, "eval_interval": str(EVAL_INTERVAL)}
+    interval = str(options.eval_interval if "eval_interval" in options.model_fields_set else EVAL_INTERVAL)
+    own = {"preset": preset, "data": str(data), "run_dir": run_dir}
+    own |= {"eval_interval": interval, "sample_interval": interval}
     for option, value in own.items():
         words += [] if option in options.model_fields_set else [f"--{option}", value]
     code = run_ranks([RANK, *words, "--auto_resume"], number)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 from megamoe.config.cli import LAST, Options, make_app, parse
 from megamoe.config.model import load_preset
 from megamoe.utils.errors import UserError
+from megamoe.utils.json_files import read_regular
 
 Recompute = Literal["whole", "selective"]  # what of a block backward recomputes, see `model/recompute.py`
 
@@ -83,6 +84,7 @@ def parse_duration(value: str) -> float:
 
 HeldOutOption = Annotated[HeldOutSource, _from_text(parse_held_out)]
 ONE_WORD_EACH = Parameter(accepts_keys=False, n_tokens=1)
+PROMPT = "In a quiet library,"
 
 
 RECIPE_DIR = Path(__file__).parent / "recipes"
@@ -201,6 +203,12 @@ class Data(Options, group="Data"):
     )
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises UserError."""
+    text = read_regular(file, "a text file with a prompt per line").decode(errors="replace")
+    return [line for line in text.splitlines() if line.strip()]
+
+
 class Evaluation(Options, group="Log and evaluation"):
     log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
     eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
@@ -216,6 +224,19 @@ class Evaluation(Options, group="Log and evaluation"):
     lm_eval_folder: str | None = Field(
         default=None, description="folder of your own tasks (YAML), found before those of lm-evaluation-harness"
     )
+    sample_interval: int = Field(
+        default=0, ge=0, description="steps between two samples, which the model writes; 0: none"
+    )
+    sample_prompts: list[str] = Field(
+        default=[PROMPT],
+        min_length=1,
+        description="one or more texts that samples continue, or .txt files of a text per line",
+    )
+
+    @field_validator("sample_prompts")
+    @classmethod
+    def _read_files(cls, values: list[str]) -> list[str]:
+        return [line for value in values for line in (read_lines(Path(value)) if value.endswith(".txt") else [value])]
 
 
 class Checkpoints(Options, group="Checkpoints"):

@@ -20,7 +20,7 @@ def run_problems(run: RunConfig, model: ModelConfig | None, recipe: Recipe | Sou
         recipe: of one with problems, the fields that have none.
     """
     owners = SoundFields(run=run, recipe=recipe or SoundFields(), **({"model": model} if model else {}))
-    return broken_rules((_seq_len, _recomputed_blocks, _guard), owners)
+    return broken_rules((_seq_len, _recomputed_blocks, _guard, _samples), owners)
 
 
 def _seq_len(m: Any) -> Iterator[str]:
@@ -48,6 +48,11 @@ def _guard(m: Any) -> Iterator[str]:
             f'guard is "act", but "check_grad_overflow" in the "bf16" section of {m.run.ds_config} is false, with '
             "which DeepSpeed skips no step; set it to true."
         )
+
+
+def _samples(m: Any) -> Iterator[str]:
+    if "sample_prompts" in m.run.model_fields_set and not m.run.sample_interval:
+        yield "sample_prompts are given, but sample_interval is 0, so none is continued; raise it."
 
 
 def length_problems(run: RunConfig, schedule: Schedule) -> list[str]:

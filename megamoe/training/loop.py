@@ -30,6 +30,7 @@ from megamoe.training.guard import Guard, Return
 from megamoe.training.metrics import StepMetrics
 from megamoe.training.rollback import go_back
 from megamoe.training.router_health import RouterHealth
+from megamoe.training.samples import Sampler
 from megamoe.training.skipped import SkippedSteps
 from megamoe.training.step import StepResult, TrainStep
 from megamoe.training.step_sums import Flags
@@ -53,6 +54,7 @@ class Trainer:
     deadline: Deadline
     evaluator: Evaluator | None  # of held-out sets
     tasks: TaskEvaluator | None
+    sampler: Sampler | None
     sinks: SinkGroup | None  # on rank 0 only
     folder_is_gone: Callable[[], bool]  # whether the run folder has been removed; on rank 0, False elsewhere
 
@@ -69,8 +71,9 @@ class Trainer:
         self.position.follow(model.blocks())
 
     def run(
-        self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int, tasks_every: int = 0
-    ) -> bool:
+        self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int, tasks_every: int = 0,
+        sample_every: int = 0,
+    ) -> bool:  # fmt: skip
         """Train steps first + 1 to last; returns whether the last one was reached, not a request to stop. To be
         called once: the thread that reads data ends with it.
 
@@ -116,6 +119,8 @@ class Trainer:
                 due = [one for one, every in intervals if one and (_due(step, every) or step == last)]
                 if due:
                     self._evaluate(due, step)
+                if self.sampler and (_due(step, sample_every) or step == last):
+                    self._sample(self.sampler, step)
                 if self.writer.pending and not writing:
                     self.writer.complete()
                 if saves or final:
@@ -239,14 +244,23 @@ class Trainer:
         if self.sinks and values:
             self.sinks.log_scalars("valid", step, values)
 
+    def _sample(self, sampler: Sampler, step: int) -> None:
+        self.position.at("sampling")
+        samples = sampler.run(self.train_step.model, self._share(), self.train_step.device, step)
+        self.train_step.model.train()
+        if self.sinks:
+            self.sinks.log_samples(step, samples)
+
     def _evaluated(self, evaluators: Sequence[Evaluator | TaskEvaluator]) -> dict[str, Any]:
         """Evaluate the model with the weights that it has."""
-        # Not that of a phase, whose samples may be shorter than held-out ones.
-        share = Share(self.train_step.engine.train_micro_batch_size_per_gpu(), self.rank, self.data.phases.world_size)
         values: dict[str, Any] = {}
         for evaluator in evaluators:
-            values |= evaluator.run(self.train_step.model, share, self.train_step.device)
+            values |= evaluator.run(self.train_step.model, self._share(), self.train_step.device)
         return values
+
+    def _share(self) -> Share:
+        # Not that of a phase, whose samples may be shorter than held-out ones.
+        return Share(self.train_step.engine.train_micro_batch_size_per_gpu(), self.rank, self.data.phases.world_size)
 
     def _say(self, step: int, line: str | None) -> None:
         if self.sinks and line:

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import re
 
 from refusals import has, refusal, refusals
 
 from megamoe.commands import report
+from megamoe.monitoring.recorded_run import results
 
 
 def train_row(step):
@@ -60,25 +62,31 @@ def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_pat
     write_log(tmp_path, *(train_row(step) for step in range(10, 310, 10)), valid_row(150), valid_row(300))
     code, out, problems = run("report", tmp_path)
     assert (code, problems) == (0, [])
-    assert is_png(tmp_path / "loss_lr.png")
+    assert is_png(tmp_path / "report.png")
+    assert "](report.png)" in (tmp_path / "report.md").read_text()
     assert "validation at step 300: 7.7778 nats per token, 2.2222 bits per byte" in out
-    for place in ("checkpoints", "loss_lr.png", "log.jsonl", "tensorboard", "run.json"):
+    for place in ("checkpoints", "report.md", "report.png", "log.jsonl", "tensorboard", "run.json"):
         assert str(tmp_path / place) in out
-    run("report", tmp_path, "--out", tmp_path / "a picture")
-    assert (tmp_path / "a picture").read_bytes() == (tmp_path / "loss_lr.png").read_bytes()
+    run("report", tmp_path, "--out", tmp_path / "a folder")
+    run("report", tmp_path, "--out", tmp_path / "docs" / "some.md")
+    for picture in (tmp_path / "a folder" / "report.png", tmp_path / "docs" / "some.png"):
+        assert picture.read_bytes() == (tmp_path / "report.png").read_bytes()
+    assert "](some.png)" in (tmp_path / "docs" / "some.md").read_text()
 
 
 def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, call):
     has(refusal(call, "report", tmp_path), f"{tmp_path} holds no log.jsonl; give the folder of a run.")
     write_log(tmp_path)
     has(refusal(call, "report", tmp_path), str(tmp_path), "no step yet", "wait")
-    assert len(refusals(call, "report", tmp_path, tmp_path / "none", "--out", "x.png")) == 3
-    assert not (tmp_path / "loss_lr.png").exists()
+    assert len(refusals(call, "report", tmp_path, tmp_path / "none")) == 2
+    assert not (tmp_path / "report.png").exists()
+    write_log(tmp_path, train_row(10))
+    has(refusal(call, "report", tmp_path, "--out", tmp_path / "log.jsonl" / "x.md"), "cannot be written", "--out")
 
 
 def test_values_of_averaged_weights_are_called_so():
     row = {**valid_row(20), "code_loss": 3.0, "ema_loss": 6.0, "ema_bits_per_byte": 2.0, "ema_code_loss": 2.5}
-    assert list(report.results([row])) == [
+    assert list(results([row])) == [
         "validation at step 20: 7.7778 nats per token, 2.2222 bits per byte",
         "validation on code at step 20: 3.0000 nats per token",
         "validation with averaged weights at step 20: 6.0000 nats per token, 2.0000 bits per byte",
@@ -101,6 +109,77 @@ def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, mo
     assert "validation at step 20: 7.7778 nats per token, 2.2222 bits per byte\n" in out
     assert "validation on code at step 20: 1.2500 nats per token, 0.5000 bits per byte\n" in out
     assert "arc_acc at step 30: 0.8750\n" in out
-    loss, _, _, tasks = figures[0].axes
+    loss, _, _, _, tasks = figures[0].axes
     assert [line.get_label() for line in loss.lines] == ["training", "held out", "held out on code"]
     assert [((*line.get_xdata(),), (*line.get_ydata(),)) for line in tasks.lines] == [((20, 30), (0.75, 0.875))]
+
+
+def write_run(folder, rows, **changes):
+    folder.mkdir()
+    write_log(folder, *rows)
+    record = {"preset": "tiny", "parameters": 1234, "world_size": 2, "ep_size": 1, "versions": {"torch": "2.13"}}
+    record |= {"command": ["rank", "--preset", "a b", "--local_rank=1"], "run": {"seed": 1, "run_dir": str(folder)}}
+    (folder / "run.json").write_text(json.dumps({**record, "deepspeed": {"optimizer": {"lr": 0.5}}, **changes}))
+
+
+def cells(line):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def test_the_page_of_a_run_has_its_restarts_its_last_samples_and_its_exact_command(tmp_path, run):
+    texts = [{"prompt": "To be", "continuation": "\n```\nor | not"}]
+    samples = [{"kind": "samples", "step": step, "samples": texts} for step in (10, 20)]
+    write_run(tmp_path / "one", [train_row(10), samples[0], train_row(20), valid_row(20), samples[1]])
+    events = [
+        ("start", 0, {}),
+        ("save", 10, {}),
+        ("resume", 10, {"checkpoint": "step_10"}),
+        ("death", 12, {"reason": "a|b"}),
+    ]
+    (tmp_path / "one" / "events.jsonl").write_text(
+        "".join(json.dumps({"time": 0, "event": kind, "step": step, **more}) + "\n" for kind, step, more in events)
+    )
+    run("report", tmp_path / "one")
+    page = (tmp_path / "one" / "report.md").read_text()
+    tables = [cells(line) for line in page.splitlines() if line.startswith("|") and "--" not in line]
+    assert tables[1] == ["one", "1,234", "20", "", "9.8000", "7.7778", "2.2222", "0.46", "5,000"]
+    assert [(*row[:2], row[3]) for row in tables[3:]] == [
+        ("resume", "10", "checkpoint step_10"), ("death", "12", r"reason a\|b")
+    ]  # fmt: skip
+    assert page.count("Samples after step") == 1
+    assert "Samples after step 20:\n\n````\nTo be\n```\nor | not\n````\n" in page
+    assert "\nmegamoe train --ranks 2 --preset 'a b'\n" in page
+    assert "torch 2.13" in page
+
+
+def test_several_runs_are_compared_over_their_tokens_by_what_differs(tmp_path, run, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.chdir(tmp_path)
+    for name, size, lr in (("a", 100, 0.5), ("b", 300, 0.25)):
+        rows = [{**train_row(step), "total_tokens": step * size} for step in (10, 20)]
+        write_run(tmp_path / name, [*rows, valid_row(15)], deepspeed={"optimizer": {"lr": lr, "eps": 1e-8}})
+    _, out, _ = run("report", "a", "b")
+    page = (tmp_path / "report.md").read_text()
+    rows = {cells(line)[0]: cells(line)[1:] for line in page.splitlines() if line.startswith("|")}
+    assert [rows["a"][2], rows["b"][2]] == ["2,000", "6,000"]
+    assert [row for name, row in rows.items() if "." in name] == [["0.5", "0.25"]]
+    assert all(line in page for line in out.splitlines()[:4])
+    lines = [line for line in figures[0].axes[0].lines if line.get_label() in ("a", "b")]
+    assert [(line.get_label(), (*line.get_xdata(),), (*line.get_ydata(),)) for line in lines] == [
+        ("a", (1500,), (7.77777,)), ("b", (4500,), (7.77777,))
+    ]  # fmt: skip
+
+
+def test_the_balance_of_each_layer_and_the_restarts_are_drawn(tmp_path, run, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    by_block = ({"1": 0.5, "2": 0.1}, {"1": 0.25, "2": 0.0})
+    rows = [{**train_row(step), "running_max_vio_by_block": one} for step, one in zip((10, 20), by_block, strict=True)]
+    write_run(tmp_path / "one", rows)
+    (tmp_path / "one" / "events.jsonl").write_text(json.dumps({"time": 0, "event": "rollback", "step": 12}) + "\n")
+    run("report", tmp_path / "one")
+    loss, layers, *_ = figures[0].axes
+    assert layers.collections[0].get_array().tolist() == [[0.5, 0.25], [0.1, 0.0]]
+    (mark,) = [one for one in loss.collections if one.get_label() == "rollback"]
+    assert [segment[0][0] for segment in mark.get_segments()] == [12]

@@ -69,12 +69,13 @@ def test_a_text_is_prepared_once_and_in_another_folder_when_it_or_its_place_has_
         ("--steps=5 --ranks=1 --data a b=2 --time_limit 1:00:00", "--steps=5 --data a b=2 --time_limit 1:00:00", 1),
         (
             "--text my.txt --steps 5 --ranks 2",
-            "--steps 5 --preset tiny-plus --data data/my --run_dir runs/my-now --eval_interval 100 --auto_resume",
+            "--steps 5 --preset tiny-plus --data data/my --run_dir runs/my-now --eval_interval 100 "
+            "--sample_interval 100 --auto_resume",
             2,
         ),
         (
             "--ranks 2 --run_dir r --text=my.txt --preset tiny --eval_interval 0",
-            "--run_dir r --preset tiny --eval_interval 0 --data data/my --auto_resume",
+            "--run_dir r --preset tiny --eval_interval 0 --data data/my --sample_interval 0 --auto_resume",
             2,
         ),
     ],
