@@ -58,7 +58,6 @@ from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.guard import Guard
 from megamoe.training.loop import Trainer
 from megamoe.training.rollback import saved_guard
-from megamoe.training.samples import Sampler
 from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
 from megamoe.utils.errors import Problems
@@ -278,14 +277,13 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
         ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
         evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out else None,
-        tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None,
-        sampler=Sampler(inputs.prompts, config.seed, position.at) if config.sample_interval else None,
+        tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None, sampler=inputs.sampler,
         sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
     )  # fmt: skip
     try:
         return trainer.run(
             first, checked.last_step, log_every=config.log_interval, eval_every=config.eval_interval,
-            save_every=config.save_interval, tasks_every=config.lm_eval_interval, sample_every=config.sample_interval,
+            save_every=config.save_interval, tasks_every=config.lm_eval_interval,
         )  # fmt: skip
     finally:
         if sinks:

@@ -21,7 +21,7 @@ from megamoe.data.tokenizer import end_of_text_of, load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
 from megamoe.evaluation.tasks import Tasks, load_tasks
 from megamoe.formats.source_checks import model_problems
-from megamoe.training.samples import Prompts, encode_for_sampling
+from megamoe.training.samples import Sampler, prompt_problems
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.run_folder import TOKENIZER_FILES
 
@@ -36,7 +36,7 @@ class RunInputs:
     end_of_text: str | None  # the token that ends its documents; on the leading rank
     tokenizer_files: list[Path]  # for the run folder
     tasks: Tasks | None  # on the leading rank
-    prompts: Prompts | None  # of samples; on the leading rank
+    sampler: Sampler | None
 
 
 def open_inputs(
@@ -82,12 +82,13 @@ def open_inputs(
 
     sets = [HeldOut(one.name, corpus, density(corpus)) for one, corpus in zip(sources, held_out, strict=True)]
     tokenizer = first / "tokenizer.json" if (first / "tokenizer.json").is_file() else None
-    length, loads = model.max_position_embeddings, leads and not wrong
-    tasks = problems.attempt(_load_tasks, run, tokenizer, length) if loads and run.lm_eval_tasks else None
-    prompts = problems.attempt(_load_prompts, run, tokenizer, length) if loads and run.sample_interval else None
+    loads = leads and run.lm_eval_tasks and not wrong
+    tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
+    samples = run.sample_interval and not wrong
+    sampler = problems.attempt(_open_sampler, run, tokenizer, model.max_position_embeddings, leads) if samples else None
     problems.refuse()
     end_of_text = end_of_text_of(load_tokenizer(tokenizer)) if tokenizer and leads else None
-    return RunInputs(opened, sets, tokenizer, end_of_text, tokenizer_files(tokenizer, initial_weights), tasks, prompts)
+    return RunInputs(opened, sets, tokenizer, end_of_text, tokenizer_files(tokenizer, initial_weights), tasks, sampler)
 
 
 def tokenizer_files(tokenizer: Path | None, initial_weights: list[Path]) -> list[Path]:
@@ -142,10 +143,11 @@ def _load_tasks(run: RunConfig, tokenizer: Path | None, max_length: int) -> Task
     return load_tasks(run.lm_eval_tasks, run.lm_eval_folder, loaded, max_length)
 
 
-def _load_prompts(run: RunConfig, tokenizer: Path | None, max_length: int) -> Prompts:
+def _open_sampler(run: RunConfig, tokenizer: Path | None, max_length: int, leads: bool) -> Sampler:
     if not tokenizer:
         raise UserError(
-            f"sample_interval is {run.sample_interval}, but the first corpus has no tokenizer.json for the "
-            "prompts; put it there, or leave sample_interval out."
+            f"sample_interval is {run.sample_interval}, but the first corpus has no tokenizer.json; put it there."
         )
-    return encode_for_sampling(load_tokenizer(tokenizer), run.sample_prompts, max_length)
+    loaded = load_tokenizer(tokenizer) if leads else None
+    Problems(prompt_problems(run.sample_prompts, loaded, max_length) if loaded else []).refuse()
+    return Sampler(run.sample_prompts, run.sample_interval, run.seed, loaded)

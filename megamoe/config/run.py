@@ -203,8 +203,7 @@ class Data(Options, group="Data"):
     )
 
 
-def read_lines(file: Path) -> list[str]:
-    """The lines of a text file that are not blank. Raises UserError."""
+def _lines(file: Path) -> list[str]:
     text = read_regular(file, "a text file with a prompt per line").decode(errors="replace")
     return [line for line in text.splitlines() if line.strip()]
 
@@ -236,7 +235,7 @@ class Evaluation(Options, group="Log and evaluation"):
     @field_validator("sample_prompts")
     @classmethod
     def _read_files(cls, values: list[str]) -> list[str]:
-        return [line for value in values for line in (read_lines(Path(value)) if value.endswith(".txt") else [value])]
+        return [text for value in values for text in ([value] if not value.endswith(".txt") else _lines(Path(value)))]
 
 
 class Checkpoints(Options, group="Checkpoints"):

@@ -71,9 +71,8 @@ class Trainer:
         self.position.follow(model.blocks())
 
     def run(
-        self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int, tasks_every: int = 0,
-        sample_every: int = 0,
-    ) -> bool:  # fmt: skip
+        self, first: int, last: int, *, log_every: int, eval_every: int, save_every: int, tasks_every: int = 0
+    ) -> bool:
         """Train steps first + 1 to last; returns whether the last one was reached, not a request to stop. To be
         called once: the thread that reads data ends with it.
 
@@ -119,7 +118,7 @@ class Trainer:
                 due = [one for one, every in intervals if one and (_due(step, every) or step == last)]
                 if due:
                     self._evaluate(due, step)
-                if self.sampler and (_due(step, sample_every) or step == last):
+                if self.sampler and (_due(step, self.sampler.every) or step == last):
                     self._sample(self.sampler, step)
                 if self.writer.pending and not writing:
                     self.writer.complete()
@@ -246,7 +245,7 @@ class Trainer:
 
     def _sample(self, sampler: Sampler, step: int) -> None:
         self.position.at("sampling")
-        samples = sampler.run(self.train_step.model, self._share(), self.train_step.device, step)
+        samples = sampler.run(self.train_step.model, self._share(), self.train_step.device, step, self.position.at)
         self.train_step.model.train()
         if self.sinks:
             self.sinks.log_samples(step, samples)
