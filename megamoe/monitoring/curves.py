@@ -19,7 +19,7 @@ DARKEST = 1.0  # MaxVio of a layer, so that the healthy range, below 0.2, can be
 
 def draw(runs: list[RecordedRun]) -> Figure:
     """Curves over the steps of one run, with the balance of its layers, or of several over their tokens, where all of
-    them say these. The axes of the loss come first."""
+    them log these. The axes of the loss come first."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
@@ -27,52 +27,54 @@ def draw(runs: list[RecordedRun]) -> Figure:
     several, has_tasks = len(runs) > 1, any(task_values(run.log["valid"]) for run in runs)
     by_tokens = several and all("total_tokens" in row for run in runs for row in run.log["train"])
     with pyplot.style.context(["tableau-colorblind10", STYLE, {"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}]):
-        figure, axes = pyplot.subplot_mosaic(
+        figure, panels = pyplot.subplot_mosaic(
             "LB;LR;LS" + ";TT" * has_tasks, figsize=(11, 6 + 2 * has_tasks), width_ratios=(3, 2), sharex=True,
             layout="constrained",
         )  # fmt: skip
         for number, run in enumerate(runs):
-            known = [(row["step"], row["total_tokens"] if by_tokens else row["step"]) for row in run.log["train"]]
-            _draw_run(axes, run, np.transpose([(0, 0), *known]), f"C{number}" if several else None)
+            at = [(row["step"], row["total_tokens" if by_tokens else "step"]) for row in run.log["train"]]
+            _draw_run(panels, run, np.transpose([(0, 0), *at]), f"C{number}" if several else None)
         if not several:
-            _draw_restarts(axes["L"], runs[0])
-            _draw_layers(axes["B"], runs[0])
-        for panel in axes:
-            axes[panel].set_title(TITLES[panel], loc="left")
-            axes[panel].xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes[panel].tick_params(labelbottom=panel not in "BR")
-        for panel in set(axes) & {"L", "S", "T"}:
-            axes[panel].set_xlabel("tokens" if by_tokens else "step")
-        for panel in set(axes) & {"L", "T"}:
-            axes[panel].legend()
-        for panel in "BS":
-            axes[panel].set_ylim(bottom=None if axes[panel].collections else 0)
-        axes["R"].yaxis.set_major_formatter("{x:g}")
-        axes["S"].yaxis.set_major_formatter(EngFormatter(sep=""))
-        _draw_bits(axes["L"], runs)
+            _draw_restarts(panels["L"], runs[0])
+            _draw_layers(panels["B"], runs[0])
+        for name, axes in panels.items():
+            axes.set_title(TITLES[name], loc="left")
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            if name in "BR":
+                axes.tick_params(labelbottom=False)
+            else:
+                axes.set_xlabel("tokens" if by_tokens else "step")
+            if name in "LT":
+                axes.legend()
+        panels["R"].yaxis.set_major_formatter("{x:g}")
+        panels["S"].yaxis.set_major_formatter(EngFormatter(sep=""))
+        panels["S"].set_ylim(bottom=0)
+        _draw_bits(panels["L"], runs)
     return figure
 
 
-def _draw_run(axes: dict[str, Any], run: RecordedRun, at: np.ndarray, color: str | None) -> None:
+def _draw_run(panels: dict[str, Any], run: RecordedRun, at: np.ndarray, color: str | None) -> None:
     """What pictures of one and of several runs have.
 
     Args:
         at: (2, N) steps and where they stand.
-        color: of the run; None where it is alone, and its curves have colors and names of their own.
+        color: of the run; None where it is alone, and its curves have colors of their own.
     """
     train, valid = run.log["train"], run.log["valid"]
-    for panel, key in KEYS.items():
-        axes[panel].plot(np.interp(points(train, key)[0], *at), points(train, key)[1], color=color or "C0")
-    names = {"loss": "held out", **{f"{one}_loss": f"held out{description(one)}" for one in further_sets(valid)}}
-    drawn = [("L", train, "loss", "training", "-"), *(("L", valid, *one, "o-") for one in names.items())]
+    curves = [(panel, train, key, "", "-") for panel, key in KEYS.items()]
     if color:  # training faint, next to held out
-        drawn = [("L", train, "loss", "_" if run.held_out else run.name, "-"), ("L", valid, "loss", run.name, "o-")]
-    drawn += [("T", valid, key, f"{run.name} {key}" if color else key, "o-") for key in task_values(valid)]
-    for panel, rows, key, label, line in drawn:
+        curves += [("L", train, "loss", "" if run.held_out else run.name, "-"), ("L", valid, "loss", run.name, "o-")]
+    else:
+        sets = ("", *further_sets(valid))
+        curves += [("L", train, "loss", "training", "-")]
+        curves += [("L", valid, f"{one}_loss".lstrip("_"), f"held out{description(one)}", "o-") for one in sets]
+    curves += [("T", valid, key, f"{run.name} {key}" if color else key, "o-") for key in task_values(valid)]
+    for panel, rows, key, label, line in curves:
         steps, values = points(rows, key)
         if steps:
-            faint = 0.4 if color and rows is train else 1
-            axes[panel].plot(np.interp(steps, *at), values, line, color=color, label=label, alpha=faint, markersize=4)
+            faint = 0.4 if color and panel == "L" and rows is train else 1
+            x = np.interp(steps, *at)
+            panels[panel].plot(x, values, line, color=color, label=label or "_", alpha=faint, markersize=4)
 
 
 def _draw_restarts(axes: Any, run: RecordedRun) -> None:

@@ -4,10 +4,19 @@ import itertools
 import json
 import re
 
+import pytest
 from refusals import has, refusal, refusals
 
 from megamoe.commands import report
 from megamoe.monitoring.recorded_run import results
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What is drawn, in the place of files."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    return drawn
 
 
 def train_row(step):
@@ -94,9 +103,7 @@ def test_values_of_averaged_weights_are_called_so():
     ]
 
 
-def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, monkeypatch, run):
-    figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, figures, run):
     further = {"code_loss": 1.25, "code_bits_per_byte": 0.5, "arc_acc": 0.75}
     tasks_alone = {"kind": "valid", "step": 30, "arc_acc": 0.875}
     write_log(tmp_path, *(train_row(step) for step in (10, 20, 30)), {**valid_row(20), **further}, tasks_alone)
@@ -152,9 +159,7 @@ def test_the_page_of_a_run_has_its_restarts_its_last_samples_and_its_exact_comma
     assert "torch 2.13" in page
 
 
-def test_several_runs_are_compared_over_their_tokens_by_what_differs(tmp_path, run, monkeypatch):
-    figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+def test_several_runs_are_compared_over_their_tokens_by_what_differs(tmp_path, figures, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, size, lr in (("a", 100, 0.5), ("b", 300, 0.25)):
         rows = [{**train_row(step), "total_tokens": step * size} for step in (10, 20)]
@@ -171,9 +176,7 @@ def test_several_runs_are_compared_over_their_tokens_by_what_differs(tmp_path, r
     ]  # fmt: skip
 
 
-def test_the_balance_of_each_layer_and_the_restarts_are_drawn(tmp_path, run, monkeypatch):
-    figures = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+def test_the_balance_of_each_layer_and_the_restarts_are_drawn(tmp_path, figures, run):
     by_block = ({"1": 0.5, "2": 0.1}, {"1": 0.25, "2": 0.0})
     rows = [{**train_row(step), "running_max_vio_by_block": one} for step, one in zip((10, 20), by_block, strict=True)]
     write_run(tmp_path / "one", rows)
