@@ -63,6 +63,8 @@ def report(options: Report) -> None:
     problems = Problems()
     runs = [problems.attempt(read_run, run_dir) for run_dir in options.runs]
     problems.refuse()
+    if len({run.name for run in runs}) < len(runs):
+        runs = [run._replace(name=str(run_dir)) for run, run_dir in zip(runs, options.runs, strict=True)]
     out = options.out or (options.runs[0] if len(runs) == 1 else Path())
     text = out if out.suffix == ".md" else out / "report.md"
     picture = text.with_suffix(".png")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
+from urllib.parse import quote
 
 from megamoe.monitoring.recorded_run import RecordedRun, results
 
@@ -51,7 +52,7 @@ def page(runs: list[RecordedRun], picture: str) -> str:
     parts = (
         f"# {', '.join(run.name for run in runs)}",
         summary(runs),
-        f"![loss, balance, rate, speed]({picture})",
+        f"![loss, balance, rate, speed]({quote(picture)})",
         *more,
     )
     return "\n\n".join(parts) + "\n"
@@ -78,11 +79,12 @@ def _of_one(run: RecordedRun) -> Iterator[str]:
         yield f"Samples after step {row['step']}:"
         yield from (_verbatim(one["prompt"] + one["continuation"]) for one in row["samples"])
     if record := run.record:
-        versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
-        yield f"{record['preset']} on {record['world_size']} ranks, ep_size {record['ep_size']}; {versions}:"
-        words = [word for word in record["command"][1:] if not word.startswith("--local_rank")]
-        yield _verbatim(shlex.join(["megamoe", "train", "--ranks", str(record["world_size"]), *words]))
-        ds = _verbatim(json.dumps(record["deepspeed"], indent=1))
+        ranks, versions = record.get("world_size", 1), record.get("versions", {}).items()
+        shape = f"{record.get('preset')} on {ranks} ranks, ep_size {record.get('ep_size', 1)}"
+        yield f"{shape}; {', '.join(f'{name} {value}' for name, value in versions)}:"
+        words = [word for word in record.get("command", [])[1:] if not word.startswith("--local_rank")]
+        yield _verbatim(shlex.join(["megamoe", "train", "--ranks", str(ranks), *words]))
+        ds = _verbatim(json.dumps(record.get("deepspeed"), indent=1))
         yield f"<details><summary>DeepSpeed JSON</summary>\n\n{ds}\n\n</details>"
 
 

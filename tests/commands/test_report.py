@@ -77,10 +77,12 @@ def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_pat
     for place in ("checkpoints", "report.md", "report.png", "log.jsonl", "tensorboard", "run.json"):
         assert str(tmp_path / place) in out
     run("report", tmp_path, "--out", tmp_path / "a folder")
-    run("report", tmp_path, "--out", tmp_path / "docs" / "some.md")
-    for picture in (tmp_path / "a folder" / "report.png", tmp_path / "docs" / "some.png"):
+    run("report", tmp_path, "--out", tmp_path / "docs" / "an a.md")
+    for picture in (tmp_path / "a folder" / "report.png", tmp_path / "docs" / "an a.png"):
         assert picture.read_bytes() == (tmp_path / "report.png").read_bytes()
-    assert "](some.png)" in (tmp_path / "docs" / "some.md").read_text()
+    assert "](an%20a.png)" in (tmp_path / "docs" / "an a.md").read_text()
+    _, out, _ = run("report", tmp_path, tmp_path, "--out", tmp_path / "docs")
+    assert out.count(f"| {tmp_path} |") == 2
 
 
 def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, call):
