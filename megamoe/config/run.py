@@ -205,7 +205,7 @@ class Data(Options, group="Data"):
 
 def _lines(file: Path) -> list[str]:
     text = read_regular(file, "a text file with a prompt per line").decode(errors="replace")
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in text.splitlines() if line.strip()] or [""]  # a prompt that is refused
 
 
 class Evaluation(Options, group="Log and evaluation"):
@@ -235,7 +235,7 @@ class Evaluation(Options, group="Log and evaluation"):
     @field_validator("sample_prompts")
     @classmethod
     def _read_files(cls, values: list[str]) -> list[str]:
-        return [text for value in values for text in ([value] if not value.endswith(".txt") else _lines(Path(value)))]
+        return [text for value in values for text in (_lines(Path(value)) if value.endswith(".txt") else [value])]
 
 
 class Checkpoints(Options, group="Checkpoints"):

@@ -69,7 +69,8 @@ def test_prompts_may_be_the_lines_of_a_file(tmp_path):
 
 def test_prompts_that_cannot_be_continued_are_refused_before_the_run(tmp_path):
     run = {**write_all(tmp_path), "ep_size": 1, "sample_interval": 1}
-    said = refusals(check, {**run, "sample_prompts": ["to be", TEXT, ""]})
+    (tmp_path / "empty.txt").write_text("\n")
+    said = refusals(check, {**run, "sample_prompts": ["to be", TEXT, str(tmp_path / "empty.txt")]})
     has(said[0], "sample_prompts", "tokens; give 1 to 39", "max_position_embeddings of 40")
     has(said[1], 'sample_prompts: ""', "has 0 tokens")
     has(refusal(check, {**run, "sample_prompts": ["none.txt"]}), "none.txt", "No such file", "a prompt per line")
