@@ -123,9 +123,11 @@ def test_further_sets_and_tasks_have_columns_curves_and_last_values(tmp_path, fi
     assert [((*line.get_xdata(),), (*line.get_ydata(),)) for line in tasks.lines] == [((20, 30), (0.75, 0.875))]
 
 
-def write_run(folder, rows, **changes):
+def write_run(folder, rows, events=(), **changes):
     folder.mkdir()
     write_log(folder, *rows)
+    lines = [{"time": 0, "event": event, "step": step, "reason": "a|b"} for event, step in events]
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = {"preset": "tiny", "parameters": 1234, "world_size": 2, "ep_size": 1, "versions": {"torch": "2.13"}}
     record |= {"command": ["rank", "--preset", "a b", "--local_rank=1"], "run": {"seed": 1, "run_dir": str(folder)}}
     (folder / "run.json").write_text(json.dumps({**record, "deepspeed": {"optimizer": {"lr": 0.5}}, **changes}))
@@ -138,23 +140,15 @@ def cells(line):
 def test_the_page_of_a_run_has_its_restarts_its_last_samples_and_its_exact_command(tmp_path, run):
     texts = [{"prompt": "To be", "continuation": "\n```\nor | not"}]
     samples = [{"kind": "samples", "step": step, "samples": texts} for step in (10, 20)]
-    write_run(tmp_path / "one", [train_row(10), samples[0], train_row(20), valid_row(20), samples[1]])
-    events = [
-        ("start", 0, {}),
-        ("save", 10, {}),
-        ("resume", 10, {"checkpoint": "step_10"}),
-        ("death", 12, {"reason": "a|b"}),
-    ]
-    (tmp_path / "one" / "events.jsonl").write_text(
-        "".join(json.dumps({"time": 0, "event": kind, "step": step, **more}) + "\n" for kind, step, more in events)
-    )
+    events = [("start", 0), ("save", 10), ("resume", 10), ("death", 12)]
+    write_run(tmp_path / "one", [train_row(10), samples[0], train_row(20), valid_row(20), samples[1]], events)
     run("report", tmp_path / "one")
     page = (tmp_path / "one" / "report.md").read_text()
     tables = [cells(line) for line in page.splitlines() if line.startswith("|") and "--" not in line]
     assert tables[1] == ["one", "1,234", "20", "", "9.8000", "7.7778", "2.2222", "0.46", "5,000"]
-    assert [(*row[:2], row[3]) for row in tables[3:]] == [
-        ("resume", "10", "checkpoint step_10"), ("death", "12", r"reason a\|b")
-    ]  # fmt: skip
+    assert [[*row[:2], row[3]] for row in tables[3:]] == [
+        [*one, r"reason a\|b"] for one in (("resume", "10"), ("death", "12"))
+    ]
     assert page.count("Samples after step") == 1
     assert "Samples after step 20:\n\n````\nTo be\n```\nor | not\n````\n" in page
     assert "\nmegamoe train --ranks 2 --preset 'a b'\n" in page
@@ -181,8 +175,7 @@ def test_several_runs_are_compared_over_their_tokens_by_what_differs(tmp_path, f
 def test_the_balance_of_each_layer_and_the_restarts_are_drawn(tmp_path, figures, run):
     by_block = ({"1": 0.5, "2": 0.1}, {"1": 0.25, "2": 0.0})
     rows = [{**train_row(step), "running_max_vio_by_block": one} for step, one in zip((10, 20), by_block, strict=True)]
-    write_run(tmp_path / "one", rows)
-    (tmp_path / "one" / "events.jsonl").write_text(json.dumps({"time": 0, "event": "rollback", "step": 12}) + "\n")
+    write_run(tmp_path / "one", rows, [("rollback", 12)])
     run("report", tmp_path / "one")
     loss, layers, *_ = figures[0].axes
     assert layers.collections[0].get_array().tolist() == [[0.5, 0.25], [0.1, 0.0]]

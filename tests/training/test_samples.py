@@ -11,7 +11,6 @@ from toy import check, ds_config, losses, train_here, write_inputs
 import megamoe
 from megamoe.config.run import RunConfig
 from megamoe.data.tokenizer import train_tokenizer
-from megamoe.training import samples
 
 TEXT = "To be, or not to be: that is the question; to sleep, perchance to dream.\n" * 9
 PROMPTS = ["To be", "naïve 😀 dream", "that is the"]  # of several lengths, and one more than a rank takes at a time
@@ -45,20 +44,14 @@ def test_samples_come_at_their_interval_and_after_the_last_step_and_change_no_lo
 
 def test_a_sample_is_that_of_generate_from_the_checkpoint_of_its_step(run):
     folder, log, _ = run
-    tokenizer, written = megamoe.load_tokenizer(folder), {row["step"]: row["samples"] for row in log["samples"]}
-    for step in (2, 4, 5):
-        model = megamoe.load_model(folder / "checkpoints" / f"step_{step}")
-        # A micro-batch is of one sample, and so is a rank's batch of prompts.
-        texts = [
-            megamoe.generate(model, tokenizer, [prompt], written_tokens(tokenizer), seed=SEED + step, temperature=0.8)
-            for prompt in PROMPTS
-        ]
-        assert [sample["prompt"] for sample in written[step]] == PROMPTS
-        assert [sample["continuation"] for sample in written[step]] == [text for (text,) in texts]
-
-
-def written_tokens(tokenizer):
-    return min(samples.NEW_TOKENS, 40 - max(len(tokenizer.encode(prompt).ids) for prompt in PROMPTS))
+    tokenizer = megamoe.load_tokenizer(folder)
+    room = 40 - max(len(tokenizer.encode(prompt).ids) for prompt in PROMPTS)
+    for row in log["samples"]:
+        model = megamoe.load_model(folder / "checkpoints" / f"step_{row['step']}")
+        given = {"seed": SEED + row["step"], "temperature": 0.8}
+        texts = [megamoe.generate(model, tokenizer, [prompt], room, **given)[0] for prompt in PROMPTS]
+        pairs = zip(PROMPTS, texts, strict=True)
+        assert row["samples"] == [{"prompt": prompt, "continuation": text} for prompt, text in pairs]
 
 
 def test_prompts_may_be_the_lines_of_a_file(tmp_path):
