@@ -242,6 +242,7 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         train_step = build_train_step(
             checked.model, recipe, ep_size=config.ep_size, seed=config.seed, recompute_blocks=config.recompute_blocks,
             recompute=config.recompute, compiled=config.compile, ema_decay=config.ema_decay,
+            num_sources=len(checked.data.source_names),
         )  # fmt: skip
     position.at("restoring")
     checkpoint = restore(train_step, start.candidates, start.initial_weights)

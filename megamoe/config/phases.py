@@ -69,9 +69,13 @@ class Phases:
 
     def tokens_before(self, step: int) -> int:
         """Tokens of all steps before `step`."""
+        return sum(self.tokens_by_phase(step))
+
+    def tokens_by_phase(self, step: int) -> list[int]:
+        """Tokens of the steps of each phase before `step`."""
         ends = [*(one.first_step for one in self.all[1:]), step]
         pairs = zip(self.all, ends, strict=True)
-        return sum(max(min(end, step) - one.first_step, 0) * one.samples * one.seq_len for one, end in pairs)
+        return [max(min(end, step) - one.first_step, 0) * one.samples * one.seq_len for one, end in pairs]
 
     def step_after(self, tokens: int) -> int:
         """The step with which so many tokens are reached."""

@@ -65,10 +65,14 @@ def parse_held_out(value: str) -> dict[str, str]:
     name, separator, path = value.partition("=")
     if separator and "/" not in name:
         return {"name": name, "path": path}
-    last = Path(os.path.abspath(value))
+    return {"name": short_name(value) or "valid", "path": value}
+
+
+def short_name(path: str) -> str:
+    """The name of a corpus in logs: that of its folder."""
+    last = Path(os.path.abspath(path))
     last = last.with_suffix("") if last.suffix in (".bin", ".idx") else last
-    found = last.parent.name if last.name in ("train", "valid") else last.name
-    return {"name": re.sub(r"[^\w.-]", "_", found) or "valid", "path": value}
+    return re.sub(r"[^\w.-]", "_", last.parent.name if last.name in ("train", "valid") else last.name)
 
 
 def parse_duration(value: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megamoe.config.phases import Phase, Phases
+from megamoe.config.run import short_name
 from megamoe.data.document_bounds import Documents
 from megamoe.data.order import SampleOrder
 from megamoe.data.source import NO_LABEL, DataSource, Sample, is_remote
@@ -30,6 +31,7 @@ class Batch:
     # NO_LABEL where none counts, or the corpus has ended.
     labels: Tensor
     documents: Documents | None = None  # within which attention stays; None without borders and padding
+    sources: Tensor | None = None  # (micro-batch,) int64, by number; None where no phase mixes any
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies it while the host goes on."""
@@ -41,7 +43,8 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         documents = self.documents.map(function) if self.documents else None
-        return Batch(function(self.input_ids), function(self.labels), documents)
+        sources = None if self.sources is None else function(self.sources)
+        return Batch(function(self.input_ids), function(self.labels), documents, sources)
 
 
 class TrainData:
@@ -65,6 +68,10 @@ class TrainData:
         self._threads = ThreadPoolExecutor(THREADS, "samples") if any(is_remote(path) for path, _ in sources) else None
         self._begun: dict[tuple[int, int, int], list[Future[Sample]]] = {}  # by step, rank and `ahead`
         numbers = {path: number for number, path in enumerate(dict.fromkeys(path for path, _ in sources))}
+        short = [short_name(path) for path in numbers]
+        is_mixed = any(len(phase.data) > 1 for phase in phases.all)
+        # For logs, by number; none where no phase mixes sources.
+        self.source_names = [] if not is_mixed else short if len(set(short)) == len(short) else list(numbers)
         self._orders: dict[Phase, SampleOrder] = {}
         walked = dict.fromkeys(numbers, 0)  # tokens of each path
         for phase in phases.all:
@@ -117,10 +124,15 @@ class TrainData:
             ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
         """
         phase, samples = self.phases.at(step), self._samples(step, rank, ahead)
+        places, numbers = self._places_of_rank(step, rank), self._orders[phase].numbers
         while taken := list(itertools.islice(samples, phase.micro_batch)):
             if not self.document_attention:
                 taken = [sample._replace(starts=sample.starts[:0]) for sample in taken]
-            yield _to_batch(taken, phase.seq_len, ahead)
+            batch = _to_batch(taken, phase.seq_len, ahead)
+            if self.source_names:
+                of_batch = [numbers[place] for place, _ in itertools.islice(places, phase.micro_batch)]
+                batch = replace(batch, sources=torch.tensor(of_batch))
+            yield batch
 
     def _samples(self, step: int, rank: int, ahead: int) -> Iterator[Sample]:
         """Those of a rank in a step."""
@@ -139,10 +151,14 @@ class TrainData:
     def _sources_at(self, step: int, rank: int) -> Iterator[tuple[DataSource, int]]:
         """The source and the number of each sample of a rank in a step."""
         phase = self.phases.at(step)
-        sources, micro = [self.sources[one.path, phase.seq_len] for one in phase.data], phase.micro_batch
-        for first in range(rank * micro, phase.samples, micro * self.phases.world_size):
-            for place, index in self._places(step, first, micro):
-                yield sources[place], index
+        sources = [self.sources[one.path, phase.seq_len] for one in phase.data]
+        return ((sources[place], index) for place, index in self._places_of_rank(step, rank))
+
+    def _places_of_rank(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
+        """As `_places`, of a rank's samples in a step."""
+        phase = self.phases.at(step)
+        for first in range(rank * phase.micro_batch, phase.samples, phase.micro_batch * self.phases.world_size):
+            yield from self._places(step, first, phase.micro_batch)
 
     def step_samples(self, step: int) -> list[tuple[int, int]]:
         """(source, sample), by number from 0, of all samples of a step over all ranks, in their order. Sources count

@@ -45,8 +45,9 @@ class Decoder(nn.Module):
     """The language model; of every layer's experts it holds those of its topology.
 
     Buffers:
-        step_losses: (P, 2), of each part of the loss, the sum over the micro-batches since the last optimizer step on
-            this rank, and the sum of the shares of their positions that it is of; not saved.
+        step_losses: (P + S, 2), of each part of the loss, the sum over the micro-batches since the last optimizer step
+            on this rank, and the sum of the shares of their positions that it is of; then of each source of samples the
+            sum of its tokens' cross-entropy, and their number; not saved.
     """
 
     step_losses: Tensor
@@ -58,6 +59,7 @@ class Decoder(nn.Module):
         topology: ExpertTopology | None = None,
         recompute_blocks: int = 0,
         recompute: Recompute = "whole",
+        num_sources: int = 0,
     ):
         """
         Args:
@@ -66,6 +68,7 @@ class Decoder(nn.Module):
             topology: of this rank; None holds all experts.
             recompute_blocks: number of blocks, from the first on, that backward recomputes.
             recompute: what of them: all, or the operators whose results cost little, see `recompute.py`.
+            num_sources: S, of samples whose losses are kept apart in training.
         """
         super().__init__()
         self.config = config
@@ -83,7 +86,7 @@ class Decoder(nn.Module):
         self.mtp = MultiTokenPredictor(config, self.topology) if config.num_nextn_predict_layers else None
         self.loss_parts = loss_parts(config)
         self.of_logits: OfLogits = losses_of_logits  # what training computes losses by, see `compile_blocks`
-        self.register_buffer("step_losses", torch.zeros(len(self.loss_parts), 2), persistent=False)
+        self.register_buffer("step_losses", torch.zeros(len(self.loss_parts) + num_sources, 2), persistent=False)
         if seed is not None:
             self._init_weights(seed)
 
@@ -148,6 +151,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         cache: list[LayerCache] | None = None,
         documents: Documents | None = None,
+        sources: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with `labels` the loss.
 
@@ -163,6 +167,7 @@ class Decoder(nn.Module):
             attention_mask: (B, S) bool, False at padding, left or right; None means no padding.
             cache: from `new_cache`; the call's tokens are appended to it.
             documents: of the rows, within which attention stays; not with `attention_mask` or `cache`.
+            sources: (B,) int64, the source of each row; training adds its cross-entropy to that one's `step_losses`.
         """
         stream = self._stream(input_ids, attention_mask, cache, documents)
         hidden = self.norm(stream.hidden)
@@ -174,7 +179,7 @@ class Decoder(nn.Module):
             why = ", one further for multi-token prediction" if needed > length else ""
             raise ValueError(f"labels are {labels.shape[1]} per row for {length} ids; give {needed}{why}.")
         if self.training:
-            return self._training_loss(stream, hidden, labels, documents)
+            return self._training_loss(stream, hidden, labels, documents, sources)
         total = chunked_head_loss(hidden.flatten(0, 1), self.head, labels.flatten()).total
         return total / _share(labels).clamp_min(1e-9)
 
@@ -248,17 +253,24 @@ class Decoder(nn.Module):
                 masks[window] = attention_mask(hidden.new_ones(1, length, dtype=torch.bool), length, 0, window)
         return masks
 
-    def _training_loss(self, stream: Stream, hidden: Tensor, labels: Tensor, documents: Documents | None) -> Tensor:
+    def _training_loss(
+        self, stream: Stream, hidden: Tensor, labels: Tensor, documents: Documents | None, sources: Tensor | None
+    ) -> Tensor:
         """The scalar to train on; adds its parts to `step_losses`.
 
         Args:
             hidden: (B, T, D), of the stream, normed.
-            labels: as for `forward`, and `documents`.
+            labels: as for `forward`, and `documents` and `sources`.
         """
         config, (batch, length, _) = self.config, hidden.shape
         following, router_losses = labels[:, :length], stream.router_losses
         of_head = chunked_head_loss(
-            hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef, self.of_logits
+            hidden.flatten(0, 1),
+            self.head,
+            following.flatten(),
+            config.output_z_loss_coef,
+            self.of_logits,
+            by_token=sources is not None,
         )
         total, share = of_head.total, _share(following)
         parts = {"cross_entropy": (of_head.cross_entropy, share), "output_z": (of_head.z_loss, share)}
@@ -280,7 +292,12 @@ class Decoder(nn.Module):
             total = total + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
             share = share.new_full((), 1 if stream.used is None else len(stream.used) / (batch * length))
             parts["balance"], parts["router_z"] = (balance / len(of_layers), share), (z / len(of_layers), share)
-        self.step_losses += torch.stack([torch.stack(parts[name]).detach() for name in self.loss_parts])
+        count = len(self.loss_parts)
+        self.step_losses[:count] += torch.stack([torch.stack(parts[name]).detach() for name in self.loss_parts])
+        if sources is not None:
+            assert of_head.nats is not None
+            of_rows = torch.stack((of_head.nats.view_as(following).sum(1), (following != NO_LABEL).sum(1)), 1)
+            self.step_losses.index_add_(0, count + sources, of_rows.to(self.step_losses.dtype))
         return total
 
     def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype, num_latents: int) -> Rotary:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +31,12 @@ def loss_chunk(tokens: int, vocab_size: int, on_cpu: bool) -> int:
 
 
 class HeadLoss(NamedTuple):
-    """The loss of a head and its parts, each ()."""
+    """The loss of a head and its parts, each () but for the last."""
 
     total: Tensor  # to train on: cross-entropy + coefficient * z-loss
     cross_entropy: Tensor  # without gradient, as the next
     z_loss: Tensor
+    nats: Tensor | None  # (N,), the cross-entropy of each token, 0 where no label counts; None unless asked for
 
 
 class TokenScores(NamedTuple):
@@ -63,7 +65,7 @@ def _scores(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenScores:
 
 
 def losses_of_logits(
-    logits: Tensor, target: Tensor, counts: Tensor, z_loss_coef: float, factor: float
+    logits: Tensor, target: Tensor, counts: Tensor, z_loss_coef: float, factor: float, by_row: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Cross-entropy and z-loss (None with 0), sums over the rows that count, and the gradient of their weighted sum by
     the target's logit (C, 1). The gradient by the other logits takes the place of `logits`.
@@ -73,6 +75,7 @@ def losses_of_logits(
         target: (C, 1), an id for each row.
         counts: (C, 1) bool.
         factor: of the gradient; with 0 none is computed.
+        by_row: give the cross-entropy of each row (C, 1), not their sum.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     if torch.compiler.is_compiling():
@@ -86,7 +89,8 @@ def losses_of_logits(
         chosen, highest = powers.gather(1, target), powers.amax(1, keepdim=True)
         total = powers.sub_(highest).exp_().sum(1, keepdim=True)
         log_total = highest + total.log()
-    cross_entropy = torch.where(counts, log_total - chosen, 0).sum()
+    cross_entropy = torch.where(counts, log_total - chosen, 0)
+    cross_entropy = cross_entropy if by_row else cross_entropy.sum()
     z_loss = torch.where(counts, log_total.square(), 0).sum() if z_loss_coef else None
     if not factor:
         return cross_entropy, z_loss, None
@@ -98,11 +102,16 @@ def losses_of_logits(
     return cross_entropy, z_loss, at_target.to(logits.dtype)
 
 
-OfLogits = Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor | None, Tensor | None]]
+OfLogits = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 def chunked_head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float = 0.0, of_logits: OfLogits = losses_of_logits
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_loss_coef: float = 0.0,
+    of_logits: OfLogits = losses_of_logits,
+    by_token: bool = False,
 ) -> HeadLoss:
     """The losses of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
 
@@ -115,12 +124,14 @@ def chunked_head_loss(
         labels: (N,); NO_LABEL where none counts.
         z_loss_coef: of the z-loss in the total; with 0 none is computed, and it is 0.
         of_logits: `losses_of_logits`, compiled or not.
+        by_token: give the `nats` too.
 
     The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
     quarter of the head's FLOPs is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.) Both
     losses have one gradient, made in the same pass, which is why the coefficient has to be known here.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    of_logits = partial(of_logits, by_row=True) if by_token else of_logits
     return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, needs_grad, of_logits))
 
 
@@ -134,26 +145,30 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         z_loss_coef: float,
         needs_grad: bool,
         of_logits: OfLogits,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # The gradients of the sum: those of the mean could be lost to fp16 before its loss scale comes in backward.
         grad_hidden = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else weight.new_empty(0)
         cross_entropy, z_loss = hidden.new_zeros(2, dtype=wide).unbind()
+        nats: list[Tensor] = []
         chunk = loss_chunk(len(hidden), len(weight), hidden.device.type == "cpu")
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
             of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_loss_coef, grads, of_logits)
-            cross_entropy += of_chunk[0]
+            if of_chunk[0].dim():
+                nats.append(of_chunk[0].squeeze(1))
+            cross_entropy += of_chunk[0].sum() if of_chunk[0].dim() else of_chunk[0]
             if of_chunk[1] is not None:
                 z_loss += of_chunk[1]
         count = hidden.new_full((), max(len(labels), 1), dtype=wide)  # a GPU rounds what it divides by a number
         ctx.save_for_backward(grad_hidden, grad_weight, count)
         ctx.weight_dtype = weight.dtype
         cross_entropy, z_loss = cross_entropy / count, z_loss / count
-        ctx.mark_non_differentiable(cross_entropy, z_loss)
-        return cross_entropy + z_loss_coef * z_loss, cross_entropy, z_loss
+        of_tokens = torch.cat(nats) if nats else None
+        ctx.mark_non_differentiable(cross_entropy, z_loss, *([] if of_tokens is None else [of_tokens]))
+        return cross_entropy + z_loss_coef * z_loss, cross_entropy, z_loss, of_tokens
 
     @staticmethod
     @once_differentiable
@@ -182,8 +197,8 @@ def _sums_of_losses(
     grads: tuple[Tensor, Tensor] | None,
     of_logits: OfLogits,
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy and z-loss (None with 0) of one chunk; the gradient of their weighted sum by `hidden` is written to
-    the first of `grads`, that by `weight` added to the second, both times `_lift`.
+    """Cross-entropy and z-loss (None with 0) of one chunk, as of `of_logits`; the gradient of their weighted sum by
+    `hidden` is written to the first of `grads`, that by `weight` added to the second, both times `_lift`.
 
     A separate function, so that a chunk's logits are freed before the next chunk's are made.
     """

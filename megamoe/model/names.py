@@ -178,6 +178,15 @@ def is_residual_projection(name: str) -> bool:
     return name.endswith(RESIDUAL_PROJECTIONS)
 
 
+def weight_kind(name: str) -> str:
+    """What a parameter, by its plain or the engine's name, is a part of, as logs say it."""
+    kinds = {
+        ".experts.": "experts", ".router.": "router", ".self_attn.": "attention", "mlp.": "mlp",
+        "embed_tokens.": "embedding", HEAD: "head", "mtp.": "mtp",
+    }  # fmt: skip
+    return "norms" if is_norm(name) else next(kind for part, kind in kinds.items() if part in name)
+
+
 def is_engine_expert(name: str) -> bool:
     """Whether a parameter, by the engine's name, belongs to experts."""
     return STACKED_EXPERTS.fullmatch(name) is not None

@@ -25,6 +25,13 @@ def max_violation(loads: Tensor) -> Tensor:
     return loads.amax(-1) / mean - 1
 
 
+def effective_experts(loads: Tensor) -> Tensor:
+    """The exponential of the entropy of the loads' shares, over the last dimension: E for equal loads, 1 if one expert
+    gets all."""
+    shares = loads.double() / loads.sum(-1, keepdim=True).clamp_min(1)
+    return torch.special.entr(shares).sum(-1).exp()
+
+
 @dataclass(frozen=True)
 class Balance:
     """What one optimizer step saw, on the host."""
@@ -42,6 +49,10 @@ class Balance:
     def running_max_vio(self) -> Tensor:
         """(L,), of the running loads."""
         return max_violation(self.running_loads)
+
+    def count_below(self, share: float) -> int:
+        """Experts of all layers whose running load is less than this share of the mean."""
+        return int((self.running_loads * self.running_loads.shape[1] < share).sum())
 
 
 @dataclass

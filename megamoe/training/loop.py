@@ -61,7 +61,7 @@ class Trainer:
     def __post_init__(self, peak: Peak) -> None:
         model, self.rank = self.train_step.model, dist.get_rank()
         self.health = RouterHealth(model.config)
-        self.metrics = StepMetrics(self.train_step, self.data.phases, peak)
+        self.metrics = StepMetrics(self.train_step, self.data.phases, peak, self.data.source_names)
         self.skipped = SkippedSteps()
         # Multi-token prediction needs the token after the one that follows a sample's last position.
         ahead = model.config.num_nextn_predict_layers
@@ -96,11 +96,10 @@ class Trainer:
                 logs, saves = step % log_every == 0, _due(step, save_every)
                 # What stopping now would take, and as much again.
                 needed = 2 * (longest + self.writer.expected_seconds())
-                result = self._train(step, needed, looks_at_folder=logs or saves)
+                result = self._train(step, needed, looks_at_folder=logs or saves, weight_norms=logs)
                 asked, out_of_time, writing, is_gone = result.flags
                 # The update may still run on the device; the next step waits for it.
-                phase = self.data.phases.at(self.ledger.data_step(step))
-                self.metrics.add(result, phase, time.perf_counter() - started)
+                self.metrics.add(result, self.ledger.data_step(step), time.perf_counter() - started)
 
                 if step == first + 1 and self.sinks:
                     self.sinks.log_event("first_step", step, {"seconds": time.time() - Process().create_time()})
@@ -192,7 +191,7 @@ class Trainer:
             self._say(to_step, line)
         return to_step
 
-    def _train(self, step: int, needed: float, looks_at_folder: bool) -> StepResult:
+    def _train(self, step: int, needed: float, looks_at_folder: bool, weight_norms: bool) -> StepResult:
         """One optimizer step on this rank's micro-batches.
 
         Args:
@@ -213,6 +212,7 @@ class Trainer:
                 folder_is_gone=looks_at_folder and self.folder_is_gone(),
             ),
             self.guard.skips if self.guard.acts else None,
+            weight_norms,
         )
 
     def _seed_step(self, step: int) -> None:

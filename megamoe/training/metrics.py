@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from megamoe.config.phases import Phase, Phases
+import torch
+from torch import Tensor
+
+from megamoe.config.phases import Phases
 from megamoe.model.costs import train_flops_per_token
+from megamoe.training.balancing import effective_experts
+from megamoe.training.router_health import DEAD_SHARE
 from megamoe.training.step import StepResult, TrainStep
 from megamoe.utils.hardware import Peak, memory_gib
 
@@ -16,11 +22,12 @@ from megamoe.utils.hardware import Peak, memory_gib
 class StepMetrics:
     """Collects the steps since the last log line."""
 
-    def __init__(self, train_step: TrainStep, phases: Phases, peak: Peak):
+    def __init__(self, train_step: TrainStep, phases: Phases, peak: Peak, source_names: Sequence[str] = ()):
         """
         Args:
             peak: what MFU is the share of; one that was measured, next to other work perhaps, rises to the rate of a
                 faster step.
+            source_names: of the samples, by number, where their losses are kept apart.
         """
         self._engine = train_step.engine
         self._device = train_step.device
@@ -28,6 +35,7 @@ class StepMetrics:
         self._phases = phases
         self._blocks = train_step.model.config.sparse_blocks
         self.peak = peak
+        self._source_names = source_names
         self.restart(0)
 
     def restart(self, step: int) -> None:
@@ -36,20 +44,27 @@ class StepMetrics:
         self._tokens = 0
         self._flops = self._seconds = self._losses = 0.0
         self._parts: dict[str, float] = {}
+        self._sources = torch.zeros(len(self._source_names), 2, dtype=torch.float64)
+        self._counts: Tensor | None = None
 
-    def add(self, result: StepResult, phase: Phase, seconds: float) -> None:
-        """Count one step, which has read data of that phase, and its time."""
-        self._last, self._phase = result, phase
+    def add(self, result: StepResult, data_step: int, seconds: float) -> None:
+        """Count one step, which has read the data of `data_step`, and its time."""
+        phase = self._phases.at(data_step)
+        self._last, self._phase, self._data_step = result, phase, data_step
         tokens = phase.samples * phase.seq_len
         self._tokens += tokens
         self._flops += tokens * train_flops_per_token(self._config, phase.seq_len)
         self._losses += result.loss
         self._parts = {name: self._parts.get(name, 0.0) + value for name, value in result.parts.items()}
         self._seconds += seconds
+        if self._source_names:
+            self._sources += torch.tensor(result.sources, dtype=torch.float64)
+        if result.balance:
+            self._counts = result.balance.counts + (0 if self._counts is None else self._counts)
 
     def values(self, step: int, last: int) -> dict[str, Any]:
         """The window's means up to `step`, and the state after it, by name; the parts of the loss, but for the
-        cross-entropy, as NAME_loss.
+        cross-entropy, as NAME_loss, the cross-entropy of a source of samples as loss/NAME.
 
         Args:
             last: step that the run ends with.
@@ -61,20 +76,33 @@ class StepMetrics:
             self.peak = replace(self.peak, flops=max(self.peak.flops, flops))
         phase, balance = self._phase, self._last.balance
         entropies = balance.entropies if balance else []
+        effective = effective_experts(self._counts) if self._counts is not None else torch.full((1,), math.nan)
+        read = list(zip(self._phases.all, self._phases.tokens_by_phase(self._data_step + 1), strict=True))
         return {
             "loss": self._losses / steps,
             **{f"{name}_loss": total / steps for name, total in self._parts.items()},
+            **{
+                f"loss/{name}": nats / tokens
+                for name, (nats, tokens) in zip(self._source_names, self._sources.tolist(), strict=True)
+                if tokens
+            },
             "lr": self._engine.get_lr()[0],
             **({"batch_size": phase.samples, "seq_len": phase.seq_len} if len(self._phases.all) > 1 else {}),
+            "total_tokens": sum(tokens for _, tokens in read),
+            "total_flops": sum(tokens * train_flops_per_token(self._config, one.seq_len) for one, tokens in read),
             "tokens_per_second": rate,
             "mfu": flops / self.peak.flops,
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
             "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
+            "dead_experts": balance.count_below(DEAD_SHARE) if balance else math.nan,
+            "effective_experts": effective.mean().item(),
+            "lowest_effective_experts": effective.min().item(),
             "router_entropy": fmean(entropies) if entropies else math.nan,
             "lowest_router_entropy": min(entropies, default=math.nan),
             "router_entropy_by_block": dict(zip(map(str, self._blocks if entropies else []), entropies, strict=True)),
             "grad_norm": self._last.grad_norm,
+            **{f"weight_norm/{kind}": norm for kind, norm in self._last.weight_norms.items()},
             "memory_gib": memory_gib(self._device),
             "skipped_steps": self._engine.skipped_steps,
             "seconds_left": (self._phases.tokens_before(last + 1) - self._phases.tokens_before(step + 1)) / rate,

@@ -3,9 +3,9 @@ benchmarks and the tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from megamoe.training.balancing import Balance, LoadBalancer
 from megamoe.training.engine import build_engine
 from megamoe.training.step_sums import NO_FLAGS, Flags, sum_over_ranks
 from megamoe.training.weight_average import WeightAverage
+from megamoe.training.weight_norms import WeightNorms
 from megamoe.training.zero_step import GivenNormOptimizer, norm_of
 
 
@@ -37,6 +38,8 @@ class StepResult:
     flags: Flags  # whether any rank has set them
     balance: Balance | None  # None if skipped, or without routers
     is_spike: bool = False  # it was skipped as one
+    sources: Sequence[tuple[float, float]] = ()  # of each source: (sum of its tokens' nats, their number)
+    weight_norms: dict[str, float] = field(default_factory=dict)  # before the update, by kind, where asked for
 
 
 class TrainStep:
@@ -59,6 +62,10 @@ class TrainStep:
         self.balancer = balancer
         self.average = average
 
+    @cached_property
+    def weight_norms(self) -> WeightNorms:
+        return WeightNorms(self.engine)
+
     def accumulate(self, micro_batches: int) -> None:
         """Make the next steps of so many micro-batches per rank each. Every rank, between two steps."""
         engine = self.engine
@@ -75,7 +82,9 @@ class TrainStep:
         """
         for batch in batches:
             on_device = batch.to(self.device)
-            loss = self.engine(on_device.input_ids, on_device.labels, documents=on_device.documents)
+            loss = self.engine(
+                on_device.input_ids, on_device.labels, documents=on_device.documents, sources=on_device.sources
+            )
             passed("forward")
             self.engine.backward(loss)
             del loss
@@ -83,7 +92,12 @@ class TrainStep:
             if not self.engine.is_gradient_accumulation_boundary():
                 self.engine.step()  # DeepSpeed counts micro-batches by this call; nothing is applied yet
 
-    def update(self, flags: Flags = NO_FLAGS, skips: Callable[[float, float], bool] | None = None) -> StepResult:
+    def update(
+        self,
+        flags: Flags = NO_FLAGS,
+        skips: Callable[[float, float], bool] | None = None,
+        weight_norms: bool = False,
+    ) -> StepResult:
         """Apply the gradients, clipped, and move the balancing bias; or skip both where a gradient is not finite, or
         the step is a spike. Collective, after `forward_backward` of this step.
 
@@ -91,6 +105,7 @@ class TrainStep:
             flags: of this rank.
             skips: whether a step with this loss and this norm, which all ranks have alike, is to be skipped as a spike;
                 a pure function.
+            weight_norms: compute them; all ranks alike.
         """
         optimizer = self.engine.optimizer
         takes_norm = isinstance(optimizer, GivenNormOptimizer)  # else it is offloaded and reads its own
@@ -99,13 +114,17 @@ class TrainStep:
         entropies = self.model.take_entropies() if self.balancer else losses.new_zeros(0)
         margins = self.balancer.take_margins() if self.balancer else losses.new_zeros(0)
         squares = optimizer.sum_of_squares() if takes_norm else 0.0
-        sums = sum_over_ranks(squares, losses.flatten(), flags, counts, entropies, margins)
+        small = losses.flatten()
+        if weight_norms:
+            small = torch.cat((small, self.weight_norms.squares().to(self.device)))
+        sums = sum_over_ranks(squares, small, flags, counts, entropies, margins)
         losses.zero_()
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
         on_host = sums.read(running)
 
-        pairs = zip(on_host.losses[::2], on_host.losses[1::2], strict=True)
-        loss, *others = (total / (share or 1) for total, share in pairs)
+        parts, summed = len(self.model.loss_parts), on_host.losses[: losses.numel()]
+        pairs = list(zip(summed[::2], summed[1::2], strict=True))
+        loss, *others = (total / (share or 1) for total, share in pairs[:parts])
         if takes_norm:
             optimizer.give_norm(norm_of(on_host.squares))
         optimizer.is_spike = partial(skips, loss) if skips else None
@@ -129,6 +148,8 @@ class TrainStep:
             flags=on_host.flags,
             balance=balance,
             is_spike=is_spike,
+            sources=pairs[parts:],
+            weight_norms=self.weight_norms.of(on_host.losses[losses.numel() :]) if weight_norms else {},
         )
 
 
@@ -142,6 +163,7 @@ def build_train_step(
     recompute: Recompute = "whole",
     compiled: bool = False,
     ema_decay: float | None = None,
+    num_sources: int = 0,
 ) -> TrainStep:
     """Build model, engine and balancer on this rank of the process group.
 
@@ -150,9 +172,10 @@ def build_train_step(
         recompute_blocks: of the model's first blocks, and what of them, see `Decoder`.
         compiled: train by compiled blocks, see `Decoder.compile_blocks`.
         ema_decay: of the average of the weights, see `WeightAverage`; None keeps none.
+        num_sources: of samples whose losses are kept apart.
     """
     topology = ExpertTopology(config.num_local_experts, ep_size, dist.get_world_size(), dist.get_rank())
-    model = Decoder(config, seed, topology, recompute_blocks, recompute)
+    model = Decoder(config, seed, topology, recompute_blocks, recompute, num_sources)
     if compiled:
         model.compile_blocks()
     activate_flash_attention(config, this_device())

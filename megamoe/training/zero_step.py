@@ -76,11 +76,8 @@ class GivenNormOptimizer(GuardedOptimizer):
         Ranks own disjoint parts of shared weights, replicas disjoint parts of an expert, and other ranks have other
         experts: the sum over all ranks is the square of the norm.
         """
-        gradients = [gradient for group in self.averaged_gradients.values() for gradient in _flat_gradients(group)]
-        # On CPU torch adds up squares one after the other, and loses the small ones among millions.
-        pieces = [piece for one in gradients for piece in one.split(NORM_PIECE if one.is_cpu else max(len(one), 1))]
-        norms = torch._foreach_norm(pieces, 2, torch.promote_types(pieces[0].dtype, torch.float32))
-        return torch.stack(norms).double().square().sum()
+        groups = self.averaged_gradients.values()
+        return sum_of_squares([gradient for group in groups for gradient in _flat_gradients(group)])
 
     def give_norm(self, scaled_norm: float) -> None:
         """Set the norm for the next `step`.
@@ -177,6 +174,14 @@ def _flat_gradients(group: Any) -> list[Tensor]:
     """A group's gradients, each flat, of which this rank owns all that they hold."""
     flat = getattr(group, "flat_partition", None)  # of gradients that are summed in another precision
     return [gradient.flatten() for gradient in group] if flat is None else [flat]
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Of all values of flat tensors: () fp64."""
+    # On CPU torch adds up squares one after the other, and loses the small ones among millions.
+    pieces = [piece for one in tensors for piece in one.split(NORM_PIECE if one.is_cpu else max(len(one), 1))]
+    norms = torch._foreach_norm(pieces, 2, torch.promote_types(pieces[0].dtype, torch.float32))
+    return torch.stack(norms).double().square().sum()
 
 
 def norm_of(sum_of_squares: float) -> float:

@@ -59,7 +59,10 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, of_lo
     for chunk in (1, 5, 14, 512):
         monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_, chunk=chunk: chunk)
         hidden, weight, labels = head(torch.float64)
-        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits, by_token=True)
+        nats = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="none")
+        torch.testing.assert_close(loss.nats, nats.detach(), rtol=1e-12, atol=1e-14)
+        assert not loss.nats.requires_grad, chunk
         (loss.total * 3).backward()
         exact = plain_parts(hidden, weight, labels, coefficient, 3)
         found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
@@ -76,9 +79,9 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, of_lo
 def test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, of_logits, dtype, rtol):
     for coefficient in (0.0, 0.1):
         hidden, weight, labels = head(dtype, device=device)
-        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits, by_token=True)
         loss.total.backward()
-        assert [part.dtype for part in loss] == [torch.float32] * 3, coefficient
+        assert [part.dtype for part in loss] == [torch.float32] * 4, coefficient
         assert hidden.grad.dtype == weight.grad.dtype == dtype, coefficient
         found = loss.cross_entropy, loss.z_loss, hidden.grad, weight.grad
         for one, exact in zip(found, plain_parts(hidden, weight, labels, coefficient), strict=True):
@@ -99,7 +102,8 @@ def test_no_label_at_all_gives_losses_of_0_and_zero_gradients(device, of_logits)
     hidden, weight, labels = head(torch.float32, device=device)
     loss = chunked_head_loss(hidden, weight, torch.full_like(labels, -100), 0.1, of_logits)
     loss.total.backward()
-    assert [part.item() for part in loss] == [0, 0, 0]
+    assert [part.item() for part in loss[:3]] == [0, 0, 0]
+    assert loss.nats is None
     assert hidden.grad.abs().max() == weight.grad.abs().max() == 0
 
 
