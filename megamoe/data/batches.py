@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -124,15 +124,12 @@ class TrainData:
             ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
         """
         phase, samples = self.phases.at(step), self._samples(step, rank, ahead)
-        places, numbers = self._places_of_rank(step, rank), self._orders[phase].numbers
+        numbers = (self._orders[phase].numbers[place] for place, _ in self._places_of_rank(step, rank))
         while taken := list(itertools.islice(samples, phase.micro_batch)):
             if not self.document_attention:
                 taken = [sample._replace(starts=sample.starts[:0]) for sample in taken]
-            batch = _to_batch(taken, phase.seq_len, ahead)
-            if self.source_names:
-                of_batch = [numbers[place] for place, _ in itertools.islice(places, phase.micro_batch)]
-                batch = replace(batch, sources=torch.tensor(of_batch))
-            yield batch
+            of_batch = torch.tensor(list(itertools.islice(numbers, len(taken)))) if self.source_names else None
+            yield _to_batch(taken, phase.seq_len, ahead, of_batch)
 
     def _samples(self, step: int, rank: int, ahead: int) -> Iterator[Sample]:
         """Those of a rank in a step."""
@@ -174,7 +171,7 @@ class TrainData:
         return [self._orders[phase].at(position) for position in range(start, start + count)]
 
 
-def _to_batch(samples: list[Sample], seq_len: int, ahead: int) -> Batch:
+def _to_batch(samples: list[Sample], seq_len: int, ahead: int, sources: Tensor | None) -> Batch:
     inputs = np.zeros((len(samples), seq_len), dtype=np.int64)
     labels = np.full((len(samples), seq_len + ahead), NO_LABEL)  # of their own memory: they may be overwritten
     for read, predicted, sample in zip(inputs, labels, samples, strict=True):
@@ -182,4 +179,4 @@ def _to_batch(samples: list[Sample], seq_len: int, ahead: int) -> Batch:
         predicted[: len(sample.labels)] = sample.labels
     lengths = [len(sample.ids) for sample in samples]
     documents = Documents.of([sample.starts for sample in samples], lengths, seq_len)
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents)
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), documents, sources)

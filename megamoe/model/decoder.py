@@ -6,6 +6,7 @@ Shape legend: B batch, T positions of this call, S positions so far (cached and 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -264,13 +265,9 @@ class Decoder(nn.Module):
         """
         config, (batch, length, _) = self.config, hidden.shape
         following, router_losses = labels[:, :length], stream.router_losses
+        of_logits = self.of_logits if sources is None else partial(self.of_logits, by_row=True)
         of_head = chunked_head_loss(
-            hidden.flatten(0, 1),
-            self.head,
-            following.flatten(),
-            config.output_z_loss_coef,
-            self.of_logits,
-            by_token=sources is not None,
+            hidden.flatten(0, 1), self.head, following.flatten(), config.output_z_loss_coef, of_logits
         )
         total, share = of_head.total, _share(following)
         parts = {"cross_entropy": (of_head.cross_entropy, share), "output_z": (of_head.z_loss, share)}
@@ -292,12 +289,11 @@ class Decoder(nn.Module):
             total = total + config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
             share = share.new_full((), 1 if stream.used is None else len(stream.used) / (batch * length))
             parts["balance"], parts["router_z"] = (balance / len(of_layers), share), (z / len(of_layers), share)
-        count = len(self.loss_parts)
-        self.step_losses[:count] += torch.stack([torch.stack(parts[name]).detach() for name in self.loss_parts])
-        if sources is not None:
-            assert of_head.nats is not None
+        of_parts, of_sources = self.step_losses.tensor_split([len(self.loss_parts)])
+        of_parts += torch.stack([torch.stack(parts[name]).detach() for name in self.loss_parts])
+        if sources is not None and of_head.nats is not None:
             of_rows = torch.stack((of_head.nats.view_as(following).sum(1), (following != NO_LABEL).sum(1)), 1)
-            self.step_losses.index_add_(0, count + sources, of_rows.to(self.step_losses.dtype))
+            of_sources.index_add_(0, sources, of_rows.to(of_sources.dtype))
         return total
 
     def _rotary(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype, num_latents: int) -> Rotary:

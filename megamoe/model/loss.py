@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ class HeadLoss(NamedTuple):
     total: Tensor  # to train on: cross-entropy + coefficient * z-loss
     cross_entropy: Tensor  # without gradient, as the next
     z_loss: Tensor
-    nats: Tensor | None  # (N,), the cross-entropy of each token, 0 where no label counts; None unless asked for
+    nats: Tensor | None  # (N,), the cross-entropy of each token, 0 where no label counts; None if not by row
 
 
 class TokenScores(NamedTuple):
@@ -106,12 +105,7 @@ OfLogits = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 def chunked_head_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    z_loss_coef: float = 0.0,
-    of_logits: OfLogits = losses_of_logits,
-    by_token: bool = False,
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float = 0.0, of_logits: OfLogits = losses_of_logits
 ) -> HeadLoss:
     """The losses of the logits `hidden @ weight.T`, at least fp32; 0 if no label counts.
 
@@ -123,15 +117,13 @@ def chunked_head_loss(
         weight: (V, D), of the head.
         labels: (N,); NO_LABEL where none counts.
         z_loss_coef: of the z-loss in the total; with 0 none is computed, and it is 0.
-        of_logits: `losses_of_logits`, compiled or not.
-        by_token: give the `nats` too.
+        of_logits: `losses_of_logits`, compiled or not, and `by_row` for `nats`.
 
     The gradients of a chunk are computed while its logits are there, so that backward need not make them again: a
     quarter of the head's FLOPs is saved. (After Liger Kernel's fused linear cross-entropy, arXiv:2410.10989.) Both
     losses have one gradient, made in the same pass, which is why the coefficient has to be known here.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    of_logits = partial(of_logits, by_row=True) if by_token else of_logits
     return HeadLoss(*_ChunkedHeadLoss.apply(hidden, weight, labels, z_loss_coef, needs_grad, of_logits))
 
 
@@ -157,9 +149,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             grads = (grad_hidden[rows], grad_weight) if needs_grad else None
             of_chunk = _sums_of_losses(hidden[rows], weight, labels[rows], z_loss_coef, grads, of_logits)
-            if of_chunk[0].dim():
-                nats.append(of_chunk[0].squeeze(1))
-            cross_entropy += of_chunk[0].sum() if of_chunk[0].dim() else of_chunk[0]
+            nats += [of_chunk[0].squeeze(1)] if of_chunk[0].dim() else []
+            cross_entropy += of_chunk[0].sum() if nats else of_chunk[0]
             if of_chunk[1] is not None:
                 z_loss += of_chunk[1]
         count = hidden.new_full((), max(len(labels), 1), dtype=wide)  # a GPU rounds what it divides by a number

@@ -50,10 +50,6 @@ class Balance:
         """(L,), of the running loads."""
         return max_violation(self.running_loads)
 
-    def count_below(self, share: float) -> int:
-        """Experts of all layers whose running load is less than this share of the mean."""
-        return int((self.running_loads * self.running_loads.shape[1] < share).sum())
-
 
 @dataclass
 class LoadBalancer:

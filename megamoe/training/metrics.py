@@ -76,6 +76,9 @@ class StepMetrics:
             self.peak = replace(self.peak, flops=max(self.peak.flops, flops))
         phase, balance = self._phase, self._last.balance
         entropies = balance.entropies if balance else []
+        dead = math.nan
+        if balance:
+            dead = (balance.running_loads * balance.running_loads.shape[1] < DEAD_SHARE).sum().item()
         effective = effective_experts(self._counts) if self._counts is not None else torch.full((1,), math.nan)
         read = list(zip(self._phases.all, self._phases.tokens_by_phase(self._data_step + 1), strict=True))
         return {
@@ -95,7 +98,7 @@ class StepMetrics:
             "max_vio": balance.batch_max_vio.mean().item() if balance else math.nan,
             "running_max_vio": balance.running_max_vio.mean().item() if balance else math.nan,
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
-            "dead_experts": balance.count_below(DEAD_SHARE) if balance else math.nan,
+            "dead_experts": dead,
             "effective_experts": effective.mean().item(),
             "lowest_effective_experts": effective.min().item(),
             "router_entropy": fmean(entropies) if entropies else math.nan,

@@ -26,6 +26,8 @@ from megamoe.training.weight_average import WeightAverage
 from megamoe.training.weight_norms import WeightNorms
 from megamoe.training.zero_step import GivenNormOptimizer, norm_of
 
+Skips = Callable[[float, float], bool]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -92,12 +94,7 @@ class TrainStep:
             if not self.engine.is_gradient_accumulation_boundary():
                 self.engine.step()  # DeepSpeed counts micro-batches by this call; nothing is applied yet
 
-    def update(
-        self,
-        flags: Flags = NO_FLAGS,
-        skips: Callable[[float, float], bool] | None = None,
-        weight_norms: bool = False,
-    ) -> StepResult:
+    def update(self, flags: Flags = NO_FLAGS, skips: Skips | None = None, weight_norms: bool = False) -> StepResult:
         """Apply the gradients, clipped, and move the balancing bias; or skip both where a gradient is not finite, or
         the step is a spike. Collective, after `forward_backward` of this step.
 

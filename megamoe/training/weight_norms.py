@@ -15,14 +15,10 @@ from megamoe.training.zero_step import sum_of_squares
 
 
 class WeightNorms:
-    """The L2 norm of each `weight_kind` over all ranks: those of shared weights own disjoint parts, replicas of experts
-    too, and other ranks have other experts."""
+    """The L2 norm of each `weight_kind` over all ranks, which own disjoint parts of shared weights, as replicas do of an
+    expert, and other experts."""
 
     def __init__(self, engine: Any):
-        """
-        Args:
-            engine: of `build_engine`.
-        """
         self._zero = engine.optimizer
         self._kinds = list(dict.fromkeys(weight_kind(name) for name, _ in engine.module.named_parameters()))
         self._runs: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # of each kind: group, start, end

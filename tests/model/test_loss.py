@@ -1,5 +1,6 @@
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, of_lo
     for chunk in (1, 5, 14, 512):
         monkeypatch.setattr(megamoe.model.loss, "loss_chunk", lambda *_, chunk=chunk: chunk)
         hidden, weight, labels = head(torch.float64)
-        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits, by_token=True)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient, partial(of_logits, by_row=True))
         nats = F.cross_entropy(hidden @ weight.T, labels, ignore_index=-100, reduction="none")
         torch.testing.assert_close(loss.nats, nats.detach(), rtol=1e-12, atol=1e-14)
         assert not loss.nats.requires_grad, chunk
@@ -79,7 +80,7 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(coefficient, of_lo
 def test_losses_are_fp32_and_gradients_have_the_dtype_of_what_they_belong_to(device, of_logits, dtype, rtol):
     for coefficient in (0.0, 0.1):
         hidden, weight, labels = head(dtype, device=device)
-        loss = chunked_head_loss(hidden, weight, labels, coefficient, of_logits, by_token=True)
+        loss = chunked_head_loss(hidden, weight, labels, coefficient, partial(of_logits, by_row=True))
         loss.total.backward()
         assert [part.dtype for part in loss] == [torch.float32] * 4, coefficient
         assert hidden.grad.dtype == weight.grad.dtype == dtype, coefficient

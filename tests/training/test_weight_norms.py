@@ -17,10 +17,10 @@ from megamoe.training.step import TrainStep, balancer_of
 
 PARTS = {"tie_word_embeddings": False, "num_nextn_predict_layers": 1, "first_k_dense_replace": 1}
 OFFLOAD = {key: shipped("zero2_offload")[key] for key in ("bf16", "data_types", "zero_optimization")}
+MUON = {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02, "weight_decay": 0.05}}}
 CASES = {
-    "ZeRO-2, bf16": (2, {"bf16": {"enabled": True}}),
     "ZeRO-1": (1, {}),
-    "Muon": (2, {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02, "weight_decay": 0.05}}}),
+    "Muon, bf16": (2, {**MUON, "bf16": {"enabled": True}}),
     "offloaded": (2, {**OFFLOAD, "optimizer": {"type": "AdamW", "params": {}}}),
 }
 KINDS = {"norm": "norms", "experts": "experts", "router": "router", "self_attn": "attention", "mlp": "mlp",
