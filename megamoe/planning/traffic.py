@@ -29,7 +29,7 @@ class Collective:
     """All calls in one step that serve one purpose."""
 
     purpose: str
-    kind: str  # as in `meter.Collectives`
+    kind: str  # as in `training/collectives.py`
     ranks: int  # of the group
     stride: int  # between neighbours of the group
     calls: int

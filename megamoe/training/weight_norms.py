@@ -15,8 +15,7 @@ from megamoe.training.zero_step import sum_of_squares
 
 
 class WeightNorms:
-    """The L2 norm of each `weight_kind` over all ranks, which own disjoint parts of shared weights, as replicas do of an
-    expert, and other experts."""
+    """The L2 norm of each `weight_kind` over all ranks, each of which owns other values."""
 
     def __init__(self, engine: Any):
         self._zero = engine.optimizer

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from engines import batches, gradients_given, make
 from ranks import run_ranks
-from simulate import Collectives
 
+from megamoe.training.collectives import Collectives
 from megamoe.training.step import TrainStep, balancer_of
 
 MICRO_BATCHES = 3, 2  # of the steps

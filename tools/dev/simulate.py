@@ -24,8 +24,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is importe
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_iter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megamoe.commands.plan import PlanCommand, plan_of
 from megamoe.config import cli
@@ -39,45 +38,8 @@ from megamoe.planning.meter import LiveBytes
 from megamoe.planning.report import totals
 from megamoe.planning.sharding import Setup
 from megamoe.planning.traffic import collectives
+from megamoe.training.collectives import Collectives
 from megamoe.training.step import build_train_step
-
-# What c10d calls its operations, and where among the arguments the buffers stand whose bytes are the payload: what is
-# reduced, what is sent to all, what is gathered from all.
-_PAYLOADS = {
-    "allreduce_": ("all_reduce", 0),
-    "alltoall_base_": ("all_to_all", 1),
-    "_allgather_base_": ("all_gather", 0),
-    "allgather_": ("all_gather", 0),
-    "reduce_": ("reduce", 0),
-    "broadcast_": ("broadcast", 0),
-    "_reduce_scatter_base_": ("reduce_scatter", 1),
-}
-
-
-class Collectives(TorchDispatchMode):
-    """Adds up the payload of the collectives called under this mode: bytes on this rank, by kind and group size.
-
-    The payload is the buffer that is reduced, the rows handed to an all-to-all (those that stay here included), the
-    result of an all-gather.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.payload: Counter[tuple[str, int]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace == "c10d" and name in _PAYLOADS:
-            kind, position = _PAYLOADS[name]
-            group = next(value for value in args if isinstance(value, torch.ScriptObject) and _is_group(value))
-            self.payload[kind, dist.ProcessGroup.unbox(group).size()] += sum(
-                value.numel() * value.element_size() for value in tree_iter(args[position]) if isinstance(value, Tensor)
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _is_group(value: torch.ScriptObject) -> bool:
-    return str(value._type()).endswith("ProcessGroup")
 
 
 @dataclass(frozen=True)
