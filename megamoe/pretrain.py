@@ -51,9 +51,11 @@ from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
 from megamoe.monitoring.sinks import open_sinks
+from megamoe.planning.traffic_table import describe_traffic, setup_of
 from megamoe.resume import Changes, Start, check_changes, find_start
 from megamoe.run_inputs import RunInputs, open_inputs
 from megamoe.run_record import describe_experts_gemms, describe_initial, describe_repeats, describe_run, make_record
+from megamoe.training.collectives import Collectives
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.guard import Guard
 from megamoe.training.loop import Trainer
@@ -274,18 +276,24 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         waiting=lambda: position.at("saving"),
         saved=lambda step, values: sinks.log_event("save", step, values) if sinks else None,
     )
+    collectives = Collectives() if recipe.counts_collectives else None
     trainer = Trainer(
         train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
         ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
         evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out else None,
         tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None, sampler=inputs.sampler,
+        collectives=collectives or contextlib.nullcontext(),
         sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
     )  # fmt: skip
     try:
-        return trainer.run(
+        reached = trainer.run(
             first, checked.last_step, log_every=config.log_interval, eval_every=config.eval_interval,
             save_every=config.save_interval, tasks_every=config.lm_eval_interval,
         )  # fmt: skip
+        if sinks and collectives and collectives.entered:
+            setup = setup_of(config, checked.model, recipe, checked.data)
+            sinks.log_text(train_step.engine.global_steps, describe_traffic(collectives, setup))
+        return reached
     finally:
         if sinks:
             sinks.close()

@@ -58,6 +58,7 @@ class Recipe:
     optimizer: OptimizerSpec
     optimizer_params: Params
     schedule: Schedule
+    counts_collectives: bool
     tokens: dict[str, int]  # of a schedule that counts them, by the key whose steps they stand for
 
     def in_steps(self, step_after: Callable[[int], int]) -> Recipe:
@@ -186,6 +187,7 @@ def parse_recipe(
         optimizer=optimizer,
         optimizer_params=params,
         schedule=schedule,
+        counts_collectives=sound.comms_logger.enabled,
         tokens=tokens,
     )
 

@@ -50,6 +50,7 @@ class TopLevel(BatchSizes):
     fp16: Any = None
     zero_optimization: Any = None
     data_types: Any = None
+    comms_logger: Any = None
 
 
 class Optimizer(JsonModel):
@@ -111,6 +112,21 @@ class DataTypes(JsonModel):
     grad_accum_dtype: Dtype | None = None
 
 
+class CommsLogger(JsonModel):
+    enabled: bool = False
+    verbose: bool = False
+    debug: bool = False
+    prof_all: bool = True
+    prof_ops: list[str] = Field(default=[])
+
+    @field_validator("verbose", "debug", "prof_all", "prof_ops")
+    @classmethod
+    def _changes_nothing(cls, value: Any, info: Any) -> Any:
+        if value != cls.model_fields[info.field_name].default:
+            raise ValueError(f"it is {shown(value)}, but one table at the end has all operations; leave it out.")
+        return value
+
+
 # By their place in the JSON. `schedule.py` has the scheduler's.
 SECTIONS: dict[str, type[JsonModel]] = {
     "bf16": Bf16,
@@ -118,6 +134,7 @@ SECTIONS: dict[str, type[JsonModel]] = {
     "zero_optimization": Zero,
     "zero_optimization.offload_optimizer": Offload,
     "data_types": DataTypes,
+    "comms_logger": CommsLogger,
     "optimizer": Optimizer,
 }
 
@@ -125,7 +142,6 @@ LOGS = "megamoe always writes losses and MaxVio to tensorboard/ and log.jsonl in
 # Sections that would do nothing here, or half of what they say, and what to use instead.
 REFUSED = {
     **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), LOGS),
-    "comms_logger": "nothing prints its summary; megamoe plan says what each collective sends: leave it out",
     "activation_checkpointing": "--recompute_blocks N says which blocks recompute theirs: leave it out",
 }
 

@@ -124,7 +124,7 @@ class TrainData:
             ahead: labels beyond the one that follows a sample's last position, for a loss on tokens further ahead.
         """
         phase, samples = self.phases.at(step), self._samples(step, rank, ahead)
-        numbers = (self._orders[phase].numbers[place] for place, _ in self._places_of_rank(step, rank))
+        numbers = (number for number, _, _ in self._sources_at(step, rank))
         while taken := list(itertools.islice(samples, phase.micro_batch)):
             if not self.document_attention:
                 taken = [sample._replace(starts=sample.starts[:0]) for sample in taken]
@@ -134,28 +134,25 @@ class TrainData:
     def _samples(self, step: int, rank: int, ahead: int) -> Iterator[Sample]:
         """Those of a rank in a step."""
         if not self._threads:
-            return (source.sample(index, ahead) for source, index in self._sources_at(step, rank))
+            return (source.sample(index, ahead) for _, source, index in self._sources_at(step, rank))
         last = step + 1 + READ_AHEAD * self.phases.world_size // self.phases.at(step).samples
         for later in range(step, last + 1):
             if (later, rank, ahead) not in self._begun:
                 self._begun[later, rank, ahead] = [
-                    self._threads.submit(source.sample, index, ahead) for source, index in self._sources_at(later, rank)
+                    self._threads.submit(source.sample, index, ahead)
+                    for _, source, index in self._sources_at(later, rank)
                 ]
         for passed in [key for key in self._begun if key[0] < step]:  # a run that goes back passes steps over
             del self._begun[passed]
         return (sample.result() for sample in self._begun.pop((step, rank, ahead)))
 
-    def _sources_at(self, step: int, rank: int) -> Iterator[tuple[DataSource, int]]:
-        """The source and the number of each sample of a rank in a step."""
+    def _sources_at(self, step: int, rank: int) -> Iterator[tuple[int, DataSource, int]]:
+        """(number of its source, source, number) of each sample of a rank in a step."""
         phase = self.phases.at(step)
-        sources = [self.sources[one.path, phase.seq_len] for one in phase.data]
-        return ((sources[place], index) for place, index in self._places_of_rank(step, rank))
-
-    def _places_of_rank(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
-        """As `_places`, of a rank's samples in a step."""
-        phase = self.phases.at(step)
-        for first in range(rank * phase.micro_batch, phase.samples, phase.micro_batch * self.phases.world_size):
-            yield from self._places(step, first, phase.micro_batch)
+        sources, micro = [self.sources[one.path, phase.seq_len] for one in phase.data], phase.micro_batch
+        for first in range(rank * micro, phase.samples, micro * self.phases.world_size):
+            for place, index in self._places(step, first, micro):
+                yield self._orders[phase].numbers[place], sources[place], index
 
     def step_samples(self, step: int) -> list[tuple[int, int]]:
         """(source, sample), by number from 0, of all samples of a step over all ranks, in their order. Sources count

@@ -52,6 +52,7 @@ class Setup:
     kernel: Kernel = "grouped_mm"  # of the experts' GEMMs
     compiled: bool = False  # regions of a block as one kernel each
     average_bytes: int = 0  # of the average of a weight
+    num_sources: int = 0  # of samples whose losses are kept apart
     document_tokens: int | None = None  # of a document, where attention stays within one; None for whole samples
     imbalance: float = 1.0  # rows that reach this rank's experts, where ranks share them, over those under balance
 

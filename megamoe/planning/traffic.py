@@ -8,6 +8,7 @@ exchange between nodes, every rank with its share of the node's network), as NCC
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,7 +66,7 @@ def collectives(setup: Setup) -> list[Collective]:
     get equally many rows from and on every rank; calls of the gradients are at the least."""
     m, groups = setup.model, parameter_groups(setup)
     per_router = m.num_local_experts * (1 + BINS * m.counts_margins) + 1  # loads, margins and entropy
-    small = 8 * (SCALARS + 2 * len(loss_parts(m)) + len(m.sparse_blocks) * per_router)
+    small = 8 * (SCALARS + 2 * (len(loss_parts(m)) + setup.num_sources) + len(m.sparse_blocks) * per_router)
     return [
         *(_of_rows(setup) if setup.ep_size > 1 else []),
         *_of_gradients(setup, groups),
@@ -147,6 +148,14 @@ def _of_update(setup: Setup, groups: list[Group]) -> list[Collective]:
             payload = 4 * sum(sum(share.sent) + sum(share.received) for share in cut)
             found.append(Collective(purpose, "all_to_all", ranks, stride, calls, payload, "update"))
     return found
+
+
+def payload_of(setup: Setup) -> Counter[tuple[str, int]]:
+    """Bytes of a step by kind of collective and ranks of its group."""
+    payload: Counter[tuple[str, int]] = Counter()
+    for one in collectives(setup):
+        payload[one.kind, one.ranks] += one.payload
+    return payload
 
 
 def update_bytes(setup: Setup, state_bytes: int) -> int:

@@ -26,10 +26,8 @@ def max_violation(loads: Tensor) -> Tensor:
 
 
 def effective_experts(loads: Tensor) -> Tensor:
-    """The exponential of the entropy of the loads' shares, over the last dimension: E for equal loads, 1 if one expert
-    gets all."""
-    shares = loads.double() / loads.sum(-1, keepdim=True).clamp_min(1)
-    return torch.special.entr(shares).sum(-1).exp()
+    """exp(entropy of the loads' shares), over the last dimension: E for equal loads, 1 if one expert has all."""
+    return torch.special.entr(loads / loads.sum(-1, keepdim=True)).sum(-1).exp()
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,13 @@ class Collectives(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
+        self.entered = 0  # how often
         self.calls: Counter[tuple[str, int]] = Counter()
         self.payload: Counter[tuple[str, int]] = Counter()  # bytes on this rank
 
     def __enter__(self) -> Collectives:
         counted = {name: self._counted(getattr(ProcessGroup, name), *of) for name, of in METHODS.items()}
+        self.entered += 1
         self.enter_context(mock.patch.multiple(ProcessGroup, **counted))
         return self
 

@@ -55,6 +55,7 @@ def build_engine(model: nn.Module, recipe: Recipe) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` in DeepSpeed's engine. After N optimizer steps its learning rate is `learning_rate(N)`."""
     ds, schedule = copy.deepcopy(recipe.json), recipe.schedule
     del ds["scheduler"]  # DeepSpeed's lags by a step
+    ds.pop("comms_logger", None)  # it would wait for each collective, and sees its own alone
     ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
     ds.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice per micro-batch
     if recipe.reduces_once:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import InitVar, dataclass
 from typing import Any, NoReturn
 
@@ -56,6 +57,7 @@ class Trainer:
     tasks: TaskEvaluator | None
     sampler: Sampler | None
     sinks: SinkGroup | None  # on rank 0 only
+    collectives: AbstractContextManager[Any]  # entered for each step
     folder_is_gone: Callable[[], bool]  # whether the run folder has been removed; on rank 0, False elsewhere
 
     def __post_init__(self, peak: Peak) -> None:
@@ -96,7 +98,8 @@ class Trainer:
                 logs, saves = step % log_every == 0, _due(step, save_every)
                 # What stopping now would take, and as much again.
                 needed = 2 * (longest + self.writer.expected_seconds())
-                result = self._train(step, needed, looks_at_folder=logs or saves, weight_norms=logs)
+                with self.collectives:
+                    result = self._train(step, needed, looks_at_folder=logs or saves, weight_norms=logs)
                 asked, out_of_time, writing, is_gone = result.flags
                 # The update may still run on the device; the next step waits for it.
                 self.metrics.add(result, self.ledger.data_step(step), time.perf_counter() - started)

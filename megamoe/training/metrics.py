@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megamoe.config.phases import Phases
 from megamoe.model.costs import train_flops_per_token
@@ -45,7 +44,7 @@ class StepMetrics:
         self._flops = self._seconds = self._losses = 0.0
         self._parts: dict[str, float] = {}
         self._sources = torch.zeros(len(self._source_names), 2, dtype=torch.float64)
-        self._counts: Tensor | None = None
+        self._counts = torch.zeros(len(self._blocks), self._config.num_local_experts, dtype=torch.float64)
 
     def add(self, result: StepResult, data_step: int, seconds: float) -> None:
         """Count one step, which has read the data of `data_step`, and its time."""
@@ -60,7 +59,7 @@ class StepMetrics:
         if self._source_names:
             self._sources += torch.tensor(result.sources, dtype=torch.float64)
         if result.balance:
-            self._counts = result.balance.counts + (0 if self._counts is None else self._counts)
+            self._counts += result.balance.counts
 
     def values(self, step: int, last: int) -> dict[str, Any]:
         """The window's means up to `step`, and the state after it, by name; the parts of the loss, but for the
@@ -79,16 +78,13 @@ class StepMetrics:
         dead = math.nan
         if balance:
             dead = (balance.running_loads * balance.running_loads.shape[1] < DEAD_SHARE).sum().item()
-        effective = effective_experts(self._counts) if self._counts is not None else torch.full((1,), math.nan)
+        effective = effective_experts(self._counts)
+        sources = zip(self._source_names, self._sources.tolist(), strict=True)
         read = list(zip(self._phases.all, self._phases.tokens_by_phase(self._data_step + 1), strict=True))
         return {
             "loss": self._losses / steps,
             **{f"{name}_loss": total / steps for name, total in self._parts.items()},
-            **{
-                f"loss/{name}": nats / tokens
-                for name, (nats, tokens) in zip(self._source_names, self._sources.tolist(), strict=True)
-                if tokens
-            },
+            **{f"loss/{name}": nats / tokens for name, (nats, tokens) in sources if tokens},
             "lr": self._engine.get_lr()[0],
             **({"batch_size": phase.samples, "seq_len": phase.seq_len} if len(self._phases.all) > 1 else {}),
             "total_tokens": sum(tokens for _, tokens in read),
@@ -100,7 +96,7 @@ class StepMetrics:
             "worst_running_max_vio": balance.running_max_vio.max().item() if balance else math.nan,
             "dead_experts": dead,
             "effective_experts": effective.mean().item(),
-            "lowest_effective_experts": effective.min().item(),
+            "lowest_effective_experts": min(effective.tolist(), default=math.nan),
             "router_entropy": fmean(entropies) if entropies else math.nan,
             "lowest_router_entropy": min(entropies, default=math.nan),
             "router_entropy_by_block": dict(zip(map(str, self._blocks if entropies else []), entropies, strict=True)),

@@ -3,9 +3,10 @@ benchmarks and the tests."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from megamoe.training.balancing import Balance, LoadBalancer
 from megamoe.training.engine import build_engine
 from megamoe.training.step_sums import NO_FLAGS, Flags, sum_over_ranks
 from megamoe.training.weight_average import WeightAverage
-from megamoe.training.weight_norms import WeightNorms
+from megamoe.training.weight_norms import weight_squares
 from megamoe.training.zero_step import GivenNormOptimizer, norm_of
 
 Skips = Callable[[float, float], bool]
@@ -64,10 +65,6 @@ class TrainStep:
         self.balancer = balancer
         self.average = average
 
-    @cached_property
-    def weight_norms(self) -> WeightNorms:
-        return WeightNorms(self.engine)
-
     def accumulate(self, micro_batches: int) -> None:
         """Make the next steps of so many micro-batches per rank each. Every rank, between two steps."""
         engine = self.engine
@@ -82,11 +79,8 @@ class TrainStep:
         Args:
             passed: called after every "forward" and "backward".
         """
-        for batch in batches:
-            on_device = batch.to(self.device)
-            loss = self.engine(
-                on_device.input_ids, on_device.labels, documents=on_device.documents, sources=on_device.sources
-            )
+        for batch in (one.to(self.device) for one in batches):
+            loss = self.engine(batch.input_ids, batch.labels, documents=batch.documents, sources=batch.sources)
             passed("forward")
             self.engine.backward(loss)
             del loss
@@ -111,9 +105,9 @@ class TrainStep:
         entropies = self.model.take_entropies() if self.balancer else losses.new_zeros(0)
         margins = self.balancer.take_margins() if self.balancer else losses.new_zeros(0)
         squares = optimizer.sum_of_squares() if takes_norm else 0.0
-        small = losses.flatten()
-        if weight_norms:
-            small = torch.cat((small, self.weight_norms.squares().to(self.device)))
+        small, weights = losses.flatten(), weight_squares(self.engine) if weight_norms else {}
+        if weights:
+            small = torch.cat((small, torch.stack(list(weights.values())).to(self.device)))
         sums = sum_over_ranks(squares, small, flags, counts, entropies, margins)
         losses.zero_()
         running = self.balancer.next_loads(sums.counts) if self.balancer else counts
@@ -146,7 +140,7 @@ class TrainStep:
             balance=balance,
             is_spike=is_spike,
             sources=pairs[parts:],
-            weight_norms=self.weight_norms.of(on_host.losses[losses.numel() :]) if weight_norms else {},
+            weight_norms=dict(zip(weights, map(math.sqrt, on_host.losses[losses.numel() :]), strict=True)),
         )
 
 

@@ -133,7 +133,11 @@ REFUSED = [
     ({"fp16": {"enabled": True, "loss_scale": 128}}, ["given twice", "bf16", "fp16", "disable one"]),
     ({"fp16": {"enabled": True}, "bf16.enabled": "auto"}, ["given twice"]),
     ({"communication_data_type": "foo"}, ['communication_data_type" is "foo"', "bf16"]),
-    ({"comms_logger": {"enabled": True}}, ['"comms_logger"', "megamoe plan", "leave it out"]),
+    (
+        {"comms_logger": {"enabled": True, "verbose": True}},
+        ["comms_logger", "verbose", "true", "table"],
+    ),
+    ({"comms_logger": {"prof_ops": ["reduce"]}}, ["comms_logger", "prof_ops", '["reduce"]', "leave it out"]),
     ({"activation_checkpointing": {"x": True}}, ['"activation_checkpointing"', "--recompute_blocks", "leave it out"]),
     *(({"wandb": section}, ['"wandb"', "log.jsonl", "leave it out"]) for section in ({"enabled": True}, {}, None)),
     ({"train_micro_batch_size_per_gpu": ...}, ['add "train_micro_batch_size_per_gpu"']),

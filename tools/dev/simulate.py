@@ -37,7 +37,7 @@ from megamoe.planning.footprint import footprint
 from megamoe.planning.meter import LiveBytes
 from megamoe.planning.report import totals
 from megamoe.planning.sharding import Setup
-from megamoe.planning.traffic import collectives
+from megamoe.planning.traffic import payload_of
 from megamoe.training.collectives import Collectives
 from megamoe.training.step import build_train_step
 
@@ -138,14 +138,6 @@ def simulate(setup: Setup, recipe: Recipe, ema_decay: float | None = None) -> di
     return sizes | {
         f"{kind} over {ranks}": (payload[kind, ranks], measured.payload[kind, ranks]) for kind, ranks in kinds
     }
-
-
-def payload_of(setup: Setup) -> Counter[tuple[str, int]]:
-    """Predicted bytes by kind of collective and ranks of its group."""
-    payload: Counter[tuple[str, int]] = Counter()
-    for one in collectives(setup):
-        payload[one.kind, one.ranks] += one.payload
-    return payload
 
 
 def main(options: PlanCommand) -> None:
