@@ -51,7 +51,8 @@ from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
 from megamoe.monitoring.sinks import open_sinks
-from megamoe.planning.traffic_table import describe_traffic, setup_of
+from megamoe.planning.sharding import setup_of
+from megamoe.planning.traffic import describe_traffic
 from megamoe.resume import Changes, Start, check_changes, find_start
 from megamoe.run_inputs import RunInputs, open_inputs
 from megamoe.run_record import describe_experts_gemms, describe_initial, describe_repeats, describe_run, make_record

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.optimizers import AVERAGE
 from megamoe.config.recipe import DTYPES, Recipe
-from megamoe.config.run import Recompute
+from megamoe.config.run import Recompute, RunConfig
+from megamoe.data.batches import TrainData
 from megamoe.model.costs import parameter_shapes
 from megamoe.model.dispatch import CPU_ROW_MULTIPLE
 from megamoe.model.grouped_gemm import Kernel
@@ -178,6 +179,17 @@ def read_setup(
         on_cpu=on_cpu,
         average_bytes=AVERAGE.dtype.itemsize if averages else 0,
     )
+
+
+def setup_of(run: RunConfig, model: ModelConfig, recipe: Recipe, data: TrainData) -> Setup | None:
+    """What the traffic of a run's steps follows from; None where they differ, or are not modelled."""
+    phase, *others = data.phases.all
+    if others or setup_problems(recipe):
+        return None
+    setup = read_setup(model, recipe, run.ep_size, phase.seq_len, recipe.on_cpu)
+    setup = replace(setup, recompute_blocks=run.recompute_blocks, recompute=run.recompute)
+    sources = len(data.source_names)
+    return replace(setup, micro_batch=phase.micro_batch, accumulation=phase.accumulation, num_sources=sources)
 
 
 # --- weights and their groups ---------------------------------------------------------------------------------------

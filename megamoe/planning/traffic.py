@@ -15,6 +15,7 @@ from typing import Literal
 from megamoe.model.decoder import loss_parts
 from megamoe.model.margins import BINS
 from megamoe.planning.sharding import Group, Setup, elements_touched, parameter_groups
+from megamoe.training.collectives import Collectives
 from megamoe.training.step_sums import SCALARS
 from megamoe.utils.data_sheets import Device
 
@@ -156,6 +157,23 @@ def payload_of(setup: Setup) -> Counter[tuple[str, int]]:
     for one in collectives(setup):
         payload[one.kind, one.ranks] += one.payload
     return payload
+
+
+def describe_traffic(found: Collectives, setup: Setup | None) -> str:
+    """A table of the collectives of a step, by kind and ranks of the group.
+
+    Args:
+        found: the collectives of this rank, entered for each step.
+        setup: to predict by; None predicts nothing.
+    """
+    lines = [f"collectives of a step on rank 0, means of {found.entered} steps; none is waited for, so without times"]
+    lines.append(f"{'collective':16}{'ranks':>6}{'calls':>10}{'bytes':>20}{'predicted bytes':>20}")
+    predicted = payload_of(setup) if setup else {}
+    for key in sorted(found.calls.keys() | predicted.keys()):
+        calls, size = found.calls[key] / found.entered, found.payload[key] / found.entered
+        expected = f"{predicted.get(key, 0):,}" if setup else "-"
+        lines.append(f"{key[0]:16}{key[1]:6}{calls:10,.1f}{size:20,.0f}{expected:>20}")
+    return "\n".join(lines)
 
 
 def update_bytes(setup: Setup, state_bytes: int) -> int:

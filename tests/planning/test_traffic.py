@@ -1,16 +1,28 @@
+import io
 import itertools
+import shutil
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from toy import PRESET, SLOW, ds_config, recipe_of
+from ranks import run_ranks
+from toy import PRESET, SLOW, ds_config, recipe_of, train_here, write_inputs
 
 from megamoe.config.model import ModelConfig
 from megamoe.model.costs import parameter_count
 from megamoe.model.decoder import Decoder, loss_parts
 from megamoe.planning.sharding import read_setup
-from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE, Collective, collectives, host_transfers
+from megamoe.planning.traffic import (
+    LATENCY_BETWEEN,
+    LATENCY_INSIDE,
+    Collective,
+    collectives,
+    describe_traffic,
+    host_transfers,
+)
+from megamoe.training.collectives import Collectives
 from megamoe.training.step import balancer_of
 from megamoe.training.step_sums import NO_FLAGS, sum_over_ranks
 
@@ -96,3 +108,32 @@ def test_what_is_small_is_the_vector_that_a_step_sums(monkeypatch, rule):
     losses = torch.zeros(2 * len(loss_parts(model)))
     sum_over_ranks(0.0, losses, NO_FLAGS, counts, torch.zeros(layers), margins)
     assert payload(replace(SETUP, model=model), "norm, loss") == summed[0].nbytes
+
+
+def said(run):
+    with redirect_stdout(io.StringIO()) as console:
+        train_here(run)
+    return console.getvalue()
+
+
+def test_a_run_ends_with_the_collectives_of_megamoe_and_of_deepspeed_next_to_what_is_predicted(tmp_path):
+    ds = ds_config(2, accumulation=2, comms_logger={"enabled": True})
+    ds["zero_optimization"].update(stage=2, reduce_bucket_size=5000)
+    run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "ep_size": 2, "steps": 3, "log_interval": 9}
+    run["data"] += [shutil.copytree(run["data"][0], tmp_path / "other")]
+    text = run_ranks(4, said, {**run, "data": list(map(str, run["data"]))})[0]
+    assert "means of 3 steps" in text
+    rows = [line.replace(",", "").split() for line in text.partition("predicted bytes\n")[2].splitlines()]
+    found = {(kind, ranks): tuple(map(float, numbers)) for kind, ranks, *numbers in rows}
+    others = {(kind, ranks) for kind in ("all_gather", "all_reduce") for ranks in "24"}
+    assert found.keys() == {*others, ("all_to_all", "2")}
+    calls, size, expected = found.pop(("all_to_all", "2"))
+    assert calls == 2 * 2 * 7  # micro-batches, layers, and what each sends
+    assert size == pytest.approx(expected, rel=0.2)  # as many rows to each rank are predicted
+    assert all(size == expected > 0 for _, size, expected in found.values())
+
+
+def test_without_a_prediction_none_is_shown():
+    found = Collectives()
+    found.entered, found.calls["reduce", 8], found.payload["reduce", 8] = 4, 2, 4096
+    assert describe_traffic(found, None).splitlines()[-1].split() == ["reduce", "8", "0.5", "1,024", "-"]
