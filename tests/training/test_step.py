@@ -93,7 +93,7 @@ def test_the_host_reads_once_per_step_and_ranks_meet_once_besides_gradients(tmp_
     results = run_ranks(2, watched, {**run, "log_interval": 2, "save_interval": 2, "guard": "act", "ema_decay": 0.9})
     for reads, all_reduces in results:
         # Elsewhere: the layer, which on CPU lays out its rows on the host; a save; what looks at numbers of the host.
-        others = ("model/all_to_all.py", "model/dispatch.py", "checkpoint/", "training/metrics.py", "training/sinks.py")
+        others = ("model/all_to_all.py", "model/dispatch.py", "checkpoint/", "training/metrics.py", "monitoring/")
         assert {who: count for who, count in reads.items() if not who.startswith(others)} == {
             "training/step_sums.py:read": 5,
             "launch/distributed.py:on_any_rank": 1,  # before the first step
