@@ -166,7 +166,7 @@ def describe_traffic(found: Collectives, setup: Setup | None) -> str:
         found: the collectives of this rank, entered for each step.
         setup: to predict by; None predicts nothing.
     """
-    lines = [f"collectives of a step on rank 0, means of {found.entered} steps; none is waited for, so without times"]
+    lines = [f"collectives of a step on rank 0, means of {found.entered} steps; times are not measured"]
     lines.append(f"{'collective':16}{'ranks':>6}{'calls':>10}{'bytes':>20}{'predicted bytes':>20}")
     predicted = payload_of(setup) if setup else {}
     for key in sorted(found.calls.keys() | predicted.keys()):
