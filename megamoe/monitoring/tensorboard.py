@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamoe.monitoring.sink import Sink
+from megamoe.monitoring.names import (
+    CONFIG,
+    EXPERT_LOAD,
+    SAMPLES,
+    TEXT,
+    flat_config,
+    layer,
+    named,
+)  # fmt: skip
+from megamoe.monitoring.sink import Sample, Sink
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+RESULTS = ("train/loss", "valid/loss")  # next to the configuration in the table of runs
+
+
 class TensorBoardSink(Sink):
-    """RUN/tensorboard: the scalars, and a histogram of the experts' load for each layer."""
+    """RUN/tensorboard: the scalars, a histogram of the experts' load for each layer, text, and the configuration, as
+    text and as a row of the table of runs."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
 
     def open(self, run_dir: Path, first_step: int, record: dict[str, Any]) -> None:
-        self._folder = run_dir / "tensorboard"
+        from torch.utils.tensorboard.summary import hparams
+
         self._begin(first_step)
+        config = flat_config(record)
+        self._board.add_text(CONFIG, _as_code(json.dumps(config, indent=2)), first_step)
+        experiment, run, _ = hparams(config, dict.fromkeys(RESULTS, 0.0))  # add_hparams would make a run of its own
+        for summary in (experiment, run):
+            self._board._get_file_writer().add_summary(summary)
 
     def _begin(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(self._folder), purge_step=first_step + 1 if first_step else None)
+        purged = first_step + 1 if first_step else None
+        self._board = SummaryWriter(str(self._folder), purge_step=purged, flush_secs=15)  # lost where a rank dies
 
     def go_back(self, step: int) -> None:
         self.close()
         self._begin(step)
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{key}", value, step)
-            elif isinstance(value, dict):  # by block
-                for block, inner in value.items():
-                    self._board.add_scalar(f"{key}/layer_{int(block):02d}", inner, step)
+        for name, value in named(kind, values).items():
+            self._board.add_scalar(name, value, step)
 
     def log_text(self, step: int, text: str) -> None:
-        self._board.add_text("run", text, step)
+        self._board.add_text(TEXT, text, step)
+
+    def log_samples(self, step: int, samples: list[Sample]) -> None:
+        texts = (_as_code(prompt + continuation) for prompt, continuation in samples)
+        self._board.add_text(SAMPLES, "\n\n---\n\n".join(texts), step)
 
     def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
         limits = [expert + 0.5 for expert in range(counts.shape[1])]
-        for layer, row in zip(blocks, counts.tolist(), strict=True):
+        for block, row in zip(blocks, counts.tolist(), strict=True):
             self._board.add_histogram_raw(
-                f"expert_load/layer_{layer:02d}",
+                layer(EXPERT_LOAD, block),
                 min=0.0,
                 max=float(len(row) - 1),
                 num=float(sum(row)),
@@ -55,3 +79,8 @@ class TensorBoardSink(Sink):
 
     def close(self) -> None:
         self._board.close()
+
+
+def _as_code(text: str) -> str:
+    """Markdown that shows a text as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
