@@ -13,7 +13,7 @@ GROUPS = {  # of the names of `log_scalars`; all others belong to train/ or vali
         "lowest_effective_experts", "router_entropy", "lowest_router_entropy", "router_entropy_by_block",
     ),
 }  # fmt: skip
-TEXT, CONFIG, SAMPLES, EXPERT_LOAD = "run/text", "run/config", "samples", "router/expert_load"
+TEXT, SAMPLES, EXPERT_LOAD = "run/text", "samples", "router/expert_load"
 SECRET = ("command", "on_event", "comet")  # keys whose values may hold a password
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,14 +55,3 @@ class Sink:
 
     def close(self) -> None:
         """Write what is left."""
-
-
-class ForwardingSink(Sink):
-    """Hands each call to `_call(method, *args)`."""
-
-    def __getattribute__(self, name: str) -> Any:
-        is_method = name in vars(Sink) and not name.startswith("_")
-        return partial(self._call, name) if is_method else super().__getattribute__(name)
-
-    def _call(self, method: str, *args: Any) -> None:
-        raise NotImplementedError

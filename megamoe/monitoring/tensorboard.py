@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from megamoe.monitoring.names import (
-    CONFIG,
-    EXPERT_LOAD,
-    SAMPLES,
-    TEXT,
-    flat_config,
-    layer,
-    named,
-)  # fmt: skip
+from megamoe.monitoring.names import EXPERT_LOAD, SAMPLES, TEXT, flat_config, layer, named
 from megamoe.monitoring.sink import Sample, Sink
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-RESULTS = ("train/loss", "valid/loss")  # next to the configuration in the table of runs
+CODE = "    "  # begins a line of Markdown that is shown as it is
 
 
 class TensorBoardSink(Sink):
@@ -36,16 +28,16 @@ class TensorBoardSink(Sink):
 
         self._begin(first_step)
         config = flat_config(record)
-        self._board.add_text(CONFIG, _as_code(json.dumps(config, indent=2)), first_step)
-        experiment, run, _ = hparams(config, dict.fromkeys(RESULTS, 0.0))  # add_hparams would make a run of its own
-        for summary in (experiment, run):
+        self._board.add_text("run/config", indent(json.dumps(config, indent=2), CODE), first_step)
+        # The first two of its three summaries; add_hparams would make a run of its own.
+        for summary in hparams(config, {"train/loss": 0.0, "valid/loss": 0.0})[:2]:
             self._board._get_file_writer().add_summary(summary)
 
     def _begin(self, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purged = first_step + 1 if first_step else None
-        self._board = SummaryWriter(str(self._folder), purge_step=purged, flush_secs=15)  # lost where a rank dies
+        # Each writer but the first purges what is superseded, and the last seconds are lost where a rank dies.
+        self._board = SummaryWriter(str(self._folder), purge_step=first_step + 1, flush_secs=15)
 
     def go_back(self, step: int) -> None:
         self.close()
@@ -59,7 +51,7 @@ class TensorBoardSink(Sink):
         self._board.add_text(TEXT, text, step)
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
-        texts = (_as_code(prompt + continuation) for prompt, continuation in samples)
+        texts = (indent(prompt + continuation, CODE) for prompt, continuation in samples)
         self._board.add_text(SAMPLES, "\n\n---\n\n".join(texts), step)
 
     def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
@@ -79,8 +71,3 @@ class TensorBoardSink(Sink):
 
     def close(self) -> None:
         self._board.close()
-
-
-def _as_code(text: str) -> str:
-    """Markdown that shows a text as it is."""
-    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -73,6 +73,7 @@ class WandbSink(_WandbApiSink):
             self._run = begin() if has_key else begin(mode="offline")
         except wandb.Error as error:
             print(f"warning: W&B failed ({first_line(error)}); it goes on offline.", file=sys.stderr, flush=True)
+            wandb.teardown()  # frees the id
             self._run = begin(mode="offline")
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
