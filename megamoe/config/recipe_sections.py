@@ -120,11 +120,7 @@ class TrackerSection(JsonModel):
     """The same as --trackers."""
 
     def settings(self, folder: Path) -> dict[str, Any]:
-        """What the tracker is built with.
-
-        Args:
-            folder: for its files, unless the section names another.
-        """
+        """What the tracker is built with; `folder` is for its files, unless the section names another."""
         return self.model_dump(exclude={"enabled"})
 
 

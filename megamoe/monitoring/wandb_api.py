@@ -1,8 +1,4 @@
-"""Weights & Biases and trackio, whose packages have one API.
-
-Superseded steps cannot be taken back there: after a rollback or a resume the curves go on at the older step, next to
-what was logged before.
-"""
+"""Weights & Biases and trackio, whose packages have one API. What is superseded cannot be taken back there."""
 
 from __future__ import annotations
 
@@ -63,7 +59,7 @@ class WandbSink(_WandbApiSink):
         import wandb
 
         self._package = wandb
-        settings = wandb.Settings(quiet=True, init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS)
+        settings = wandb.Settings(quiet=True, console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS)
         begin = partial(
             wandb.init, dir=str(run_dir), id=record["run_id"], resume="allow", name=run_dir.name,
             config=flat_config(record), settings=settings, **self._place,

@@ -35,6 +35,7 @@ CONFIG = {
 STEPS = ((10, 4.5), (20, 4.0), (30, 3.5), (20, 3.75), (40, 3.25))  # goes back to 10 before the fourth, resumes after it
 KEPT = [(10, 4.5), (20, 3.75), (40, 3.25)]
 COUNTS = torch.tensor([[4, 0, 12, 8], [6, 6, 6, 6]])
+BUCKETS = [[0.0, 0.5, 4.0], [0.5, 1.5, 0.0], [1.5, 2.5, 12.0], [2.5, 3.0, 8.0]]  # of the first row
 CONSOLE = (
     "loss", "lr", "tokens_per_second", "mfu", "max_vio", "running_max_vio", "grad_norm", "memory_gib", "seconds_left",
 )  # fmt: skip
@@ -43,6 +44,7 @@ SAMPLE = Sample("To be", ", or *not*")
 
 def log_run(folder):
     os.environ |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+    module.CLOSE_SECONDS = 300
     run_dir = folder / "my_run"
     run_dir.mkdir()
     files = {name: {"folder": run_dir / name} for name in ("tensorboard", "csv")}
@@ -52,6 +54,7 @@ def log_run(folder):
         if number == 3:
             sinks.go_back(10)
         if number == 4:
+            (run_dir / "before.csv").write_bytes((run_dir / "csv" / "train.csv").read_bytes())
             sinks.log_scalars("valid", 20, {"loss": 2.5, "tokens": 4096})
             sinks.close()
             sinks = open_sinks(run_dir, 20, RECORD, trackers)
@@ -133,7 +136,7 @@ def test_tensorboard_serves_scalars_histograms_text_and_the_configuration_withou
             time.sleep(0.1)
         tags = get("scalars/tags")["."]
         losses = get("scalars/scalars", run=".", tag="train/loss")
-        load = get("histograms/histograms", run=".", tag="router/expert_load/layer_12")[0]
+        loads = get("histograms/histograms", run=".", tag="router/expert_load/layer_01")
         sample = get("text/text", run=".", tag="samples/text_summary")[0]
         everything = {"allowedStatuses": ["STATUS_RUNNING", "STATUS_UNKNOWN"], "colParams": [], "sliceSize": 9}
         (group,) = get("hparams/session_groups", everything)["sessionGroups"]
@@ -143,7 +146,7 @@ def test_tensorboard_serves_scalars_histograms_text_and_the_configuration_withou
     assert [(step, loss) for _, step, loss in losses] == KEPT
     assert {tag.partition("/")[0] for tag in tags} == {"train", "valid", "throughput", "optimizer", "router"}
     assert {"router/entropy/layer_12", "optimizer/lr", "router/max_vio", "train/mtp_loss", "valid/loss"} <= tags.keys()
-    assert [count for _, _, count in load[2]] == [6, 6, 6, 6]
+    assert [(step, buckets) for _, step, buckets in loads] == [(step, BUCKETS) for step, _ in KEPT]
     assert "<pre><code>To be, or *not*" in sample["text"]
     assert group["hparams"] == CONFIG
     assert {one["name"]["tag"]: one["value"] for one in group["metricValues"]} == {
@@ -156,6 +159,7 @@ def test_csv_is_a_table_with_a_row_per_step_and_a_column_for_what_comes_later(ru
     with open(run / "csv" / "train.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(int(row["step"]), float(row["train/loss"])) for row in rows] == KEPT
+    assert [line.split(",")[0] for line in (run / "before.csv").read_text().splitlines()] == ["step", "10", "20"]
     assert [row["train/mtp_loss"] for row in rows] == ["", "7.0", "7.0"]
     assert rows[0]["router/entropy/layer_12"] == "2.0"
     assert (run / "csv" / "valid.csv").read_text().splitlines() == ["step,valid/loss,valid/tokens", "20,2.5,4096"]
@@ -172,7 +176,7 @@ def test_names_keep_their_kind_where_no_group_has_them_and_a_configuration_its_s
 def log_to_hanging_server(folder, address):
     os.environ |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_X_DISABLE_VIEWER": "true"}
     os.environ.pop("WANDB_MODE", None)
-    wandb_api.START_SECONDS = 1
+    wandb_api.START_SECONDS, module.CLOSE_SECONDS = 1, 300
     sinks = open_sinks(folder, 0, RECORD, {"wandb": {}})
     sinks.log_scalars("train", 10, dict.fromkeys(CONSOLE, 0.5))
     sinks.close()
