@@ -36,7 +36,7 @@ from megamoe.config.phases import phases_of
 from megamoe.config.precision import Precision, find_precision
 from megamoe.config.recipe import Choice, Recipe, parse_recipe
 from megamoe.config.run import RunConfig, parse_run
-from megamoe.config.run_checks import length_problems, run_problems
+from megamoe.config.run_checks import chosen_trackers, length_problems, run_problems
 from megamoe.data.batches import TrainData
 from megamoe.evaluation.held_out import Evaluator
 from megamoe.evaluation.tasks import TaskEvaluator
@@ -260,7 +260,7 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         has_average = bool(train_step.average and train_step.average.has_begun)
         of_start = {"checkpoint": checkpoint and checkpoint.name}
         start.folder.enter({"step": first, **of_start, **checked.record}, inputs.tokenizer_files)
-        sinks = open_sinks(config.folder, first, checked.record)
+        sinks = open_sinks(config.folder, first, checked.record, chosen_trackers(config, recipe))
         sinks.log_event("resume" if start.is_resuming else "start", first, of_start)
         for line in first_lines(checked, first, checkpoint, has_average):
             sinks.log_text(first, line)

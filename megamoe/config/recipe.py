@@ -19,11 +19,15 @@ from megamoe.config.optimizers import OPTIMIZERS, OptimizerSpec, Params, find_op
 from megamoe.config.recipe_sections import (
     REFUSED,
     SECTIONS,
+    TRACKER_SECTIONS,
     BatchSizes,
     Bf16,
     Dtype,
+    FileTracker,
     Fp16,
+    TensorBoard,
     TopLevel,
+    Wandb,
     Zero,
     refused_problems,
 )  # fmt: skip
@@ -45,11 +49,14 @@ class Recipe:
     on_cpu: bool
     auto: Choice  # what "auto" stands for in it
     written: dict[str, Any]
-    json: dict[str, Any]  # with `auto` in place of "auto": for DeepSpeed, the record of a run, and what reads that
+    json: dict[str, Any]  # with `auto` in place of "auto": for the record of a run, and what reads that
     dtype: Dtype  # of weights and activations
     bf16: Bf16
     fp16: Fp16
     zero: Zero
+    tensorboard: TensorBoard
+    wandb: Wandb
+    csv_monitor: FileTracker
     micro_batch: int  # samples per rank and forward pass
     accumulation: int  # micro-batches per step
     train_batch_size: int | None  # as given; None where it follows from the others
@@ -72,6 +79,10 @@ class Recipe:
         if "decay_num_steps" in counts:  # counted from the end
             steps["decay_num_steps"] = step_after(total) - step_after(total - counts["decay_num_steps"])
         return self.replaced({f"scheduler.params.{key}": count for key, count in steps.items()}) if steps else self
+
+    def json_for_deepspeed(self) -> dict[str, Any]:
+        """A copy without what is ours: DeepSpeed would start monitors of its own."""
+        return copy.deepcopy({key: value for key, value in self.json.items() if key not in TRACKER_SECTIONS})
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -179,6 +190,7 @@ def parse_recipe(
         bf16=sound.bf16,
         fp16=sound.fp16,
         zero=sound.zero_optimization,
+        **{name: getattr(sound, name) for name in TRACKER_SECTIONS},
         micro_batch=sound.micro_batch,
         accumulation=sound.accumulation,
         train_batch_size=batch.train_batch_size,

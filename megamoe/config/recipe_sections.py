@@ -6,6 +6,7 @@ Keys inside flops_profiler and timers are not checked. A default that is None st
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -51,6 +52,9 @@ class TopLevel(BatchSizes):
     zero_optimization: Any = None
     data_types: Any = None
     comms_logger: Any = None
+    tensorboard: Any = None
+    wandb: Any = None
+    csv_monitor: Any = None
 
 
 class Optimizer(JsonModel):
@@ -127,6 +131,42 @@ class CommsLogger(JsonModel):
         return value
 
 
+class TrackerSection(JsonModel):
+    enabled: bool = False
+    """The same as --trackers."""
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        """What the tracker is built with; `folder` is for its files, unless the section names another."""
+        return self.model_dump(exclude={"enabled"})
+
+
+class FileTracker(TrackerSection):
+    output_path: str = ""
+    """Folder in place of the run folder, relative to where the run is started."""
+    job_name: str | None = None
+    """Folder in `output_path`; by default the name of the run folder."""
+
+    def settings(self, folder: Path) -> dict[str, Any]:
+        own = Path(self.output_path, self.job_name or folder.parent.name)
+        return {"folder": own if self.output_path else folder}
+
+
+class TensorBoard(FileTracker):
+    enabled: bool = True
+    """Written unless this is false."""
+
+
+class Wandb(TrackerSection):
+    group: str | None = None
+    """Runs that W&B shows together."""
+    team: str | None = None
+    """W&B's entity; by default that of the user."""
+    project: str | None = None
+    """By default WANDB_PROJECT, else megamoe."""
+
+
+# DeepSpeed's monitors, for which our trackers stand: it is not given these sections.
+TRACKER_SECTIONS: dict[str, type[JsonModel]] = {"tensorboard": TensorBoard, "wandb": Wandb, "csv_monitor": FileTracker}
 # By their place in the JSON. `schedule.py` has the scheduler's.
 SECTIONS: dict[str, type[JsonModel]] = {
     "bf16": Bf16,
@@ -136,12 +176,12 @@ SECTIONS: dict[str, type[JsonModel]] = {
     "data_types": DataTypes,
     "comms_logger": CommsLogger,
     "optimizer": Optimizer,
+    **TRACKER_SECTIONS,
 }
 
-LOGS = "megamoe always writes losses and MaxVio to tensorboard/ and log.jsonl in the run folder: leave it out"
 # Sections that would do nothing here, or half of what they say, and what to use instead.
 REFUSED = {
-    **dict.fromkeys(("tensorboard", "wandb", "comet", "csv_monitor"), LOGS),
+    "comet": "the trackers are TensorBoard, wandb, trackio and csv (--trackers): leave it out",
     "activation_checkpointing": "--recompute_blocks N says which blocks recompute theirs: leave it out",
 }
 

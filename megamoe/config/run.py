@@ -17,6 +17,7 @@ from megamoe.config.model import load_preset
 from megamoe.utils.errors import UserError
 from megamoe.utils.json_files import read_regular
 
+Tracker = Literal["wandb", "trackio", "csv"]
 Recompute = Literal["whole", "selective"]  # what of a block backward recomputes, see `model/recompute.py`
 
 
@@ -214,6 +215,9 @@ def _lines(file: Path) -> list[str]:
 
 class Evaluation(Options, group="Log and evaluation"):
     log_interval: int = Field(default=10, gt=0, description="steps between two console lines")
+    trackers: list[Tracker] = Field(
+        default=[], description="trackers in addition to log.jsonl and TensorBoard: wandb, trackio, csv"
+    )
     eval_interval: int = Field(default=500, ge=0, description="steps between two evaluations; 0: only at the end")
     eval_samples: int = Field(
         default=256, gt=0, description="samples of each held-out set used by an evaluation, at most"

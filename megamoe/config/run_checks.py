@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from megamoe.config.model import ModelConfig
@@ -20,7 +21,7 @@ def run_problems(run: RunConfig, model: ModelConfig | None, recipe: Recipe | Sou
         recipe: of one with problems, the fields that have none.
     """
     owners = SoundFields(run=run, recipe=recipe or SoundFields(), **({"model": model} if model else {}))
-    return broken_rules((_seq_len, _recomputed_blocks, _guard, _samples), owners)
+    return broken_rules((_seq_len, _recomputed_blocks, _guard, _samples, _trackers), owners)
 
 
 def _seq_len(m: Any) -> Iterator[str]:
@@ -53,6 +54,24 @@ def _guard(m: Any) -> Iterator[str]:
 def _samples(m: Any) -> Iterator[str]:
     if "sample_prompts" in m.run.model_fields_set and not m.run.sample_interval:
         yield "sample_prompts are given, but sample_interval is 0, so none is continued; raise it."
+
+
+def chosen_trackers(run: RunConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The trackers of a run by their names in `monitoring/sinks.py`, each with its settings."""
+    sections: dict[str, Any] = {"tensorboard": recipe.tensorboard, "csv": recipe.csv_monitor, "wandb": recipe.wandb}
+    names = {*run.trackers, *(name for name, section in sections.items() if section.enabled)}
+    return {name: sections[name].settings(run.folder / name) if name in sections else {} for name in sorted(names)}
+
+
+def _trackers(m: Any) -> Iterator[str]:
+    for name, key in (("wandb", "wandb"), ("csv", "csv_monitor")):
+        section = getattr(m.recipe, key)
+        if name in m.run.trackers and "enabled" in section.model_fields_set and not section.enabled:
+            yield f'trackers names {name}, but "{key}" in {m.run.ds_config} has "enabled": false; keep one of both.'
+    for name in sorted({"wandb", "trackio"} & chosen_trackers(m.run, m.recipe).keys()):
+        package = find_spec(name)
+        if not package or not package.origin:  # a folder of that name is none
+            yield f"the tracker {name} needs its package, which is not installed; pip install 'megamoe[{name}]'."
 
 
 def length_problems(run: RunConfig, schedule: Schedule) -> list[str]:

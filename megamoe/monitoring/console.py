@@ -12,14 +12,18 @@ class ConsoleSink(Sink):
     """A line per logged step, evaluation or text."""
 
     def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        print({"train": _train_line, "valid": _valid_line}[kind](step, values), flush=True)
+        _print({"train": _train_line, "valid": _valid_line}[kind](step, values))
 
     def log_samples(self, step: int, samples: list[Sample]) -> None:
         for prompt, continuation in samples:
-            print(f"[sample after step {step}] {prompt}{continuation}", flush=True)
+            _print(f"[sample after step {step}] {prompt}{continuation}")
 
     def log_text(self, step: int, text: str) -> None:
-        print(text, flush=True)
+        _print(text)
+
+
+def _print(line: str) -> None:
+    print(line + "\n", end="", flush=True)  # in one piece: trackers print from threads of their own
 
 
 def _train_line(step: int, values: dict[str, Any]) -> str:

@@ -6,20 +6,30 @@ which TensorBoard writes nothing until the run resumes.
 
 from __future__ import annotations
 
+import queue
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megamoe.monitoring.console import ConsoleSink
+from megamoe.monitoring.csv import CsvSink
 from megamoe.monitoring.log_files import LogFilesSink
-from megamoe.monitoring.sink import Sample, Sink
+from megamoe.monitoring.sink import Sink
 from megamoe.monitoring.tensorboard import TensorBoardSink
+from megamoe.monitoring.wandb_api import TrackioSink, WandbSink
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SINKS: tuple[type[Sink], ...] = (ConsoleSink, LogFilesSink, TensorBoardSink)
+SINKS: tuple[type[Sink], ...] = (ConsoleSink, LogFilesSink)  # of every run
+TRACKERS: dict[str, Callable[..., Sink]] = {
+    "tensorboard": TensorBoardSink,
+    "csv": CsvSink,
+    "wandb": lambda **settings: BackgroundSink(WandbSink(**settings)),
+    "trackio": lambda **settings: BackgroundSink(TrackioSink(**settings)),
+}
+WAITING = 10_000  # calls that a sink in the background may be behind
+CLOSE_SECONDS = 30  # for a sink in the background to finish
 
 
 class SinkGroup(Sink):
@@ -29,31 +39,11 @@ class SinkGroup(Sink):
         self._sinks = sinks
         self._failed: set[Sink] = set()
 
-    def open(self, run_dir: Path, first_step: int, record: dict[str, Any]) -> None:
-        self._call_each("open", run_dir, first_step, record)
+    def __getattribute__(self, name: str) -> Any:
+        is_method = name in vars(Sink) and not name.startswith("_")
+        return partial(self._call, name) if is_method else super().__getattribute__(name)
 
-    def log_scalars(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        self._call_each("log_scalars", kind, step, values)
-
-    def log_text(self, step: int, text: str) -> None:
-        self._call_each("log_text", step, text)
-
-    def log_expert_loads(self, step: int, blocks: list[int], counts: Tensor) -> None:
-        self._call_each("log_expert_loads", step, blocks, counts)
-
-    def log_samples(self, step: int, samples: list[Sample]) -> None:
-        self._call_each("log_samples", step, samples)
-
-    def log_event(self, event: str, step: int, values: dict[str, Any]) -> None:
-        self._call_each("log_event", event, step, values)
-
-    def go_back(self, step: int) -> None:
-        self._call_each("go_back", step)
-
-    def close(self) -> None:
-        self._call_each("close")
-
-    def _call_each(self, method: str, *args: Any) -> None:
+    def _call(self, method: str, *args: Any) -> None:
         for sink in self._sinks:
             try:
                 getattr(sink, method)(*args)
@@ -64,12 +54,44 @@ class SinkGroup(Sink):
                 self._failed.add(sink)
 
 
-def open_sinks(run_dir: Path, first_step: int, record: dict[str, Any]) -> SinkGroup:
+class BackgroundSink(SinkGroup):
+    """Hands everything to a sink in a thread of its own, which may wait for a server: training never does, and the end
+    of a run for CLOSE_SECONDS at most."""
+
+    def __init__(self, sink: Sink):
+        super().__init__([sink])
+        self._calls: queue.Queue[tuple[str, Any]] = queue.Queue(WAITING)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _call(self, method: str, *args: Any) -> None:
+        name = type(self._sinks[0]).__name__
+        try:
+            self._calls.put_nowait((method, args))
+        except queue.Full:
+            raise TimeoutError(f"{name} is {WAITING} calls behind, and loses what it is given now") from None
+        if method == "close":
+            self._thread.join(CLOSE_SECONDS)
+            if self._thread.is_alive():
+                raise TimeoutError(f"{name} has not finished within {CLOSE_SECONDS} s")
+
+    def _work(self) -> None:
+        method = ""
+        while method != "close":
+            method, args = self._calls.get()
+            super()._call(method, *args)
+
+
+def open_sinks(
+    run_dir: Path, first_step: int, record: dict[str, Any], trackers: Mapping[str, dict[str, Any]] | None = None
+) -> SinkGroup:
     """All sinks of a run, open. On rank 0.
 
     Args:
         record: of the run, as in run.json.
+        trackers: the settings of those of `TRACKERS` that are chosen; None for TensorBoard alone.
     """
-    group = SinkGroup([kind() for kind in SINKS])
+    chosen = {"tensorboard": {"folder": run_dir / "tensorboard"}} if trackers is None else trackers
+    group = SinkGroup([*(kind() for kind in SINKS), *(TRACKERS[name](**one) for name, one in chosen.items())])
     group.open(run_dir, first_step, record)
     return group

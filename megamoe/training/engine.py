@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import deepspeed
@@ -53,7 +52,7 @@ def parameter_groups(model: nn.Module, muon: dict[str, Any] | None = None) -> li
 
 def build_engine(model: nn.Module, recipe: Recipe) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` in DeepSpeed's engine. After N optimizer steps its learning rate is `learning_rate(N)`."""
-    ds, schedule = copy.deepcopy(recipe.json), recipe.schedule
+    ds, schedule = recipe.json_for_deepspeed(), recipe.schedule
     del ds["scheduler"]  # DeepSpeed's lags by a step
     ds.pop("comms_logger", None)  # it would wait for each collective, and sees its own alone
     ds.setdefault("steps_per_print", None)  # megamoe's own lines say it
@@ -128,7 +127,7 @@ def _make_one_moment(optimizer: DeepSpeedCPULion) -> None:
 def deepspeed_own_problems(recipe: Recipe) -> list[str]:
     """What DeepSpeed's own configuration classes, or this device, refuse in a DeepSpeed JSON, one sentence each."""
     problems, where = [], recipe.where
-    own = copy.deepcopy(recipe.json)
+    own = recipe.json_for_deepspeed()
     if "train_micro_batch_size_per_gpu" in own:  # without the other ranks DeepSpeed takes their product for wrong
         own.pop("train_batch_size", None)
     try:

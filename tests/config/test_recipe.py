@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import DTYPES, batch_sizes, parse_recipe, read_recipe
 from megamoe.config.recipe_sections import BatchSizes
 from megamoe.config.run import RunConfig
-from megamoe.config.run_checks import length_problems, run_problems
+from megamoe.config.run_checks import chosen_trackers, length_problems, run_problems
 from megamoe.config.schedule import Schedule
 from megamoe.model.placement import placement_problems
 from megamoe.utils.errors import UserError
@@ -139,7 +141,9 @@ REFUSED = [
     ),
     ({"comms_logger": {"prof_ops": ["reduce"]}}, ["comms_logger", "prof_ops", '["reduce"]', "leave it out"]),
     ({"activation_checkpointing": {"x": True}}, ['"activation_checkpointing"', "--recompute_blocks", "leave it out"]),
-    *(({"wandb": section}, ['"wandb"', "log.jsonl", "leave it out"]) for section in ({"enabled": True}, {}, None)),
+    *(({"comet": section}, ['"comet"', "wandb", "leave it out"]) for section in ({"enabled": True}, {}, None)),
+    ({"wandb": {"projekt": "x"}}, ['"projekt"', '"project"?']),
+    ({"tensorboard": {"enabled": True, "output_path": 1}}, ["tensorboard", '"output_path" is 1', "string"]),
     ({"train_micro_batch_size_per_gpu": ...}, ['add "train_micro_batch_size_per_gpu"']),
     ({"train_micro_batch_size_per_gpu": 0}, ["train_micro_batch_size_per_gpu", "0", "greater than or equal to 1"]),
     (
@@ -163,7 +167,8 @@ def test_what_can_be_run_has_no_problem():
         {"zero_optimization.stage": 1, "data_types.grad_accum_dtype": "fp32"},
         {"zero_optimization": {"stage": 1, "contiguous_gradients": False, "reduce_scatter": False}},
         {**FP16, "fp16.loss_scale": 128},
-        {"wandb": {"enabled": False}},
+        {"comet": {"enabled": False}},
+        {"wandb": {"enabled": True, "team": "us", "group": None, "project": "deepspeed"}},
         {"zero_optimization.reduce_bucket_size": 5e8, "scheduler.params.total_num_steps": 1e4},
     ):
         assert problems_of(changes) == [], changes
@@ -260,6 +265,10 @@ MISFITS = [
     ({"ds": UNCHECKED, "guard": "act"}, ['guard is "act"', '"check_grad_overflow"', "ds.json", "set it to true"]),
     ({"recompute_blocks": 3}, ["recompute_blocks is 3", "mine has 2 blocks", "at most"]),
     ({"recompute": "selective"}, ["recompute is 'selective'", "recompute_blocks is 0", "leave it out"]),
+    (
+        {"ds": {"csv_monitor.enabled": False}, "trackers": ["csv"]},
+        ["trackers names csv", '"csv_monitor" in ds.json has "enabled": false', "keep one"],
+    ),
 ]
 
 
@@ -300,3 +309,32 @@ def test_widths_that_the_experts_products_cannot_have_are_refused(dtype, multipl
         for problem, (name, width) in zip(between(ds=ds, widths=widths), wrong, strict=True):
             has(problem, f"{name} is {width} in mine", dtype, "multiple of 16 bytes", f"a multiple of {multiple}.")
         assert product_is_possible(DTYPES[dtype], *widths) == (not wrong)
+
+
+# --- trackers ---
+
+
+def test_deepspeeds_sections_and_the_command_line_choose_the_same_trackers_and_deepspeed_gets_no_section():
+    def chosen(changes=None, trackers=()):
+        recipe = parse(changes)
+        assert not recipe.json_for_deepspeed().keys() & {"tensorboard", "wandb", "csv_monitor"}
+        return chosen_trackers(RunConfig(ds_config="ds.json", run_dir="runs/a", trackers=trackers), recipe)
+
+    board = {"tensorboard": {"folder": Path("runs/a/tensorboard")}}
+    wandb = {"project": "x", "group": None, "team": "us"}
+    assert chosen() == chosen({"wandb.project": "x", "csv_monitor": {}, "tensorboard": {}}) == board
+    assert chosen(trackers=["trackio", "csv"]) == {**board, "trackio": {}, "csv": {"folder": Path("runs/a/csv")}}
+    assert chosen({"wandb": {"project": "x", "team": "us"}}, ["wandb"])["wandb"] == wandb
+    assert chosen({"wandb": {"enabled": True, "project": "x", "team": "us"}}) == {**board, "wandb": wandb}
+    off = {"tensorboard.enabled": False, "csv_monitor": {"enabled": True, "output_path": "logs"}}
+    assert chosen(off) == {"csv": {"folder": Path("logs/a")}}
+    assert chosen({**off, "csv_monitor.job_name": "b"}) == {"csv": {"folder": Path("logs/b")}}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_whose_package_is_missing_is_refused_even_where_a_folder_has_its_name(monkeypatch, tmp_path, name):
+    assert between(trackers=[name]) == []
+    (tmp_path / name).mkdir()
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    has(only(between(trackers=[name])), f"tracker {name}", "not installed", f"pip install 'megamoe[{name}]'")
