@@ -20,6 +20,7 @@ from megamoe.planning.search import MICRO_BATCHES, kept_free
 from megamoe.utils.text import duration, size
 
 WIDTH = 100  # columns
+BARS = ("",) * 4  # the columns of `add_bar`
 BEST = 5  # splits that --best prints
 
 
@@ -29,18 +30,14 @@ def console() -> Console:
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
-def table(title: str, *heads: str, text: Sequence[int] = (0,)) -> Table:
-    """An empty one, whose columns hold numbers, or text where they are among `text`, by place."""
+def table(title: str, *heads: str, text: Sequence[int] = (0,), wide: int | None = None) -> Table:
+    """An empty one, whose columns hold numbers, or text where they are among `text`, by place; that at `wide` takes all
+    the width there is."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, show_header=any(heads))
     for place, head in enumerate(heads):
-        made.add_column(head, justify="right" if place not in text else "left", header_style="", overflow="fold")
-    return made
-
-
-def bars(title: str) -> Table:
-    """An empty one for `add_bar`, as wide as may be."""
-    made = table(title, "", "", "", "", text=(0, 2))
-    made.expand, made.columns[2].ratio = True, 1
+        made.add_column(head, justify="right" if place not in text else "left", header_style="", overflow="fold",
+                        ratio=1 if place == wide else None)  # fmt: skip
+    made.expand = wide is not None
     return made
 
 
@@ -52,8 +49,7 @@ def summary(plan: Plan, run: RunTotals | None) -> Table:
     """What a run is, takes and costs."""
     setup, time, model = plan.setup, plan.time, plan.setup.model
     who = "rank" if setup.on_cpu else "GPU"
-    made = table(f"{plan.run.preset}, predicted", "", "", text=(0, 1))
-    made.expand, made.columns[1].ratio = True, 1
+    made = table(f"{plan.run.preset}, predicted", "", "", text=(0, 1), wide=1)
     most, free = plan.largest_micro_batch, f"{kept_free(setup):.0%} of the memory free"
     rows = {
         "model": f"{parameter_count(model):,} parameters, {active_parameter_count(model):,} of them active per token",
@@ -87,7 +83,7 @@ def memory(plan: Plan) -> Table:
     """Bytes per rank by kind, those of the host too, and in all."""
     phases, device = totals(plan.footprint), plan.device.memory
     peak = max(("forward", "backward", "step"), key=lambda phase: phases[phase])
-    made = bars(f"predicted memory per rank, at the peak ({peak})")
+    made = table(f"predicted memory per rank, at the peak ({peak})", *BARS, text=(0, 2), wide=2)
     for kind, count in plan.footprint.peak.most_common():
         if count:
             add_bar(made, kind, size(count), count / phases["peak"])
@@ -174,7 +170,7 @@ def step_phases(plan: Plan) -> Table:
 def step_time_bars(plan: Plan) -> Table:
     """What a step's time goes to."""
     time = plan.time
-    made = bars("predicted time per step by what it goes to, ms")
+    made = table("predicted time per step by what it goes to, ms", *BARS, text=(0, 2), wide=2)
     for part, seconds in sorted(time.parts.items(), key=itemgetter(1), reverse=True):
         add_bar(made, LIMITS[part], f"{1e3 * seconds:.2f}", seconds / time.seconds)
     return made
