@@ -50,7 +50,7 @@ def summary(plan: Plan, run: RunTotals | None) -> Table:
     setup, time, model = plan.setup, plan.time, plan.setup.model
     who = "rank" if setup.on_cpu else "GPU"
     made = table(f"{plan.run.preset}, predicted", "", "", text=(0, 1), wide=1)
-    most, free = plan.largest_micro_batch, f"{kept_free(setup):.0%} of the memory free"
+    most, or_more = plan.largest_micro_batch, " or more" * (plan.largest_micro_batch == MICRO_BATCHES[-1])
     rows = {
         "model": f"{parameter_count(model):,} parameters, {active_parameter_count(model):,} of them active per token",
         "split": f"{setup.world_size} rank{'s' * (setup.world_size > 1)} on {plan.device.name}, {plan.recipe.dtype}, "
@@ -68,9 +68,7 @@ def summary(plan: Plan, run: RunTotals | None) -> Table:
         "speed": f"{time.tokens_per_second:,.0f} tokens/s, {1e3 * time.seconds:,.2f} ms per step, MFU {time.mfu:.1%}",
         "limited by": f"{LIMITS[time.limit]} ({time.parts[time.limit] / time.seconds:.0%} of a step)",
         "advice": advice(plan),
-        "micro-batch": f"{setup.micro_batch}; up to {most} leave{'s' * (most == 1)} {free}"
-        if 0 < most < MICRO_BATCHES[-1]
-        else f"{setup.micro_batch}; {f'{most} and perhaps more' if most else 'not even 1'} leave {free}",
+        "micro-batch": f"{setup.micro_batch}; up to {most}{or_more} leave {kept_free(setup):.0%} of the memory free",
         "checkpoint": f"{decimal(plan.checkpoint_bytes)}, {decimal(plan.footprint.saved)} per rank",
         "export": ", ".join(f"{decimal(count)} in {dtype}" for dtype, count in export_bytes(plan).items()),
     }

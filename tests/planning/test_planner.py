@@ -112,7 +112,7 @@ def test_the_json_has_what_is_printed(tmp_path, run):
     assert f" advice {time['advice']} " in out
     for sentence in record["assumptions"]:
         assert sentence in out
-    assert f" up to {record['predicted']['largest_micro_batch']} leave" in out
+    assert f"; up to {record['predicted']['largest_micro_batch']} leave" in out
     assert f" checkpoint {decimal(record['predicted']['checkpoint_bytes'])}, " in out
 
 
