@@ -60,6 +60,7 @@ check: .venv/.test
 	python -m ruff format --check .
 	python -m ruff check .
 	python -m mypy
+	hadolint Dockerfile
 	python tools/dev/check_lines.py
 	python tools/dev/build_docs.py
 

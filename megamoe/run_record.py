@@ -6,7 +6,7 @@ import hashlib
 import platform
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import torch
 
 import megamoe
 from megamoe.config.model import ModelConfig
+from megamoe.config.phases import Phases
 from megamoe.config.recipe import Recipe
 from megamoe.config.run import RunConfig
 from megamoe.data.batches import TrainData
 from megamoe.data.packing import PackedCorpus
+from megamoe.data.source import DataSource
 from megamoe.formats.config_json import differences, preset_of
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
@@ -88,14 +90,24 @@ def _describe_packing(source: Any) -> str:
     return f" (best-fit packing: {source.num_samples:,} samples, {source.unused:.1%} of positions unused)"
 
 
-def describe_repeats(data: TrainData, last: int) -> str | None:
-    """Which corpora are read so often by step `last` that they teach little new (Muennighoff et al., 2023)."""
-    read, phases = defaultdict[str, float](float), data.phases.all
+def times_read(of_run: Phases, sources: Mapping[tuple[str, int], DataSource], last: int) -> dict[str, float]:
+    """How often each corpus is read by step `last`.
+
+    Args:
+        sources: by path and seq_len.
+    """
+    read, phases = defaultdict[str, float](float), of_run.all
     for phase, end in zip(phases, [*(one.first_step for one in phases[1:]), last + 1], strict=True):
         samples = max(min(end, last + 1) - phase.first_step, 0) * phase.samples
         weights = sum(one.weight for one in phase.data)
         for one in phase.data:
-            read[one.path] += samples * one.weight / weights / data.sources[one.path, phase.seq_len].num_samples
+            read[one.path] += samples * one.weight / weights / sources[one.path, phase.seq_len].num_samples
+    return dict(read)
+
+
+def describe_repeats(data: TrainData, last: int) -> str | None:
+    """Which corpora are read so often by step `last` that they teach little new (Muennighoff et al., 2023)."""
+    read = times_read(data.phases, data.sources, last)
     often = [f"{path} {times:.0f} times" for path, times in read.items() if times > REPEATS]
     advice = f"from about {REPEATS} times on, more text serves a model better, or fewer steps (--schedule_steps)"
     return f"reads {', '.join(often)}: {advice}" if often else None

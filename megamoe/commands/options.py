@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
-from megamoe.config.cli import Options, Positional
+from megamoe.config.cli import LAST, Options, Positional
 from megamoe.config.run import PROMPT, RunShape
 from megamoe.planning.options import PlanOptions
 from megamoe.utils.errors import UserError
@@ -110,4 +110,6 @@ class Inspect(Options):
 
 
 class Plan(JsonFile, RunShape, PlanOptions):
-    pass
+    verbose: Annotated[bool, Parameter(group=LAST, show_default=False)] = Field(
+        default=False, description="print traffic, the parts of a step and all that is assumed, too"
+    )

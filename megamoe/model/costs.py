@@ -31,6 +31,12 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(map(math.prod, parameter_shapes(config).values()))
 
 
+def active_parameter_count(config: ModelConfig) -> int:
+    """Those that compute one token: all but the experts that it is not sent to."""
+    experts = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if expert_id(name) is not None)
+    return parameter_count(config) - experts + experts * config.num_experts_per_tok // config.num_local_experts
+
+
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations of forward and backward per token, recomputation not counted.
 

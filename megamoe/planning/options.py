@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from megamoe.config.cli import Options
+from megamoe.config.run import ONE_WORD_EACH, CorpusOption
 from megamoe.planning.rates import CPU, GPU
 from megamoe.utils.data_sheets import DEVICES
 
@@ -48,6 +51,11 @@ class PlanOptions(Assumptions):
     accumulation: int | None = Field(
         default=None, gt=0, description="forward passes per step and rank; by default the DeepSpeed JSON's"
     )
+    steps: int | None = Field(default=None, gt=0, description="steps of the run; by default the schedule's")
+    data: Annotated[list[CorpusOption], ONE_WORD_EACH] = Field(
+        default=[], description="as for train: PATH or PATH=WEIGHT, of which the epochs are counted"
+    )
+    price_per_gpu_hour: float | None = Field(default=None, ge=0, description="for the cost of the run, in its currency")
     best: bool = Field(
         default=False,
         description="search for the micro-batch, accumulation, ep_size, recompute_blocks, recompute and ZeRO stage "

@@ -21,7 +21,7 @@ from megamoe.model.placement import placement_problems
 from megamoe.planning.footprint import Footprint, footprint
 from megamoe.planning.options import PlanOptions
 from megamoe.planning.rates import CPU, GPU, Rates
-from megamoe.planning.search import Split, best_splits, kept_free
+from megamoe.planning.search import Split, best_splits, kept_free, largest_micro_batch
 from megamoe.planning.sharding import Setup, parameter_groups, read_setup, setup_problems
 from megamoe.planning.step_time import StepTime, step_time
 from megamoe.planning.traffic import Collective, collectives
@@ -67,6 +67,16 @@ class Plan:
     @cached_property
     def time(self) -> StepTime:
         return step_time(self.setup, self.device, self.gpus_per_node, self.rates)
+
+    @cached_property
+    def largest_micro_batch(self) -> int:
+        """As the function of this name says it."""
+        return largest_micro_batch(self.setup, self.device)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, over all ranks."""
+        return self.footprint.saved * self.setup.world_size
 
     @property
     def fits(self) -> bool:

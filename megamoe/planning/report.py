@@ -1,12 +1,14 @@
-"""A plan in sentences and as JSON."""
+"""What a plan says, in sentences and as JSON."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from megamoe.model.costs import parameter_count
+from megamoe.model.costs import active_parameter_count, parameter_count, parameter_shapes
 from megamoe.model.grouped_gemm import DESCRIPTIONS
+from megamoe.model.names import MTP
 from megamoe.planning.footprint import Footprint
 from megamoe.planning.planner import GIB, Plan, split_keys
 from megamoe.planning.search import Split
@@ -42,10 +44,29 @@ ADVICE: dict[Part, str] = {
 }
 
 
+@dataclass(frozen=True)
+class RunTotals:
+    """Of a whole run."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    gpu_hours: float
+    cost: float | None  # in the currency of the price
+    epochs: dict[str, float]  # of each corpus, by its path
+
+
+def export_bytes(plan: Plan) -> dict[str, int]:
+    """Of the exported weights, by precision."""
+    shapes = parameter_shapes(plan.setup.model).items()
+    weights = sum(math.prod(shape) for name, shape in shapes if not name.startswith(MTP))
+    return {"fp32": 4 * weights, "bf16": 2 * weights}
+
+
 def advice(plan: Plan) -> str:
     """What to change against what limits the step."""
     if not plan.fits:
-        return "but it does not fit: lower the micro-batch, raise --recompute_blocks or ep_size, or search with --best"
+        return "it does not fit: lower the micro-batch, raise --recompute_blocks or ep_size, or search with --best"
     limit = plan.time.limit
     helps = limit in ("launches", "memory") and not plan.setup.compiled
     return ("compile (--compile); " if helps else "") + ADVICE[limit]
@@ -82,13 +103,14 @@ def assumptions(plan: Plan) -> list[str]:
     return found
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: Plan, run: RunTotals | None) -> dict[str, Any]:
     """The plan as an object for a JSON file; sizes in bytes, times in seconds."""
     setup = {key: value for key, value in asdict(plan.setup).items() if key != "model"}
     peak = plan.footprint.peak
     record: dict[str, Any] = {
         "preset": plan.run.preset,
         "parameters": parameter_count(plan.setup.model),
+        "active_parameters": active_parameter_count(plan.setup.model),
         "setup": setup,
         "device": asdict(plan.device),
         "rates": asdict(plan.rates),
@@ -108,6 +130,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 }
                 for one in plan.collectives
             ],
+            "run": asdict(run) if run else None,
+            "largest_micro_batch": plan.largest_micro_batch,
+            "checkpoint_bytes": plan.checkpoint_bytes,
+            "export_bytes": export_bytes(plan),
             "time": {**time_as_json(plan.time), "advice": advice(plan)},
         },
     }

@@ -63,6 +63,20 @@ def best_splits(
     return sorted(found, key=lambda split: split.time.tokens_per_second, reverse=True)
 
 
+def largest_micro_batch(setup: Setup, device: Device) -> int:
+    """The largest that fits with all else as it is and leaves `kept_free`: 0 if none does, `MICRO_BATCHES[-1]` if more
+    may."""
+    limit, powers = device.memory * (1 - kept_free(setup)), [size for size in MICRO_BATCHES if size.bit_count() == 1]
+
+    def is_over(micro_batch: int) -> bool:
+        return _memory(replace(setup, micro_batch=micro_batch)) > limit
+
+    over = next((size for size in powers if is_over(size)), None)
+    if over is None:
+        return powers[-1]
+    return over // 2 + bisect_left(range(over // 2 + 1, over), True, key=is_over)
+
+
 def _ep_sizes(setup: Setup) -> Iterator[int]:
     experts, ranks = setup.model.num_local_experts, setup.world_size
     return (size for size in range(1, experts + 1) if not ExpertTopology.problems(size, experts, ranks, ""))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megamoe.config.model import load_preset
 from megamoe.model import dispatch
-from megamoe.model.costs import parameter_count, train_flops_per_token
+from megamoe.model.costs import active_parameter_count, parameter_count, train_flops_per_token
 from megamoe.model.decoder import Decoder
 
 
@@ -69,3 +69,8 @@ def test_planned_flops_of_every_part_are_those_of_a_training_step_but_for_what_n
     for part in PARTS:
         expected = flops_but_for_what_no_query_sees(part)
         assert flops_of_a_step(model_of(part)) == pytest.approx(expected, rel=1e-12), part
+
+
+def test_a_token_takes_all_parameters_but_those_of_the_experts_that_it_is_not_sent_to():
+    config = load_preset("moe-680m")
+    assert parameter_count(config) - active_parameter_count(config) == 24 * (8 - 2) * 2 * 768 * 2048

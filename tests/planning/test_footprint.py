@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache
 from unittest import mock
 
+import engines
 import pytest
 import simulate
 import torch
@@ -13,8 +14,9 @@ from devices import on_gpus
 from model_parts import PARTS
 from model_parts import SHAPE as PARTS_SHAPE
 from ranks import run_alone, run_new_ranks, run_ranks
+from safetensors.torch import load_file
 from simulate import measure, one_rank_of, payload_of
-from toy import PRESET, recipe_of, shipped
+from toy import PRESET, ds_config, recipe_of, shipped
 
 from megamoe.config.model import ModelConfig, load_preset
 from megamoe.launch.distributed import this_device
@@ -267,3 +269,18 @@ def test_a_step_of_muon_takes_the_planned_bytes(ranks, name):
         assert planned.between["optimizer state"] < 0.6 * footprint(without, rank).between["optimizer state"], rank
     moved = [one.purpose for one in collectives(setup) if "cut matrices" in one.purpose]
     assert len(moved) == (2 if "cut" in name else 0)
+
+
+def save(folder, optimizer):
+    engine = engines.make(2, **optimizer)
+    engines.train(engine, 1)
+    engines.save(engine, folder, 1)
+
+
+@pytest.mark.parametrize("name", ["zero2_fp32", "zero2_muon"])
+def test_a_checkpoint_has_the_bytes_that_are_planned(name, tmp_path):
+    optimizer = {"optimizer": shipped(name)["optimizer"]}
+    run_ranks(2, save, tmp_path, optimizer)
+    tensors = [one for file in tmp_path.rglob("*.safetensors") for one in load_file(file).values()]
+    setup = read_setup(engines.CONFIG, recipe_of(ds_config(4, **optimizer), 2), 2, 16, True)
+    assert 2 * footprint(setup).saved == pytest.approx(sum(one.nbytes for one in tensors), rel=0.01)

@@ -1,5 +1,7 @@
+import io
 import itertools
 import json
+import re
 from dataclasses import replace
 from typing import get_args
 
@@ -7,8 +9,10 @@ import psutil
 import pytest
 import torch
 from refusals import has, only, sentences
+from rich.filesize import decimal
 from toy import PRESET, SHIPPED, ds_config, shipped
 
+from megamoe.__main__ import run as main
 from megamoe.commands import plan as tool
 from megamoe.config.model import load_preset
 from megamoe.config.run import RunConfig, RunShape
@@ -20,6 +24,7 @@ from megamoe.planning.rates import CPU, GPU
 from megamoe.planning.report import ADVICE, LIMITS, advice, assumptions
 from megamoe.planning.step_time import Part, step_time
 from megamoe.utils.errors import UserError
+from megamoe.utils.text import size
 
 ZERO2 = str(SHIPPED / "zero2.json")
 
@@ -28,6 +33,11 @@ def planned(**changes):
     values = {"gpus": 16, "ds_config": ZERO2, "ep_size": 8, **changes}
     run = {name: values.pop(name) for name in RunShape.model_fields if name in values}
     return make_plan(RunConfig(**run), PlanOptions(**values))
+
+
+def one_line(out):
+    """The text of tables without their lines, and what is wrapped in a row of two columns unwrapped."""
+    return " ".join(re.sub("[\u2500-\u257f]", " ", out).split())
 
 
 def test_a_micro_batch_of_the_command_line_stands_in_place_of_that_of_the_json(tmp_path):
@@ -42,7 +52,7 @@ def test_each_phase_of_a_data_schedule_is_planned_as_a_run_of_its_own(tmp_path):
     phases = [{"tokens": 3 * 16 * 1024, "samples_per_step": 16}, {"seq_len": 512, "micro_batch": 1}]
     (tmp_path / "phases.json").write_text(json.dumps({"phases": phases}))
     plan = planned(gpus=8, data_schedule=str(tmp_path / "phases.json"))
-    first, second = tool.plan_phases(plan)
+    first, second = tool.run_totals(plan)[1]
     assert (first[1], second[1]) == (3, plan.recipe.schedule.total_steps)
     alone = planned(gpus=8, seq_len=512, micro_batch=1, accumulation=second[0].accumulation)
     assert second[2].setup == alone.setup
@@ -50,7 +60,7 @@ def test_each_phase_of_a_data_schedule_is_planned_as_a_run_of_its_own(tmp_path):
     assert first[2].setup.accumulation * first[2].setup.micro_batch * 8 == 16
     (tmp_path / "phases.json").write_text(json.dumps({"phases": [{}, {"seq_len": 4096}]}))
     with pytest.raises(UserError, match="phase 1 has no tokens"):
-        tool.plan_phases(plan)
+        tool.run_totals(plan)
 
 
 def test_all_problems_are_said_at_once(tmp_path, run):
@@ -82,25 +92,69 @@ def test_what_a_search_chooses_is_not_given(run):
 
 def test_the_json_has_what_is_printed(tmp_path, run):
     file = tmp_path / "plan.json"
-    options = ("--gpus", 1024, "--ep_size", 8, "--ds_config", ZERO2, "--json", file)
+    options = ("--gpus", 1024, "--ep_size", 8, "--ds_config", ZERO2, "--json", file, "--verbose")
     code, out, problems = run("plan", *options)
+    out = one_line(out)
     assert (code, problems) == (0, [])
     record = json.loads(file.read_text())
     memory, time = record["predicted"]["memory"], record["predicted"]["time"]
     assert sum(memory["peak"].values()) == memory["totals"]["peak"]
     assert memory["totals"]["peak"] == planned(gpus=1024).footprint.peak.total()
     for kind in memory["peak"]:
-        assert f"  {kind} " in out
+        assert f" {kind} " in out
     for one in record["predicted"]["communication"]:
-        assert f"{one['purpose']} ({one['kind']})" in out
+        assert f" {one['ranks']} {one['calls']} {size(one['payload'])} {size(one['sent_inside'])} " in out
     assert f"{time['tokens_per_second']:,.0f} tokens/s" in out
     for phase in time["phases"]:
-        assert f"  {phase['name']} " in out
+        assert f" {phase['name']} " in out
     assert sum(phase["seconds"] for phase in time["phases"]) == pytest.approx(time["step"])
-    assert f"limited by {LIMITS[time['limit']]}" in out
-    assert f": {time['advice']}\n" in out
+    assert f" limited by {LIMITS[time['limit']]} (" in out
+    assert f" advice {time['advice']} " in out
     for sentence in record["assumptions"]:
         assert sentence in out
+    assert f"; up to {record['predicted']['largest_micro_batch']} leave" in out
+    assert f" checkpoint {decimal(record['predicted']['checkpoint_bytes'])}, " in out
+
+
+def test_a_run_is_planned_with_its_hours_cost_and_epochs(run, inputs, tmp_path):
+    config = {name: inputs[name] for name in ("preset", "ds_config")}
+    plan = make_plan(RunConfig(**config), PlanOptions(gpus=2))
+    given = [*itertools.chain(*((f"--{name}", value) for name, value in config.items())), "--gpus", 2]
+    file = tmp_path / "plan.json"
+    paid = ("--steps", 900, "--price_per_gpu_hour", 2.5, "--json", file, "--data", *inputs["data"])
+    code, out, problems = run("plan", *given, *paid)
+    assert (code, problems) == (0, [])
+    total = json.loads(file.read_text())["predicted"]["run"]
+    assert (total["steps"], total["tokens"]) == (900, 900 * 2 * 2 * 16)
+    assert total["seconds"] == pytest.approx(900 * plan.time.seconds)
+    assert total["gpu_hours"] == pytest.approx(2 * total["seconds"] / 3600)
+    assert total["cost"] == pytest.approx(2.5 * total["gpu_hours"])
+    samples = (6000 - 1) // 16  # of the corpus
+    assert total["epochs"] == {inputs["data"][0]: pytest.approx(900 * 4 / samples)}
+    has(one_line(out), "900 steps, 57,600 tokens", "9.63 epochs of", f"cost {total['cost']:.2f}")
+    has(run("plan", *given, "--data", tmp_path / "none")[2][0], "there is no", "none.bin")
+
+
+def test_a_run_without_an_end_is_planned_by_the_step(tmp_path, run):
+    params = {"warmup_type": "linear", "warmup_max_lr": 1e-3, "warmup_num_steps": 10}
+    ds = {**shipped("zero2"), "scheduler": {"type": "WarmupLR", "params": params}}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    code, out, problems = run("plan", "--gpus", 8, "--ds_config", tmp_path / "ds.json")
+    assert (code, problems) == (0, [])
+    has(one_line(out), "no end in", "give --steps", "tokens/s")
+    assert "GPU-hours" not in out
+
+
+@pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "\u2501\u2501"), ("ascii", "--")])
+def test_a_file_gets_at_most_100_columns_without_colours_and_what_its_encoding_has(encoding, bar, monkeypatch):
+    written = io.BytesIO()
+    file = io.TextIOWrapper(written, encoding, write_through=True)
+    monkeypatch.setattr("sys.stdout", file)
+    main(["plan", "--gpus", "8", "--preset", "tiny", "--verbose", "--ds_config", str(SHIPPED / "zero2_offload.json")])
+    lines = written.getvalue().decode(encoding).splitlines()
+    assert max(map(len, lines)) == 100
+    assert not [line for line in lines if "\x1b" in line or "?" in line]
+    assert [line for line in lines if "weights" in line and bar in line]
 
 
 def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, run):
@@ -118,8 +172,8 @@ def test_an_offloaded_optimizer_is_planned_in_the_hosts_memory(tmp_path, run):
     small = replace(on_host, device=replace(on_host.device, memory=on_host.footprint.peak.total()))
     assert small.fits
     assert not replace(small, device=replace(small.device, memory=small.device.memory - 1)).fits
-    below = out[out.index("host memory per rank") :]
-    assert all(f"  {kind} " in below for kind in on_host.footprint.host)
+    assert all(f" host: {kind} " in out for kind in on_host.footprint.host)
+    out = one_line(run("plan", "--ds_config", offload, *options, "--verbose")[1])
     assert LIMITS["transfers"] in out
     assert "64 GB/s each way between device and host" in out
 
@@ -222,6 +276,7 @@ def test_the_best_split_is_planned_and_said(tmp_path, run):
     best, plan = record["best"][0], record["predicted"]
     assert best["predicted"]["tokens_per_second"] == plan["time"]["tokens_per_second"]
     assert best["predicted"]["memory"] == plan["memory"]["totals"]["peak"] <= 0.9 * 79.6 * 2**30
+    assert max(map(len, out.splitlines())) == 100
     keys = best["ds_config"]
     assert f'"train_micro_batch_size_per_gpu": {keys["train_micro_batch_size_per_gpu"]}' in out
     assert f"--ep_size {best['options']['ep_size']} --recompute_blocks {best['options']['recompute_blocks']}" in out

@@ -10,7 +10,7 @@ from megamoe.config.run import Recompute
 from megamoe.planning import search
 from megamoe.planning.footprint import footprint
 from megamoe.planning.rates import GPU
-from megamoe.planning.search import best_splits, kept_free
+from megamoe.planning.search import best_splits, kept_free, largest_micro_batch
 from megamoe.planning.sharding import read_setup
 from megamoe.planning.step_time import step_time
 from megamoe.utils.data_sheets import DEVICES
@@ -56,3 +56,10 @@ def test_it_finds_what_trying_everything_finds(samples, monkeypatch):
             assert memory(fewer) > (1 - kept_free(SETUP)) * SMALL.memory
         if samples:
             assert split.setup.micro_batch * split.setup.accumulation * 8 == samples
+
+
+@pytest.mark.parametrize(("fitting", "found"), [(0, 0), (1, 1), (2, 2), (7, 7), (128, 128), (150, 128)])
+def test_the_largest_micro_batch_is_the_last_that_fits(fitting, found):
+    limit = memory(replace(SETUP, micro_batch=fitting)) if fitting else memory(replace(SETUP, micro_batch=1)) - 1
+    device = replace(SMALL, memory=(limit + 0.5) / (1 - kept_free(SETUP)))
+    assert largest_micro_batch(SETUP, device) == found
