@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from megamoe.config.cli import Options, Positional
-from megamoe.config.run import PROMPT, RunShape
+from megamoe.config.run import PROMPT, RunConfig, RunShape
 from megamoe.planning.options import PlanOptions
 from megamoe.utils.errors import UserError
 
@@ -111,3 +111,8 @@ class Inspect(Options):
 
 class Plan(JsonFile, RunShape, PlanOptions):
     pass
+
+
+class Doctor(JsonFile, RunConfig):
+    ranks: int | None = Field(default=None, ge=1, description="ranks on this host; by default as megamoe train")
+    hosts: int = Field(default=1, ge=1, description="hosts of the run, alike this one")

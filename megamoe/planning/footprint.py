@@ -18,6 +18,8 @@ from megamoe.planning.sums import ReduceOnce
 from megamoe.planning.tracer import Event
 from megamoe.training.matrix_share import Run
 
+SAVED = ("fp32 masters", "optimizer state", "averaged weights")  # what a checkpoint holds
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -33,6 +35,11 @@ class Footprint:
     def peak(self) -> Counter[str]:
         """At the peak of the step."""
         return max((self.forward, self.backward, self.step), key=Counter.total)
+
+    @property
+    def saved(self) -> int:
+        """Bytes of this rank in a checkpoint."""
+        return sum(self.between[kind] + self.host[kind] for kind in SAVED)
 
 
 def footprint(setup: Setup, rank: int = 0) -> Footprint:
