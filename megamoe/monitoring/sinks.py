@@ -64,12 +64,13 @@ class SinkGroup(Sink):
                 self._failed.add(sink)
 
 
-def open_sinks(run_dir: Path, first_step: int, record: dict[str, Any]) -> SinkGroup:
+def open_sinks(run_dir: Path, first_step: int, record: dict[str, Any], only: Sequence[Sink] = ()) -> SinkGroup:
     """All sinks of a run, open. On rank 0.
 
     Args:
         record: of the run, as in run.json.
+        only: in place of all.
     """
-    group = SinkGroup([kind() for kind in SINKS])
+    group = SinkGroup(only or [kind() for kind in SINKS])
     group.open(run_dir, first_step, record)
     return group
