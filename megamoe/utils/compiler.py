@@ -30,6 +30,6 @@ def compiler_problem() -> str | None:
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"the C++ compiler {compiler} does not run ({error}); reinstall it, or set CXX to another."
         if done.returncode or not library.exists():
-            why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[0]
+            why = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
             return f"the C++ compiler {compiler} compiles nothing ({why}); reinstall it, or set CXX to another."
     return None
