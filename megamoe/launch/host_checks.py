@@ -6,14 +6,14 @@ So nothing here takes a second.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, distributions, requires, version
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,9 @@ from packaging.requirements import Requirement
 
 from megamoe.utils.compiler import compiler_problem
 from megamoe.utils.disk import existing_folder
-from megamoe.utils.host_memory import memory_limits
 
 GIB = 2**30
 SMI_SECONDS = 20
-GPU_FIELDS = ("index", "name", "driver_version", "memory.used", "ecc.errors.uncorrected.volatile.total")
 USED_MIB = 1024  # of a GPU's memory, from which on somebody is taken to compute there
 
 
@@ -59,73 +57,55 @@ def host_findings(folder: Path, ranks: int | None = None, compiles: bool = False
         compiles: the run is known to need a compiler.
     """
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    gpus, trouble = ([], []) if on_cpu else ask_nvidia_smi()
-    has_gpus = bool(gpus) or (torch.cuda.is_available() and not on_cpu)
-    found = [*package_findings(), *trouble, *gpu_findings(gpus), *build_findings(compiles, has_gpus)]
+    has_gpus = torch.cuda.is_available() and not on_cpu
+    found = [*package_findings(), *([] if on_cpu else gpu_findings()), *build_findings(compiles, has_gpus)]
     return [*found, *limit_findings(ranks, has_gpus), *job_findings(folder)]
 
 
 def package_findings() -> Iterator[Finding]:
-    try:
-        listed = [Requirement(line) for line in requires("megamoe") or []]
-    except PackageNotFoundError:  # a checkout, whose tool has looked for what is absent before it comes here
-        listed = []
-    for one in listed:
-        if one.marker and not one.marker.evaluate({"extra": ""}):
-            continue
-        remedy = "install megamoe again in this environment, with pip"
-        try:
-            if not one.specifier.contains(found := version(one.name), prereleases=True):
-                yield Finding("warning", one.name, found, str(one.specifier), remedy)
-        except PackageNotFoundError:
-            yield Finding("error", one.name, "not installed", str(one.specifier), remedy)
+    remedy = "install megamoe again in this environment, with pip"
+    with contextlib.suppress(PackageNotFoundError):  # a checkout, whose tool has looked for what is absent
+        for one in map(Requirement, requires("megamoe") or []):
+            if one.marker and not one.marker.evaluate({"extra": ""}):
+                continue
+            found = next((each.version for each in distributions(name=one.name)), None)
+            if found is None or not one.specifier.contains(found, prereleases=True):
+                yield judged(True, one.name, found or "not installed", str(one.specifier), remedy, found is None)
     yield Finding("ok", "packages", ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy")))
 
 
-def ask_nvidia_smi() -> tuple[list[dict[str, str]], list[Finding]]:
-    """GPU_FIELDS of each of this host's GPUs, and what keeps the driver from saying them."""
-    words = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
-    if not shutil.which("nvidia-smi"):
-        return [], []
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SMI_SECONDS)
-        if not done.returncode:
-            return [dict(zip(GPU_FIELDS, line.split(", "), strict=False)) for line in done.stdout.splitlines()], []
-        why = (done.stdout.strip().splitlines() or [f"exit code {done.returncode}"])[0]
-    except (OSError, subprocess.TimeoutExpired) as error:
-        why = str(error)
-    return [], [Finding("warning", "NVIDIA driver", f"nvidia-smi fails ({why})", "", "reload it, or reboot the host")]
-
-
-def gpu_findings(gpus: list[dict[str, str]]) -> Iterator[Finding]:
-    """Whether torch can compute on the GPUs, and whether they are free and sound."""
-    cuda, driver = torch.version.cuda, gpus[0]["driver_version"] if gpus else "unknown"
-    names = [one["name"] for one in gpus]
-    all_gpus = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-    if torch.cuda.is_available():
-        nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else "none"
-        seen = f"torch sees {torch.cuda.device_count()} of {all_gpus or 'an unknown number'}"
-        yield Finding("ok", "GPUs", f"{seen}; driver {driver}, CUDA {cuda}, NCCL {nccl}")
-    elif not gpus:
-        yield Finding("ok", "GPUs", "none; ranks train on CPU")
-    else:
-        is_built = cuda or torch.version.hip
-        value = f"driver {driver} gives torch for CUDA {cuda} no GPU" if is_built else "torch's build for CPU sees none"
-        remedy = "update the driver, or install torch for its CUDA" if is_built else "install torch's CUDA build"
-        remedy += "; or set DS_ACCELERATOR=cpu to train on CPU"
-        yield Finding("error", "GPUs", f"{value} of {all_gpus}", "", remedy)
-    for one in gpus:
-        used, errors = one.get(GPU_FIELDS[3], ""), one.get(GPU_FIELDS[4], "")
+def gpu_findings() -> Iterator[Finding]:
+    """Whether torch can compute on this host's GPUs, and whether they are free and sound."""
+    fields = "index,name,driver_version,memory.used,ecc.errors.uncorrected.volatile.total"
+    words = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    gpus: list[list[str]] = []
+    with contextlib.suppress(OSError):  # there is none
+        try:
+            told = subprocess.run(words, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
+            gpus = [line.split(", ") for line in told.splitlines() if line.count(", ") == 4]
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            value = f"nvidia-smi fails ({str(error.stdout or error).strip()})"
+            yield Finding("warning", "NVIDIA driver", value, "", "reload it, or reboot the host")
+    for index, name, _, used, errors in gpus:
         if used.isdigit() and int(used) > USED_MIB:
             remedy = "see `nvidia-smi` who computes there, or choose others by CUDA_VISIBLE_DEVICES"
-            yield Finding("warning", f"GPU {one['index']}", f"{used} MiB in use", "", remedy)
+            yield Finding("warning", f"GPU {index}, {name}", f"{used} MiB in use", "", remedy)
         if errors.isdigit() and int(errors):
             remedy = "have it reset, or leave it out by CUDA_VISIBLE_DEVICES"
-            yield Finding("warning", f"GPU {one['index']}", f"{errors} uncorrected ECC errors", "", remedy)
+            yield Finding("warning", f"GPU {index}, {name}", f"{errors} uncorrected ECC errors", "", remedy)
+    cuda, count = torch.version.cuda, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus and not count:
+        yield Finding("ok", "GPUs", "none; ranks train on CPU")
+        return
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda and count else "none"
+    value = f"torch {torch.__version__}, NCCL {nccl}, sees {count}, nvidia-smi {len(gpus)}"
+    value += f" with driver {gpus[0][2]}" if gpus else ""
+    remedy = "update the driver, or install torch for its CUDA" if cuda else "install torch's CUDA build"
+    yield judged(not count, "GPUs", value, "", f"{remedy}; or set DS_ACCELERATOR=cpu to train on CPU", True)
 
 
 def build_findings(compiles: bool, has_gpus: bool) -> Iterator[Finding]:
-    """What compiles DeepSpeed's operators, and which libraries are loaded."""
+    """What compiles DeepSpeed's operators."""
     from torch.utils.cpp_extension import CUDA_HOME, get_default_build_root
 
     value, _, remedy = (compiler_problem() or "compiles").rstrip(".").partition("; ")
@@ -136,30 +116,20 @@ def build_findings(compiles: bool, has_gpus: bool) -> Iterator[Finding]:
     if compiles and has_gpus and torch.version.cuda:
         nvcc, wanted = Path(CUDA_HOME or "/none", "bin", "nvcc"), torch.version.cuda.split(".")[0]
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc.exists() else ""
-        release = re.search(r"release (\d+)", told)
-        found, remedy = release[1] if release else "none", f"set CUDA_HOME to a toolkit of CUDA {wanted}"
-        yield judged(found != wanted, "nvcc of CUDA", found, f"{wanted}, as torch's", remedy, True)
-    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if has_gpus else []:
-        if folder and Path(folder, "libnccl.so.2").exists():
-            remedy = "take it out, unless that version is wanted"
-            yield Finding("warning", "NCCL", f"LD_LIBRARY_PATH has another than torch's, in {folder}", "", remedy)
+        remedy = f"set CUDA_HOME to a toolkit of CUDA {wanted}"
+        yield judged(f"release {wanted}." not in told, "nvcc", str(nvcc), f"that of CUDA {wanted}", remedy, True)
 
 
 def limit_findings(ranks: int | None, has_gpus: bool) -> Iterator[Finding]:
     """What the system, a container or a job allows."""
-    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
-    is_used, remedy = has_gpus and ranks != 1, "start the container with --shm-size=8g, or mount memory there"
-    needed = "1 GiB, for NCCL" if is_used else ""
-    yield judged(is_used and shared < GIB, "shared memory", f"{shared / GIB:.2f} GiB in /dev/shm", needed, remedy)
+    shared = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").is_dir() else 0.0
+    needs, remedy = has_gpus and ranks != 1, "start the container with --shm-size=8g, or mount memory there"
+    yield judged(needs and shared < 1, "/dev/shm", f"{shared:.2f} GiB", "1 GiB for NCCL" * needs, remedy)
     files, remedy = resource.getrlimit(resource.RLIMIT_NOFILE)[1], "raise `ulimit -Hn`, or --ulimit of the container"
-    few = 0 <= files < 4096
-    yield judged(few, "open files", _limit(files), "4096: rank 0 has two connections to each rank", remedy)
+    yield judged(0 <= files < 4096, "open files", str(files), "4096: rank 0 has two connections to each rank", remedy)
     locked, adapters = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], Path("/sys/class/infiniband")
-    is_used, remedy = adapters.is_dir() and any(adapters.iterdir()), "set `ulimit -l unlimited` for jobs and containers"
-    needed = "no limit, for InfiniBand" if is_used else ""
-    yield judged(is_used and locked >= 0, "locked memory", f"{_limit(locked)} bytes", needed, remedy)
-    limit, available = memory_limits()
-    yield Finding("ok", "memory", f"{available / GIB:.1f} GiB available of {limit / GIB:.1f} GiB")
+    needs, remedy = adapters.is_dir() and any(adapters.iterdir()), "set `ulimit -l unlimited` for jobs and containers"
+    yield judged(needs and locked >= 0, "locked memory", f"{locked} bytes", "-1 for InfiniBand" * needs, remedy)
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
     if ranks and has_gpus:
         remedy = "ask for more, in Slurm by --cpus-per-task"
@@ -172,16 +142,11 @@ def limit_findings(ranks: int | None, has_gpus: bool) -> Iterator[Finding]:
 def job_findings(folder: Path) -> Iterator[Finding]:
     """The run folder, and what a launcher has set."""
     above = existing_folder(folder)
-    value, disk = f"{shutil.disk_usage(above).free / GIB:.1f} GiB free at {above}", os.statvfs(above)
-    is_fixed, needed = not os.access(above, os.W_OK), "to be written, with room for 1000 files"
-    is_full = 0 < disk.f_favail < 1000
-    yield judged(is_fixed or is_full, "run folder", value, needed, "choose another --run_dir", is_fixed)
+    files, is_fixed = os.statvfs(above).f_favail, not os.access(above, os.W_OK)
+    needed, remedy = "to be written, with room for 1000 files", "choose another --run_dir"
+    yield judged(is_fixed or 0 < files < 1000, "run folder", f"below {above}", needed, remedy, is_fixed)
     if "SLURM_JOB_ID" in os.environ:
         end, remedy = os.environ.get("SLURM_JOB_END_TIME", "unknown"), "give --time_limit, to save before"
         yield judged(end == "unknown", "end of the Slurm job", end, "", remedy)
     names = [name for name in ("ssh", "pdsh", "srun") if shutil.which(name)]
     yield Finding("ok", "for several hosts", ", ".join(["torchrun", *names]))
-
-
-def _limit(count: int) -> str:
-    return "unlimited" if count < 0 else str(count)
