@@ -1,5 +1,7 @@
 """A dry run trains the step that the run would, and leaves nothing."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -27,34 +29,35 @@ def files(folder):
 
 
 def dry_here(run):
-    """A dry run, on this rank of a group that exists already; returns whether it came to its end, and which folders it
-    has locked."""
-    with mock.patch.object(run_folder, "_lock", side_effect=run_folder._lock) as lock:
+    """A dry run, on this rank of a group that exists already; returns whether it came to its end, what it has printed,
+    and which folders it has locked."""
+    said, lock = io.StringIO(), mock.Mock(side_effect=run_folder._lock)
+    with contextlib.redirect_stdout(said), mock.patch.object(run_folder, "_lock", lock):
         done = run_dry(check_here({**run, "dry_run": True}), new_store("run"), Position(), StopRequest())
     dist.barrier()
-    return done, [call.args[0].name for call in lock.call_args_list]
+    return done, said.getvalue(), [call.args[0].name for call in lock.call_args_list]
 
 
-def test_a_new_run_says_how_large_it_is_and_leaves_nothing(inputs, tmp_path, capfd):
+def test_a_new_run_says_how_large_it_is_and_leaves_nothing(inputs, tmp_path):
     before = files(tmp_path)
-    assert [done for done, _ in run_ranks(2, dry_here, inputs)] == [True, True]
+    (done, said, _), (also_done, *_) = run_ranks(2, dry_here, inputs)
+    assert done
+    assert also_done
     assert files(tmp_path) == before
     times = r"dry run: built in [\d.]+ s, first step in [\d.]+ s, saved in [\d.]+ s\n"
     memory = r"memory: 0\.\d+ GiB at the peak of the rank with most, of [\d.]+ GiB of its host\n"
     disk = r"disk: 0\.00\d GB per checkpoint, [\d.]+ GB free, enough for [\d,]+\n"
-    said = capfd.readouterr().out
     assert re.search(times + memory + disk + "the run would train steps 1 to 40; nothing was kept\n$", said)
 
 
-def test_next_to_a_run_that_trains_it_takes_the_step_after_its_checkpoint_and_touches_nothing(inputs, tmp_path, capfd):
+def test_next_to_a_run_that_trains_it_takes_the_step_after_its_checkpoint_and_touches_nothing(inputs, tmp_path):
     run_ranks(2, train_here, {**inputs, "steps": 2})
     before = files(tmp_path)
-    capfd.readouterr()
-    (done, locked), _ = run_ranks(2, dry_here, {**inputs, "resume": True})
+    (done, said, locked), _ = run_ranks(2, dry_here, {**inputs, "resume": True})
     assert done
     assert all(name.startswith(".dry-run-") for name in locked)
     assert files(tmp_path) == before
-    *lines, end = capfd.readouterr().out.splitlines()
+    *lines, end = said.splitlines()
     assert end == "the run would train steps 3 to 40; nothing was kept"
     assert [line.split()[0] for line in lines if line.startswith("step=")] == ["step=3"]  # no evaluation
 
@@ -65,7 +68,6 @@ def test_the_folder_goes_however_the_process_ends(tmp_path, end):
         import os, signal
         import torch.distributed as dist
         from pathlib import Path
-from unittest import mock
         from megamoe.dry_run import temporary_folder
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
         with temporary_folder(Path("runs/mine")) as folder:
@@ -82,7 +84,7 @@ from unittest import mock
         [sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True,
         text=True, timeout=DEADLINE,
     )  # fmt: skip
-    assert done.returncode
+    assert done.stdout, done.stderr
     folder = Path(done.stdout.strip())
     assert folder.parent == tmp_path
     until = time.monotonic() + DEADLINE

@@ -47,7 +47,7 @@ def test_a_text_becomes_samples_of_a_model_and_its_losses(folder):
 def test_a_dry_run_of_a_text_keeps_its_tokens_alone_and_prints_no_samples(folder, monkeypatch, capsys):
     given = []
     monkeypatch.setattr(command, "run_ranks", lambda words, ranks: given.append(words) or 0)
-    words = ["--preset", "preset.json", "--ranks", "1", "--dry-run", "--text", "my text.txt"]
+    words = ["--preset", "preset.json", "--ds_config=ds.json", "--dry-run", "--text", "my text.txt"]
     monkeypatch.setattr(sys, "argv", ["megamoe", "train", *words])
     with pytest.raises(SystemExit, match="0"):
         program.main()
