@@ -22,6 +22,7 @@ VERBS = {
         "predict memory, traffic and time of a run",
         "megamoe plan --gpus 64 --preset moonlight-16b-a3b --ep_size 8 --ds_config zero2",
     ),
+    "doctor": ("check what this host lacks for a run", "megamoe doctor --preset small --run_dir runs/mine"),
     "train": ("train a model with the GPUs of this host, or on its CPU", "megamoe train --text my.txt"),
     "status": ("say what a run is doing, or where it ended and how to go on", "megamoe status runs/mine"),
     "generate": (
@@ -76,6 +77,8 @@ def command_of(verb: str) -> Callable[..., None] | str:
         getattr(import_module(module), verb)(options)
 
     command.__annotations__["options"] = of_verb
+    if not any(field.is_required() for field in of_verb.model_fields.values()):
+        command.__defaults__ = (of_verb(),)
     return command
 
 

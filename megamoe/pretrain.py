@@ -19,7 +19,8 @@ if __name__ == "__main__":  # while the rest is loaded
 
 import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from megamoe.config.recipe import Choice, Recipe, parse_recipe
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.config.run_checks import chosen_trackers, length_problems, run_problems
 from megamoe.data.batches import TrainData
+from megamoe.dry_run import dry_run
 from megamoe.evaluation.held_out import Evaluator
 from megamoe.evaluation.tasks import TaskEvaluator
 from megamoe.formats.config_json import find_preset
@@ -50,6 +52,7 @@ from megamoe.launch.watch import Position, Watch
 from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
+from megamoe.monitoring.sink import Sink
 from megamoe.monitoring.sinks import open_sinks
 from megamoe.planning.sharding import setup_of
 from megamoe.planning.traffic import describe_traffic
@@ -65,6 +68,7 @@ from megamoe.training.step import TrainStep, build_train_step
 from megamoe.training.weight_average import describe_change
 from megamoe.utils.errors import Problems
 from megamoe.utils.json_files import read_json
+from megamoe.utils.run_folder import RunFolder
 
 
 def main() -> None:
@@ -103,7 +107,8 @@ def pretrain() -> int:
     try:
         checked = check(config, problems, device, is_first_on_host=rendezvous.rank_info.local_rank == 0)
         watch.collective_seconds = checked.run.collective_timeout
-        done = is_done(checked) or run(checked, rendezvous.store, position, stop)
+        starts = run_dry if checked.run.dry_run else run
+        done = is_done(checked) or starts(checked, rendezvous.store, position, stop)
         code = 0 if done else STOPPED
     except SystemExit as end:  # on all ranks
         code = int(end.code or 0)
@@ -230,13 +235,27 @@ def is_done(checked: Checked) -> bool:
     return True
 
 
-def run(checked: Checked, store: Store | None, position: Position, stop: StopRequest) -> bool:
+def run_dry(checked: Checked, store: Store | None, position: Position, stop: StopRequest) -> bool:
+    """A dry run, with the arguments of `run`. Collective."""
+
+    def train(folder: Path, sink: Sink) -> bool:
+        start = replace(checked.start, folder=RunFolder(folder) if checked.start.folder else None)
+        config = checked.run.model_copy(update={"run_dir": str(folder)})
+        return run(replace(checked, start=start, run=config), store, position, stop, [sink])
+
+    return dry_run(checked.run.folder, checked.device, train)
+
+
+def run(
+    checked: Checked, store: Store | None, position: Position, stop: StopRequest, sinks_only: Sequence[Sink] = ()
+) -> bool:
     """Build, restore, train. Returns whether the last step was reached. Collective.
 
     Args:
         store: that all ranks share; None for a single rank.
         position: is told where this rank is.
         stop: asks for an end before the last step.
+        sinks_only: in place of all that there are.
     """
     config, recipe, inputs, start = checked.run, checked.recipe, checked.inputs, checked.start
     peak = checked.precision.mfu_peak(checked.device, recipe.torch_dtype)  # before the model takes the memory
@@ -260,7 +279,8 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         has_average = bool(train_step.average and train_step.average.has_begun)
         of_start = {"checkpoint": checkpoint and checkpoint.name}
         start.folder.enter({"step": first, **of_start, **checked.record}, inputs.tokenizer_files)
-        sinks = open_sinks(config.folder, first, checked.record, chosen_trackers(config, recipe))
+        trackers = chosen_trackers(config, recipe)
+        sinks = open_sinks(config.folder, first, checked.record, trackers, only=sinks_only)
         sinks.log_event("resume" if start.is_resuming else "start", first, of_start)
         for line in first_lines(checked, first, checkpoint, has_average):
             sinks.log_text(first, line)
@@ -281,15 +301,15 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
     trainer = Trainer(
         train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
         ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
-        evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out else None,
-        tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None, sampler=inputs.sampler,
-        collectives=collectives or contextlib.nullcontext(),
+        evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out and not config.dry_run else None,
+        tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks and not config.dry_run else None,
+        sampler=None if config.dry_run else inputs.sampler, collectives=collectives or contextlib.nullcontext(),
         sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
     )  # fmt: skip
     try:
         reached = trainer.run(
-            first, checked.last_step, log_every=config.log_interval, eval_every=config.eval_interval,
-            save_every=config.save_interval, tasks_every=config.lm_eval_interval,
+            first, first + 1 if config.dry_run else checked.last_step, log_every=config.log_interval,
+            eval_every=config.eval_interval, save_every=config.save_interval, tasks_every=config.lm_eval_interval,
         )  # fmt: skip
         if sinks and collectives and collectives.entered:
             setup = setup_of(config, checked.model, recipe, checked.data)

@@ -51,7 +51,7 @@ class Changes:
 
 def find_start(run: RunConfig, problems: Problems) -> Start:
     """Lock the run folder, and look for what the run resumes or starts from; what is wrong is added to `problems`."""
-    folder: RunFolder | None = problems.attempt(RunFolder, run.folder, run.auto_resume)
+    folder: RunFolder | None = problems.attempt(RunFolder, run.folder, run.auto_resume, not run.dry_run)
     if folder is None:
         return Start()
     ledger: DataLedger = problems.attempt(read_ledger, run.folder) or DataLedger()

@@ -26,7 +26,7 @@ LAYERS = [
     {"monitoring"},
     {"training"},
     {"planning"},
-    {"library", "resume", "run_inputs", "run_record"},
+    {"dry_run", "library", "resume", "run_inputs", "run_record"},
     {"commands", "pretrain", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

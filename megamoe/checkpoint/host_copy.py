@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
+
+from megamoe.utils.host_memory import memory_limits
 
 MEMORY_FACTOR = 1.25  # available memory over what the copies of a host's ranks take, at least
 ALIGNMENT = 64  # bytes, of each tensor in the memory of all
@@ -53,7 +52,7 @@ class HostCopy:
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors]
         ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or dist.get_world_size()
         needed = sum(sizes) * int(ranks_here)
-        if needed * MEMORY_FACTOR > available_memory():
+        if needed * MEMORY_FACTOR > memory_limits()[1]:
             self._say_no(needed)
             return False
         memory = torch.empty(sum(sizes), dtype=torch.uint8)
@@ -86,18 +85,3 @@ class HostCopy:
                 flush=True,
             )
         self._said = True
-
-
-def available_memory() -> int:
-    """Bytes that this process could still take: of the host, and of the control groups that it is in."""
-    available = psutil.virtual_memory().available
-    root = Path("/sys/fs/cgroup")
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        folder = root / line.split(":", 2)[2].lstrip("/")
-        for group in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit there
-                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                # The system gives up cached files first.
-                used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
-                available = min(available, int((group / "memory.max").read_text()) - used)
-    return available

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from pydantic import Field, field_validator, model_validator
 
 from megamoe.config.cli import LAST, Options, Positional
-from megamoe.config.run import PROMPT, RunShape
+from megamoe.config.run import PROMPT, RunConfig, RunShape
 from megamoe.planning.options import PlanOptions
 from megamoe.utils.errors import UserError
 
@@ -113,3 +113,8 @@ class Plan(JsonFile, RunShape, PlanOptions):
     verbose: Annotated[bool, Parameter(group=LAST, show_default=False)] = Field(
         default=False, description="print traffic, the parts of a step and all that is assumed, too"
     )
+
+
+class Doctor(JsonFile, RunConfig):
+    ranks: int | None = Field(default=None, ge=1, description="ranks on this host; by default as megamoe train")
+    hosts: int = Field(default=1, ge=1, description="hosts of the run, alike this one")

@@ -24,7 +24,7 @@ from pydantic import Field
 from megamoe.config.cli import Options, Positional
 from megamoe.config.run import RunConfig, parse_run
 from megamoe.launch.endpoint import Endpoint, join
-from megamoe.launch.preflight import marker_next_to, problems, report
+from megamoe.launch.preflight import marker_next_to, print_warnings, problems, report
 from megamoe.launch.rank_info import hosts_of
 from megamoe.launch.remote import ask_by_srun, ask_by_ssh
 from megamoe.utils.errors import Problems, UserError
@@ -80,6 +80,7 @@ def check_hostfile(options: Preflight, where: str, run: RunConfig, words: list[s
         print(f"continuing without a host: {problem}", file=sys.stderr)
     if hosts[-1] not in reports:  # so no host can find a route to it
         reports = {host: replace(one, address=one.address or host) for host, one in reports.items()}
+    print_warnings(reports.values())
     Problems(problems(list(reports.values()), run)).refuse()
     if options.usable:
         options.usable.write_text("".join(f"{host} slots={slots[host]}\n" for host in reports))
@@ -94,6 +95,7 @@ def check_slurm(options: Preflight, _: str, run: RunConfig, words: list[str]) ->
     with marker_next_to(run.folder) as marker:
         reports = ask_by_srun(len(hosts), command_of_report(options, hosts[-1], marker, words))
     reports.sort(key=lambda one: one.node)
+    print_warnings(reports)
     Problems(problems(reports, run)).refuse()
     print(reports[0].host, reports[0].address or hosts[0], reports[0].port, run.folder)
 

@@ -57,6 +57,8 @@ def train(options: Train = DEFAULTS) -> None:
         sys.exit(run_ranks([RANK, *words], number))
     preset = options.preset if "preset" in options.model_fields_set else PRESET
     data = prepare_text(options.text, preset)
+    if options.dry_run:
+        print(f"{data} stays, for the run: without --dry_run, the same command takes it", flush=True)
     run_dir = options.run_dir or f"runs/{name_of(options.text)}-{time.strftime('%Y%m%d-%H%M%S')}"
     interval = str(options.eval_interval if "eval_interval" in options.model_fields_set else EVAL_INTERVAL)
     own = {"preset": preset, "data": str(data), "run_dir": run_dir}
@@ -64,10 +66,10 @@ def train(options: Train = DEFAULTS) -> None:
     for option, value in own.items():
         words += [] if option in options.model_fields_set else [f"--{option}", value]
     code = run_ranks([RANK, *words, "--auto_resume"], number)
-    if code not in (0, REFUSED):
+    if code not in (0, REFUSED) and not options.dry_run:
         again = shlex.join(["megamoe", *sys.argv[1:], *([] if options.run_dir else ["--run_dir", run_dir])])
         print(f"to continue: {again}", file=sys.stderr)
-    if code:
+    if code or options.dry_run:
         sys.exit(code)
     from megamoe.commands.generate import Generate, generate
     from megamoe.commands.report import Report, report

@@ -299,6 +299,10 @@ class RunConfig(RunShape, Data, Length, Evaluation, Checkpoints, Guarding):
         description="start from the weights in a checkpoint, a .pt or .safetensors file, or a Hugging Face directory",
     )
     seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of weights, order of samples, dropout and jitter")
+    dry_run: Annotated[bool, Parameter(alias="--dry-run")] = Field(
+        default=False,
+        description="build everything, train one step and save it aside, say how long and how large, keep nothing",
+    )
     deterministic: bool = Field(
         default=False, description="on GPUs, repeat a run bit for bit, at the cost of speed; on CPU it always does"
     )

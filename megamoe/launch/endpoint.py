@@ -13,7 +13,7 @@ from typing import Any
 from megamoe.config.run import RunConfig
 from megamoe.launch.exchange import ask, joining, serve
 from megamoe.launch.network import address_towards, free_port, is_own
-from megamoe.launch.preflight import Report, marker_next_to, problems
+from megamoe.launch.preflight import Report, marker_next_to, print_warnings, problems
 from megamoe.launch.rendezvous import raise_on
 
 ANSWER_SECONDS = 120  # the endpoint's host may have started later than this one, and so waits longer
@@ -75,8 +75,9 @@ def _is_here(host: str) -> bool:
 
 def _check(records: dict[int, Any], run: RunConfig, at: Endpoint) -> dict[str, Any]:
     """The endpoint's host's answer to the reports that have come, of which its own is the first."""
-    reports = [Report(**record) for record in records.values()]
+    reports = [Report.of(record) for record in records.values()]
     reports[0] = replace(reports[0], address=at.host)  # its own name may become known later than to the others
+    print_warnings(reports)
     found = problems(reports, run)
     late = []
     if len(reports) < at.min_hosts:

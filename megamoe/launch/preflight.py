@@ -8,18 +8,22 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megamoe.config.phases import read_phases
 from megamoe.config.run import RunConfig
 from megamoe.data.source import is_remote
 from megamoe.data.sources import OWN
 from megamoe.data.token_files import corpus_prefix, files_of
+from megamoe.launch.host_checks import Finding, host_findings
 from megamoe.launch.network import address_towards, free_port, is_free
 from megamoe.launch.versions import version_problems, versions
+from megamoe.utils.disk import existing_folder
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Report:
     address: str | None  # its own on the route to that; None without a route
     port: int  # that is free
     port_in_use: bool  # the one that was asked for
+    findings: list[Finding] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Report:
+        """A report that was sent as JSON."""
+        return cls(**{**record, "findings": [Finding(**one) for one in record.get("findings", [])]})
 
 
 def needed_files(run: RunConfig) -> list[Path]:
@@ -71,14 +81,14 @@ def report(run: RunConfig, started: str, peer: str, marker: Path | None, port: i
         address=address_towards(peer),
         port=free_port() if port is None else port,
         port_in_use=port is not None and not is_free(port),
+        findings=host_findings(run.folder),
     )
 
 
 @contextlib.contextmanager
 def marker_next_to(folder: Path) -> Iterator[Path]:
     """A file in the deepest existing folder above `folder`, for as long as hosts are asked whether they see it."""
-    above = next(parent for parent in [folder, *folder.absolute().parents] if parent.is_dir())
-    with tempfile.NamedTemporaryFile(dir=above, prefix=".preflight-") as marker:
+    with tempfile.NamedTemporaryFile(dir=existing_folder(folder), prefix=".preflight-") as marker:
         yield Path(marker.name).absolute()
 
 
@@ -93,6 +103,7 @@ def problems(reports: list[Report], run: RunConfig) -> list[str]:
         if one.started != first.started
     ]
     for one in reports:
+        found += [f"{one.host}: {finding}" for finding in one.findings if finding.severity == "error"]
         found += [
             f"{one.host} does not see {path}; put it on a file system that all hosts share." for path in one.absent
         ]
@@ -106,3 +117,14 @@ def problems(reports: list[Report], run: RunConfig) -> list[str]:
     if len(reports) > 1 and first.address is None:
         found.append(f"{first.host} has no route to {first.peer}; see that it can resolve and reach that name.")
     return found
+
+
+def print_warnings(reports: Iterable[Report]) -> None:
+    """Say what hosts warn of, each sentence once, with the hosts."""
+    hosts: dict[str, list[str]] = {}
+    for one in reports:
+        for finding in one.findings:
+            if finding.severity == "warning":
+                hosts.setdefault(str(finding), []).append(one.host)
+    for sentence, names in hosts.items():
+        print(f"warning: {', '.join(names)}: {sentence}", file=sys.stderr, flush=True)

@@ -49,7 +49,7 @@ def ask_by_srun(nodes: int, command: list[str]) -> list[Report]:
 
 
 def _reports(printed: str) -> list[Report]:
-    return [Report(**json.loads(line)) for line in printed.splitlines() if line.startswith("{")]
+    return [Report.of(json.loads(line)) for line in printed.splitlines() if line.startswith("{")]
 
 
 def _run(host: str, command: list[str]) -> str:

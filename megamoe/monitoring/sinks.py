@@ -83,15 +83,25 @@ class BackgroundSink(SinkGroup):
 
 
 def open_sinks(
-    run_dir: Path, first_step: int, record: dict[str, Any], trackers: Mapping[str, dict[str, Any]] | None = None
+    run_dir: Path,
+    first_step: int,
+    record: dict[str, Any],
+    trackers: Mapping[str, dict[str, Any]] | None = None,
+    *,
+    only: Sequence[Sink] = (),
+    more: Sequence[Sink] = (),
 ) -> SinkGroup:
     """All sinks of a run, open. On rank 0.
 
     Args:
         record: of the run, as in run.json.
         trackers: the settings of those of `TRACKERS` that are chosen; None for TensorBoard alone.
+        only: in place of all.
+        more: sinks of the caller's.
     """
     chosen = {"tensorboard": {"folder": run_dir / "tensorboard"}} if trackers is None else trackers
-    group = SinkGroup([*(kind() for kind in SINKS), *(TRACKERS[name](**one) for name, one in chosen.items())])
+    group = SinkGroup(
+        only or [*(kind() for kind in SINKS), *(TRACKERS[name](**one) for name, one in chosen.items()), *more]
+    )
     group.open(run_dir, first_step, record)
     return group

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from megamoe.config.model import ModelConfig
@@ -28,6 +27,7 @@ from megamoe.planning.traffic import Collective, collectives
 from megamoe.utils.data_sheets import DEVICES, Device
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.hardware import measured_bandwidth, measured_flops
+from megamoe.utils.host_memory import memory_limits
 from megamoe.utils.json_files import read_json
 
 GIB = 2**30
@@ -72,6 +72,11 @@ class Plan:
     def largest_micro_batch(self) -> int:
         """As the function of this name says it."""
         return largest_micro_batch(self.setup, self.device)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, over all ranks."""
+        return self.footprint.saved * self.setup.world_size
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -170,4 +175,4 @@ def this_machine(ranks: int) -> Device:
     cpu = torch.device("cpu")
     rate = measured_bandwidth(cpu) / ranks
     half, single = (measured_flops(cpu, dtype) / ranks for dtype in (torch.bfloat16, torch.float32))
-    return Device("CPU", half, single, psutil.virtual_memory().total / ranks, rate, rate / 2, rate / 2, rate / 2, rate)
+    return Device("CPU", half, single, memory_limits()[0] / ranks, rate, rate / 2, rate / 2, rate / 2, rate)

@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shlex
-import shutil
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from torch.utils.cpp_extension import _get_build_directory
 
+from megamoe.utils.compiler import compiler_problem
 from megamoe.utils.errors import UserError
 
 MOST_SECONDS = 15 * 60  # that anyone compiles
@@ -56,7 +54,8 @@ def load_in_turn(name: str, load: Callable[[], Any]) -> None:
         except OSError as error:
             raise _unusable(holder.name, error) from None
         if not compiled.exists():
-            check_compiler(name)
+            if problem := compiler_problem():
+                raise UserError(f"DeepSpeed compiles {name} on this host, where {problem}")
             print(f"compiling {name}, once on this host, in {folder}; this takes minutes", flush=True)
         load()
         with contextlib.suppress(OSError):  # unless others of us are in `load`
@@ -105,16 +104,3 @@ def _unusable(path: str, error: OSError) -> UserError:
         f"{path} cannot be written and locked ({error.strerror}), where torch keeps what DeepSpeed compiles; set "
         "TORCH_EXTENSIONS_DIR to a folder that can, such as one on a local disk."
     )
-
-
-def check_compiler(name: str) -> None:
-    """Raises UserError where the host lacks what an operator is compiled with."""
-    compiler = os.environ.get("CXX") or "c++"  # as torch takes it
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not shutil.which(shlex.split(compiler)[0]):
-        lack = f"there is no C++ compiler {compiler}; install one (Debian, Ubuntu: apt install g++), or set CXX."
-    elif not header.exists():
-        lack = f"there is no {header}; install Python's headers (Debian, Ubuntu: apt install python3-dev)."
-    else:
-        return
-    raise UserError(f"DeepSpeed compiles {name} on this host, where {lack}")

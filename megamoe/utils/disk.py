@@ -41,6 +41,11 @@ def replace_file(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def existing_folder(path: Path) -> Path:
+    """The path itself where it is a folder, or the first above it that there is."""
+    return next(parent for parent in [path, *path.absolute().parents] if parent.is_dir())
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file of any size, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -47,18 +47,19 @@ MISSES, MISS_SECONDS = 3, 1.0  # a folder that a file server moves or mounts aga
 class RunFolder:
     """The folder of one run, which may not exist yet."""
 
-    def __init__(self, path: Path, waits: bool = False):
+    def __init__(self, path: Path, waits: bool = False, locks: bool = True):
         """Lock the folder of a run; the lock ends with the process, whatever ends that, and with this object.
 
         Raises UserError where another process trains in it.
 
         Args:
             waits: for a process that may be about to exit, or a host that a file server may have lost.
+            locks: False for one that only reads.
         """
         self.path = path
         self._waits = waits
         self._lock: IO[str] | None = None
-        if (path / START).is_file():
+        if locks and (path / START).is_file():
             self._take_lock()
         self.began = beginning(path)
 

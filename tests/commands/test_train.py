@@ -44,6 +44,18 @@ def test_a_text_becomes_samples_of_a_model_and_its_losses(folder):
     assert 'data/my_text-300"' in (run / "run.json").read_text()
 
 
+def test_a_dry_run_of_a_text_keeps_its_tokens_alone_and_prints_no_samples(folder, monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(command, "run_ranks", lambda words, ranks: given.append(words) or 0)
+    words = ["--preset", "preset.json", "--ds_config=ds.json", "--dry-run", "--text", "my text.txt"]
+    monkeypatch.setattr(sys, "argv", ["megamoe", "train", *words])
+    with pytest.raises(SystemExit, match="0"):
+        program.main()
+    assert "--dry-run" in given[0]
+    has(capsys.readouterr().out, "data/my_text-300 stays", "without --dry_run")
+    assert {path.name for path in folder.iterdir()} == {"ds.json", "preset.json", "my text.txt", "data"}
+
+
 def test_a_text_is_prepared_once_and_in_another_folder_when_it_or_its_place_has_changed(folder):
     def prepared(text):
         return prepare_text(text, "preset.json")

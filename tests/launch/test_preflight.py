@@ -13,6 +13,7 @@ from refusals import has, refusal
 
 from megamoe.commands.preflight import read_hostfile
 from megamoe.config.run import RunConfig
+from megamoe.launch.host_checks import Finding
 from megamoe.launch.preflight import Report, marker_next_to, needed_files, problems, report
 from megamoe.launch.versions import versions
 
@@ -34,6 +35,10 @@ def of_host(name, **changes):
         (
             {"shares_run_folder": False},
             "h2 does not see the files that h1 writes next to the run folder runs/mine; choose",
+        ),
+        (
+            {"findings": [Finding("warning", "cores", "3"), Finding("error", "GPUs", "0 of 8", "", "install")]},
+            "h2: GPUs: 0",
         ),
         ({"started": "--steps 6"}, "h2 was started with '--steps 6', but h1 with '--steps 5'; start both alike"),
     ],
