@@ -50,6 +50,8 @@ from megamoe.launch.watch import Position, Watch
 from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
+from megamoe.monitoring.alerts import Alerts
+from megamoe.monitoring.ends import tell_failure, tell_unseen_death
 from megamoe.monitoring.sinks import open_sinks
 from megamoe.resume import Changes, Start, check_changes, find_start
 from megamoe.run_inputs import RunInputs, open_inputs
@@ -100,6 +102,8 @@ def pretrain() -> int:
     try:
         checked = check(config, problems, device, is_first_on_host=rendezvous.rank_info.local_rank == 0)
         watch.collective_seconds = checked.run.collective_timeout
+        alerts = Alerts(checked.run.on_event, checked.run.folder)
+        watch.on_failure = lambda *failure: tell_failure(alerts, checked.run.folder, position.step, *failure)
         done = is_done(checked) or run(checked, rendezvous.store, position, stop)
         code = 0 if done else STOPPED
     except SystemExit as end:  # on all ranks
@@ -256,7 +260,8 @@ def run(checked: Checked, store: Store | None, position: Position, stop: StopReq
         has_average = bool(train_step.average and train_step.average.has_begun)
         of_start = {"checkpoint": checkpoint and checkpoint.name}
         start.folder.enter({"step": first, **of_start, **checked.record}, inputs.tokenizer_files)
-        sinks = open_sinks(config.folder, first, checked.record)
+        sinks = open_sinks(config.folder, first, checked.record, Alerts(config.on_event, config.folder))
+        tell_unseen_death(sinks, config.folder)
         sinks.log_event("resume" if start.is_resuming else "start", first, of_start)
         for line in first_lines(checked, first, checkpoint, has_average):
             sinks.log_text(first, line)

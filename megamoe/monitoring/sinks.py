@@ -64,12 +64,12 @@ class SinkGroup(Sink):
                 self._failed.add(sink)
 
 
-def open_sinks(run_dir: Path, first_step: int, record: dict[str, Any]) -> SinkGroup:
-    """All sinks of a run, open. On rank 0.
+def open_sinks(run_dir: Path, first_step: int, record: dict[str, Any], *more: Sink) -> SinkGroup:
+    """All sinks of a run and `more`, open. On rank 0.
 
     Args:
         record: of the run, as in run.json.
     """
-    group = SinkGroup([kind() for kind in SINKS])
+    group = SinkGroup([*(kind() for kind in SINKS), *more])
     group.open(run_dir, first_step, record)
     return group

@@ -1,0 +1,55 @@
+"""How a run ended, told by whoever sees it first: the rank that reports it, `megamoe train`, or the next start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from psutil import Process
+
+from megamoe.launch.codes import FAILED, INTERRUPTED, LOST, REFUSED, STOPPED
+from megamoe.monitoring.alerts import Alerts
+from megamoe.monitoring.log_files import ENDS, EVENTS, read_events, read_log, write_event
+from megamoe.monitoring.sink import Sink
+from megamoe.utils.bounded import within
+
+KINDS = {FAILED: "error", REFUSED: "error", STOPPED: "stop", INTERRUPTED: "stop"}  # by exit code; any other is a death
+SECONDS = 1.0  # for each of the looks at a disk that may hang
+
+
+def tell_failure(alerts: Alerts, run_dir: Path, step: int, message: str, code: int, dead: Collection[int] = ()) -> None:
+    """Record and send that this job has failed, unless that is done; takes seconds at most.
+
+    Args:
+        message: as printed; its first sentence is recorded.
+        dead: the ranks that have died.
+    """
+    event = "stall" if code == LOST and not dead else KINDS.get(code, "death")
+    lines = message.splitlines()
+    reason = next((line for line in lines if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
+    values = {"reason": reason, "code": code, **({"ranks": list(dead)} if dead else {})}
+    events = within(SECONDS, read_events, run_dir) or []
+    ours = [one["event"] for one in events if one["time"] >= Process().create_time()]
+    if not {*ours} & {*ENDS}:
+        within(SECONDS, alerts.log_event, event, step, values)
+        if ours:  # else the folder is not entered, and another job may train in it
+            within(SECONDS, write_event, run_dir, event, step, values)
+        alerts.close()
+
+
+def tell_unseen_death(sinks: Sink, run_dir: Path) -> None:
+    """At a start, record and send that the run was killed, where nothing says how it ended."""
+    events = read_events(run_dir)
+    if events and events[-1]["event"] not in ENDS:
+        step, alive = last_sign_of_life(run_dir, events)
+        reason = "all ranks were killed, or the host lost its power: nothing says how the run ended"
+        sinks.log_event("death", step, {"time": alive, "seen": time.time(), "reason": reason})
+
+
+def last_sign_of_life(run_dir: Path, events: list[dict[str, Any]]) -> tuple[int, float]:
+    """The last step that the files of a run tell of, and the time since 1970 of the last change to them."""
+    step = max([events[-1]["step"], *(row["step"] for row in read_log(run_dir)["train"][-1:])])
+    files = [path for path in (run_dir / EVENTS, run_dir / "log.jsonl") if path.is_file()]
+    return step, max(path.stat().st_mtime for path in files)
