@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
-from megamoe.launch.codes import LOST, Stopped
+from megamoe.launch.codes import LOST, RESUME, Stopped
 from megamoe.launch.exchange import wait_for_keys
 from megamoe.launch.exits import code_of, end_groups, leave, message_of
 from megamoe.launch.holders import Holders, find_process, is_alive
@@ -334,7 +334,7 @@ def _may_be_of_a_collective(error: BaseException) -> bool:
 
 
 def _failure(why: str) -> str:
-    return f"error: {why}; resume from the last checkpoint with --resume."
+    return f"error: {why}{RESUME}"
 
 
 def _position(heartbeat: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from psutil import Process
 
-from megamoe.launch.codes import FAILED, INTERRUPTED, LOST, REFUSED, STOPPED
+from megamoe.launch.codes import FAILED, INTERRUPTED, LOST, REFUSED, RESUME, STOPPED
 from megamoe.monitoring.alerts import Alerts
 from megamoe.monitoring.log_files import ENDS, EVENTS, read_events, read_log, write_event
 from megamoe.monitoring.sink import Sink
@@ -28,8 +28,12 @@ def tell_failure(alerts: Alerts, run_dir: Path, step: int, message: str, code: i
     """
     event = "stall" if code == LOST and not dead else KINDS.get(code, "death")
     lines = message.splitlines()
-    reason = next((line for line in lines if line.startswith("error: ")), lines[-1]).removeprefix("error: ")
-    values = {"reason": reason, "code": code, **({"ranks": list(dead)} if dead else {})}
+    reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
+    values = {
+        "reason": reason.removeprefix("error: ").removesuffix(RESUME),
+        "code": code,
+        **({"ranks": list(dead)} if dead else {}),
+    }
     events = within(SECONDS, read_events, run_dir) or []
     ours = [one["event"] for one in events if one["time"] >= Process().create_time()]
     if not {*ours} & {*ENDS}:

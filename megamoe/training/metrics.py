@@ -60,7 +60,7 @@ class StepMetrics:
         if self.peak.is_measured:
             self.peak = replace(self.peak, flops=max(self.peak.flops, flops))
         phase, balance = self._phase, self._last.balance
-        entropies = balance.entropies if balance else []
+        entropies, max_vio = (balance.entropies, balance.running_max_vio.tolist()) if balance else ([], [])
         return {
             "loss": self._losses / steps,
             **{f"{name}_loss": total / steps for name, total in self._parts.items()},
@@ -74,6 +74,7 @@ class StepMetrics:
             "router_entropy": fmean(entropies) if entropies else math.nan,
             "lowest_router_entropy": min(entropies, default=math.nan),
             "router_entropy_by_block": dict(zip(map(str, self._blocks if entropies else []), entropies, strict=True)),
+            "running_max_vio_by_block": dict(zip(map(str, self._blocks if balance else []), max_vio, strict=True)),
             "grad_norm": self._last.grad_norm,
             "memory_gib": memory_gib(self._device),
             "skipped_steps": self._engine.skipped_steps,
