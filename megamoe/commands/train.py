@@ -68,7 +68,7 @@ def train(options: Train = DEFAULTS) -> None:
     for option, value in own.items():
         words += [] if option in options.model_fields_set else [f"--{option}", value]
     code = run([RANK, *words, "--auto_resume"], number, options, Path(run_dir))
-    if code not in (0, REFUSED):
+    if code not in (0, REFUSED) and not live.is_wanted():  # whose last picture says so
         again = shlex.join(["megamoe", *sys.argv[1:], *([] if options.run_dir else ["--run_dir", run_dir])])
         print(f"to continue: {again}", file=sys.stderr)
     if code:

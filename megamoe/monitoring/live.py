@@ -59,10 +59,18 @@ class LiveView:
     def __init__(self, run_dir: Path, lines: queue.SimpleQueue[str | None]):
         self._run_dir, self._lines = run_dir, lines
         self._state: RunState | None = None
-        self._began, self._last_read, self._last_line = time.time(), 0.0, "starting the ranks"
+        self._began, self._last_read, self._last_line = time.time(), 0.0, "the ranks load PyTorch and DeepSpeed"
         self._spinner = Spinner("dots")
 
     def draw(self) -> None:
+        try:
+            self._draw()
+        except Exception as error:  # of what only shows the run
+            print(f"warning: the live view failed ({error!r}); training continues", flush=True)
+            while (line := self._lines.get()) is not None:
+                print(line, flush=True)
+
+    def _draw(self) -> None:
         with Live(console=Console(), auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
             ends = False
             while not ends:
@@ -83,11 +91,11 @@ class LiveView:
         if ends or time.monotonic() - self._last_read >= READ_SECONDS:
             self._read()
             self._last_read = time.monotonic()
+        state = self._state
+        if state and state.log["train"] and state.events and state.events[-1]["time"] > self._began:
+            return render(state, None if ends else f"running for {since(self._began)}; Ctrl-C saves and ends")
         if ends:
-            return render(self._state) if self._state else Text("")
-        begun = self._state and any(event["time"] > self._began for event in self._state.events)
-        if self._state and begun and self._state.log["train"]:
-            return render(self._state, f"running, {since(self._began)}; Ctrl-C saves and ends")
+            return Text("")
         self._spinner.update(text=Text(f"{since(self._began)}  {self._last_line}", no_wrap=True, overflow="ellipsis"))
         return Group("", self._spinner)
 

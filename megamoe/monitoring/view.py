@@ -22,6 +22,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 POINTS = 8  # of a long series in a cell, at most
 # MaxVio of a layer from which it has a colour: see "healthy ranges" of docs/reference/log.md.
 COLORS = ((2.0, "red"), (1.0, "dark_orange"), (0.5, "yellow"), (0.0, "green"))
+STYLES = {"running": "green", "done": "green", "stopped": "yellow", "not": "yellow", "locked": "yellow"}  # of a state
 EVENTS_SHOWN, QUIET = 3, ("save", "first_step", "end")
 
 
@@ -60,15 +61,15 @@ def render(state: RunState, activity: str | None = None) -> RenderableType:
         activity: what it is doing, where that is known better than from its files.
     """
     head = Text.assemble((str(state.folder), "bold"), "  ", (state.describe(), "dim"))
-    parts: list[RenderableType] = [head, _progress(state), ""]
+    parts: list[RenderableType] = ["", head, _progress(state), ""]
     if state.log["train"]:
         parts += [_values(state), ""]
     told = [one for one in state.events if one["event"] not in QUIET]
     if told and told[-1]["event"] in ENDS:  # which the state says
         del told[-1]
     parts += [*map(_event, told[-EVENTS_SHOWN:]), ""]
-    lives = activity or state.holder or state.is_done
-    parts.append(Text(activity or state.state(), style="green" if lives else "bold red"))
+    what = activity or state.state()
+    parts.append(Text(what, style=STYLES.get(what.split(":")[0].split()[0], "bold red")))
     if not activity and (command := state.next_command()):
         parts.append(Text.assemble((f"{command[0]}: ", "dim"), command[1]))
     return Group(*parts)
@@ -106,9 +107,9 @@ def _values(state: RunState) -> Table:
     table.add_row("MaxVio", f"{now['running_max_vio']:.2f}, worst {now['worst_running_max_vio']:.2f}", _strip(now))
     table.add_row("tokens/s", f"{now['tokens_per_second']:,.0f}, MFU {now['mfu']:.1%}",
                   Area(series("tokens_per_second"), style="bright_black"))  # fmt: skip
+    table.add_row("memory", f"{now['memory_gib']:.2f} GiB")
     saved = state.checkpoint
-    saved_when = f"{saved.name}, {age(saved)} ago" if saved else "none yet"
-    table.add_row("memory", f"{now['memory_gib']:.2f} GiB", Text.assemble(("saved  ", "dim"), saved_when))
+    table.add_row("saved", f"{saved.name}, {age(saved)} ago" if saved else "nothing yet")
     return table
 
 
