@@ -23,8 +23,7 @@ from megamoe.launch.codes import REFUSED, STOPPED
 from megamoe.launch.local import default_ranks, run_ranks
 from megamoe.monitoring import live
 from megamoe.monitoring.alerts import Alerts
-from megamoe.monitoring.ends import tell_failure
-from megamoe.monitoring.log_files import read_log
+from megamoe.monitoring.ends import last_step, tell_failure
 from megamoe.utils.errors import UserError
 
 RANK = str(Path(megamoe.__file__).with_name("pretrain.py"))
@@ -84,8 +83,8 @@ def run(words: list[str], number: int, options: Train, run_dir: Path) -> int:
     """Run the ranks, with the live view in a terminal, and tell of a death that none of them could tell of."""
     code = run_ranks(words, number, partial(live.shown, run_dir) if live.is_wanted() else nullcontext)
     if code not in (0, REFUSED, STOPPED):
-        step = (read_log(run_dir)["train"] or [{"step": 0}])[-1]["step"]
-        tell_failure(Alerts(options.on_event, run_dir), run_dir, step, f"the ranks exited with code {code}", code)
+        alerts = Alerts(options.on_event, run_dir)
+        tell_failure(alerts, run_dir, last_step(run_dir), f"the ranks exited with code {code}", code)
     return code
 
 

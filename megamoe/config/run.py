@@ -10,18 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from megamoe.config.alert_targets import parse_target, without_secrets
+from megamoe.config.alert_targets import AlertTarget
 from megamoe.config.cli import LAST, Options, make_app, parse
 from megamoe.config.model import load_preset
 from megamoe.utils.errors import UserError
@@ -226,22 +217,11 @@ class Evaluation(Options, group="Log and evaluation"):
     lm_eval_folder: str | None = Field(
         default=None, description="folder of your own tasks (YAML), found before those of lm-evaluation-harness"
     )
-    on_event: list[str] = Field(
+    on_event: list[AlertTarget] = Field(
         default=[],
         description="commands, or http(s) URLs, that are told of starts, spikes and ends, as JSON on the standard "
         "input or by POST; '$NAME' takes one from the environment",
     )
-
-    @field_validator("on_event")
-    @classmethod
-    def _check_targets(cls, targets: list[str]) -> list[str]:
-        for target in targets:
-            parse_target(target)
-        return targets
-
-    @field_serializer("on_event")
-    def _hide(self, targets: list[str]) -> list[str]:
-        return [without_secrets(target) for target in targets]
 
 
 class Checkpoints(Options, group="Checkpoints"):

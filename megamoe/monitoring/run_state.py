@@ -39,28 +39,17 @@ class RunState:
         saved = folders.run_checkpoints(self.folder / "checkpoints", read_ledger(self.folder))
         self.checkpoint = next(filter(folders.is_complete, saved), None)
         self.holder = holder_of(self.folder)
-        step = (self.checkpoint and folders.step_of(self.checkpoint)) or 0
-        self.is_done = self.checkpoint is not None and step >= (self.last_step or math.inf)
-
-    def describe(self) -> str:
-        """What it is, in a few words."""
-        ranks = self.record.get("world_size", 1)
-        split = f"{ranks} rank{'s' * (ranks > 1)}, ep_size {self.record.get('ep_size', 1)}"
-        return f"{self.record.get('preset')}, {self.record.get('parameters', 0):,} parameters on {split}"
-
-    def progress(self) -> str:
-        """The last logged step, and the run's last."""
-        step = self.log["train"][-1]["step"] if self.log["train"] else 0
-        return f"{step:,}{f' of {self.last_step:,}' if self.last_step else ''}"
+        step = folders.step_of(self.checkpoint) if self.checkpoint else None
+        self.is_done = step is not None and step >= (self.last_step or math.inf)
 
     def state(self) -> str:
         """Whether it runs, or of what it died."""
-        last: dict[str, Any] = self.events[-1] if self.events else {"event": "end"}
+        last: dict[str, Any] = self.events[-1] if self.events else {"event": "end"}  # of a version without events
         if self.holder or self.is_done:
             return f"running: {self.holder}" if self.holder else "done"
         if last["event"] in ENDED:
             return f"{ENDED[last['event']]} after step {last['step']:,}, {since(last['time'])} ago: {last['reason']}"
-        if last["event"] in ENDS:  # it begins or ends, or is of a version without events
+        if last["event"] in ENDS:
             return "not running"
         lock = self.folder / LOCK
         holder = lock.read_text().strip() if lock.is_file() else ""
@@ -70,15 +59,11 @@ class RunState:
         return f"killed: no process holds it, and nothing says how it ended; {heard}"
 
     def next_command(self) -> tuple[str, str] | None:
-        """What to do now: "next" or "go on", and a command."""
+        """What to do now: "next" or "go on", and the command, on one host and from where the run was started."""
         if self.holder:
             return None
         if self.is_done:
             return "next", f"megamoe chat {shlex.quote(str(self.folder))}"
-        return "go on", self._resume()
-
-    def _resume(self) -> str:
-        """The command that continues the run on one host, from where it was started."""
         words = [word for word in self.record.get("command", [])[1:] if not word.startswith("--local_rank")]
         given = {word.split("=")[0] for word in words}
         words = ["megamoe", "train", "--ranks", str(self.record.get("world_size", 1)), *words]
@@ -86,15 +71,12 @@ class RunState:
             words += ["--run_dir", str(self.folder)]
         if not given & {"--resume", "--auto_resume"}:
             words.append("--resume" if self.checkpoint else "--auto_resume")  # which begins again
-        return shlex.join(words)
+        return "go on", shlex.join(words)
 
 
 def age(path: Path) -> str:
     """Time since a file was written, or anything in a folder was added."""
-    try:
-        return since(path.stat().st_mtime)
-    except FileNotFoundError:  # a checkpoint that has just been removed
-        return "0:00:00"
+    return since(path.stat().st_mtime if path.exists() else time.time())  # retention may just have removed it
 
 
 def since(moment: float) -> str:
