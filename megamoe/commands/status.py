@@ -11,6 +11,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.live import Live
 
+from megamoe.checkpoint import folders
 from megamoe.config.cli import Options, Positional
 from megamoe.monitoring.live import is_wanted
 from megamoe.monitoring.run_state import RunState
@@ -24,8 +25,11 @@ class Status(Options):
     )
 
 
-def status(options: Status) -> None:
-    runs = sorted(path.parent for path in options.run.glob("*/run.json"))
+DEFAULTS = Status()
+
+
+def status(options: Status = DEFAULTS) -> None:
+    runs = sorted(path.parent for path in options.run.glob("*/run.json") if not folders.age_of(path.parent))
     if runs and not (options.run / "run.json").is_file():
         for one in runs:
             said = {row.name: row.value for row in rows(RunState(one))}
