@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -19,7 +20,9 @@ def parse_target(target: str) -> str | list[str]:
     text = os.path.expandvars(target) if target.startswith("$") else target
     if re.match(r"https?://[^/\s]+", text) and not text.endswith(HIDDEN):  # what a record keeps of one
         return text
-    words = shlex.split(text)
+    words: list[str] = []
+    with contextlib.suppress(ValueError):  # a quote without its end
+        words = shlex.split(text)
     if not words or not shutil.which(words[0]):
         raise ValueError(f"{target!r} is no program here and no whole URL; give one, or '$NAME' of a variable with it.")
     return words

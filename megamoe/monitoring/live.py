@@ -80,8 +80,8 @@ class LiveView:
         with contextlib.suppress(Empty):
             line = self._lines.get(timeout=DRAW_SECONDS)
             while line is not None:
-                self._last_line = line
                 if not line.startswith("step="):  # the view has that
+                    self._last_line = line
                     console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
                 line = self._lines.get_nowait()
             return False
