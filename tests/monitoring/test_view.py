@@ -35,10 +35,14 @@ def test_a_run_fits_80_columns_and_24_lines_and_a_layer_out_of_balance_is_seen(t
 
     state = RunState(Path("run"))
     with open(log, "a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows[150:]) + '{"kind": "train", "st')  # still written
+        file.write("".join(json.dumps(row) + "\n" for row in rows[150:-1]) + json.dumps(rows[-1])[:50])
     for step in range(9):
         write_event(Path("run"), "warning", step, {"reason": f"spike {step} " + "long " * 50})
     write_event(Path("run"), "death", 300, {"reason": "rank 1 died"})
+    state.refresh()
+    assert state.log["train"][-1]["step"] == 299
+    with open(log, "a") as file:
+        file.write(json.dumps(rows[-1])[50:] + "\n")
     state.refresh()
     text = printed(render(state))
     lines = [re.sub(r"\d:\d\d:\d\d", "T", line).rstrip() for line in text.splitlines()]
