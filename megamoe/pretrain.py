@@ -52,6 +52,8 @@ from megamoe.launch.watch import Position, Watch
 from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
+from megamoe.monitoring.alerts import Alerts
+from megamoe.monitoring.ends import tell_failure, tell_unseen_death
 from megamoe.monitoring.sink import Sink
 from megamoe.monitoring.sinks import open_sinks
 from megamoe.planning.sharding import setup_of
@@ -107,6 +109,9 @@ def pretrain() -> int:
     try:
         checked = check(config, problems, device, is_first_on_host=rendezvous.rank_info.local_rank == 0)
         watch.collective_seconds = checked.run.collective_timeout
+        if not checked.run.dry_run:
+            alerts = Alerts(checked.run.on_event, checked.run.folder)
+            watch.on_failure = lambda *failure: tell_failure(alerts, checked.run.folder, position.step, *failure)
         starts = run_dry if checked.run.dry_run else run
         done = is_done(checked) or starts(checked, rendezvous.store, position, stop)
         code = 0 if done else STOPPED
@@ -279,8 +284,11 @@ def run(
         has_average = bool(train_step.average and train_step.average.has_begun)
         of_start = {"checkpoint": checkpoint and checkpoint.name}
         start.folder.enter({"step": first, **of_start, **checked.record}, inputs.tokenizer_files)
-        trackers = chosen_trackers(config, recipe)
-        sinks = open_sinks(config.folder, first, checked.record, trackers, only=sinks_only)
+        sinks = open_sinks(
+            config.folder, first, checked.record, chosen_trackers(config, recipe),
+            only=sinks_only, more=[Alerts(config.on_event, config.folder)],
+        )  # fmt: skip
+        tell_unseen_death(sinks, config.folder)
         sinks.log_event("resume" if start.is_resuming else "start", first, of_start)
         for line in first_lines(checked, first, checkpoint, has_average):
             sinks.log_text(first, line)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import megamoe
+from megamoe.config.alert_targets import without_secrets
 from megamoe.config.model import ModelConfig
 from megamoe.config.phases import Phases
 from megamoe.config.recipe import Recipe
@@ -35,7 +36,7 @@ def make_record(
     """The resolved configuration and the versions."""
     return {
         "run_id": run_id,
-        "command": sys.argv,
+        "command": [without_secrets(word) for word in sys.argv],
         "preset": run.preset,
         "parameters": parameter_count(model),
         "model": model.model_dump(),

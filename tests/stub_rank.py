@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megamoe import pretrain
 from megamoe.launch.distributed import on_any_rank, raise_on_any_rank
 from megamoe.launch.stopping import Deadline
+from megamoe.monitoring.log_files import write_event
 
 ROOT = Path(__file__).parent.parent
 STEP_SECONDS = 0.02
@@ -75,6 +76,7 @@ def count_steps(config: Any, position: Any, stop: Any, before_step: Callable[[in
     say(f"{dist.get_world_size()} ranks, ep_size {config.ep_size}; steps {first} to {config.steps}", flush=True)
     if dist.get_rank() == 0:
         latest.parent.mkdir(parents=True, exist_ok=True)
+        write_event(folder, "resume" if first else "start", first, {})
     for step in range(first + 1, config.steps + 1):
         position.at("reading data", step)
         before_step(step)

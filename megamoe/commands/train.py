@@ -8,6 +8,8 @@ import re
 import shlex
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from glob import glob
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +19,11 @@ from pydantic import Field, model_validator
 import megamoe
 from megamoe.config.cli import Options
 from megamoe.config.run import RunConfig
-from megamoe.launch.codes import REFUSED
+from megamoe.launch.codes import REFUSED, STOPPED
 from megamoe.launch.local import default_ranks, run_ranks
+from megamoe.monitoring import live
+from megamoe.monitoring.alerts import Alerts
+from megamoe.monitoring.ends import last_step, tell_failure
 from megamoe.utils.errors import UserError
 
 RANK = str(Path(megamoe.__file__).with_name("pretrain.py"))
@@ -54,7 +59,7 @@ def train(options: Train = DEFAULTS) -> None:
     if not options.text:
         if not options.model_fields_set & {"data", "data_schedule"} and not glob(f"{options.data[0].path}*"):
             raise UserError("there is nothing to train on; give a text by --text, or a prepared folder by --data.")
-        sys.exit(run_ranks([RANK, *words], number))
+        sys.exit(run([RANK, *words], number, options, options.folder))
     preset = options.preset if "preset" in options.model_fields_set else PRESET
     data = prepare_text(options.text, preset)
     if options.dry_run:
@@ -65,8 +70,8 @@ def train(options: Train = DEFAULTS) -> None:
     own |= {"eval_interval": interval, "sample_interval": interval}
     for option, value in own.items():
         words += [] if option in options.model_fields_set else [f"--{option}", value]
-    code = run_ranks([RANK, *words, "--auto_resume"], number)
-    if code not in (0, REFUSED) and not options.dry_run:
+    code = run([RANK, *words, "--auto_resume"], number, options, Path(run_dir))
+    if code not in (0, REFUSED) and not options.dry_run and not live.is_wanted():  # whose last picture says so
         again = shlex.join(["megamoe", *sys.argv[1:], *([] if options.run_dir else ["--run_dir", run_dir])])
         print(f"to continue: {again}", file=sys.stderr)
     if code or options.dry_run:
@@ -76,6 +81,17 @@ def train(options: Train = DEFAULTS) -> None:
 
     generate(Generate(model=Path(run_dir), num_samples=SAMPLES))
     report(Report(runs=[Path(run_dir)]))
+
+
+def run(words: list[str], number: int, options: Train, run_dir: Path) -> int:
+    """Run the ranks, with the live view in a terminal, and tell of a death that none of them could tell of."""
+    if options.dry_run:
+        return run_ranks(words, number)
+    code = run_ranks(words, number, partial(live.shown, run_dir) if live.is_wanted() else nullcontext)
+    if code not in (0, REFUSED, STOPPED):
+        alerts = Alerts(options.on_event, run_dir)
+        tell_failure(alerts, run_dir, last_step(run_dir), f"the ranks exited with code {code}", code)
+    return code
 
 
 def without(words: list[str], *options: str) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from megamoe.config.alert_targets import AlertTarget
 from megamoe.config.cli import LAST, Options, make_app, parse
 from megamoe.config.model import load_preset
 from megamoe.utils.errors import UserError
@@ -238,6 +239,12 @@ class Evaluation(Options, group="Log and evaluation"):
         default=[PROMPT],
         min_length=1,
         description="one or more texts that samples continue, or .txt files of a text per line",
+    )
+
+    on_event: list[AlertTarget] = Field(
+        default=[],
+        description="commands, or http(s) URLs, that are told of starts, spikes and ends, as JSON on the standard "
+        "input or by POST; '$NAME' takes one from the environment",
     )
 
     @field_validator("sample_prompts")

@@ -10,6 +10,8 @@ STOPPED = 75  # saved and left early: EX_TEMPFAIL of sysexits.h
 LOST = 76  # another rank died, or no rank makes progress
 INTERRUPTED = 128 + signal.SIGINT
 
+RESUME = "; resume from the last checkpoint with --resume."  # ends the message of a failure
+
 
 class Stopped(Exception):
     """The run was asked to stop before there was anything to save."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import threading
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +16,7 @@ from torch.distributed.distributed_c10d import _abort_process_group
 
 from megamoe.launch.codes import FAILED, INTERRUPTED, REFUSED, STOPPED, Stopped
 from megamoe.launch.rank_info import RANK_ON_HOST
+from megamoe.utils.bounded import within
 from megamoe.utils.errors import PeerError, UserError, first_line
 
 END_SECONDS = 5  # for the process groups to end
@@ -52,14 +52,11 @@ def end_groups(failed: bool = False) -> None:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def end() -> None:
-        with contextlib.suppress(Exception):  # what has failed before may fail again
-            if device is not None:
-                torch.cuda.set_device(device)  # a new thread's is the first, where NCCL would take memory
-            (_abort_process_group if failed else dist.destroy_process_group)()
+        if device is not None:
+            torch.cuda.set_device(device)  # a new thread's is the first, where NCCL would take memory
+        (_abort_process_group if failed else dist.destroy_process_group)()
 
-    thread = threading.Thread(target=end, daemon=True)
-    thread.start()
-    thread.join(END_SECONDS)
+    within(END_SECONDS, end)
 
 
 def leave(code: int) -> NoReturn:

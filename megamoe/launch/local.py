@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from megamoe.launch.codes import INTERRUPTED, REFUSED, STOPPED
 from megamoe.launch.holders import pid_space
@@ -29,11 +31,16 @@ def default_ranks() -> int:
     return torch.accelerator.device_count() or 2
 
 
-def run_ranks(words: list[str], number: int) -> int:
+def run_ranks(
+    words: list[str], number: int, shown: Callable[[], AbstractContextManager[int | None]] = contextlib.nullcontext
+) -> int:
     """Run `python WORDS` as each of the ranks; returns the exit code of the run, and prints an error where it failed.
 
     SIGINT, SIGTERM, SIGHUP or SIGUSR1 has all ranks save and exit; a second one kills them. When this process is
     killed, they save and exit too (`launch/holders.py`). To be called on the main thread. Raises UserError.
+
+    Args:
+        shown: entered while they run; gives the descriptor that they write to, in place of this process's terminal.
     """
     given = os.environ.get("MASTER_PORT", "")
     if given and not given.isdecimal():
@@ -47,18 +54,21 @@ def run_ranks(words: list[str], number: int) -> int:
     requests = [request for request in REQUESTS if signal.getsignal(request) is not signal.SIG_IGN]
     before = [signal.signal(request, lambda *_: signals.append(time.monotonic())) for request in requests]
     try:
-        for rank in range(number):
-            rank_info = RankInfo(rank, number, rank, number, "127.0.0.1", port, "none")
-            # In a session of its own: the terminal's Ctrl-C comes here alone, and is forwarded.
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, "-u", *words], env={**environment, **rank_info.environment()},
-                    stdin=subprocess.DEVNULL, start_new_session=True,
-                )
-            )  # fmt: skip
-        ends = wait(ranks, signals)
+        with shown() as output:
+            for rank in range(number):
+                rank_info = RankInfo(rank, number, rank, number, "127.0.0.1", port, "none")
+                # In a session of its own: the terminal's Ctrl-C comes here alone, and is forwarded.
+                ranks.append(
+                    subprocess.Popen(
+                        [sys.executable, "-u", *words], env={**environment, **rank_info.environment()},
+                        stdin=subprocess.DEVNULL, stdout=output, start_new_session=True,
+                        stderr=output if sys.stderr.isatty() else None,
+                    )
+                )  # fmt: skip
+            ends = wait(ranks, signals)
+            kill(ranks)  # also compilers and other processes of theirs, which hold the output open
     finally:
-        kill(ranks)  # also compilers and other processes of theirs
+        kill(ranks)
         for request, handler in zip(requests, before, strict=True):
             signal.signal(request, handler)
     code = max(ends) if max(ends) > 0 else 128 - min(ends) if min(ends) < 0 else 0

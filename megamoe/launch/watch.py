@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributed import DistError, Store
 
-from megamoe.launch.codes import LOST, Stopped
+from megamoe.launch.codes import LOST, RESUME, Stopped
 from megamoe.launch.exchange import wait_for_keys
 from megamoe.launch.exits import code_of, end_groups, leave, message_of
 from megamoe.launch.holders import Holders, find_process, is_alive
@@ -124,6 +124,8 @@ class Watch:
         self.rendezvous = rendezvous
         self.position = position
         self.collective_seconds = math.inf  # without progress of any rank; set once the options are known
+        # Told of a failure that this rank is the first to report: message, exit code, dead ranks.
+        self.on_failure: Callable[[str, int, Collection[int]], None] = lambda *_: None
         self._rank = rendezvous.rank_info.rank
         self._store = rendezvous.store
         self._heartbeats = 0
@@ -290,6 +292,7 @@ class Watch:
         first = self._store.compare_set("failure", "", report).decode() if self._store else report
         if first == report:
             print(message, file=sys.stderr, flush=True)
+            self.on_failure(message, code, dead)
         return self._read_report(first)
 
     def _read_report(self, report: str) -> int:
@@ -319,9 +322,9 @@ class Watch:
         host, here = self.rendezvous.hosts[0], self.rendezvous.hosts[self._rank]
         same_host = [rank for rank, other in enumerate(self.rendezvous.hosts) if rank and other == here]
         if self._rank == min(same_host, default=0):
-            print(
-                _failure(f"rank 0 on {host}, or its launcher, died or cannot be reached"), file=sys.stderr, flush=True
-            )
+            message = _failure(f"rank 0 on {host}, or its launcher, died or cannot be reached")
+            print(message, file=sys.stderr, flush=True)
+            self.on_failure(message, LOST, [0])
         self._leave(LOST)
 
 
@@ -331,7 +334,7 @@ def _may_be_of_a_collective(error: BaseException) -> bool:
 
 
 def _failure(why: str) -> str:
-    return f"error: {why}; resume from the last checkpoint with --resume."
+    return f"error: {why}{RESUME}"
 
 
 def _position(heartbeat: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from megamoe.monitoring.sink import Sample, Sink
 
 EVENTS = "events.jsonl"
+ENDS = ("stop", "end", "error", "death", "stall")  # the events after which nobody trains, until a resume
 
 
 class LogFilesSink(Sink):
@@ -35,45 +36,69 @@ class LogFilesSink(Sink):
 
 
 def write_event(run_dir: Path, event: str, step: int, values: dict[str, Any]) -> None:
-    """Append to RUN/events.jsonl, from any rank."""
+    """Append to RUN/events.jsonl, from any rank. `values` may have another `time` than now."""
     _append(run_dir / EVENTS, {"time": time.time(), "event": event, "step": step, **values})
 
 
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """With None for NaN and infinity, which a skipped step brings and JSON does not have."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()}  # fmt: skip
+
+
 def _append(path: Path, values: dict[str, Any]) -> None:
-    # JSON has no NaN and no infinity, which a skipped step brings.
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-              for key, value in values.items()}  # fmt: skip
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":
                 file.write(b"\n")  # a run that was killed while it wrote has left half a line
-        file.write(json.dumps(finite).encode() + b"\n")
+        file.write(json.dumps(finite(values)).encode() + b"\n")
+
+
+class JsonLines:
+    """A file of JSON lines that may still grow."""
+
+    def __init__(self, path: Path):
+        self._path, self._end = path, 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The records since the last call; none where there is no file."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(self._path, "rb") as file:
+            file.seek(self._end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._end += len(line)
+                with contextlib.suppress(ValueError):  # torn when the run was killed
+                    yield json.loads(line)
+
+
+class RunLog:
+    """RUN/log.jsonl, which may still grow."""
+
+    def __init__(self, run_dir: Path):
+        self._lines, self._newest = JsonLines(run_dir / "log.jsonl"), 0
+        self._records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}, "samples": {}}
+
+    def read(self) -> dict[str, list[dict[str, Any]]]:
+        """The records up to now, as `read_log`."""
+        for record in self._lines.new():
+            kind, step = record.pop("kind"), record["step"]
+            if kind == "train" and step < self._newest:  # steps only rise, until a resume goes back
+                for by_step in self._records.values():
+                    for later in [logged for logged in by_step if logged > step]:
+                        del by_step[later]
+            self._newest = step if kind == "train" else max(self._newest, step)
+            self._records[kind][step] = {key: math.nan if value is None else value for key, value in record.items()}
+        return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in self._records.items()}
 
 
 def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of RUN/log.jsonl by kind ("train", "valid", "samples"), without those that a resumed run left
-    behind."""
-    records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}, "samples": {}}
-    newest = 0
-    for record in _read(run_dir / "log.jsonl"):
-        kind, step = record.pop("kind"), record["step"]
-        if kind == "train" and step < newest:  # steps only rise, until a resume goes back
-            for by_step in records.values():
-                for later in [logged for logged in by_step if logged > step]:
-                    del by_step[later]
-        newest = step if kind == "train" else max(newest, step)
-        records[kind][step] = {key: math.nan if value is None else value for key, value in record.items()}
-    return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in records.items()}
+    """The records of RUN/log.jsonl by kind ("train", "valid", "samples") and step, without those that a resumed run
+    left behind."""
+    return RunLog(run_dir).read()
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """The records of RUN/events.jsonl as they were written; none where there is no file."""
-    path = run_dir / EVENTS
-    return list(_read(path)) if path.is_file() else []
-
-
-def _read(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # torn when the run was killed
-            yield json.loads(line)
+    return list(JsonLines(run_dir / EVENTS).new())

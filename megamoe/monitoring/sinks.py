@@ -99,9 +99,9 @@ def open_sinks(
         only: in place of all.
         more: sinks of the caller's.
     """
-    chosen = {"tensorboard": {"folder": run_dir / "tensorboard"}} if trackers is None else trackers
-    group = SinkGroup(
-        only or [*(kind() for kind in SINKS), *(TRACKERS[name](**one) for name, one in chosen.items()), *more]
-    )
+    if not only:
+        chosen = {"tensorboard": {"folder": run_dir / "tensorboard"}} if trackers is None else trackers
+        only = [*(kind() for kind in SINKS), *(TRACKERS[name](**one) for name, one in chosen.items()), *more]
+    group = SinkGroup(only)
     group.open(run_dir, first_step, record)
     return group

@@ -79,11 +79,6 @@ class Plan:
         return self.footprint.saved * self.setup.world_size
 
     @property
-    def checkpoint_bytes(self) -> int:
-        """Of one checkpoint, over all ranks."""
-        return self.footprint.saved * self.setup.world_size
-
-    @property
     def fits(self) -> bool:
         return self.footprint.peak.total() <= self.device.memory
 

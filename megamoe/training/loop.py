@@ -83,6 +83,7 @@ class Trainer:
         """
         if any(on_any_rank(self.stop.asked, device=self.train_step.device)):
             self._say(first, "stopped by a signal before the first step")
+            self._tell("stop", first, reason="by a signal")
             return False
         self._say(first, f"mfu is the share of {self.metrics.peak}")
         self.train_step.model.train()
@@ -104,8 +105,8 @@ class Trainer:
                 # The update may still run on the device; the next step waits for it.
                 self.metrics.add(result, self.ledger.data_step(step), time.perf_counter() - started)
 
-                if step == first + 1 and self.sinks:
-                    self.sinks.log_event("first_step", step, {"seconds": time.time() - Process().create_time()})
+                if step == first + 1:
+                    self._tell("first_step", step, seconds=time.time() - Process().create_time())
                 self._watch(step, last, result)
                 final = step == last or asked or out_of_time
                 if logs or final:
@@ -129,8 +130,10 @@ class Trainer:
                 if final and step < last:
                     how = "by a signal" if asked else "before the time limit"
                     self._say(step, f"stopped {how} after step {step}; continue with --resume")
+                    self._tell("stop", step, reason=how)
                     return False
                 longest = max(longest, time.perf_counter() - started)
+        self._tell("end", last)
         return True
 
     def _save(self, step: int, final: bool) -> None:
@@ -141,6 +144,7 @@ class Trainer:
         if final and not self.writer.complete():
             (is_gone,) = on_any_rank(self.folder_is_gone(), device=self.train_step.device)
             self._check(step, is_gone)
+            self._tell("error", step, reason="the last checkpoint could not be saved", code=FAILED)
             sys.exit(FAILED)  # rank 0 has said why
 
     def _check(self, step: int, folder_is_gone: bool) -> None:
@@ -151,6 +155,7 @@ class Trainer:
             error = f"{self.writer.folder.parent} has been removed while the run trained in it; start again"
         if warning:
             self._say(step, f"warning after step {step}: {warning}")
+            self._tell("warning", step, reason=warning)
         if error:
             self._end(step, error)
 
@@ -159,6 +164,7 @@ class Trainer:
             self.writer.complete()
         if self.rank == 0:
             print(f"error: after step {step}: {error}.", file=sys.stderr, flush=True)
+            self._tell("error", step, reason=error, code=REFUSED)
         sys.exit(REFUSED)
 
     def _watch(self, step: int, last: int, result: StepResult) -> None:
@@ -170,11 +176,12 @@ class Trainer:
         if event and self.sinks:
             data_step = self.ledger.data_step(step)
             samples = self.data.step_samples(data_step)
-            self.sinks.log_event(event.kind, step, {**event.values, "data_step": data_step, "samples": samples})
+            self._tell(event.kind, step, **event.values, data_step=data_step, samples=samples)
             self._say(step, event.line)
         if self.sinks and self.guard.watches and result.balance:
             for line in self.health.warnings(step, last, result.balance):
                 self._say(step, line)
+                self._tell("warning", step, reason=line)
 
     def _go_back(self, step: int, why: Return) -> int:
         """Return to an older checkpoint; returns its step."""
@@ -190,7 +197,7 @@ class Trainer:
         self.metrics.restart(to_step)
         if self.sinks:
             self.sinks.go_back(to_step)
-            self.sinks.log_event("rollback", step, event)
+            self._tell("rollback", step, **event)
             self._say(to_step, line)
         return to_step
 
@@ -267,6 +274,10 @@ class Trainer:
     def _say(self, step: int, line: str | None) -> None:
         if self.sinks and line:
             self.sinks.log_text(step, line)
+
+    def _tell(self, event: str, step: int, **values: Any) -> None:
+        if self.sinks:
+            self.sinks.log_event(event, step, values)
 
 
 def _due(step: int, every: int) -> bool:

@@ -74,7 +74,7 @@ class StepMetrics:
         if self.peak.is_measured:
             self.peak = replace(self.peak, flops=max(self.peak.flops, flops))
         phase, balance = self._phase, self._last.balance
-        entropies = balance.entropies if balance else []
+        entropies, max_vio = (balance.entropies, balance.running_max_vio.tolist()) if balance else ([], [])
         dead = math.nan
         if balance:
             dead = (balance.running_loads * balance.running_loads.shape[1] < DEAD_SHARE).sum().item()
@@ -100,6 +100,7 @@ class StepMetrics:
             "router_entropy": fmean(entropies) if entropies else math.nan,
             "lowest_router_entropy": min(entropies, default=math.nan),
             "router_entropy_by_block": dict(zip(map(str, self._blocks if entropies else []), entropies, strict=True)),
+            "running_max_vio_by_block": dict(zip(map(str, self._blocks if balance else []), max_vio, strict=True)),
             "grad_norm": self._last.grad_norm,
             **{f"weight_norm/{kind}": norm for kind, norm in self._last.weight_norms.items()},
             "memory_gib": memory_gib(self._device),

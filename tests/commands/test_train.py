@@ -14,7 +14,8 @@ from toy import PRESET, ds_config
 
 from megamoe import __main__ as program
 from megamoe.commands import train as command
-from megamoe.commands.train import prepare_text
+from megamoe.commands.train import Train, prepare_text
+from megamoe.monitoring.log_files import read_events
 
 TEXT = "The quick brown fox jumps over the lazy dog, and it sleeps on. " * 600
 
@@ -103,10 +104,33 @@ def test_ranks_get_the_words_but_for_those_of_train_alone_and_with_what_a_text_i
     with pytest.raises(SystemExit) as caught:
         program.main()
     assert caught.value.code == 75
-    (((rank, *rest), ranks),) = given
+    (((rank, *rest), ranks, _),) = given
     assert (Path(rank).name, rest, ranks) == ("pretrain.py", of_ranks.split(), number)
     own = " --run_dir runs/my-now" if "runs/my-now" in of_ranks else ""
     assert capsys.readouterr().err == (f"to continue: megamoe train {words}{own}\n" if "--text" in words else "")
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from megamoe.monitoring.log_files import write_event
+if os.environ["RANK"] == "0":
+    write_event(Path(sys.argv[1]), "start", 3, {})
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_death_of_all_ranks_at_once_is_recorded_and_sent_by_the_process_that_has_started_them(tmp_path):
+    run, alert = tmp_path / "run", tmp_path / "alert"
+    run.mkdir()
+    options = Train(on_event=[f"tee '{alert}'"])
+    assert command.run(["-c", KILLED, str(run)], 2, options, run) == 137
+    assert [one["event"] for one in read_events(run)] == ["start", "death"]
+    death = read_events(run)[-1]
+    assert (death["step"], death["code"], death["reason"]) == (3, 137, "the ranks exited with code 137")
+    sent = json.loads(alert.read_text())
+    assert {**sent, **death, "time": sent["time"]} == sent
+    assert sent["text"].startswith(f"{run} on {sent['host']}: death, step 3: the ranks exited")
 
 
 def test_without_text_or_data_train_says_how_to_give_them(folder, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from megamoe.launch.exits import leave
 from megamoe.launch.holders import pid_space
 from megamoe.launch.rank_info import RANK_ON_HOST
 from megamoe.launch.watch import Intervals, Watch
+from megamoe.monitoring.log_files import read_events
 from megamoe.training.step import TrainStep
 from megamoe.utils.errors import UserError
 
@@ -138,6 +139,11 @@ def test_all_ranks_leave_with_one_code_for_what_went_wrong_on_one(device, number
     assert said.count(TABLE[fault][2]) == 1, said
     assert said.count("Traceback") == (fault in (fall_over, fall_over_as_torch_does)), said
     assert ("resume from the last checkpoint" in said) == (fault is not refuse)
+    if moment == "step":
+        (event,) = [one for one in read_events(tmp_path / "run") if one["event"] != "start"]
+        assert event["event"] == ("death" if fault is kill else "error"), event
+        assert event["ranks"] == ([failing] if fault is kill else [])
+        assert event["reason"] in said
 
 
 def send(number):
@@ -189,6 +195,7 @@ def test_ranks_that_wait_for_one_that_hangs_say_where_each_is(tmp_path):
     said = output.read_text()
     assert (first.exitcode, second.exitcode) == (LOST, LOST), said
     assert len(re.findall(STALL, said)) == 1, said
+    assert [one["event"] for one in read_events(tmp_path / "run")] == ["start", "stall"]
 
 
 def leave_with(code, environment):
