@@ -28,7 +28,9 @@ from megamoe.monitoring.log_files import write_event
 from megamoe.utils.run_folder import RunFolder
 how, rank, run = sys.argv[1][-5:], os.environ["RANK"], Path(sys.argv[1])
 signal.signal(signal.SIGUSR1, lambda *_: os.write(1, b"asked\\n") and how == "twice" or os._exit(75))
-if rank == "0":
+if rank == "1":
+    Path(f"{run}.ready").touch()
+else:
     folder = RunFolder(run)
     folder.enter({"last_step": 8, "preset": "tiny"}, [])
     write_event(run, "start", 0, {})
@@ -60,7 +62,7 @@ def test_lines_scroll_above_the_view_no_rank_waits_for_the_terminal_and_that_is_
     words = [sys.executable, "-c", PROGRAM, str(run), RANK]
     process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True)
     until = time.monotonic() + DEADLINE
-    while not (run / "written").exists():  # while nobody reads the terminal
+    while not ((run / "written").exists() and run.with_suffix(".ready").exists()):  # while nobody reads the terminal
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.05)
