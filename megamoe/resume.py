@@ -126,14 +126,14 @@ def check_changes(run: RunConfig, start: Start, record: dict[str, Any]) -> Chang
 
 def _phases(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Of a run's record, what decides which data its steps read. Where a corpus lies does not."""
-    of_phase, of_source = ("first_step", "seq_len", "samples_per_step"), ("weight", "fingerprint", "first_sample")
+    of_phase, of_source = ("seq_len", "samples_per_step"), ("weight", "fingerprint", "first_sample")
     try:
         return [
-            {key: phase[key] for key in of_phase}
+            {"first_step": int(phase["first_step"]), **{key: phase[key] for key in of_phase}}
             | {"data": [{key: source[key] for key in of_source} for source in phase["data"]]}
             for phase in record["phases"]
         ]
-    except (KeyError, TypeError):  # no record of ours
+    except (KeyError, TypeError, ValueError):  # no record of ours
         return []
 
 

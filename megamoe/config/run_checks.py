@@ -8,7 +8,7 @@ from typing import Any
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe
-from megamoe.config.run import RunConfig
+from megamoe.config.run import PROMPT, RunConfig
 from megamoe.config.schedule import Schedule
 from megamoe.utils.errors import SoundFields, broken_rules
 
@@ -52,7 +52,7 @@ def _guard(m: Any) -> Iterator[str]:
 
 
 def _samples(m: Any) -> Iterator[str]:
-    if "sample_prompts" in m.run.model_fields_set and not m.run.sample_interval:
+    if m.run.sample_prompts != [PROMPT] and not m.run.sample_interval:
         yield "sample_prompts are given, but sample_interval is 0, so none is continued; raise it."
 
 

@@ -9,7 +9,9 @@ from unittest import mock
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import _CachedTorchDispatchMode
 
 # The methods of a process group, each with its kind, as in `planning/traffic.py`, and the argument whose bytes are the
 # payload: what is reduced, what is sent to all, what is gathered from all.
@@ -41,9 +43,16 @@ class Collectives(ExitStack):
 
     def _counted(self, method: Any, kind: str, position: int) -> Any:
         def call(group: ProcessGroup, *args: Any, **options: Any) -> Any:
-            self.calls[kind, group.size()] += 1
-            sent = (one.nbytes for one in tree_iter(args[position]) if isinstance(one, Tensor))
-            self.payload[kind, group.size()] += sum(sent)
+            if not _is_cached(args[0]):
+                self.calls[kind, group.size()] += 1
+                sent = (one.nbytes for one in tree_iter(args[position]) if isinstance(one, Tensor))
+                self.payload[kind, group.size()] += sum(sent)
             return method(group, *args, **options)
 
         return call
+
+
+def _is_cached(received: Any) -> bool:
+    """Whether a selective recomputation takes the rows that were kept, by `model/recompute.py`, and sends nothing."""
+    is_recomputed = any(isinstance(one, _CachedTorchDispatchMode) for one in _get_current_dispatch_mode_stack())
+    return is_recomputed and received.is_floating_point()
