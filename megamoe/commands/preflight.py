@@ -26,7 +26,7 @@ from megamoe.config.run import RunConfig, parse_run
 from megamoe.launch.endpoint import Endpoint, join
 from megamoe.launch.preflight import marker_next_to, print_warnings, problems, report
 from megamoe.launch.rank_info import hosts_of
-from megamoe.launch.remote import ask_by_srun, ask_by_ssh
+from megamoe.launch.remote import ask_by_srun, ask_by_ssh, in_lines
 from megamoe.utils.errors import Problems, UserError
 
 
@@ -114,7 +114,8 @@ def check_endpoint(options: Preflight, where: str, run: RunConfig, words: list[s
 
 
 def print_report(options: Preflight, peer: str, run: RunConfig, words: list[str]) -> None:
-    print(json.dumps(asdict(report(run, shlex.join(words), peer, options.marker, options.port))))
+    found = report(run, shlex.join(words), peer, options.marker, options.port)
+    print("\n".join(in_lines(found.host, json.dumps(asdict(found)))))
 
 
 CHECKS = {"hostfile": check_hostfile, "slurm": check_slurm, "endpoint": check_endpoint, "report": print_report}

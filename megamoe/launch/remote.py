@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megamoe.launch.preflight import Report
 from megamoe.utils.errors import UserError
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+REPORT = "report of "  # before each of its lines
 REPORT_SECONDS = 120  # a cold file system takes a while to load torch
 
 
@@ -22,7 +24,7 @@ def ask_by_ssh(hosts: list[str], command: list[str]) -> tuple[dict[str, Report],
     def ask(host: str) -> Report:
         line = f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(command)}"
         printed = _run(host, [*SSH, host, line])
-        if not (found := _reports(printed)):
+        if not (found := reports_in(printed)):
             raise UserError(f"{host} answers without a report; see what `ssh {host} true` prints.")
         return found[-1]
 
@@ -39,7 +41,7 @@ def ask_by_ssh(hosts: list[str], command: list[str]) -> tuple[dict[str, Report],
 def ask_by_srun(nodes: int, command: list[str]) -> list[Report]:
     """Run `command` once on each node of this Slurm job. Raises UserError where one gives no report."""
     srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    reports = _reports(_run("the Slurm job's nodes", [*srun, *command]))
+    reports = reports_in(_run("the Slurm job's nodes", [*srun, *command]))
     if len(reports) != nodes:
         raise UserError(
             f"{len(reports)} of {nodes} nodes have answered ({', '.join(one.host for one in reports)}); see by sinfo "
@@ -48,8 +50,19 @@ def ask_by_srun(nodes: int, command: list[str]) -> list[Report]:
     return reports
 
 
-def _reports(printed: str) -> list[Report]:
-    return [Report.of(json.loads(line)) for line in printed.splitlines() if line.startswith("{")]
+def in_lines(host: str, text: str) -> list[str]:
+    """A host's report in lines that srun, which joins those of all nodes, does not cut: it does above 1024 bytes."""
+    return [f"{REPORT}{host} {text[start : start + 500]}" for start in range(0, len(text), 500)]
+
+
+def reports_in(printed: str) -> list[Report]:
+    """The reports among the lines that hosts have printed."""
+    pieces = defaultdict[str, str](str)
+    for line in printed.splitlines():
+        if line.startswith(REPORT):
+            host, _, piece = line.removeprefix(REPORT).partition(" ")
+            pieces[host] += piece
+    return [Report.of(json.loads(text)) for text in pieces.values()]
 
 
 def _run(host: str, command: list[str]) -> str:

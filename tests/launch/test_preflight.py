@@ -1,6 +1,5 @@
 """What must hold on every host. That hosts are asked is in tests/launchers."""
 
-import json
 import os
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from megamoe.commands.preflight import read_hostfile
 from megamoe.config.run import RunConfig
 from megamoe.launch.host_checks import Finding
 from megamoe.launch.preflight import Report, marker_next_to, needed_files, problems, report
+from megamoe.launch.remote import reports_in
 from megamoe.launch.versions import versions
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "preflight.py"
@@ -132,4 +132,5 @@ def test_a_host_reports_without_deepspeed(tmp_path):
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["host"] == socket.gethostname()
+    (found,) = reports_in(done.stdout)
+    assert found.host == socket.gethostname()
