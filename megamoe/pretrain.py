@@ -55,7 +55,7 @@ from megamoe.model.placement import placement_problems
 from megamoe.monitoring.alerts import Alerts
 from megamoe.monitoring.ends import tell_failure, tell_unseen_death
 from megamoe.monitoring.sink import Sink
-from megamoe.monitoring.sinks import open_sinks
+from megamoe.monitoring.sinks import SinkGroup, make_sinks
 from megamoe.planning.sharding import setup_of
 from megamoe.planning.traffic import describe_traffic
 from megamoe.resume import Changes, Start, check_changes, find_start
@@ -67,7 +67,7 @@ from megamoe.training.guard import Guard
 from megamoe.training.loop import Trainer
 from megamoe.training.rollback import saved_guard
 from megamoe.training.step import TrainStep, build_train_step
-from megamoe.training.weight_average import describe_change
+from megamoe.training.weight_average import WeightAverage, describe_change
 from megamoe.utils.errors import Problems
 from megamoe.utils.json_files import read_json
 from megamoe.utils.run_folder import RunFolder
@@ -281,30 +281,15 @@ def run(
     dist.broadcast_object_list(ledger)  # rank 0 has read it
     sinks = None
     if start.folder:
-        has_average = bool(train_step.average and train_step.average.has_begun)
-        of_start = {"checkpoint": checkpoint and checkpoint.name}
-        start.folder.enter({"step": first, **of_start, **checked.record}, inputs.tokenizer_files)
-        sinks = open_sinks(
-            config.folder, first, checked.record, chosen_trackers(config, recipe),
-            only=sinks_only, more=[Alerts(config.on_event, config.folder)],
-        )  # fmt: skip
-        tell_unseen_death(sinks, config.folder)
-        sinks.log_event("resume" if start.is_resuming else "start", first, of_start)
-        for line in first_lines(checked, first, checkpoint, has_average):
+        sinks = enter_folder(checked, start.folder, first, checkpoint, sinks_only)
+        for line in first_lines(checked, first, checkpoint, train_step.average):
             sinks.log_text(first, line)
     writer = CheckpointWriter(
-        train_step.engine,
-        config.folder / "checkpoints",
-        checked.record,
-        store=store,
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
-        background=not config.foreground_save,
-        resumed=checkpoint,
-        ledger=ledger[0],
+        train_step.engine, config.folder / "checkpoints", checked.record, store=store, keep_last=config.keep_last,
+        keep_every=config.keep_every, background=not config.foreground_save, resumed=checkpoint, ledger=ledger[0],
         waiting=lambda: position.at("saving"),
         saved=lambda step, values: sinks.log_event("save", step, values) if sinks else None,
-    )
+    )  # fmt: skip
     collectives = Collectives() if recipe.counts_collectives else None
     trainer = Trainer(
         train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
@@ -320,12 +305,27 @@ def run(
             eval_every=config.eval_interval, save_every=config.save_interval, tasks_every=config.lm_eval_interval,
         )  # fmt: skip
         if sinks and collectives and collectives.entered:
-            setup = setup_of(config, checked.model, recipe, checked.data)
-            sinks.log_text(train_step.engine.global_steps, describe_traffic(collectives, setup))
+            of_step = describe_traffic(collectives, setup_of(config, checked.model, recipe, checked.data))
+            sinks.log_text(train_step.engine.global_steps, of_step)
         return reached
     finally:
         if sinks:
             sinks.close()
+
+
+def enter_folder(
+    checked: Checked, folder: RunFolder, first: int, checkpoint: Path | None, sinks_only: Sequence[Sink]
+) -> SinkGroup:
+    """Write the record of the start, or of the resume from `checkpoint`, and tell of it. On rank 0; arguments as of
+    `run`."""
+    run, of_start = checked.run, {"checkpoint": checkpoint and checkpoint.name}
+    folder.enter({"step": first, **of_start, **checked.record}, checked.inputs.tokenizer_files)
+    trackers = chosen_trackers(run, checked.recipe)
+    sinks = SinkGroup(sinks_only or [*make_sinks(trackers), Alerts(run.on_event, run.folder)])
+    sinks.open(run.folder, first, checked.record)
+    tell_unseen_death(sinks, run.folder)
+    sinks.log_event("resume" if checked.start.is_resuming else "start", first, of_start)
+    return sinks
 
 
 def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list[Path]) -> Path | None:
@@ -339,11 +339,11 @@ def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list
     return checkpoint
 
 
-def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_average: bool) -> list[str]:
+def first_lines(checked: Checked, first: int, checkpoint: Path | None, average: WeightAverage | None) -> list[str]:
     """What the log says of the run before step `first` + 1.
 
     Args:
-        has_average: the checkpoint holds averaged weights, and the run goes on with them.
+        average: of the weights, which has begun where the checkpoint holds it.
     """
     run, model, recipe, start = checked.run, checked.model, checked.recipe, checked.start
     lines: list[str | None] = [
@@ -364,6 +364,7 @@ def first_lines(checked: Checked, first: int, checkpoint: Path | None, has_avera
     if checked.changes.phases:
         lines.append(f"the data that the run reads after step {first} changes")
     if checkpoint:
+        has_average = bool(average and average.has_begun)
         lines.append(describe_change(first, checked.changes.ema_decay_before, run.ema_decay, has_average))
     return [line for line in lines if line]
 

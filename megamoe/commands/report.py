@@ -9,8 +9,9 @@ from pydantic import Field
 
 from megamoe.config.cli import Options, Positional
 from megamoe.monitoring.curves import draw
+from megamoe.monitoring.evaluations import further_sets, results
 from megamoe.monitoring.page import page, summary
-from megamoe.monitoring.recorded_run import further_sets, read_run, results
+from megamoe.monitoring.run_state import RunState
 from megamoe.utils.errors import Problems, UserError
 
 ROWS = 16  # of the loss table, at most
@@ -23,6 +24,14 @@ class Report(Options):
         description="page to write, a name in .md, with its picture next to it, or the folder of report.md; by default "
         "the run's folder, and of several runs this one",
     )
+
+
+def read_run(folder: Path) -> RunState:
+    """A run that has trained. Raises UserError."""
+    run = RunState(folder)
+    if not run.log["train"]:
+        raise UserError(f"{folder} holds no logged step yet; wait for the first one.")
+    return run
 
 
 def loss_table(log: dict[str, list[dict[str, Any]]]) -> str:
@@ -64,7 +73,8 @@ def report(options: Report) -> None:
     runs = [problems.attempt(read_run, run_dir) for run_dir in options.runs]
     problems.refuse()
     if len({run.name for run in runs}) < len(runs):
-        runs = [run._replace(name=str(run_dir)) for run, run_dir in zip(runs, options.runs, strict=True)]
+        for run in runs:
+            run.name = str(run.folder)
     out = options.out or (options.runs[0] if len(runs) == 1 else Path())
     text = out if out.suffix == ".md" else out / "report.md"
     picture = text.with_suffix(".png")

@@ -21,7 +21,7 @@ from megamoe.monitoring.view import render, rows
 class Status(Options):
     run: Positional[Path] = Field(default=Path("runs"), description="folder of a run, or of several")
     follow: Annotated[bool, Parameter(alias="-f")] = Field(
-        default=False, description="in a terminal, show it anew every second until the run ends"
+        default=False, description="in a terminal, refresh it every second until the run ends"
     )
 
 

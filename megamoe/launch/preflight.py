@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ class Report:
     address: str | None  # its own on the route to that; None without a route
     port: int  # that is free
     port_in_use: bool  # the one that was asked for
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding]  # that are not ok
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Report:
         """A report that was sent as JSON."""
-        return cls(**{**record, "findings": [Finding(**one) for one in record.get("findings", [])]})
+        return cls(**{**record, "findings": [Finding(**one) for one in record["findings"]]})
 
 
 def needed_files(run: RunConfig) -> list[Path]:
@@ -81,7 +81,7 @@ def report(run: RunConfig, started: str, peer: str, marker: Path | None, port: i
         address=address_towards(peer),
         port=free_port() if port is None else port,
         port_in_use=port is not None and not is_free(port),
-        findings=host_findings(run.folder),
+        findings=[one for one in host_findings(run.folder) if one.severity != "ok"],
     )
 
 

@@ -8,7 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from megamoe.monitoring.recorded_run import RecordedRun, description, further_sets, points, task_values
+from megamoe.monitoring.evaluations import description, further_sets, points, task_values
+from megamoe.monitoring.run_state import RunState
 
 TITLES = {"L": "loss (nats per token)", "B": "running MaxVio", "R": "learning rate", "S": "tokens/s", "T": "tasks"}
 KEYS = {"B": "running_max_vio", "R": "lr", "S": "tokens_per_second"}
@@ -17,7 +18,7 @@ STYLE = dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon")
 DARKEST = 1.0  # MaxVio of a layer, so that the healthy range, below 0.2, can be told apart
 
 
-def draw(runs: list[RecordedRun]) -> Figure:
+def draw(runs: list[RunState]) -> Figure:
     """Curves over the steps of one run, with the balance of its layers, or of several over their tokens, where all of
     them log these. The axes of the loss come first."""
     matplotlib.use("Agg")
@@ -53,7 +54,7 @@ def draw(runs: list[RecordedRun]) -> Figure:
     return figure
 
 
-def _draw_run(panels: dict[str, Any], run: RecordedRun, at: np.ndarray, color: str | None) -> None:
+def _draw_run(panels: dict[str, Any], run: RunState, at: np.ndarray, color: str | None) -> None:
     """What pictures of one and of several runs have.
 
     Args:
@@ -77,13 +78,13 @@ def _draw_run(panels: dict[str, Any], run: RecordedRun, at: np.ndarray, color: s
             panels[panel].plot(x, values, line, color=color, label=label or "_", alpha=faint, markersize=4)
 
 
-def _draw_restarts(axes: Any, run: RecordedRun) -> None:
+def _draw_restarts(axes: Any, run: RunState) -> None:
     for kind, line in RESTARTS.items():
         if steps := [event["step"] for event in run.events if event["event"] == kind]:
             axes.vlines(steps, 0, 1, "0.4", line, transform=axes.get_xaxis_transform(), label=kind)
 
 
-def _draw_layers(axes: Any, run: RecordedRun) -> None:
+def _draw_layers(axes: Any, run: RunState) -> None:
     """A map of layers and steps in the place of the curve, where the log has them."""
     key = "running_max_vio_by_block"
     found = [(row["step"], row[key]) for row in run.log["train"] if row.get(key)]
@@ -98,7 +99,7 @@ def _draw_layers(axes: Any, run: RecordedRun) -> None:
         axes.yaxis.get_major_locator().set_params(integer=True)
 
 
-def _draw_bits(axes: Any, runs: list[RecordedRun]) -> None:
+def _draw_bits(axes: Any, runs: list[RunState]) -> None:
     """A second scale, where a token of all held-out sets is as many bytes."""
     rows = [row for run in runs for row in run.held_out if "bits_per_byte" in row]
     ratios = {round(row["bits_per_byte"] / row["loss"], 4) for row in rows}

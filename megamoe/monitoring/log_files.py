@@ -13,6 +13,7 @@ from typing import Any
 
 from megamoe.monitoring.sink import Sample, Sink
 
+Rows = list[dict[str, Any]]
 EVENTS = "events.jsonl"
 ENDS = ("stop", "end", "error", "death", "stall")  # the events after which nobody trains, until a resume
 
@@ -80,7 +81,7 @@ class RunLog:
         self._lines, self._newest = JsonLines(run_dir / "log.jsonl"), 0
         self._records: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "valid": {}, "samples": {}}
 
-    def read(self) -> dict[str, list[dict[str, Any]]]:
+    def read(self) -> dict[str, Rows]:
         """The records up to now, as `read_log`."""
         for record in self._lines.new():
             kind, step = record.pop("kind"), record["step"]
@@ -93,12 +94,12 @@ class RunLog:
         return {kind: [by_step[step] for step in sorted(by_step)] for kind, by_step in self._records.items()}
 
 
-def read_log(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+def read_log(run_dir: Path) -> dict[str, Rows]:
     """The records of RUN/log.jsonl by kind ("train", "valid", "samples") and step, without those that a resumed run
     left behind."""
     return RunLog(run_dir).read()
 
 
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
+def read_events(run_dir: Path) -> Rows:
     """The records of RUN/events.jsonl as they were written; none where there is no file."""
     return list(JsonLines(run_dir / EVENTS).new())

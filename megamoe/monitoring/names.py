@@ -10,7 +10,7 @@ GROUPS = {  # of the names of `log_scalars`; all others belong to train/ or vali
     "optimizer": ("lr", "grad_norm", "weight_norm", "skipped_steps", "guarded_steps", "rollbacks"),
     "router": (
         "max_vio", "running_max_vio", "worst_running_max_vio", "dead_experts", "effective_experts",
-        "lowest_effective_experts", "router_entropy", "lowest_router_entropy", "router_entropy_by_block",
+        "lowest_effective_experts", "router_entropy", "lowest_router_entropy",
     ),
 }  # fmt: skip
 TEXT, SAMPLES, EXPERT_LOAD = "run/text", "samples", "router/expert_load"
@@ -23,8 +23,8 @@ def named(kind: str, values: dict[str, Any]) -> dict[str, float]:
     (NAME_by_block) as NAME/layer_NN."""
     found: dict[str, float] = {}
     for key, value in values.items():
-        group = _GROUP_OF.get(key.partition("/")[0], kind) if kind == "train" else kind
         name = key.removesuffix("_by_block")
+        group = _GROUP_OF.get(name.partition("/")[0], kind) if kind == "train" else kind
         name = f"{group}/{name.replace('router_', '') if group == 'router' else name}"
         if isinstance(value, dict):
             found |= {layer(name, int(block)): inner for block, inner in value.items()}

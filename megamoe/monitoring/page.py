@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 from urllib.parse import quote
 
-from megamoe.monitoring.recorded_run import RecordedRun, results
+from megamoe.monitoring.evaluations import results
+from megamoe.monitoring.run_state import RunState
 
 HEAD = ("run", "parameters", "steps", "tokens", "loss", "held out", "bits/byte", "MaxVio", "tokens/s")
 RESTARTS = ("resume", "rollback", "stop", "error", "death", "stall")  # events
@@ -34,7 +35,7 @@ def _cell(value: Any) -> str:
     return " ".join(text.split()).replace("|", r"\|")
 
 
-def summary(runs: list[RecordedRun]) -> str:
+def summary(runs: list[RunState]) -> str:
     """A row per run: its last logged step, its last evaluation, and its speed, the median of the logged steps."""
     rows = []
     for run in runs:
@@ -46,7 +47,7 @@ def summary(runs: list[RecordedRun]) -> str:
     return table(HEAD, rows)
 
 
-def page(runs: list[RecordedRun], picture: str) -> str:
+def page(runs: list[RunState], picture: str) -> str:
     """The page, with the picture at this path from it."""
     more = _of_one(runs[0]) if len(runs) == 1 else _differences(runs)
     parts = (
@@ -58,7 +59,7 @@ def page(runs: list[RecordedRun], picture: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _differences(runs: list[RecordedRun]) -> Iterator[str]:
+def _differences(runs: list[RunState]) -> Iterator[str]:
     found = [dict(_leaves({key: run.record.get(key) for key in COMPARED})) for run in runs]
     names = [name for name in dict.fromkeys(key for one in found for key in one) if name not in NOT_COMPARED]
     rows = [(name, *(one.get(name) for one in found)) for name in names]
@@ -70,7 +71,7 @@ def _leaves(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any
         yield from _leaves(value, f"{before}{key}.") if isinstance(value, dict) else [(f"{before}{key}", value)]
 
 
-def _of_one(run: RecordedRun) -> Iterator[str]:
+def _of_one(run: RunState) -> Iterator[str]:
     if len(lines := [f"- {line}" for line in results(run.log["valid"])]) > 1:
         yield "\n".join(lines)
     if restarts := [_event_row(event) for event in run.events if event["event"] in RESTARTS]:
@@ -78,14 +79,12 @@ def _of_one(run: RecordedRun) -> Iterator[str]:
     for row in run.log["samples"][-1:]:
         yield f"Samples after step {row['step']}:"
         yield from (_verbatim(one["prompt"] + one["continuation"]) for one in row["samples"])
-    if record := run.record:
-        ranks, versions = record.get("world_size", 1), record.get("versions", {}).items()
-        shape = f"{record.get('preset')} on {ranks} ranks, ep_size {record.get('ep_size', 1)}"
-        yield f"{shape}; {', '.join(f'{name} {value}' for name, value in versions)}:"
-        words = [word for word in record.get("command", [])[1:] if not word.startswith("--local_rank")]
-        yield _verbatim(shlex.join(["megamoe", "train", "--ranks", str(ranks), *words]))
-        ds = _verbatim(json.dumps(record.get("deepspeed"), indent=1))
-        yield f"<details><summary>DeepSpeed JSON</summary>\n\n{ds}\n\n</details>"
+    record = run.record
+    shape = f"{record.get('preset')} on {record.get('world_size', 1)} ranks, ep_size {record.get('ep_size', 1)}"
+    yield f"{shape}; {', '.join(f'{name} {value}' for name, value in record.get('versions', {}).items())}:"
+    yield _verbatim(shlex.join(run.command()))
+    ds = _verbatim(json.dumps(record.get("deepspeed"), indent=1))
+    yield f"<details><summary>DeepSpeed JSON</summary>\n\n{ds}\n\n</details>"
 
 
 def _event_row(event: dict[str, Any]) -> list[Any]:

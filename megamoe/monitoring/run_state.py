@@ -11,7 +11,7 @@ from typing import Any
 
 from megamoe.checkpoint import folders
 from megamoe.data.ledger import read_ledger
-from megamoe.monitoring.log_files import ENDS, EVENTS, JsonLines, RunLog
+from megamoe.monitoring.log_files import ENDS, EVENTS, JsonLines, Rows, RunLog
 from megamoe.utils.errors import UserError
 from megamoe.utils.run_folder import LOCK, holder_of, last_record
 from megamoe.utils.text import duration
@@ -24,8 +24,8 @@ class RunState:
 
     def __init__(self, folder: Path):
         """Raises UserError where the folder holds no run."""
-        self.folder = folder
-        self.events = list[dict[str, Any]]()
+        self.folder, self.name = folder, folder.resolve().name
+        self.events: Rows = []
         self._log, self._new_events = RunLog(folder), JsonLines(folder / EVENTS)
         self.refresh()
 
@@ -58,15 +58,24 @@ class RunState:
             return f"locked by {holder}, or killed: this host sees no locks of others; {heard}"
         return f"killed: no process holds it, and nothing says how it ended; {heard}"
 
+    @property
+    def held_out(self) -> Rows:
+        """The evaluations of its first held-out set."""
+        return [row for row in self.log["valid"] if "loss" in row]
+
+    def command(self) -> list[str]:
+        """Its words, as one host starts the run."""
+        words = [word for word in self.record.get("command", [])[1:] if not word.startswith("--local_rank")]
+        return ["megamoe", "train", "--ranks", str(self.record.get("world_size", 1)), *words]
+
     def next_command(self) -> tuple[str, str] | None:
         """What to do now: "next" or "go on", and the command, on one host and from where the run was started."""
         if self.holder:
             return None
         if self.is_done:
             return "next", f"megamoe chat {shlex.quote(str(self.folder))}"
-        words = [word for word in self.record.get("command", [])[1:] if not word.startswith("--local_rank")]
+        words = self.command()
         given = {word.split("=")[0] for word in words}
-        words = ["megamoe", "train", "--ranks", str(self.record.get("world_size", 1)), *words]
         if "--run_dir" not in given:
             words += ["--run_dir", str(self.folder)]
         if not given & {"--resume", "--auto_resume"}:

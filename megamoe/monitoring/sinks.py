@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megamoe.monitoring.console import ConsoleSink
@@ -82,26 +81,6 @@ class BackgroundSink(SinkGroup):
             super()._call(method, *args)
 
 
-def open_sinks(
-    run_dir: Path,
-    first_step: int,
-    record: dict[str, Any],
-    trackers: Mapping[str, dict[str, Any]] | None = None,
-    *,
-    only: Sequence[Sink] = (),
-    more: Sequence[Sink] = (),
-) -> SinkGroup:
-    """All sinks of a run, open. On rank 0.
-
-    Args:
-        record: of the run, as in run.json.
-        trackers: the settings of those of `TRACKERS` that are chosen; None for TensorBoard alone.
-        only: in place of all.
-        more: sinks of the caller's.
-    """
-    if not only:
-        chosen = {"tensorboard": {"folder": run_dir / "tensorboard"}} if trackers is None else trackers
-        only = [*(kind() for kind in SINKS), *(TRACKERS[name](**one) for name, one in chosen.items()), *more]
-    group = SinkGroup(only)
-    group.open(run_dir, first_step, record)
-    return group
+def make_sinks(trackers: Mapping[str, dict[str, Any]]) -> list[Sink]:
+    """Those of a run, with the settings of those of `TRACKERS` that are chosen. On rank 0."""
+    return [*(kind() for kind in SINKS), *(TRACKERS[name](**settings) for name, settings in trackers.items())]

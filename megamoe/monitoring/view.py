@@ -68,7 +68,7 @@ def rows(state: RunState) -> Iterator[Row]:
     if log["train"]:
         left = f", {duration(log['train'][-1]['seconds_left'])} left" if state.holder else ""
         yield Row("step", f"{log['train'][-1]['step']:,}{of_last}{left}, logged {age(state.folder / 'log.jsonl')} ago")
-        yield from _values(log["train"], [row for row in log["valid"] if "loss" in row])
+        yield from _values(log["train"], state.held_out)
     else:
         yield Row("step", f"none is logged yet{of_last and ','}{of_last}")
     yield Row("checkpoint", f"{saved.name}, saved {age(saved)} ago" if saved else "none yet")

@@ -108,21 +108,17 @@ class Trainer:
                 if step == first + 1:
                     self._tell("first_step", step, seconds=time.time() - Process().create_time())
                 self._watch(step, last, result)
-                final = step == last or asked or out_of_time
+                leaves = asked or out_of_time
+                final = step == last or leaves
                 if logs or final:
                     self._log(step, last, result.balance)
                 self._check(step, is_gone)
                 why = self.guard.must_go_back()
-                if why and not (asked or out_of_time):
+                if why and not leaves:
                     step = self._go_back(step, why)
                     continue
-                # Tasks may take long: a run that leaves does not begin with them.
-                intervals = (self.evaluator, eval_every), (self.tasks, 0 if asked or out_of_time else tasks_every)
-                due = [one for one, every in intervals if one and (_due(step, every) or step == last)]
-                if due:
-                    self._evaluate(due, step)
-                if self.sampler and (_due(step, self.sampler.every) or step == last):
-                    self._sample(self.sampler, step)
+                # Tasks and samples may take long: a run that leaves does not begin with them.
+                self._look(step, step == last, eval_every, 0 if leaves else tasks_every, samples=not leaves)
                 if self.writer.pending and not writing:
                     self.writer.complete()
                 if saves or final:
@@ -241,6 +237,15 @@ class Trainer:
                 blocks = self.train_step.model.config.sparse_blocks
                 self.sinks.log_expert_loads(step, blocks, balance.counts)
         self.metrics.restart(step)
+
+    def _look(self, step: int, is_last: bool, eval_every: int, tasks_every: int, samples: bool) -> None:
+        """Evaluate and sample where that is due."""
+        intervals = (self.evaluator, eval_every), (self.tasks, tasks_every)
+        due = [one for one, every in intervals if one and (_due(step, every) or is_last)]
+        if due:
+            self._evaluate(due, step)
+        if self.sampler and samples and (_due(step, self.sampler.every) or is_last):
+            self._sample(self.sampler, step)
 
     def _evaluate(self, evaluators: Sequence[Evaluator | TaskEvaluator], step: int) -> None:
         self.position.at("evaluation")

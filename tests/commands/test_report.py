@@ -8,7 +8,7 @@ import pytest
 from refusals import has, refusal, refusals
 
 from megamoe.commands import report
-from megamoe.monitoring.recorded_run import results
+from megamoe.monitoring.evaluations import results
 
 
 @pytest.fixture
@@ -37,6 +37,7 @@ def valid_row(step):
 
 
 def write_log(folder, *rows):
+    (folder / "run.json").write_text("{}")
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -86,9 +87,9 @@ def test_the_report_draws_a_png_and_says_the_result_and_where_things_lie(tmp_pat
 
 
 def test_a_folder_without_a_log_or_without_a_step_is_refused(tmp_path, call):
-    has(refusal(call, "report", tmp_path), f"{tmp_path} holds no log.jsonl; give the folder of a run.")
+    has(refusal(call, "report", tmp_path), f"{tmp_path} holds no run; give a run folder, which has a run.json.")
     write_log(tmp_path)
-    has(refusal(call, "report", tmp_path), str(tmp_path), "no step yet", "wait")
+    has(refusal(call, "report", tmp_path), str(tmp_path), "no logged step yet", "wait")
     assert len(refusals(call, "report", tmp_path, tmp_path / "none")) == 2
     assert not (tmp_path / "report.png").exists()
     write_log(tmp_path, train_row(10))

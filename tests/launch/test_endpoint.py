@@ -15,7 +15,7 @@ from megamoe.utils.errors import UserError
 
 
 def report(absent=(), shares=True, address="10.0.0.1"):
-    return Report(socket.gethostname(), "--steps 5", 0, {}, list(absent), shares, "h2", address, 1234, False)
+    return Report(socket.gethostname(), "--steps 5", 0, {}, list(absent), shares, "h2", address, 1234, False, [])
 
 
 def join_at(tmp_path, host="127.0.0.1", hosts=1, seconds=1, absent=()):

@@ -22,7 +22,7 @@ RUN = RunConfig(ds_config="ds.json", run_dir="runs/mine")
 
 
 def of_host(name, **changes):
-    good = Report(name, "--steps 5", 0, {"torch": "2.13"}, [], True, "h2", "10.0.0.1", 1234, False)
+    good = Report(name, "--steps 5", 0, {"torch": "2.13"}, [], True, "h2", "10.0.0.1", 1234, False, [])
     return replace(good, **changes)
 
 

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 
 from megamoe.monitoring.log_files import read_log
-from megamoe.monitoring.sinks import SinkGroup, open_sinks
+from megamoe.monitoring.sinks import SinkGroup, make_sinks
 
 
 def record(step=10, **changes):
@@ -32,8 +32,14 @@ def log(sinks, kind, values):
     sinks.log_scalars(kind, values["step"], {name: value for name, value in values.items() if name != "step"})
 
 
+def open_sinks(folder, first_step):
+    sinks = SinkGroup(make_sinks({"tensorboard": {"folder": folder / "tensorboard"}}))
+    sinks.open(folder, first_step, {})
+    return sinks
+
+
 def logged(folder, *records):
-    sinks = open_sinks(folder, 0, {})
+    sinks = open_sinks(folder, 0)
     for one in records:
         log(sinks, "train", one)
     sinks.close()
@@ -57,7 +63,7 @@ def test_the_console_line_is_that_of_a_step_with_what_it_has_of_parts_and_skippe
 
 
 def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path, capsys):
-    sinks = open_sinks(tmp_path, 0, {})
+    sinks = open_sinks(tmp_path, 0)
     log(sinks, "valid", {"step": 500, "loss": 2.34567, "tokens": 4096, "bits_per_byte": 1.23456})
     log(sinks, "valid", {"step": 600, "loss": 2.1, "tokens": 4096})
     log(sinks, "valid", {"step": 700, "loss": 2.1, "tokens": 4096, "code_loss": 1.5, "arc_acc": 0.25})
@@ -72,7 +78,7 @@ def test_an_evaluation_is_said_with_bits_per_byte_where_they_are_known(tmp_path,
 
 
 def test_the_log_holds_every_number_unrounded_and_no_line_about_the_run(tmp_path, capsys):
-    sinks = open_sinks(tmp_path, 0, {})
+    sinks = open_sinks(tmp_path, 0)
     valid = {"step": 20, "loss": 2.3456789, "tokens": 4096, "bits_per_byte": 1.25}
     sinks.log_text(0, "tiny: 5 parameters")
     log(sinks, "train", record())
@@ -96,7 +102,7 @@ def test_what_a_resumed_run_left_behind_is_not_read_back(tmp_path):
     rows = read_log(tmp_path)["train"]
     assert [(row["step"], row["loss"]) for row in rows] == [(10, 10.964131), (15, 6.0), (20, 5.5), (40, 3.5)]
     assert math.isnan(rows[0]["max_vio"])  # of a step that was not balanced
-    sinks = open_sinks(tmp_path, 20, {})
+    sinks = open_sinks(tmp_path, 20)
     log(sinks, "valid", {"step": 21, "loss": 2.0})
     log(sinks, "train", record(30, loss=3.0))
     sinks.close()

@@ -21,7 +21,7 @@ from megamoe.monitoring import sinks as module
 from megamoe.monitoring import wandb_api
 from megamoe.monitoring.names import flat_config, named
 from megamoe.monitoring.sink import Sample, Sink
-from megamoe.monitoring.sinks import BackgroundSink, SinkGroup, open_sinks
+from megamoe.monitoring.sinks import BackgroundSink, SinkGroup, make_sinks
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
 RECORD = {
@@ -42,6 +42,12 @@ CONSOLE = (
 SAMPLE = Sample("To be", ", or *not*")
 
 
+def open_sinks(folder, first_step, trackers):
+    sinks = SinkGroup(make_sinks(trackers))
+    sinks.open(folder, first_step, RECORD)
+    return sinks
+
+
 def log_run(folder):
     os.environ |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
     module.CLOSE_SECONDS = 300
@@ -49,7 +55,7 @@ def log_run(folder):
     run_dir.mkdir()
     files = {name: {"folder": run_dir / name} for name in ("tensorboard", "csv")}
     trackers = {**files, "wandb": {"project": "mine", "group": "all", "team": None}, "trackio": {}}
-    sinks = open_sinks(run_dir, 0, RECORD, trackers)
+    sinks = open_sinks(run_dir, 0, trackers)
     for number, (step, loss) in enumerate(STEPS):
         if number == 3:
             sinks.go_back(10)
@@ -57,7 +63,7 @@ def log_run(folder):
             (run_dir / "before.csv").write_bytes((run_dir / "csv" / "train.csv").read_bytes())
             sinks.log_scalars("valid", 20, {"loss": 2.5, "tokens": 4096})
             sinks.close()
-            sinks = open_sinks(run_dir, 20, RECORD, trackers)
+            sinks = open_sinks(run_dir, 20, trackers)
         values = {**dict.fromkeys(CONSOLE, 0.5), "loss": loss, "router_entropy_by_block": {"1": 1.0, "12": 2.0}}
         sinks.log_scalars("train", step, values | ({"mtp_loss": 7.0} if number > 1 else {}))
         sinks.log_expert_loads(step, [1, 12], COUNTS)
@@ -166,8 +172,10 @@ def test_csv_is_a_table_with_a_row_per_step_and_a_column_for_what_comes_later(ru
 
 
 def test_names_keep_their_kind_where_no_group_has_them_and_a_configuration_its_secrets():
-    assert named("train", {"loss/code": 1.0, "weight_norm/experts": 2.0, "router_z_loss": 3, "other": None}) == {
+    values = {"loss/code": 1.0, "weight_norm/experts": 2.0, "router_z_loss": 3, "other": None}
+    assert named("train", {**values, "running_max_vio_by_block": {"1": 0.5}}) == {
         "train/loss/code": 1.0, "optimizer/weight_norm/experts": 2.0, "train/router_z_loss": 3,
+        "router/running_max_vio/layer_01": 0.5,
     }  # fmt: skip
     assert named("valid", {"lr": 1.0}) == {"valid/lr": 1.0}
     assert flat_config(RECORD) == CONFIG
@@ -177,7 +185,7 @@ def log_to_hanging_server(folder, address):
     os.environ |= {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_X_DISABLE_VIEWER": "true"}
     os.environ.pop("WANDB_MODE", None)
     wandb_api.START_SECONDS, module.CLOSE_SECONDS = 1, 300
-    sinks = open_sinks(folder, 0, RECORD, {"wandb": {}})
+    sinks = open_sinks(folder, 0, {"wandb": {}})
     sinks.log_scalars("train", 10, dict.fromkeys(CONSOLE, 0.5))
     sinks.close()
 

@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megamoe.commands.report import read_run
 from megamoe.config import cli
 from megamoe.monitoring.curves import draw
-from megamoe.monitoring.recorded_run import read_run
 from megamoe.utils.errors import UserError, shown
 from megamoe.utils.json_files import read_regular
 

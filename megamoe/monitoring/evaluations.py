@@ -1,40 +1,10 @@
-"""What the folder of a run says of it."""
+"""What the evaluations in the log of a run say."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
 
-from megamoe.monitoring.log_files import read_events, read_log
-from megamoe.utils.errors import UserError
-from megamoe.utils.run_folder import last_record
-
-Rows = list[dict[str, Any]]
-
-
-class RecordedRun(NamedTuple):
-    """A run that has trained."""
-
-    name: str  # of its folder
-    record: dict[str, Any]  # of its start or last resume; empty where there is none
-    log: dict[str, Rows]  # as of `read_log`
-    events: Rows
-
-    @property
-    def held_out(self) -> Rows:
-        """The evaluations of its first held-out set."""
-        return [row for row in self.log["valid"] if "loss" in row]
-
-
-def read_run(run_dir: Path) -> RecordedRun:
-    """The run in a folder. Raises UserError where it has not trained."""
-    if not (run_dir / "log.jsonl").is_file():
-        raise UserError(f"{run_dir} holds no log.jsonl; give the folder of a run.")
-    log = read_log(run_dir)
-    if not log["train"]:
-        raise UserError(f"{run_dir}/log.jsonl holds no step yet; wait for the first one.")
-    return RecordedRun(run_dir.resolve().name, last_record(run_dir) or {}, log, read_events(run_dir))
+from megamoe.monitoring.log_files import Rows
 
 
 def further_sets(valid: Rows) -> list[str]:
