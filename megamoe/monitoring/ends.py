@@ -10,7 +10,7 @@ from psutil import Process
 
 from megamoe.launch.codes import FAILED, INTERRUPTED, LOST, REFUSED, RESUME, STOPPED
 from megamoe.monitoring.alerts import Alerts
-from megamoe.monitoring.log_files import ENDS, EVENTS, read_events, read_log, write_event
+from megamoe.monitoring.log_files import ENDS, last_sign, read_events, read_log, write_event
 from megamoe.monitoring.sink import Sink
 from megamoe.utils.bounded import within
 
@@ -42,9 +42,8 @@ def tell_unseen_death(sinks: Sink, run_dir: Path) -> None:
     """At a start, record and send that the run was killed, where nothing says how it ended."""
     events = read_events(run_dir)
     if events and events[-1]["event"] not in ENDS:
-        alive = max(path.stat().st_mtime for path in (run_dir / EVENTS, run_dir / "log.jsonl") if path.is_file())
         reason = "all ranks were killed, or the host lost its power: nothing says how the run ended"
-        values = {"time": alive, "seen": time.time(), "reason": reason}
+        values = {"time": last_sign(run_dir), "seen": time.time(), "reason": reason}
         sinks.log_event("death", last_step(run_dir), values)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megamoe.monitoring.sink import Sample, Sink
+from megamoe.utils.run_folder import START
 
 Rows = list[dict[str, Any]]
 EVENTS = "events.jsonl"
@@ -98,6 +99,12 @@ def read_log(run_dir: Path) -> dict[str, Rows]:
     """The records of RUN/log.jsonl by kind ("train", "valid", "samples") and step, without those that a resumed run
     left behind."""
     return RunLog(run_dir).read()
+
+
+def last_sign(run_dir: Path) -> float:
+    """When a run has last written a record, in seconds since 1970."""
+    files = (run_dir / name for name in (START, EVENTS, "log.jsonl"))
+    return max(file.stat().st_mtime for file in files if file.is_file())
 
 
 def read_events(run_dir: Path) -> Rows:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megamoe.checkpoint import folders
 from megamoe.data.ledger import read_ledger
-from megamoe.monitoring.log_files import ENDS, EVENTS, JsonLines, Rows, RunLog
+from megamoe.monitoring.log_files import ENDS, EVENTS, JsonLines, Rows, RunLog, last_sign
 from megamoe.utils.errors import UserError
 from megamoe.utils.run_folder import LOCK, holder_of, last_record
 from megamoe.utils.text import duration
@@ -44,7 +44,7 @@ class RunState:
 
     def state(self) -> str:
         """Whether it runs, or of what it died."""
-        last: dict[str, Any] = self.events[-1] if self.events else {"event": "end"}  # of a version without events
+        last: dict[str, Any] = self.events[-1] if self.events else {"event": None}  # killed as it began
         if self.holder or self.is_done:
             return f"running: {self.holder}" if self.holder else "done"
         if last["event"] in ENDED:
@@ -53,7 +53,7 @@ class RunState:
             return "not running"
         lock = self.folder / LOCK
         holder = lock.read_text().strip() if lock.is_file() else ""
-        heard = f"last heard of {age(self.folder / ('log.jsonl' if self.log['train'] else EVENTS))} ago"
+        heard = f"last heard of {since(last_sign(self.folder))} ago"
         if holder and f" on {socket.gethostname()}," not in holder:
             return f"locked by {holder}, or killed: this host sees no locks of others; {heard}"
         return f"killed: no process holds it, and nothing says how it ended; {heard}"

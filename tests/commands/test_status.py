@@ -64,7 +64,8 @@ def test_a_run_that_has_just_begun_is_told_from_one_that_was_killed_before_its_f
     assert "go on" not in lines
     del checked  # which holds the lock
     found = said(Path(inputs["run_dir"]))
-    assert (found["state"], found["checkpoint"]) == ("not running", "none yet")
+    assert found["state"].startswith("killed: no process holds it, and nothing says how it ended")
+    assert found["checkpoint"] == "none yet"
     again = ["megamoe", "train", "--ranks", "1", *words, "--run_dir", inputs["run_dir"], "--auto_resume"]
     assert shlex.split(found["go on"]) == again
 
@@ -105,6 +106,6 @@ def test_what_is_no_run_is_refused_and_the_runs_in_a_folder_have_a_line_each(tmp
     RunFolder(tmp_path / "one").enter({}, [])
     status(Status(run=tmp_path))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"{tmp_path}/one  step none is logged yet  loss -  not running"
+    assert line.startswith(f"{tmp_path}/one  step none is logged yet  loss -  killed: no process holds it")
     (tmp_path / "run.json").write_text('{"last_step": "3"}')
     has(refusal(status, Status(run=tmp_path)), f'{tmp_path}/run.json: last_step is "3", which no run has written')

@@ -21,7 +21,7 @@ def test_the_start_after_a_kill_tells_of_a_death_and_what_it_cost_follows_from_t
     lines = (folder / "events.jsonl").read_text().splitlines(keepends=True)
     (folder / "events.jsonl").write_text("".join(lines[:3]))  # as if killed after step 3, before it was saved
     (folder / "checkpoints" / "step_3" / "index.json").unlink()
-    for name in ("log.jsonl", "events.jsonl"):
+    for name in ("log.jsonl", "events.jsonl", "run.json"):
         os.utime(folder / name, (time.time() - 600,) * 2)
     run_ranks(1, train_here, {**run, "steps": 4, "resume": True})
     events = read_events(folder)
