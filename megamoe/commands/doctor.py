@@ -78,10 +78,7 @@ def plan_findings(plan: Plan, device: torch.device, ranks: int) -> Iterator[Find
     """Whether what the planner predicts fits on this host."""
     run, peak, on_gpu = plan.run, plan.footprint.peak.total() / GIB, device.type == "cuda"
     limit, available = (size / GIB for size in memory_limits())
-    what, remedy = (
-        f"memory for {run.preset}",
-        "choose a smaller --preset (tiny-plus) or micro-batch, or more hosts",
-    )
+    what, remedy = f"memory for {run.preset}", "choose a smaller --preset (tiny-plus) or micro-batch, or more hosts"
     if on_gpu:
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         yield judged(peak > total, what, f"{total:.1f} GiB per GPU", f"{peak:.1f} GiB predicted", remedy, True)
@@ -108,8 +105,7 @@ def show(findings: list[Finding]) -> None:
     """A table on a terminal, else lines."""
     table = Table("", "", "found", "needed", "to do", box=None)
     for one in findings:
-        severity = Text(one.severity, COLORS[one.severity])
-        table.add_row(severity, one.what, one.value, one.needed, one.remedy)
+        table.add_row(Text(one.severity, COLORS[one.severity]), one.what, one.value, one.needed, one.remedy)
         if not sys.stdout.isatty():
             print(f"{one.severity}: {one}")
     if sys.stdout.isatty():

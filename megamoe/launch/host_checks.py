@@ -98,8 +98,8 @@ def gpu_findings() -> Iterator[Finding]:
         yield Finding("ok", "GPUs", "none; ranks train on CPU")
         return
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda and count else "none"
-    value = f"torch {torch.__version__}, NCCL {nccl}, sees {count}, nvidia-smi {len(gpus)}"
-    value += f" with driver {gpus[0][2]}" if gpus else ""
+    driver = f" with driver {gpus[0][2]}" if gpus else ""
+    value = f"torch {torch.__version__}, NCCL {nccl}, sees {count}, nvidia-smi {len(gpus)}{driver}"
     remedy = "update the driver, or install torch for its CUDA" if cuda else "install torch's CUDA build"
     yield judged(not count, "GPUs", value, "", f"{remedy}; or set DS_ACCELERATOR=cpu to train on CPU", True)
 
