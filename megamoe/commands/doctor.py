@@ -34,13 +34,12 @@ COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 def doctor(options: Doctor) -> None:
-    run = RunConfig(**options.model_dump(include=RunConfig.model_fields.keys() & options.model_fields_set))
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device, ranks = torch.device("cuda" if on_gpu else "cpu"), options.ranks or default_ranks()
     problems = Problems()
-    plan: Plan | None = problems.attempt(plan_of, run, device, ranks, options.hosts)
-    compiles = run.compile or bool(plan and plan.recipe.operator_builder)
-    found = [*host_findings(run.folder, ranks, compiles), *run_findings(run, device)]
+    plan: Plan | None = problems.attempt(plan_of, options, device, ranks, options.hosts)
+    compiles = options.compile or bool(plan and plan.recipe.operator_builder)
+    found = [*host_findings(options.folder, ranks, compiles), *run_findings(options, device)]
     found += plan_findings(plan, device, ranks) if plan else []
     found += [Finding("error", "configuration", problem.rstrip(".")) for problem in problems]
     show(found)

@@ -41,7 +41,7 @@ def examined(monkeypatch, tmp_path, capsys):
 
 
 def test_what_fits_is_ok_and_what_does_not_is_an_error_with_code_2(examined, tmp_path, monkeypatch):
-    found, code = examined(json_file=tmp_path / "found.json")
+    found, code = examined(json_file=tmp_path / "found.json", on_event=["https://hooks.example/secret"])
     assert code == 0
     assert found["precision"].startswith("ok: precision: fp32: GEMMs run at 1 TFLOP/s in bf16 and at 3 TFLOP/s in fp32")
     assert found["memory"].startswith("ok: ")
