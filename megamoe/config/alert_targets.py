@@ -30,7 +30,8 @@ def parse_target(target: str) -> str | list[str]:
 
 def without_secrets(text: str) -> str:
     """Of each http(s) URL in it the host alone."""
-    return re.sub(r"(https?://)(?:[^/?#@\s]*@)?([^/?#\s'\"]+)[/?#][^\s'\"]*", rf"\1\2{HIDDEN}", text)
+    text = re.sub(r"(https?://)[^/?#@\s'\"]*@", r"\1", text)
+    return re.sub(r"(https?://[^/?#\s'\"]+)[/?#][^\s'\"]*", rf"\1{HIDDEN}", text)
 
 
 def _check(target: str) -> str:

@@ -112,6 +112,7 @@ def test_a_target_is_taken_from_the_environment_and_what_is_none_is_refused_befo
 @pytest.mark.parametrize(
     ("text", "kept"),
     [("--on_event=https://user:pw@h.example:8443/a/b?c=d", "--on_event=https://h.example:8443/***"),
+     ("tee https://user:pw@h.example http://pw@g:80", "tee https://h.example http://g:80"),
      ("curl -d @- 'https://h/t' http://g", "curl -d @- 'https://h/***' http://g"), ("s3://bucket/a", "s3://bucket/a")],
 )  # fmt: skip
 def test_of_a_url_the_host_alone_is_kept(text, kept):
