@@ -59,7 +59,10 @@ class WandbSink(_WandbApiSink):
         import wandb
 
         self._package = wandb
-        settings = wandb.Settings(quiet=True, console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS)
+        settings = wandb.Settings(
+            quiet=True, console="off", init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS,
+            x_disable_meta=True,  # it would send the command line, which may hold a password
+        )  # fmt: skip
         begin = partial(
             wandb.init, dir=str(run_dir), id=record["run_id"], resume="allow", name=run_dir.name,
             config=flat_config(record), settings=settings, **self._place,

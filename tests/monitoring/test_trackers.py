@@ -50,6 +50,7 @@ def open_sinks(folder, first_step, trackers):
 
 def log_run(folder):
     os.environ |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+    sys.argv = ["pretrain.py", *RECORD["command"]]
     module.CLOSE_SECONDS = 300
     run_dir = folder / "my_run"
     run_dir.mkdir()
@@ -109,6 +110,12 @@ def test_wandb_has_the_values_on_its_own_axis_of_steps_in_one_run_that_is_resume
     (table,) = (run / "wandb").glob("offline-run-*/files/media/table/*.json")
     assert json.loads(table.read_text())["data"] == [list(SAMPLE)]
     assert [row["run/text"] for row in rows if "run/text" in row] == ["a line"]
+
+
+def test_no_tracker_keeps_the_command_line(run):
+    files = [file for file in run.parent.rglob("*") if file.is_file()]
+    assert files
+    assert [file for file in files if b"https://secret" in file.read_bytes()] == []
 
 
 def test_trackio_has_the_values_in_one_run_that_is_resumed(run):
