@@ -84,6 +84,7 @@ class LiveView:
                     self._last_line = line
                     console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
                 line = self._lines.get_nowait()
+            self._lines.put(None)  # also the end of those that are printed where the last picture fails
             return False
         return True
 

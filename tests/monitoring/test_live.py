@@ -5,9 +5,13 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
+from queue import SimpleQueue
 
 import pytest
+
+from megamoe.monitoring.live import LiveView
 
 DEADLINE = 60
 
@@ -89,3 +93,20 @@ def test_lines_scroll_above_the_view_no_rank_waits_for_the_terminal_and_that_is_
     assert places == sorted(places)
     assert "step=2" not in text
     assert "go on: " in text[text.rindex("killed: no process holds it") :]
+
+
+def test_a_last_picture_that_fails_ends_the_view(tmp_path, monkeypatch, capsys):
+    def fail(view, activity):
+        if activity is None:
+            raise FileNotFoundError("a checkpoint that is gone")
+        return ""
+
+    monkeypatch.setattr(LiveView, "_picture", fail)
+    lines = SimpleQueue()
+    drawn = threading.Thread(target=LiveView(tmp_path, lines).draw, daemon=True)
+    drawn.start()
+    lines.put("a line")
+    lines.put(None)
+    drawn.join(DEADLINE / 6)
+    assert not drawn.is_alive()
+    assert "the live view failed (FileNotFoundError" in capsys.readouterr().out
