@@ -115,7 +115,7 @@ def check_endpoint(options: Preflight, where: str, run: RunConfig, words: list[s
 
 def print_report(options: Preflight, peer: str, run: RunConfig, words: list[str]) -> None:
     found = report(run, shlex.join(words), peer, options.marker, options.port)
-    print("\n".join(in_lines(found.host, json.dumps(asdict(found)))))
+    print("\n".join(in_lines(f"{found.host}/{found.node}", json.dumps(asdict(found)))))
 
 
 CHECKS = {"hostfile": check_hostfile, "slurm": check_slurm, "endpoint": check_endpoint, "report": print_report}

@@ -50,9 +50,13 @@ def ask_by_srun(nodes: int, command: list[str]) -> list[Report]:
     return reports
 
 
-def in_lines(host: str, text: str) -> list[str]:
-    """A host's report in lines that srun, which joins those of all nodes, does not cut: it does above 1024 bytes."""
-    return [f"{REPORT}{host} {text[start : start + 500]}" for start in range(0, len(text), 500)]
+def in_lines(sender: str, text: str) -> list[str]:
+    """A host's report in lines that srun, which joins those of all nodes, does not cut: it does above 1024 bytes.
+
+    Args:
+        sender: of no other report; nodes of a job may share a host name.
+    """
+    return [f"{REPORT}{sender} {text[start : start + 500]}" for start in range(0, len(text), 500)]
 
 
 def reports_in(printed: str) -> list[Report]:
@@ -60,8 +64,8 @@ def reports_in(printed: str) -> list[Report]:
     pieces = defaultdict[str, str](str)
     for line in printed.splitlines():
         if line.startswith(REPORT):
-            host, _, piece = line.removeprefix(REPORT).partition(" ")
-            pieces[host] += piece
+            sender, _, piece = line.removeprefix(REPORT).partition(" ")
+            pieces[sender] += piece
     return [Report.of(json.loads(text)) for text in pieces.values()]
 
 

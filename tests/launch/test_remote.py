@@ -1,10 +1,14 @@
 """Asking other hosts for their reports. Over real ssh and srun it is in tests/launchers."""
 
 import stat
+from dataclasses import replace
 
 import pytest
 
-from megamoe.launch.remote import ask_by_ssh
+from megamoe.commands import preflight
+from megamoe.config.run import RunConfig
+from megamoe.launch.preflight import Report
+from megamoe.launch.remote import ask_by_ssh, reports_in
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,13 @@ def test_a_host_that_gives_no_report_is_named_next_to_the_reports_and_what_it_sa
     (tmp_path / "ssh").chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert ask_by_ssh(["h2"], ["true"]) == ({}, said)
+
+
+def test_nodes_that_share_a_host_name_have_a_report_each(monkeypatch, capsys):
+    first = Report("h1", "", 0, {}, ["data/" + 600 * "x"], True, "h2", "10.0.0.1", 1234, False, [])
+    both = [first, replace(first, node=1, port=4321)]
+    told = iter(both)
+    monkeypatch.setattr(preflight, "report", lambda *_: next(told))
+    for _ in both:
+        preflight.print_report(preflight.Preflight(launcher="report", words=["h2"]), "h2", RunConfig(), [])
+    assert reports_in(capsys.readouterr().out) == both
