@@ -324,7 +324,9 @@ class Watch:
         if self._rank == min(same_host, default=0):
             message = _failure(f"rank 0 on {host}, or its launcher, died or cannot be reached")
             print(message, file=sys.stderr, flush=True)
-            self.on_failure(message, LOST, [0])
+            # One rank of rank 0's host and one of another: either host may be lost, and all at once would be too many.
+            if self._rank in (1, next((rank for rank, other in enumerate(self.rendezvous.hosts) if other != host), 1)):
+                self.on_failure(message, LOST, [0])
         self._leave(LOST)
 
 

@@ -147,3 +147,14 @@ def test_the_trace_of_an_error_is_not_lost_with_rank_0(error, capsys):
     assert ended.value.code == LOST
     said = capsys.readouterr().err
     assert 0 <= said.index("a bug") < said.index("error: rank 0 on h1, or its launcher, died or cannot be reached")
+
+
+@pytest.mark.parametrize(("of_host", "tellers"), [(1, [1]), (2, [1, 2])])
+def test_the_loss_of_rank_0_is_printed_on_each_host_and_told_by_two_ranks_at_most(of_host, tellers, capsys):
+    hosts, told = [f"h{rank // of_host}" for rank in range(5 * of_host)], []
+    for rank in range(1, len(hosts)):
+        lost = SimpleNamespace(rendezvous=SimpleNamespace(hosts=hosts), _rank=rank, _leave=lambda code: None)
+        lost.on_failure = lambda message, code, dead, rank=rank: told.append(rank)
+        Watch._exit_without_store(lost)
+    assert told == tellers
+    assert capsys.readouterr().err.count("rank 0 on h0") == len(set(hosts[1:]))
