@@ -224,13 +224,12 @@ def is_done(checked: Checked) -> bool:
 
 
 def run_dry(checked: Checked, store: Store | None, position: Position, stop: StopRequest) -> bool:
-    """A dry run, with the arguments of `run`: without evaluations and samples. Collective."""
+    """A dry run, with the arguments of `run`. Collective."""
 
     def train(folder: Path, sink: Sink) -> bool:
         start = replace(checked.start, folder=RunFolder(folder) if checked.start.folder else None)
-        config = checked.run.model_copy(update={"run_dir": str(folder), "lm_eval_tasks": []})
-        inputs = replace(checked.inputs, held_out=[], sampler=None)
-        return run(replace(checked, start=start, run=config, inputs=inputs), store, position, stop, [sink])
+        config = checked.run.model_copy(update={"run_dir": str(folder)})
+        return run(replace(checked, start=start, run=config), store, position, stop, [sink])
 
     return dry_run(checked.run.folder, checked.device, train)
 
@@ -263,6 +262,7 @@ def run(
         guard.restore(saved_guard(checkpoint), first)
     ledger = [start.ledger]
     dist.broadcast_object_list(ledger)  # rank 0 has read it
+    evaluates = not config.dry_run
     with contextlib.closing(enter_folder(checked, first, checkpoint, train_step.average, sinks_only)) as sinks:
         writer = CheckpointWriter(
             train_step.engine, config.folder / "checkpoints", checked.record, store=store, keep_last=config.keep_last,
@@ -273,10 +273,10 @@ def run(
         trainer = Trainer(
             train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
             ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
-            evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out else None,
-            tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks else None,
-            sampler=inputs.sampler, collectives=collectives or contextlib.nullcontext(), sinks=sinks,
-            folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
+            evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out and evaluates else None,
+            tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks and evaluates else None,
+            sampler=inputs.sampler if evaluates else None, collectives=collectives or contextlib.nullcontext(),
+            sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
         )  # fmt: skip
         reached = trainer.run(
             first, first + 1 if config.dry_run else checked.last_step, log_every=config.log_interval,
