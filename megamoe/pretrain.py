@@ -20,7 +20,8 @@ if __name__ == "__main__":  # while the rest is loaded
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ from megamoe.launch.distributed import init_distributed, raise_on_any_rank
 from megamoe.launch.exits import code_of, end_groups, leave, message_of
 from megamoe.launch.stopping import Deadline, StopRequest
 from megamoe.launch.watch import Position, Watch
-from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.compiled import compiler_problems
 from megamoe.model.placement import placement_problems
 from megamoe.monitoring.alerts import Alerts
@@ -58,16 +58,16 @@ from megamoe.monitoring.sink import Sink
 from megamoe.monitoring.sinks import SinkGroup, make_sinks
 from megamoe.planning.sharding import setup_of
 from megamoe.planning.traffic import describe_traffic
-from megamoe.resume import Changes, Start, check_changes, find_start
-from megamoe.run_inputs import RunInputs, open_inputs
-from megamoe.run_record import describe_experts_gemms, describe_initial, describe_repeats, describe_run, make_record
+from megamoe.resume import Start, check_changes, find_start
+from megamoe.run_inputs import Checked, open_inputs
+from megamoe.run_record import first_lines, make_record
 from megamoe.training.collectives import Collectives
 from megamoe.training.engine import deepspeed_own_problems
 from megamoe.training.guard import Guard
 from megamoe.training.loop import Trainer
 from megamoe.training.rollback import saved_guard
 from megamoe.training.step import TrainStep, build_train_step
-from megamoe.training.weight_average import WeightAverage, describe_change
+from megamoe.training.weight_average import WeightAverage
 from megamoe.utils.errors import Problems
 from megamoe.utils.json_files import read_json
 from megamoe.utils.run_folder import RunFolder
@@ -124,23 +124,6 @@ def pretrain() -> int:
     return code
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A run that can begin: what the checks have parsed and opened."""
-
-    run: RunConfig
-    model: ModelConfig
-    recipe: Recipe
-    precision: Precision
-    device: torch.device
-    last_step: int
-    inputs: RunInputs
-    data: TrainData
-    start: Start
-    changes: Changes  # of what it resumes
-    record: dict[str, Any]
-
-
 def check(config: RunConfig | None, problems: Problems, device: torch.device, is_first_on_host: bool) -> Checked:
     """The run that the command line asks for. Problems of any rank end all of them together. Collective.
 
@@ -191,11 +174,11 @@ def check_run(
     assert last_step, "length_problems"
     assert phases
     data = TrainData(phases, inputs.sources, run.seed, model.document_attention)
-    record = make_record(run, model, recipe, data, inputs, start.folder.run_id() if start.folder else None)
-    record["last_step"] = last_step
+    checked = Checked(run, model, recipe, precision, device, last_step, inputs, data, start)
+    record = make_record(checked)
     changes = check_changes(run, start, record)
     record |= {"replaced_data": changes.replaced} if changes.replaced else {}
-    return Checked(run, model, recipe, precision, device, last_step, inputs, data, start, changes, record)
+    return replace(checked, record=record, changes=changes)
 
 
 def _recipe_of(run: RunConfig, problems: Problems, world_size: int, on_cpu: bool, auto: Choice) -> Any:
@@ -279,52 +262,48 @@ def run(
         guard.restore(saved_guard(checkpoint), first)
     ledger = [start.ledger]
     dist.broadcast_object_list(ledger)  # rank 0 has read it
-    sinks = None
-    if start.folder:
-        sinks = enter_folder(checked, start.folder, first, checkpoint, sinks_only)
-        for line in first_lines(checked, first, checkpoint, train_step.average):
-            sinks.log_text(first, line)
-    writer = CheckpointWriter(
-        train_step.engine, config.folder / "checkpoints", checked.record, store=store, keep_last=config.keep_last,
-        keep_every=config.keep_every, background=not config.foreground_save, resumed=checkpoint, ledger=ledger[0],
-        waiting=lambda: position.at("saving"),
-        saved=lambda step, values: sinks.log_event("save", step, values) if sinks else None,
-    )  # fmt: skip
-    collectives = Collectives() if recipe.counts_collectives else None
-    trainer = Trainer(
-        train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
-        ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
-        evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out and not config.dry_run else None,
-        tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks and not config.dry_run else None,
-        sampler=None if config.dry_run else inputs.sampler, collectives=collectives or contextlib.nullcontext(),
-        sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
-    )  # fmt: skip
-    try:
+    evaluates = not config.dry_run
+    with contextlib.closing(enter_folder(checked, first, checkpoint, train_step.average, sinks_only)) as sinks:
+        writer = CheckpointWriter(
+            train_step.engine, config.folder / "checkpoints", checked.record, store=store, keep_last=config.keep_last,
+            keep_every=config.keep_every, background=not config.foreground_save, resumed=checkpoint, ledger=ledger[0],
+            waiting=lambda: position.at("saving"), saved=partial(sinks.log_event, "save"),
+        )  # fmt: skip
+        collectives = Collectives() if recipe.counts_collectives else None
+        trainer = Trainer(
+            train_step=train_step, data=checked.data, writer=writer, seed=config.seed, guard=guard,
+            ledger=ledger[0], position=position, stop=stop, peak=peak, deadline=Deadline(config.time_limit, os.environ),
+            evaluator=Evaluator(inputs.held_out, config.eval_samples) if inputs.held_out and evaluates else None,
+            tasks=TaskEvaluator(inputs.tasks, position.at) if config.lm_eval_tasks and evaluates else None,
+            sampler=inputs.sampler if evaluates else None, collectives=collectives or contextlib.nullcontext(),
+            sinks=sinks, folder_is_gone=start.folder.is_gone if start.folder else lambda: False,
+        )  # fmt: skip
         reached = trainer.run(
             first, first + 1 if config.dry_run else checked.last_step, log_every=config.log_interval,
             eval_every=config.eval_interval, save_every=config.save_interval, tasks_every=config.lm_eval_interval,
         )  # fmt: skip
-        if sinks and collectives and collectives.entered:
+        if collectives and collectives.entered:
             of_step = describe_traffic(collectives, setup_of(config, checked.model, recipe, checked.data))
             sinks.log_text(train_step.engine.global_steps, of_step)
-        return reached
-    finally:
-        if sinks:
-            sinks.close()
+    return reached
 
 
 def enter_folder(
-    checked: Checked, folder: RunFolder, first: int, checkpoint: Path | None, sinks_only: Sequence[Sink]
+    checked: Checked, first: int, checkpoint: Path | None, average: WeightAverage | None, sinks_only: Sequence[Sink]
 ) -> SinkGroup:
-    """Write the record of the start, or of the resume from `checkpoint`, and tell of it. On rank 0; arguments as of
-    `run`."""
-    run, of_start = checked.run, {"checkpoint": checkpoint and checkpoint.name}
+    """Write the record of the start, or of the resume from `checkpoint`, and tell of it; returns the sinks, of which
+    rank 0 alone has any. Arguments as of `run` and `first_lines`."""
+    run, folder, of_start = checked.run, checked.start.folder, {"checkpoint": checkpoint and checkpoint.name}
+    if not folder:
+        return SinkGroup([])
     folder.enter({"step": first, **of_start, **checked.record}, checked.inputs.tokenizer_files)
     trackers = chosen_trackers(run, checked.recipe)
     sinks = SinkGroup(sinks_only or [*make_sinks(trackers), Alerts(run.on_event, run.folder)])
     sinks.open(run.folder, first, checked.record)
     tell_unseen_death(sinks, run.folder)
     sinks.log_event("resume" if checked.start.is_resuming else "start", first, of_start)
+    for line in first_lines(checked, first, checkpoint, average):
+        sinks.log_text(first, line)
     return sinks
 
 
@@ -337,36 +316,6 @@ def restore(train_step: TrainStep, candidates: list[Path], initial_weights: list
         problems.attempt(restore_first_verified, train_step.engine, initial_weights, True)  # weights alone
     raise_on_any_rank(problems)
     return checkpoint
-
-
-def first_lines(checked: Checked, first: int, checkpoint: Path | None, average: WeightAverage | None) -> list[str]:
-    """What the log says of the run before step `first` + 1.
-
-    Args:
-        average: of the weights, which has begun where the checkpoint holds it.
-    """
-    run, model, recipe, start = checked.run, checked.model, checked.recipe, checked.start
-    lines: list[str | None] = [
-        describe_run(run, model, recipe, checked.data, checked.inputs, first, checked.last_step),
-        describe_repeats(checked.data, checked.last_step),
-        f"resumed from {checkpoint}" if checkpoint else None,
-        checked.precision.describe(recipe),
-        describe_initial(model, start.initial_weights),
-        describe_experts_gemms(checked.device, recipe.torch_dtype),
-        describe_attention(
-            model, checked.device, recipe.torch_dtype, max(phase.seq_len for phase in checked.data.phases.all)
-        ),
-    ]
-    if start.is_resuming and not checkpoint:
-        lines.append(f"{run.folder} holds no complete checkpoint, so the run begins again at step 0")
-    if checked.changes.schedule:
-        lines.append(f"the schedule changes after step {first} {checked.changes.schedule}")
-    if checked.changes.phases:
-        lines.append(f"the data that the run reads after step {first} changes")
-    if checkpoint:
-        has_average = bool(average and average.has_begun)
-        lines.append(describe_change(first, checked.changes.ema_decay_before, run.ema_decay, has_average))
-    return [line for line in lines if line]
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import torch
 
 from megamoe.checkpoint.opening import open_source, tokenizer_of
 from megamoe.config.model import ModelConfig
 from megamoe.config.phases import Phases
+from megamoe.config.precision import Precision
+from megamoe.config.recipe import Recipe
 from megamoe.config.run import HeldOutSource, RunConfig
+from megamoe.data.batches import TrainData
 from megamoe.data.cache import Cache
 from megamoe.data.source import DataSource
 from megamoe.data.sources import Location, locate, open_corpus
@@ -21,6 +24,7 @@ from megamoe.data.tokenizer import end_of_text_of, load_tokenizer
 from megamoe.evaluation.held_out import HeldOut, tokens_per_byte
 from megamoe.evaluation.tasks import Tasks, load_tasks
 from megamoe.formats.source_checks import model_problems
+from megamoe.resume import Changes, Start
 from megamoe.training.samples import Sampler, prompt_problems
 from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.run_folder import TOKENIZER_FILES
@@ -37,6 +41,23 @@ class RunInputs:
     tokenizer_files: list[Path]  # for the run folder
     tasks: Tasks | None  # on the leading rank
     sampler: Sampler | None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that can begin: what the checks have parsed and opened."""
+
+    run: RunConfig
+    model: ModelConfig
+    recipe: Recipe
+    precision: Precision
+    device: torch.device
+    last_step: int
+    inputs: RunInputs
+    data: TrainData
+    start: Start
+    changes: Changes = field(default_factory=Changes)  # of what it resumes
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 def open_inputs(
@@ -82,12 +103,20 @@ def open_inputs(
 
     sets = [HeldOut(one.name, corpus, density(corpus)) for one, corpus in zip(sources, held_out, strict=True)]
     tokenizer = first / "tokenizer.json" if (first / "tokenizer.json").is_file() else None
-    loads = leads and run.lm_eval_tasks and not wrong
-    tasks = problems.attempt(_load_tasks, run, tokenizer, model.max_position_embeddings) if loads else None
-    samples = run.sample_interval and not wrong
-    sampler = problems.attempt(_open_sampler, run, tokenizer, model.max_position_embeddings, leads) if samples else None
+    needing = {"lm_eval_tasks": ", ".join(run.lm_eval_tasks), "sample_interval": run.sample_interval}
+    if not tokenizer:
+        lack = "but the first corpus has no tokenizer.json; put it there."
+        problems += [f"{option} is {value}, {lack}" for option, value in needing.items() if value]
+    loaded = load_tokenizer(tokenizer) if tokenizer and leads and not wrong else None
+    limit = model.max_position_embeddings
+    tasks = None
+    if loaded and run.lm_eval_tasks:
+        tasks = problems.attempt(load_tasks, run.lm_eval_tasks, run.lm_eval_folder, loaded, limit)
+    if loaded and run.sample_interval:
+        problems += problems.attempt(prompt_problems, run.sample_prompts, loaded, limit) or []
     problems.refuse()
-    end_of_text = end_of_text_of(load_tokenizer(tokenizer)) if tokenizer and leads else None
+    sampler = Sampler(run.sample_prompts, run.sample_interval, run.seed, loaded) if run.sample_interval else None
+    end_of_text = end_of_text_of(loaded) if loaded else None
     return RunInputs(opened, sets, tokenizer, end_of_text, tokenizer_files(tokenizer, initial_weights), tasks, sampler)
 
 
@@ -134,20 +163,3 @@ def tokenizer_problems(folders: list[Path], initial_weights: list[Path], vocab_s
             if tokenizer.get_vocab() != loaded[0].get_vocab()
         ]
     return problems
-
-
-def _load_tasks(run: RunConfig, tokenizer: Path | None, max_length: int) -> Tasks:
-    if not tokenizer:
-        raise UserError("lm_eval_tasks need a tokenizer, but the first corpus has no tokenizer.json; put it there.")
-    loaded: Tokenizer = load_tokenizer(tokenizer)
-    return load_tasks(run.lm_eval_tasks, run.lm_eval_folder, loaded, max_length)
-
-
-def _open_sampler(run: RunConfig, tokenizer: Path | None, max_length: int, leads: bool) -> Sampler:
-    if not tokenizer:
-        raise UserError(
-            f"sample_interval is {run.sample_interval}, but the first corpus has no tokenizer.json; put it there."
-        )
-    loaded = load_tokenizer(tokenizer) if leads else None
-    Problems(prompt_problems(run.sample_prompts, loaded, max_length) if loaded else []).refuse()
-    return Sampler(run.sample_prompts, run.sample_interval, run.seed, loaded)

@@ -17,25 +17,24 @@ import megamoe
 from megamoe.config.alert_targets import without_secrets
 from megamoe.config.model import ModelConfig
 from megamoe.config.phases import Phases
-from megamoe.config.recipe import Recipe
-from megamoe.config.run import RunConfig
 from megamoe.data.batches import TrainData
 from megamoe.data.packing import PackedCorpus
 from megamoe.data.source import DataSource
 from megamoe.formats.config_json import differences, preset_of
+from megamoe.model.attention_kernels import describe_attention
 from megamoe.model.costs import parameter_count
 from megamoe.model.grouped_gemm import DESCRIPTIONS, kernel_for
-from megamoe.run_inputs import RunInputs
+from megamoe.run_inputs import Checked, RunInputs
+from megamoe.training.weight_average import WeightAverage
 
 REPEATS = 4  # of a corpus, which are nearly worth as much new text
 
 
-def make_record(
-    run: RunConfig, model: ModelConfig, recipe: Recipe, data: TrainData, inputs: RunInputs, run_id: str | None
-) -> dict[str, Any]:
+def make_record(checked: Checked) -> dict[str, Any]:
     """The resolved configuration and the versions."""
+    run, model, data, inputs, folder = checked.run, checked.model, checked.data, checked.inputs, checked.start.folder
     return {
-        "run_id": run_id,
+        "run_id": folder.run_id() if folder else None,
         "command": [without_secrets(word) for word in sys.argv],
         "preset": run.preset,
         "parameters": parameter_count(model),
@@ -47,25 +46,68 @@ def make_record(
         "phases": data.record(),
         "tokenizer_sha256": inputs.tokenizer and hashlib.sha256(inputs.tokenizer.read_bytes()).hexdigest(),
         "end_of_text": inputs.end_of_text,
-        "deepspeed": recipe.json,
+        "deepspeed": checked.recipe.json,
         "versions": {
             "megamoe": megamoe.__version__,
             "python": platform.python_version(),
             **{package: version(package) for package in ("torch", "deepspeed", "tokenizers", "numpy")},
         },
+        "last_step": checked.last_step,
     }
 
 
-def describe_run(
-    run: RunConfig, model: ModelConfig, recipe: Recipe, data: TrainData, inputs: RunInputs, first: int, last: int
-) -> str:
-    """The run from step `first` to step `last`, in one line."""
+def first_lines(checked: Checked, first: int, checkpoint: Path | None, average: WeightAverage | None) -> list[str]:
+    """What the log says of the run before step `first` + 1.
+
+    Args:
+        checkpoint: that it resumes from.
+        average: of the weights, if the run keeps one; it has begun where the checkpoint holds it.
+    """
+    run, model, start, changes, device = checked.run, checked.model, checked.start, checked.changes, checked.device
+    dtype, longest = checked.recipe.torch_dtype, max(phase.seq_len for phase in checked.data.phases.all)
+    lines: list[str | None] = [
+        _describe_run(checked, first),
+        _describe_repeats(checked.data, checked.last_step),
+        f"resumed from {checkpoint}" if checkpoint else None,
+        checked.precision.describe(checked.recipe),
+        _describe_initial(model, start.initial_weights),
+        describe_experts_gemms(device, dtype),
+        describe_attention(model, device, dtype, longest),
+    ]
+    if start.is_resuming and not checkpoint:
+        lines.append(f"{run.folder} holds no complete checkpoint, so the run begins again at step 0")
+    if changes.schedule:
+        lines.append(f"the schedule changes after step {first} {changes.schedule}")
+    if changes.phases:
+        lines.append(f"the data that the run reads after step {first} changes")
+    if checkpoint:
+        lines.append(_describe_average(checked, first, average))
+    return [line for line in lines if line]
+
+
+def _describe_average(checked: Checked, first: int, average: WeightAverage | None) -> str | None:
+    """What becomes of the averaged weights in a run that resumes, where anything does."""
+    before, decay = checked.changes.ema_decay_before, checked.run.ema_decay
+    if not average:
+        return None if before is None else f"the average of the weights ends after step {first} (--ema_decay {before})"
+    if not average.has_begun:
+        return (
+            f"the checkpoint of step {first} holds no averaged weights; the average begins with the weights after the "
+            "next step"
+        )
+    if before not in (None, decay):
+        return f"the decay of the averaged weights changes after step {first}: {before} -> {decay}"
+    return None
+
+
+def _describe_run(checked: Checked, first: int) -> str:
+    run, data = checked.run, checked.data
     return (
-        f"{run.preset}: {parameter_count(model):,} parameters, {recipe.dtype}"
+        f"{run.preset}: {parameter_count(checked.model):,} parameters, {checked.recipe.dtype}"
         f"{', compiled' * run.compile}{', deterministic' * run.deterministic}, "
         f"{data.phases.world_size} rank{'s' * (data.phases.world_size > 1)}, ep_size {run.ep_size}; "
-        f"{'; then '.join(_describe_phases(data))}; {_describe_held_out(inputs)}; steps {first} to {last}; "
-        f"run folder {run.folder}"
+        f"{'; then '.join(_describe_phases(data))}; {_describe_held_out(checked.inputs)}; "
+        f"steps {first} to {checked.last_step}; run folder {run.folder}"
     )
 
 
@@ -106,7 +148,7 @@ def times_read(of_run: Phases, sources: Mapping[tuple[str, int], DataSource], la
     return dict(read)
 
 
-def describe_repeats(data: TrainData, last: int) -> str | None:
+def _describe_repeats(data: TrainData, last: int) -> str | None:
     """Which corpora are read so often by step `last` that they teach little new (Muennighoff et al., 2023)."""
     read = times_read(data.phases, data.sources, last)
     often = [f"{path} {times:.0f} times" for path, times in read.items() if times > REPEATS]
@@ -124,7 +166,7 @@ def _describe_held_out(inputs: RunInputs) -> str:
     )
 
 
-def describe_initial(model: ModelConfig, initial_weights: list[Path]) -> str | None:
+def _describe_initial(model: ModelConfig, initial_weights: list[Path]) -> str | None:
     """In which fields the model differs from that of the directory whose weights the run starts from."""
     directory = next((path for path in initial_weights if (path / "config.json").is_file()), None)
     changed = differences(model, preset_of(directory)) if directory else []

@@ -44,6 +44,7 @@ def test_a_new_run_says_how_large_it_is_and_leaves_nothing(inputs, tmp_path):
     assert done
     assert also_done
     assert files(tmp_path) == before
+    assert "600 held-out tokens in" in said  # as of the run, though none is evaluated
     times = r"dry run: built in [\d.]+ s, first step in [\d.]+ s, saved in [\d.]+ s\n"
     memory = r"memory: \d+\.\d+ GiB at the peak of the rank with most, of [\d.]+ GiB of its host\n"
     disk = r"disk: 0\.00\d GB per checkpoint, [\d.]+ GB free, enough for [\d,]+\n"

@@ -1,7 +1,5 @@
 """A run from start to end: when it is done, when it cannot go on, and what it resumes from."""
 
-import contextlib
-import io
 import json
 import shutil
 
@@ -12,7 +10,7 @@ from indexed import flip_bit
 from ranks import run_ranks
 from refusals import has, refusal, refusals
 from s3_server import S3Server, use
-from toy import check, check_here, ds_config, losses, new_store, train_here, write_inputs
+from toy import check, check_here, ds_config, losses, new_store, run_and_hear, train_here, write_inputs
 
 from megamoe.checkpoint.index import read_index
 from megamoe.launch.stopping import StopRequest
@@ -20,22 +18,6 @@ from megamoe.launch.watch import Position
 from megamoe.monitoring.console import ConsoleSink
 from megamoe.pretrain import is_done
 from megamoe.pretrain import run as pretrain
-
-
-def heard(function, *args):
-    """What the function returns, or the code it exits with, and what it prints on this rank."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        try:
-            result = function(*args)
-        except SystemExit as end:
-            result = end.code
-    return result, out.getvalue()
-
-
-def run_and_hear(ranks, function, run):
-    """The results of all ranks, and what they print."""
-    results, said = zip(*run_ranks(ranks, heard, function, run), strict=True)
-    return list(results), "".join(said)
 
 
 def test_problems_of_all_owners_come_together(inputs, tmp_path):

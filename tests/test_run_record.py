@@ -10,12 +10,11 @@ from toy import check
 
 from megamoe import run_record
 from megamoe.formats.config_json import preset_of
-from megamoe.pretrain import first_lines
-from megamoe.run_record import describe_experts_gemms
+from megamoe.run_record import describe_experts_gemms, first_lines
 
 
 def lines(run, **options):
-    return first_lines(check({**run, **options}), 0, None, False)
+    return first_lines(check({**run, **options}), 0, None, None)
 
 
 def test_a_corpus_without_held_out_text_trains_without_evaluation_and_says_so(inputs, tmp_path):

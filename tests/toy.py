@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from corpora import build
+from ranks import run_ranks
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -21,8 +25,9 @@ from megamoe.launch.distributed import raise_on_any_rank, this_device
 from megamoe.launch.stopping import StopRequest
 from megamoe.launch.watch import Position
 from megamoe.monitoring.log_files import read_log
-from megamoe.pretrain import Checked, check_run
+from megamoe.pretrain import check_run
 from megamoe.pretrain import run as pretrain
+from megamoe.run_inputs import Checked
 from megamoe.utils.data_sheets import Device
 from megamoe.utils.errors import Problems
 
@@ -144,6 +149,22 @@ def train_here(run: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     pretrain(checked, new_store("run"), Position(), StopRequest())
     dist.barrier()
     return read_log(checked.run.folder)
+
+
+def heard(function: Callable[..., Any], *args: Any) -> tuple[Any, str]:
+    """What the function returns, or the code it exits with, and what it prints on this rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        try:
+            result = function(*args)
+        except SystemExit as end:
+            result = end.code
+    return result, out.getvalue()
+
+
+def run_and_hear(ranks: int, function: Callable[..., Any], *args: Any) -> tuple[list[Any], str]:
+    """The results of all ranks, and what they print."""
+    results, said = zip(*run_ranks(ranks, heard, function, *args), strict=True)
+    return list(results), "".join(said)
 
 
 def losses(log: dict[str, list[dict[str, Any]]]) -> list[float]:

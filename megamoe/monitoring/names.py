@@ -1,4 +1,5 @@
-"""What a run's values and its configuration are called in trackers, whose pages show a GROUP/ together."""
+"""What a run's values and its configuration are called in trackers, whose pages show a GROUP/ together, and in
+reports."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from megamoe.monitoring.evaluations import results
+from megamoe.monitoring.names import flat_config
 from megamoe.monitoring.run_state import RunState
 
 HEAD = ("run", "parameters", "steps", "tokens", "loss", "held out", "bits/byte", "MaxVio", "tokens/s")
@@ -60,15 +61,10 @@ def page(runs: list[RunState], picture: str) -> str:
 
 
 def _differences(runs: list[RunState]) -> Iterator[str]:
-    found = [dict(_leaves({key: run.record.get(key) for key in COMPARED})) for run in runs]
+    found = [flat_config({key: run.record.get(key) for key in COMPARED}) for run in runs]
     names = [name for name in dict.fromkeys(key for one in found for key in one) if name not in NOT_COMPARED]
     rows = [(name, *(one.get(name) for one in found)) for name in names]
     yield table(["difference", *(run.name for run in runs)], [row for row in rows if row[1:] != row[1:2] * len(runs)])
-
-
-def _leaves(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        yield from _leaves(value, f"{before}{key}.") if isinstance(value, dict) else [(f"{before}{key}", value)]
 
 
 def _of_one(run: RunState) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""Engine, step, loop, balancing, metrics and sinks."""
+"""Engine, step, loop, balancing, guard and metrics."""

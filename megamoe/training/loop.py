@@ -56,7 +56,7 @@ class Trainer:
     evaluator: Evaluator | None  # of held-out sets
     tasks: TaskEvaluator | None
     sampler: Sampler | None
-    sinks: SinkGroup | None  # on rank 0 only
+    sinks: SinkGroup  # none but on rank 0
     collectives: AbstractContextManager[Any]  # entered for each step
     folder_is_gone: Callable[[], bool]  # whether the run folder has been removed; on rank 0, False elsewhere
 
@@ -82,10 +82,9 @@ class Trainer:
         and with 2 where training cannot go on: see `SkippedSteps`, and a run folder that is gone.
         """
         if any(on_any_rank(self.stop.asked, device=self.train_step.device)):
-            self._say(first, "stopped by a signal before the first step")
-            self._tell("stop", first, reason="by a signal")
+            self._tell("stop", first, "stopped by a signal before the first step", reason="by a signal")
             return False
-        self._say(first, f"mfu is the share of {self.metrics.peak}")
+        self.sinks.log_text(first, f"mfu is the share of {self.metrics.peak}")
         self.train_step.model.train()
         self.metrics.restart(first)
         longest = 0.0  # seconds from one step's end to the next
@@ -125,8 +124,7 @@ class Trainer:
                     self._save(step, final)
                 if final and step < last:
                     how = "by a signal" if asked else "before the time limit"
-                    self._say(step, f"stopped {how} after step {step}; continue with --resume")
-                    self._tell("stop", step, reason=how)
+                    self._tell("stop", step, f"stopped {how} after step {step}; continue with --resume", reason=how)
                     return False
                 longest = max(longest, time.perf_counter() - started)
         self._tell("end", last)
@@ -150,8 +148,7 @@ class Trainer:
         if folder_is_gone:
             error = f"{self.writer.folder.parent} has been removed while the run trained in it; start again"
         if warning:
-            self._say(step, f"warning after step {step}: {warning}")
-            self._tell("warning", step, reason=warning)
+            self._tell("warning", step, f"warning after step {step}: {warning}", reason=warning)
         if error:
             self._end(step, error)
 
@@ -169,15 +166,13 @@ class Trainer:
         lowers_scale = scaler.dynamic and scaler.cur_scale > scaler.min_scale and not result.is_spike
         self.skipped.count(was_applied=result.applied or result.is_spike or lowers_scale)
         event = self.guard.after(step, result, lowers_scale)
-        if event and self.sinks:
+        if event:
             data_step = self.ledger.data_step(step)
             samples = self.data.step_samples(data_step)
-            self._tell(event.kind, step, **event.values, data_step=data_step, samples=samples)
-            self._say(step, event.line)
-        if self.sinks and self.guard.watches and result.balance:
+            self._tell(event.kind, step, event.line, **event.values, data_step=data_step, samples=samples)
+        if self.guard.watches and result.balance:
             for line in self.health.warnings(step, last, result.balance):
-                self._say(step, line)
-                self._tell("warning", step, reason=line)
+                self._tell("warning", step, line, reason=line)
 
     def _go_back(self, step: int, why: Return) -> int:
         """Return to an older checkpoint; returns its step."""
@@ -191,10 +186,8 @@ class Trainer:
         to_step: int = event["to_step"]
         self.skipped = SkippedSteps()
         self.metrics.restart(to_step)
-        if self.sinks:
-            self.sinks.go_back(to_step)
-            self._tell("rollback", step, **event)
-            self._say(to_step, line)
+        self.sinks.go_back(to_step)
+        self._tell("rollback", step, line, **event)
         return to_step
 
     def _train(self, step: int, needed: float, looks_at_folder: bool, weight_norms: bool) -> StepResult:
@@ -227,15 +220,14 @@ class Trainer:
         torch.manual_seed(int(state[0]))
 
     def _log(self, step: int, last: int, balance: Balance | None) -> None:
-        if self.sinks:
-            values = {"guarded_steps": self.guard.guarded_steps, "rollbacks": self.ledger.rollbacks}
-            before = self.metrics.peak
-            self.sinks.log_scalars("train", step, {**self.metrics.values(step, last), **values})
-            if self.metrics.peak != before:
-                self._say(step, f"a step has reached {self.metrics.peak}; mfu is the share of that from here on")
-            if balance:
-                blocks = self.train_step.model.config.sparse_blocks
-                self.sinks.log_expert_loads(step, blocks, balance.counts)
+        values = {"guarded_steps": self.guard.guarded_steps, "rollbacks": self.ledger.rollbacks}
+        before = self.metrics.peak
+        self.sinks.log_scalars("train", step, {**self.metrics.values(step, last), **values})
+        if self.metrics.peak != before:
+            line = f"a step has reached {self.metrics.peak}; mfu is the share of that from here on"
+            self.sinks.log_text(step, line)
+        if balance:
+            self.sinks.log_expert_loads(step, self.train_step.model.config.sparse_blocks, balance.counts)
         self.metrics.restart(step)
 
     def _look(self, step: int, is_last: bool, eval_every: int, tasks_every: int, samples: bool) -> None:
@@ -255,15 +247,14 @@ class Trainer:
                 averaged = self._evaluated([self.evaluator])
             values |= {f"ema_{name}": value for name, value in averaged.items() if name != "tokens"}
         self.train_step.model.train()
-        if self.sinks and values:
+        if values:
             self.sinks.log_scalars("valid", step, values)
 
     def _sample(self, sampler: Sampler, step: int) -> None:
         self.position.at("sampling")
         samples = sampler.run(self.train_step.model, self._share(), self.train_step.device, step, self.position.at)
         self.train_step.model.train()
-        if self.sinks:
-            self.sinks.log_samples(step, samples)
+        self.sinks.log_samples(step, samples)
 
     def _evaluated(self, evaluators: Sequence[Evaluator | TaskEvaluator]) -> dict[str, Any]:
         """Evaluate the model with the weights that it has."""
@@ -276,13 +267,11 @@ class Trainer:
         # Not that of a phase, whose samples may be shorter than held-out ones.
         return Share(self.train_step.engine.train_micro_batch_size_per_gpu(), self.rank, self.data.phases.world_size)
 
-    def _say(self, step: int, line: str | None) -> None:
-        if self.sinks and line:
+    def _tell(self, event: str, step: int, line: str | None = None, **values: Any) -> None:
+        """Record an event, and say the line, if there is one."""
+        if line:
             self.sinks.log_text(step, line)
-
-    def _tell(self, event: str, step: int, **values: Any) -> None:
-        if self.sinks:
-            self.sinks.log_event(event, step, values)
+        self.sinks.log_event(event, step, values)
 
 
 def _due(step: int, every: int) -> bool:

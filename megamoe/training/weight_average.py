@@ -84,23 +84,3 @@ class WeightAverage:
             zero.update_lp_params()
         finally:
             zero.single_partition_of_fp32_groups = masters
-
-
-def describe_change(first: int, before: float | None, decay: float | None, has_begun: bool) -> str | None:
-    """What becomes of the average in a run that resumes after step `first`, where anything does.
-
-    Args:
-        before: the decay that the run had last; None without an average.
-        decay: that it has now.
-        has_begun: whether the checkpoint holds an average.
-    """
-    if decay is None:
-        return None if before is None else f"the average of the weights ends after step {first} (--ema_decay {before})"
-    if not has_begun:
-        return (
-            f"the checkpoint of step {first} holds no averaged weights; the average begins with the weights after the "
-            "next step"
-        )
-    if before not in (None, decay):
-        return f"the decay of the averaged weights changes after step {first}: {before} -> {decay}"
-    return None

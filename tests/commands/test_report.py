@@ -160,7 +160,8 @@ def test_several_runs_are_compared_over_their_tokens_by_what_differs(tmp_path, f
     monkeypatch.chdir(tmp_path)
     for name, size, lr in (("a", 100, 0.5), ("b", 300, 0.25)):
         rows = [{**train_row(step), "total_tokens": step * size} for step in (10, 20)]
-        write_run(tmp_path / name, [*rows, valid_row(15)], deepspeed={"optimizer": {"lr": lr, "eps": 1e-8}})
+        deepspeed = {"optimizer": {"lr": lr, "eps": 1e-8}, "comet": {"api_key": f"of {name}"}}
+        write_run(tmp_path / name, [*rows, valid_row(15)], deepspeed=deepspeed)
     _, out, _ = run("report", "a", "b")
     page = (tmp_path / "report.md").read_text()
     rows = {cells(line)[0]: cells(line)[1:] for line in page.splitlines() if line.startswith("|")}

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 from rich.console import Console
 
@@ -31,8 +32,6 @@ def test_a_run_fits_80_columns_and_24_lines_and_a_layer_out_of_balance_is_seen(t
     rows.insert(200, {"kind": "valid", "step": 200, "loss": 4.0625, "tokens": 9})
     log = tmp_path / "run" / "log.jsonl"
     log.write_text("".join(json.dumps(row) + "\n" for row in rows[:150]))
-    from pathlib import Path
-
     state = RunState(Path("run"))
     with open(log, "a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows[150:-1]) + json.dumps(rows[-1])[:50])

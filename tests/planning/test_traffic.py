@@ -1,14 +1,11 @@
-import io
 import itertools
 import shutil
-from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from ranks import run_ranks
-from toy import PRESET, SLOW, ds_config, recipe_of, train_here, write_inputs
+from toy import PRESET, SLOW, ds_config, recipe_of, run_and_hear, train_here, write_inputs
 
 from megamoe.config.model import ModelConfig
 from megamoe.model.costs import parameter_count
@@ -110,18 +107,12 @@ def test_what_is_small_is_the_vector_that_a_step_sums(monkeypatch, rule):
     assert payload(replace(SETUP, model=model), "norm, loss") == summed[0].nbytes
 
 
-def said(run):
-    with redirect_stdout(io.StringIO()) as console:
-        train_here(run)
-    return console.getvalue()
-
-
 def test_a_run_ends_with_the_collectives_of_megamoe_and_of_deepspeed_next_to_what_is_predicted(tmp_path):
     ds = ds_config(2, accumulation=2, comms_logger={"enabled": True})
     ds["zero_optimization"].update(stage=2, reduce_bucket_size=5000)
     run = {**write_inputs(tmp_path, ds), "run_dir": str(tmp_path / "run"), "ep_size": 2, "steps": 3, "log_interval": 9}
     run["data"] += [shutil.copytree(run["data"][0], tmp_path / "other")]
-    text = run_ranks(4, said, {**run, "data": list(map(str, run["data"]))})[0]
+    text = run_and_hear(4, train_here, {**run, "data": list(map(str, run["data"]))})[1]
     assert "means of 3 steps" in text
     rows = [line.replace(",", "").split() for line in text.partition("predicted bytes\n")[2].splitlines()]
     found = {(kind, ranks): tuple(map(float, numbers)) for kind, ranks, *numbers in rows}

@@ -1,14 +1,12 @@
 """Whole runs that meet bad data: what they skip, where they go back to, and what they read from there on."""
 
-import contextlib
-import io
 import shutil
 
 import pytest
 import torch
 from corpora import train_data
 from ranks import run_ranks
-from toy import PRESET, ds_of_samples, losses, train_here, write_inputs, write_phases
+from toy import PRESET, ds_of_samples, losses, run_and_hear, train_here, write_inputs, write_phases
 
 from megamoe.data.batches import TrainData
 from megamoe.data.ledger import read_ledger
@@ -65,6 +63,15 @@ def samples_of(data_step, folder):
     return sorted(row.tolist() for row in batch.input_ids)
 
 
+def killed_since(whole, folder, run):
+    """Options that resume a copy of a run as if killed before it has saved anything since it went back: what it has
+    gone back from is not what it resumes from."""
+    shutil.copytree(whole, folder)
+    for path in (folder / "checkpoints").glob("step_*.1"):
+        shutil.rmtree(path)
+    return {**run, "run_dir": str(folder), "resume": True}
+
+
 def of_all_ranks(results, number):
     return sorted(row for _, read in results for row in read[number])
 
@@ -114,12 +121,7 @@ def test_a_resumed_run_takes_the_decisions_of_one_that_was_not_stopped_and_follo
     assert resumed[0][0]["valid"] == results[0][0]["valid"]  # of the averaged weights too
     assert events(tmp_path / "cut") == events(folder / "whole")
     assert read_ledger(tmp_path / "cut") == read_ledger(folder / "whole")
-    # A run that ends before it has saved anything since: what it had gone back from is not what it resumes from.
-    shutil.copytree(folder / "whole", tmp_path / "killed")
-    for path in (tmp_path / "killed" / "checkpoints").glob("step_*.1"):
-        shutil.rmtree(path)
-    killed = {**run, "run_dir": str(tmp_path / "killed"), "resume": True}
-    again = run_ranks(2, train_on_poisoned_data, killed)
+    again = run_ranks(2, train_on_poisoned_data, killed_since(folder / "whole", tmp_path / "killed", run))
     assert losses(again[0][0]) == losses(results[0][0])
     assert again[0][0]["valid"] == results[0][0]["valid"]
     assert len(again[0][1]) == 5
@@ -135,10 +137,8 @@ def test_with_batch_size_warmup_a_run_that_went_back_goes_on_as_one_that_resumes
     whole = run_ranks(1, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "whole")})[0][0]
     # Step 12 reads the data of step 15, with as many samples.
     assert [row["batch_size"] for row in whole["train"]] == [2] * 4 + [4] * 7 + [8] * 5
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    for path in (tmp_path / "killed" / "checkpoints").glob("step_*.1"):
-        shutil.rmtree(path)
-    again = run_ranks(1, train_on_poisoned_data, {**run, "run_dir": str(tmp_path / "killed"), "resume": True})[0][0]
+    resumed = killed_since(tmp_path / "whole", tmp_path / "killed", run)
+    again = run_ranks(1, train_on_poisoned_data, resumed)[0][0]
     assert losses(again) == losses(whole)
     assert again["valid"] == whole["valid"]
 
@@ -169,21 +169,11 @@ def test_no_spike_is_skipped_during_the_warm_up_of_the_learning_rate(tmp_path):
     assert [(event["event"], event["step"]) for event in events(tmp_path / "run")] == [("skip", NOT_FINITE)]
 
 
-def what_ends(run):
-    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as end:
-        train_on_poisoned_data(run)
-    return end.value.code, said.getvalue()
-
-
 def test_without_a_checkpoint_to_go_back_to_the_run_ends_with_a_sentence(tmp_path):
-    run = {
-        **write_inputs(tmp_path, ds_of_samples(SAMPLES)),
-        **GUARD,
-        "run_dir": str(tmp_path / "run"),
-        "save_interval": 0,
-    }
-    ((code, said),) = run_ranks(1, what_ends, run)
-    assert code == 2
+    run = {**write_inputs(tmp_path, ds_of_samples(SAMPLES)), **GUARD, "run_dir": str(tmp_path / "run")}
+    run["save_interval"] = 0
+    codes, said = run_and_hear(1, train_on_poisoned_data, run)
+    assert codes == [2]
     assert "after step 14: the last 3 steps were skipped, and" in said
     assert "holds no checkpoint of step 11 or before to go back to; lower --save_interval" in said
 

@@ -1,7 +1,5 @@
 """The average of the weights against one in numpy, in checkpoints, in tools, and next to the weights in evaluations."""
 
-import contextlib
-import io
 import json
 import math
 import shutil
@@ -15,7 +13,7 @@ from engines import make, plain_state, same_state, save, train
 from indexed import flip_bit
 from ranks import run_ranks
 from refusals import has, only, refusals
-from toy import losses, shipped, train_here, write_inputs
+from toy import losses, run_and_hear, shipped, train_here, write_inputs
 
 import megamoe
 from megamoe.checkpoint.index import read_index
@@ -149,13 +147,6 @@ def test_a_run_without_average_restores_none_but_finds_its_damage(on_two, tmp_pa
 # --- whole runs -----------------------------------------------------------------------------------------------------
 
 
-def train_and_listen(run):
-    """The log, and what was said."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        log = train_here(run)
-    return log, said.getvalue()
-
-
 def evaluations(log, *names):
     return {record["step"]: [record[name] for name in names] for record in log["valid"]}
 
@@ -192,17 +183,17 @@ def test_a_resumed_run_goes_on_with_the_average_to_the_bit_and_says_when_it_begi
     folder, run, (whole, _) = runs
     cut = {**run, "run_dir": str(folder / "cut")}
     run_ranks(2, train_here, {**cut, "steps": 2, "ema_decay": DECAY})
-    log, said = run_ranks(2, train_and_listen, {**cut, "resume": True, "ema_decay": DECAY})[0]
+    (log, _), said = run_and_hear(2, train_here, {**cut, "resume": True, "ema_decay": DECAY})
     assert evaluations(log, "loss", "ema_loss") == evaluations(whole, "loss", "ema_loss")
     assert not [line for line in said.splitlines() if "average" in line and "valid_loss" not in line]
     same_state(folder / "cut" / "checkpoints" / "step_4", folder / "averaged" / "checkpoints" / "step_4")
 
-    _, said = run_ranks(2, train_and_listen, {**cut, "resume": True, "steps": 5, "ema_decay": 0.5})[0]
+    _, said = run_and_hear(2, train_here, {**cut, "resume": True, "steps": 5, "ema_decay": 0.5})
     assert f"the decay of the averaged weights changes after step 4: {DECAY} -> 0.5" in said
-    _, said = run_ranks(2, train_and_listen, {**cut, "resume": True, "steps": 6})[0]
+    _, said = run_and_hear(2, train_here, {**cut, "resume": True, "steps": 6})
     assert "the average of the weights ends after step 5 (--ema_decay 0.5)" in said
     assert "ema" not in open_source(folder / "cut" / "checkpoints" / "step_6").state_names
-    log, said = run_ranks(2, train_and_listen, {**cut, "resume": True, "steps": 7, "ema_decay": DECAY})[0]
+    (log, _), said = run_and_hear(2, train_here, {**cut, "resume": True, "steps": 7, "ema_decay": DECAY})
     assert "the checkpoint of step 6 holds no averaged weights; the average begins" in said
     last = log["valid"][-1]
     assert last["ema_loss"] == last["loss"]
