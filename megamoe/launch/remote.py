@@ -62,7 +62,7 @@ def reports_in(printed: str) -> list[Report]:
         if line.startswith(REPORT):
             host, _, piece = line.removeprefix(REPORT).partition(" ")
             pieces[host] += piece
-    return [Report.of(json.loads(text)) for text in pieces.values()]
+    return [Report(**json.loads(text)) for text in pieces.values()]
 
 
 def _run(host: str, command: list[str]) -> str:
