@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # whole, before a test replaces torch.cuda
 from refusals import sentences
 
 from megamoe.launch import host_checks
@@ -19,17 +20,14 @@ Usage = namedtuple("Usage", ("total", "used", "free"))
 
 
 @pytest.fixture
-def host(monkeypatch, tmp_path):
+def host(monkeypatch, programs):
     """This host, with an nvidia-smi that prints lines, and a torch that has CUDA, if it is built for it, or not."""
     for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(host_checks, "requires", lambda name: [])
 
     def make(*lines, cuda="13.0", count=0, code=0):
-        script = "\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in lines), f"exit {code}", ""])
-        (tmp_path / "nvidia-smi").write_text(script)
-        (tmp_path / "nvidia-smi").chmod(0o755)
+        programs(**{"nvidia-smi": "\n".join([*(f"echo '{line}'" for line in lines), f"exit {code}"])})
         nccl = SimpleNamespace(version=lambda: (2, 28, 3))
         fake = SimpleNamespace(is_available=lambda: count > 0, device_count=lambda: count, nccl=nccl)
         monkeypatch.setattr(torch, "cuda", fake)
