@@ -17,7 +17,7 @@ from rich.text import Text
 from megamoe.commands.options import Doctor
 from megamoe.config.precision import precision_of
 from megamoe.config.run import RunConfig
-from megamoe.launch.host_checks import GIB, Finding, host_findings, judged
+from megamoe.launch.host_checks import Finding, host_findings, judged
 from megamoe.launch.local import default_ranks
 from megamoe.launch.network import is_free
 from megamoe.launch.preflight import needed_files
@@ -29,6 +29,7 @@ from megamoe.utils.errors import Problems
 from megamoe.utils.hardware import describe_flops, measured_flops
 from megamoe.utils.host_memory import memory_limits
 from megamoe.utils.json_files import write_json
+from megamoe.utils.text import size
 
 COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -75,21 +76,21 @@ def run_findings(run: RunConfig, device: torch.device) -> Iterator[Finding]:
 
 def plan_findings(plan: Plan, device: torch.device, ranks: int) -> Iterator[Finding]:
     """Whether what the planner predicts fits on this host."""
-    run, peak, on_gpu = plan.run, plan.footprint.peak.total() / GIB, device.type == "cuda"
-    limit, available = (size / GIB for size in memory_limits())
+    run, peak, on_gpu = plan.run, plan.footprint.peak.total(), device.type == "cuda"
+    limit, available = memory_limits()
     what, remedy = f"memory for {run.preset}", "choose a smaller --preset (tiny-plus) or micro-batch, or more hosts"
     if on_gpu:
-        total = torch.cuda.get_device_properties(device).total_memory / GIB
-        yield judged(peak > total, what, f"{total:.1f} GiB per GPU", f"{peak:.1f} GiB predicted", remedy, True)
-    needed = ranks * (plan.footprint.host.total() / GIB if on_gpu else peak)
-    value, predicted = f"{available:.1f} GiB free of {limit:.1f} on this host", f"{needed:.1f} GiB predicted"
-    yield judged(needed > available, what, value, f"{predicted} for {ranks} ranks", remedy, needed > limit)
-    size, free = plan.checkpoint_bytes / GIB, shutil.disk_usage(existing_folder(run.folder)).free / GIB
+        total = torch.cuda.get_device_properties(device).total_memory
+        yield judged(peak > total, what, f"{size(total)} per GPU", f"{size(peak)} predicted", remedy, True)
+    needed = ranks * (plan.footprint.host.total() if on_gpu else peak)
+    value = f"{size(available)} free of {size(limit)} on this host"
+    predicted = f"{size(needed)} predicted for {ranks} rank{'s' * (ranks > 1)}"
+    yield judged(needed > available, what, value, predicted, remedy, needed > limit)
+    saved, free = plan.checkpoint_bytes, shutil.disk_usage(existing_folder(run.folder)).free
     count = checkpoints_of(run, plan.recipe.schedule.total_steps)
-    predicted = f"{count * size:.1f} GiB for {count} checkpoints of {size:.1f} GiB, predicted"
+    predicted = f"{size(count * saved)} predicted for {count} checkpoint{'s' * (count > 1)} of {size(saved)}"
     remedy = "give --keep_last, a larger --save_interval, or a --run_dir with more space"
-    is_hopeless = min(count, 2) * size > free
-    yield judged(count * size > free, "disk", f"{free:.1f} GiB free", predicted, remedy, is_hopeless)
+    yield judged(count * saved > free, "disk", f"{size(free)} free", predicted, remedy, min(count, 2) * saved > free)
 
 
 def checkpoints_of(run: RunConfig, total_steps: int | None) -> int:

@@ -75,7 +75,7 @@ def _is_here(host: str) -> bool:
 
 def _check(records: dict[int, Any], run: RunConfig, at: Endpoint) -> dict[str, Any]:
     """The endpoint's host's answer to the reports that have come, of which its own is the first."""
-    reports = [Report.of(record) for record in records.values()]
+    reports = [Report(**record) for record in records.values()]
     reports[0] = replace(reports[0], address=at.host)  # its own name may become known later than to the others
     print_warnings(reports)
     found = problems(reports, run)

@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 
 from megamoe.utils.compiler import compiler_problem
 from megamoe.utils.disk import existing_folder
+from megamoe.utils.text import size
 
-GIB = 2**30
 SMI_SECONDS = 20
 USED_MIB = 1024  # of a GPU's memory, from which on somebody is taken to compute there
 
@@ -122,9 +122,9 @@ def build_findings(compiles: bool, has_gpus: bool) -> Iterator[Finding]:
 
 def limit_findings(ranks: int | None, has_gpus: bool) -> Iterator[Finding]:
     """What the system, a container or a job allows."""
-    shared = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").is_dir() else 0.0
+    shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
     needs, remedy = has_gpus and ranks != 1, "start the container with --shm-size=8g, or mount memory there"
-    yield judged(needs and shared < 1, "/dev/shm", f"{shared:.2f} GiB", "1 GiB for NCCL" * needs, remedy)
+    yield judged(needs and shared < 2**30, "/dev/shm", size(shared), "1 GiB for NCCL" * needs, remedy)
     files, remedy = resource.getrlimit(resource.RLIMIT_NOFILE)[1], "raise `ulimit -Hn`, or --ulimit of the container"
     yield judged(0 <= files < 4096, "open files", str(files), "4096: rank 0 has two connections to each rank", remedy)
     locked, adapters = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], Path("/sys/class/infiniband")

@@ -11,9 +11,9 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from megamoe.config.phases import read_phases
 from megamoe.config.run import RunConfig
@@ -28,7 +28,7 @@ from megamoe.utils.disk import existing_folder
 
 @dataclass(frozen=True)
 class Report:
-    """What a host reports on itself."""
+    """What a host reports on itself; `Report(**record)` reads one that was sent as JSON."""
 
     host: str
     started: str  # the line it was started with
@@ -41,11 +41,6 @@ class Report:
     port: int  # that is free
     port_in_use: bool  # the one that was asked for
     findings: list[Finding]  # that are not ok
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> Report:
-        """A report that was sent as JSON."""
-        return cls(**{**record, "findings": [Finding(**one) for one in record["findings"]]})
 
 
 def needed_files(run: RunConfig) -> list[Path]:

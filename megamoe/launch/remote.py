@@ -66,7 +66,7 @@ def reports_in(printed: str) -> list[Report]:
         if line.startswith(REPORT):
             sender, _, piece = line.removeprefix(REPORT).partition(" ")
             pieces[sender] += piece
-    return [Report.of(json.loads(text)) for text in pieces.values()]
+    return [Report(**json.loads(text)) for text in pieces.values()]
 
 
 def _run(host: str, command: list[str]) -> str:

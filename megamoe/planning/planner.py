@@ -29,8 +29,7 @@ from megamoe.utils.errors import Problems, UserError
 from megamoe.utils.hardware import measured_bandwidth, measured_flops
 from megamoe.utils.host_memory import memory_limits
 from megamoe.utils.json_files import read_json
-
-GIB = 2**30
+from megamoe.utils.text import size
 
 
 @dataclass(frozen=True)
@@ -156,10 +155,9 @@ def _search(setup: Setup, device: Device, per_node: int, rates: Rates, recipe: R
     splits = best_splits(setup, device, per_node, rates, samples)
     if not splits:
         kept = f" with {samples} samples per step" if samples else ""
-        usable = (1 - kept_free(setup)) * device.memory / GIB
+        usable = size((1 - kept_free(setup)) * device.memory)
         raise UserError(
-            f"nothing{kept} fits in {usable:.1f} GiB on {setup.world_size} ranks; "
-            "use more ranks or a shorter --seq_len."
+            f"nothing{kept} fits in {usable} on {setup.world_size} ranks; use more ranks or a shorter --seq_len."
         )
     return splits
 

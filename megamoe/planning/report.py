@@ -10,10 +10,11 @@ from megamoe.model.costs import active_parameter_count, parameter_count, paramet
 from megamoe.model.grouped_gemm import DESCRIPTIONS
 from megamoe.model.names import MTP
 from megamoe.planning.footprint import Footprint
-from megamoe.planning.planner import GIB, Plan, split_keys
+from megamoe.planning.planner import Plan, split_keys
 from megamoe.planning.search import Split
 from megamoe.planning.step_time import Part, StepTime
 from megamoe.planning.traffic import LATENCY_BETWEEN, LATENCY_INSIDE
+from megamoe.utils.text import size
 
 # What limits a step, and what to change.
 LIMITS: dict[Part, str] = {
@@ -78,7 +79,7 @@ def assumptions(plan: Plan) -> list[str]:
     sheet = "rates measured now" if options.device == "cpu" else "rates of the data sheet"
     found = [
         f"{device.name}: {sheet}, {device.flops(plan.setup.weight_bytes) / 1e12:.4g} TFLOP/s dense, "
-        f"{device.memory / GIB:.4g} GiB, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
+        f"{size(device.memory)}, links {device.inside / 1e9:.4g} GB/s each way inside a node of "
         f"{plan.gpus_per_node} and {device.between / 1e9:.4g} GB/s per GPU between nodes.",
         f"The largest GEMMs reach {rates.gemms:.0%} of the peak (--efficiency), smaller ones what their tiles "
         f"and bytes allow, other operators {rates.memory:.0%} of the memory's {device.memory_rate / 1e12:.3g} TB/s, "

@@ -5,6 +5,7 @@ from collections import namedtuple
 
 import psutil
 import pytest
+from refusals import has
 from toy import ds_of_samples, write_inputs
 
 from megamoe.commands import doctor as command
@@ -13,7 +14,7 @@ from megamoe.commands.options import Doctor
 from megamoe.config.precision import by_rates
 from megamoe.config.run import RunConfig
 from megamoe.planning import planner
-from megamoe.utils import host_memory
+from megamoe.utils import host_memory, text
 
 Usage = namedtuple("Usage", ("total", "used", "free"))
 
@@ -68,6 +69,8 @@ def test_the_disk_must_have_room_for_the_checkpoints_that_a_run_keeps_and_the_ne
         monkeypatch.setattr(command.shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))
         found, code = examined(steps=30, save_interval=10, **options)
         assert found["disk"].startswith(severity), options
+        count = options.get("keep_last", 2) + 1
+        has(found["disk"], f"needed: {text.size(count * size)} predicted for {count} checkpoints of 403.1 KiB")
         assert code == (2 if severity == "error" else 0)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # whole, before a test replaces torch.cuda
 from refusals import sentences
 
 from megamoe.launch import host_checks
@@ -19,17 +20,14 @@ Usage = namedtuple("Usage", ("total", "used", "free"))
 
 
 @pytest.fixture
-def host(monkeypatch, tmp_path):
+def host(monkeypatch, programs):
     """This host, with an nvidia-smi that prints lines, and a torch that has CUDA, if it is built for it, or not."""
     for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(host_checks, "requires", lambda name: [])
 
     def make(*lines, cuda="13.0", count=0, code=0):
-        script = "\n".join(["#!/bin/sh", *(f"echo '{line}'" for line in lines), f"exit {code}", ""])
-        (tmp_path / "nvidia-smi").write_text(script)
-        (tmp_path / "nvidia-smi").chmod(0o755)
+        programs(**{"nvidia-smi": "\n".join([*(f"echo '{line}'" for line in lines), f"exit {code}"])})
         nccl = SimpleNamespace(version=lambda: (2, 28, 3))
         fake = SimpleNamespace(is_available=lambda: count > 0, device_count=lambda: count, nccl=nccl)
         monkeypatch.setattr(torch, "cuda", fake)
@@ -81,7 +79,7 @@ def test_what_limits_ranks_on_gpus_is_warned_of_there_alone(host, tmp_path, monk
     host(f"0, {H100}, 570.86, 4, 0", count=1)
     seen = found(tmp_path)
     assert seen.keys() == {"open files", "/dev/shm", "cores"}
-    assert "/dev/shm: 0.06 GiB, needed: 1 GiB for NCCL; start the container with --shm-size" in seen["/dev/shm"]
+    assert "/dev/shm: 64 MiB, needed: 1 GiB for NCCL; start the container with --shm-size" in seen["/dev/shm"]
     assert "cores: 3, needed: 2 for each of 2 ranks" in seen["cores"]
     assert "/dev/shm" not in found(tmp_path, ranks=1)
 
@@ -119,7 +117,7 @@ def test_a_job_whose_end_is_unknown_and_threads_that_are_not_a_share_are_warned_
 def test_hosts_send_their_findings_and_each_warning_is_printed_once(capsys):
     few = Finding("warning", "cores", "3", "4", "ask for more")
     first = Report("h1", "", 0, {}, [], True, "h2", None, 1, False, [few, Finding("ok", "GPUs", "none")])
-    second = Report.of({**asdict(first), "host": "h2"})
+    second = Report(**{**asdict(first), "host": "h2"})
     assert second.findings == first.findings
     print_warnings([first, second])
     assert capsys.readouterr().err == "warning: h1, h2: cores: 3, needed: 4; ask for more.\n"

@@ -1,8 +1,5 @@
 """Which rank a process is, from a launcher's environment."""
 
-import os
-import stat
-
 import pytest
 
 from megamoe.launch.network import is_free
@@ -54,15 +51,8 @@ def test_half_an_environment_names_what_is_missing():
         find_rank_info({"RANK": "5", "MASTER_ADDR": "a"})
 
 
-def put_scontrol(folder, monkeypatch):
-    script = folder / "scontrol"
-    script.write_text('#!/bin/sh\n[ "$1 $2" = "show hostnames" ] && echo "$3" | sed "s/n\\[1-2\\]/n1\\nn2/"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-def test_under_slurm_all_ranks_compute_the_same_address_and_port(tmp_path, monkeypatch):
-    put_scontrol(tmp_path, monkeypatch)
+def test_under_slurm_all_ranks_compute_the_same_address_and_port(programs):
+    programs(scontrol='[ "$1 $2" = "show hostnames" ] && echo "$3" | sed "s/n\\[1-2\\]/n1\\nn2/"')
     own = {key: value for key, value in SLURM.items() if not key.startswith("MASTER")}
     infos = {find_rank_info({**own, "SLURM_PROCID": str(rank)}) for rank in range(8)}
     assert {info.address for info in infos} == {"n1"}

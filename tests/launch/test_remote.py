@@ -1,6 +1,5 @@
 """Asking other hosts for their reports. Over real ssh and srun it is in tests/launchers."""
 
-import stat
 from dataclasses import replace
 
 import pytest
@@ -26,12 +25,8 @@ from megamoe.launch.remote import ask_by_ssh, reports_in
         ),
     ],
 )  # fmt: skip
-def test_a_host_that_gives_no_report_is_named_next_to_the_reports_and_what_it_says_is_passed_on(
-    does, said, tmp_path, monkeypatch
-):
-    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{does}\n")
-    (tmp_path / "ssh").chmod(stat.S_IRWXU)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+def test_a_host_that_gives_no_report_is_named_next_to_the_reports_and_what_it_says_is_passed_on(does, said, programs):
+    programs(ssh=does)
     assert ask_by_ssh(["h2"], ["true"]) == ({}, said)
 
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import stat
 import subprocess
 from pathlib import Path
 
@@ -13,11 +12,13 @@ from ranks import DEADLINE
 SCRIPTS = Path(__file__).parent.parent.parent / "launch_scripts"
 
 TORCHRUN = "multi_node_torchrun.sh"
-JOINED = "#!/bin/sh\necho h1:29400 10.0.0.1 true\n"  # preflight.py endpoint
+PDSH = (str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile")
+JOINED = "echo h1:29400 10.0.0.1 true"  # preflight.py endpoint
 # torchrun's agent, whose command line the script looks for, starts ranks.
 AGENT = """#!/usr/bin/env bash
 exec -a "/home/a user/python --rdzv-endpoint=h1:29400" bash "$0.ranks"
 """
+ALONE = {"HOSTS": "1", "RANKS": "2", "ENDPOINT": "h1:29400"}
 RANKS = """
 rank() {
   trap 'echo 75 > "$MEGAMOE_EXIT_NOTE"; exit 75' USR1
@@ -38,11 +39,10 @@ REFUSED = [  # variables, the script and its words, and what it says
 
 
 @pytest.mark.parametrize(("line", "error"), REFUSED)
-def test_a_script_refuses_what_is_missing_with_exit_code_2_before_any_python(line, error, tmp_path):
+def test_a_script_refuses_what_is_missing_with_exit_code_2_before_any_python(line, error, programs):
+    programs(python="echo python was started")
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    (tmp_path / "python").write_text("#!/bin/sh\necho python was started\n")
-    (tmp_path / "python").chmod(0o755)
-    clean["PATH"] = f"{tmp_path}:{SCRIPTS}:{os.environ['PATH']}"
+    clean["PATH"] += f":{SCRIPTS}"
     done = subprocess.run(["env", *line.split()], env=clean, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {error}")
@@ -57,15 +57,11 @@ def test_a_hostfile_is_refused_in_a_folder_with_a_space(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_code(tmp_path, number):
-    programs = {"torchrun": AGENT, "python": JOINED, "pgrep": "#!/bin/sh\nexit 127\n"}  # which slim containers lack
-    for name, text in programs.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(stat.S_IRWXU)
-    (tmp_path / "torchrun.ranks").write_text(RANKS)
-    settings = {"HOSTS": "1", "RANKS": "2", "ENDPOINT": "h1:29400", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+def test_each_signal_to_a_script_asks_the_ranks_to_stop_and_gives_their_exit_code(programs, number):
+    programs(torchrun=AGENT, python=JOINED, pgrep="exit 127", **{"torchrun.ranks": RANKS})  # slim containers lack pgrep
+    environment = {**os.environ, **ALONE}
     with subprocess.Popen(
-        [SCRIPTS / TORCHRUN], env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [SCRIPTS / TORCHRUN], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as script:
         assert [script.stdout.readline(), script.stdout.readline()] == ["ready\n", "ready\n"]
         script.send_signal(number)
@@ -80,30 +76,18 @@ run_launcher "a launcher" h1 bash -c "$rank"
 """
 
 
-def test_a_signal_is_handed_to_the_ranks_of_another_host_and_does_not_interrupt_the_launcher(tmp_path):
-    (tmp_path / "ssh").write_text(f"#!/bin/sh\nkill -USR1 $(cat {tmp_path}/rank)\n")  # the host that it would reach
-    (tmp_path / "ssh").chmod(stat.S_IRWXU)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+def test_a_signal_is_handed_to_the_ranks_of_another_host_and_does_not_interrupt_the_launcher(tmp_path, programs):
+    programs(ssh=f"kill -USR1 $(cat {tmp_path}/rank)")  # the host that it would reach
     words = ["bash", "-c", LAUNCHER.format(scripts=SCRIPTS, folder=tmp_path)]
-    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
         assert script.stdout.readline() == "ready\n"
         script.send_signal(signal.SIGTERM)
         assert script.wait(DEADLINE) == 75
 
 
-COUNTED = """#!/bin/sh
-echo start >> {folder}/starts
-{note}
-exit {code}
-"""
-
-
-def run_script(folder, programs, *words, **variables):
+def run_script(folder, *words, **variables):
     """Run a script whose programs are replaced; returns its exit code, the starts of ranks, and what it says."""
-    for name, text in programs.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(stat.S_IRWXU)
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    environment = {**os.environ, **variables}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=DEADLINE)
     starts = folder / "starts"
     return done.returncode, len(starts.read_text().splitlines()) if starts.exists() else 0, done.stderr
@@ -111,7 +95,12 @@ def run_script(folder, programs, *words, **variables):
 
 def ranks_that_leave(folder, code, note):
     write = f'echo {note} > "$MEGAMOE_EXIT_NOTE"' if note else ""
-    return COUNTED.format(folder=folder, code=code, note=write)
+    return f"echo start >> {folder}/starts\n{write}\nexit {code}"
+
+
+def checked(folder):
+    """What preflight.py hostfile HOSTFILE --usable FILE does."""
+    return f'echo h1 slots=2 > "$5"\necho h1 127.0.0.1 1234 {folder}/runs/mine'
 
 
 # The launcher's code, that in the ranks' note, the script's, and whether that is restarted.
@@ -133,24 +122,20 @@ CODES = [
 
 
 @pytest.mark.parametrize(("launcher", "note", "code", "restarted"), CODES)
-def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(launcher, note, code, restarted, tmp_path):
-    programs = {
-        "deepspeed": ranks_that_leave(tmp_path, launcher, note),
-        # preflight.py hostfile HOSTFILE --usable FILE
-        "python": f'#!/bin/sh\necho h1 slots=2 > "$5"\necho h1 127.0.0.1 1234 {tmp_path}/runs/mine\n',
-        "ssh": "#!/bin/sh\nexit 1\n",  # no ranks are left there
-    }
-    pdsh = [str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile"]
-    assert run_script(tmp_path, programs, *pdsh, MAX_RESTARTS="1")[:2] == (code, 1 + restarted)
+def test_the_scripts_restart_what_a_restart_can_cure_and_give_the_ranks_code(
+    launcher, note, code, restarted, tmp_path, programs
+):
+    ranks = ranks_that_leave(tmp_path, launcher, note)
+    programs(deepspeed=ranks, torchrun=ranks, python=checked(tmp_path), ssh="exit 1")  # no ranks are left there
+    assert run_script(tmp_path, *PDSH, MAX_RESTARTS="1")[:2] == (code, 1 + restarted)
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".exit")] == []
-    programs = {"torchrun": programs["deepspeed"], "python": JOINED}
-    settings = {"HOSTS": "1", "RANKS": "2", "ENDPOINT": "h1:29400"}
+    programs(python=JOINED)
     if (launcher, note) == (0, "75"):
         code = 75  # its ranks leave with 0 when they were asked to stop
-    assert run_script(tmp_path, programs, str(SCRIPTS / "multi_node_torchrun.sh"), **settings)[0] == code
+    assert run_script(tmp_path, str(SCRIPTS / TORCHRUN), **ALONE)[0] == code
 
 
-def test_what_libraries_read_from_the_environment_is_forwarded_to_the_other_hosts(tmp_path):
+def test_what_libraries_read_from_the_environment_is_forwarded_to_the_other_hosts(tmp_path, programs):
     read = {
         "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "DS_ACCELERATOR": "cuda",
         "FI_PROVIDER": "efa", "LD_PRELOAD": "", "NCCL_DEBUG": "WARN", "PYTORCH_CUDA_ALLOC_CONF": "a:True,b:2",
@@ -158,13 +143,10 @@ def test_what_libraries_read_from_the_environment_is_forwarded_to_the_other_host
     }  # fmt: skip
     read["PATH"] = f"{tmp_path}:/usr/bin:/bin"
     of_this_host = {"CUDA_VISIBLE_DEVICES": "1", "HOSTNAME": "h0", "SECRET": "x"}
-    programs = {
-        "deepspeed": f'#!/bin/sh\ncp "$DS_ENV_FILE" {tmp_path}/forwarded\necho 0 > "$MEGAMOE_EXIT_NOTE"\n',
-        "python": f'#!/bin/sh\necho h1 slots=2 > "$5"\necho h1 127.0.0.1 1234 {tmp_path}/runs/mine\n',
-    }
-    words = [str(SCRIPTS / "multi_node_pdsh.sh"), "hostfile"]
+    keep = f'cp "$DS_ENV_FILE" {tmp_path}/forwarded\necho 0 > "$MEGAMOE_EXIT_NOTE"'
+    programs(deepspeed=keep, python=checked(tmp_path))
     given = {**read, **of_this_host, "PATH": f"/none:{read['PATH']}"}  # DeepSpeed ends at a folder that it cannot enter
-    assert run_script(tmp_path, programs, *words, **given)[0] == 0
+    assert run_script(tmp_path, *PDSH, **given)[0] == 0
     lines = (tmp_path / "forwarded").read_text().splitlines()
     forwarded = dict(line.split("=", 1) for line in lines)
     assert read.items() <= forwarded.items()
@@ -179,16 +161,16 @@ def test_what_libraries_read_from_the_environment_is_forwarded_to_the_other_host
         *[(code, saves, saves) for code in (1, 76, 137) for saves in (False, True)],
     ],
 )
-def test_a_slurm_job_is_requeued_for_what_a_restart_can_cure(code, saves, requeued, tmp_path):
+def test_a_slurm_job_is_requeued_for_what_a_restart_can_cure(code, saves, requeued, tmp_path, programs):
     checkpoint = tmp_path / "run" / "checkpoints" / "step_5"
     checkpoint.mkdir(parents=True)
-    programs = {
-        "python": f"#!/bin/sh\necho h1 127.0.0.1 1234 {tmp_path}/run\n",
-        "srun": f"#!/bin/sh\n{f'touch {checkpoint}/index.json' if saves else ':'}\nexit {code}\n",
-        "squeue": "#!/bin/sh\necho RUNNING\n",
-        "scontrol": f"#!/bin/sh\necho $* >> {tmp_path}/starts\n",
-    }
+    programs(
+        python=f"echo h1 127.0.0.1 1234 {tmp_path}/run",
+        srun=f"{f'touch {checkpoint}/index.json' if saves else ':'}\nexit {code}",
+        squeue="echo RUNNING",
+        scontrol=f"echo $* >> {tmp_path}/starts",
+    )
     script = ["bash", str(SCRIPTS / "slurm.sbatch")]
-    end, requeues, said = run_script(tmp_path, programs, *script, SLURM_JOB_ID="5", MEGAMOE_ROOT=str(SCRIPTS.parent))
+    end, requeues, said = run_script(tmp_path, *script, SLURM_JOB_ID="5", MEGAMOE_ROOT=str(SCRIPTS.parent))
     assert (end, requeues) == ((0, 1) if requeued else (code, 0)), said
     assert ("if no line above says why, they were killed" in said) == (code not in (0, 2, 75, 130) and not saves)

@@ -290,7 +290,7 @@ def test_a_search_in_which_nothing_fits_says_so(tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     wide = tmp_path / "wide.json"
     wide.write_text(load_preset("moe-680m").model_copy(update={"hidden_size": 12288}).model_dump_json())
-    with pytest.raises(UserError, match=r"nothing with 512 samples per step fits in 71\.6 GiB on 2 ranks"):
+    with pytest.raises(UserError, match=r"nothing with 512 samples per step fits in 71\.64 GiB on 2 ranks"):
         planned(gpus=2, ep_size=1, best=True, preset=str(wide), ds_config=str(tmp_path / "ds.json"))
 
 
