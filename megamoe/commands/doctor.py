@@ -29,6 +29,7 @@ from megamoe.utils.errors import Problems
 from megamoe.utils.hardware import describe_flops, measured_flops
 from megamoe.utils.host_memory import memory_limits
 from megamoe.utils.json_files import write_json
+from megamoe.utils.text import size
 
 COLORS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -77,7 +78,7 @@ def run_findings(run: RunConfig, device: torch.device) -> Iterator[Finding]:
 def plan_findings(plan: Plan, device: torch.device, ranks: int) -> Iterator[Finding]:
     """Whether what the planner predicts fits on this host."""
     run, peak, on_gpu = plan.run, plan.footprint.peak.total() / GIB, device.type == "cuda"
-    limit, available = (size / GIB for size in memory_limits())
+    limit, available = (one / GIB for one in memory_limits())
     what, remedy = f"memory for {run.preset}", "choose a smaller --preset (tiny-plus) or micro-batch, or more hosts"
     if on_gpu:
         total = torch.cuda.get_device_properties(device).total_memory / GIB
@@ -85,12 +86,12 @@ def plan_findings(plan: Plan, device: torch.device, ranks: int) -> Iterator[Find
     needed = ranks * (plan.footprint.host.total() / GIB if on_gpu else peak)
     value, predicted = f"{available:.1f} GiB free of {limit:.1f} on this host", f"{needed:.1f} GiB predicted"
     yield judged(needed > available, what, value, f"{predicted} for {ranks} ranks", remedy, needed > limit)
-    size, free = plan.checkpoint_bytes / GIB, shutil.disk_usage(existing_folder(run.folder)).free / GIB
+    saved, free = plan.checkpoint_bytes, shutil.disk_usage(existing_folder(run.folder)).free
     count = checkpoints_of(run, plan.recipe.schedule.total_steps)
-    predicted = f"{count * size:.1f} GiB for {count} checkpoints of {size:.1f} GiB, predicted"
+    predicted = f"{size(count * saved)} for {count} checkpoint{'s' * (count > 1)} of {size(saved)}, predicted"
     remedy = "give --keep_last, a larger --save_interval, or a --run_dir with more space"
-    is_hopeless = min(count, 2) * size > free
-    yield judged(count * size > free, "disk", f"{free:.1f} GiB free", predicted, remedy, is_hopeless)
+    is_hopeless = min(count, 2) * saved > free
+    yield judged(count * saved > free, "disk", f"{size(free)} free", predicted, remedy, is_hopeless)
 
 
 def checkpoints_of(run: RunConfig, total_steps: int | None) -> int:

@@ -68,6 +68,7 @@ def test_the_disk_must_have_room_for_the_checkpoints_that_a_run_keeps_and_the_ne
         monkeypatch.setattr(command.shutil, "disk_usage", lambda path, free=free: Usage(free, 0, free))
         found, code = examined(steps=30, save_interval=10, **options)
         assert found["disk"].startswith(severity), options
+        assert "of 403.1 KiB, predicted" in found["disk"]
         assert code == (2 if severity == "error" else 0)
 
 
