@@ -30,7 +30,7 @@ def read_run(folder: Path) -> RunState:
     """A run that has trained. Raises UserError."""
     run = RunState(folder)
     if not run.log["train"]:
-        raise UserError(f"{folder} holds no logged step yet; wait for the first one.")
+        raise UserError(f"{folder} holds no logged step yet; wait for it, or restore its log.jsonl, if damaged.")
     return run
 
 

@@ -90,7 +90,7 @@ def parse_duration(value: str) -> float:
 
 HeldOutOption = Annotated[HeldOutSource, _from_text(parse_held_out)]
 ONE_WORD_EACH = Parameter(accepts_keys=False, n_tokens=1)
-PROMPT = "In a quiet library,"
+PROMPT, MOST_PROMPTS = "In a quiet library,", 256
 
 
 RECIPE_DIR = Path(__file__).parent / "recipes"

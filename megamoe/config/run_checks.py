@@ -8,7 +8,7 @@ from typing import Any
 
 from megamoe.config.model import ModelConfig
 from megamoe.config.recipe import Recipe
-from megamoe.config.run import PROMPT, RunConfig
+from megamoe.config.run import MOST_PROMPTS, PROMPT, RunConfig
 from megamoe.config.schedule import Schedule
 from megamoe.utils.errors import SoundFields, broken_rules
 
@@ -54,6 +54,8 @@ def _guard(m: Any) -> Iterator[str]:
 def _samples(m: Any) -> Iterator[str]:
     if m.run.sample_prompts != [PROMPT] and not m.run.sample_interval:
         yield "sample_prompts are given, but sample_interval is 0, so none is continued; raise it."
+    if len(m.run.sample_prompts) > MOST_PROMPTS:  # such as the lines of a corpus, which would take hours
+        yield f"sample_prompts has {len(m.run.sample_prompts):,} texts, more than {MOST_PROMPTS}; give fewer."
 
 
 def chosen_trackers(run: RunConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -70,16 +70,24 @@ def test_a_run_ends_while_the_server_that_it_tells_of_its_start_still_hangs_and_
     server.answers.set()
 
 
-def test_a_server_that_fails_is_asked_again_and_one_that_refuses_is_not(tmp_path):
+def test_a_server_that_fails_is_asked_again_and_one_that_refuses_is_not_but_is_named_once(tmp_path, capsys):
     failing, refusing = Server(500, 503, 200), Server(404, 200)
     alerts = Alerts([failing.url, refusing.url], tmp_path)
     alerts.log_event("rollback", 1200, {"reason": "the loss has climbed", "to_step": 1000, "norm": float("nan")})
     wait_for(lambda: not failing.codes)
-    assert [one.wait(DEADLINE) for one in alerts._sending] == [0, 0]
+    assert [one.wait(DEADLINE) for one in alerts._sending] == [0, 1]
     assert (len(failing.posted), len(refusing.posted)) == (3, 1)
     body = refusing.posted[0][1]
     assert (body["to_step"], body["norm"], body["run"]) == (1000, None, str(tmp_path))
     assert body["text"] == f"{tmp_path} on {body['host']}: rollback, step 1,200: the loss has climbed"
+    failing.codes, refusing.codes = [200], [404]
+    alerts.log_event("end", 1300, {})
+    for one in alerts._sending:
+        one.wait(DEADLINE)
+    alerts.close()
+    name = refusing.url.replace("secret", "***")
+    said = f"warning: --on_event {name} did not take an event (exit code 1)"
+    assert [line.split(";")[0] for line in capsys.readouterr().err.splitlines()] == [said]
 
 
 def test_commands_that_sleep_or_fail_hold_nothing_and_at_most_a_handful_run_at_once(tmp_path, capsys, monkeypatch):
@@ -87,7 +95,7 @@ def test_commands_that_sleep_or_fail_hold_nothing_and_at_most_a_handful_run_at_o
     RunFolder(tmp_path / "run").enter({"run_id": "r1"}, [])
     failing, alerts = Alerts(["false"], tmp_path / "run"), Alerts(["sleep 1000"], tmp_path / "run")
     failing.log_event("skip", 1, {"reason": "spike"})
-    assert failing._sending[0].wait(DEADLINE) == 1
+    assert next(iter(failing._sending)).wait(DEADLINE) == 1
     for step in range(2 * MOST):
         alerts.log_event("skip", step, {"reason": "spike", "samples": [[0, step]] * 100_000})  # more than a pipe holds
     alerts.log_event("skip", 9, {"reason": "not finite, loss scale lowered"})

@@ -68,5 +68,11 @@ def test_prompts_that_cannot_be_continued_are_refused_before_the_run(tmp_path):
     has(said[1], 'sample_prompts: ""', "has 0 tokens")
     has(refusal(check, {**run, "sample_prompts": ["none.txt"]}), "none.txt", "No such file", "a prompt per line")
     has(refusal(check, {**run, "sample_prompts": ["x"], "sample_interval": 0}), "sample_interval is 0", "raise it")
+    (tmp_path / "many.txt").write_text("a line\n" * 257)
+    has(
+        refusal(check, {**run, "sample_prompts": [str(tmp_path / "many.txt")]}),
+        "sample_prompts has 257 texts",
+        "256; give fewer",
+    )
     (tmp_path / "corpus" / "tokenizer.json").unlink()
     has(refusal(check, run), "sample_interval is 1", "no tokenizer.json")
