@@ -30,6 +30,11 @@ def rounded(part: Part, dtype: torch.dtype) -> Part:
     return copy.deepcopy(part).to(dtype).double()
 
 
+def close(found: Any, exact: Any, atol: float = 1e-10) -> None:
+    """Check that tensors in float64 are the same but for rounding."""
+    torch.testing.assert_close(found, exact, rtol=0, atol=atol)
+
+
 def assert_near(found: Tensor | None, exact: Tensor, dtype: torch.dtype, what: str = "") -> None:
     """Check that a result in `dtype`, on any device, is as near to the one in float64 as that dtype allows."""
     assert found is not None

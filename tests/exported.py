@@ -50,6 +50,10 @@ def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
+def close(found, expected, atol=1e-5):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
 def cache_of(outputs):
     """The cache in a model's outputs, under the name of this release of transformers."""
     return outputs.get("cache", outputs.get("past_key_values"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -11,6 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from megamoe.planning.tracer import VIEWS
+
+
+def traced(backend: str = "aot_eager") -> Any:
+    """While it is in use, regions are traced forward and backward, and no kernels built."""
+    return mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
 class Operators(TorchDispatchMode):

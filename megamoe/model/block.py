@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from megamoe.config.model import ModelConfig
 from megamoe.model.attention import LayerCache
-from megamoe.model.attention_kinds import build_attention
 from megamoe.model.compiled import CompiledBlock
 from megamoe.model.document_attention import Mask, attend
 from megamoe.model.experts import StackedExperts
 from megamoe.model.feed_forward import MLP
-from megamoe.model.from_config import from_config
+from megamoe.model.from_config import build_attention, from_config
 from megamoe.model.moe import MoE
 from megamoe.model.rope import Rotary
 from megamoe.model.router import Router

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -33,8 +34,14 @@ def parameter_count(config: ModelConfig) -> int:
 
 def active_parameter_count(config: ModelConfig) -> int:
     """Those that compute one token: all but the experts that it is not sent to."""
-    experts = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if expert_id(name) is not None)
-    return parameter_count(config) - experts + experts * config.num_experts_per_tok // config.num_local_experts
+    return _active(config, parameter_shapes(config))
+
+
+def _active(config: ModelConfig, shapes: Mapping[str, Shape]) -> int:
+    """Weights in parameters of these shapes that meet one token."""
+    experts = sum(math.prod(shape) for name, shape in shapes.items() if expert_id(name) is not None)
+    elsewhere = experts - experts * config.num_experts_per_tok // config.num_local_experts
+    return sum(map(math.prod, shapes.values())) - elsewhere
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -49,7 +56,12 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     visible = sum(visible_positions(seq_len, window) + config.num_latent_tokens for window in windows)
     attention = visible * config.num_attention_heads * (config.head_dim + config.value_dim)
     heads = (1 + mtp) * config.vocab_size * config.hidden_size
-    return 6.0 * (attention + active_block_weights(config) + heads)
+    matrices = {
+        name: shape
+        for name, shape in parameter_shapes(config).items()
+        if len(shape) == 2 and name not in (EMBEDDING, HEAD) and not name.endswith(".latents")
+    }
+    return 6.0 * (attention + _active(config, matrices) + heads)
 
 
 def visible_positions(seq_len: int, window: int | None) -> float:
@@ -57,15 +69,3 @@ def visible_positions(seq_len: int, window: int | None) -> float:
     if window is None or window >= seq_len:
         return seq_len / 2
     return window - window**2 / (2 * seq_len)
-
-
-def active_block_weights(config: ModelConfig) -> int:
-    """Weights of matrices that multiply a token, but for the head."""
-    of_experts = of_all = 0
-    for name, shape in parameter_shapes(config).items():
-        if len(shape) == 2 and name not in (EMBEDDING, HEAD) and not name.endswith(".latents"):
-            if expert_id(name) is None:
-                of_all += math.prod(shape)
-            else:
-                of_experts += math.prod(shape)
-    return of_all + of_experts * config.num_experts_per_tok // config.num_local_experts

@@ -10,14 +10,8 @@ from megamoe.model.topology import ExpertTopology
 
 def placement_problems(model: ModelConfig, ep_size: int, dtype: str, world_size: int, preset: str) -> list[str]:
     """What keeps a model's experts from these ranks, or from a precision, one sentence each."""
-    problems = ExpertTopology.problems(ep_size, model.num_local_experts, world_size, preset)
-    return problems + _row_problems(model, dtype, preset)
-
-
-def _row_problems(model: ModelConfig, dtype: str, preset: str) -> list[str]:
-    """Widths that the experts' GEMMs cannot have."""
     multiple = ROW_ALIGNMENT // DTYPES[dtype].itemsize
-    return [
+    return ExpertTopology.problems(ep_size, model.num_local_experts, world_size, preset) + [
         f"{name} is {width} in {preset}, but the experts' GEMMs in {dtype} need rows of a multiple of "
         f"{ROW_ALIGNMENT} bytes; make it a multiple of {multiple}."
         for name, width in (("hidden_size", model.hidden_size), (model.expert_size_field, model.expert_size))

@@ -69,7 +69,8 @@ class RouterLosses:
         balance = z = logits.new_zeros(())
         tokens = padding.positions if padding else max(len(logits), 1)
         if self.balance == "global_batch":
-            balance = load_balance_loss(log_scores, running_load, tokens)
+            shares = log_scores.softmax(-1).sum(0)
+            balance = (shares * running_load).sum() * (len(running_load) / tokens)
         elif self.balance:
             balance = balance_loss(log_scores, expert_ids, num_sequences if self.balance == "sequence" else 1, padding)
         if self.z:
@@ -77,7 +78,7 @@ class RouterLosses:
         return torch.stack((balance, z))
 
 
-def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int, padding: Padding | None = None) -> Tensor:
+def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int, padding: Padding | None) -> Tensor:
     """By the slots of each sequence, (); arguments as of `RouterLosses`."""
     scores, slots = log_scores.softmax(-1), log_scores.new_ones(()).expand(expert_ids.shape)
     if padding:
@@ -90,8 +91,3 @@ def balance_loss(log_scores: Tensor, expert_ids: Tensor, num_sequences: int, pad
         shares = shares / slots.view(ids.shape).mean(1, keepdim=True).clamp_min(1 / tokens)
     # f is E / (S * K) of the counts, P is 1 / S of the shares; the mean over sequences is 1 / B.
     return (counts * shares).sum() * (experts / max(tokens * ids.shape[1], 1))
-
-
-def load_balance_loss(log_scores: Tensor, loads: Tensor, tokens: int) -> Tensor:
-    """By given `loads` (E,), which sum to 1, ()."""
-    return (log_scores.softmax(-1).sum(0) * loads).sum() * (log_scores.shape[1] / tokens)

@@ -107,7 +107,6 @@ TROUBLE = {
     "index": (lambda folder: flip_bit(folder / "step_6" / "index.json", 200), "step_6/index.json", "step_3"),
     "both": (damage_both, f"step_6/{FILE} has not the SHA-256", None),
     "exchanged": (exchange, "of step 3, but its folder is called", None),
-    "copied": (lambda folder: shutil.copytree(folder / "step_6", folder / "step_9"), "is called step_9", "step_6"),
     "linked": (lambda folder: (folder / "step_9").symlink_to("step_6"), "is called step_9", "step_6"),
     "moved": (lambda folder: (folder / "step_6").rename(folder / "step_7.1"), "is called step_7.1", "step_3"),
     "empty": (lambda folder: (folder / "step_8").mkdir(), "was not saved completely, for it has no index", "step_6"),

@@ -81,15 +81,10 @@ def test_documents_and_padding_of_rows_are_known_on_the_host():
     assert documents.starts.dtype == torch.int32
     assert documents.longest == 7
     assert documents.tokens.tolist() == [place for place in range(16) if batch.input_ids.flatten()[place] or not place]
-
-
-def test_without_document_attention_only_padding_is_apart():
-    apart, together = (
-        next(train_data([Rows()], [1.0], 2, document_attention=one).step_batches(1, 0)) for one in (True, False)
-    )
-    assert torch.equal(apart.labels, together.labels)
-    assert sorted(together.documents.starts.diff().tolist()) == [2, 6, 8]
-    assert torch.equal(together.documents.tokens, apart.documents.tokens)
+    (together,) = train_data([Rows()], [1.0], 2).step_batches(1, 0, ahead=1)  # without attention to documents
+    assert torch.equal(together.labels, batch.labels)
+    assert sorted(together.documents.starts.diff().tolist()) == [2, 6, 8]  # padding alone is apart
+    assert torch.equal(together.documents.tokens, documents.tokens)
 
 
 # Of the other forms, a mix that changes, as its batch and its length do; the second phase goes on with the same mix.

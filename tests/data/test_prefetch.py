@@ -5,13 +5,11 @@ import threading
 
 import pytest
 import torch
-from corpora import build, random_tokens, train_data
 from ranks import DEADLINE
 
 from megamoe.data import prefetch
 from megamoe.data.batches import Batch
 from megamoe.data.prefetch import Prefetcher
-from megamoe.data.token_files import TokenCorpus
 from megamoe.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -28,14 +26,10 @@ def start():
         yield lambda make, device=CPU: stack.enter_context(Prefetcher(make, device))
 
 
-def test_the_batches_are_those_of_the_data_in_order_from_any_step_on(tmp_path, start):
-    corpora = [TokenCorpus(build(tmp_path / f"c{number}", random_tokens(400, 50, number)), 10, 50) for number in (0, 1)]
-    data = train_data(corpora, [2.0, 1.0], samples=24, micro_batch=2, world_size=4)
-    batches = start(lambda step: data.step_batches(step, 1))
-    for step in range(7, 12):
-        for one, other in zip(batches.step(step), data.step_batches(step, 1), strict=True):
-            assert torch.equal(one.input_ids, other.input_ids)
-            assert torch.equal(one.labels, other.labels)
+def test_the_batches_are_those_of_the_step_in_order_from_any_step_on(start):
+    batches = start(lambda step: ((step, number) for number in range(3)))
+    for step in (7, 8, 9, 4, 5):  # a run may go back
+        assert batches.step(step) == [(step, 0), (step, 1), (step, 2)]
 
 
 def test_the_next_step_is_made_while_this_one_is_used_and_no_more_than_that():

@@ -34,15 +34,6 @@ def test_any_text_comes_back_and_none_gives_the_end_of_text(size):
         has(refusal(train_tokenizer, [TEXT], size), f"vocab_size is {size}", "257", "raise it")
 
 
-def test_a_missing_or_broken_tokenizer_is_refused(tmp_path):
-    for path in (tmp_path / "no.json", tmp_path):
-        has(refusal(load_tokenizer, path), str(path), "tokenizer.json")
-    path = tmp_path / "tokenizer.json"
-    for content in (b"", b"{", b"[1, 2]", b'{"a": 1}', b"\xff\xfe"):
-        path.write_bytes(content)
-        has(refusal(load_tokenizer, path), str(path), "cannot be read")
-
-
 def test_the_vocabulary_reaches_to_the_largest_id_which_no_model_may_lack(tmp_path):
     assert vocabulary_of(Tokenizer(models.BPE())) == 0
     path = tmp_path / "t.json"

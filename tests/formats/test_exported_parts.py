@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from exported import cache_of, export, load, random_decoder
+from exported import cache_of, close, export, load, random_decoder
 from model_parts import LLAMA_3, PARTS, SHAPE
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -59,10 +59,6 @@ def exported(request, tmp_path_factory):
     """(folder, decoder)."""
     decoder = random_decoder(ModelConfig(**{**SHAPE, **CONFIGURATIONS[request.param]}))
     return export(decoder, tmp_path_factory.mktemp("export") / "hf"), decoder
-
-
-def close(found, expected, atol=1e-5):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 def test_the_configurations_together_change_every_field():

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from engines import plain_state
-from exported import cache_of, export, load, random_decoder
+from exported import cache_of, close, export, load, random_decoder
 from toy import PRESET
 from transformers import (
     AutoTokenizer,
@@ -41,10 +41,6 @@ def folder(decoder, tmp_path_factory):
 @pytest.fixture
 def model(folder):
     return load(folder)
-
-
-def close(found, expected, atol=1e-5):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
 
 
 def gradients(model, **inputs):

@@ -18,6 +18,7 @@ from megamoe.formats.plain_files import PlainFiles
 from megamoe.formats.source import load_weights
 from megamoe.formats.source_checks import model_problems
 from megamoe.model.decoder import Decoder
+from megamoe.model.names import is_buffer
 
 CONFIG = ModelConfig(**PRESET)
 
@@ -37,7 +38,7 @@ def write_index(folder, state):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def test_plain_weights_of_every_form_load_into_a_model(state, tmp_path):
+def test_plain_weights_of_every_form_load_in_the_dtype_asked_for_and_router_statistics_in_fp32(state, tmp_path):
     folders = [tmp_path / name for name in ("tied", "index", "adapted")]
     for folder in folders:
         folder.mkdir()
@@ -52,9 +53,13 @@ def test_plain_weights_of_every_form_load_into_a_model(state, tmp_path):
         source, model = open_source(path), Decoder(CONFIG)
         assert isinstance(source, PlainFiles)
         assert model_problems(source, CONFIG, "it") == []
-        load_weights(model, source, torch.float32)
-        loaded = plain_state(model)
-        assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items()), path
+        for dtype in (torch.float32, torch.bfloat16):
+            load_weights(model, source, dtype)
+            loaded = plain_state(model)
+            for name, tensor in state.items():
+                expected = tensor if is_buffer(name) else tensor.to(dtype)
+                assert loaded[name].dtype == expected.dtype, (path, name)
+                assert torch.equal(loaded[name], expected), (path, name)
 
 
 def test_a_file_that_is_torn_or_no_dict_of_tensors_is_one_sentence_and_runs_no_code(state, tmp_path):

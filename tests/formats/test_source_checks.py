@@ -1,16 +1,12 @@
 """Whether weights are those of a model, and what is said where they are not."""
 
 import pytest
-import torch
-from engines import plain_state
 from exported import random_source
 from refusals import has, only
 from toy import PRESET
 
 from megamoe.config.model import ModelConfig
-from megamoe.formats.source import load_weights
 from megamoe.formats.source_checks import model_problems
-from megamoe.model.decoder import Decoder
 
 CONFIG = ModelConfig(**PRESET)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -60,14 +56,3 @@ def test_a_balancing_bias_that_the_model_has_no_place_for_is_refused_unless_it_i
     for bias in source.buffers.values():
         bias.zero_()
     assert model_problems(source, without, "it") == []
-
-
-def test_weights_load_in_the_dtype_asked_for_and_router_statistics_in_fp32():
-    source, model = random_source(CONFIG), Decoder(CONFIG)
-    load_weights(model, source, torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    for router in model.routers():
-        assert router.selection_bias.dtype == router.running_load.dtype == torch.float32
-    for name, loaded in plain_state(model).items():
-        expected = source.buffers.get(name, source.tensors.get(name))
-        assert expected is None or torch.equal(loaded, expected.to(loaded.dtype))

@@ -1,14 +1,13 @@
 """What ranks send each other: each token once to each rank, while the shared experts are computed. That it is right is
 in test_expert_parallel.py."""
 
-import functools
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from operators import Operators
+from operators import Operators, traced
 from ranks import run_ranks
 
 from megamoe.config.model import load_preset
@@ -93,7 +92,7 @@ def orders_of_events(compiled, has_padding):
     torch._dynamo.reset()
     model = decoder(2, n_shared_experts=1, gated_mlp=True)
     if compiled:
-        with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        with traced():
             model.compile_blocks()
     ids = torch.randint(CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     documents = Documents.of([np.array([5])] * 2, [12, 16], 16) if has_padding else None

@@ -5,7 +5,7 @@ import copy
 import formulas
 import pytest
 import torch
-from devices import DEVICES, assert_near, rounded
+from devices import DEVICES, assert_near, close, rounded
 from formulas import THETA, positions_of
 
 from megamoe.model.attention import GroupedQueryAttention, LayerCache, attention_mask
@@ -50,10 +50,6 @@ def in_pieces(layer, x, rotary, num_latents, window):
         outs.append(layer(x[:, past:end], tuple(part[:, rotated] for part in rotary), mask, cache))
         past = end
     return torch.cat(outs, dim=1)
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 def check_whole_causal_and_cached(layer, x, formula, rotary_dim, num_latents=0, window=None):

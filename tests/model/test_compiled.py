@@ -3,7 +3,6 @@
 Kernels are built for one model; where it is the regions that matter, they are traced and run by torch's operators.
 """
 
-import functools
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from devices import SHARES
 from engines import save
 from model_parts import PARTS, with_fp32_statistics
-from operators import Operators
+from operators import Operators, traced
 from ranks import run_new_ranks, run_ranks
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_fw_bw_and_get_code
@@ -158,11 +157,6 @@ COMPRESSED = PARTS["compressed_queries"] | PARTS["quantile_bias"] | PARTS["globa
 COMPRESSED |= {"num_latent_tokens": 0, "num_nextn_predict_layers": 1}
 
 
-def traced():
-    """Regions are traced forward and backward, and no kernels built."""
-    return mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-
-
 @pytest.mark.parametrize(
     ("parts", "graphs"), [(MIXED, 6), (COMPRESSED, 3)], ids=["mixed", "latent_attention, quantile"]
 )
@@ -231,7 +225,7 @@ def test_windows_documents_and_padding_with_other_lengths_of_samples_are_within_
     give_the_cpu_a_kernel()
     parts = {"num_latent_tokens": 0, "num_hidden_layers": 2, "sliding_window": 5}
     model = decoder(torch.float32, **parts, layer_types=["sliding_attention", "full_attention"])
-    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
+    with traced("eager"):
         model.compile_blocks()
 
     def run():

@@ -7,6 +7,7 @@ import formulas
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import close
 from exported import random_decoder
 from formulas import normed
 from model_parts import PARTS, model_of
@@ -24,10 +25,6 @@ def random_model(part, **changes):
 
 def some_ids(rows, length):
     return torch.randint(101, (rows, length), generator=torch.Generator().manual_seed(length))
-
-
-def close(one, other, atol=1e-10):
-    torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
 # --- the whole decoder, and blocks ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import math
 import deepspeed.moe.layer
 import pytest
 import torch
+from devices import close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,10 +27,6 @@ def layer_with(**options):
     for weight in layer.parameters():
         nn.init.normal_(weight, 0, 0.5)
     return layer
-
-
-def close(one, other):
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
 def test_the_losses_of_the_router_come_with_the_output_where_it_has_any():

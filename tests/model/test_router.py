@@ -5,6 +5,7 @@ import itertools
 import formulas
 import pytest
 import torch
+from devices import close
 
 from megamoe.model.router import Router
 from megamoe.model.router_losses import RouterLosses
@@ -20,10 +21,6 @@ def router_with(bias=None, dim=D, experts=E, top_k=K, **options):
     if bias is not None:
         router.selection_bias.copy_(torch.tensor(bias))
     return router
-
-
-def close(one, other, atol=1e-10):
-    torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(

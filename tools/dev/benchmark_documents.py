@@ -16,8 +16,8 @@ from torch import Tensor
 from megamoe.config.model import preset_names
 from megamoe.data.document_bounds import Documents
 from megamoe.formats.config_json import find_preset
-from megamoe.model.attention_kinds import build_attention
 from megamoe.model.document_attention import DocumentMask, attend
+from megamoe.model.from_config import build_attention
 from megamoe.model.rope import rope_frequencies, rotary_table
 
 

@@ -27,10 +27,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 # Transformers before 5.12 copies no more of our files than this one imports itself: those marked are not used here.
 from .attention import GroupedQueryAttention
 from .attention_function import AttentionFunction, AttentionWeights, TokenCache
-from .attention_kinds import build_attention
 from .configuration_megamoe import MegaMoeConfig
 from .feed_forward import MLP
-from .from_config import from_config
+from .from_config import build_attention, from_config
 from .latent_attention import MultiHeadLatentAttention  # noqa: F401
 from .margins import BINS  # noqa: F401
 from .rope import Rotary, rope_frequencies, rotary_table
