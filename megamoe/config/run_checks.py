@@ -54,7 +54,7 @@ def _guard(m: Any) -> Iterator[str]:
 def _samples(m: Any) -> Iterator[str]:
     if m.run.sample_prompts != [PROMPT] and not m.run.sample_interval:
         yield "sample_prompts are given, but sample_interval is 0, so none is continued; raise it."
-    if len(m.run.sample_prompts) > MOST_PROMPTS:  # such as the lines of a corpus, which would take hours
+    if len(m.run.sample_prompts) > MOST_PROMPTS:  # such as the lines of a corpus
         yield f"sample_prompts has {len(m.run.sample_prompts):,} texts, more than {MOST_PROMPTS}; give fewer."
 
 

@@ -170,7 +170,7 @@ class Trainer:
             data_step = self.ledger.data_step(step)
             samples = self.data.step_samples(data_step)
             self._tell(event.kind, step, event.line, **event.values, data_step=data_step, samples=samples)
-        if self.guard.watches and result.balance:
+        if self.rank == 0 and self.guard.watches and result.balance:
             for line in self.health.warnings(step, last, result.balance):
                 self._tell("warning", step, line, reason=line)
 
@@ -220,14 +220,15 @@ class Trainer:
         torch.manual_seed(int(state[0]))
 
     def _log(self, step: int, last: int, balance: Balance | None) -> None:
-        values = {"guarded_steps": self.guard.guarded_steps, "rollbacks": self.ledger.rollbacks}
-        before = self.metrics.peak
-        self.sinks.log_scalars("train", step, {**self.metrics.values(step, last), **values})
-        if self.metrics.peak != before:
-            line = f"a step has reached {self.metrics.peak}; mfu is the share of that from here on"
-            self.sinks.log_text(step, line)
-        if balance:
-            self.sinks.log_expert_loads(step, self.train_step.model.config.sparse_blocks, balance.counts)
+        if self.rank == 0:
+            values = {"guarded_steps": self.guard.guarded_steps, "rollbacks": self.ledger.rollbacks}
+            before = self.metrics.peak
+            self.sinks.log_scalars("train", step, {**self.metrics.values(step, last), **values})
+            if self.metrics.peak != before:
+                line = f"a step has reached {self.metrics.peak}; mfu is the share of that from here on"
+                self.sinks.log_text(step, line)
+            if balance:
+                self.sinks.log_expert_loads(step, self.train_step.model.config.sparse_blocks, balance.counts)
         self.metrics.restart(step)
 
     def _look(self, step: int, is_last: bool, eval_every: int, tasks_every: int, samples: bool) -> None:
